@@ -1,0 +1,24 @@
+# make demo and make test do everything on a fresh machine with Python 3.11 and gcc, set-up included.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: setup demo test test-full lint
+
+setup:
+	@PYTHON=$(PYTHON) VENV=$(VENV) $(PYTHON) scripts/setup_env.py
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+test: setup
+	$(PYTEST) -m "not full"
+
+test-full: setup
+	$(PYTEST)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
