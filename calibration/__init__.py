@@ -1,0 +1,1 @@
+"""Offline calibration: from a Hugging Face model directory to a MorphoQuant checkpoint."""

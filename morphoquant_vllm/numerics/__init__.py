@@ -1,0 +1,17 @@
+"""The one definition of MorphoQuant's numbers, in torch (imports torch only).
+
+Everything else -- calibration, the plugin's backends, kernels, tests -- calls this package or is tested against it.
+
+Notation
+    M  tokens (rows of an activation)
+    K  input channels (in_features)
+    N  output channels (out_features)
+    G  group size: input channels that share one weight scale
+    R  modality rows (text, image, video, audio, any, ...)
+
+    statistics   what calibration collects per input channel
+    reference    the authors' algorithm: dispersion score, mask, range search, 4-bit grid, 16-bit bypass (exact mode)
+    activation   the form that integer hardware serves: step, centre, gain, mask -> codes (escape mode)
+    weights      absorption of steps into weights, channel order, int4 rounding, packing, absorbed bias
+    linear       the integer linear layer: codes x int4 -> output
+"""

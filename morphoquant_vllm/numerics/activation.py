@@ -1,0 +1,118 @@
+"""The served form of the activation quantizer: escape mode, in which an outlier keeps an 8-bit code.
+
+    inverse[r, k] = 1 / (step[k] * gain[r])
+    code[m, k]    = clamp(rint((x[m, k] - centre[r, k]) * inverse[r, k]), low, high),   r = modality row of token m
+
+in float32, half to even; NaN becomes 0, +-inf the limit. [low, high] is the 4-bit [-8, 7], or the 8-bit [-128, 127]
+for channels masked in row r. Masked values outside [-8, 7] are *escapes*. This defines the served codes; the
+reference's round(inverse * x - zero_point) may differ from them by one code at ties.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import CODE_MAX, CODE_MIN
+
+ESCAPE_MIN, ESCAPE_MAX = -128, 127
+# Codes that the largest value seen in calibration may use: leaves room for slightly larger ones when serving.
+GUARD_CODES = 120
+# A channel whose range is empty gets this fraction of the layer's median step, so that its inverse stays finite.
+STEP_FLOOR = 1e-3
+
+
+class ActivationRecord(NamedTuple):
+    """What quantizes one layer's input. K follows the permuted channel order; R counts the modality rows."""
+
+    inverse: Tensor  # float32 [R, K]
+    centre: Tensor  # float32 [R, K]
+    mask: Tensor  # bool [R, K]
+    gain: Tensor  # float32 [R]
+    channel_order: Tensor  # int32 [K]: position -> channel of x
+
+
+class Grid(NamedTuple):
+    """Step and centre of each channel, float32 [K], and how far the guard raised the step (factor >= 1)."""
+
+    step: Tensor
+    centre: Tensor
+    guard_raise: Tensor
+
+
+def served_grid(
+    range_min: Tensor, range_max: Tensor, minimum: Tensor, maximum: Tensor, mask: Tensor, gain: float = 1.0
+) -> Grid:
+    """Turn the reference's ranges [K] into a grid that integers can serve.
+
+    The centre is the reference's zero point times its step: 0 on two-sided ranges, where the reference's rounding of
+    +-7.5 is a matter of float noise. On masked channels the step is raised until nothing seen in calibration
+    (minimum, maximum) leaves GUARD_CODES. Dead channels get a floor: no step is zero, none infinite.
+    """
+    inverse = reference.inverse_step(range_min, range_max)
+    step = 1 / inverse
+    offset = reference.zero_point(range_min, inverse)
+    two_sided = range_min * range_max <= 0
+    centre = torch.where(two_sided, 0.0, offset * step)
+    farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
+    guarded = torch.where(mask, torch.maximum(step, farthest / (GUARD_CODES * gain)), step)
+    dead = guarded <= 2 * reference.MIN_RANGE_WIDTH / reference.LEVELS
+    live = guarded[~dead]
+    floor = STEP_FLOOR * live.median() if live.numel() else torch.tensor(1.0)
+    return Grid(torch.where(dead, floor, guarded), centre, torch.where(dead, 1.0, guarded / step))
+
+
+def inverse_steps(step: Tensor, gain: Tensor) -> Tensor:
+    """1 / (step * gain) as float32 [R, K], from step [K] and gain [R]: computed here, once, for every backend."""
+    return 1.0 / (step.float()[None, :] * gain.float()[:, None])
+
+
+def activation_record(
+    step: Tensor, channel_order: Tensor, mask: Tensor, centre: Tensor, gain: Tensor
+) -> ActivationRecord:
+    """Gather a checkpoint's tensors (natural channel order) into the permuted order in which codes are computed."""
+    order = channel_order.long()
+    return ActivationRecord(
+        inverse=inverse_steps(step, gain)[:, order].contiguous(),
+        centre=centre.float()[:, order].contiguous(),
+        mask=mask[:, order].contiguous(),
+        gain=gain.float().contiguous(),
+        channel_order=channel_order.int().contiguous(),
+    )
+
+
+def code_limits(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest code where `mask` (bool, any shape) holds and where not, as float32."""
+    low = torch.where(mask, float(ESCAPE_MIN), float(CODE_MIN))
+    return low, torch.where(mask, float(ESCAPE_MAX), float(CODE_MAX))
+
+
+def act_quant(x: Tensor, modality: Tensor, record: ActivationRecord) -> Tensor:
+    """Codes int8 [M, K] in permuted order, of x [M, K] (any float dtype) and modality rows int32 [M]."""
+    if x.dim() != 2 or x.shape[1] != record.channel_order.numel():
+        raise ValueError(f"act_quant needs x as [M, {record.channel_order.numel()}], got {list(x.shape)}")
+    if modality.shape != x.shape[:1]:
+        raise ValueError(f"act_quant needs one modality row per token: {list(modality.shape)} for M = {x.shape[0]}")
+    x = x.float().index_select(1, record.channel_order)
+    if record.gain.numel() == 1:
+        inverse, centre, mask = record.inverse, record.centre, record.mask
+    else:
+        inverse, centre, mask = (field.index_select(0, modality) for field in record[:3])
+    low, high = code_limits(mask)
+    codes = torch.round((x - centre) * inverse)
+    codes = torch.where(codes.isnan(), 0.0, codes)
+    return torch.minimum(torch.maximum(codes, low), high).to(torch.int8)
+
+
+def dequantize(codes: Tensor, modality: Tensor, record: ActivationRecord) -> Tensor:
+    """The activation that codes [M, K] stand for, float32 [M, K], in permuted order."""
+    rows = modality.long()
+    return codes.float() / record.inverse[rows] + record.centre[rows]
+
+
+def escapes(codes: Tensor) -> Tensor:
+    """Which codes lie outside the 4-bit grid, bool, shape of `codes`."""
+    return (codes < CODE_MIN) | (codes > CODE_MAX)
