@@ -1,0 +1,109 @@
+"""How vLLM finds out which of a model's layers are quantized.
+
+The config object is pickled to the engine and its workers; it holds plain data only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from .checkpoint import check_headers
+from .errors import MorphoQuantError
+from .schema import QUANT_METHOD, LayerSpec, QuantizationSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+logger = init_logger(__name__)
+
+
+class MorphoQuantConfig(QuantizationConfig):
+    """quantization_config of a MorphoQuant checkpoint, as vLLM wants it."""
+
+    def __init__(self, spec: QuantizationSpec | None = None) -> None:
+        super().__init__()
+        # None where the user named this method for a model that has no quantization_config.
+        self.spec = spec
+        # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
+        self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
+
+    def __repr__(self) -> str:
+        return f"MorphoQuantConfig({len(self.layers)} layers)"
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MorphoQuantConfig:
+        return cls(QuantizationSpec.from_dict(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Check the checkpoint's files before any worker starts: one clear line beats garbage weights."""
+        if self.spec is None:
+            raise MorphoQuantError(
+                f"{model_name}: is not a MorphoQuant checkpoint (config.json has no quantization_config); serve it "
+                "without --quantization morphoquant, or make a checkpoint of it with `morphoquant calibrate`"
+            )
+        directory = Path(model_name)
+        if directory.is_dir():
+            check_headers(directory, self.spec)
+        else:
+            logger.info("MorphoQuant: %s is not a local directory; its files are checked while loading", model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from .linear_method import MorphoQuantLinearMethod
+
+        if isinstance(layer, RoutedExperts):
+            raise MorphoQuantError(
+                f"{prefix}: fused experts are not supported by morphoquant; serve this model in 16 bit"
+            )
+        if not isinstance(layer, LinearBase):
+            return None  # embeddings, lm_head and attention stay as they are
+        assert self.spec is not None, "maybe_update_config refuses a model without a spec"
+        shards = self.shard_names(prefix)
+        quantized = [name for name in shards if name in self.layers]
+        if not quantized:
+            return UnquantizedLinearMethod()
+        if len(quantized) < len(shards):
+            missing = [name for name in shards if name not in self.layers]
+            raise MorphoQuantError(
+                f"{prefix}: shards of a fused layer must all be quantized or none; not quantized: {missing}"
+            )
+        return MorphoQuantLinearMethod(self.spec, {name: self.layers[name] for name in shards})
+
+    def shard_names(self, prefix: str) -> list[str]:
+        """The unfused names behind a vLLM layer: ...qkv_proj -> q_proj, k_proj, v_proj; else the name itself.
+
+        The longest packed key wins: the towers have `attn.qkv` beside `qkv`.
+        """
+        packed = [key for key in self.packed_modules_mapping if prefix.endswith("." + key)]
+        if not packed:
+            return [prefix]
+        key = max(packed, key=len)
+        stem = prefix.removesuffix(key)
+        return [stem + shard for shard in self.packed_modules_mapping[key]]

@@ -1,0 +1,139 @@
+"""The quantized linear inside vLLM: create parameters, check what was loaded, call the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+
+from . import ops
+from .errors import MorphoQuantError
+from .numerics.activation import activation_record
+from .numerics.linear import WeightRecord
+from .parameters import LoadLog, make_parameters
+from .schema import LayerSpec, QuantizationSpec, check_tensor_parallel, check_values
+
+
+@register_weight_loader_v2_supported_method
+class MorphoQuantLinearMethod(LinearMethodBase):
+    """Quantization method of one (fused) linear layer.
+
+    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output.
+    """
+
+    def __init__(self, spec: QuantizationSpec, shards: dict[str, LayerSpec]) -> None:
+        self.spec = spec
+        self.shards = shards
+        self.layer_spec = next(iter(shards.values()))
+        self.name = next(iter(shards))
+        self.load_log = LoadLog()
+        self.weight_size = self.activation_size = 0
+        self.backend = ""
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self._check_shapes(layer, input_size)
+        loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
+        parameters = make_parameters(
+            self.name,
+            in_features=input_size_per_partition,
+            out_features=sum(output_partition_sizes),
+            groups=input_size_per_partition // self.layer_spec.group_size,
+            rows=len(self.spec.rows),
+            watch=lambda tensor: self.load_log.watch(tensor, loader),
+        )
+        for tensor, parameter in parameters.items():
+            layer.register_parameter(tensor, parameter)
+
+    def _check_shapes(self, layer: torch.nn.Module, input_size: int) -> None:
+        if input_size != self.layer_spec.in_features:
+            raise MorphoQuantError(
+                f"{self.name}: the model has K = {input_size}, the checkpoint {self.layer_spec.in_features}; "
+                "config.json does not belong to these weights"
+            )
+        row_parallel = isinstance(layer, RowParallelLinear)
+        if row_parallel != (self.layer_spec.parallel == "row"):
+            raise MorphoQuantError(
+                f"{self.name}: parallel '{self.layer_spec.parallel}' is not how vLLM splits this layer"
+            )
+        size = layer.tp_size
+        if row_parallel and size > 1:
+            check_tensor_parallel(self.name, input_size, self.layer_spec.group_size, size)
+            if self.spec.tensor_parallel % size:
+                allowed = [s for s in range(1, self.spec.tensor_parallel + 1) if self.spec.tensor_parallel % s == 0]
+                raise MorphoQuantError(
+                    f"{self.name}: tensor parallel size {size} breaks a group: the checkpoint was made for sizes "
+                    f"{allowed}; serve with one of these, or calibrate with --tensor-parallel {size}"
+                )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        tensors = {}
+        for tensor, parameter in list(layer.named_parameters(recurse=False)):
+            if tensor == "bias":
+                continue
+            self.load_log.check(self.name, tensor, len(self.shards))
+            tensors[tensor] = parameter.data
+            delattr(layer, tensor)
+        row_parallel = self.layer_spec.parallel == "row"
+        rank, size = (layer.tp_rank, layer.tp_size) if row_parallel else (0, 1)
+        # The order holds global channels; this rank's block starts at rank * K / size.
+        tensors["channel_order"] = tensors["channel_order"] - rank * tensors["channel_order"].numel()
+        check_values(
+            self.name,
+            tensors,
+            self.spec.any_row,
+            parallel=self.layer_spec.parallel,
+            blocks=self.spec.tensor_parallel // size,
+        )
+        if rank > 0:
+            # Ranks sum their outputs: the constant must be added once.
+            tensors["absorbed_bias"] = torch.zeros_like(tensors["absorbed_bias"])
+        activation = activation_record(
+            tensors["activation_step"],
+            tensors["channel_order"],
+            tensors["modality_mask"],
+            tensors["centre"],
+            tensors["gain"],
+        )
+        weight = WeightRecord(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
+        device = weight.codes.device
+        self.backend = ops.select_backend(device)
+        prepared = ops.BACKENDS[self.backend].prepare(weight, activation)
+        self.weight_size, self.activation_size = (len(record) for record in prepared)
+        for index, tensor in enumerate(prepared[0]):
+            layer.register_buffer(f"weight_record_{index}", tensor, persistent=False)
+        for index, tensor in enumerate(prepared[1]):
+            layer.register_buffer(f"activation_record_{index}", tensor, persistent=False)
+        layer.register_buffer("modality", self._modality_rows(device), persistent=False)
+
+    def _modality_rows(self, device: torch.device) -> Tensor:
+        """Row of every token of a step: 'any', until the embedding fills a buffer with each token's own."""
+        tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+        return torch.full((tokens,), self.spec.any_row, dtype=torch.int32, device=device)
+
+    def records(self, layer: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The weight and activation records that the ops take."""
+        weight = [getattr(layer, f"weight_record_{index}") for index in range(self.weight_size)]
+        activation = [getattr(layer, f"activation_record_{index}") for index in range(self.activation_size)]
+        return weight, activation
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight, activation = self.records(layer)
+        y = ops.linear(x.reshape(-1, x.shape[-1]), layer.modality, weight, activation, bias, self.backend)
+        return y.view(*x.shape[:-1], y.shape[-1])

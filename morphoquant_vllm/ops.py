@@ -1,0 +1,119 @@
+"""The two custom ops that the plugin calls, and the one place where a backend is chosen.
+
+    morphoquant::act_quant(x, modality, activation, backend)             -> codes int8 [M, K], in permuted order
+    morphoquant::linear(x, modality, weight, activation, bias, backend)  -> y [M, N], dtype of x
+
+    x           [M, K], float32, bfloat16 or float16
+    modality    int32 [M or more]: row of each token; entries past M are ignored, so that one buffer serves every M
+    weight      tensors of a weight record. The last one is always absorbed_bias, float32 [R, N].
+    activation  tensors of an activation record
+    bias        [N], the layer's own bias, or None
+    backend     a key of BACKENDS; its `prepare` made the records
+
+These signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records out as it
+likes. Both ops are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .numerics import activation as activation_numerics
+from .numerics import linear as linear_numerics
+from .numerics.activation import ActivationRecord
+from .numerics.linear import WeightRecord
+
+Prepare = Callable[[WeightRecord, ActivationRecord], tuple[list[Tensor], list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the integer linear layer."""
+
+    # Lay the canonical records out for this backend, once, after loading.
+    prepare: Prepare
+    act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+    linear: Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
+
+
+def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
+    return list(weight), list(activation)
+
+
+def _reference_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
+    return activation_numerics.act_quant(x, modality, ActivationRecord(*activation))
+
+
+def _reference_linear(
+    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
+) -> Tensor:
+    return linear_numerics.linear(x, modality, WeightRecord(*weight), ActivationRecord(*activation), bias)
+
+
+BACKENDS = {
+    "reference": Backend(_reference_prepare, _reference_act_quant, _reference_linear),
+}
+
+
+def select_backend(device: torch.device) -> str:
+    """Key of the backend that serves layers on `device`: the torch reference, until kernels join BACKENDS."""
+    return "reference"
+
+
+def _token_rows(x: Tensor, modality: Tensor) -> Tensor:
+    if x.dim() != 2:
+        raise ValueError(f"x must be [M, K], got shape {list(x.shape)}")
+    if modality.dtype != torch.int32 or modality.dim() != 1 or modality.numel() < x.shape[0]:
+        raise ValueError(
+            f"modality must be int32 with at least M = {x.shape[0]} entries, "
+            f"got {modality.dtype} {list(modality.shape)}"
+        )
+    return modality[: x.shape[0]]
+
+
+def _act_quant(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
+    return BACKENDS[backend].act_quant(x, _token_rows(x, modality), activation)
+
+
+def _linear(
+    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
+) -> Tensor:
+    return BACKENDS[backend].linear(x, _token_rows(x, modality), weight, activation, bias)
+
+
+def _act_quant_fake(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+def _linear_fake(
+    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight[-1].shape[-1]))
+
+
+# The operators live as long as this object does.
+_LIBRARY = torch.library.Library("morphoquant", "DEF")
+for _name, _schema, _implementation, _fake in (
+    (
+        "act_quant",
+        "(Tensor x, Tensor modality, Tensor[] activation, str backend) -> Tensor",
+        _act_quant,
+        _act_quant_fake,
+    ),
+    (
+        "linear",
+        "(Tensor x, Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend) -> Tensor",
+        _linear,
+        _linear_fake,
+    ),
+):
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"morphoquant::{_name}", _fake, lib=_LIBRARY)
+
+act_quant = torch.ops.morphoquant.act_quant
+linear = torch.ops.morphoquant.linear

@@ -1,0 +1,116 @@
+"""Parameters that know how one checkpoint tensor is cut for fused layers and tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from .errors import MorphoQuantError
+
+
+class SharedInputParameter(BasevLLMParameter):
+    """A tensor of the layer's input: shards of a fused layer must bring the same values; row-parallel ranks cut K.
+
+    vLLM's own RowvLLMParameter would silently keep the last shard's. K is the last dimension (`cut_input`), or
+    absent, as in gain.
+    """
+
+    def __init__(self, *, data: Tensor, weight_loader: Callable[..., None], name: str, cut_input: bool) -> None:
+        super().__init__(data=data, weight_loader=weight_loader)
+        self.name_in_messages = name
+        self.cut_input = cut_input
+        self.filled = False
+
+    def _fill(self, loaded_weight: Tensor, **_: Any) -> None:
+        if loaded_weight.shape != self.data.shape:
+            raise MorphoQuantError(
+                f"{self.name_in_messages}: has shape {list(loaded_weight.shape)}, expected {list(self.data.shape)}"
+            )
+        if self.filled and not torch.equal(self.data, loaded_weight.to(self.data.device)):
+            raise MorphoQuantError(
+                f"{self.name_in_messages}: differs between the shards of a fused layer; calibrate again"
+            )
+        self.data.copy_(loaded_weight)
+        self.filled = True
+
+    load_column_parallel_weight = _fill
+    load_merged_column_weight = _fill
+    load_qkv_weight = _fill
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        if self.cut_input:
+            size = self.data.shape[-1]
+            loaded_weight = loaded_weight.narrow(-1, self.tp_rank * size, size)
+        self._fill(loaded_weight)
+
+
+class LoadLog:
+    """Which shards of which tensor were loaded: vLLM does not report what a quantized model misses."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, set[Any]] = {}
+
+    def watch(self, tensor: str, loader: Callable[..., None]) -> Callable[..., None]:
+        """`loader` that also notes the shard it loaded."""
+
+        def load(param: BasevLLMParameter, loaded_weight: Tensor, *shard: Any, **named_shard: Any) -> None:
+            loader(param, loaded_weight, *shard, **named_shard)
+            self._loaded.setdefault(tensor, set()).add((*shard, *named_shard.values()))
+
+        return load
+
+    def check(self, name: str, tensor: str, shards: int) -> None:
+        """Raise MorphoQuantError unless `shards` shards of the tensor were loaded."""
+        found = len(self._loaded.get(tensor, ()))
+        if found != shards:
+            raise MorphoQuantError(
+                f"{name}.{tensor}: {found} of {shards} shards were loaded; the checkpoint is incomplete"
+            )
+
+
+def make_parameters(
+    name: str, in_features: int, out_features: int, groups: int, rows: int, watch: Callable[[str], Callable[..., None]]
+) -> dict[str, BasevLLMParameter]:
+    """One rank's parameters of one (fused) layer under the format's tensor names; `watch` gives each its loader."""
+
+    def shared(tensor: str, shape: tuple[int, ...], dtype: torch.dtype, cut_input: bool = True) -> SharedInputParameter:
+        data = torch.zeros(shape, dtype=dtype)
+        return SharedInputParameter(
+            data=data, weight_loader=watch(tensor), name=f"{name}.{tensor}", cut_input=cut_input
+        )
+
+    return {
+        "weight_codes": PackedvLLMParameter(
+            data=torch.zeros(out_features, in_features // 2, dtype=torch.uint8),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=2,
+            weight_loader=watch("weight_codes"),
+        ),
+        "weight_scale": GroupQuantScaleParameter(
+            data=torch.zeros(out_features, groups, dtype=torch.bfloat16),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=watch("weight_scale"),
+        ),
+        "absorbed_bias": ChannelQuantScaleParameter(
+            data=torch.zeros(rows, out_features, dtype=torch.float32),
+            output_dim=1,
+            weight_loader=watch("absorbed_bias"),
+        ),
+        "activation_step": shared("activation_step", (in_features,), torch.float32),
+        "channel_order": shared("channel_order", (in_features,), torch.int32),
+        "modality_mask": shared("modality_mask", (rows, in_features), torch.bool),
+        "centre": shared("centre", (rows, in_features), torch.float32),
+        "gain": shared("gain", (rows,), torch.float32, cut_input=False),
+    }
