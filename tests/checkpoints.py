@@ -1,0 +1,142 @@
+"""A small valid checkpoint of random weights, made with the schema and the numerics alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from morphoquant_vllm.numerics import weights
+from morphoquant_vllm.schema import DEFAULT_ROWS, LayerSpec, QuantizationSpec, stored_name
+
+HIDDEN, INTERMEDIATE, KV, VOCABULARY = 64, 128, 32, 16
+
+
+def layer_specs(layers: int = 2, group_size: int = 32) -> dict[str, LayerSpec]:
+    """The seven linears of each of `layers` decoder layers; q, k and v have biases of their own."""
+    specs = {}
+    for index in range(layers):
+        prefix = f"model.layers.{index}"
+        for name, out_features, in_features, group in (
+            ("self_attn.q_proj", HIDDEN, HIDDEN, "self_attn.qkv_proj"),
+            ("self_attn.k_proj", KV, HIDDEN, "self_attn.qkv_proj"),
+            ("self_attn.v_proj", KV, HIDDEN, "self_attn.qkv_proj"),
+            ("self_attn.o_proj", HIDDEN, HIDDEN, None),
+            ("mlp.gate_proj", INTERMEDIATE, HIDDEN, "mlp.gate_up_proj"),
+            ("mlp.up_proj", INTERMEDIATE, HIDDEN, "mlp.gate_up_proj"),
+            ("mlp.down_proj", HIDDEN, INTERMEDIATE, None),
+        ):
+            specs[f"{prefix}.{name}"] = LayerSpec(
+                in_features=in_features,
+                out_features=out_features,
+                group_size=group_size,
+                parallel="column" if group else "row",
+                shared_input=f"{prefix}.{group or name}",
+                bias=bool(group and "attn" in group),
+            )
+    return specs
+
+
+def random_group(
+    shards: list[Tensor], layer: LayerSpec, spec: QuantizationSpec, seed: Tensor
+) -> list[dict[str, Tensor]]:
+    """The format's tensors of the shards [N, K] that share one input; steps, centres, masks and gains are random."""
+    generator = torch.Generator().manual_seed(int(seed))
+    rows, in_features = len(spec.rows), layer.in_features
+    step = torch.rand(in_features, generator=generator) + 0.1
+    centre = torch.randn(rows, in_features, generator=generator)
+    mask = torch.rand(rows, in_features, generator=generator) < 0.1
+    mask[spec.any_row] = mask.any(0)
+    absorbed = weights.absorb(torch.cat(shards), step)
+    order = weights.channel_order(absorbed, spec.tensor_parallel if layer.parallel == "row" else 1)
+    shared = {
+        "activation_step": step,
+        "channel_order": order,
+        "modality_mask": mask,
+        "centre": centre,
+        "gain": torch.rand(rows, generator=generator) + 0.5,
+    }
+    group = []
+    for shard in shards:
+        permuted = weights.absorb(shard, step)[:, order.long()]
+        codes, scale = weights.quantize_int4(permuted, torch.ones(in_features), layer.group_size)
+        own = {
+            "weight_codes": weights.pack(codes),
+            "weight_scale": scale,
+            "absorbed_bias": weights.absorbed_bias(shard, centre),
+        }
+        group.append({name: tensor.clone() for name, tensor in (shared | own).items()})
+    return group
+
+
+def write_random_checkpoint(
+    directory: Path, *, layers: int = 2, group_size: int = 32, tensor_parallel: int = 2, single_file: bool = False
+) -> QuantizationSpec:
+    """Write a valid checkpoint, of one file or of two with an index; returns its settings."""
+    spec = QuantizationSpec(
+        layers=layer_specs(layers, group_size),
+        rows=DEFAULT_ROWS,
+        tensor_parallel=tensor_parallel,
+        placeholder_token_ids={"image": (7,), "audio": (8,)},
+        created_by="tests",
+    )
+    torch.manual_seed(0)
+    tensors = {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16()}
+    for names in spec.shared_inputs().values():
+        shards = [torch.randn(spec.layers[name].out_features, spec.layers[name].in_features) for name in names]
+        seed = torch.randint(1 << 30, ())
+        for name, group in zip(names, random_group(shards, spec.layers[names[0]], spec, seed), strict=True):
+            tensors |= {stored_name(name, tensor): value for tensor, value in group.items()}
+            if spec.layers[name].bias:
+                tensors[f"{name}.bias"] = torch.randn(spec.layers[name].out_features).bfloat16()
+    tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(directory, spec)
+    if single_file:
+        save_file(tensors, directory / "model.safetensors")
+        return spec
+    names = list(tensors)
+    middle = len(names) // 2
+    files = {"model-00001-of-00002.safetensors": names[:middle], "model-00002-of-00002.safetensors": names[middle:]}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, directory / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return spec
+
+
+def write_config(directory: Path, spec: QuantizationSpec, **changes: object) -> None:
+    """Write config.json; `changes` replace entries of its quantization_config."""
+    config = {"model_type": "llama", "quantization_config": spec.to_dict() | changes}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def file_of(directory: Path, tensor: str) -> Path:
+    """The safetensors file that holds a tensor."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(str(path), "pt") as file:
+            if tensor in file.keys():  # noqa: SIM118
+                return path
+    raise KeyError(tensor)
+
+
+def edit_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
+    """Rewrite a safetensors file with tensors replaced, added, or (None) removed."""
+    with safe_open(str(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    path.unlink()
+    save_file(tensors, path)
+
+
+def set_bias(spec: QuantizationSpec, name: str, bias: bool) -> QuantizationSpec:
+    """The same settings with one layer's `bias` flag changed."""
+    return replace(spec, layers={**spec.layers, name: replace(spec.layers[name], bias=bias)})

@@ -1,0 +1,309 @@
+"""A valid checkpoint verifies; each way to damage one is refused in one line that names the thing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec, verify_checkpoint
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.schema import FORMAT_VERSION, tensor_specs
+from tests.checkpoints import edit_tensors, file_of, set_bias, write_config, write_random_checkpoint
+
+INDEX = "model.safetensors.index.json"
+Q, K, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write_random_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture
+def checkpoint(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "copy"))
+
+
+def edit(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace a stored tensor by what `change` makes of it."""
+    path = file_of(directory, name)
+    with safe_open(str(path), "pt") as file:
+        tensor = file.get_tensor(name)
+    edit_tensors(path, {name: change(tensor)})
+
+
+def edit_index(directory: Path, change: Callable[[dict[str, str]], None]) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    change(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def refused(directory: Path, *fragments: str) -> None:
+    """`verify` must refuse in one line that holds every fragment."""
+    with pytest.raises(MorphoQuantError) as caught:
+        verify_checkpoint(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_valid_checkpoint_verifies(pristine: Path) -> None:
+    assert verify_checkpoint(pristine) == 14
+
+
+def test_single_file_without_index_verifies(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, single_file=True)
+    assert verify_checkpoint(tmp_path) == 14
+
+
+def test_spec_survives_the_round_trip_through_config_json(tmp_path: Path) -> None:
+    spec = write_random_checkpoint(tmp_path)
+    assert read_spec(tmp_path) == spec
+
+
+def test_load_layer_gives_every_tensor_and_the_bias(pristine: Path) -> None:
+    spec = read_spec(pristine)
+    tensors = load_layer(pristine, check_headers(pristine, spec), Q, spec)
+    expected = tensor_specs(spec.layers[Q], len(spec.rows))
+    assert set(tensors) == {*expected, "bias"}
+    for name, want in expected.items():
+        assert (tensors[name].dtype, tuple(tensors[name].shape)) == (want.dtype, want.shape)
+
+
+# --- config.json
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "nowhere", "no such file")
+
+
+def test_missing_config(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    refused(checkpoint, "config.json", "no such file")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]"])
+def test_config_that_is_not_a_json_object(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "config.json").write_bytes(content)
+    refused(checkpoint, "config.json", "copy it again")
+
+
+def test_plain_model(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    refused(checkpoint, "plain model", "morphoquant calibrate")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"quant_method": "awq"}, "'awq'"),
+        ({"format_version": FORMAT_VERSION + 1}, f"format_version {FORMAT_VERSION + 1} is unknown"),
+        ({"layers": {}}, "no quantized layer"),
+        ({"rows": ["text"]}, "'any'"),
+        ({"tensor_parallel": 4}, "tensor parallel size 4 breaks a group"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be 1 or more"),
+    ],
+)
+def test_config_that_breaks_a_rule(checkpoint: Path, changes: dict[str, object], fragment: str) -> None:
+    write_config(checkpoint, read_spec(checkpoint), **changes)
+    refused(checkpoint, "config.json", fragment)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "fragment"),
+    [
+        ("scale_scheme", "magic", "'magic' is unknown"),
+        ("scale_scheme", "two_level", "'two_level' is reserved"),
+        ("group_size", 48, "group_size 48"),
+        ("group_size", 128, "not divisible by group_size 128"),
+        ("bias", "no", "bias must be bool"),
+        ("colour", "red", "malformed"),
+    ],
+)
+def test_layer_settings_that_break_a_rule(checkpoint: Path, setting: str, value: object, fragment: str) -> None:
+    spec = read_spec(checkpoint)
+    layers = spec.to_dict()["layers"]
+    layers[Q][setting] = value
+    write_config(checkpoint, spec, layers=layers)
+    refused(checkpoint, "config.json", fragment)
+
+
+# --- files and index
+
+
+def test_no_weights(checkpoint: Path) -> None:
+    for path in checkpoint.glob("model*"):
+        path.unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
+    refused(checkpoint, "only safetensors")
+
+
+def test_missing_file(checkpoint: Path) -> None:
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    refused(checkpoint, "model-00002-of-00002.safetensors", "missing")
+
+
+@pytest.mark.parametrize("keep", [-1, 100, 0])
+def test_truncated_file(checkpoint: Path, keep: int) -> None:
+    path = checkpoint / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(checkpoint, path.name, "truncated or not safetensors", "copy it again")
+
+
+def test_pickle_in_the_place_of_safetensors(checkpoint: Path) -> None:
+    path = checkpoint / "model-00001-of-00002.safetensors"
+    path.unlink()
+    torch.save({}, path)
+    refused(checkpoint, path.name, "not safetensors")
+
+
+def test_index_that_names_a_tensor_no_file_holds(checkpoint: Path) -> None:
+    edit_index(checkpoint, lambda index: index.update({"ghost.weight": "model-00001-of-00002.safetensors"}))
+    refused(checkpoint, "ghost.weight", "missing here")
+
+
+def test_file_that_holds_a_tensor_the_index_does_not_name(checkpoint: Path) -> None:
+    edit_index(checkpoint, lambda index: index.pop("model.norm.weight") and None)
+    refused(checkpoint, "model.norm.weight", "does not place there")
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "model.bin", 3])
+def test_index_that_names_no_safetensors_file_here(checkpoint: Path, file: str) -> None:
+    edit_index(checkpoint, lambda index: index.update({"ghost.weight": file}))
+    refused(checkpoint, INDEX, "ghost.weight")
+
+
+def test_index_without_weight_map(checkpoint: Path) -> None:
+    (checkpoint / INDEX).write_text("{}")
+    refused(checkpoint, INDEX, "weight_map")
+
+
+def test_second_file_without_an_index(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, single_file=True)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    refused(tmp_path, "other.safetensors", "remove it")
+
+
+# --- headers
+
+
+@pytest.mark.parametrize("tensor", ["absorbed_bias", "channel_order", "bias"])
+def test_missing_tensor(checkpoint: Path, tensor: str) -> None:
+    name = f"{Q}.{tensor}"
+    edit_tensors(file_of(checkpoint, name), {name: None})
+    edit_index(checkpoint, lambda index: index.pop(name) and None)
+    refused(checkpoint, name, "missing")
+
+
+@pytest.mark.parametrize(("tensor", "fragment"), [("weight", "16-bit weight"), ("g_idx", "no tensor of a quantized")])
+def test_extra_tensor(checkpoint: Path, tensor: str, fragment: str) -> None:
+    path = file_of(checkpoint, f"{Q}.gain")
+    edit_tensors(path, {f"{Q}.{tensor}": torch.zeros(3)})
+    edit_index(checkpoint, lambda index: index.update({f"{Q}.{tensor}": path.name}))
+    refused(checkpoint, f"{Q}.{tensor}", fragment)
+
+
+def test_bias_that_the_config_denies(checkpoint: Path) -> None:
+    write_config(checkpoint, set_bias(read_spec(checkpoint), Q, False))
+    refused(checkpoint, f"{Q}.bias", "has no bias")
+
+
+def test_wrong_shape(checkpoint: Path) -> None:
+    edit(checkpoint, f"{Q}.weight_scale", lambda scale: scale[:, :1].contiguous())
+    refused(checkpoint, f"{Q}.weight_scale", "[64, 1]", "expected BF16 [64, 2]")
+
+
+def test_wrong_dtype(checkpoint: Path) -> None:
+    edit(checkpoint, f"{Q}.weight_scale", lambda scale: scale.half())
+    refused(checkpoint, f"{Q}.weight_scale", "F16", "expected BF16")
+
+
+def test_headers_do_not_read_values(checkpoint: Path) -> None:
+    edit(checkpoint, f"{Q}.weight_scale", lambda scale: scale * torch.nan)
+    assert f"{Q}.weight_scale" in check_headers(checkpoint, read_spec(checkpoint))
+
+
+# --- values
+
+
+@pytest.mark.parametrize("tensor", ["weight_scale", "activation_step", "centre", "gain", "absorbed_bias", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_value_that_is_not_finite(checkpoint: Path, tensor: str, value: float) -> None:
+    def damage(stored: Tensor) -> Tensor:
+        stored.view(-1)[-1] = value
+        return stored
+
+    edit(checkpoint, f"{Q}.{tensor}", damage)
+    refused(checkpoint, f"{Q}.{tensor}", "NaN")
+
+
+@pytest.mark.parametrize("tensor", ["weight_scale", "activation_step", "gain"])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_value_that_must_be_positive(checkpoint: Path, tensor: str, value: float) -> None:
+    def damage(stored: Tensor) -> Tensor:
+        stored.view(-1)[0] = value
+        return stored
+
+    edit(checkpoint, f"{Q}.{tensor}", damage)
+    refused(checkpoint, f"{Q}.{tensor}", "positive")
+
+
+@pytest.mark.parametrize("value", [1e-39, 1e-45])
+def test_step_too_small_to_invert(checkpoint: Path, value: float) -> None:
+    edit(checkpoint, f"{Q}.activation_step", lambda step: step.fill_(value))
+    refused(checkpoint, f"{Q}.activation_step", "too small")
+
+
+def test_mask_of_any_must_be_the_union(checkpoint: Path) -> None:
+    def damage(mask: Tensor) -> Tensor:
+        mask[0, 5], mask[-1, 5] = True, False
+        return mask
+
+    edit(checkpoint, f"{DOWN}.modality_mask", damage)
+    refused(checkpoint, f"{DOWN}.modality_mask", "'any'")
+
+
+def test_order_that_is_no_permutation(checkpoint: Path) -> None:
+    def damage(order: Tensor) -> Tensor:
+        order[0] = order[1]
+        return order
+
+    edit(checkpoint, f"{Q}.channel_order", damage)
+    refused(checkpoint, f"{Q}.channel_order", "exactly once")
+
+
+def test_order_that_leaves_its_tensor_parallel_block(checkpoint: Path) -> None:
+    edit(checkpoint, f"{DOWN}.channel_order", lambda order: order.flip(0))
+    refused(checkpoint, f"{DOWN}.channel_order", "within 2 tensor-parallel blocks")
+    spec = read_spec(checkpoint)
+    write_config(checkpoint, replace(spec, tensor_parallel=1))
+    assert verify_checkpoint(checkpoint) == 14, "the same order is legal where nothing is cut"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("activation_step", lambda step: step * 2),
+        ("channel_order", lambda order: order.flip(0)),
+        ("modality_mask", lambda mask: mask | True),
+        ("centre", lambda centre: centre + 1),
+        ("gain", lambda gain: gain * 2),
+    ],
+)
+def test_unequal_fused_shards(checkpoint: Path, tensor: str, change: Callable[[Tensor], Tensor]) -> None:
+    edit(checkpoint, f"{K}.{tensor}", change)
+    refused(checkpoint, f"{K}.{tensor}", Q, "self_attn.qkv_proj")
+
+
+def test_nan_in_a_carried_over_tensor(checkpoint: Path) -> None:
+    edit(checkpoint, "model.embed_tokens.weight", lambda weight: weight * torch.nan)
+    refused(checkpoint, "model.embed_tokens.weight", "NaN")

@@ -1,0 +1,145 @@
+"""The rules of format v1, one by one; and what importing schema, numerics and checkpoint reader brings in."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.schema import (
+    GROUP_SIZES,
+    INPUT_TENSORS,
+    OUTPUT_TENSORS,
+    LayerSpec,
+    QuantizationSpec,
+    allowed_tensor_parallel,
+    check_group_size,
+    check_order,
+    check_tensor_parallel,
+    tensor_specs,
+    unequal_input_tensors,
+)
+from tests.checkpoints import layer_specs
+
+LAYER = LayerSpec(in_features=128, out_features=48, group_size=64, parallel="row", shared_input="a.down", bias=True)
+
+
+def test_config_survives_json() -> None:
+    spec = QuantizationSpec(
+        layers=layer_specs(),
+        rows=("text", "massive", "any"),
+        tensor_parallel=2,
+        placeholder_token_ids={"text": (1, 2)},
+        created_by="me",
+    )
+    assert QuantizationSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_any_row_and_shared_inputs() -> None:
+    spec = QuantizationSpec(layers=layer_specs(1), rows=("any", "text"))
+    assert spec.any_row == 0
+    assert spec.shared_inputs()["model.layers.0.self_attn.qkv_proj"] == [
+        f"model.layers.0.self_attn.{shard}_proj" for shard in "qkv"
+    ]
+
+
+@pytest.mark.parametrize("rows", [("text",), ("any", "any"), ()])
+def test_rows_must_be_distinct_and_hold_any(rows: tuple[str, ...]) -> None:
+    with pytest.raises(MorphoQuantError, match="rows must be distinct"):
+        QuantizationSpec(layers={"a.down": LAYER}, rows=rows)
+
+
+def test_placeholder_of_an_unknown_row() -> None:
+    with pytest.raises(MorphoQuantError, match="unknown row 'smell'"):
+        QuantizationSpec(layers={"a.down": LAYER}, placeholder_token_ids={"smell": (3,)})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("in_features", 256), ("group_size", 64), ("parallel", "row"), ("scale_scheme", "two_level")]
+)
+def test_shards_must_agree_on_what_they_share(setting: str, value: object) -> None:
+    layers = layer_specs(1)
+    name = "model.layers.0.self_attn.v_proj"
+    layers[name] = LayerSpec(**{**vars(layers[name]), setting: value})
+    with pytest.raises(MorphoQuantError, match=name):
+        QuantizationSpec(layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("parallel", "diagonal", "'diagonal' is unknown"),
+        ("in_features", 0, "must be positive"),
+        ("out_features", -1, "must be positive"),
+        ("out_features", 48.0, "out_features must be int"),
+        ("group_size", True, "group_size must be int"),
+        ("shared_input", None, "shared_input must be str"),
+    ],
+)
+def test_layer_settings(setting: str, value: object, message: str) -> None:
+    with pytest.raises(MorphoQuantError, match=f"^a.down: .*{message}"):
+        LayerSpec(**{**vars(LAYER), setting: value}).check("a.down")
+
+
+def test_group_size_message_names_what_would_do() -> None:
+    for size in GROUP_SIZES:
+        check_group_size("a", 3584, size)
+    with pytest.raises(MorphoQuantError, match=r"K = 576 .*choose group_size from \[32, 64\]"):
+        check_group_size("a", 576, 128)
+    with pytest.raises(MorphoQuantError, match="leave this layer in 16 bit"):
+        check_group_size("visual.down_proj", 3420, 32)
+
+
+@pytest.mark.parametrize(("group_size", "largest"), [(128, 4), (64, 8), (32, 16)])
+def test_tensor_parallel_sizes_of_the_7b_down_proj(group_size: int, largest: int) -> None:
+    # K = 18944 = 2^9 * 37: 37 itself is a size too, and so are its small multiples.
+    assert max(size for size in allowed_tensor_parallel(18944, group_size) if size % 37) == largest
+    check_tensor_parallel("down", 18944, group_size, largest)
+    with pytest.raises(MorphoQuantError, match=f"size {largest * 2} breaks a group.*allowed sizes: \\[1, 2, 4"):
+        check_tensor_parallel("down", 18944, group_size, largest * 2)
+
+
+def test_tensor_parallel_binds_row_parallel_layers_only() -> None:
+    LayerSpec(**{**vars(LAYER), "parallel": "column"}).check("a", tensor_parallel=64)
+    with pytest.raises(MorphoQuantError, match="breaks a group"):
+        LAYER.check("a", tensor_parallel=64)
+
+
+def test_tensor_specs_cover_input_and_output_tensors() -> None:
+    specs = tensor_specs(LAYER, rows=5)
+    assert set(specs) == {*INPUT_TENSORS, *OUTPUT_TENSORS}
+    assert (specs["weight_codes"].dtype, specs["weight_codes"].shape) == (torch.uint8, (48, 64))
+    assert (specs["weight_scale"].dtype, specs["weight_scale"].shape) == (torch.bfloat16, (48, 2))
+    assert (specs["absorbed_bias"].dtype, specs["absorbed_bias"].shape) == (torch.float32, (5, 48))
+
+
+def test_check_order() -> None:
+    check_order("a", torch.tensor([1, 0, 3, 2], dtype=torch.int32), blocks=2)
+    check_order("a", torch.tensor([3, 0, 1, 2], dtype=torch.int32), blocks=1)
+    for order, blocks in (([3, 0, 1, 2], 2), ([0, 1, 2, 2], 1), ([0, 1, 2, 4], 1), ([-1, 1, 2, 3], 1)):
+        with pytest.raises(MorphoQuantError, match=r"^a\.channel_order"):
+            check_order("a", torch.tensor(order, dtype=torch.int32), blocks)
+
+
+def test_unequal_input_tensors_names_them() -> None:
+    ours = {"gain": torch.ones(2), "centre": torch.zeros(2)}
+    assert unequal_input_tensors(ours, {**ours, "centre": torch.ones(2)}, ("gain", "centre")) == ["centre"]
+    assert unequal_input_tensors(ours, dict(ours), ("gain", "centre")) == []
+
+
+@pytest.mark.parametrize(
+    ("imports", "forbidden"),
+    [
+        (
+            "morphoquant_vllm.schema, morphoquant_vllm.numerics.linear, morphoquant_vllm.checkpoint",
+            ("vllm", "transformers", "triton", "calibration"),
+        ),
+        ("calibration.golden, calibration.inspection", ("vllm", "transformers", "triton")),
+    ],
+)
+def test_imports_stay_pure(imports: str, forbidden: tuple[str, ...]) -> None:
+    code = f"import sys, {imports}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert set(done.stdout.split()).isdisjoint(forbidden)
