@@ -1,0 +1,120 @@
+"""The architectures that calibration knows: where their decoder blocks are, and which linears share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Linears of a decoder block that read the same activation; the engine fuses them into `name`."""
+
+    name: str
+    shards: tuple[str, ...]
+    # How tensor parallelism splits them, as in schema.LayerSpec.parallel.
+    parallel: str
+
+
+_DECODER_BLOCK = (
+    SharedInput("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "column"),
+    SharedInput("self_attn.o_proj", ("self_attn.o_proj",), "row"),
+    SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
+    SharedInput("mlp.down_proj", ("mlp.down_proj",), "row"),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model_type of config.json."""
+
+    model_type: str
+    # Class of transformers that holds the language model and the towers whose output it reads.
+    model_class: str
+    # Module of that class that lists the decoder blocks.
+    block_module: str
+    # Name of the same list in the weight files; some models were published under more than one.
+    block_prefixes: tuple[str, ...]
+    # Keys that lead from config.json to the object with the media token ids, and on to the decoder's.
+    media_config: tuple[str, ...] = ()
+    text_config: tuple[str, ...] = ()
+    # Modalities besides text.
+    media: tuple[str, ...] = ()
+    shared_inputs: tuple[SharedInput, ...] = _DECODER_BLOCK
+
+    def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of config.json that describes the decoder; MorphoQuantError where it is missing."""
+        for path in (self.text_config, self.media_config):
+            part = _descend(config, path)
+            if part is not None and "num_hidden_layers" in part:
+                return part
+        raise MorphoQuantError(f"config.json: no num_hidden_layers for model_type '{self.model_type}'; is it complete?")
+
+    def placeholder_token_ids(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Token ids that stand for a modality in input_ids, by row name; MorphoQuantError where one is missing."""
+        part = _descend(config, self.media_config) or {}
+        found: dict[str, tuple[int, ...]] = {}
+        for row in self.media:
+            token = next((part[key] for key in (f"{row}_token_id", f"{row}_token_index") if key in part), None)
+            if not isinstance(token, int):
+                raise MorphoQuantError(f"config.json: no {row}_token_id for model_type '{self.model_type}'")
+            found[row] = (token,)
+        return found
+
+
+ARCHITECTURES = (
+    Architecture(
+        model_type="qwen2_5_omni",
+        model_class="Qwen2_5OmniThinkerForConditionalGeneration",
+        block_module="model.layers",
+        block_prefixes=("thinker.model.layers",),
+        media_config=("thinker_config",),
+        text_config=("thinker_config", "text_config"),
+        media=("image", "video", "audio"),
+    ),
+    Architecture(
+        model_type="qwen2_5_vl",
+        model_class="Qwen2_5_VLForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("model.layers", "model.language_model.layers"),
+        # The published configs keep the decoder's settings at the top, newer ones under text_config.
+        text_config=("text_config",),
+        media=("image", "video"),
+    ),
+    Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
+    Architecture("qwen2", "Qwen2ForCausalLM", "model.layers", ("model.layers",)),
+    Architecture("qwen3", "Qwen3ForCausalLM", "model.layers", ("model.layers",)),
+)
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def find_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a config.json; MorphoQuantError naming it where it is unknown or a mixture of experts."""
+    model_type = config.get("model_type")
+    known = ", ".join(architecture.model_type for architecture in ARCHITECTURES)
+    if _has_experts(config):
+        raise MorphoQuantError(
+            f"config.json: model_type '{model_type}' is a mixture of experts, whose fused experts are not supported; "
+            f"supported: {known}"
+        )
+    for architecture in ARCHITECTURES:
+        if architecture.model_type == model_type:
+            return architecture
+    raise MorphoQuantError(f"config.json: model_type {model_type!r} is not supported; supported: {known}")
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    return any(isinstance(config.get(key), int) and config[key] > 0 for key in _EXPERT_KEYS) or any(
+        _has_experts(value) for value in config.values() if isinstance(value, Mapping)
+    )
+
+
+def _descend(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:
+    part: Any = config
+    for key in path:
+        part = part.get(key) if isinstance(part, Mapping) else None
+    return part if isinstance(part, Mapping) else None

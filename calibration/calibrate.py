@@ -1,0 +1,116 @@
+"""`calibrate`: from a model directory and example data to a MorphoQuant checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration.architectures import Architecture, find_architecture
+from calibration.blocks import BlockResult, calibrate_blocks
+from calibration.data import Conversation, PlainText, load_conversations
+from calibration.export import checkpoint_size, write_checkpoint
+from calibration.layer import LayerRecord
+from calibration.model import capture_block_inputs, choose_device, load_model
+from calibration.plan import decoder_names, plan
+from calibration.recipe import Recipe
+from calibration.report import PACKAGE, make_report, package_version
+from calibration.samples import Sample, build_samples
+from calibration.sampling import choose_tokens
+from calibration.source import Source, open_source
+from calibration.staging import check_free_space, clear_write_errors, staged_directory
+from morphoquant_vllm.schema import QuantizationSpec
+
+
+def calibrate(
+    model: Path | str,
+    data: Path | str | Iterable[Path | str],
+    output: Path | str,
+    *,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    on_block: Callable[[BlockResult], None] | None = None,
+) -> dict[str, Any]:
+    """Make a MorphoQuant checkpoint of the model directory `model` in the directory `output`.
+
+    `data` names .jsonl files of conversations in OpenAI chat format, .txt files, or directories of .txt files.
+    `on_block` is called after each decoder block. Returns the report that is also written to
+    morphoquant_calibration.json. Raises MorphoQuantError for whatever the user can mend; then, as after any other
+    failure, `output` is as it was before.
+    """
+    recipe = recipe or Recipe()
+    choose_device(recipe.device)
+    source = open_source(model)
+    architecture = find_architecture(source.config)
+    spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
+    conversations = load_conversations(data)
+    with staged_directory(Path(output), source.directory, overwrite=overwrite) as directory:
+        check_free_space(directory, checkpoint_size(source, spec))
+        samples = _build_samples(source, conversations, spec, recipe)
+        quantized, report = _quantize(source, architecture, spec, samples, recipe, on_block)
+        with clear_write_errors(Path(output)):
+            write_checkpoint(directory, source, spec, quantized, recipe.shard_size, report)
+    return report
+
+
+def _build_samples(
+    source: Source, data: Sequence[Conversation | PlainText], spec: QuantizationSpec, recipe: Recipe
+) -> list[Sample]:
+    """At most recipe.max_samples samples: conversations whole, texts in windows; evenly spaced where that is fewer."""
+    samples = []
+    for kind, max_tokens in ((Conversation, recipe.max_tokens), (PlainText, recipe.window_tokens)):
+        entries = [entry for entry in data if isinstance(entry, kind)]
+        if entries:
+            samples += build_samples(
+                source.directory,
+                entries,
+                max_tokens=max_tokens,
+                max_samples=recipe.max_samples,
+                placeholder_token_ids=spec.placeholder_token_ids,
+                rows=spec.rows,
+            )
+    count = min(len(samples), recipe.max_samples)
+    return [samples[index * len(samples) // count] for index in range(count)]
+
+
+def _quantize(
+    source: Source,
+    architecture: Architecture,
+    spec: QuantizationSpec,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    on_block: Callable[[BlockResult], None] | None,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Every layer's tensors, and the report."""
+    tokens = choose_tokens(
+        [sample.modality for sample in samples], recipe.sample_tokens, recipe.modality_balance, recipe.seed
+    )
+    model = load_model(architecture, source, recipe)
+    blocks = list(model.get_submodule(architecture.block_module).children())
+    inputs = capture_block_inputs(model, blocks, samples, tokens.positions)
+    # From here on only the blocks are needed, and each only until it is done.
+    del model
+    quantized: dict[str, dict[str, Tensor]] = {}
+    records: dict[str, LayerRecord] = {}
+    for result in calibrate_blocks(
+        blocks,
+        inputs,
+        tokens,
+        architecture=architecture,
+        names=decoder_names(architecture, source.config, source.tensors),
+        source=source,
+        spec=spec,
+        recipe=recipe,
+    ):
+        quantized |= {name: layer.tensors for name, layer in result.layers.items()}
+        records |= {name: layer.record for name, layer in result.layers.items()}
+        if on_block is not None:
+            on_block(result)
+    inputs.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    report = make_report(recipe, spec, records, len(samples), tokens.counts)
+    return quantized, report

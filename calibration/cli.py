@@ -1,0 +1,155 @@
+"""The command `morphoquant`: calibrate, inspect, verify."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+app = typer.Typer(
+    help="Make, show and check MorphoQuant checkpoints (4-bit weights, 4-bit activations).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A MorphoQuant checkpoint.")]
+
+
+def _setting(flag: str, help_text: str) -> Any:
+    """A flag that overrides the recipe's setting of the same name; the defaults stand in the recipe, once."""
+    return typer.Option(flag, help=help_text, show_default=False)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face model directory.")],
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", help=".jsonl of conversations, .txt, or a directory of .txt; may be repeated."),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Directory of the new checkpoint.")],
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older checkpoint at --output.")] = False,
+    target: Annotated[
+        list[str] | None, _setting("--target", "Pattern of linears to quantize; may be repeated.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, _setting("--ignore", "Pattern of linears to leave in 16 bit; may be repeated.")
+    ] = None,
+    full_mask: Annotated[
+        list[str] | None, _setting("--full-mask", "Pattern of linears whose every channel may escape; repeatable.")
+    ] = None,
+    group_size: Annotated[int | None, _setting("--group-size", "32 (default), 64 or 128.")] = None,
+    tensor_parallel: Annotated[
+        str | None, _setting("--tensor-parallel", "Ranks that may share the model: auto (default) or a number.")
+    ] = None,
+    tau: Annotated[float | None, _setting("--tau", "Outlier threshold in standard deviations (2.0).")] = None,
+    lam: Annotated[float | None, _setting("--lam", "Escape limit of the search (0.8).")] = None,
+    lower: Annotated[float | None, _setting("--lower", "Smallest ratio of the range search (0.6).")] = None,
+    lp_norm: Annotated[float | None, _setting("--lp-norm", "Power of the search's error (2).")] = None,
+    max_samples: Annotated[int | None, _setting("--max-samples", "Conversations and windows used (128).")] = None,
+    max_tokens: Annotated[int | None, _setting("--max-tokens", "Longest conversation in tokens (2048).")] = None,
+    window_tokens: Annotated[int | None, _setting("--window-tokens", "Windows of .txt files in tokens (512).")] = None,
+    sample_tokens: Annotated[int | None, _setting("--sample-tokens", "Tokens that are searched on (4096).")] = None,
+    modality_balance: Annotated[
+        float | None,
+        _setting("--modality-balance", "1 (default): every modality counts the same; 0: every token does."),
+    ] = None,
+    seed: Annotated[int | None, _setting("--seed", "Seed of the choice of tokens (0).")] = None,
+    dtype: Annotated[str | None, _setting("--dtype", "float32 (default), bfloat16 or float16.")] = None,
+    device: Annotated[str | None, _setting("--device", "auto (default), cpu or cuda.")] = None,
+    shard_size: Annotated[str | None, _setting("--shard-size", "Largest weight file (4GB).")] = None,
+) -> None:
+    """Calibrate MODEL on example data and write a W4A4 checkpoint that vLLM serves."""
+    from calibration.recipe import read_recipe
+
+    flags = {
+        "targets": target or None,
+        "ignore": ignore or None,
+        "full_mask": full_mask or None,
+        "group_size": group_size,
+        "tensor_parallel": _number_or_word(tensor_parallel),
+        "tau": tau,
+        "lam": lam,
+        "lower": lower,
+        "lp_norm": lp_norm,
+        "max_samples": max_samples,
+        "max_tokens": max_tokens,
+        "window_tokens": window_tokens,
+        "sample_tokens": sample_tokens,
+        "modality_balance": modality_balance,
+        "seed": seed,
+        "dtype": dtype,
+        "device": device,
+        "shard_size": shard_size,
+    }
+    settings = read_recipe(recipe, flags)
+
+    from transformers.utils import logging as transformers_logging
+
+    from calibration.calibrate import calibrate as run
+    from calibration.progress import BlockProgress
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("calibration").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = Console(stderr=True)
+    with BlockProgress(console) as progress:
+        report = run(model, data, output, recipe=settings, overwrite=overwrite, on_block=progress)
+    typer.echo(f"{output}: {len(report['layers'])} layers quantized, escape rate {report['escape_rate']:.2%}")
+
+
+@app.command()
+def inspect(directory: Directory) -> None:
+    """Show a checkpoint's layers: shapes, group, masked channels, escape rate, sizes against 16 bit."""
+    from calibration.inspection import inspect_table
+
+    Console().print(inspect_table(directory))
+
+
+@app.command()
+def verify(directory: Directory) -> None:
+    """Check a checkpoint: names, shapes, code ranges, finite values, shards of fused layers, tensor-parallel rules."""
+    from morphoquant_vllm.checkpoint import verify_checkpoint
+
+    typer.echo(f"{directory}: {verify_checkpoint(directory)} quantized layers, all in order")
+
+
+def _number_or_word(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdecimal() else value
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Entry point: what the user can mend ends in one line on stderr and exit status 1."""
+    # A terminated run takes its half-written directory with it.
+    signal.signal(signal.SIGTERM, _stop)
+    # Before torch is imported: its threads spin while they wait, which costs a factor of ten where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except MorphoQuantError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"the Python package '{error.name}' is missing; install morphoquant-vllm[calibration]")
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)

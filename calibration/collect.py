@@ -1,0 +1,82 @@
+"""What module hooks see of a decoder block's inputs: statistics per modality, and the sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.statistics import ChannelStatistics
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One linear input as calibration saw it."""
+
+    # By modality row: only rows that had tokens.
+    statistics: dict[int, ChannelStatistics]
+    # The sampled tokens' activations, float32 [T, K], in the order of TokenSample.
+    sample: Tensor
+
+
+class InputCollector:
+    """Gathers one linear input over the samples, on the device on which the model runs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._statistics: dict[int, ChannelStatistics] = {}
+        self._chosen: list[Tensor] = []
+
+    def add(self, x: Tensor, modality: Tensor, positions: Tensor) -> None:
+        """Take in one sample: x [M, K], its modality rows int [M] and its sampled positions int64.
+
+        Raises MorphoQuantError naming the layer where x holds NaN or infinite values.
+        """
+        rows = modality.unique().tolist()
+        for row in rows:
+            new = ChannelStatistics.of(x if len(rows) == 1 else x[modality == row])
+            if not bool(torch.isfinite(new.abs_sum).all()):
+                raise MorphoQuantError(
+                    f"{self.name}: its input holds NaN or infinite values in calibration; check the model's weights, "
+                    "or run it with dtype float32"
+                )
+            old = self._statistics.get(row)
+            self._statistics[row] = new if old is None else old.merge(new)
+        self._chosen.append(x[positions].float())
+
+    def observation(self) -> Observation:
+        """Everything gathered so far."""
+        return Observation(dict(sorted(self._statistics.items())), torch.cat(self._chosen))
+
+
+def run_observed(
+    block: nn.Module,
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
+    collectors: Mapping[str, InputCollector],
+    modality: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Run a decoder block on one sample [1, M, hidden]; `collectors`, by linear name, see its linears' inputs."""
+
+    def observe(collector: InputCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0].flatten(0, -2)
+        if x.shape[0] != modality.numel():
+            raise MorphoQuantError(f"{collector.name}: sees {x.shape[0]} tokens of a sample of {modality.numel()}")
+        collector.add(x, modality, positions)
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(partial(observe, collector))
+        for name, collector in collectors.items()
+    ]
+    try:
+        output = block(hidden, **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output if isinstance(output, Tensor) else output[0]

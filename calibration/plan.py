@@ -1,0 +1,163 @@
+"""Which linears are quantized and how: patterns and sizes become the checkpoint's quantization_config. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from calibration.architectures import Architecture, SharedInput
+from calibration.recipe import Recipe
+from calibration.source import TensorInfo
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
+
+TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class DecoderNames:
+    """How the decoder's layers are named: in the weight files `prefix.<block>.<linear>`."""
+
+    prefix: str
+    blocks: int
+
+    def layer(self, block: int, linear: str) -> str:
+        """Name of a linear, or of a fused input, in the files."""
+        return f"{self.prefix}.{block}.{linear}"
+
+
+def decoder_names(
+    architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> DecoderNames:
+    """Find the decoder's prefix in the files; MorphoQuantError naming the first linear that is missing there."""
+    blocks = int(architecture.decoder_config(config)["num_hidden_layers"])
+    shards = [shard for shared in architecture.shared_inputs for shard in shared.shards]
+    prefixes = architecture.block_prefixes
+    prefix = next((p for p in prefixes if f"{p}.0.{shards[0]}.weight" in tensors), prefixes[0])
+    names = DecoderNames(prefix, blocks)
+    for block in range(blocks):
+        for shard in shards:
+            name = f"{names.layer(block, shard)}.weight"
+            info = tensors.get(name)
+            if info is None or len(info.shape) != 2 or not info.is_float:
+                state = "missing" if info is None else f"{info.dtype} {list(info.shape)}, no float matrix"
+                raise MorphoQuantError(
+                    f"{name}: {state}; the weights do not fit config.json ({architecture.model_type}, {blocks} blocks)"
+                )
+    return names
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer name matches any pattern: fnmatch, or a full regular expression after `re:`."""
+    return any(_matches(name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise MorphoQuantError(f"pattern '{pattern}' is no regular expression: {error}") from error
+
+
+def plan(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    created_by: str = "",
+) -> QuantizationSpec:
+    """The quantization_config of the checkpoint to make, every rule of the format checked.
+
+    Raises MorphoQuantError naming the pattern, layer or fused group where targets match nothing, reach outside the
+    decoder or split a fused group, where K is not divisible by the group size, or tensor_parallel breaks a group.
+    """
+    names = decoder_names(architecture, config, tensors)
+    chosen = _choose(names, architecture.shared_inputs, tensors, recipe)
+    layers = {}
+    for block in range(names.blocks):
+        for shared in architecture.shared_inputs:
+            for shard in _whole_group(names, block, shared, chosen):
+                out_features, in_features = tensors[f"{shard}.weight"].shape
+                layers[shard] = LayerSpec(
+                    in_features=in_features,
+                    out_features=out_features,
+                    group_size=recipe.group_size,
+                    parallel=shared.parallel,
+                    shared_input=names.layer(block, shared.name),
+                    bias=f"{shard}.bias" in tensors,
+                )
+    for name, layer in layers.items():
+        layer.check(name)
+    size = recipe.tensor_parallel
+    if not isinstance(size, int):
+        size = largest_tensor_parallel(layers.values(), architecture.decoder_config(config))
+    return QuantizationSpec(
+        layers=layers,
+        tensor_parallel=size,
+        placeholder_token_ids=architecture.placeholder_token_ids(config),
+        created_by=created_by,
+    )
+
+
+def largest_tensor_parallel(layers: Iterable[LayerSpec], decoder_config: Mapping[str, Any]) -> int:
+    """The largest of 8, 4, 2, 1 that leaves groups of row-parallel layers whole and divides the attention heads."""
+    heads = int(decoder_config["num_attention_heads"])
+    kv_heads = int(decoder_config.get("num_key_value_heads") or heads)
+    shapes = {(layer.in_features, layer.group_size) for layer in layers if layer.parallel == "row"}
+    for size in TENSOR_PARALLEL_CHOICES:
+        whole_heads = heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+        if whole_heads and all(size in allowed_tensor_parallel(*shape) for shape in shapes):
+            return size
+    return 1
+
+
+def _choose(
+    names: DecoderNames, shared_inputs: Sequence[SharedInput], tensors: Mapping[str, TensorInfo], recipe: Recipe
+) -> set[str]:
+    """The decoder linears that the recipe's patterns pick."""
+    decoder = {
+        names.layer(block, shard)
+        for block in range(names.blocks)
+        for shared in shared_inputs
+        for shard in shared.shards
+    }
+    # Whatever a pattern could mean: every stored weight matrix, the embeddings and towers included.
+    matrices = {
+        name.removesuffix(".weight")
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) >= 2
+    }
+    for setting, patterns in (("targets", recipe.targets or ()), ("ignore", recipe.ignore)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in matrices):
+                raise MorphoQuantError(
+                    f"{setting}: '{pattern}' matches no layer of the model; names look like {min(decoder)}"
+                )
+    wanted = decoder if recipe.targets is None else {name for name in matrices if matches(name, recipe.targets)}
+    chosen = {name for name in wanted if not matches(name, recipe.ignore)}
+    outside = chosen - decoder
+    if outside:
+        raise MorphoQuantError(
+            f"targets: {min(outside)} is outside the language model's decoder ({names.prefix}.*); this version "
+            "quantizes only decoder linears: narrow the pattern"
+        )
+    if not chosen:
+        raise MorphoQuantError("targets: no layer is left to quantize after 'ignore'; narrow 'ignore'")
+    return chosen
+
+
+def _whole_group(names: DecoderNames, block: int, shared: SharedInput, chosen: set[str]) -> list[str]:
+    """The shards of one shared input: all of them, or none."""
+    shards = [names.layer(block, shard) for shard in shared.shards]
+    missing = [shard for shard in shards if shard not in chosen]
+    if missing and len(missing) < len(shards):
+        raise MorphoQuantError(
+            f"{names.layer(block, shared.name)}: its shards share one input and are quantized together or not at all, "
+            f"but targets and ignore leave out {', '.join(missing)}; name all of {', '.join(shards)}, or none"
+        )
+    return [] if missing else shards

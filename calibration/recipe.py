@@ -1,0 +1,133 @@
+"""The settings of a calibration: their defaults, their ranges, and the YAML recipe that changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+Patterns = tuple[str, ...]
+
+
+class Recipe(BaseModel):
+    """All settings of `calibrate`. Patterns on HF layer names are fnmatch, or regular expressions after `re:`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: Patterns | None = Field(
+        default=None, description="Linears to quantize; None: every linear of the language model's decoder blocks."
+    )
+    ignore: Patterns = Field(default=(), description="Linears to leave in 16 bit although a target matches them.")
+    group_size: Literal[32, 64, 128] = Field(default=32, description="Input channels that share one weight scale.")
+    tensor_parallel: Literal["auto"] | int = Field(
+        default="auto",
+        description="Ranks the checkpoint can be split over; auto: the largest of 8, 4, 2, 1 that the model allows.",
+    )
+    tau: float = Field(
+        default=2.0, ge=0, description="Channels this many standard deviations above the mean dispersion may escape."
+    )
+    full_mask: Patterns = Field(default=("*.down_proj",), description="Linears in which every channel may escape.")
+    lam: float = Field(
+        default=0.8, gt=0, le=1, description="In the range search, masked values beyond lam * range are kept."
+    )
+    lower: float = Field(
+        default=0.6, gt=0, lt=1, description="Smallest of the 15 ratios by which the search shrinks a range."
+    )
+    lp_norm: float = Field(
+        default=2.0, gt=0, le=8, description="Power of the rounding error that the search minimises."
+    )
+    max_samples: int = Field(
+        default=128, ge=1, description="At most this many conversations and text windows are used."
+    )
+    max_tokens: int = Field(default=2048, ge=2, description="Longest conversation, in tokens.")
+    window_tokens: int = Field(
+        default=512, ge=2, description="Length of the windows that .txt files are cut into, in tokens."
+    )
+    sample_tokens: int = Field(
+        default=4096,
+        ge=16,
+        description="Tokens on which ranges and weights are searched, shared out over the modalities.",
+    )
+    modality_balance: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="1: every modality present weighs the same; 0: every token weighs the same. "
+        "A modality's share of a weighted mean is proportional to (its number of tokens) ** (1 - balance).",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of sampled tokens.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="In which the model is run."
+    )
+    device: str = Field(
+        default="auto", description="On which the model is run: auto (cuda where there is one), cpu, cuda, cuda:1..."
+    )
+    shard_size: ByteSize = Field(default=ByteSize(4_000_000_000), description="Largest weight file, e.g. 4GB.")
+
+    @field_validator("targets", "ignore", "full_mask", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("targets")
+    @classmethod
+    def _some_target(cls, value: Patterns | None) -> Patterns | None:
+        if value == ():
+            raise ValueError("no pattern; leave it out to quantize every decoder linear")
+        return value
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _positive(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be 'auto' or at least 1")
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _not_empty(cls, value: ByteSize) -> ByteSize:
+        if value < 1:
+            raise ValueError("must be at least 1 byte")
+        return value
+
+
+def read_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a YAML file, changed by `overrides` (a value of None overrides nothing).
+
+    Raises MorphoQuantError naming the file and the setting where the file cannot be read, is no mapping, names an
+    unknown setting, or where a value is out of range.
+    """
+    settings = _read_yaml(Path(path)) if path is not None else {}
+    settings |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    where = str(path) if path is not None else "settings"
+    unknown = [str(key) for key in settings if key not in Recipe.model_fields]
+    if unknown:
+        raise MorphoQuantError(
+            f"{where}: unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(Recipe.model_fields)}"
+        )
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise MorphoQuantError(f"{where}: {name} = {settings.get(name)!r} is not allowed: {first['msg']}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MorphoQuantError(f"{path}: no readable recipe ({error.strerror}); give an existing file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise MorphoQuantError(f"{path}: the recipe is not YAML ({reason})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise MorphoQuantError(f"{path}: the recipe is no mapping; write one 'setting: value' per line")
+    return content

@@ -1,0 +1,103 @@
+"""All or nothing: a checkpoint is written beside its place and renamed into it when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from calibration.source import CONFIG_FILE
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+@contextmanager
+def staged_directory(output: Path, model: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new directory beside `output` to write into; it becomes `output` on success and disappears on any failure.
+
+    Raises MorphoQuantError where `output` exists and may not be replaced, overlaps the source `model`, cannot be
+    written, or the disk is full.
+    """
+    _check_output(output, model, overwrite)
+    # "." and ".." have no name to build a sibling's from.
+    place = output.resolve()
+    partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    finished = False
+    try:
+        with clear_write_errors(output):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+        yield partial
+        with clear_write_errors(output):
+            _swap_in(partial, place)
+        finished = True
+    finally:
+        if not finished:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free_space(directory: Path, needed: int) -> None:
+    """MorphoQuantError where the disk that holds `directory` has fewer than `needed` bytes left."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise MorphoQuantError(
+            f"{directory.parent}: the checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
+            "make room, or choose another --output"
+        )
+
+
+def _check_output(output: Path, model: Path, overwrite: bool) -> None:
+    here, there = output.resolve(), model.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise MorphoQuantError(f"{output}: --output and the model directory {model} overlap; choose another --output")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir():
+        raise MorphoQuantError(f"{output}: exists and is no directory; choose another --output")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise MorphoQuantError(f"{output}: exists and is not empty; choose another --output, or pass --overwrite")
+    if output.is_symlink() or not (output / CONFIG_FILE).is_file():
+        # --overwrite replaces an older checkpoint, and must not delete what was never one.
+        raise MorphoQuantError(
+            f"{output}: holds no checkpoint ({CONFIG_FILE}), so it is not overwritten; remove it yourself"
+        )
+
+
+def _swap_in(partial: Path, output: Path) -> None:
+    if not output.exists():
+        partial.rename(output)
+        return
+    old = output.with_name(f"{output.name}.old-{os.getpid()}")
+    output.rename(old)
+    try:
+        partial.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def clear_write_errors(output: Path) -> Iterator[None]:
+    """Turn what the system says while writing below or beside `output` into a MorphoQuantError."""
+    try:
+        yield
+    except SafetensorError as error:
+        # safetensors reports a full disk only in words.
+        full = f"os error {errno.ENOSPC})" in str(error)
+        raise _write_error(output, os.strerror(errno.ENOSPC) if full else str(error)) from error
+    except OSError as error:
+        file = f"{Path(str(error.filename)).name}: " if error.filename else ""
+        raise _write_error(output, f"{file}{error.strerror or error}") from error
+
+
+def _write_error(output: Path, reason: str) -> MorphoQuantError:
+    return MorphoQuantError(
+        f"{output}: cannot be written ({reason}); nothing was left there: make room or choose another --output"
+    )

@@ -1,0 +1,37 @@
+"""Tiny models and data that fits them, built when first asked for."""
+
+from pathlib import Path
+
+from tests.tiny_conversations import write_calibration_data
+from tests.tiny_models import (
+    build_tiny_llama,
+    build_tiny_mixtral_like,
+    build_tiny_omni,
+    build_tiny_qwen2_5_vl,
+    build_tiny_qwen3,
+)
+
+_BUILDERS = {
+    "llama": build_tiny_llama,
+    "qwen3": build_tiny_qwen3,
+    "qwen2_5_vl": build_tiny_qwen2_5_vl,
+    "omni": build_tiny_omni,
+    "moe": build_tiny_mixtral_like,
+}
+_KINDS = {"qwen2_5_vl": "vl", "omni": "omni"}
+
+
+class TinyModels:
+    """Tiny models and calibration data that fits them, each built when first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def model(self, name: str) -> Path:
+        directory = self._directory / name
+        return directory if directory.exists() else _BUILDERS[name](directory)
+
+    def data(self, name: str) -> Path:
+        directory = self._directory / f"{name}-data"
+        path = directory / "data.jsonl"
+        return path if path.exists() else write_calibration_data(directory, _KINDS.get(name, "text"))

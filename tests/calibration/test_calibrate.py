@@ -1,0 +1,189 @@
+"""End to end on tiny models; what is checked against is transformers and the numerics, not calibration's own parts."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calibration.blocks import BlockResult
+from calibration.calibrate import calibrate
+from calibration.data import load_conversations
+from calibration.recipe import Recipe
+from calibration.samples import build_samples
+from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec, verify_checkpoint
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics import activation, linear
+from tests.calibration.built_models import TinyModels
+
+# Model class, and (name in the weight files, name in transformers) of the decoder.
+MODELS = {
+    "llama": ("LlamaForCausalLM", "model.layers", "model.layers"),
+    "qwen3": ("Qwen3ForCausalLM", "model.layers", "model.layers"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "model.layers", "model.language_model.layers"),
+    "omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "thinker.model.layers", "model.layers"),
+}
+MODALITIES = {"qwen2_5_vl": {"text", "image", "video"}, "omni": {"text", "image", "video", "audio"}}
+# Every token is sampled and counts the same: errors can then be measured from outside.
+EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0)
+
+
+class OutputErrors:
+    """Runs a model and measures, for each quantized linear, how far the stored tensors' output lies from its own."""
+
+    def __init__(self, checkpoint: Path, prefixes: tuple[str, str]) -> None:
+        spec = read_spec(checkpoint)
+        files = check_headers(checkpoint, spec)
+        self.layers = {name: load_layer(checkpoint, files, name, spec) for name in spec.layers}
+        self._prefixes = prefixes
+        self._row = spec.any_row
+        self._sums = {name: [0.0, 0.0] for name in spec.layers}
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        stored, module = self._prefixes
+        handles = [
+            model.get_submodule(name.replace(stored, module, 1)).register_forward_hook(partial(self._add, name))
+            for name in self.layers
+        ]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def _add(self, name: str, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        tensors = self.layers[name]
+        x = inputs[0].flatten(0, -2)
+        record = activation.activation_record(
+            *(tensors[key] for key in ("activation_step", "channel_order", "modality_mask", "centre", "gain"))
+        )
+        weight = linear.WeightRecord(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
+        rows = torch.full((x.shape[0],), self._row, dtype=torch.int32)
+        served = linear.linear(x, rows, weight, record)
+        expected = x @ module.weight.T
+        self._sums[name][0] += float((served - expected).square().sum())
+        self._sums[name][1] += float(expected.square().sum())
+
+    def relative(self) -> dict[str, float]:
+        return {name: (error / power) ** 0.5 for name, (error, power) in self._sums.items()}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Path, name: str) -> None:
+    model_class, *prefixes = MODELS[name]
+    source, data, output = tiny.model(name), tiny.data(name), tmp_path / "out"
+    blocks: list[BlockResult] = []
+    report = calibrate(source, data, output, recipe=EVERY_TOKEN, on_block=blocks.append)
+    assert [(block.index, block.count) for block in blocks] == [(0, 2), (1, 2)]
+    assert list(tmp_path.iterdir()) == [output]
+    assert json.loads((output / "morphoquant_calibration.json").read_text()) == report
+    assert verify_checkpoint(output) == 14
+    spec = read_spec(output)
+    assert all(layer.startswith(prefixes[0]) for layer in spec.layers)
+    assert set(report["data"]["tokens"]) == MODALITIES.get(name, {"text"})
+
+    model = getattr(transformers, model_class).from_pretrained(source, dtype=torch.float32).eval()
+    samples = build_samples(
+        source,
+        load_conversations(data),
+        max_tokens=2048,
+        max_samples=None,
+        placeholder_token_ids=spec.placeholder_token_ids,
+        rows=spec.rows,
+    )
+    errors = OutputErrors(output, (prefixes[0], prefixes[1]))
+    with errors.watch(model), torch.no_grad():
+        for sample in samples:
+            model(**sample.inputs)
+    measured = errors.relative()
+    for layer, entry in report["layers"].items():
+        # float32 activations of two runs: sums in another order, a code at a tie here and there.
+        assert entry["output_error"] == pytest.approx(measured[layer], rel=1e-2)
+        # A layer that got another layer's weights or statistics would be off by about 1.
+        assert measured[layer] < 0.4
+
+    before, after = load_file(source / "model.safetensors"), load_file(output / "model.safetensors")
+    quantized = {f"{layer}.weight" for layer in spec.layers}
+    assert not quantized & set(after)
+    for tensor in set(before) - quantized:
+        assert torch.equal(before[tensor], after[tensor]), tensor
+        assert before[tensor].dtype == after[tensor].dtype
+    for file in source.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            assert (output / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_same_run_writes_the_same_bytes(tiny: TinyModels, tmp_path: Path) -> None:
+    recipe = Recipe(device="cpu", sample_tokens=64, shard_size=300_000)
+    for output in ("a", "b"):
+        calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / output, recipe=recipe)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len([name for name in names if name.endswith(".safetensors")]) > 1
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    verify_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_model_may_run_in_16_bit(tiny: TinyModels, tmp_path: Path, dtype: str) -> None:
+    reports = [
+        calibrate(tiny.model("omni"), tiny.data("omni"), tmp_path / name, recipe=Recipe(device="cpu", dtype=name))
+        for name in (dtype, "float32")
+    ]
+    assert verify_checkpoint(tmp_path / dtype) == 14
+    for low, high in zip(*(report["layers"].values() for report in reports), strict=True):
+        # bfloat16 keeps 8 bits of an activation: codes move by one here and there, errors by a few per cent.
+        assert low["output_error"] == pytest.approx(high["output_error"], rel=0.15)
+
+
+def test_text_files_and_ignored_layers(tiny: TinyModels, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Two rivers meet below the old town, where the market is held. " * 40)
+    recipe = Recipe(device="cpu", window_tokens=64, max_samples=3, ignore=("model.layers.0.*", "*.down_proj"))
+    report = calibrate(tiny.model("llama"), [text, tiny.data("llama")], tmp_path / "out", recipe=recipe)
+    assert report["data"]["samples"] == 3
+    assert len(report["layers"]) == 6
+    assert verify_checkpoint(tmp_path / "out") == 6
+
+
+def test_newer_names_of_qwen2_5_vl_are_kept(tiny: TinyModels, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny.model("qwen2_5_vl"), source)
+    tensors = load_file(source / "model.safetensors")
+    renamed = {
+        name.replace("model.", "model.language_model.", 1).replace("visual.", "model.visual.", 1): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "What can you see?"}]}\n')
+    report = calibrate(source, data, tmp_path / "out", recipe=Recipe(device="cpu"))
+    assert min(report["layers"]) == "model.language_model.layers.0.mlp.down_proj"
+    assert verify_checkpoint(tmp_path / "out") == 14
+
+
+def test_weights_with_nan_or_activations_that_overflow_name_the_layer(tiny: TinyModels, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny.model("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+
+    def attempt(name: str, value: float, expected: str) -> None:
+        changed: dict[str, Any] = dict(tensors)
+        changed[name] = tensors[name].clone()
+        changed[name].flatten()[0] = value
+        save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(MorphoQuantError, match=expected):
+            calibrate(source, tiny.data("llama"), tmp_path / "out", recipe=Recipe(device="cpu"))
+        assert not (tmp_path / "out").exists()
+
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    attempt(norm, float("inf"), r"model.layers.1.mlp.gate_proj: its input holds NaN or infinite")
+    attempt("model.layers.1.mlp.down_proj.weight", float("nan"), r"layers.1.mlp.down_proj.weight: holds NaN")

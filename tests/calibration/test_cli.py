@@ -1,0 +1,195 @@
+"""The commands as a user meets them: what goes wrong is one line on stderr, exit status 1, and leaves nothing."""
+
+import inspect as python_inspect
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from calibration import cli
+from calibration.recipe import Recipe
+from tests.calibration.built_models import TinyModels
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; exit status, stdout, stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["morphoquant", *map(str, arguments)])
+        try:
+            cli.main()
+            status: Any = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            logging.getLogger("calibration").setLevel(logging.NOTSET)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_calibrate_inspect_and_verify(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("group_size: 64\nmax_samples: 1\n")
+    arguments = ["--data", tiny.data("llama"), "--output", tmp_path / "out", "--recipe", recipe, "--device", "cpu"]
+    status, out, err = run("calibrate", tiny.model("llama"), *arguments, "--max-samples", 2)
+    assert status == 0, err
+    assert "14 layers quantized, escape rate" in out
+    assert "block 2/2" in err
+    settings = json.loads((tmp_path / "out" / "morphoquant_calibration.json").read_text())["settings"]
+    assert (settings["group_size"], settings["max_samples"]) == (64, 2)
+    status, out, err = run("verify", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert "14 quantized layers" in out
+    status, out, err = run("inspect", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert "quantized layers: 14" in out
+
+
+def test_every_setting_has_a_flag_that_states_its_default() -> None:
+    command = typer.main.get_command(cli.app).commands["calibrate"]  # type: ignore[attr-defined]
+    names = {"target": "targets"}
+    flags = {names.get(option.name, option.name): option for option in command.params}
+    for name, field in Recipe.model_fields.items():
+        assert flags[name].default is None  # the recipe's default holds
+        if isinstance(field.default, str | int | float):
+            spellings = {str(field.default), f"{field.default:g}" if isinstance(field.default, float) else "4GB"}
+            assert spellings & set(re.findall(r"[\w.]*\w", flags[name].help)), name
+
+
+def refused(result: tuple[int, str, str], expected: str) -> None:
+    status, out, err = result
+    assert status == 1, err
+    assert re.search(expected, err), err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert err.endswith(lines[0] + "\n")
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--target", "*.nothing"], "'\\*.nothing' matches no layer"),
+        (["--target", "*.q_proj"], "qkv_proj: its shards"),
+        (["--target", "lm_head"], "matches no layer"),  # tied: the file has none
+        (["--target", "model.embed_tokens"], "embed_tokens is outside the language model's decoder"),
+        (["--group-size", "48"], "group_size = 48 is not allowed"),
+        (["--tensor-parallel", "3"], "tensor parallel size 3 breaks a group"),
+        (["--tau", "-1"], "tau = -1.0 is not allowed"),
+        (["--device", "toaster"], "device = 'toaster'"),
+        (["--recipe", "none.yaml"], "none.yaml: no readable recipe"),
+        (["--data", "none.jsonl"], "none.jsonl: no such calibration data"),
+        (["--data", "empty.jsonl"], "empty.jsonl: no conversations"),
+        (["--data", "broken.jsonl"], "broken.jsonl:1: not JSON"),
+        (["--data", "part.jsonl"], "part.jsonl:1: unknown part type 'smell'"),
+        (["--data", "image.jsonl"], "image.jsonl:1: the model does not take image parts"),
+        (["--output", "model"], "overlap"),
+        (["--output", "file/out"], "cannot be written"),
+        (["--output", "full"], "full: exists and is not empty"),
+    ],
+)
+def test_bad_calls(
+    tiny: TinyModels, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.model("llama"), "model")
+    Path("empty.jsonl").write_text("\n")
+    Path("broken.jsonl").write_text("{\n")
+    content = {"smell": {"type": "smell"}, "image": {"type": "image_url", "image_url": {"url": "file"}}}
+    for name, part in (("part", content["smell"]), ("image", content["image"])):
+        Path(f"{name}.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [part]}]}) + "\n")
+    Path("file").write_text("x")
+    Path("full").mkdir()
+    Path("full/old").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    if "--data" not in flags:
+        flags = [*flags, "--data", str(tiny.data("llama"))]
+    if "--output" not in flags:
+        flags = [*flags, "--output", "out"]
+    refused(run("calibrate", "model", *flags), expected)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_models(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
+    def attempt(model: Path, expected: str) -> None:
+        refused(run("calibrate", model, "--data", tiny.data("llama"), "--output", tmp_path / "out"), expected)
+        assert not (tmp_path / "out").exists()
+
+    attempt(tmp_path / "none", "none: no such model directory")
+    attempt(tiny.model("moe"), "model_type 'qwen3_moe' is a mixture of experts")
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    attempt(model, "model_type 'gpt2' is not supported")
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    attempt(model, "only safetensors")
+    (model / "pytorch_model.bin").unlink()
+    attempt(model, "no weights")
+    (model / "config.json").unlink()
+    attempt(model, "no config.json")
+
+
+def test_bad_checkpoints_for_inspect_and_verify(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
+    for command in ("inspect", "verify"):
+        refused(run(command, tmp_path / "none"), "none")
+        refused(run(command, tiny.model("llama")), "plain model")
+
+
+def test_missing_data_is_a_usage_error(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
+    status, _, err = run("calibrate", tiny.model("llama"), "--output", tmp_path / "out")
+    assert status == 2
+    assert "--data" in err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_stopped_run_leaves_nothing(
+    tiny: TinyModels, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    from calibration.progress import BlockProgress
+
+    monkeypatch.setattr(BlockProgress, "__call__", lambda self, result: os.kill(os.getpid(), number))
+    found, _, _ = run(
+        "calibrate", tiny.model("llama"), "--data", tiny.data("llama"), "--output", tmp_path / "out", "--device", "cpu"
+    )
+    assert found == status
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing(tiny: TinyModels, tmp_path: Path) -> None:
+    """A real write that fails in the middle: the system refuses to let the weight file grow past a limit."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    command = [sys.executable, "-m", "calibration", "calibrate", tiny.model("llama"), "--device", "cpu"]
+    result = subprocess.run(
+        [*map(str, command), "--data", str(tiny.data("llama")), "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=limit,
+        cwd=Path(python_inspect.getfile(cli)).parents[1],
+    )
+    refused((result.returncode, result.stdout, result.stderr), r"out: cannot be written \(.*File too large")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,117 @@
+"""What `morphoquant inspect` shows of a checkpoint."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors import safe_open
+
+from calibration.inspection import SIDECAR_FILE, inspect_data, inspect_table
+from calibration.report import REPORT_FILE
+from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.errors import MorphoQuantError
+from tests.checkpoints import HIDDEN, VOCABULARY, write_random_checkpoint
+
+Q = "model.layers.0.self_attn.q_proj"
+RATE = 0.0123
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    spec = write_random_checkpoint(directory)
+    layers = {
+        name: {"escape_rate": {"text": 0.01, "image": 0.04, "all": 0.02}, "output_error": 0.125} for name in spec.layers
+    }
+    sidecar = {"escape_rate": RATE, "layers": layers, "data": {}, "settings": {}}
+    (directory / SIDECAR_FILE).write_text(json.dumps(sidecar))
+    return directory
+
+
+def render(directory: Path, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(inspect_table(directory))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_layer_data(checkpoint: Path) -> None:
+    spec = read_spec(checkpoint)
+    tensors = load_layer(checkpoint, check_headers(checkpoint, spec), Q, spec)
+    layer = next(layer for layer in inspect_data(checkpoint)["layers"] if layer["name"] == Q)
+    assert (layer["out_features"], layer["in_features"], layer["group_size"]) == (HIDDEN, HIDDEN, 32)
+    assert layer["masked_channels"] == {
+        row: int(tensors["modality_mask"][index].sum()) for index, row in enumerate(spec.rows)
+    }
+    assert layer["masked_channels"]["any"] > 0
+    assert layer["escape_rate"] == {"text": 0.01, "image": 0.04, "all": 0.02}
+    assert layer["output_error"] == 0.125
+    assert layer["bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert layer["bytes_16bit"] == 2 * HIDDEN * HIDDEN + 2 * HIDDEN
+
+
+def test_totals(checkpoint: Path) -> None:
+    data = inspect_data(checkpoint)
+    totals = data["totals"]
+    stored = 0
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(str(path), "pt") as file:
+            tensors = (file.get_tensor(name) for name in file.keys())  # noqa: SIM118
+            stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert totals["layers"] == len(data["layers"]) == 14
+    assert totals["bytes"] == stored
+    assert totals["quantized_bytes"] == sum(layer["bytes"] for layer in data["layers"])
+    rest = 2 * VOCABULARY * HIDDEN + 2 * HIDDEN  # embeddings and norm
+    assert totals["bytes"] - totals["quantized_bytes"] == rest
+    assert totals["bytes_16bit"] == totals["quantized_bytes_16bit"] + rest
+    assert totals["escape_rate"] == RATE
+    assert totals["effective_activation_bits"] == pytest.approx(4 + 4 * RATE)
+
+
+def test_data_is_json(checkpoint: Path) -> None:
+    data = inspect_data(checkpoint)
+    assert json.loads(json.dumps(data)) == data
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_table_fits_the_terminal_and_loses_nothing(checkpoint: Path, width: int) -> None:
+    shown = render(checkpoint, width)
+    assert max(map(len, shown.splitlines())) <= width
+    for fragment in ("layers below model.layers.", "0.self_attn.q_proj", "1.mlp.down_proj", "64x128", "2.00%"):
+        assert fragment in shown
+    masked = inspect_data(checkpoint)["layers"][0]["masked_channels"].values()
+    assert "/".join(map(str, masked)) in shown
+    assert "escape rate in calibration: 1.23%" in shown
+    assert "effective activation bits: 4.05" in shown
+    assert "…" not in shown
+
+
+def test_missing_report_is_shown_as_such(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, single_file=True)
+    data = inspect_data(tmp_path)
+    assert data["calibration_report"] is None
+    assert data["totals"]["escape_rate"] is None
+    assert data["layers"][0]["escape_rate"] is None
+    shown = render(tmp_path)
+    assert f"{SIDECAR_FILE} is missing" in shown
+    assert " - " in shown
+
+
+def test_report_is_looked_for_where_calibrate_writes_it() -> None:
+    # Not imported from there by inspection: that would bring in what only calibration needs.
+    assert SIDECAR_FILE == REPORT_FILE
+
+
+def test_damaged_report(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path)
+    (tmp_path / SIDECAR_FILE).write_text("{")
+    with pytest.raises(MorphoQuantError, match=f"{SIDECAR_FILE}: cannot be read as JSON"):
+        inspect_data(tmp_path)
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MorphoQuantError, match="plain model"):
+        inspect_table(tmp_path)

@@ -1,0 +1,26 @@
+import io
+
+from rich.console import Console
+
+from calibration.blocks import BlockResult
+from calibration.progress import BlockProgress
+
+
+def show(terminal: bool) -> str:
+    stream = io.StringIO()
+    with BlockProgress(Console(file=stream, force_terminal=terminal, width=100)) as progress:
+        progress(BlockResult(0, 2, {}, 0.25))
+        progress(BlockResult(1, 2, {}, None))
+    return stream.getvalue()
+
+
+def test_without_a_terminal_each_block_is_a_line() -> None:
+    first, second = show(terminal=False).splitlines()
+    assert first.startswith("block 1/2  loss 0.2500  about ")
+    assert second == "block 2/2  loss -  about 0 s left"
+
+
+def test_on_a_terminal_there_is_a_bar_with_block_and_loss() -> None:
+    shown = show(terminal=True)
+    assert "block 2/2" in shown
+    assert "loss" in shown

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from calibration.recipe import Recipe, read_recipe
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_of_the_design() -> None:
+    recipe = read_recipe()
+    assert recipe == Recipe()
+    assert (recipe.group_size, recipe.tau, recipe.lam, recipe.lower, recipe.lp_norm) == (32, 2.0, 0.8, 0.6, 2.0)
+    assert recipe.full_mask == ("*.down_proj",)
+    assert recipe.tensor_parallel == "auto"
+    assert recipe.shard_size == 4_000_000_000
+
+
+def test_every_setting_is_documented() -> None:
+    assert [name for name, field in Recipe.model_fields.items() if not field.description] == []
+
+
+def test_flags_override_the_file_and_none_overrides_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "group_size: 64\ntau: 1.5\ntargets: '*.q_proj'\nshard_size: 1MB\n")
+    recipe = read_recipe(path, {"tau": 1.0, "group_size": None})
+    assert (recipe.group_size, recipe.tau, recipe.targets, recipe.shard_size) == (64, 1.0, ("*.q_proj",), 1_000_000)
+
+
+def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
+    assert read_recipe(write(tmp_path / "r.yaml", "# nothing\n")) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("groupsize: 64", "unknown setting 'groupsize'; known: .*group_size"),
+        ("group_size: 48", "group_size = 48 is not allowed"),
+        ("tau: -1", "tau = -1 is not allowed"),
+        ("tau: .nan", "tau = nan is not allowed"),
+        ("lam: 0", "lam = 0 is not allowed"),
+        ("lower: 1.0", "lower = 1.0 is not allowed"),
+        ("modality_balance: 2", "modality_balance = 2 is not allowed"),
+        ("tensor_parallel: 0", "tensor_parallel = 0 is not allowed"),
+        ("tensor_parallel: many", "tensor_parallel = 'many' is not allowed"),
+        ("dtype: int8", "dtype = 'int8' is not allowed"),
+        ("shard_size: large", "shard_size = 'large' is not allowed"),
+        ("shard_size: 0", "shard_size = 0 is not allowed"),
+        ("targets: []", "targets = .* is not allowed"),
+        ("- a\n- b", "no mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path / "r.yaml", text)
+    with pytest.raises(MorphoQuantError, match=expected) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MorphoQuantError, match="no readable recipe"):
+        read_recipe(tmp_path / "none.yaml")
