@@ -106,7 +106,7 @@ def load_processor(model_dir: Path | str) -> Any:
     if not Path(model_dir).is_dir():
         raise MorphoQuantError(f"{model_dir}: no such model directory; give a downloaded Hugging Face model")
     try:
-        return AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise MorphoQuantError(
             f"{model_dir}: its processor needs a library that does not load ({_one_line(error)}); install it"
@@ -115,6 +115,12 @@ def load_processor(model_dir: Path | str) -> Any:
         raise MorphoQuantError(
             f"{model_dir}: no usable tokenizer or processor ({_one_line(error)}); copy its files into the directory"
         ) from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
+    if not ordinary:
+        # Where tokenizer.json is missing, transformers builds a tokenizer that knows its special tokens only.
+        raise MorphoQuantError(f"{model_dir}: its tokenizer has no vocabulary; copy tokenizer.json into the directory")
+    return processor
 
 
 def _cut(text: PlainText, tokenizer: Any, max_tokens: int) -> list[_Window]:

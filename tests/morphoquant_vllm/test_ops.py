@@ -1,0 +1,100 @@
+"""The custom ops: frozen signatures, the dispatch, eager, fake and compiled."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from morphoquant_vllm import ops
+from morphoquant_vllm.numerics import activation, linear
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
+from tests.checkpoints import random_group
+
+K, N, G, ROWS = 64, 48, 32, 5
+
+
+@pytest.fixture(scope="module")
+def records() -> tuple[linear.WeightRecord, activation.ActivationRecord]:
+    layer = LayerSpec(K, N, G, "column", "layer")
+    spec = QuantizationSpec(layers={"layer": layer})
+    (tensors,) = random_group(
+        [torch.randn(N, K, generator=torch.Generator().manual_seed(1))], layer, spec, torch.tensor(2)
+    )
+    record = activation.activation_record(
+        *(tensors[name] for name in ("activation_step", "channel_order", "modality_mask", "centre", "gain"))
+    )
+    return linear.WeightRecord(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"]), record
+
+
+def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, K, generator=generator) * 3
+    return x.to(dtype), torch.randint(ROWS, (tokens,), generator=generator, dtype=torch.int32)
+
+
+def test_signatures_are_frozen() -> None:
+    assert str(ops.linear.default._schema) == (
+        "morphoquant::linear(Tensor x, Tensor modality, Tensor[] weight, Tensor[] activation, "
+        "Tensor? bias, str backend) -> Tensor"
+    )
+    assert str(ops.act_quant.default._schema) == (
+        "morphoquant::act_quant(Tensor x, Tensor modality, Tensor[] activation, str backend) -> Tensor"
+    )
+
+
+@pytest.mark.parametrize("backend", sorted(ops.BACKENDS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_every_backend_agrees_with_the_reference(records, backend: str, dtype: torch.dtype, tokens: int) -> None:
+    weight, record = records
+    x, modality = inputs(tokens, dtype)
+    bias = torch.linspace(-1, 1, N).to(dtype)
+    prepared_weight, prepared_activation = ops.BACKENDS[backend].prepare(weight, record)
+    codes = ops.act_quant(x, modality, prepared_activation, backend)
+    expected_codes = activation.act_quant(x, modality, record)
+    assert torch.equal(codes, expected_codes)
+    y = ops.linear(x, modality, prepared_weight, prepared_activation, bias, backend)
+    expected = linear.matmul(expected_codes, modality, weight, record.gain, bias).to(dtype)
+    assert y.dtype is dtype and y.shape == (tokens, N)
+    bound = linear.output_bound(expected_codes, modality, weight, record.gain, expected)
+    assert bool(((y.double() - expected.double()).abs() <= bound).all())
+
+
+def test_one_modality_buffer_serves_every_number_of_tokens(records) -> None:
+    weight, record = records
+    x, modality = inputs(5)
+    longer = torch.cat((modality, torch.full((9,), 4, dtype=torch.int32)))
+    short = ops.linear(x, modality, list(weight), list(record), None, "reference")
+    assert torch.equal(short, ops.linear(x, longer, list(weight), list(record), None, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("x", "modality"),
+    [
+        (torch.zeros(3, K), torch.zeros(2, dtype=torch.int32)),
+        (torch.zeros(3, K), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(3, K), torch.zeros(3, 1, dtype=torch.int32)),
+        (torch.zeros(1, 3, K), torch.zeros(3, dtype=torch.int32)),
+        (torch.zeros(3, K + 1), torch.zeros(3, dtype=torch.int32)),
+    ],
+)
+def test_wrong_shapes_and_dtypes_raise(records, x: Tensor, modality: Tensor) -> None:
+    weight, record = records
+    with pytest.raises(ValueError, match=r"x must be|modality must be|act_quant needs"):
+        ops.linear(x, modality, list(weight), list(record), None, "reference")
+
+
+def test_the_ops_are_well_formed_and_compile(records) -> None:
+    weight, record = list(records[0]), list(records[1])
+    x, modality = inputs(6)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.act_quant.default, (x, modality, record, "reference"), test_utils=checks)
+    torch.library.opcheck(ops.linear.default, (x, modality, weight, record, None, "reference"), test_utils=checks)
+
+    def layer(x: Tensor, modality: Tensor) -> Tensor:
+        return ops.linear(x, modality, weight, record, None, "reference") + 1
+
+    # The eager backend of torch.compile traces as inductor would, without compiling C++ for a minute.
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (6, 3):
+        x, modality = inputs(tokens)
+        assert torch.equal(compiled(x, modality), layer(x, modality))
