@@ -11,9 +11,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 20
@@ -65,17 +67,30 @@ def _wait_until_healthy(server: Server, timeout: float) -> None:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End the server and the workers it started: ask first, then insist."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-        # The server is gone; workers that outlived it still belong to the group.
-        sign = signal.SIGKILL
+    try:
+        _signal_group(process, signal.SIGTERM)
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        # Also after an impatient second Ctrl-C: no worker may outlive the block.
+        _signal_group(process, signal.SIGKILL)
+        process.wait(STOP_SECONDS)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def exit_on_signals() -> None:
+    """Make SIGTERM and SIGHUP end this process as exceptions do, so that `serve` stops its server."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
 
 
 @contextmanager

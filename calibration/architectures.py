@@ -46,10 +46,15 @@ class Architecture:
     shared_inputs: tuple[SharedInput, ...] = _DECODER_BLOCK
 
     def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The part of config.json that describes the decoder; MorphoQuantError where it is missing."""
+        """The part of config.json that describes the decoder.
+
+        Raises MorphoQuantError where it is missing, or where its num_hidden_layers, num_attention_heads or (where it
+        states any) num_key_value_heads is no positive whole number.
+        """
         for path in (self.text_config, self.media_config):
             part = _descend(config, path)
             if part is not None and "num_hidden_layers" in part:
+                _check_counts(part)
                 return part
         raise MorphoQuantError(f"config.json: no num_hidden_layers for model_type '{self.model_type}'; is it complete?")
 
@@ -111,6 +116,16 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
     return any(isinstance(config.get(key), int) and config[key] > 0 for key in _EXPERT_KEYS) or any(
         _has_experts(value) for value in config.values() if isinstance(value, Mapping)
     )
+
+
+def _check_counts(decoder_config: Mapping[str, Any]) -> None:
+    for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        value = decoder_config.get(key)
+        if value is None and key == "num_key_value_heads":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            found = f"{key} = {value!r} is no positive whole number" if key in decoder_config else f"no {key}"
+            raise MorphoQuantError(f"config.json: {found}; download it again")
 
 
 def _descend(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:

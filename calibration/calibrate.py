@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibration.architectures import Architecture, find_architecture
 from calibration.blocks import BlockResult, calibrate_blocks
-from calibration.data import Conversation, PlainText, load_conversations
+from calibration.data import load_conversations
 from calibration.export import checkpoint_size, write_checkpoint
 from calibration.layer import LayerRecord
 from calibration.model import capture_block_inputs, choose_device, load_model
@@ -22,6 +22,7 @@ from calibration.samples import Sample, build_samples
 from calibration.sampling import choose_tokens
 from calibration.source import Source, open_source
 from calibration.staging import check_free_space, clear_write_errors, staged_directory
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import QuantizationSpec
 
 
@@ -49,31 +50,25 @@ def calibrate(
     conversations = load_conversations(data)
     with staged_directory(Path(output), source.directory, overwrite=overwrite) as directory:
         check_free_space(directory, checkpoint_size(source, spec))
-        samples = _build_samples(source, conversations, spec, recipe)
-        quantized, report = _quantize(source, architecture, spec, samples, recipe, on_block)
-        with clear_write_errors(Path(output)):
+        samples = build_samples(
+            source.directory,
+            conversations,
+            max_tokens=recipe.max_tokens,
+            max_samples=recipe.max_samples,
+            window_tokens=recipe.window_tokens,
+            placeholder_token_ids=spec.placeholder_token_ids,
+            rows=spec.rows,
+        )
+        try:
+            quantized, report = _quantize(source, architecture, spec, samples, recipe, on_block)
+        except torch.OutOfMemoryError as error:
+            raise MorphoQuantError(
+                f"{source.directory}: the GPU has too little free memory for it with dtype {recipe.dtype}; "
+                "pass --dtype bfloat16 or --device cpu, or use fewer or shorter samples"
+            ) from error
+        with clear_write_errors(Path(output), source.directory):
             write_checkpoint(directory, source, spec, quantized, recipe.shard_size, report)
     return report
-
-
-def _build_samples(
-    source: Source, data: Sequence[Conversation | PlainText], spec: QuantizationSpec, recipe: Recipe
-) -> list[Sample]:
-    """At most recipe.max_samples samples: conversations whole, texts in windows; evenly spaced where that is fewer."""
-    samples = []
-    for kind, max_tokens in ((Conversation, recipe.max_tokens), (PlainText, recipe.window_tokens)):
-        entries = [entry for entry in data if isinstance(entry, kind)]
-        if entries:
-            samples += build_samples(
-                source.directory,
-                entries,
-                max_tokens=max_tokens,
-                max_samples=recipe.max_samples,
-                placeholder_token_ids=spec.placeholder_token_ids,
-                rows=spec.rows,
-            )
-    count = min(len(samples), recipe.max_samples)
-    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def _quantize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -111,10 +112,16 @@ def calibrate(
 
 
 @app.command()
-def inspect(directory: Directory) -> None:
+def inspect(
+    directory: Directory,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
     """Show a checkpoint's layers: shapes, group, masked channels, escape rate, sizes against 16 bit."""
-    from calibration.inspection import inspect_table
+    from calibration.inspection import inspect_data, inspect_table
 
+    if as_json:
+        typer.echo(json.dumps(inspect_data(directory), indent=2))
+        return
     Console().print(inspect_table(directory))
 
 

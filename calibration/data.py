@@ -60,6 +60,8 @@ class PlainText:
 _MEDIA_PARTS = {"image_url": "image", "audio_url": "audio", "video_url": "video", "input_audio": "audio"}
 _PART_TYPES = ("text", *_MEDIA_PARTS)
 _URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Of a path or URL, in messages.
+SHOWN_CHARACTERS = 200
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
@@ -135,6 +137,9 @@ def _parse_line(source: str, raw: bytes, folder: Path) -> Conversation:
         raise MorphoQuantError(f"{source}: {problem}; write one JSON object per line") from error
     except RecursionError as error:
         raise MorphoQuantError(f"{source}: not JSON (nested too deep); write one JSON object per line") from error
+    except ValueError as error:
+        # Python converts no whole number of more than 4300 digits.
+        raise MorphoQuantError(f"{source}: holds a number of too many digits; write it as a string") from error
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         _refuse(source, "no 'messages'", 'write {"messages": [{"role": "user", "content": "..."}]}')
@@ -180,17 +185,31 @@ def _resolve(source: str, kind: str, url: str, folder: Path) -> Media:
         content = _decode_base64(source, kind, url[header.end() :])
         return Media(modality, content, f"{source}: {kind} data: URL")
     if url[:7].lower() == "file://":
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise MorphoQuantError(f"{source}: {_short(url)} is no URL; use file:///absolute/path") from error
         if parts.netloc not in ("", "localhost"):
-            _refuse(source, f"{url} names another machine", "use file:///absolute/path")
+            _refuse(source, f"{_short(url)} names another machine", "use file:///absolute/path")
         path = Path(unquote(parts.path))
     elif _URL_SCHEME.match(url):
-        _refuse(source, f"{kind} {url[:200]} is remote", "download it first and give its path")
+        _refuse(source, f"{kind} {_short(url)} is remote", "download it first and give its path")
     else:
         path = folder / url
-    if not path.is_file():
-        _refuse(source, f"{kind} file {path} does not exist", "paths are relative to the JSONL file")
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise MorphoQuantError(
+            f"{source}: {kind} file {_short(str(path))} cannot be looked up ({error.strerror}); "
+            "give a path, or write base64 as data:<type>;base64,<data>"
+        ) from error
+    if not exists:
+        _refuse(source, f"{kind} file {_short(str(path))} does not exist", "paths are relative to the JSONL file")
     return Media(modality, path, f"{source}: {path}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _decode_base64(source: str, kind: str, data: str) -> bytes:

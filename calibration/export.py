@@ -16,14 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration.report import REPORT_FILE
-from calibration.source import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Source
+from calibration.source import Source
+from morphoquant_vllm.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.schema import QuantizationSpec, stored_name, tensor_specs
 
 # Weights in other clothes: never copied, and never opened.
 WEIGHT_SUFFIXES = frozenset(
     (
         *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl"),
-        *(".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".npz", ".ot", ".tflite"),
+        *(".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".ot", ".tflite"),
     )
 )
 # transformers refuses Qwen2.5-Omni without it; copied, not opened.
@@ -115,19 +116,15 @@ def write_checkpoint(
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.directory / path, directory / path)
     shards = split_shards(list(output_tensors(source, spec, quantized)), shard_size)
-    names = [SINGLE_FILE]
-    if len(shards) > 1:
-        names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for file_name, shard in zip(names, shards, strict=True):
         save_file({tensor.name: tensor.load() for tensor in shard}, directory / file_name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {
-            tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        total = sum(tensor.nbytes for shard in shards for tensor in shard)
-        write_json(
-            directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+    # For a single file too: the index lists every tensor, so that a carried-over one that goes missing is noticed.
+    weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
     write_json(directory / REPORT_FILE, report)
     write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": spec.to_dict()})
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import safe_open
 
+from calibration.report import REPORT_FILE
 from morphoquant_vllm.checkpoint import StoredTensor, check_headers, read_headers, read_json, read_spec
 from morphoquant_vllm.schema import QuantizationSpec, stored_name, tensor_specs
 
-SIDECAR_FILE = "morphoquant_calibration.json"
 # Bytes per element, by safetensors' names; carried-over tensors may have any of these.
 ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ELEMENT_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
@@ -34,7 +34,7 @@ def inspect_data(directory: Path) -> dict[str, Any]:
     spec = read_spec(directory)
     files = check_headers(directory, spec)
     stored = read_headers(directory)
-    sidecar_path = directory / SIDECAR_FILE
+    sidecar_path = directory / REPORT_FILE
     sidecar = read_json(sidecar_path) if sidecar_path.exists() else None
     measured = _object(sidecar, "layers")
     layers = [_layer_data(directory, name, spec, files, stored, _object(measured, name)) for name in spec.layers]
@@ -46,7 +46,7 @@ def inspect_data(directory: Path) -> dict[str, Any]:
         "created_by": spec.created_by,
         "rows": list(spec.rows),
         "tensor_parallel": spec.tensor_parallel,
-        "calibration_report": SIDECAR_FILE if sidecar is not None else None,
+        "calibration_report": REPORT_FILE if sidecar is not None else None,
         "layers": layers,
         "totals": {
             "layers": len(layers),
@@ -113,10 +113,13 @@ def inspect_table(directory: Path) -> RenderableType:
     # Names of a model share a long beginning: shown once, it leaves room for the figures.
     prefix = _common_prefix([layer["name"] for layer in data["layers"]])
     title = f"layers below {prefix}" if prefix else None
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
+    )
     table.add_column("layer", overflow="fold")
-    for heading in ("NxK", "G", "masked", "escapes", "size", "of 16 bit"):
-        table.add_column(heading, justify="right", overflow="fold")
+    for heading in ("NxK", "G", "masked", "escapes", "size", "of\n16 bit"):
+        # A figure broken in two lines is misread; a name is not.
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in data["layers"]:
         table.add_row(
             layer["name"].removeprefix(prefix),
@@ -145,9 +148,9 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
             f"effective activation bits: {totals['effective_activation_bits']:.2f} (4 + 4 * rate)"
         )
     elif data["calibration_report"] is None:
-        lines.append(f"escape rates: unknown, {SIDECAR_FILE} is missing")
+        lines.append(f"escape rates: unknown, {REPORT_FILE} is missing")
     else:
-        lines.append(f"escape rates: unknown, {SIDECAR_FILE} states none")
+        lines.append(f"escape rates: unknown, {REPORT_FILE} states none")
     return lines
 
 

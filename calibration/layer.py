@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from morphoquant_vllm.schema import QuantizationSpec
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 # A channel whose codes were all 0 in calibration still counts this part of the mean, so that its weights stay sane.
 IMPORTANCE_FLOOR = 1e-4
+# Fewer tokens than this say nothing about a channel's tail: with one token max - min is 0 on every channel, so that all
+# of them (0 >= 0) are outliers, and with a few the mask is noise. Such a modality has no mask of its own.
+MIN_MASK_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,23 @@ def _grid(
 ) -> tuple[Tensor, activation.Grid]:
     """Mask bool [K] and grid [K] of one input, on the CPU."""
     modalities = [_on_cpu(statistics) for statistics in observation.statistics.values()]
-    pooled = modalities[0]
-    mask = reference.outlier_mask(reference.dispersion_score(modalities[0]), recipe.tau)
-    for statistics in modalities[1:]:
-        pooled = pooled.merge(statistics)
-        # A modality's outliers must be able to escape, however rare its tokens are.
-        mask = mask | reference.outlier_mask(reference.dispersion_score(statistics), recipe.tau)
-    if full_mask:
-        mask = torch.ones_like(mask)
+    pooled = reduce(ChannelStatistics.merge, modalities)
+    mask = torch.ones_like(pooled.minimum, dtype=torch.bool) if full_mask else _mask(modalities, pooled, recipe.tau)
     low, high = reference.base_range(pooled.minimum, pooled.maximum, mask)
     ratio = _search(observation.sample, tokens.weight, low, high, mask, recipe)
     return mask, activation.served_grid(ratio * low, ratio * high, pooled.minimum, pooled.maximum, mask)
+
+
+def _mask(modalities: Sequence[ChannelStatistics], pooled: ChannelStatistics, tau: float) -> Tensor:
+    """Union of the modalities' masks, bool [K]; the pooled statistics' where no modality has enough tokens."""
+    mask = torch.zeros_like(pooled.minimum, dtype=torch.bool)
+    # A modality's outliers must be able to escape, however rare its tokens are beside the others'.
+    for statistics in [each for each in modalities if each.tokens >= MIN_MASK_TOKENS] or [pooled]:
+        dispersion = reference.dispersion_score(statistics)
+        # Without spread every channel lies at the mean, which is the threshold too: none stands out.
+        if float(dispersion.std()) > 0:
+            mask |= reference.outlier_mask(dispersion, tau)
+    return mask
 
 
 def _search(sample: Tensor, weight: Tensor, low: Tensor, high: Tensor, mask: Tensor, recipe: Recipe) -> Tensor:

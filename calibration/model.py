@@ -80,10 +80,12 @@ def capture_block_inputs(
     """Run embeddings and towers on every sample and keep what reaches the decoder blocks.
 
     The blocks themselves are skipped (what they pass on does not change what else the next one is given), and so
-    is the lm_head. `positions` are each sample's sampled tokens.
+    is the lm_head. `positions` are each sample's sampled tokens. Raises MorphoQuantError naming the sample where a
+    token id has no row in the embedding.
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     model.lm_head = nn.Identity()
+    _check_token_ids(model, samples)
     captured = []
     for sample, chosen in zip(samples, positions, strict=True):
         entry = BlockInput(sample.modality, chosen)
@@ -91,6 +93,17 @@ def capture_block_inputs(
             model(**_to_model(sample.inputs, device, dtype), use_cache=False)
         captured.append(entry)
     return captured
+
+
+def _check_token_ids(model: Any, samples: Sequence[Sample]) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    for sample in samples:
+        largest = int(sample.inputs["input_ids"].max())
+        if largest >= rows:
+            raise MorphoQuantError(
+                f"{sample.source}: token id {largest}, but the model's embedding has {rows} rows; "
+                "the tokenizer belongs to another model: copy this model's own into its directory"
+            )
 
 
 @contextmanager

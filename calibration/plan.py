@@ -33,7 +33,7 @@ def decoder_names(
     architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> DecoderNames:
     """Find the decoder's prefix in the files; MorphoQuantError naming the first linear that is missing there."""
-    blocks = int(architecture.decoder_config(config)["num_hidden_layers"])
+    blocks = architecture.decoder_config(config)["num_hidden_layers"]
     shards = [shard for shared in architecture.shared_inputs for shard in shared.shards]
     prefixes = architecture.block_prefixes
     prefix = next((p for p in prefixes if f"{p}.0.{shards[0]}.weight" in tensors), prefixes[0])
@@ -93,27 +93,43 @@ def plan(
                 )
     for name, layer in layers.items():
         layer.check(name)
+    decoder_config = architecture.decoder_config(config)
     size = recipe.tensor_parallel
     if not isinstance(size, int):
-        size = largest_tensor_parallel(layers.values(), architecture.decoder_config(config))
-    return QuantizationSpec(
+        size = largest_tensor_parallel(layers.values(), decoder_config)
+    spec = QuantizationSpec(
         layers=layers,
         tensor_parallel=size,
         placeholder_token_ids=architecture.placeholder_token_ids(config),
         created_by=created_by,
     )
+    if not divides_heads(size, decoder_config):
+        heads, kv_heads = _head_counts(decoder_config)
+        raise MorphoQuantError(
+            f"tensor_parallel = {size}: {heads} attention heads and {kv_heads} key-value heads cannot be shared out "
+            f"over {size} ranks; leave it at auto"
+        )
+    return spec
 
 
 def largest_tensor_parallel(layers: Iterable[LayerSpec], decoder_config: Mapping[str, Any]) -> int:
     """The largest of 8, 4, 2, 1 that leaves groups of row-parallel layers whole and divides the attention heads."""
-    heads = int(decoder_config["num_attention_heads"])
-    kv_heads = int(decoder_config.get("num_key_value_heads") or heads)
     shapes = {(layer.in_features, layer.group_size) for layer in layers if layer.parallel == "row"}
     for size in TENSOR_PARALLEL_CHOICES:
-        whole_heads = heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-        if whole_heads and all(size in allowed_tensor_parallel(*shape) for shape in shapes):
+        if divides_heads(size, decoder_config) and all(size in allowed_tensor_parallel(*shape) for shape in shapes):
             return size
     return 1
+
+
+def divides_heads(size: int, decoder_config: Mapping[str, Any]) -> bool:
+    """Whether `size` ranks get whole attention heads; key-value heads may be copied where there are fewer."""
+    heads, kv_heads = _head_counts(decoder_config)
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+
+def _head_counts(decoder_config: Mapping[str, Any]) -> tuple[int, int]:
+    heads = decoder_config["num_attention_heads"]
+    return heads, decoder_config.get("num_key_value_heads") or heads
 
 
 def _choose(

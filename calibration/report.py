@@ -6,11 +6,14 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from calibration.layer import LayerRecord
-from calibration.recipe import Recipe
 from morphoquant_vllm.schema import QuantizationSpec
+
+if TYPE_CHECKING:
+    # `inspect` needs the file's name alone, and neither pydantic nor the numerics.
+    from calibration.layer import LayerRecord
+    from calibration.recipe import Recipe
 
 REPORT_FILE = "morphoquant_calibration.json"
 REPORT_FORMAT = 1

@@ -49,13 +49,15 @@ def build_samples(
     *,
     max_tokens: int,
     max_samples: int | None,
+    window_tokens: int | None = None,
     placeholder_token_ids: Mapping[str, Sequence[int]],
     rows: Sequence[str],
 ) -> list[Sample]:
     """Render calibration data into model inputs, in the order of the data.
 
-    Each conversation makes one sample, each plain text as many windows of `max_tokens` tokens as it fills. Where
-    that is more than `max_samples`, evenly spaced ones are taken. Text-only conversations are cut at `max_tokens`.
+    Each conversation makes one sample, each plain text as many windows of `window_tokens` tokens (None: `max_tokens`)
+    as it fills. Where that is more than `max_samples`, evenly spaced ones are taken. Text-only conversations are cut
+    at `max_tokens`.
 
     `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens; a modality
     that is not there is one the model does not take. `rows` names the rows in order, see token_rows.
@@ -64,15 +66,17 @@ def build_samples(
     that the model does not take or that cannot be decoded, placeholders that do not match the media, a chat
     template that refuses the conversation, and a conversation with media of more than `max_tokens` tokens.
     """
-    if max_tokens < 2 or (max_samples is not None and max_samples < 1):
+    window_tokens = window_tokens or max_tokens
+    if min(max_tokens, window_tokens) < 2 or (max_samples is not None and max_samples < 1):
         raise MorphoQuantError(
-            f"max_tokens={max_tokens} and max_samples={max_samples} leave no data; use at least 2 and 1"
+            f"max_tokens={max_tokens}, window_tokens={window_tokens} and max_samples={max_samples} leave no data; "
+            "use at least 2, 2 and 1"
         )
     processor = load_processor(model_dir)
     tokenizer = getattr(processor, "tokenizer", processor)
     items: list[Conversation | _Window] = []
     for entry in data:
-        items += _cut(entry, tokenizer, max_tokens) if isinstance(entry, PlainText) else [entry]
+        items += _cut(entry, tokenizer, window_tokens) if isinstance(entry, PlainText) else [entry]
     if not items:
         raise MorphoQuantError("there is no calibration data; give at least one conversation or text")
     if max_samples is not None and len(items) > max_samples:

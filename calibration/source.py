@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from morphoquant_vllm.checkpoint import CONFIG_FILE, INDEX_FILE, read_json
 from morphoquant_vllm.errors import MorphoQuantError
 
-CONFIG_FILE = "config.json"
+# Of a model in one file, which needs no index; our checkpoints always have one.
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 # Bytes per element by the dtype names of safetensors headers.
 _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -85,22 +84,12 @@ def open_source(directory: Path | str) -> Source:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MorphoQuantError(f"{path.parent}: no {path.name}; give a Hugging Face model directory")
-    config = _read_json(path)
+    config = read_json(path)
     if _is_quantized(config):
         raise MorphoQuantError(
             f"{path}: the model is already quantized (quantization_config); give the 16-bit original"
         )
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MorphoQuantError(f"{path}: cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise MorphoQuantError(f"{path}: holds no JSON object; download it again")
-    return content
 
 
 def _is_quantized(config: dict[str, Any]) -> bool:
@@ -113,7 +102,7 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
     """The safetensors files and the names that the index places in each (None: there is no index)."""
     index = directory / INDEX_FILE
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise MorphoQuantError(f"{index}: no weight_map; download it again")
         files: dict[Path, list[str] | None] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from calibration.source import CONFIG_FILE
+from morphoquant_vllm.checkpoint import CONFIG_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -19,8 +19,8 @@ from morphoquant_vllm.errors import MorphoQuantError
 def staged_directory(output: Path, model: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new directory beside `output` to write into; it becomes `output` on success and disappears on any failure.
 
-    Raises MorphoQuantError where `output` exists and may not be replaced, overlaps the source `model`, cannot be
-    written, or the disk is full.
+    Raises MorphoQuantError where `output` exists and may not be replaced (before the work, and again after it: it may
+    have been filled meanwhile), is a mount point, overlaps the source `model`, cannot be written, or the disk is full.
     """
     _check_output(output, model, overwrite)
     # "." and ".." have no name to build a sibling's from.
@@ -32,8 +32,10 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool) -> Iterator[
             place.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
         yield partial
+        # Hours may have passed: what others put there since then is theirs.
+        _check_output(output, model, overwrite)
         with clear_write_errors(output):
-            _swap_in(partial, place)
+            _swap_in(partial, place, overwrite)
         finished = True
     finally:
         if not finished:
@@ -58,6 +60,9 @@ def _check_output(output: Path, model: Path, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise MorphoQuantError(f"{output}: exists and is no directory; choose another --output")
+    if os.path.ismount(output.resolve()):
+        # A finished checkpoint is renamed into its place, and nothing can be renamed onto a mount point.
+        raise MorphoQuantError(f"{output}: is a mount point, which cannot be replaced; choose a directory below it")
     if not any(output.iterdir()):
         return
     if not overwrite:
@@ -69,8 +74,9 @@ def _check_output(output: Path, model: Path, overwrite: bool) -> None:
         )
 
 
-def _swap_in(partial: Path, output: Path) -> None:
-    if not output.exists():
+def _swap_in(partial: Path, output: Path, overwrite: bool) -> None:
+    if not overwrite or not output.exists():
+        # Also onto an empty directory; the system refuses to rename onto one that holds anything.
         partial.rename(output)
         return
     old = output.with_name(f"{output.name}.old-{os.getpid()}")
@@ -84,8 +90,11 @@ def _swap_in(partial: Path, output: Path) -> None:
 
 
 @contextmanager
-def clear_write_errors(output: Path) -> Iterator[None]:
-    """Turn what the system says while writing below or beside `output` into a MorphoQuantError."""
+def clear_write_errors(output: Path, model: Path | None = None) -> Iterator[None]:
+    """Turn what the system says while writing below or beside `output` into a MorphoQuantError.
+
+    An error about a file of the directory `model`, which is copied from, says that this file cannot be read.
+    """
     try:
         yield
     except SafetensorError as error:
@@ -93,6 +102,11 @@ def clear_write_errors(output: Path) -> Iterator[None]:
         full = f"os error {errno.ENOSPC})" in str(error)
         raise _write_error(output, os.strerror(errno.ENOSPC) if full else str(error)) from error
     except OSError as error:
+        # Where both files of a copy are named, reading had begun, and it is writing that failed.
+        if model is not None and error.filename and error.filename2 is None:
+            source = Path(os.fsdecode(error.filename))
+            if source.is_relative_to(model):
+                raise MorphoQuantError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
         file = f"{Path(str(error.filename)).name}: " if error.filename else ""
         raise _write_error(output, f"{file}{error.strerror or error}") from error
 

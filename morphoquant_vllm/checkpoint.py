@@ -30,7 +30,6 @@ from .schema import (
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # How safetensors headers spell the dtypes of the format.
 HEADER_DTYPES = {
     torch.uint8: "U8",
@@ -100,37 +99,29 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
         raise MorphoQuantError(f"{directory}: no such directory")
     index = _read_index(directory)
     stored = {}
-    for file_name in sorted(set(index.values())) if index is not None else [SINGLE_FILE]:
+    for file_name in sorted(set(index.values())):
         with open_file(directory / file_name) as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if index is not None and index.get(name) != file_name:
+                if index.get(name) != file_name:
                     raise MorphoQuantError(
                         f"{directory / file_name}: holds {name}, which {INDEX_FILE} does not place there; "
                         f"{CALIBRATE_AGAIN}"
                     )
                 header = file.get_slice(name)
                 stored[name] = StoredTensor(file_name, header.get_dtype(), tuple(header.get_shape()))
-    for name, file_name in (index or {}).items():
+    for name, file_name in index.items():
         if name not in stored:
             raise MorphoQuantError(f"{directory / file_name}: {name} is in {INDEX_FILE} but missing here; {COPY_AGAIN}")
     return stored
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
-    """Tensor name -> file name; None for a checkpoint of one file."""
+def _read_index(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name. The format has an index even for one file: without it a lost tensor is not missed."""
     path = directory / INDEX_FILE
     if not path.is_file():
-        others = sorted(file.name for file in directory.glob("*.safetensors") if file.name != SINGLE_FILE)
-        if not (directory / SINGLE_FILE).is_file():
-            found = f" (found {others[0]})" if others else ""
-            raise MorphoQuantError(
-                f"{directory}: neither {INDEX_FILE} nor {SINGLE_FILE}{found}; only safetensors weights are read; "
-                f"{CALIBRATE_AGAIN}"
-            )
-        if others:
-            # vLLM would load every safetensors file of a directory that has no index.
-            raise MorphoQuantError(f"{directory / others[0]}: beside {SINGLE_FILE} and in no index; remove it")
-        return None
+        raise MorphoQuantError(
+            f"{directory}: has no {INDEX_FILE}; only safetensors weights are read; {CALIBRATE_AGAIN}"
+        )
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MorphoQuantError(f"{path}: no weight_map; {COPY_AGAIN}")

@@ -90,6 +90,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             self.load_log.check(self.name, tensor, len(self.shards))
             tensors[tensor] = parameter.data
             delattr(layer, tensor)
+        self._check_bias(layer)
         row_parallel = self.layer_spec.parallel == "row"
         rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
         # The order holds global channels; this rank's block starts at rank * K / size.
@@ -120,6 +121,19 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             for index, part in enumerate(record):
                 layer.register_buffer(f"{kind}_record_{index}", part, persistent=False)
         layer.register_buffer("modality", self._modality_rows(device), persistent=False)
+
+    def _check_bias(self, layer: torch.nn.Module) -> None:
+        """The layer's own bias: vLLM allocates it uninitialised and does not report that nothing was loaded."""
+        bias = getattr(layer, "bias", None)
+        has = {False: "none", True: "a bias"}
+        for name, shard in self.shards.items():
+            if shard.bias != (bias is not None):
+                raise MorphoQuantError(
+                    f"{name}: the model has {has[bias is not None]}, the checkpoint has {has[shard.bias]}; "
+                    "config.json does not belong to these weights"
+                )
+        if bias is not None and not bool(torch.isfinite(bias).all()):
+            raise MorphoQuantError(f"{self.name}.bias: holds NaN or infinite values; the file is damaged")
 
     def _modality_rows(self, device: torch.device) -> Tensor:
         """Row of every token of a step: 'any', until the embedding fills a buffer with each token's own."""

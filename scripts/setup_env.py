@@ -72,6 +72,8 @@ def make_venv(python: str, venv: Path) -> Path:
     say(f"making the environment {venv}")
     succeeded, output = run([python, "-m", "venv", str(venv)], lines=25)
     if not succeeded:
+        # What is left has a python but no pip: it would pass for an environment next time.
+        shutil.rmtree(venv, ignore_errors=True)
         raise SetupError(f"python -m venv {venv} failed: on Debian, apt-get install python3-venv", output)
     return own
 

@@ -75,7 +75,7 @@ def random_group(
 def write_random_checkpoint(
     directory: Path, *, layers: int = 2, group_size: int = 32, tensor_parallel: int = 2, single_file: bool = False
 ) -> QuantizationSpec:
-    """Write a valid checkpoint, of one file or of two with an index; returns its settings."""
+    """Write a valid checkpoint, of one file or of two, with an index; returns its settings."""
     spec = QuantizationSpec(
         layers=layer_specs(layers, group_size),
         rows=DEFAULT_ROWS,
@@ -96,12 +96,11 @@ def write_random_checkpoint(
 
     directory.mkdir(parents=True, exist_ok=True)
     write_config(directory, spec)
-    if single_file:
-        save_file(tensors, directory / "model.safetensors")
-        return spec
     names = list(tensors)
     middle = len(names) // 2
     files = {"model-00001-of-00002.safetensors": names[:middle], "model-00002-of-00002.safetensors": names[middle:]}
+    if single_file:
+        files = {"model-00001-of-00001.safetensors": names}
     for file, held in files.items():
         save_file({name: tensors[name] for name in held}, directory / file)
     index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.demo import smollm2, texts
 from benchmarks.demo.perplexity import perplexity, windows
-from benchmarks.server import serve
+from benchmarks.server import ServerError, exit_on_signals, serve
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 WINDOW_TOKENS, WINDOWS = 512, 4
@@ -128,4 +128,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_signals()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: `morphoquant calibrate` failed with exit code {error.returncode}; its message stands above")
+    except ServerError as error:
+        sys.exit(f"error: {error}")

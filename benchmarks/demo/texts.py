@@ -22,14 +22,6 @@ def python_topics() -> tuple[str, str]:
     return _join(topics[name] for name in names[:cut]), _join(topics[name] for name in names[cut:])
 
 
-def numpy_documentation() -> str:
-    """The docstrings of numpy's public functions and classes."""
-    import numpy
-
-    found = {inspect.getdoc(getattr(numpy, name)) or "" for name in sorted(numpy.__all__)}
-    return _join(sorted(found))
-
-
 def torch_documentation() -> str:
     """The docstrings of torch.nn's classes."""
     from torch import nn

@@ -39,10 +39,17 @@ def build(
     max_tokens: int = 1024,
     max_samples: int | None = None,
     rows: Sequence[str] = ROWS,
+    window_tokens: int | None = None,
 ) -> list[Sample]:
     ids = placeholders(model)
     return build_samples(
-        model, data, max_tokens=max_tokens, max_samples=max_samples, placeholder_token_ids=ids, rows=rows
+        model,
+        data,
+        max_tokens=max_tokens,
+        max_samples=max_samples,
+        window_tokens=window_tokens,
+        placeholder_token_ids=ids,
+        rows=rows,
     )
 
 

@@ -44,8 +44,29 @@ def test_placeholders_come_from_either_spelling() -> None:
 
 def test_the_decoder_config_of_qwen2_5_vl_may_be_flat_or_nested() -> None:
     architecture = find_architecture({"model_type": "qwen2_5_vl"})
-    assert architecture.decoder_config({"num_hidden_layers": 3})["num_hidden_layers"] == 3
-    nested = {"num_hidden_layers": 3, "text_config": {"num_hidden_layers": 4}}
+    flat = {"num_hidden_layers": 3, "num_attention_heads": 2}
+    assert architecture.decoder_config(flat)["num_hidden_layers"] == 3
+    nested = flat | {"text_config": {"num_hidden_layers": 4, "num_attention_heads": 2}}
     assert architecture.decoder_config(nested)["num_hidden_layers"] == 4
     with pytest.raises(MorphoQuantError, match="no num_hidden_layers"):
         architecture.decoder_config({})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers = None is no positive whole number"),
+        ({"num_attention_heads": "8"}, "num_attention_heads = '8' is no positive"),
+        ({"num_attention_heads": True}, "num_attention_heads = True is no positive"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads = 0 is no positive"),
+    ],
+)
+def test_counts_of_the_decoder_are_checked(change: dict[str, Any], expected: str) -> None:
+    config = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": None}
+    llama = find_architecture({"model_type": "llama"})
+    assert llama.decoder_config(config) == config
+    with pytest.raises(MorphoQuantError, match=f"config.json: {expected}"):
+        llama.decoder_config(config | change)
+    del config["num_attention_heads"]
+    with pytest.raises(MorphoQuantError, match=r"config\.json: no num_attention_heads"):
+        llama.decoder_config(config)

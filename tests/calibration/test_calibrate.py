@@ -109,7 +109,8 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
         # A layer that got another layer's weights or statistics would be off by about 1.
         assert measured[layer] < 0.4
 
-    before, after = load_file(source / "model.safetensors"), load_file(output / "model.safetensors")
+    before = load_file(source / "model.safetensors")
+    after = load_file(output / "model-00001-of-00001.safetensors")
     quantized = {f"{layer}.weight" for layer in spec.layers}
     assert not quantized & set(after)
     for tensor in set(before) - quantized:
@@ -187,3 +188,13 @@ def test_weights_with_nan_or_activations_that_overflow_name_the_layer(tiny: Tiny
     norm = "model.layers.1.post_attention_layernorm.weight"
     attempt(norm, float("inf"), r"model.layers.1.mlp.gate_proj: its input holds NaN or infinite")
     attempt("model.layers.1.mlp.down_proj.weight", float("nan"), r"layers.1.mlp.down_proj.weight: holds NaN")
+
+
+def test_a_gpu_that_is_too_small_is_one_line(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("calibration.calibrate.load_model", fill)
+    with pytest.raises(MorphoQuantError, match=r"llama: the GPU has too little free memory .*--dtype bfloat16 or"):
+        calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", recipe=Recipe(device="cpu"))
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ import pytest
 import typer.main
 
 from calibration import cli
+from calibration.inspection import inspect_data
 from calibration.recipe import Recipe
 from tests.calibration.built_models import TinyModels
 
@@ -61,6 +62,9 @@ def test_calibrate_inspect_and_verify(tiny: TinyModels, tmp_path: Path, run: Run
     status, out, err = run("inspect", tmp_path / "out")
     assert (status, err) == (0, "")
     assert "quantized layers: 14" in out
+    status, out, err = run("inspect", tmp_path / "out", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == inspect_data(tmp_path / "out")
 
 
 def test_every_setting_has_a_flag_that_states_its_default() -> None:

@@ -95,6 +95,7 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         ("[" * 200_000, "not JSON", "one JSON object per line"),
         ({"prompt": "x"}, "no 'messages'", '"messages"'),
         ([1], "no 'messages'", '"messages"'),
+        ('{"messages": ' + "1" * 5000 + "}", "a number of too many digits", "as a string"),
         ({"messages": []}, "no 'messages'", '"messages"'),
         ({"messages": ["hi"]}, "without a 'role'", '"role"'),
         ({"messages": [{"role": "user"}]}, "no 'content'", "string or a list"),
@@ -118,6 +119,9 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         (url("image_url", "https://x.org/a.png"), "is remote", "download it first"),
         (url("video_url", "s3://bucket/a.mp4"), "is remote", "download it first"),
         (url("audio_url", "file://host/a.wav"), "another machine", "file:///"),
+        (url("audio_url", "file://[x"), "file://[x is no URL", "file:///"),
+        (url("image_url", "iVBORw0KGgo" * 1000), "cannot be looked up (File name too long)", "data:<type>;base64,"),
+        (url("image_url", "gone/" * 100), "gone/gone/", "relative to"),
         (url("image_url", "data:image/png,abc"), "not base64", ";base64,"),
         (url("image_url", "data:image/png;base64,@@"), "bad base64", "again"),
         (user({"type": "input_audio", "input_audio": {"data": "abc"}}), "bad base64", "again"),
@@ -137,6 +141,7 @@ def test_bad_line_is_one_message_with_file_line_and_remedy(
     message = str(caught.value)
     assert message.startswith(f"{path}:2: ") and problem in message and remedy in message
     assert "\n" not in message
+    assert len(message) < len(str(path)) + 500
 
 
 def test_jsonl_not_utf8_names_the_line(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def make_source(directory: Path) -> Source:
     (directory / "assets" / "speakers.json").write_text("{}")
     (directory / "assets" / "spk_dict.pt").write_bytes(b"opaque")
     (directory / "onnx" / "model.onnx").write_bytes(b"opaque")
+    (directory / "onnx" / "model.onnx_data").write_bytes(b"opaque")
     torch.manual_seed(0)
     tensors = {f"{name}.weight": torch.randn(32, 64).bfloat16() for name in LAYERS}
     tensors |= {f"{LAYERS[0]}.bias": torch.randn(32).bfloat16(), "lm_head.weight": torch.randn(100, 64)}
@@ -62,7 +63,8 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
         "assets/speakers.json",
         "chat_template.jinja",
         "config.json",
-        "model.safetensors",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
         "morphoquant_calibration.json",
         "spk_dict.pt",
         "tokenizer.model",
@@ -72,7 +74,10 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert {key: config[key] for key in source.config} == source.config
     assert read_spec(out) == SPEC
-    before, after = load_file(source.directory / "model.safetensors"), load_file(out / "model.safetensors")
+    before = load_file(source.directory / "model.safetensors")
+    after = load_file(out / "model-00001-of-00001.safetensors")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(sorted(after), "model-00001-of-00001.safetensors")
     carried = {name for name in before if name.removesuffix(".weight") not in LAYERS}
     assert set(after) == carried | {f"{layer}.{name}" for layer in LAYERS for name in quantized[layer]}
     for name in carried:
@@ -105,7 +110,7 @@ def test_the_size_is_known_before_the_work(tmp_path: Path) -> None:
     out.mkdir()
     write_checkpoint(out, source, SPEC, quantized_tensors(), 10**9, {})
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    # What is missing is the header of the weights, the config and the report: kilobytes.
+    # What is missing is the header of the weights, the index, the config and the report: kilobytes.
     assert 0 <= written - checkpoint_size(source, SPEC) < 20_000
 
 

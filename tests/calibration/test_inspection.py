@@ -2,13 +2,14 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from safetensors import safe_open
 
-from calibration.inspection import SIDECAR_FILE, inspect_data, inspect_table
+from calibration.inspection import inspect_data, inspect_table
 from calibration.report import REPORT_FILE
 from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec
 from morphoquant_vllm.errors import MorphoQuantError
@@ -26,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name: {"escape_rate": {"text": 0.01, "image": 0.04, "all": 0.02}, "output_error": 0.125} for name in spec.layers
     }
     sidecar = {"escape_rate": RATE, "layers": layers, "data": {}, "settings": {}}
-    (directory / SIDECAR_FILE).write_text(json.dumps(sidecar))
+    (directory / REPORT_FILE).write_text(json.dumps(sidecar))
     return directory
 
 
@@ -89,25 +90,38 @@ def test_table_fits_the_terminal_and_loses_nothing(checkpoint: Path, width: int)
 
 
 def test_missing_report_is_shown_as_such(tmp_path: Path) -> None:
-    write_random_checkpoint(tmp_path, single_file=True)
+    write_random_checkpoint(tmp_path)
     data = inspect_data(tmp_path)
     assert data["calibration_report"] is None
     assert data["totals"]["escape_rate"] is None
     assert data["layers"][0]["escape_rate"] is None
     shown = render(tmp_path)
-    assert f"{SIDECAR_FILE} is missing" in shown
+    assert f"{REPORT_FILE} is missing" in shown
     assert " - " in shown
 
 
-def test_report_is_looked_for_where_calibrate_writes_it() -> None:
-    # Not imported from there by inspection: that would bring in what only calibration needs.
-    assert SIDECAR_FILE == REPORT_FILE
+def test_figures_are_never_broken_at_80_columns(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = inspect_data(checkpoint)
+    # The widest that Qwen2.5-Omni-7B has, under names that do not share their beginning.
+    figures = {"out_features": 18944, "in_features": 18944, "group_size": 128, "bytes": 2**29, "bytes_16bit": 2**29}
+    for layer in data["layers"]:
+        layer["name"] = layer["name"].replace("model.layers.", "thinker.model.layers.2")
+        layer |= figures | {"masked_channels": dict.fromkeys(data["rows"], 18944), "escape_rate": {"all": 1.0}}
+    data["layers"][0]["name"] = "talker.model.layers.0.self_attn.q_proj"
+    monkeypatch.setattr("calibration.inspection.inspect_data", lambda directory: data)
+    lines = render(checkpoint, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    pattern = r"18944x18944 +128 +18944 +100\.00% +512\.0 MiB +100\.00%"
+    assert sum(bool(re.search(pattern, line)) for line in lines) == len(data["layers"])
+    # Names fold, in full, into what is left.
+    names = "".join(re.split(r" +(?=18944x)|\s*$", line.strip())[0] for line in lines)
+    assert all(layer["name"] in names for layer in data["layers"])
 
 
 def test_damaged_report(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path)
-    (tmp_path / SIDECAR_FILE).write_text("{")
-    with pytest.raises(MorphoQuantError, match=f"{SIDECAR_FILE}: cannot be read as JSON"):
+    (tmp_path / REPORT_FILE).write_text("{")
+    with pytest.raises(MorphoQuantError, match=f"{REPORT_FILE}: cannot be read as JSON"):
         inspect_data(tmp_path)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from calibration.collect import Observation
-from calibration.layer import QuantizedLayer, quantize_input
+from calibration.layer import MIN_MASK_TOKENS, QuantizedLayer, quantize_input
 from calibration.recipe import Recipe
 from calibration.sampling import TokenSample, choose_tokens
 from morphoquant_vllm.numerics import activation, linear
@@ -32,9 +32,9 @@ def activations(tokens: int = 400) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(tokens, K)
     modality = torch.zeros(tokens, dtype=torch.int32)
-    modality[-20:] = AUDIO
+    modality[-40:] = AUDIO
     x[::40, 5] *= 60
-    x[-20::5, 9] *= 60
+    x[-40::10, 9] *= 60
     return x, modality
 
 
@@ -98,6 +98,37 @@ def test_an_outlier_of_a_rare_modality_may_escape_and_nothing_seen_saturates() -
     assert not bool(activation.escapes(codes[:, ~mask[order]]).any())
 
 
+@pytest.mark.parametrize("rare", [1, 2, MIN_MASK_TOKENS - 1])
+def test_a_modality_of_a_few_tokens_has_no_mask_of_its_own(rare: int) -> None:
+    x, modality = activations()
+    modality[-40:] = TEXT
+    text_only = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
+    modality[-rare:] = AUDIO
+    layer = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
+    assert set(layer.record.escape_rate) == {"text", "audio", "all"}
+    # The text's heavy tails alone, although some channel always stands out of a few tokens (and every one of one).
+    assert layer.tensors["modality_mask"][ANY].nonzero().flatten().tolist() == [5, 9]
+    assert torch.equal(layer.tensors["modality_mask"], text_only.tensors["modality_mask"])
+
+
+def test_modalities_of_a_few_tokens_each_are_masked_together() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(MIN_MASK_TOKENS, K)
+    x[::8, 11] *= 60
+    modality = torch.zeros(MIN_MASK_TOKENS, dtype=torch.int32)
+    modality[1::2] = AUDIO
+    mask = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"].tensors["modality_mask"][ANY]
+    assert mask.nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_inputs_without_spread_mask_nothing(tokens: int) -> None:
+    x = torch.randn(1, K).repeat(tokens, 1)
+    layer = quantize(x, torch.zeros(tokens, dtype=torch.int32), {"m.q": torch.randn(32, K)})["m.q"]
+    assert not bool(layer.tensors["modality_mask"].any())
+    check_values("m.q", layer.tensors, ANY, parallel="column", blocks=1)
+
+
 def test_the_guard_is_reported() -> None:
     x, modality = activations()
     # The nearer edge is small and the farther one far: the guard has to raise the step.
@@ -105,7 +136,8 @@ def test_the_guard_is_reported() -> None:
     x[0, 5], x[1, 5] = -0.01, 500.0
     layer = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
     assert float(layer.tensors["activation_step"][5]) == pytest.approx(500 / activation.GUARD_CODES)
-    assert layer.record.guard_raised_channels == 2
+    # Channel 9, masked too, has outliers on both sides: its nearer edge is wide enough.
+    assert layer.record.guard_raised_channels == 1
     # Unguarded, the step is at most 2 * 0.01 / 15.
     assert layer.record.guard_largest_raise >= 500 / activation.GUARD_CODES / (0.02 / 15) * (1 - 1e-6)
 

@@ -13,7 +13,7 @@ from calibration.collect import run_observed
 from calibration.data import load_conversations
 from calibration.model import capture_block_inputs, choose_device, load_model
 from calibration.recipe import Recipe
-from calibration.samples import build_samples
+from calibration.samples import Sample, build_samples
 from calibration.source import open_source
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import DEFAULT_ROWS
@@ -54,6 +54,18 @@ def test_running_block_by_block_is_running_the_model(tiny: TinyModels, name: str
             assert hidden.shape[:2] == (1, sample.modality.numel())
             assert torch.equal(hidden, expected)
     assert all("forward" not in vars(block) for block in blocks)
+
+
+def test_token_ids_beyond_the_embedding_name_the_tokenizer(tiny: TinyModels) -> None:
+    source = open_source(tiny.model("llama"))
+    architecture = find_architecture(source.config)
+    model = load_model(architecture, source, Recipe(device="cpu"))
+    rows = source.config["vocab_size"]
+    sample = Sample({"input_ids": torch.tensor([[1, rows]])}, torch.zeros(2, dtype=torch.int32), "data.jsonl:7")
+    blocks = list(model.get_submodule(architecture.block_module).children())
+    expected = rf"data.jsonl:7: token id {rows}, but .* has {rows} rows; the tokenizer belongs to another model"
+    with pytest.raises(MorphoQuantError, match=expected):
+        capture_block_inputs(model, blocks, [sample], [torch.tensor([0])])
 
 
 def test_weights_that_lack_a_tensor_are_refused(tiny: TinyModels, tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def test_a_chosen_tensor_parallel_is_checked() -> None:
         make_plan(tensor_parallel=3)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (8, 3)])
+def test_a_chosen_tensor_parallel_must_divide_the_heads(heads: int, kv_heads: int) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    expected = f"tensor_parallel = 4: {heads} attention heads and {kv_heads} key-value heads cannot be shared out"
+    with pytest.raises(MorphoQuantError, match=expected):
+        make_plan(config=config, tensor_parallel=4)
+    # Fewer key-value heads than ranks are copied.
+    assert make_plan(config={"num_key_value_heads": 2}, tensor_parallel=4).tensor_parallel == 4
+
+
 def test_patterns_choose_layers() -> None:
     spec = make_plan(targets=("model.layers.*_proj",), ignore=("model.layers.0.*", "re:.*o_proj"))
     assert all(name.startswith("model.layers.1.") and "o_proj" not in name for name in spec.layers)

@@ -251,6 +251,24 @@ def test_max_samples_are_evenly_spaced_over_all_data(llama: Path, folder: Path) 
     assert len(build(llama, data, max_samples=20)) == 10
 
 
+def test_conversations_and_windows_are_chosen_together_before_rendering(
+    llama: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = PlainText("book.txt", "one two three four five six " * 40)
+    data = [*conversations(folder, *(f"number {i}" for i in range(4))), text]
+    windows = len(build(llama, [text], max_tokens=32))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="calibration.samples"):
+        samples = build(llama, data, max_tokens=2048, window_tokens=32, max_samples=4)
+    assert len(samples) == 4
+    assert sum(sample.source == "book.txt" for sample in samples) > 1
+    tokens = sum(sample.modality.numel() for sample in samples)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"taking 4 of {4 + windows} calibration samples, evenly spaced",
+        f"calibration data: 4 samples, tokens: text {tokens}",
+    ]
+
+
 def test_bad_settings_and_directories(llama: Path, tmp_path: Path) -> None:
     text = [PlainText("t", "hello")]
     assert "max_tokens=1" in refusal(llama, text, max_tokens=1)
@@ -276,5 +294,5 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(llama: Path, tmp_path: Path
     for file in llama.iterdir():
         if file.name != "tokenizer.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(MorphoQuantError, match=r"copy (tokenizer\.json|its files) into the directory"):
+    with pytest.raises(MorphoQuantError, match=r"has no vocabulary; copy tokenizer\.json into"):
         load_processor(tmp_path)

@@ -47,6 +47,44 @@ def test_an_empty_directory_may_be_filled_but_a_checkpoint_only_overwritten(tmp_
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_output_during_the_run_survives(tmp_path: Path, overwrite: bool) -> None:
+    output = tmp_path / "out"
+    expected = "out: holds no checkpoint" if overwrite else r"out: exists and is not empty; .*--overwrite"
+    with (
+        pytest.raises(MorphoQuantError, match=expected),
+        staged_directory(output, tmp_path / "model", overwrite=overwrite) as directory,
+    ):
+        (directory / "config.json").write_text("1")
+        output.mkdir()
+        (output / "thesis.tex").write_text("years of work")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "thesis.tex"]
+
+
+def test_even_the_last_rename_does_not_replace_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    with (
+        pytest.raises(MorphoQuantError, match=r"out: cannot be written \(.*not empty"),
+        staged_directory(output, tmp_path / "model", overwrite=False),
+    ):
+        # As if the files came between the check and the rename.
+        monkeypatch.setattr("calibration.staging._check_output", lambda *arguments: None)
+        output.mkdir()
+        (output / "thesis.tex").write_text("years of work")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "thesis.tex"]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mount")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "mount")
+    for name in ("mount", "link"):
+        with pytest.raises(MorphoQuantError, match=f"{name}: is a mount point.*choose a directory below it"):
+            write(tmp_path / name, "1")
+    write(tmp_path / "mount" / "out", "1")
+    assert (tmp_path / "mount" / "out" / "config.json").read_text() == "1"
+
+
 def test_the_working_directory_may_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -102,6 +140,19 @@ def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(MorphoQuantError, match=expected) as caught, clear_write_errors(tmp_path / "out"):
         raise error
     assert "\n" not in str(caught.value)
+
+
+def test_a_source_file_that_cannot_be_read_is_no_write_error(tmp_path: Path) -> None:
+    source = str(tmp_path / "model" / "merges.txt")
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
+    expected = r"model/merges.txt: cannot be read \(Permission denied\)"
+    with pytest.raises(MorphoQuantError, match=expected), clear_write_errors(tmp_path / "out", tmp_path / "model"):
+        raise denied
+    # As shutil.copyfile reports a full disk: with the names of both files.
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, str(tmp_path / "out" / "merges.txt"))
+    expected = r"out: cannot be written \(.*No space left on device\)"
+    with pytest.raises(MorphoQuantError, match=expected), clear_write_errors(tmp_path / "out", tmp_path / "model"):
+        raise full
 
 
 def test_free_space_is_checked_before_the_work(tmp_path: Path) -> None:

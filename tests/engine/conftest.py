@@ -119,7 +119,8 @@ class Engines:
         job_file.write_text(json.dumps(lines))
         log = self.directory / "engines.log"
         # Two workers on a machine with one NUMA node need their cores named.
-        threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
+        cores = sorted(os.sched_getaffinity(0))
+        threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
         with log.open("ab") as output:
             done = subprocess.run(
                 [sys.executable, "-m", "tests.engine.driver", str(job_file)],
@@ -154,7 +155,7 @@ def engines(
     started.run(
         {
             "plain": {"model": str(llama_source), "prompts": [text], "engine": ENGINE},
-            "eager": omni,
+            "eager": {**omni, "capture": str(directory / "eager.safetensors")},
             "compiled": {**omni, "engine": {**ENGINE, "enforce_eager": False}},
             "tp2": {**omni, "engine": {**ENGINE, "tensor_parallel_size": 2}},
             "bfloat16": {

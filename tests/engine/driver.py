@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,34 +32,45 @@ def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     return loaded | ({"multi_modal_data": media} if media else {})
 
 
-def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> list[Any]:
-    """Note input, codes and output of every quantized layer's first call."""
-    from morphoquant_vllm import ops
+def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Note input, output and, inside the op, the codes of every quantized layer's first call; call to stop."""
     from morphoquant_vllm.linear_method import MorphoQuantLinearMethod
+    from morphoquant_vllm.numerics import linear as definition
+
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "quant_method", None), MorphoQuantLinearMethod)
+    }
+    running: list[str] = []
+    act_quant = definition.act_quant
+
+    def record_codes(*arguments: Any) -> torch.Tensor:
+        codes = act_quant(*arguments)
+        captured.setdefault(f"{running[-1]}.codes", codes.clone())
+        return codes
+
+    def before(name: str, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        running.append(name)
+        captured.setdefault(f"{name}.x", inputs[0].clone())
+
+    def after(name: str, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        running.pop()
+        captured.setdefault(f"{name}.y", (output[0] if isinstance(output, tuple) else output).clone())
 
     handles = []
-    for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if not isinstance(method, MorphoQuantLinearMethod):
-            continue
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_pre_hook(partial(before, name)))
+        handles.append(layer.register_forward_hook(partial(after, name)))
+    # The reference backend calls this name; a backend of its own needs its own way in.
+    definition.act_quant = record_codes
 
-        def hook(
-            layer: torch.nn.Module,
-            inputs: tuple[torch.Tensor, ...],
-            output: Any,
-            name: str = name,
-            method: MorphoQuantLinearMethod = method,
-        ) -> None:
-            if f"{name}.x" in captured:
-                return
-            x = inputs[0]
-            _, activation = method.records(layer)
-            captured[f"{name}.x"] = x.clone()
-            captured[f"{name}.codes"] = ops.act_quant(x, layer.modality, activation, method.backend).clone()
-            captured[f"{name}.y"] = (output[0] if isinstance(output, tuple) else output).clone()
+    def stop() -> None:
+        definition.act_quant = act_quant
+        for handle in handles:
+            handle.remove()
 
-        handles.append(module.register_forward_hook(hook))
-    return handles
+    return stop
 
 
 def _linear_methods(model: torch.nn.Module) -> dict[str, str]:
@@ -86,15 +99,16 @@ def run(job: dict[str, Any]) -> None:
         return
     captured: dict[str, torch.Tensor] = {}
     in_process = job["engine"].get("tensor_parallel_size", 1) == 1
-    handles = []
+    stop: Callable[[], None] | None = None
+    result["compilation"] = llm.llm_engine.vllm_config.compilation_config.mode.name
     if in_process:
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
         result["methods"] = _linear_methods(model)
-        handles = _watch(model, captured) if job.get("capture") else []
+        stop = _watch(model, captured) if job.get("capture") else None
     sampling = SamplingParams(max_tokens=job.get("max_tokens", 8), temperature=0, logprobs=1, prompt_logprobs=0)
     outputs = llm.generate([_prompt(prompt) for prompt in job["prompts"]], sampling, use_tqdm=False)
-    for handle in handles:
-        handle.remove()
+    if stop is not None:
+        stop()
     result["requests"] = [
         {
             "prompt_token_ids": list(output.prompt_token_ids),

@@ -60,7 +60,7 @@ def test_valid_checkpoint_verifies(pristine: Path) -> None:
     assert verify_checkpoint(pristine) == 14
 
 
-def test_single_file_without_index_verifies(tmp_path: Path) -> None:
+def test_one_file_verifies(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, single_file=True)
     assert verify_checkpoint(tmp_path) == 14
 
@@ -187,10 +187,19 @@ def test_index_without_weight_map(checkpoint: Path) -> None:
     refused(checkpoint, INDEX, "weight_map")
 
 
-def test_second_file_without_an_index(tmp_path: Path) -> None:
-    write_random_checkpoint(tmp_path, single_file=True)
-    shutil.copy(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
-    refused(tmp_path, "other.safetensors", "remove it")
+def test_no_index(checkpoint: Path) -> None:
+    (checkpoint / INDEX).unlink()
+    refused(checkpoint, INDEX)
+
+
+def test_lost_tensor_that_is_not_quantized(checkpoint: Path) -> None:
+    edit_tensors(file_of(checkpoint, "model.norm.weight"), {"model.norm.weight": None})
+    refused(checkpoint, "model.norm.weight", "missing")
+
+
+def test_stray_tensor_that_is_not_quantized(checkpoint: Path) -> None:
+    edit_tensors(file_of(checkpoint, "model.norm.weight"), {"stray.weight": torch.ones(2)})
+    refused(checkpoint, "stray.weight", INDEX)
 
 
 # --- headers

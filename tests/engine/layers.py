@@ -1,0 +1,54 @@
+"""What the driver captured inside an engine's layers, against the torch reference on the checkpoint's own tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.numerics.activation import act_quant
+from morphoquant_vllm.numerics.linear import WeightRecord, matmul, output_bound
+from tests.reference_model import Checkpoint, activation_of
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def captured_layers(result: dict[str, Any]) -> list[str]:
+    """vLLM's names of the layers that were captured."""
+    return sorted({name.rsplit(".", 1)[0] for name in result["captured"]})
+
+
+def stored_shards(layer: str, prefix: tuple[str, str]) -> list[str]:
+    """Checkpoint names behind a layer of vLLM's; `prefix` is (vLLM's, the checkpoint's)."""
+    stem, last = (prefix[1] + layer.removeprefix(prefix[0])).rsplit(".", 1)
+    return [f"{stem}.{shard}" for shard in FUSED.get(last, (last,))]
+
+
+def fused_record(shards: list[dict[str, Tensor]]) -> WeightRecord:
+    """One weight record of the stored shards of a fused layer."""
+    return WeightRecord(
+        torch.cat([shard["weight_codes"] for shard in shards]),
+        torch.cat([shard["weight_scale"] for shard in shards]),
+        torch.cat([shard["absorbed_bias"] for shard in shards], dim=1),
+    )
+
+
+def assert_layers_are_the_reference(
+    result: dict[str, Any], checkpoint: Checkpoint, dtype: torch.dtype, prefix: tuple[str, str]
+) -> None:
+    """Every layer's codes are the reference's, and every output lies within the bound for other backends."""
+    layers = captured_layers(result)
+    assert {name for layer in layers for name in stored_shards(layer, prefix)} == set(checkpoint.spec.layers)
+    for layer in layers:
+        x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
+        assert x.dtype is y.dtype is dtype
+        shards = [checkpoint.layer(name) for name in stored_shards(layer, prefix)]
+        activation, weight = activation_of(shards[0]), fused_record(shards)
+        modality = torch.full((x.shape[0],), checkpoint.spec.any_row, dtype=torch.int32)
+        expected = act_quant(x, modality, activation)
+        assert torch.equal(codes, expected), layer
+        bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else None
+        reference = matmul(expected, modality, weight, activation.gain, bias).to(x.dtype)
+        gap = (y.double() - reference.double()).abs()
+        assert bool((gap <= output_bound(expected, modality, weight, activation.gain, reference)).all()), layer

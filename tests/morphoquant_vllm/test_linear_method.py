@@ -1,0 +1,177 @@
+"""Loading into vLLM's own linear layers, one process: what is checked, what is refused, what is computed."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.config import MorphoQuantConfig
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.activation import activation_record
+from morphoquant_vllm.numerics.linear import WeightRecord, linear
+from morphoquant_vllm.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec
+from tests.checkpoints import random_group
+
+K, N, G = 64, 32, 32
+SHARDS = ("gate_proj", "up_proj")
+
+
+@pytest.fixture(scope="module")
+def engine_context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM's layers expect around them: a configuration, and a process group of one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+
+    file = tmp_path_factory.mktemp("group") / "rendezvous"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+def specification(bias: bool = False) -> QuantizationSpec:
+    layers = {f"mlp.{shard}": LayerSpec(K, N, G, "column", "mlp.gate_up_proj", bias) for shard in SHARDS}
+    layers["mlp.down_proj"] = LayerSpec(K, N, G, "row", "mlp.down_proj")
+    return QuantizationSpec(layers=layers)
+
+
+def stored(spec: QuantizationSpec, count: int) -> list[dict[str, Tensor]]:
+    matrices = list(torch.randn(count, N, K, generator=torch.Generator().manual_seed(7)))
+    return random_group(matrices, spec.layers["mlp.gate_proj"], spec, torch.tensor(3))
+
+
+def merged_layer(spec: QuantizationSpec, bias: bool = False) -> torch.nn.Module:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    config = MorphoQuantConfig(spec)
+    config.packed_modules_mapping = {"gate_up_proj": list(SHARDS)}
+    return MergedColumnParallelLinear(K, [N, N], bias=bias, quant_config=config, prefix="mlp.gate_up_proj")
+
+
+def load(layer: torch.nn.Module, shards: list[dict[str, Tensor]]) -> torch.nn.Module:
+    for index, tensors in enumerate(shards):
+        for name, tensor in tensors.items():
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor, index)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def reference(shards: list[dict[str, Tensor]], x: Tensor, row: int) -> Tensor:
+    weight = WeightRecord(
+        torch.cat([shard["weight_codes"] for shard in shards]),
+        torch.cat([shard["weight_scale"] for shard in shards]),
+        torch.cat([shard["absorbed_bias"] for shard in shards], dim=1),
+    )
+    activation = activation_record(*(shards[0][name] for name in INPUT_TENSORS))
+    return linear(x, torch.full((x.shape[0],), row, dtype=torch.int32), weight, activation)
+
+
+@pytest.mark.usefixtures("engine_context")
+class TestFusedLayer:
+    def test_a_loaded_layer_computes_the_reference(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        x = torch.randn(5, K, generator=torch.Generator().manual_seed(1)) * 2
+        y, _ = layer(x)
+        assert torch.equal(y, reference(shards, x, spec.any_row))
+        nested, _ = layer(x.view(1, 5, K))
+        assert torch.equal(nested[0], y)
+        assert not list(layer.named_parameters()), "the canonical parameters are gone, no second copy stays"
+
+    @pytest.mark.parametrize("tensor", INPUT_TENSORS)
+    def test_unequal_shards_are_refused_by_name(self, tensor: str) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        changed = shards[1][tensor].clone()
+        changed.view(-1)[:2] = changed.view(-1)[:2].flip(0) if tensor == "channel_order" else changed.view(-1)[1:3] + 1
+        if changed.dtype is torch.bool:
+            changed = ~shards[1][tensor]
+        shards[1][tensor] = changed
+        with pytest.raises(MorphoQuantError, match=rf"mlp.gate_proj.{tensor}: differs between the shards"):
+            load(merged_layer(spec), shards)
+
+    def test_a_tensor_that_was_never_loaded_is_missed(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        del shards[1]["weight_codes"]
+        with pytest.raises(MorphoQuantError, match=r"weight_codes: 1 of 2 shards were loaded"):
+            load(merged_layer(spec), shards)
+
+    @pytest.mark.parametrize(
+        ("tensor", "value", "message"),
+        [
+            ("weight_scale", float("nan"), "weight_scale: holds NaN"),
+            ("absorbed_bias", float("inf"), "absorbed_bias: holds NaN or infinite"),
+            ("weight_scale", 0.0, "weight_scale: every value must be positive"),
+        ],
+    )
+    def test_damaged_values_are_refused(self, tensor: str, value: float, message: str) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        shards[1][tensor][0, 0] = value
+        with pytest.raises(MorphoQuantError, match=message):
+            load(merged_layer(spec), shards)
+
+    def test_a_tensor_of_another_shape_is_refused(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        shards[0]["centre"] = shards[0]["centre"][:, : K // 2]
+        with pytest.raises(MorphoQuantError, match=r"centre: has shape \[5, 32\], expected \[5, 64\]"):
+            load(merged_layer(spec), shards)
+
+    def test_a_bias_the_checkpoint_does_not_know_is_refused(self) -> None:
+        spec = specification(bias=False)
+        with pytest.raises(MorphoQuantError, match=r"mlp.gate_proj: the model has a bias, the checkpoint has none"):
+            load(merged_layer(spec, bias=True), stored(spec, 2))
+
+    def test_a_bias_with_nan_is_refused(self) -> None:
+        spec = specification(bias=True)
+        layer = merged_layer(spec, bias=True)
+        layer.bias.data.fill_(float("nan"))
+        with pytest.raises(MorphoQuantError, match=r"mlp.gate_proj.bias: holds NaN"):
+            load(layer, stored(spec, 2))
+
+    def test_an_input_size_that_is_not_the_models_is_refused(self) -> None:
+        from vllm.model_executor.layers.linear import ReplicatedLinear
+
+        with pytest.raises(MorphoQuantError, match=r"mlp.up_proj: the model has K = 128, the checkpoint 64"):
+            ReplicatedLinear(128, N, bias=False, quant_config=MorphoQuantConfig(specification()), prefix="mlp.up_proj")
+
+
+@pytest.mark.usefixtures("engine_context")
+def test_only_the_first_rank_of_a_row_parallel_layer_adds_the_absorbed_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's cut and the sum over ranks, without the processes: two layers that believe to be rank 0 and 1."""
+    from vllm.model_executor.layers import linear as vllm_linear
+
+    whole = QuantizationSpec(layers=specification().layers, tensor_parallel=2)
+    (tensors,) = random_group(
+        [torch.randn(N, K, generator=torch.Generator().manual_seed(5))],
+        whole.layers["mlp.down_proj"],
+        whole,
+        torch.tensor(4),
+    )
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(6))
+    total = torch.zeros(3, N, dtype=torch.float64)
+    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        layer = vllm_linear.RowParallelLinear(
+            K,
+            N,
+            bias=False,
+            reduce_results=False,
+            quant_config=MorphoQuantConfig(whole),
+            prefix="mlp.down_proj",
+        )
+        for name, tensor in tensors.items():
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        part = x[:, rank * K // 2 : (rank + 1) * K // 2]
+        total += layer.quant_method.apply(layer, part).double()
+    # Each rank's output was cast to float32 once.
+    torch.testing.assert_close(total.float(), reference([tensors], x, whole.any_row), atol=1e-4, rtol=1e-5)
