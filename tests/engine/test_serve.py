@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from benchmarks.server import Server, serve
+from benchmarks.server import Server, ServerError, serve
 from tests.engine.conftest import TEXT_PROMPT, media_messages
 from tests.reference_model import Checkpoint, reference_thinker
 
@@ -114,3 +115,17 @@ def test_the_log_is_free_of_warnings_of_ours(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "morphoquant" in line.lower()]
     assert lines, "vLLM names the method when it starts"
     assert not [line for line in lines if "WARNING" in line or "ERROR" in line]
+
+
+def test_a_damaged_checkpoint_is_refused_before_it_is_loaded(omni_checkpoint: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(omni_checkpoint, tmp_path / "damaged")
+    (file,) = damaged.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with (
+        pytest.raises(ServerError) as refusal,
+        serve(damaged, tmp_path / "serve.log", ("--dtype=float32", "--max-model-len=1024", "--enforce-eager")),
+    ):
+        pass
+    assert "exited with 1" in str(refusal.value)
+    last = (tmp_path / "serve.log").read_text().strip().splitlines()[-1]
+    assert last.split("MorphoQuantError: ")[1].startswith(f"{file}: truncated or not safetensors")
