@@ -145,7 +145,7 @@ def main() -> None:
     """Entry point: what the user can mend ends in one line on stderr and exit status 1."""
     # A terminated run takes its half-written directory with it.
     signal.signal(signal.SIGTERM, _stop)
-    # Before torch is imported: its threads spin while they wait, which costs a factor of ten where cores are shared.
+    # Before torch is imported: its threads spin while they wait, which is slow where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

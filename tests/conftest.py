@@ -4,7 +4,7 @@ import os
 
 # Before transformers is imported anywhere: no test may ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Threads that spin while they wait cost 10x on a machine with as many busy processes as cores.
+# Threads that spin while they wait are slow on a machine with as many busy processes as cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
