@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from calibration.architectures import Architecture
 from calibration.collect import InputCollector, run_observed
-from calibration.layer import QuantizedLayer, quantize_input
+from calibration.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.massive import candidates
 from calibration.model import BlockInput
 from calibration.plan import DecoderNames
 from calibration.recipe import Recipe
 from calibration.sampling import TokenSample
+from calibration.served import ServedLinear
 from calibration.source import Source
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import QuantizationSpec
@@ -44,36 +46,91 @@ def calibrate_blocks(
 ) -> Iterator[BlockResult]:
     """Yield the quantized layers of one block after the other.
 
-    Each block sees the outputs of the 16-bit blocks before it. `blocks` and `inputs` are used up: a finished block
-    is dropped, and the hidden states are those before the next.
+    Two streams of hidden states go through the decoder: the 16-bit model's, whose layer outputs are aimed at, and that
+    of the layers quantized so far, within the block too. `blocks` and `inputs` are used up: a finished block is
+    dropped, and the hidden states are those before the next.
     """
     for index in range(len(blocks)):
+        block = blocks[index]
         shards_of = {
             shared.shards: [names.layer(index, shard) for shard in shared.shards]
             for shared in architecture.shared_inputs
             if names.layer(index, shared.shards[0]) in spec.layers
         }
         # Shards read the same input: it is enough to watch the first.
-        collectors = {shards[0]: InputCollector(layers[0]) for shards, layers in shards_of.items()}
-        device = next(blocks[index].parameters()).device
-        for entry in inputs:
-            output = run_observed(
-                blocks[index],
-                entry.hidden.to(device),
-                entry.arguments[index],
-                collectors,
-                entry.modality.to(device),
-                entry.positions.to(device),
-            )
-            entry.hidden = output.cpu()
-            entry.arguments[index] = {}
-        blocks[index] = nn.Identity()
+        targets = {shards[0]: InputCollector(layers[0]) for shards, layers in shards_of.items()}
+        rows = _run_16bit(block, index, inputs, targets, len(spec.rows) - 1)
+        outlying = torch.cat(
+            [row[entry.positions] == len(spec.rows) - 1 for row, entry in zip(rows, inputs, strict=True)]
+        )
         finished: dict[str, QuantizedLayer] = {}
         for shards, layers in shards_of.items():
+            collector = InputCollector(layers[0])
+            for entry, row in zip(inputs, rows, strict=True):
+                _run(block, index, entry, entry.served, {shards[0]: collector}, row, stop=True)
+            sample = InputSample(collector.observation(), targets.pop(shards[0]).observation().sample, outlying)
             weights = {layer: _load_weight(source, layer) for layer in layers}
-            finished |= quantize_input(collectors.pop(shards[0]).observation(), tokens, weights, spec, recipe)
+            quantized = quantize_input(sample, tokens, weights, spec, recipe)
+            for shard, layer in zip(shards, layers, strict=True):
+                _replace(block, shard, quantized[layer], spec.any_row)
+            finished |= quantized
+        for entry, row in zip(inputs, rows, strict=True):
+            entry.served = _run(block, index, entry, entry.served, {}, row)
+            entry.arguments[index] = {}
+        blocks[index] = nn.Identity()
         errors = [layer.record.output_error for layer in finished.values()]
         yield BlockResult(index, len(blocks), finished, sum(errors) / len(errors) if errors else None)
+
+
+def _run_16bit(
+    block: nn.Module, index: int, inputs: Sequence[BlockInput], targets: dict[str, InputCollector], massive_row: int
+) -> list[Tensor]:
+    """Carry the 16-bit hidden states through the block.
+
+    Returns each sample's rows int [tokens]: `massive_row` where the residual stream is outlying before or after the
+    block, the token's modality elsewhere.
+    """
+    norms = []
+    for entry in inputs:
+        before = entry.hidden.float().norm(dim=-1).flatten()
+        entry.hidden = _run(block, index, entry, entry.hidden, targets, entry.modality)
+        norms.append(torch.maximum(before, entry.hidden.float().norm(dim=-1).flatten()))
+    modality = torch.cat([entry.modality.flatten() for entry in inputs])
+    outlying = candidates(torch.cat(norms), modality)
+    rows = torch.where(outlying, massive_row, modality)
+    return list(rows.split([entry.modality.numel() for entry in inputs]))
+
+
+def _run(
+    block: nn.Module,
+    index: int,
+    entry: BlockInput,
+    hidden: Tensor,
+    collectors: dict[str, InputCollector],
+    rows: Tensor,
+    *,
+    stop: bool = False,
+) -> Tensor:
+    """The block's output on one sample, on the CPU; what came in where the run stops early."""
+    device = next(block.parameters()).device
+    output = run_observed(
+        block,
+        hidden.to(device),
+        entry.arguments[index],
+        collectors,
+        rows.to(device),
+        entry.positions.to(device),
+        stop=stop,
+    )
+    return hidden if output is None else output.cpu()
+
+
+def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, row: int) -> None:
+    parent, _, name = shard.rpartition(".")
+    old = block.get_submodule(shard)
+    device = next(old.parameters()).device
+    bias = old.bias if isinstance(old.bias, Tensor) else None
+    setattr(block.get_submodule(parent), name, ServedLinear(layer.tensors, bias, row, device))
 
 
 def _load_weight(source: Source, layer: str) -> Tensor:

@@ -54,6 +54,23 @@ def calibrate(
     tensor_parallel: Annotated[
         str | None, _setting("--tensor-parallel", "Ranks that may share the model: auto (default) or a number.")
     ] = None,
+    escape_budget: Annotated[
+        float | None, _setting("--escape-budget", "Part of a layer's codes that may take 8 bits (0.04).")
+    ] = None,
+    grid: Annotated[str | None, _setting("--grid", "How steps are found: budget (default) or reference.")] = None,
+    massive_row: Annotated[
+        bool | None, _setting("--massive-row/--no-massive-row", "A row of their own for massive tokens (yes).")
+    ] = None,
+    regression: Annotated[
+        bool | None, _setting("--regression/--no-regression", "Weights make up for rounded activations (yes).")
+    ] = None,
+    shrinkage: Annotated[float | None, _setting("--shrinkage", "Pull to the original weights (0.02).")] = None,
+    rounding: Annotated[
+        str | None, _setting("--rounding", "compensated (default; GPTQ and refinement) or nearest.")
+    ] = None,
+    scale_levels: Annotated[
+        int | None, _setting("--scale-levels", "Integer levels of a channel's weight scales; 0 (default): free.")
+    ] = None,
     tau: Annotated[float | None, _setting("--tau", "Outlier threshold in standard deviations (2.0).")] = None,
     lam: Annotated[float | None, _setting("--lam", "Escape limit of the search (0.8).")] = None,
     lower: Annotated[float | None, _setting("--lower", "Smallest ratio of the range search (0.6).")] = None,
@@ -61,7 +78,7 @@ def calibrate(
     max_samples: Annotated[int | None, _setting("--max-samples", "Conversations and windows used (128).")] = None,
     max_tokens: Annotated[int | None, _setting("--max-tokens", "Longest conversation in tokens (2048).")] = None,
     window_tokens: Annotated[int | None, _setting("--window-tokens", "Windows of .txt files in tokens (512).")] = None,
-    sample_tokens: Annotated[int | None, _setting("--sample-tokens", "Tokens that are searched on (4096).")] = None,
+    sample_tokens: Annotated[int | None, _setting("--sample-tokens", "Tokens that are looked at (16384).")] = None,
     modality_balance: Annotated[
         float | None,
         _setting("--modality-balance", "1 (default): every modality counts the same; 0: every token does."),
@@ -80,6 +97,13 @@ def calibrate(
         "full_mask": full_mask or None,
         "group_size": group_size,
         "tensor_parallel": _number_or_word(tensor_parallel),
+        "escape_budget": escape_budget,
+        "grid": grid,
+        "massive_row": massive_row,
+        "regression": regression,
+        "shrinkage": shrinkage,
+        "rounding": rounding,
+        "scale_levels": scale_levels,
         "tau": tau,
         "lam": lam,
         "lower": lower,

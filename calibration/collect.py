@@ -1,4 +1,4 @@
-"""What module hooks see of a decoder block's inputs: statistics per modality, and the sampled tokens."""
+"""What module hooks see of a decoder block's inputs: statistics per set of tokens, and the sampled tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from morphoquant_vllm.numerics.statistics import ChannelStatistics
 class Observation:
     """One linear input as calibration saw it."""
 
-    # By modality row: only rows that had tokens.
+    # By row (a modality's, or the massive one): only rows that had tokens.
     statistics: dict[int, ChannelStatistics]
     # The sampled tokens' activations, float32 [T, K], in the order of TokenSample.
     sample: Tensor
+
+
+class InputReached(Exception):
+    """Ends a block's run at the input that was waited for."""
 
 
 class InputCollector:
@@ -32,14 +36,14 @@ class InputCollector:
         self._statistics: dict[int, ChannelStatistics] = {}
         self._chosen: list[Tensor] = []
 
-    def add(self, x: Tensor, modality: Tensor, positions: Tensor) -> None:
-        """Take in one sample: x [M, K], its modality rows int [M] and its sampled positions int64.
+    def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Take in one sample: x [M, K], the rows of its tokens int [M] and its sampled positions int64.
 
         Raises MorphoQuantError naming the layer where x holds NaN or infinite values.
         """
-        rows = modality.unique().tolist()
-        for row in rows:
-            new = ChannelStatistics.of(x if len(rows) == 1 else x[modality == row])
+        present = rows.unique().tolist()
+        for row in present:
+            new = ChannelStatistics.of(x if len(present) == 1 else x[rows == row])
             if not bool(torch.isfinite(new.abs_sum).all()):
                 raise MorphoQuantError(
                     f"{self.name}: its input holds NaN or infinite values in calibration; check the model's weights, "
@@ -59,16 +63,23 @@ def run_observed(
     hidden: Tensor,
     arguments: Mapping[str, Any],
     collectors: Mapping[str, InputCollector],
-    modality: Tensor,
+    rows: Tensor,
     positions: Tensor,
-) -> Tensor:
-    """Run a decoder block on one sample [1, M, hidden]; `collectors`, by linear name, see its linears' inputs."""
+    *,
+    stop: bool = False,
+) -> Tensor | None:
+    """Run a decoder block on one sample [1, M, hidden]; `collectors`, by linear name, see its linears' inputs.
+
+    With `stop` the run ends, without output, at the first input seen.
+    """
 
     def observe(collector: InputCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2)
-        if x.shape[0] != modality.numel():
-            raise MorphoQuantError(f"{collector.name}: sees {x.shape[0]} tokens of a sample of {modality.numel()}")
-        collector.add(x, modality, positions)
+        if x.shape[0] != rows.numel():
+            raise MorphoQuantError(f"{collector.name}: sees {x.shape[0]} tokens of a sample of {rows.numel()}")
+        collector.add(x, rows, positions)
+        if stop:
+            raise InputReached
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(partial(observe, collector))
@@ -76,6 +87,8 @@ def run_observed(
     ]
     try:
         output = block(hidden, **arguments)
+    except InputReached:
+        return None
     finally:
         for handle in handles:
             handle.remove()

@@ -74,7 +74,7 @@ def output_tensors(
         if layer is None:
             yield OutputTensor(name, info.nbytes, partial(source.load, name))
             continue
-        for tensor, want in tensor_specs(spec.layers[layer], len(spec.rows)).items():
+        for tensor, want in tensor_specs(spec.layers[layer], len(spec.rows), spec.tensor_parallel).items():
             yield OutputTensor(
                 stored_name(layer, tensor),
                 math.prod(want.shape) * want.dtype.itemsize,

@@ -87,7 +87,7 @@ def _layer_data(
     mask_name = stored_name(name, "modality_mask")
     with safe_open(str(directory / files[mask_name]), "pt") as file:
         masked: torch.Tensor = file.get_tensor(mask_name).sum(1)
-    names = [stored_name(name, tensor) for tensor in tensor_specs(layer, len(spec.rows))]
+    names = [stored_name(name, tensor) for tensor in tensor_specs(layer, len(spec.rows), spec.tensor_parallel)]
     bias_bytes = 0
     if layer.bias:
         bias_bytes = _tensor_bytes(stored[stored_name(name, "bias")])

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from calibration import massive as massive_tokens
+from calibration import moments as second_moments
+from calibration import steps
 from calibration.collect import Observation
 from calibration.plan import matches
 from calibration.recipe import Recipe
+from calibration.reference_grid import reference_grid
+from calibration.rounding import quantize_compensated
 from calibration.sampling import TokenSample
-from morphoquant_vllm.numerics import activation, linear, reference, weights
+from morphoquant_vllm.numerics import activation, weights
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
-from morphoquant_vllm.schema import QuantizationSpec
+from morphoquant_vllm.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec, input_blocks
 
 # Elements of a chunk of tokens: on a CPU few enough to stay near the cache, and enough that waiting for each other at
 # the end of every operation costs the threads little on a busy machine; on a GPU enough to fill the device.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
+# The step is searched on about this many tokens, and the output error measured on as many.
+SEARCH_TOKENS = 2048
 # A channel whose codes were all 0 in calibration still counts this part of the mean, so that its weights stay sane.
 IMPORTANCE_FLOOR = 1e-4
-# Fewer tokens than this say nothing about a channel's tail: with one token max - min is 0 on every channel, so that all
-# of them (0 >= 0) are outliers, and with a few the mask is noise. Such a modality has no mask of its own.
-MIN_MASK_TOKENS = 32
+# Sets of tokens that have a bias of their own.
+ORDINARY, MASSIVE = 0, 1
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,15 @@ class LayerRecord:
 
     # Codes outside [-8, 7] as a fraction of all codes, by row name; "all": of the tokens as they occur in the data.
     escape_rate: dict[str, float]
-    # Root of the weighted mean square error of the output, relative to the 16-bit layer's, without bias.
+    # Root of the weighted mean square error of the output, relative to the 16-bit layer's on 16-bit inputs (no bias).
     output_error: float
     # Channels that may escape, by row name.
     masked_channels: dict[str, int]
     # How many channels the guard gave a larger step than the search chose, and the largest factor.
     guard_raised_channels: int
     guard_largest_raise: float
+    # Sampled tokens that the massive row serves.
+    massive_tokens: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,20 @@ class QuantizedLayer:
     record: LayerRecord
 
 
+@dataclass(frozen=True)
+class InputSample:
+    """The sampled tokens of one input, in the order of TokenSample."""
+
+    # As the quantized layers before give it: what is quantized.
+    observation: Observation
+    # As the 16-bit model has it, float32 [T, K]: whose outputs are aimed at.
+    target: Tensor
+    # Tokens with an outlying residual stream, bool [T].
+    outlying: Tensor
+
+
 def quantize_input(
-    observation: Observation,
+    inputs: InputSample,
     tokens: TokenSample,
     shards: Mapping[str, Tensor],
     spec: QuantizationSpec,
@@ -59,141 +80,189 @@ def quantize_input(
 ) -> dict[str, QuantizedLayer]:
     """Quantize the linears `shards` (weights [N, K] by layer name) that share one input.
 
-    Computes on the device of `observation.sample`. Every row of mask, centre and gain is the same: one pooled grid
-    with the union of the modalities' masks; the format has rows so that they may differ.
+    Computes on the device of the sample. Every modality's row is the same; the massive row has a centre, a gain and a
+    bias of its own.
     """
-    sample = observation.sample
-    device = sample.device
+    x = inputs.observation.sample
+    device = x.device
     first = spec.layers[next(iter(shards))]
-    full = matches(first.shared_input, recipe.full_mask) or any(matches(name, recipe.full_mask) for name in shards)
-    mask, grid = _grid(observation, tokens, recipe, full)
-    step = grid.step.to(device)
-    full_precision = {name: weight.to(device, torch.float32) for name, weight in shards.items()}
-    absorbed = {name: weights.absorb(weight, step) for name, weight in full_precision.items()}
-    order = weights.channel_order(
-        torch.cat([value.cpu() for value in absorbed.values()]),
-        blocks=spec.tensor_parallel if first.parallel == "row" else 1,
+    blocks = input_blocks(first, spec.tensor_parallel)
+    matrix = torch.cat([weight.to(device, torch.float32) for weight in shards.values()])
+    weight = tokens.weight.to(device)
+    intervals = (
+        massive_tokens.find_intervals(x, inputs.outlying.to(device), blocks)
+        if recipe.massive_row
+        else massive_tokens.no_intervals(x.shape[1], blocks)
     )
-    gain = torch.ones(1)
-    # All rows are equal: one serves for every token here.
-    record = activation.activation_record(grid.step, order, mask[None], grid.centre[None], gain)
-    record = activation.ActivationRecord(*(field.to(device) for field in record))
-    codes = torch.cat([activation.act_quant(x, _row_zero(x), record) for x in _chunks(sample)])
-    importance = _importance(codes, tokens.weight.to(device))
-    rows = len(spec.rows)
-    shared = {
-        "activation_step": grid.step,
-        "channel_order": order,
-        "modality_mask": mask.repeat(rows, 1),
-        "centre": grid.centre.repeat(rows, 1),
-        "gain": gain.repeat(rows),
-    }
-    escape_rate = _escape_rates(codes, tokens, spec.rows)
+    token_set = massive_tokens.holds(x, intervals).long()
+    mask, grid = _grid(inputs.observation, token_set, weight, matrix, recipe, _full_mask(first, shards, recipe))
+    order = weights.channel_order(weights.absorb(matrix, grid.step).cpu(), blocks)
+    natural = _input_tensors(x, token_set, mask, grid, order, intervals, len(spec.rows))
+    record = activation.activation_record(*(natural[name].to(device) for name in INPUT_TENSORS))
+    rows = torch.where(token_set == MASSIVE, len(spec.rows) - 1, spec.any_row).int()
+    codes = torch.cat([activation.act_quant(part, row, record) for part, row in _together(x, rows)])
+    gathered = order.long().to(device)
+    target = inputs.target.index_select(1, gathered)
+    gain = record.gain[rows.long()][:, None]
+    moments = second_moments.gather(
+        (
+            (part.float() * part_gain, values - record.centre[row.long()], which, token_weight)
+            for part, part_gain, values, row, which, token_weight in _together(
+                codes, gain, target, rows, token_set, weight
+            )
+        ),
+        sets=2,
+        in_features=x.shape[1],
+        device=device,
+    )
+    matrix = matrix[:, gathered]
+    int4, scale = _round_weights(matrix, grid.step[gathered.to(grid.step.device)].to(device), moments, first, recipe)
+    served = int4.float().unflatten(1, (scale.shape[1], -1)).mul_(scale.float()[..., None]).flatten(1)
+    centre = torch.stack((record.centre[spec.any_row], record.centre[-1]))
+    bias = weights.absorbed_bias(matrix, centre, blocks) + second_moments.output_bias(moments, matrix, served, blocks)
+    if not bool((token_set == MASSIVE).any()):
+        bias[:, MASSIVE] = bias[:, ORDINARY]
+    row_sets = torch.tensor([ORDINARY] * (len(spec.rows) - 1) + [MASSIVE], device=device)
+    common = LayerRecord(
+        escape_rate=_escape_rates(codes, tokens, token_set, spec.rows),
+        output_error=0.0,
+        masked_channels=dict(zip(spec.rows, natural["modality_mask"].sum(1).tolist(), strict=True)),
+        guard_raised_channels=int((grid.guard_raise > 1).sum()),
+        guard_largest_raise=float(grid.guard_raise.max()),
+        massive_tokens=int((token_set == MASSIVE).sum()),
+    )
     quantized = {}
-    for name, weight in full_precision.items():
-        int4, scale = weights.quantize_int4(absorbed[name][:, order.long().to(device)], importance, first.group_size)
-        bias = weights.absorbed_bias(weight, grid.centre.to(device)[None])
-        stored = linear.WeightRecord(weights.pack(int4), scale, bias)
+    sizes = [value.shape[0] for value in shards.values()]
+    for name, *parts in zip(
+        shards, int4.split(sizes), scale.split(sizes), served.split(sizes), matrix.split(sizes), bias.split(sizes, 2),
+        strict=True,
+    ):  # fmt: skip
+        codes4, scales, dequantized, full, own_bias = parts
+        error = _output_error(codes.float() * gain, target, token_set, weight, full, dequantized, own_bias.sum(0))
         quantized[name] = QuantizedLayer(
             tensors={
-                **shared,
-                "weight_codes": stored.codes.cpu(),
-                "weight_scale": scale.cpu(),
-                "absorbed_bias": bias.cpu().repeat(rows, 1),
+                **natural,
+                "weight_codes": weights.pack(codes4).cpu(),
+                "weight_scale": scales.contiguous().cpu(),
+                "absorbed_bias": own_bias[:, row_sets].contiguous().cpu(),
             },
-            record=LayerRecord(
-                escape_rate=escape_rate,
-                output_error=_output_error(sample, codes, tokens.weight.to(device), weight, stored),
-                masked_channels={row: int(mask.sum()) for row in spec.rows},
-                guard_raised_channels=int((grid.guard_raise > 1).sum()),
-                guard_largest_raise=float(grid.guard_raise.max()),
-            ),
+            record=replace(common, output_error=error),
         )
     return quantized
 
 
+def _full_mask(first: LayerSpec, shards: Mapping[str, Tensor], recipe: Recipe) -> bool:
+    return matches(first.shared_input, recipe.full_mask) or any(matches(name, recipe.full_mask) for name in shards)
+
+
 def _grid(
-    observation: Observation, tokens: TokenSample, recipe: Recipe, full_mask: bool
+    observation: Observation, token_set: Tensor, weight: Tensor, matrix: Tensor, recipe: Recipe, full_mask: bool
 ) -> tuple[Tensor, activation.Grid]:
-    """Mask bool [K] and grid [K] of one input, on the CPU."""
-    modalities = [_on_cpu(statistics) for statistics in observation.statistics.values()]
+    """Mask bool [K] and grid of one input's ordinary tokens, on the device of the sample."""
+    found = bool((token_set == MASSIVE).any())
+    ordinary = (token_set == ORDINARY).nonzero().flatten()
+    sample, weight = observation.sample[ordinary], weight[ordinary]
+    massive_row = max(observation.statistics) if found else None
+    modalities = [value for row, value in observation.statistics.items() if row != massive_row]
+    if recipe.grid == "reference":
+        return reference_grid(modalities, _together(sample, weight), recipe, full_mask=full_mask)
     pooled = reduce(ChannelStatistics.merge, modalities)
-    mask = torch.ones_like(pooled.minimum, dtype=torch.bool) if full_mask else _mask(modalities, pooled, recipe.tau)
-    low, high = reference.base_range(pooled.minimum, pooled.maximum, mask)
-    ratio = _search(observation.sample, tokens.weight, low, high, mask, recipe)
-    return mask, activation.served_grid(ratio * low, ratio * high, pooled.minimum, pooled.maximum, mask)
+    # Every n-th token: a modality's share stays what its weights make it.
+    stride = max(1, sample.shape[0] // SEARCH_TOKENS)
+    part, part_weight = sample[::stride], weight[::stride] / weight[::stride].sum()
+    grid = steps.budget_grid(
+        _together(part, part_weight),
+        steps.centres(part),
+        pooled.minimum,
+        pooled.maximum,
+        matrix.square().sum(0),
+        recipe.escape_budget,
+    )
+    return torch.full_like(grid.step, recipe.escape_budget > 0, dtype=torch.bool), grid
 
 
-def _mask(modalities: Sequence[ChannelStatistics], pooled: ChannelStatistics, tau: float) -> Tensor:
-    """Union of the modalities' masks, bool [K]; the pooled statistics' where no modality has enough tokens."""
-    mask = torch.zeros_like(pooled.minimum, dtype=torch.bool)
-    # A modality's outliers must be able to escape, however rare its tokens are beside the others'.
-    for statistics in [each for each in modalities if each.tokens >= MIN_MASK_TOKENS] or [pooled]:
-        dispersion = reference.dispersion_score(statistics)
-        # Without spread every channel lies at the mean, which is the threshold too: none stands out.
-        if float(dispersion.std()) > 0:
-            mask |= reference.outlier_mask(dispersion, tau)
-    return mask
+def _input_tensors(
+    x: Tensor,
+    token_set: Tensor,
+    mask: Tensor,
+    grid: activation.Grid,
+    order: Tensor,
+    intervals: massive_tokens.MassiveIntervals,
+    rows: int,
+) -> dict[str, Tensor]:
+    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU."""
+    centre, gain = grid.centre, 1.0
+    massive = x[token_set == MASSIVE]
+    if massive.shape[0]:
+        centre = massive.mean(0)
+        farthest = float(((massive - centre).abs() / grid.step).max())
+        gain = max(1.0, farthest / activation.GUARD_CODES)
+    return {
+        "activation_step": grid.step.cpu(),
+        "channel_order": order.cpu(),
+        # Every channel of a massive token may escape: there are few such tokens, and all others attend to them.
+        "modality_mask": torch.cat((mask.expand(rows - 1, -1), torch.ones_like(mask)[None])).cpu(),
+        "centre": torch.cat((grid.centre.expand(rows - 1, -1), centre[None])).cpu(),
+        "gain": torch.tensor([1.0] * (rows - 1) + [gain]),
+        "massive_channel": intervals.channel.cpu(),
+        "massive_low": intervals.low.cpu(),
+        "massive_high": intervals.high.cpu(),
+    }
 
 
-def _search(sample: Tensor, weight: Tensor, low: Tensor, high: Tensor, mask: Tensor, recipe: Recipe) -> Tensor:
-    """The winning ratio of each channel, [K] on the CPU.
-
-    One weighted mean over all sampled tokens takes the place of the reference's moving average over batches: with
-    several modalities that would mostly remember the last batches, whatever their modality.
-    """
-    device = sample.device
-    low, high, mask = low.to(device), high.to(device), mask.to(device)
-    scores = torch.zeros(reference.SEARCH_RATIOS, sample.shape[1], device=device)
-    for x, token_weight in zip(_chunks(sample), _chunks(weight.to(device), sample.shape[1]), strict=True):
-        scores += reference.search_scores(
-            x, low, high, mask, lower=recipe.lower, lam=recipe.lam, lp_norm=recipe.lp_norm, token_weight=token_weight
-        )
-    return reference.best_ratio(scores.cpu(), recipe.lower)
-
-
-def _importance(codes: Tensor, weight: Tensor) -> Tensor:
-    """Weighted E[code^2] of each channel, float32 [K] in the order of `codes` [T, K]; every value positive."""
-    total = torch.zeros(codes.shape[1], device=codes.device)
-    for part, token_weight in zip(_chunks(codes), _chunks(weight, codes.shape[1]), strict=True):
-        total += token_weight @ part.float().square()
-    mean = float(total.mean())
-    return total.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(total)
+def _round_weights(
+    matrix: Tensor, step: Tensor, moments: second_moments.Moments, layer: LayerSpec, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """int4 codes int8 [N, K] and scale bfloat16 [N, K/G] of the 16-bit `matrix`, all in channel order."""
+    absorbed = weights.absorb(matrix, step)
+    target = absorbed
+    if recipe.regression:
+        target = second_moments.regress(moments, matrix, absorbed, recipe.shrinkage)
+    hessian = moments.centred()[0]
+    if recipe.rounding == "compensated":
+        return quantize_compensated(target, hessian, layer.group_size, recipe.scale_levels)
+    energy = hessian.diagonal().clone()
+    mean = float(energy.mean())
+    importance = energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)
+    return weights.quantize_int4(target, importance, layer.group_size)
 
 
-def _escape_rates(codes: Tensor, tokens: TokenSample, row_names: tuple[str, ...]) -> dict[str, float]:
+def _escape_rates(
+    codes: Tensor, tokens: TokenSample, token_set: Tensor, row_names: tuple[str, ...]
+) -> dict[str, float]:
     per_token = torch.cat([activation.escapes(part).float().mean(1) for part in _chunks(codes)]).cpu()
     rates = {row: float(per_token[tokens.modality == row].mean()) for row in tokens.counts}
     total = sum(tokens.counts.values())
     overall = sum(rates[row] * count / total for row, count in tokens.counts.items())
-    return {**{row_names[row]: rate for row, rate in rates.items()}, "all": overall}
+    named = {row_names[row]: rate for row, rate in rates.items()}
+    massive = token_set.cpu() == MASSIVE
+    if bool(massive.any()):
+        named[row_names[-1]] = float(per_token[massive].mean())
+    return {**named, "all": overall}
 
 
-def _output_error(sample: Tensor, codes: Tensor, weight: Tensor, matrix: Tensor, stored: linear.WeightRecord) -> float:
-    """Weighted relative error of the integer linear layer against x @ W.T, both without the layer's own bias.
-
-    The same sum as numerics.linear with gain 1, in float32: this is a figure for the report, about 0.1 as a rule.
-    """
+def _output_error(
+    codes: Tensor, target: Tensor, token_set: Tensor, weight: Tensor, matrix: Tensor, served: Tensor, bias: Tensor
+) -> float:
+    """Weighted relative error of the served layer's output against target @ matrix.T; bias [2, N] by set of tokens."""
+    stride = max(1, codes.shape[0] // SEARCH_TOKENS)
     error = power = 0.0
-    columns = sample.shape[1]
-    dequantized = weights.dequantize_weight(stored.codes, stored.scale)
-    for x, part, token_weight in zip(_chunks(sample), _chunks(codes), _chunks(weight, columns), strict=True):
-        expected = x @ matrix.T
-        served = part.float() @ dequantized.T + stored.absorbed_bias
-        error += float(token_weight @ (served - expected).square().sum(1))
+    for part, values, which, token_weight in _together(
+        *(field[::stride] for field in (codes, target, token_set, weight))
+    ):
+        expected = values @ matrix.T
+        found = part @ served.T + bias[which]
+        error += float(token_weight @ (found - expected).square().sum(1))
         power += float(token_weight @ expected.square().sum(1))
     return (error / power) ** 0.5 if power > 0 else 0.0
 
 
 def _chunks(value: Tensor, columns: int | None = None) -> Iterator[Tensor]:
-    """Runs of tokens of `value` [T, K], or of [T] that goes with `columns` = K."""
+    """Runs of tokens of `value` [T, K], or of [T] or [T, 1] that goes with `columns` = K."""
     limit = CHUNK_ELEMENTS.get(value.device.type, CHUNK_ELEMENTS["cpu"])
     return iter(value.split(max(1, limit // (columns or value.shape[1]))))
 
 
-def _row_zero(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
-
-
-def _on_cpu(statistics: ChannelStatistics) -> ChannelStatistics:
-    return ChannelStatistics(**{name: value.cpu() for name, value in vars(statistics).items()})
+def _together(first: Tensor, *others: Tensor) -> Iterator[Any]:
+    """The same runs of tokens of several tensors [T, ...]; the first sets their length."""
+    return zip(_chunks(first), *(_chunks(other, first.shape[1]) for other in others), strict=True)

@@ -29,6 +29,8 @@ class BlockInput:
     modality: Tensor
     positions: Tensor
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    # The same, after the quantized blocks.
+    served: Tensor = field(default_factory=lambda: torch.empty(0))
     # What the model passes to each block besides the hidden states (positions, mask), by reference.
     arguments: list[dict[str, Any]] = field(default_factory=list)
 
@@ -113,7 +115,7 @@ def _skipped(blocks: Sequence[nn.Module], entry: BlockInput) -> Iterator[None]:
     def record(index: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
             if index == 0:
-                entry.hidden = hidden_states.cpu()
+                entry.hidden = entry.served = hidden_states.cpu()
             entry.arguments.append(arguments)
             return hidden_states
 

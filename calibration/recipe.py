@@ -28,18 +28,55 @@ class Recipe(BaseModel):
         default="auto",
         description="Ranks the checkpoint can be split over; auto: the largest of 8, 4, 2, 1 that the model allows.",
     )
-    tau: float = Field(
-        default=2.0, ge=0, description="Channels this many standard deviations above the mean dispersion may escape."
+    grid: Literal["budget", "reference"] = Field(
+        default="budget",
+        description="How a channel's step is found: by what the output loses within escape_budget, or as the reference "
+        "does (tau, full_mask, lam, lower, lp_norm).",
     )
-    full_mask: Patterns = Field(default=("*.down_proj",), description="Linears in which every channel may escape.")
+    escape_budget: float = Field(
+        default=0.04, ge=0, le=0.2, description="Part of a layer's codes that may leave the 4-bit range; 0: none may."
+    )
+    massive_row: bool = Field(
+        default=True, description="Whether massive tokens (the first of a sequence, as a rule) get a row of their own."
+    )
+    regression: bool = Field(
+        default=True, description="Whether weights make up for what rounding activations and the layers before lost."
+    )
+    shrinkage: float = Field(
+        default=0.02, ge=1e-3, le=10, description="How strongly the regression is drawn to the original weights."
+    )
+    rounding: Literal["compensated", "nearest"] = Field(
+        default="compensated", description="How weights are rounded: with error compensation (GPTQ), or each by itself."
+    )
+    scale_levels: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="Compensated rounding: the scales of an output channel are whole multiples, 1 to this, of one "
+        "number; 0: they are free.",
+    )
+    tau: float = Field(
+        default=2.0,
+        ge=0,
+        description="Reference grid: channels this many standard deviations above the mean dispersion may escape.",
+    )
+    full_mask: Patterns = Field(
+        default=("*.down_proj",), description="Reference grid: linears in which every channel may escape."
+    )
     lam: float = Field(
-        default=0.8, gt=0, le=1, description="In the range search, masked values beyond lam * range are kept."
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Reference grid: in the range search, masked values beyond lam * range are kept.",
     )
     lower: float = Field(
-        default=0.6, gt=0, lt=1, description="Smallest of the 15 ratios by which the search shrinks a range."
+        default=0.6,
+        gt=0,
+        lt=1,
+        description="Reference grid: smallest of the 15 ratios by which the search shrinks a range.",
     )
     lp_norm: float = Field(
-        default=2.0, gt=0, le=8, description="Power of the rounding error that the search minimises."
+        default=2.0, gt=0, le=8, description="Reference grid: power of the rounding error that the search minimises."
     )
     max_samples: int = Field(
         default=128, ge=1, description="At most this many conversations and text windows are used."
@@ -49,9 +86,9 @@ class Recipe(BaseModel):
         default=512, ge=2, description="Length of the windows that .txt files are cut into, in tokens."
     )
     sample_tokens: int = Field(
-        default=4096,
+        default=16384,
         ge=16,
-        description="Tokens on which ranges and weights are searched, shared out over the modalities.",
+        description="Tokens on which steps and weights are found, shared out over the modalities.",
     )
     modality_balance: float = Field(
         default=1.0,

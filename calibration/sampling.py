@@ -47,8 +47,8 @@ def modality_shares(counts: Mapping[int, int], balance: float) -> dict[int, floa
 def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, seed: int) -> TokenSample:
     """Draw at most `budget` tokens from the samples' modality ids (each int [tokens]), evenly over the rows present.
 
-    A token of row r weighs modality_shares[r] / (chosen tokens of r): how many were drawn does not change what a
-    modality counts.
+    The first token of every sample is taken besides: it is unlike all others. A token of row r weighs
+    modality_shares[r] / (chosen tokens of r): how many were drawn does not change what a modality counts.
     """
     flat = torch.cat([ids.flatten().to("cpu", torch.int64) for ids in modalities]) if modalities else torch.empty(0)
     if not flat.numel():
@@ -57,14 +57,16 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
     quota = water_fill(counts, max(budget, len(counts)))
     shares = modality_shares(counts, balance)
     generator = torch.Generator().manual_seed(seed)
+    lengths = [ids.numel() for ids in modalities]
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+    chosen[starts[torch.tensor(lengths) > 0]] = True
     weight = torch.zeros(flat.numel(), dtype=torch.float64)
     for row, size in quota.items():
         candidates = (flat == row).nonzero().flatten()
-        drawn = candidates[torch.randperm(candidates.numel(), generator=generator)[:size]]
-        chosen[drawn] = True
-        weight[drawn] = shares[row] / size
-    lengths = [ids.numel() for ids in modalities]
+        chosen[candidates[torch.randperm(candidates.numel(), generator=generator)[:size]]] = True
+        drawn = chosen & (flat == row)
+        weight[drawn] = shares[row] / int(drawn.sum())
     return TokenSample(
         positions=tuple(part.nonzero().flatten() for part in chosen.split(lengths)),
         modality=flat[chosen].int(),

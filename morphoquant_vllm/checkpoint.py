@@ -22,6 +22,7 @@ from .schema import (
     INPUT_TENSORS,
     LayerSpec,
     QuantizationSpec,
+    TensorSpec,
     check_values,
     stored_name,
     tensor_specs,
@@ -143,7 +144,7 @@ def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
     """
     stored = read_headers(directory)
     for name, layer in spec.layers.items():
-        _check_layer_headers(directory, name, layer, len(spec.rows), stored)
+        _check_layer_headers(directory, name, layer, tensor_specs(layer, len(spec.rows), spec.tensor_parallel), stored)
     for name, tensor in stored.items():
         owner = _owner(name, spec.layers)
         if owner is not None:
@@ -152,10 +153,14 @@ def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
 
 
 def _check_layer_headers(
-    directory: Path, name: str, layer: LayerSpec, rows: int, stored: Mapping[str, StoredTensor]
+    directory: Path,
+    name: str,
+    layer: LayerSpec,
+    specs: Mapping[str, TensorSpec],
+    stored: Mapping[str, StoredTensor],
 ) -> None:
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-        tensor: ((HEADER_DTYPES[want.dtype],), want.shape) for tensor, want in tensor_specs(layer, rows).items()
+        tensor: ((HEADER_DTYPES[want.dtype],), want.shape) for tensor, want in specs.items()
     }
     if layer.bias:
         expected["bias"] = (BIAS_DTYPES, (layer.out_features,))
@@ -184,7 +189,7 @@ def _owner(tensor: str, layers: Mapping[str, LayerSpec]) -> str | None:
 def _check_belongs(file: Path, name: str, owner: str, spec: QuantizationSpec) -> None:
     """Refuse a tensor below a quantized layer that the format does not know there."""
     tensor = name.removeprefix(f"{owner}.")
-    if tensor in tensor_specs(spec.layers[owner], len(spec.rows)):
+    if tensor in tensor_specs(spec.layers[owner], len(spec.rows), spec.tensor_parallel):
         return
     if tensor == "bias":
         if not spec.layers[owner].bias:
@@ -202,7 +207,9 @@ def load_layer(directory: Path, files: Mapping[str, str], name: str, spec: Quant
 
     `files` is what `check_headers` returned.
     """
-    wanted = list(tensor_specs(spec.layers[name], len(spec.rows))) + (["bias"] if spec.layers[name].bias else [])
+    wanted = list(tensor_specs(spec.layers[name], len(spec.rows), spec.tensor_parallel)) + (
+        ["bias"] if spec.layers[name].bias else []
+    )
     by_file: dict[str, list[str]] = {}
     for tensor in wanted:
         by_file.setdefault(files[stored_name(name, tensor)], []).append(tensor)

@@ -17,9 +17,9 @@ from vllm.model_executor.layers.linear import (
 from . import ops
 from .errors import MorphoQuantError
 from .numerics.activation import activation_record
-from .numerics.linear import WeightRecord
+from .numerics.linear import weight_record
 from .parameters import LoadLog, make_parameters
-from .schema import LayerSpec, QuantizationSpec, check_tensor_parallel, check_values
+from .schema import INPUT_TENSORS, LayerSpec, QuantizationSpec, check_tensor_parallel, check_values, input_blocks
 
 
 @register_weight_loader_v2_supported_method
@@ -56,6 +56,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             out_features=sum(output_partition_sizes),
             groups=input_size_per_partition // self.layer_spec.group_size,
             rows=len(self.spec.rows),
+            blocks=input_blocks(self.layer_spec, self.spec.tensor_parallel) * input_size_per_partition // input_size,
             watch=lambda tensor: self.load_log.watch(tensor, loader),
         )
         for tensor, parameter in parameters.items():
@@ -93,8 +94,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self._check_bias(layer)
         row_parallel = self.layer_spec.parallel == "row"
         rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
-        # The order holds global channels; this rank's block starts at rank * K / size.
-        tensors["channel_order"] = tensors["channel_order"] - rank * tensors["channel_order"].numel()
+        # Channels are counted over the whole K; this rank's part starts at rank * K / size.
+        first_channel = rank * tensors["channel_order"].numel()
+        for tensor in ("channel_order", "massive_channel"):
+            tensors[tensor] = tensors[tensor] - first_channel
         check_values(
             self.name,
             tensors,
@@ -102,17 +105,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             parallel=self.layer_spec.parallel,
             blocks=self.spec.tensor_parallel // size,
         )
-        if rank > 0:
-            # Ranks sum their outputs: the constant must be added once.
-            tensors["absorbed_bias"] = torch.zeros_like(tensors["absorbed_bias"])
-        activation = activation_record(
-            tensors["activation_step"],
-            tensors["channel_order"],
-            tensors["modality_mask"],
-            tensors["centre"],
-            tensors["gain"],
-        )
-        weight = WeightRecord(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
+        activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
+        weight = weight_record(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
         device = weight.codes.device
         self.backend = ops.select_backend(device)
         prepared = ops.BACKENDS[self.backend].prepare(weight, activation)

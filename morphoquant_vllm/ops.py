@@ -4,7 +4,8 @@
     morphoquant::linear(x, modality, weight, activation, bias, backend)  -> y [M, N], dtype of x
 
     x           [M, K], float32, bfloat16 or float16
-    modality    int32 [M or more]: row of each token; entries past M are ignored, so that one buffer serves every M
+    modality    int32 [M or more]: row of each token; entries past M are ignored, so that one buffer serves every M.
+                A token that the activation record knows as massive takes the last row instead.
     weight      tensors of a weight record. The last one is always absorbed_bias, float32 [R, N].
     activation  tensors of an activation record
     bias        [N], the layer's own bias, or None
@@ -45,7 +46,8 @@ def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tu
 
 
 def _reference_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
-    return activation_numerics.act_quant(x, modality, ActivationRecord(*activation))
+    record = ActivationRecord(*activation)
+    return activation_numerics.act_quant(x, activation_numerics.token_rows(x, modality, record), record)
 
 
 def _reference_linear(

@@ -15,19 +15,20 @@ from vllm.model_executor.parameter import (
 )
 
 from .errors import MorphoQuantError
+from .schema import MASSIVE_CHANNELS
 
 
 class SharedInputParameter(BasevLLMParameter):
     """A tensor of the layer's input: shards of a fused layer must bring the same values; row-parallel ranks cut K.
 
-    vLLM's own RowvLLMParameter would silently keep the last shard's. K is the last dimension (`cut_input`), or
-    absent, as in gain.
+    vLLM's own RowvLLMParameter would silently keep the last shard's. `cut` is the dimension that runs over K, or over
+    blocks of K; None where there is none, as in gain.
     """
 
-    def __init__(self, *, data: Tensor, weight_loader: Callable[..., None], name: str, cut_input: bool) -> None:
+    def __init__(self, *, data: Tensor, weight_loader: Callable[..., None], name: str, cut: int | None) -> None:
         super().__init__(data=data, weight_loader=weight_loader)
         self.name_in_messages = name
-        self.cut_input = cut_input
+        self.cut = cut
         self.filled = False
 
     def _fill(self, loaded_weight: Tensor, **_: Any) -> None:
@@ -47,10 +48,20 @@ class SharedInputParameter(BasevLLMParameter):
     load_qkv_weight = _fill
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        if self.cut_input:
-            size = self.data.shape[-1]
-            loaded_weight = loaded_weight.narrow(-1, self.tp_rank * size, size)
+        if self.cut is not None:
+            loaded_weight = _own_part(loaded_weight, self.cut, self.data.shape[self.cut], self.tp_rank)
         self._fill(loaded_weight)
+
+
+class AbsorbedBiasParameter(ChannelQuantScaleParameter):
+    """absorbed_bias [B, R, N]: fused shards and column-parallel ranks cut N, row-parallel ranks the blocks of K."""
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        super().load_row_parallel_weight(_own_part(loaded_weight, 0, self.data.shape[0], self.tp_rank))
+
+
+def _own_part(loaded_weight: Tensor, dimension: int, size: int, rank: int) -> Tensor:
+    return loaded_weight.narrow(dimension, rank * size, size)
 
 
 class LoadLog:
@@ -78,15 +89,22 @@ class LoadLog:
 
 
 def make_parameters(
-    name: str, in_features: int, out_features: int, groups: int, rows: int, watch: Callable[[str], Callable[..., None]]
+    name: str,
+    in_features: int,
+    out_features: int,
+    groups: int,
+    rows: int,
+    blocks: int,
+    watch: Callable[[str], Callable[..., None]],
 ) -> dict[str, BasevLLMParameter]:
-    """One rank's parameters of one (fused) layer under the format's tensor names; `watch` gives each its loader."""
+    """One rank's parameters of one (fused) layer under the format's tensor names; `watch` gives each its loader.
 
-    def shared(tensor: str, shape: tuple[int, ...], dtype: torch.dtype, cut_input: bool = True) -> SharedInputParameter:
+    `blocks`: how many of the blocks of K that the checkpoint stores are this rank's.
+    """
+
+    def shared(tensor: str, shape: tuple[int, ...], dtype: torch.dtype, cut: int | None) -> SharedInputParameter:
         data = torch.zeros(shape, dtype=dtype)
-        return SharedInputParameter(
-            data=data, weight_loader=watch(tensor), name=f"{name}.{tensor}", cut_input=cut_input
-        )
+        return SharedInputParameter(data=data, weight_loader=watch(tensor), name=f"{name}.{tensor}", cut=cut)
 
     return {
         "weight_codes": PackedvLLMParameter(
@@ -103,14 +121,17 @@ def make_parameters(
             output_dim=0,
             weight_loader=watch("weight_scale"),
         ),
-        "absorbed_bias": ChannelQuantScaleParameter(
-            data=torch.zeros(rows, out_features, dtype=torch.float32),
-            output_dim=1,
+        "absorbed_bias": AbsorbedBiasParameter(
+            data=torch.zeros(blocks, rows, out_features, dtype=torch.float32),
+            output_dim=2,
             weight_loader=watch("absorbed_bias"),
         ),
-        "activation_step": shared("activation_step", (in_features,), torch.float32),
-        "channel_order": shared("channel_order", (in_features,), torch.int32),
-        "modality_mask": shared("modality_mask", (rows, in_features), torch.bool),
-        "centre": shared("centre", (rows, in_features), torch.float32),
-        "gain": shared("gain", (rows,), torch.float32, cut_input=False),
+        "activation_step": shared("activation_step", (in_features,), torch.float32, cut=0),
+        "channel_order": shared("channel_order", (in_features,), torch.int32, cut=0),
+        "modality_mask": shared("modality_mask", (rows, in_features), torch.bool, cut=1),
+        "centre": shared("centre", (rows, in_features), torch.float32, cut=1),
+        "gain": shared("gain", (rows,), torch.float32, cut=None),
+        "massive_channel": shared("massive_channel", (blocks, MASSIVE_CHANNELS), torch.int32, cut=0),
+        "massive_low": shared("massive_low", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
+        "massive_high": shared("massive_high", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
     }

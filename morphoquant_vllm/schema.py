@@ -1,4 +1,4 @@
-"""Checkpoint format v1: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
+"""Checkpoint format v2: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
 
 docs/checkpoint.md explains the format; this module is what holds.
 """
@@ -14,10 +14,14 @@ import torch
 from .errors import MorphoQuantError
 
 QUANT_METHOD = "morphoquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ANY_ROW = "any"
 # The open list of row names starts with these; placeholders of a model's modality map to the row of the same name.
-DEFAULT_ROWS = ("text", "image", "video", "audio", ANY_ROW)
+# The last row serves massive tokens, which the quantizer knows by their values.
+MASSIVE_ROW = "massive"
+DEFAULT_ROWS = ("text", "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
+# Intervals of a set by which a massive token is known.
+MASSIVE_CHANNELS = 4
 GROUP_SIZES = (32, 64, 128)
 SCALE_SCHEMES = ("group",)
 # Named so that kernels may ask for it: uint8 `weight_level` [N, K/G] times float32 `weight_channel_scale` [N].
@@ -36,7 +40,10 @@ FIELD_TYPES = {
 }
 
 # Tensors that every shard of a fused layer must carry with the same bytes: they belong to the shared input.
-INPUT_TENSORS = ("activation_step", "channel_order", "modality_mask", "centre", "gain")
+INPUT_TENSORS = (
+    *("activation_step", "channel_order", "modality_mask", "centre", "gain"),
+    *("massive_channel", "massive_low", "massive_high"),
+)
 # Tensors of one shard's own outputs.
 OUTPUT_TENSORS = ("weight_codes", "weight_scale", "absorbed_bias")
 
@@ -124,6 +131,8 @@ class QuantizationSpec:
     def __post_init__(self) -> None:
         if ANY_ROW not in self.rows or len(set(self.rows)) != len(self.rows):
             raise MorphoQuantError(f"quantization_config: rows must be distinct and hold '{ANY_ROW}', got {self.rows}")
+        if self.rows[-1] != MASSIVE_ROW:
+            raise MorphoQuantError(f"quantization_config: the last row must be '{MASSIVE_ROW}', got {self.rows}")
         if self.tensor_parallel < 1:
             raise MorphoQuantError(
                 f"quantization_config: tensor_parallel must be 1 or more, got {self.tensor_parallel}"
@@ -198,9 +207,18 @@ class QuantizationSpec:
             raise MorphoQuantError(f"quantization_config is malformed: {error!r}; calibrate again") from error
 
 
-def tensor_specs(layer: LayerSpec, rows: int) -> dict[str, TensorSpec]:
-    """Every tensor of one quantized linear by its name below the layer; the layer's own bias is not among them."""
+def input_blocks(layer: LayerSpec, tensor_parallel: int) -> int:
+    """Blocks of K that may lie on ranks of their own: what is summed over ranks is stored per block."""
+    return tensor_parallel if layer.parallel == "row" else 1
+
+
+def tensor_specs(layer: LayerSpec, rows: int, tensor_parallel: int) -> dict[str, TensorSpec]:
+    """Every tensor of one quantized linear by its name below the layer; the layer's own bias is not among them.
+
+    `tensor_parallel` is the checkpoint's.
+    """
     k, n, groups = layer.in_features, layer.out_features, layer.in_features // layer.group_size
+    blocks = input_blocks(layer, tensor_parallel)
     return {
         "weight_codes": TensorSpec(torch.uint8, (n, k // 2)),
         "weight_scale": TensorSpec(torch.bfloat16, (n, groups)),
@@ -209,7 +227,10 @@ def tensor_specs(layer: LayerSpec, rows: int) -> dict[str, TensorSpec]:
         "modality_mask": TensorSpec(torch.bool, (rows, k)),
         "centre": TensorSpec(torch.float32, (rows, k)),
         "gain": TensorSpec(torch.float32, (rows,)),
-        "absorbed_bias": TensorSpec(torch.float32, (rows, n)),
+        "massive_channel": TensorSpec(torch.int32, (blocks, MASSIVE_CHANNELS)),
+        "massive_low": TensorSpec(torch.float32, (blocks, MASSIVE_CHANNELS)),
+        "massive_high": TensorSpec(torch.float32, (blocks, MASSIVE_CHANNELS)),
+        "absorbed_bias": TensorSpec(torch.float32, (blocks, rows, n)),
     }
 
 
@@ -223,7 +244,8 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *
 
     `tensors` are one layer's, already of the right shapes; `blocks` is the checkpoint's tensor_parallel.
     """
-    for tensor in ("weight_scale", "activation_step", "centre", "gain", "absorbed_bias"):
+    finite = ("weight_scale", "activation_step", "centre", "gain", "massive_low", "massive_high", "absorbed_bias")
+    for tensor in finite:
         if not bool(torch.isfinite(tensors[tensor]).all()):
             raise MorphoQuantError(f"{name}.{tensor}: holds NaN or infinite values; the file is damaged")
     for tensor in ("weight_scale", "activation_step", "gain"):
@@ -233,9 +255,19 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *
     if float(inverse.max()) > torch.finfo(torch.float32).max:
         raise MorphoQuantError(f"{name}.activation_step: a step is too small to invert in float32")
     mask = tensors["modality_mask"]
-    if bool((mask & ~mask[any_row]).any()):
-        raise MorphoQuantError(f"{name}.modality_mask: row '{ANY_ROW}' must hold the channels of every other row")
+    # The massive row stands apart: the quantizer itself knows its tokens.
+    if bool((mask[:-1] & ~mask[any_row]).any()):
+        raise MorphoQuantError(f"{name}.modality_mask: row '{ANY_ROW}' must hold the channels of every modality's row")
+    check_massive_channels(name, tensors["massive_channel"], tensors["channel_order"].numel())
     check_order(name, tensors["channel_order"], blocks if parallel == "row" else 1)
+
+
+def check_massive_channels(name: str, channel: torch.Tensor, in_features: int) -> None:
+    """Each block's massive channels [B, J] must lie in that block of the K channels."""
+    width = in_features // channel.shape[0]
+    start = torch.arange(channel.shape[0], device=channel.device)[:, None] * width
+    if bool(((channel < start) | (channel >= start + width)).any()):
+        raise MorphoQuantError(f"{name}.massive_channel: a channel lies outside its block of {width} channels")
 
 
 def check_order(name: str, order: torch.Tensor, blocks: int) -> None:

@@ -1,6 +1,7 @@
 """A small valid checkpoint of random weights, made with the schema and the numerics alone."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from morphoquant_vllm.numerics import weights
-from morphoquant_vllm.schema import DEFAULT_ROWS, LayerSpec, QuantizationSpec, stored_name
+from morphoquant_vllm.schema import (
+    DEFAULT_ROWS,
+    MASSIVE_CHANNELS,
+    LayerSpec,
+    QuantizationSpec,
+    input_blocks,
+    stored_name,
+)
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 64, 128, 32, 16
 
@@ -43,21 +51,32 @@ def layer_specs(layers: int = 2, group_size: int = 32) -> dict[str, LayerSpec]:
 def random_group(
     shards: list[Tensor], layer: LayerSpec, spec: QuantizationSpec, seed: Tensor
 ) -> list[dict[str, Tensor]]:
-    """The format's tensors of the shards [N, K] that share one input; steps, centres, masks and gains are random."""
+    """The format's tensors of the shards [N, K] that share one input; whatever calibration would find is random.
+
+    Of standard normal tokens the massive intervals of each block hold about every other one.
+    """
     generator = torch.Generator().manual_seed(int(seed))
     rows, in_features = len(spec.rows), layer.in_features
     step = torch.rand(in_features, generator=generator) + 0.1
     centre = torch.randn(rows, in_features, generator=generator)
     mask = torch.rand(rows, in_features, generator=generator) < 0.1
-    mask[spec.any_row] = mask.any(0)
+    mask[spec.any_row] = mask[:-1].any(0)
+    blocks = input_blocks(layer, spec.tensor_parallel)
+    width = in_features // blocks
     absorbed = weights.absorb(torch.cat(shards), step)
-    order = weights.channel_order(absorbed, spec.tensor_parallel if layer.parallel == "row" else 1)
+    order = weights.channel_order(absorbed, blocks)
     shared = {
         "activation_step": step,
         "channel_order": order,
         "modality_mask": mask,
         "centre": centre,
         "gain": torch.rand(rows, generator=generator) + 0.5,
+        "massive_channel": (
+            torch.stack([torch.randperm(width, generator=generator)[:MASSIVE_CHANNELS] for _ in range(blocks)])
+            + torch.arange(blocks)[:, None] * width
+        ).int(),
+        "massive_low": -0.5 - torch.rand(blocks, MASSIVE_CHANNELS, generator=generator),
+        "massive_high": 20 + torch.rand(blocks, MASSIVE_CHANNELS, generator=generator),
     }
     group = []
     for shard in shards:
@@ -66,7 +85,7 @@ def random_group(
         own = {
             "weight_codes": weights.pack(codes),
             "weight_scale": scale,
-            "absorbed_bias": weights.absorbed_bias(shard, centre),
+            "absorbed_bias": weights.absorbed_bias(shard, centre, blocks),
         }
         group.append({name: tensor.clone() for name, tensor in (shared | own).items()})
     return group
@@ -134,6 +153,14 @@ def edit_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
             tensors[name] = tensor
     path.unlink()
     save_file(tensors, path)
+
+
+def edit(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace a stored tensor by what `change` makes of it."""
+    path = file_of(directory, name)
+    with safe_open(str(path), "pt") as file:
+        tensor = file.get_tensor(name)
+    edit_tensors(path, {name: change(tensor)})
 
 
 def set_bias(spec: QuantizationSpec, name: str, bias: bool) -> QuantizationSpec:

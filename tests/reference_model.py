@@ -9,28 +9,17 @@ from torch import Tensor, nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
-from morphoquant_vllm.numerics.linear import WeightRecord, linear
+from morphoquant_vllm.numerics.linear import linear
 from morphoquant_vllm.schema import QuantizationSpec
-
-
-def activation_of(tensors: dict[str, Tensor]) -> ActivationRecord:
-    """The activation record of one layer's stored tensors."""
-    return activation_record(
-        tensors["activation_step"],
-        tensors["channel_order"],
-        tensors["modality_mask"],
-        tensors["centre"],
-        tensors["gain"],
-    )
+from tests.records import activation_of, weight_of
 
 
 class ReferenceLinear(nn.Module):
-    """One quantized linear as numerics.linear defines it; every token uses `row`."""
+    """One quantized linear as numerics.linear defines it; every token that is not massive uses `row`."""
 
     def __init__(self, tensors: dict[str, Tensor], bias: Tensor | None, row: int) -> None:
         super().__init__()
-        self.weight_record = WeightRecord(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
+        self.weight_record = weight_of(tensors)
         self.activation_record = activation_of(tensors)
         self.bias = bias
         self.row = row

@@ -6,6 +6,9 @@
 in float32, half to even; NaN becomes 0, +-inf the limit. [low, high] is the 4-bit [-8, 7], or the 8-bit [-128, 127]
 for channels masked in row r. Masked values outside [-8, 7] are *escapes*. This defines the served codes; the
 reference's round(inverse * x - zero_point) may differ from them by one code at ties.
+
+A *massive* token (the first of a sequence, as a rule) is known by its values: within every one of a few channels'
+intervals. It takes the last row, whatever its modality; calibration gives that row its own centre, gain and mask.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ class ActivationRecord(NamedTuple):
     mask: Tensor  # bool [R, K]
     gain: Tensor  # float32 [R]
     channel_order: Tensor  # int32 [K]: position -> channel of x
+    # B sets of J intervals: a token is massive if any set holds it. Channels of x, not positions.
+    massive_channel: Tensor  # int32 [B, J]
+    massive_low: Tensor  # float32 [B, J]
+    massive_high: Tensor  # float32 [B, J]; below massive_low where the set holds no token
 
 
 class Grid(NamedTuple):
@@ -71,7 +78,14 @@ def inverse_steps(step: Tensor, gain: Tensor) -> Tensor:
 
 
 def activation_record(
-    step: Tensor, channel_order: Tensor, mask: Tensor, centre: Tensor, gain: Tensor
+    step: Tensor,
+    channel_order: Tensor,
+    mask: Tensor,
+    centre: Tensor,
+    gain: Tensor,
+    massive_channel: Tensor,
+    massive_low: Tensor,
+    massive_high: Tensor,
 ) -> ActivationRecord:
     """Gather a checkpoint's tensors (natural channel order) into the permuted order in which codes are computed."""
     order = channel_order.long()
@@ -81,6 +95,9 @@ def activation_record(
         mask=mask[:, order].contiguous(),
         gain=gain.float().contiguous(),
         channel_order=channel_order.int().contiguous(),
+        massive_channel=massive_channel.int().contiguous(),
+        massive_low=massive_low.float().contiguous(),
+        massive_high=massive_high.float().contiguous(),
     )
 
 
@@ -90,27 +107,40 @@ def code_limits(mask: Tensor) -> tuple[Tensor, Tensor]:
     return low, torch.where(mask, float(ESCAPE_MAX), float(CODE_MAX))
 
 
-def act_quant(x: Tensor, modality: Tensor, record: ActivationRecord) -> Tensor:
-    """Codes int8 [M, K] in permuted order, of x [M, K] (any float dtype) and modality rows int32 [M]."""
+def is_massive(x: Tensor, channel: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Which tokens of x [M, K] lie within all J intervals of any of the B sets, bool [M]; NaN lies in none.
+
+    channel int32, low and high float32, each [B, J].
+    """
+    values = x.index_select(1, channel.flatten()).float().unflatten(1, channel.shape)
+    return ((values >= low) & (values <= high)).all(-1).any(-1)
+
+
+def token_rows(x: Tensor, modality: Tensor, record: ActivationRecord) -> Tensor:
+    """Row that serves each token of x [M, K], int32 [M]: its modality's, or the last one where it is massive."""
+    massive = is_massive(x, record.massive_channel, record.massive_low, record.massive_high)
+    return torch.where(massive, record.gain.numel() - 1, modality)
+
+
+def act_quant(x: Tensor, rows: Tensor, record: ActivationRecord) -> Tensor:
+    """Codes int8 [M, K] in permuted order, of x [M, K] (any float dtype); rows int32 [M], as from `token_rows`."""
     if x.dim() != 2 or x.shape[1] != record.channel_order.numel():
         raise ValueError(f"act_quant needs x as [M, {record.channel_order.numel()}], got {list(x.shape)}")
-    if modality.shape != x.shape[:1]:
-        raise ValueError(f"act_quant needs one modality row per token: {list(modality.shape)} for M = {x.shape[0]}")
+    if rows.shape != x.shape[:1]:
+        raise ValueError(f"act_quant needs one row per token: {list(rows.shape)} for M = {x.shape[0]}")
     x = x.float().index_select(1, record.channel_order)
-    if record.gain.numel() == 1:
-        inverse, centre, mask = record.inverse, record.centre, record.mask
-    else:
-        inverse, centre, mask = (field.index_select(0, modality) for field in record[:3])
+    inverse, centre, mask = record[:3]
+    if record.gain.numel() > 1:
+        inverse, centre, mask = (field.index_select(0, rows) for field in (inverse, centre, mask))
     low, high = code_limits(mask)
     codes = torch.round((x - centre) * inverse)
     codes = torch.where(codes.isnan(), 0.0, codes)
     return torch.minimum(torch.maximum(codes, low), high).to(torch.int8)
 
 
-def dequantize(codes: Tensor, modality: Tensor, record: ActivationRecord) -> Tensor:
-    """The activation that codes [M, K] stand for, float32 [M, K], in permuted order."""
-    rows = modality.long()
-    return codes.float() / record.inverse[rows] + record.centre[rows]
+def dequantize(codes: Tensor, rows: Tensor, record: ActivationRecord) -> Tensor:
+    """The activation that codes [M, K] of tokens in `rows` [M] stand for, float32 [M, K], in permuted order."""
+    return codes.float() / record.inverse[rows.long()] + record.centre[rows.long()]
 
 
 def escapes(codes: Tensor) -> Tensor:

@@ -35,34 +35,40 @@ def channel_order(absorbed: Tensor, blocks: int = 1) -> Tensor:
 def quantize_int4(absorbed: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Round W' [N, K] (columns already in channel order) to symmetric int4: codes int8 [N, K], scale bfloat16 [N, K/G].
 
-    The scale of each group is searched over CLIP_RATIOS; the error of column k weighs importance[k] = E[code_k^2],
-    which makes it the error of the layer's output. Codes are computed against the scale as rounded to bfloat16.
+    Each weight is rounded by itself, against the group's scale as `group_scales` finds it.
     """
     rows, in_features = absorbed.shape
     if in_features % group_size:
         raise ValueError(f"K = {in_features} is not divisible by group size {group_size}")
     grouped = absorbed.float().view(rows, -1, group_size)
-    weight = importance.float().view(1, -1, group_size)
+    scale = group_scales(grouped, importance.float().view(-1, group_size))
+    return round_int4(grouped, scale[..., None].float()).view(rows, in_features).to(torch.int8), scale
+
+
+def group_scales(grouped: Tensor, importance: Tensor) -> Tensor:
+    """Scale of each group, bfloat16 [N, groups], of weights float32 [N, groups, G], searched over CLIP_RATIOS.
+
+    The error of a column weighs importance [groups, G] = E[code^2], which makes the sum the error of the output. Errors
+    are those against the scale as rounded to bfloat16.
+    """
+    weight = importance[None]
     peak = grouped.abs().amax(-1)
     best_error = torch.full_like(peak, float("inf"))
     best_scale = torch.full_like(peak, EMPTY_GROUP_SCALE)
     for ratio in CLIP_RATIOS:
         scale = (peak * (ratio / INT4_MAX)).bfloat16().float()
         scale = torch.where(scale > 0, scale, EMPTY_GROUP_SCALE)
-        error = (_dequantize(_round(grouped, scale), scale) - grouped).square_().mul_(weight).sum(-1)
+        rounded = round_int4(grouped, scale[..., None]).mul_(scale[..., None])
+        error = rounded.sub_(grouped).square_().mul_(weight).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
-    codes = _round(grouped, best_scale).view(rows, in_features)
-    return codes.to(torch.int8), best_scale.bfloat16()
+    return best_scale.bfloat16()
 
 
-def _round(grouped: Tensor, scale: Tensor) -> Tensor:
-    return torch.round(grouped / scale[..., None]).clamp_(INT4_MIN, INT4_MAX)
-
-
-def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    return codes * scale[..., None]
+def round_int4(weight: Tensor, scale: Tensor) -> Tensor:
+    """The nearest int4 codes, as floats, of weights against a scale that broadcasts."""
+    return torch.round(weight / scale).clamp_(INT4_MIN, INT4_MAX)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -88,6 +94,11 @@ def dequantize_weight(packed: Tensor, scale: Tensor) -> Tensor:
     return (grouped * scale.float()[..., None]).view(codes.shape)
 
 
-def absorbed_bias(weight: Tensor, centre: Tensor) -> Tensor:
-    """What the centres add to the output: W @ centre, float32 [R, N], from full-precision W [N, K], centre [R, K]."""
-    return (centre.double() @ weight.double().T).float()
+def absorbed_bias(weight: Tensor, centre: Tensor, blocks: int = 1) -> Tensor:
+    """What centres add to the output: W @ centre, float32 [B, R, N], from full-precision W [N, K] and centre [R, K].
+
+    One sum for each of B equal `blocks` of K, which may lie on different ranks; their sum is the layer's.
+    """
+    left = centre.double().unflatten(1, (blocks, -1))
+    right = weight.double().unflatten(1, (blocks, -1))
+    return torch.einsum("rbk,nbk->brn", left, right).float()

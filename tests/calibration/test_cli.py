@@ -73,7 +73,9 @@ def test_every_setting_has_a_flag_that_states_its_default() -> None:
     flags = {names.get(option.name, option.name): option for option in command.params}
     for name, field in Recipe.model_fields.items():
         assert flags[name].default is None  # the recipe's default holds
-        if isinstance(field.default, str | int | float):
+        if isinstance(field.default, bool):
+            assert f"({'yes' if field.default else 'no'})" in flags[name].help, name
+        elif isinstance(field.default, str | int | float):
             spellings = {str(field.default), f"{field.default:g}" if isinstance(field.default, float) else "4GB"}
             assert spellings & set(re.findall(r"[\w.]*\w", flags[name].help)), name
 

@@ -39,6 +39,26 @@ def test_statistics_and_sampled_tokens_are_those_of_the_linears_input() -> None:
         assert torch.allclose(statistics.abs_sum, expected.abs_sum, rtol=1e-6)
 
 
+def test_a_run_may_stop_at_the_first_input() -> None:
+    """With `stop` nothing after the linear runs: its output, were it computed, would raise."""
+
+    class Stops(Block):
+        def forward(self, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+            super().forward(hidden, scale)
+            raise AssertionError("ran on")
+
+    block, collector = Stops(), InputCollector("layer")
+    x = torch.arange(12.0).view(1, 3, 4)
+    rows = torch.tensor([0, 5, 0])
+    result = run_observed(block, x, {"scale": 1.0}, {"proj": collector}, rows, torch.tensor([1]), stop=True)
+    assert result is None
+    assert torch.equal(collector.observation().sample, x[0, 1:2])
+    assert sorted(collector.observation().statistics) == [0, 5]
+    assert not block.proj._forward_pre_hooks
+    with pytest.raises(AssertionError, match="ran on"):
+        run_observed(block, x, {"scale": 1.0}, {}, rows, torch.tensor([1]), stop=True)
+
+
 def test_hooks_are_removed_after_a_failure() -> None:
     block = Block()
     with pytest.raises(MorphoQuantError, match="layer: sees 2 tokens of a sample of 3"):

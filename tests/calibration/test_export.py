@@ -39,7 +39,7 @@ def make_source(directory: Path) -> Source:
 
 def quantized_tensors() -> dict[str, dict[str, torch.Tensor]]:
     """Tensors of the right shapes; the shards share those of their input, as calibration makes them."""
-    specs = tensor_specs(SPEC.layers[LAYERS[0]], len(SPEC.rows))
+    specs = tensor_specs(SPEC.layers[LAYERS[0]], len(SPEC.rows), SPEC.tensor_parallel)
     shared = {name: torch.ones(want.shape).to(want.dtype) for name, want in specs.items()}
     return {layer: {**shared, "weight_scale": torch.rand(32, 2).bfloat16()} for layer in LAYERS}
 

@@ -1,202 +1,250 @@
+"""One input's tensors and its record, from a sample of tokens."""
+
 import pytest
 import torch
-from torch import Tensor
 
-from calibration.collect import Observation
-from calibration.layer import MIN_MASK_TOKENS, QuantizedLayer, quantize_input
-from calibration.recipe import Recipe
-from calibration.sampling import TokenSample, choose_tokens
-from morphoquant_vllm.numerics import activation, linear
-from morphoquant_vllm.numerics.statistics import ChannelStatistics
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec, check_values, tensor_specs, unequal_input_tensors
+from morphoquant_vllm.numerics import activation
+from morphoquant_vllm.schema import check_values, tensor_specs, unequal_input_tensors
+from tests.calibration.inputs import (
+    ANY,
+    AUDIO,
+    MASSIVE,
+    TEXT,
+    K,
+    activations,
+    make_spec,
+    matrix,
+    quantize,
+    relative,
+    serve,
+    with_massive,
+)
+from tests.records import activation_of, rank_part
 
-K = 64
-TEXT, AUDIO, ANY = 0, 3, 4
-
-
-def make_spec(shards: dict[str, Tensor], parallel: str = "column", blocks: int = 1) -> QuantizationSpec:
-    layers = {
-        name: LayerSpec(weight.shape[1], weight.shape[0], 32, parallel, "m.fused") for name, weight in shards.items()
-    }
-    return QuantizationSpec(layers=layers, tensor_parallel=blocks)
-
-
-def observe(x: Tensor, modality: Tensor, balance: float = 1.0) -> tuple[Observation, TokenSample]:
-    tokens = choose_tokens([modality], budget=x.shape[0], balance=balance, seed=0)
-    statistics = {int(row): ChannelStatistics.of(x[modality == row]) for row in modality.unique()}
-    return Observation(statistics, x[tokens.positions[0]]), tokens
-
-
-def activations(tokens: int = 400) -> tuple[Tensor, Tensor]:
-    """Mostly text; channel 5 is heavy-tailed in text, channel 9 only in the few audio tokens."""
-    torch.manual_seed(0)
-    x = torch.randn(tokens, K)
-    modality = torch.zeros(tokens, dtype=torch.int32)
-    modality[-40:] = AUDIO
-    x[::40, 5] *= 60
-    x[-40::10, 9] *= 60
-    return x, modality
-
-
-def quantize(
-    x: Tensor, modality: Tensor, shards: dict[str, Tensor], balance: float = 1.0, **settings: object
-) -> dict[str, QuantizedLayer]:
-    observation, tokens = observe(x, modality, balance)
-    return quantize_input(observation, tokens, shards, make_spec(shards), Recipe(**settings))
-
-
-def serve(x: Tensor, modality: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Codes and output as the stored tensors give them."""
-    record = activation.activation_record(
-        *(tensors[name] for name in ("activation_step", "channel_order", "modality_mask", "centre", "gain"))
-    )
-    weight = linear.WeightRecord(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
-    return activation.act_quant(x, modality, record), linear.linear(x, modality, weight, record)
+PLAIN = {"regression": False, "rounding": "nearest"}
 
 
 def test_tensors_are_those_of_the_format_and_shards_share_their_input() -> None:
-    x, modality = activations()
-    shards = {"m.q": torch.randn(48, K), "m.k": torch.randn(16, K)}
+    x, modality, outlying = with_massive()
+    shards = {"m.q": matrix(48), "m.k": matrix(16, 4)}
     spec = make_spec(shards)
-    quantized = quantize(x, modality, shards)
+    quantized = quantize(x, modality, shards, outlying=outlying)
     for name, layer in quantized.items():
-        for tensor, want in tensor_specs(spec.layers[name], len(spec.rows)).items():
+        wanted = tensor_specs(spec.layers[name], len(spec.rows), spec.tensor_parallel)
+        assert set(layer.tensors) == set(wanted)
+        for tensor, want in wanted.items():
             assert (layer.tensors[tensor].dtype, tuple(layer.tensors[tensor].shape)) == (want.dtype, want.shape)
         check_values(name, layer.tensors, spec.any_row, parallel="column", blocks=1)
     assert unequal_input_tensors(quantized["m.q"].tensors, quantized["m.k"].tensors) == []
 
 
-def test_the_record_describes_what_is_served() -> None:
-    x, modality = activations()
-    weight = torch.randn(32, K)
+@pytest.mark.parametrize("settings", [{}, PLAIN, {"grid": "reference"}, {"massive_row": False}, {"escape_budget": 0.0}])
+def test_the_record_describes_what_is_served(settings: dict[str, object]) -> None:
+    x, modality, outlying = with_massive()
+    weight = matrix()
     # Without balance every token counts the same, so that the weighted error is the plain one.
-    layer = quantize(x, modality, {"m.q": weight}, balance=0.0)["m.q"]
-    codes, y = serve(x, modality, layer.tensors)
-    expected = x @ weight.T
-    relative = float((y - expected).norm() / expected.norm())
-    assert layer.record.output_error == pytest.approx(relative, rel=1e-4)  # float32 sums in another order
-    # Rounding Gaussian data and weights to 4 bits costs 0.1 to 0.2; a wrong order, packing or centre costs about 1.
-    assert 0 < relative < 0.3
+    layer = quantize(x, modality, {"m.q": weight}, balance=0.0, outlying=outlying, **settings)["m.q"]
+    codes, y = serve(x, layer.tensors)
+    assert layer.record.output_error == pytest.approx(relative(y, x @ weight.T), rel=1e-3)  # float32 sums
+    # A wrong order, packing or centre costs about 1; without a massive row ordinary tokens are nearly lost beside it.
+    assert 0 < layer.record.output_error < 0.3
     escaped = activation.escapes(codes).float()
-    assert layer.record.escape_rate["text"] == pytest.approx(float(escaped[modality == TEXT].mean()))
-    assert layer.record.escape_rate["audio"] == pytest.approx(float(escaped[modality == AUDIO].mean()))
-    assert layer.record.escape_rate["all"] == pytest.approx(float(escaped.mean()))
-    assert list(layer.record.escape_rate) == ["text", "audio", "all"]
+    rates = layer.record.escape_rate
+    assert rates["text"] == pytest.approx(float(escaped[modality == TEXT].mean()))
+    assert rates["audio"] == pytest.approx(float(escaped[modality == AUDIO].mean()))
+    assert rates["all"] == pytest.approx(float(escaped.mean()))
+    found = settings.get("massive_row", True)
+    assert list(rates) == ["text", "audio", *(["massive"] if found else []), "all"]
+    if found:
+        assert rates["massive"] == pytest.approx(float(escaped[outlying].mean()))
+    assert layer.record.massive_tokens == (int(outlying.sum()) if found else 0)
 
 
-def test_an_outlier_of_a_rare_modality_may_escape_and_nothing_seen_saturates() -> None:
+# --- massive tokens
+
+
+@pytest.mark.parametrize("settings", [{}, PLAIN, {"grid": "reference"}, {"escape_budget": 0.0}])
+def test_the_massive_row_serves_massive_tokens_and_all_others_better(settings: dict[str, object]) -> None:
+    x, modality, outlying = with_massive()
+    weight = matrix()
+    expected = x @ weight.T
+    errors = {}
+    for row in (True, False):
+        layer = quantize(x, modality, {"m.q": weight}, outlying=outlying, massive_row=row, **settings)["m.q"]
+        _, y = serve(x, layer.tensors)
+        errors[row] = relative(y[outlying], expected[outlying]), relative(y[~outlying], expected[~outlying])
+    assert errors[True][0] < 0.5 * errors[False][0], "massive tokens"
+    assert errors[True][1] < errors[False][1], "ordinary tokens: massive ones no longer set their steps"
+
+
+def test_massive_tokens_that_were_not_seen_are_served_as_well() -> None:
+    x, modality, outlying = with_massive()
+    weight = matrix()
+    layer = quantize(x, modality, {"m.q": weight}, outlying=outlying)["m.q"]
+    fresh, _, massive = with_massive(seed=50)
+    record = activation_of(layer.tensors)
+    rows = activation.token_rows(fresh, torch.full(fresh.shape[:1], ANY, dtype=torch.int32), record)
+    assert torch.equal(rows == MASSIVE, massive)
+    _, y = serve(fresh, layer.tensors)
+    # Values that differ by a hundredth, on 8-bit codes.
+    assert relative(y[massive], fresh[massive] @ weight.T) < 0.02
+
+
+def test_without_massive_tokens_the_row_is_that_of_any_and_no_token_takes_it() -> None:
     x, modality = activations()
-    layer = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
-    mask = layer.tensors["modality_mask"][ANY]
-    assert mask.nonzero().flatten().tolist() == [5, 9]
-    assert layer.record.masked_channels == dict.fromkeys(("text", "image", "video", "audio", "any"), 2)
-    codes, _ = serve(x, modality, layer.tensors)
-    order = layer.tensors["channel_order"].long()
-    masked = codes[:, mask[order]]
-    assert bool(activation.escapes(masked).any())
-    assert int(masked.abs().max()) <= activation.GUARD_CODES
-    assert not bool(activation.escapes(codes[:, ~mask[order]]).any())
+    layer = quantize(x, modality, {"m.q": matrix()})["m.q"]
+    for name in ("centre", "gain"):
+        assert torch.equal(layer.tensors[name][MASSIVE], layer.tensors[name][ANY])
+    assert torch.equal(layer.tensors["absorbed_bias"][:, MASSIVE], layer.tensors["absorbed_bias"][:, ANY])
+    record = activation_of(layer.tensors)
+    held = activation.is_massive(x * 100, record.massive_channel, record.massive_low, record.massive_high)
+    assert not bool(held.any())
+    assert layer.record.massive_tokens == 0
+    assert "massive" not in layer.record.escape_rate
 
 
-@pytest.mark.parametrize("rare", [1, 2, MIN_MASK_TOKENS - 1])
-def test_a_modality_of_a_few_tokens_has_no_mask_of_its_own(rare: int) -> None:
+def test_outlying_tokens_that_look_like_the_others_stay_ordinary() -> None:
     x, modality = activations()
-    modality[-40:] = TEXT
-    text_only = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
-    modality[-rare:] = AUDIO
-    layer = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
-    assert set(layer.record.escape_rate) == {"text", "audio", "all"}
-    # The text's heavy tails alone, although some channel always stands out of a few tokens (and every one of one).
+    outlying = torch.arange(x.shape[0]) % 25 == 0
+    x[outlying] = x[1::25][: int(outlying.sum())]
+    layer = quantize(x, modality, {"m.q": matrix()}, outlying=outlying)["m.q"]
+    assert layer.record.massive_tokens == 0
+    codes, _ = serve(x, layer.tensors)
+    assert int(codes.int().abs().max()) <= activation.GUARD_CODES + 1, "their values still bound the steps"
+
+
+# --- steps and budget
+
+
+@pytest.mark.parametrize("budget", [0.005, 0.04, 0.2])
+def test_ordinary_tokens_keep_the_budget_and_nothing_seen_saturates(budget: float) -> None:
+    x, modality, outlying = with_massive()
+    layer = quantize(x, modality, {"m.q": matrix()}, balance=0.0, outlying=outlying, escape_budget=budget)["m.q"]
+    codes, _ = serve(x, layer.tensors)
+    # The search divides by the step, serving multiplies by its inverse: codes at a tie may go the other way.
+    assert float(activation.escapes(codes[~outlying]).float().mean()) <= budget + 1e-4
+    assert layer.record.masked_channels == dict.fromkeys(("text", "image", "video", "audio", "any", "massive"), K)
+    # The farthest value sits at GUARD_CODES exactly; float32 noise may round it to the next code.
+    assert int(codes.int().abs().max()) <= activation.GUARD_CODES + 1
+
+
+def test_without_a_budget_only_massive_tokens_leave_four_bits() -> None:
+    x, modality, outlying = with_massive()
+    layer = quantize(x, modality, {"m.q": matrix()}, outlying=outlying, escape_budget=0.0)["m.q"]
+    codes, _ = serve(x, layer.tensors)
+    assert not bool(activation.escapes(codes[~outlying]).any())
+    assert layer.record.masked_channels["any"] == 0
+    assert layer.record.masked_channels["massive"] == K
+    assert layer.record.escape_rate["text"] > 0, "massive tokens are text, too"
+
+
+def test_the_reference_grid_masks_the_outliers_of_every_modality() -> None:
+    x, modality = activations()
+    layer = quantize(x, modality, {"m.q": matrix()}, grid="reference")["m.q"]
     assert layer.tensors["modality_mask"][ANY].nonzero().flatten().tolist() == [5, 9]
-    assert torch.equal(layer.tensors["modality_mask"], text_only.tensors["modality_mask"])
+    codes, _ = serve(x, layer.tensors)
+    mask = layer.tensors["modality_mask"][ANY][layer.tensors["channel_order"].long()]
+    assert bool(activation.escapes(codes[:, mask]).any())
+    assert not bool(activation.escapes(codes[:, ~mask]).any())
 
 
-def test_modalities_of_a_few_tokens_each_are_masked_together() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(MIN_MASK_TOKENS, K)
-    x[::8, 11] *= 60
-    modality = torch.zeros(MIN_MASK_TOKENS, dtype=torch.int32)
-    modality[1::2] = AUDIO
-    mask = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"].tensors["modality_mask"][ANY]
-    assert mask.nonzero().flatten().tolist() == [11]
-
-
-@pytest.mark.parametrize("tokens", [1, 100])
-def test_inputs_without_spread_mask_nothing(tokens: int) -> None:
-    x = torch.randn(1, K).repeat(tokens, 1)
-    layer = quantize(x, torch.zeros(tokens, dtype=torch.int32), {"m.q": torch.randn(32, K)})["m.q"]
-    assert not bool(layer.tensors["modality_mask"].any())
-    check_values("m.q", layer.tensors, ANY, parallel="column", blocks=1)
-
-
-def test_the_guard_is_reported() -> None:
+@pytest.mark.parametrize("pattern", ["*.q", "m.fused"])
+def test_full_mask_patterns_mask_every_channel(pattern: str) -> None:
     x, modality = activations()
-    # The nearer edge is small and the farther one far: the guard has to raise the step.
-    x[:, 5] = x[:, 5].abs()
-    x[0, 5], x[1, 5] = -0.01, 500.0
-    layer = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
-    assert float(layer.tensors["activation_step"][5]) == pytest.approx(500 / activation.GUARD_CODES)
-    # Channel 9, masked too, has outliers on both sides: its nearer edge is wide enough.
-    assert layer.record.guard_raised_channels == 1
-    # Unguarded, the step is at most 2 * 0.01 / 15.
-    assert layer.record.guard_largest_raise >= 500 / activation.GUARD_CODES / (0.02 / 15) * (1 - 1e-6)
+    layer = quantize(x, modality, {"m.q": matrix()}, grid="reference", full_mask=(pattern,))["m.q"]
+    assert bool(layer.tensors["modality_mask"].all())
 
 
-def test_full_mask_patterns_mask_every_channel() -> None:
-    x, modality = activations()
-    shards = {"m.q": torch.randn(32, K)}
-    for pattern in ("*.q", "m.fused"):
-        layer = quantize(x, modality, shards, full_mask=(pattern,))["m.q"]
-        assert bool(layer.tensors["modality_mask"].all())
-
-
-def test_a_dead_channel_and_a_constant_input_stay_finite() -> None:
+@pytest.mark.parametrize("grid", ["budget", "reference"])
+def test_a_dead_channel_and_a_constant_input_stay_finite(grid: str) -> None:
     modality = torch.zeros(50, dtype=torch.int32)
-    x = torch.randn(50, K)
+    x, _ = activations(50)
     x[:, 3] = 0
-    layer = quantize(x, modality, {"m.q": torch.randn(32, K)})["m.q"]
+    layer = quantize(x, modality, {"m.q": matrix()}, grid=grid)["m.q"]
     check_values("m.q", layer.tensors, ANY, parallel="column", blocks=1)
-    layer = quantize(torch.zeros(50, K), modality, {"m.q": torch.randn(32, K)})["m.q"]
-    check_values("m.q", layer.tensors, ANY, parallel="column", blocks=1)
-    assert layer.record.output_error == 0
+    for constant in (torch.zeros(50, K), torch.randn(1, K).repeat(50, 1)):
+        layer = quantize(constant, modality, {"m.q": matrix()}, grid=grid)["m.q"]
+        check_values("m.q", layer.tensors, ANY, parallel="column", blocks=1)
+        # Served by the centre and the bias alone, but for float32.
+        assert layer.record.output_error < 1e-5
 
 
-def test_a_one_sided_channel_gets_a_centre_that_the_bias_gives_back() -> None:
-    modality = torch.zeros(300, dtype=torch.int32)
-    x = torch.randn(300, K)
-    x[:, 7] = 20 + torch.rand(300)
-    weight = torch.randn(32, K)
-    layer = quantize(x, modality, {"m.q": weight})["m.q"]
-    centre = layer.tensors["centre"]
-    assert float(centre[ANY, 7]) == pytest.approx(20.5, abs=0.6)
-    assert torch.equal(layer.tensors["absorbed_bias"], (centre.double() @ weight.double().T).float())
-    assert layer.record.output_error < 0.3  # as above
+# --- weights
 
 
-def test_row_parallel_orders_stay_within_blocks() -> None:
+def test_regression_and_compensation_lower_the_output_error() -> None:
+    x, modality, outlying = with_massive()
+    # What the layers before lost: the served input is a distorted copy of the 16-bit one.
+    distorted = x + 0.3 * activations(seed=1)[0].clamp(-3, 3) @ torch.randn(
+        K, K, generator=torch.Generator().manual_seed(5)
+    ).div(K**0.5)
+    distorted[outlying] = x[outlying]
+
+    def error(**settings: object) -> float:
+        layer = quantize(distorted, modality, {"m.q": matrix()}, balance=0.0, outlying=outlying, target=x, **settings)[
+            "m.q"
+        ]
+        return layer.record.output_error
+
+    plain, regressed, compensated = error(**PLAIN), error(rounding="nearest"), error(regression=False)
+    assert regressed < plain
+    assert compensated < plain
+    assert error() < min(regressed, compensated)
+
+
+def test_the_output_aims_at_the_16_bit_input() -> None:
+    """A served input that is off by a constant and by a factor: both are made up for."""
     x, modality = activations()
-    shards = {"m.o": torch.randn(32, K)}
-    observation, tokens = observe(x, modality)
-    layer = quantize_input(observation, tokens, shards, make_spec(shards, "row", 2), Recipe())["m.o"]
+    weight = matrix()
+    served = 0.9 * x + 2.0
+    layer = quantize(served, modality, {"m.q": weight}, balance=0.0, target=x)["m.q"]
+    _, y = serve(served, layer.tensors)
+    expected = x @ weight.T
+    assert layer.record.output_error == pytest.approx(relative(y, expected), rel=1e-3)
+    assert relative(y, expected) < 0.15
+    # float32 sums over 400 tokens of outputs of about 100.
+    assert torch.allclose(y.mean(0), expected.mean(0), atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, PLAIN])
+def test_the_mean_output_of_each_set_of_tokens_is_right(settings: dict[str, object]) -> None:
+    x, modality, outlying = with_massive()
+    weight = matrix()
+    layer = quantize(x, modality, {"m.q": weight}, balance=0.0, outlying=outlying, **settings)["m.q"]
+    _, y = serve(x, layer.tensors)
+    for tokens in (outlying, ~outlying):
+        expected = (x[tokens] @ weight.T).mean(0)
+        # float32 sums and constants at outputs of up to 2000.
+        assert torch.allclose(y[tokens].mean(0), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("blocks", [2])
+def test_blocks_of_a_row_parallel_layer_stand_alone(blocks: int) -> None:
+    x, modality, outlying = with_massive()
+    shards = {"m.o": matrix()}
+    layer = quantize(x, modality, shards, outlying=outlying, spec=make_spec(shards, "row", blocks))["m.o"]
+    check_values("m.o", layer.tensors, ANY, parallel="row", blocks=blocks)
     order = layer.tensors["channel_order"]
-    assert sorted(order[: K // 2].tolist()) == list(range(K // 2))
+    assert sorted(order[: K // blocks].tolist()) == list(range(K // blocks))
     assert order.tolist() != list(range(K))
+    _, whole = serve(x, layer.tensors)
+    parts = [serve(part, rank_part(layer.tensors, rank, blocks))[1] for rank, part in enumerate(x.chunk(blocks, 1))]
+    # Both halves know these massive tokens. Each part and each constant is rounded to float32, at up to 2000.
+    assert torch.allclose(sum(parts), whole, atol=3 * 2000 * 2.0**-23)
 
 
 def test_balance_decides_for_whom_the_weights_are_rounded() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(1000, K) * 0.05
+    x = torch.randn(1000, K, generator=torch.Generator().manual_seed(0)) * 0.05
     modality = torch.zeros(1000, dtype=torch.int32)
     # Audio tokens live on the first half of the channels, text on the second.
     modality[-30:] = AUDIO
     x[:-30, : K // 2] *= 0.05
     x[-30:, K // 2 :] *= 0.05
-    weight = torch.randn(256, K)
+    weight, audio = matrix(256), modality == AUDIO
 
     def audio_error(balance: float) -> float:
         layer = quantize(x, modality, {"m.q": weight}, balance=balance)["m.q"]
-        audio = modality == AUDIO
-        _, y = serve(x[audio], modality[audio], layer.tensors)
+        _, y = serve(x[audio], layer.tensors)
         return float((y - x[audio] @ weight.T).norm())
 
     assert audio_error(1.0) < audio_error(0.0)

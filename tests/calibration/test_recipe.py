@@ -39,6 +39,12 @@ def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
     [
         ("groupsize: 64", "unknown setting 'groupsize'; known: .*group_size"),
         ("group_size: 48", "group_size = 48 is not allowed"),
+        ("escape_budget: 0.3", "escape_budget = 0.3 is not allowed"),
+        ("escape_budget: -0.01", "escape_budget = -0.01 is not allowed"),
+        ("grid: best", "grid = 'best' is not allowed"),
+        ("rounding: up", "rounding = 'up' is not allowed"),
+        ("shrinkage: 0", "shrinkage = 0 is not allowed"),
+        ("massive_row: 3", "massive_row = 3 is not allowed"),
         ("tau: -1", "tau = -1 is not allowed"),
         ("tau: .nan", "tau = nan is not allowed"),
         ("lam: 0", "lam = 0 is not allowed"),

@@ -17,7 +17,7 @@ SPEC = QuantizationSpec(
 
 def test_the_overall_rate_counts_codes_and_shared_inputs_once() -> None:
     def record(rate: float) -> LayerRecord:
-        return LayerRecord({"text": rate, "all": rate}, 0.1, {"any": 1}, 0, 1.0)
+        return LayerRecord({"text": rate, "all": rate}, 0.1, {"any": 1}, 0, 1.0, 2)
 
     records = {"q": record(0.4), "k": record(0.4), "down": record(0.0)}
     report = make_report(Recipe(), SPEC, records, samples=3, token_counts={0: 7, 3: 2})
@@ -25,3 +25,4 @@ def test_the_overall_rate_counts_codes_and_shared_inputs_once() -> None:
     assert report["data"] == {"samples": 3, "tokens": {"text": 7, "audio": 2}}
     assert report["settings"]["tensor_parallel"] == 1
     assert report["layers"]["q"]["escape_rate"] == {"text": 0.4, "all": 0.4}
+    assert report["layers"]["q"]["massive_tokens"] == 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from morphoquant_vllm.numerics.activation import act_quant
-from morphoquant_vllm.numerics.linear import WeightRecord, matmul, output_bound
-from tests.reference_model import Checkpoint, activation_of
+from morphoquant_vllm.numerics.activation import act_quant, token_rows
+from morphoquant_vllm.numerics.linear import matmul, output_bound
+from tests.records import activation_of, weight_of
+from tests.reference_model import Checkpoint
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -25,15 +25,6 @@ def stored_shards(layer: str, prefix: tuple[str, str]) -> list[str]:
     return [f"{stem}.{shard}" for shard in FUSED.get(last, (last,))]
 
 
-def fused_record(shards: list[dict[str, Tensor]]) -> WeightRecord:
-    """One weight record of the stored shards of a fused layer."""
-    return WeightRecord(
-        torch.cat([shard["weight_codes"] for shard in shards]),
-        torch.cat([shard["weight_scale"] for shard in shards]),
-        torch.cat([shard["absorbed_bias"] for shard in shards], dim=1),
-    )
-
-
 def assert_layers_are_the_reference(
     result: dict[str, Any], checkpoint: Checkpoint, dtype: torch.dtype, prefix: tuple[str, str]
 ) -> None:
@@ -44,11 +35,11 @@ def assert_layers_are_the_reference(
         x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
         assert x.dtype is y.dtype is dtype
         shards = [checkpoint.layer(name) for name in stored_shards(layer, prefix)]
-        activation, weight = activation_of(shards[0]), fused_record(shards)
-        modality = torch.full((x.shape[0],), checkpoint.spec.any_row, dtype=torch.int32)
-        expected = act_quant(x, modality, activation)
+        activation, weight = activation_of(shards[0]), weight_of(*shards)
+        rows = token_rows(x, torch.full((x.shape[0],), checkpoint.spec.any_row, dtype=torch.int32), activation)
+        expected = act_quant(x, rows, activation)
         assert torch.equal(codes, expected), layer
         bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else None
-        reference = matmul(expected, modality, weight, activation.gain, bias).to(x.dtype)
+        reference = matmul(expected, rows, weight, activation.gain, bias).to(x.dtype)
         gap = (y.double() - reference.double()).abs()
-        assert bool((gap <= output_bound(expected, modality, weight, activation.gain, reference)).all()), layer
+        assert bool((gap <= output_bound(expected, rows, weight, activation.gain, reference)).all()), layer

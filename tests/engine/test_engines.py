@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from morphoquant_vllm.numerics.activation import escapes
 from morphoquant_vllm.numerics.weights import dequantize_weight
 from tests.engine.conftest import TEXT_PROMPT, Engines
-from tests.engine.layers import assert_layers_are_the_reference, captured_layers, fused_record, stored_shards
-from tests.reference_model import Checkpoint, activation_of
+from tests.engine.layers import assert_layers_are_the_reference, captured_layers, stored_shards
+from tests.records import activation_of, weight_of
+from tests.reference_model import Checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +41,9 @@ def test_activations_really_are_four_bit(engines: Engines, checkpoint: Checkpoin
     for layer in captured_layers(result):
         x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
         shards = [checkpoint.layer(name) for name in stored_shards(layer, STORED_PREFIX)]
-        activation, weight = activation_of(shards[0]), fused_record(shards)
-        mask = activation.mask[checkpoint.spec.any_row]
-        assert not bool(escapes(codes[:, ~mask]).any()), layer
+        activation, weight = activation_of(shards[0]), weight_of(*shards)
+        # On a prompt that calibration did not see; the budget there is 4 %, and the bar of a layer 20 %.
+        assert float(escapes(codes).float().mean()) < 0.2, layer
         assert int(codes.unique().numel()) > 8, "a layer that sees real input uses more than half its grid"
         # The same weights under 16-bit activations: undo what absorption and order did to them.
         matrix = torch.empty(y.shape[1], x.shape[1])

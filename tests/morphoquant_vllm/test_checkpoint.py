@@ -1,59 +1,25 @@
 """A valid checkpoint verifies; each way to damage one is refused in one line that names the thing."""
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec, verify_checkpoint
-from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import FORMAT_VERSION, tensor_specs
-from tests.checkpoints import edit_tensors, file_of, set_bias, write_config, write_random_checkpoint
+from tests.checkpoints import edit, edit_tensors, file_of, set_bias, write_config, write_random_checkpoint
+from tests.morphoquant_vllm.refusal import refused
 
 INDEX = "model.safetensors.index.json"
-Q, K, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    write_random_checkpoint(directory)
-    return directory
-
-
-@pytest.fixture
-def checkpoint(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "copy"))
-
-
-def edit(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace a stored tensor by what `change` makes of it."""
-    path = file_of(directory, name)
-    with safe_open(str(path), "pt") as file:
-        tensor = file.get_tensor(name)
-    edit_tensors(path, {name: change(tensor)})
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
 def edit_index(directory: Path, change: Callable[[dict[str, str]], None]) -> None:
     index = json.loads((directory / INDEX).read_text())
     change(index["weight_map"])
     (directory / INDEX).write_text(json.dumps(index))
-
-
-def refused(directory: Path, *fragments: str) -> None:
-    """`verify` must refuse in one line that holds every fragment."""
-    with pytest.raises(MorphoQuantError) as caught:
-        verify_checkpoint(directory)
-    message = str(caught.value)
-    assert "\n" not in message
-    for fragment in fragments:
-        assert fragment in message
 
 
 def test_valid_checkpoint_verifies(pristine: Path) -> None:
@@ -70,13 +36,14 @@ def test_spec_survives_the_round_trip_through_config_json(tmp_path: Path) -> Non
     assert read_spec(tmp_path) == spec
 
 
-def test_load_layer_gives_every_tensor_and_the_bias(pristine: Path) -> None:
+@pytest.mark.parametrize(("name", "bias"), [(Q, {"bias"}), (DOWN, set())])
+def test_load_layer_gives_every_tensor_and_the_bias(pristine: Path, name: str, bias: set[str]) -> None:
     spec = read_spec(pristine)
-    tensors = load_layer(pristine, check_headers(pristine, spec), Q, spec)
-    expected = tensor_specs(spec.layers[Q], len(spec.rows))
-    assert set(tensors) == {*expected, "bias"}
-    for name, want in expected.items():
-        assert (tensors[name].dtype, tuple(tensors[name].shape)) == (want.dtype, want.shape)
+    tensors = load_layer(pristine, check_headers(pristine, spec), name, spec)
+    expected = tensor_specs(spec.layers[name], len(spec.rows), spec.tensor_parallel)
+    assert set(tensors) == {*expected, *bias}
+    for tensor, want in expected.items():
+        assert (tensors[tensor].dtype, tuple(tensors[tensor].shape)) == (want.dtype, want.shape)
 
 
 # --- config.json
@@ -108,7 +75,9 @@ def test_plain_model(checkpoint: Path) -> None:
         ({"quant_method": "awq"}, "'awq'"),
         ({"format_version": FORMAT_VERSION + 1}, f"format_version {FORMAT_VERSION + 1} is unknown"),
         ({"layers": {}}, "no quantized layer"),
+        ({"format_version": 1}, "format_version 1 is unknown"),
         ({"rows": ["text"]}, "'any'"),
+        ({"rows": ["text", "any"]}, "the last row must be 'massive'"),
         ({"tensor_parallel": 4}, "tensor parallel size 4 breaks a group"),
         ({"tensor_parallel": 0}, "tensor_parallel must be 1 or more"),
     ],
@@ -205,7 +174,7 @@ def test_stray_tensor_that_is_not_quantized(checkpoint: Path) -> None:
 # --- headers
 
 
-@pytest.mark.parametrize("tensor", ["absorbed_bias", "channel_order", "bias"])
+@pytest.mark.parametrize("tensor", ["absorbed_bias", "channel_order", "massive_low", "bias"])
 def test_missing_tensor(checkpoint: Path, tensor: str) -> None:
     name = f"{Q}.{tensor}"
     edit_tensors(file_of(checkpoint, name), {name: None})
@@ -231,6 +200,11 @@ def test_wrong_shape(checkpoint: Path) -> None:
     refused(checkpoint, f"{Q}.weight_scale", "[64, 1]", "expected BF16 [64, 2]")
 
 
+def test_blocks_of_another_tensor_parallel_size(checkpoint: Path) -> None:
+    write_config(checkpoint, read_spec(checkpoint), tensor_parallel=1)
+    refused(checkpoint, ".o_proj.massive_channel", "[2, 4]", "expected I32 [1, 4]")
+
+
 def test_wrong_dtype(checkpoint: Path) -> None:
     edit(checkpoint, f"{Q}.weight_scale", lambda scale: scale.half())
     refused(checkpoint, f"{Q}.weight_scale", "F16", "expected BF16")
@@ -239,80 +213,3 @@ def test_wrong_dtype(checkpoint: Path) -> None:
 def test_headers_do_not_read_values(checkpoint: Path) -> None:
     edit(checkpoint, f"{Q}.weight_scale", lambda scale: scale * torch.nan)
     assert f"{Q}.weight_scale" in check_headers(checkpoint, read_spec(checkpoint))
-
-
-# --- values
-
-
-@pytest.mark.parametrize("tensor", ["weight_scale", "activation_step", "centre", "gain", "absorbed_bias", "bias"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_value_that_is_not_finite(checkpoint: Path, tensor: str, value: float) -> None:
-    def damage(stored: Tensor) -> Tensor:
-        stored.view(-1)[-1] = value
-        return stored
-
-    edit(checkpoint, f"{Q}.{tensor}", damage)
-    refused(checkpoint, f"{Q}.{tensor}", "NaN")
-
-
-@pytest.mark.parametrize("tensor", ["weight_scale", "activation_step", "gain"])
-@pytest.mark.parametrize("value", [0.0, -1.0])
-def test_value_that_must_be_positive(checkpoint: Path, tensor: str, value: float) -> None:
-    def damage(stored: Tensor) -> Tensor:
-        stored.view(-1)[0] = value
-        return stored
-
-    edit(checkpoint, f"{Q}.{tensor}", damage)
-    refused(checkpoint, f"{Q}.{tensor}", "positive")
-
-
-@pytest.mark.parametrize("value", [1e-39, 1e-45])
-def test_step_too_small_to_invert(checkpoint: Path, value: float) -> None:
-    edit(checkpoint, f"{Q}.activation_step", lambda step: step.fill_(value))
-    refused(checkpoint, f"{Q}.activation_step", "too small")
-
-
-def test_mask_of_any_must_be_the_union(checkpoint: Path) -> None:
-    def damage(mask: Tensor) -> Tensor:
-        mask[0, 5], mask[-1, 5] = True, False
-        return mask
-
-    edit(checkpoint, f"{DOWN}.modality_mask", damage)
-    refused(checkpoint, f"{DOWN}.modality_mask", "'any'")
-
-
-def test_order_that_is_no_permutation(checkpoint: Path) -> None:
-    def damage(order: Tensor) -> Tensor:
-        order[0] = order[1]
-        return order
-
-    edit(checkpoint, f"{Q}.channel_order", damage)
-    refused(checkpoint, f"{Q}.channel_order", "exactly once")
-
-
-def test_order_that_leaves_its_tensor_parallel_block(checkpoint: Path) -> None:
-    edit(checkpoint, f"{DOWN}.channel_order", lambda order: order.flip(0))
-    refused(checkpoint, f"{DOWN}.channel_order", "within 2 tensor-parallel blocks")
-    spec = read_spec(checkpoint)
-    write_config(checkpoint, replace(spec, tensor_parallel=1))
-    assert verify_checkpoint(checkpoint) == 14, "the same order is legal where nothing is cut"
-
-
-@pytest.mark.parametrize(
-    ("tensor", "change"),
-    [
-        ("activation_step", lambda step: step * 2),
-        ("channel_order", lambda order: order.flip(0)),
-        ("modality_mask", lambda mask: mask | True),
-        ("centre", lambda centre: centre + 1),
-        ("gain", lambda gain: gain * 2),
-    ],
-)
-def test_unequal_fused_shards(checkpoint: Path, tensor: str, change: Callable[[Tensor], Tensor]) -> None:
-    edit(checkpoint, f"{K}.{tensor}", change)
-    refused(checkpoint, f"{K}.{tensor}", Q, "self_attn.qkv_proj")
-
-
-def test_nan_in_a_carried_over_tensor(checkpoint: Path) -> None:
-    edit(checkpoint, "model.embed_tokens.weight", lambda weight: weight * torch.nan)
-    refused(checkpoint, "model.embed_tokens.weight", "NaN")

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from morphoquant_vllm.config import MorphoQuantConfig
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.activation import activation_record
-from morphoquant_vllm.numerics.linear import WeightRecord, linear
+from morphoquant_vllm.numerics.activation import act_quant, is_massive, token_rows
+from morphoquant_vllm.numerics.linear import linear, matmul
 from morphoquant_vllm.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
+from tests.records import activation_of, rank_part, weight_of
 
 K, N, G = 64, 32, 32
 SHARDS = ("gate_proj", "up_proj")
@@ -60,13 +61,12 @@ def load(layer: torch.nn.Module, shards: list[dict[str, Tensor]]) -> torch.nn.Mo
 
 
 def reference(shards: list[dict[str, Tensor]], x: Tensor, row: int) -> Tensor:
-    weight = WeightRecord(
-        torch.cat([shard["weight_codes"] for shard in shards]),
-        torch.cat([shard["weight_scale"] for shard in shards]),
-        torch.cat([shard["absorbed_bias"] for shard in shards], dim=1),
-    )
-    activation = activation_record(*(shards[0][name] for name in INPUT_TENSORS))
-    return linear(x, torch.full((x.shape[0],), row, dtype=torch.int32), weight, activation)
+    modality = torch.full((x.shape[0],), row, dtype=torch.int32)
+    return linear(x, modality, weight_of(*shards), activation_of(shards[0]))
+
+
+def held(x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return is_massive(x, tensors["massive_channel"], tensors["massive_low"], tensors["massive_high"])
 
 
 @pytest.mark.usefixtures("engine_context")
@@ -75,10 +75,11 @@ class TestFusedLayer:
         spec = specification()
         shards = stored(spec, 2)
         layer = load(merged_layer(spec), shards)
-        x = torch.randn(5, K, generator=torch.Generator().manual_seed(1)) * 2
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(1)) * 2
+        assert 0 < int(held(x, shards[0]).sum()) < 20
         y, _ = layer(x)
         assert torch.equal(y, reference(shards, x, spec.any_row))
-        nested, _ = layer(x.view(1, 5, K))
+        nested, _ = layer(x.view(1, 20, K))
         assert torch.equal(nested[0], y)
         assert not list(layer.named_parameters()), "the canonical parameters are gone, no second copy stays"
 
@@ -112,7 +113,7 @@ class TestFusedLayer:
     def test_damaged_values_are_refused(self, tensor: str, value: float, message: str) -> None:
         spec = specification()
         shards = stored(spec, 2)
-        shards[1][tensor][0, 0] = value
+        shards[1][tensor].view(-1)[0] = value
         with pytest.raises(MorphoQuantError, match=message):
             load(merged_layer(spec), shards)
 
@@ -120,7 +121,7 @@ class TestFusedLayer:
         spec = specification()
         shards = stored(spec, 2)
         shards[0]["centre"] = shards[0]["centre"][:, : K // 2]
-        with pytest.raises(MorphoQuantError, match=r"centre: has shape \[5, 32\], expected \[5, 64\]"):
+        with pytest.raises(MorphoQuantError, match=r"centre: has shape \[6, 32\], expected \[6, 64\]"):
             load(merged_layer(spec), shards)
 
     def test_a_bias_the_checkpoint_does_not_know_is_refused(self) -> None:
@@ -143,35 +144,66 @@ class TestFusedLayer:
 
 
 @pytest.mark.usefixtures("engine_context")
-def test_only_the_first_rank_of_a_row_parallel_layer_adds_the_absorbed_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank's cut and the sum over ranks, without the processes: two layers that believe to be rank 0 and 1."""
-    from vllm.model_executor.layers import linear as vllm_linear
+class TestRowParallelLayer:
+    """A rank's cut and the sum over ranks, without the processes: layers that believe to be one of several ranks."""
 
-    whole = QuantizationSpec(layers=specification().layers, tensor_parallel=2)
-    (tensors,) = random_group(
-        [torch.randn(N, K, generator=torch.Generator().manual_seed(5))],
-        whole.layers["mlp.down_proj"],
-        whole,
-        torch.tensor(4),
-    )
-    x = torch.randn(3, K, generator=torch.Generator().manual_seed(6))
-    total = torch.zeros(3, N, dtype=torch.float64)
-    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: 2)
-    for rank in range(2):
-        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+    @staticmethod
+    def tensors(blocks: int) -> tuple[QuantizationSpec, dict[str, Tensor]]:
+        spec = QuantizationSpec(layers=specification().layers, tensor_parallel=blocks)
+        full = torch.randn(N, K, generator=torch.Generator().manual_seed(5))
+        return spec, random_group([full], spec.layers["mlp.down_proj"], spec, torch.tensor(4))[0]
+
+    @staticmethod
+    def rank_layer(
+        monkeypatch: pytest.MonkeyPatch, spec: QuantizationSpec, tensors: dict[str, Tensor], rank: int, ranks: int
+    ) -> torch.nn.Module:
+        from vllm.model_executor.layers import linear as vllm_linear
+
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: ranks)
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
         layer = vllm_linear.RowParallelLinear(
-            K,
-            N,
-            bias=False,
-            reduce_results=False,
-            quant_config=MorphoQuantConfig(whole),
-            prefix="mlp.down_proj",
+            K, N, bias=False, reduce_results=False, quant_config=MorphoQuantConfig(spec), prefix="mlp.down_proj"
         )
         for name, tensor in tensors.items():
             parameter = getattr(layer, name)
             parameter.weight_loader(parameter, tensor)
         layer.quant_method.process_weights_after_loading(layer)
-        part = x[:, rank * K // 2 : (rank + 1) * K // 2]
-        total += layer.quant_method.apply(layer, part).double()
-    # Each rank's output was cast to float32 once.
-    torch.testing.assert_close(total.float(), reference([tensors], x, whole.any_row), atol=1e-4, rtol=1e-5)
+        return layer
+
+    # A checkpoint for two ranks serves one, too: the one rank then holds both blocks.
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_each_rank_computes_its_own_formula(self, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+        spec, tensors = self.tensors(blocks=2)
+        x = torch.randn(40, K, generator=torch.Generator().manual_seed(6)) * 2
+        massive = []
+        for rank, part in enumerate(x.chunk(ranks, 1)):
+            layer = self.rank_layer(monkeypatch, spec, tensors, rank, ranks)
+            own = rank_part(tensors, rank, ranks)
+            massive.append(held(part, own))
+            expected = reference([own], part.contiguous(), spec.any_row)
+            assert torch.equal(layer.quant_method.apply(layer, part.contiguous()), expected)
+        assert bool(massive[0].any()) and not bool(massive[0].all())
+        assert ranks == 1 or bool((massive[0] != massive[1]).any())
+
+    def test_ranks_sum_to_the_whole_layer_where_no_token_is_massive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec, tensors = self.tensors(blocks=2)
+        x = torch.randn(40, K, generator=torch.Generator().manual_seed(6)) * 2
+        x = x[~held(x, tensors)]
+        assert x.shape[0] > 10
+        activation, weight = activation_of(tensors), weight_of(tensors)
+        rows = token_rows(x, torch.full(x.shape[:1], spec.any_row, dtype=torch.int32), activation)
+        whole = matmul(act_quant(x, rows, activation), rows, weight, activation.gain, None)
+        total = torch.zeros_like(whole)
+        for rank, part in enumerate(x.chunk(2, 1)):
+            layer = self.rank_layer(monkeypatch, spec, tensors, rank, 2)
+            total += layer.quant_method.apply(layer, part.contiguous()).double()
+        # Each rank's output and each constant was cast to float32 once, at sizes below 1000.
+        assert float((total - whole).abs().max()) <= 3 * 1000 * 2.0**-24
+        assert float(whole.abs().max()) < 500
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_a_massive_channel_outside_its_block_is_refused(self, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+        spec, tensors = self.tensors(blocks=2)
+        tensors["massive_channel"] = tensors["massive_channel"].flip(0)
+        with pytest.raises(MorphoQuantError, match=r"mlp.down_proj.massive_channel: a channel lies outside its block"):
+            self.rank_layer(monkeypatch, spec, tensors, 0, ranks)

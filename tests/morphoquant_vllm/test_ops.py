@@ -8,8 +8,9 @@ from morphoquant_vllm import ops
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
+from tests.records import activation_of, weight_of
 
-K, N, G, ROWS = 64, 48, 32, 5
+K, N, G, ROWS = 64, 48, 32, 6
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +20,7 @@ def records() -> tuple[linear.WeightRecord, activation.ActivationRecord]:
     (tensors,) = random_group(
         [torch.randn(N, K, generator=torch.Generator().manual_seed(1))], layer, spec, torch.tensor(2)
     )
-    record = activation.activation_record(
-        *(tensors[name] for name in ("activation_step", "channel_order", "modality_mask", "centre", "gain"))
-    )
-    return linear.WeightRecord(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"]), record
+    return weight_of(tensors), activation_of(tensors)
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -50,13 +48,35 @@ def test_every_backend_agrees_with_the_reference(records, backend: str, dtype: t
     bias = torch.linspace(-1, 1, N).to(dtype)
     prepared_weight, prepared_activation = ops.BACKENDS[backend].prepare(weight, record)
     codes = ops.act_quant(x, modality, prepared_activation, backend)
-    expected_codes = activation.act_quant(x, modality, record)
+    rows = activation.token_rows(x, modality, record)
+    expected_codes = activation.act_quant(x, rows, record)
     assert torch.equal(codes, expected_codes)
     y = ops.linear(x, modality, prepared_weight, prepared_activation, bias, backend)
-    expected = linear.matmul(expected_codes, modality, weight, record.gain, bias).to(dtype)
+    expected = linear.matmul(expected_codes, rows, weight, record.gain, bias).to(dtype)
     assert y.dtype is dtype and y.shape == (tokens, N)
-    bound = linear.output_bound(expected_codes, modality, weight, record.gain, expected)
+    bound = linear.output_bound(expected_codes, rows, weight, record.gain, expected)
     assert bool(((y.double() - expected.double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("backend", sorted(ops.BACKENDS))
+def test_a_massive_token_takes_the_last_row_in_both_ops(records, backend: str) -> None:
+    weight, record = records
+    x, modality = inputs(80)
+    massive = activation.is_massive(x, record.massive_channel, record.massive_low, record.massive_high)
+    assert 5 < int(massive.sum()) < 75
+    prepared_weight, prepared_activation = ops.BACKENDS[backend].prepare(weight, record)
+
+    def same(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens get the same codes, and which the same output, under two choices of rows."""
+        codes = [ops.act_quant(x, rows, prepared_activation, backend) for rows in (one, other)]
+        y = [ops.linear(x, rows, prepared_weight, prepared_activation, None, backend) for rows in (one, other)]
+        return (codes[0] == codes[1]).all(1), torch.isclose(*y).all(1)
+
+    for equal in same(modality, torch.full_like(modality, ROWS - 1)):
+        assert bool(equal[massive].all()), "whatever the modality"
+    for equal in same(modality % (ROWS - 1), (modality + 1) % (ROWS - 1)):
+        assert bool(equal[massive].all())
+        assert not bool(equal[~massive].any()), "other tokens keep the row they are given"
 
 
 def test_one_modality_buffer_serves_every_number_of_tokens(records) -> None:

@@ -1,5 +1,6 @@
-"""The rules of format v1, one by one; and what importing schema, numerics and checkpoint reader brings in."""
+"""The rules of format v2, one by one; and what importing schema, numerics and checkpoint reader brings in."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,16 +9,20 @@ import pytest
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.schema import (
     GROUP_SIZES,
     INPUT_TENSORS,
     OUTPUT_TENSORS,
     LayerSpec,
     QuantizationSpec,
+    TensorSpec,
     allowed_tensor_parallel,
     check_group_size,
+    check_massive_channels,
     check_order,
     check_tensor_parallel,
+    input_blocks,
     tensor_specs,
     unequal_input_tensors,
 )
@@ -29,7 +34,7 @@ LAYER = LayerSpec(in_features=128, out_features=48, group_size=64, parallel="row
 def test_config_survives_json() -> None:
     spec = QuantizationSpec(
         layers=layer_specs(),
-        rows=("text", "massive", "any"),
+        rows=("text", "any", "massive"),
         tensor_parallel=2,
         placeholder_token_ids={"text": (1, 2)},
         created_by="me",
@@ -38,7 +43,7 @@ def test_config_survives_json() -> None:
 
 
 def test_any_row_and_shared_inputs() -> None:
-    spec = QuantizationSpec(layers=layer_specs(1), rows=("any", "text"))
+    spec = QuantizationSpec(layers=layer_specs(1), rows=("any", "text", "massive"))
     assert spec.any_row == 0
     assert spec.shared_inputs()["model.layers.0.self_attn.qkv_proj"] == [
         f"model.layers.0.self_attn.{shard}_proj" for shard in "qkv"
@@ -49,6 +54,18 @@ def test_any_row_and_shared_inputs() -> None:
 def test_rows_must_be_distinct_and_hold_any(rows: tuple[str, ...]) -> None:
     with pytest.raises(MorphoQuantError, match="rows must be distinct"):
         QuantizationSpec(layers={"a.down": LAYER}, rows=rows)
+
+
+@pytest.mark.parametrize("rows", [("text", "any"), ("massive", "any"), ("text", "massive", "any")])
+def test_the_last_row_must_be_the_massive_one(rows: tuple[str, ...]) -> None:
+    with pytest.raises(MorphoQuantError, match="the last row must be 'massive'"):
+        QuantizationSpec(layers={"a.down": LAYER}, rows=rows)
+
+
+def test_an_older_version_is_refused_with_the_remedy() -> None:
+    config = QuantizationSpec(layers={"a.down": LAYER}).to_dict() | {"format_version": 1}
+    with pytest.raises(MorphoQuantError, match=r"format_version 1 is unknown.*knows 2.*calibrate again"):
+        QuantizationSpec.from_dict(config)
 
 
 def test_placeholder_of_an_unknown_row() -> None:
@@ -108,11 +125,39 @@ def test_tensor_parallel_binds_row_parallel_layers_only() -> None:
 
 
 def test_tensor_specs_cover_input_and_output_tensors() -> None:
-    specs = tensor_specs(LAYER, rows=5)
+    specs = tensor_specs(LAYER, rows=6, tensor_parallel=2)
     assert set(specs) == {*INPUT_TENSORS, *OUTPUT_TENSORS}
     assert (specs["weight_codes"].dtype, specs["weight_codes"].shape) == (torch.uint8, (48, 64))
     assert (specs["weight_scale"].dtype, specs["weight_scale"].shape) == (torch.bfloat16, (48, 2))
-    assert (specs["absorbed_bias"].dtype, specs["absorbed_bias"].shape) == (torch.float32, (5, 48))
+    assert (specs["absorbed_bias"].dtype, specs["absorbed_bias"].shape) == (torch.float32, (2, 6, 48))
+    assert (specs["massive_channel"].dtype, specs["massive_channel"].shape) == (torch.int32, (2, 4))
+    assert specs["massive_low"] == specs["massive_high"] == TensorSpec(torch.float32, (2, 4))
+
+
+@pytest.mark.parametrize(("parallel", "blocks"), [("row", 2), ("column", 1)])
+def test_only_layers_cut_along_k_have_blocks(parallel: str, blocks: int) -> None:
+    layer = LayerSpec(**{**vars(LAYER), "parallel": parallel})
+    assert input_blocks(layer, 2) == blocks
+    specs = tensor_specs(layer, rows=6, tensor_parallel=2)
+    for tensor in ("massive_channel", "massive_low", "massive_high", "absorbed_bias"):
+        assert specs[tensor].shape[0] == blocks
+    assert specs == tensor_specs(layer, rows=6, tensor_parallel=2 if parallel == "row" else 64)
+
+
+def test_input_tensors_stand_in_the_order_of_the_record() -> None:
+    """Callers splat them into activation_record; each argument is named like its tensor, or shorter."""
+    arguments = list(inspect.signature(activation_record).parameters)
+    assert len(arguments) == len(INPUT_TENSORS)
+    for argument, tensor in zip(arguments, INPUT_TENSORS, strict=True):
+        assert argument == tensor or argument == tensor.split("_")[-1]
+
+
+def test_massive_channels_stay_in_their_block() -> None:
+    check_massive_channels("a", torch.tensor([[0, 3], [4, 7]], dtype=torch.int32), 8)
+    check_massive_channels("a", torch.tensor([[0, 7]], dtype=torch.int32), 8)
+    for channel in ([[0, 4], [4, 7]], [[0, 3], [3, 7]], [[0, 3], [4, 8]], [[-1, 3], [4, 7]]):
+        with pytest.raises(MorphoQuantError, match=r"^a\.massive_channel: .* outside its block of 4 channels"):
+            check_massive_channels("a", torch.tensor(channel, dtype=torch.int32), 8)
 
 
 def test_check_order() -> None:

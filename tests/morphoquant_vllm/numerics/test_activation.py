@@ -19,6 +19,13 @@ from morphoquant_vllm.numerics.activation import (
     served_grid,
 )
 
+# One set of one interval that holds no token.
+NEVER_MASSIVE = {
+    "massive_channel": torch.zeros(1, 1, dtype=torch.int32),
+    "massive_low": torch.ones(1, 1),
+    "massive_high": -torch.ones(1, 1),
+}
+
 
 def random_record(in_features: int, rows: int, seed: int = 0) -> ActivationRecord:
     generator = torch.Generator().manual_seed(seed)
@@ -28,6 +35,7 @@ def random_record(in_features: int, rows: int, seed: int = 0) -> ActivationRecor
         mask=torch.rand(rows, in_features, generator=generator) < 0.3,
         centre=torch.randn(rows, in_features, generator=generator),
         gain=torch.rand(rows, generator=generator) + 0.5,
+        **NEVER_MASSIVE,
     )
 
 
@@ -35,7 +43,12 @@ def unit_record(mask: list[bool]) -> ActivationRecord:
     """Step, gain 1 and centre 0: the code of x is x, rounded and clamped."""
     width = len(mask)
     return activation_record(
-        torch.ones(width), torch.arange(width).int(), torch.tensor([mask]), torch.zeros(1, width), torch.ones(1)
+        torch.ones(width),
+        torch.arange(width).int(),
+        torch.tensor([mask]),
+        torch.zeros(1, width),
+        torch.ones(1),
+        **NEVER_MASSIVE,
     )
 
 
@@ -95,7 +108,7 @@ def test_every_row_is_honoured_token_by_token() -> None:
     modality = torch.tensor([0, 1, 2, 2, 1, 0, 1, 0, 2], dtype=torch.int32)
     together = act_quant(x, modality, record)
     for token, row in enumerate(modality.tolist()):
-        alone = ActivationRecord(*(field[row : row + 1] for field in record[:4]), record.channel_order)
+        alone = ActivationRecord(*(field[row : row + 1] for field in record[:4]), *record[4:])
         assert torch.equal(
             act_quant(x[token : token + 1], torch.zeros(1, dtype=torch.int32), alone)[0], together[token]
         )
@@ -105,7 +118,7 @@ def test_every_row_is_honoured_token_by_token() -> None:
 
 def test_one_row_and_equal_rows_give_the_same_codes() -> None:
     record = random_record(32, rows=1)
-    repeated = ActivationRecord(*(torch.cat([field] * 4) for field in record[:4]), record.channel_order)
+    repeated = ActivationRecord(*(torch.cat([field] * 4) for field in record[:4]), *record[4:])
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)) * 3
     one = act_quant(x, torch.zeros(6, dtype=torch.int32), record)
     assert torch.equal(one, act_quant(x, torch.tensor([0, 1, 2, 3, 0, 1], dtype=torch.int32), repeated))
@@ -114,7 +127,7 @@ def test_one_row_and_equal_rows_give_the_same_codes() -> None:
 def test_record_gathers_natural_order_into_permuted_order() -> None:
     step, order = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 1], dtype=torch.int32)
     mask, centre = torch.tensor([[True, False, False]]), torch.tensor([[10.0, 20.0, 30.0]])
-    record = activation_record(step, order, mask, centre, torch.tensor([0.5]))
+    record = activation_record(step, order, mask, centre, torch.tensor([0.5]), **NEVER_MASSIVE)
     assert record.inverse.tolist() == [[0.5, 2.0, 1.0]]
     assert record.centre.tolist() == [[30.0, 10.0, 20.0]]
     assert record.mask.tolist() == [[False, True, False]]
@@ -146,7 +159,8 @@ def grid_and_record(x: Tensor, mask: Tensor, ratio: float = 1.0, gain: float = 1
     low, high = reference.base_range(minimum, maximum, mask)
     grid = served_grid(ratio * low, ratio * high, minimum, maximum, mask, gain)
     order = torch.arange(x.shape[1]).int()
-    return grid, activation_record(grid.step, order, mask[None], grid.centre[None], torch.tensor([gain]))
+    record = activation_record(grid.step, order, mask[None], grid.centre[None], torch.tensor([gain]), **NEVER_MASSIVE)
+    return grid, record
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -215,7 +229,8 @@ def test_escape_mode_equals_exact_mode_but_for_rounding() -> None:
     low, high = reference.base_range(minimum, maximum, mask)
     grid = served_grid(low, high, x.amin(0), x.amax(0), mask)
     assert (grid.guard_raise == 1).all(), "the guard must stay out of this comparison"
-    record = activation_record(grid.step, torch.arange(16).int(), mask[None], grid.centre[None], torch.ones(1))
+    order = torch.arange(16).int()
+    record = activation_record(grid.step, order, mask[None], grid.centre[None], torch.ones(1), **NEVER_MASSIVE)
     rows = torch.zeros(400, dtype=torch.int32)
     codes = act_quant(x, rows, record)
     served = dequantize(codes, rows, record)

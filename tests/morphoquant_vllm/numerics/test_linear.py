@@ -5,10 +5,19 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.numerics import weights
-from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, activation_record
-from morphoquant_vllm.numerics.linear import WeightRecord, group_sums, linear, matmul, output_bound
+from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, activation_record, is_massive, token_rows
+from morphoquant_vllm.numerics.linear import WeightRecord, group_sums, linear, matmul, output_bound, weight_record
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
+from tests.checkpoints import random_group
+from tests.records import activation_of, rank_part, weight_of
 
 TOKENS, IN, OUT, ROWS = 11, 256, 24, 3
+# One set of one interval that holds no token.
+NEVER_MASSIVE = {
+    "massive_channel": torch.zeros(1, 1, dtype=torch.int32),
+    "massive_low": torch.ones(1, 1),
+    "massive_high": -torch.ones(1, 1),
+}
 
 
 def random_layer(
@@ -22,6 +31,7 @@ def random_layer(
         mask=torch.rand(rows, IN, generator=generator) < 0.2,
         centre=torch.randn(rows, IN, generator=generator),
         gain=torch.rand(rows, generator=generator) + 0.5,
+        **NEVER_MASSIVE,
     )
     codes = torch.randint(-8, 8, (OUT, IN), generator=generator, dtype=torch.int8)
     scale = (torch.rand(OUT, IN // group_size, generator=generator) * 0.1 + 0.01).bfloat16()
@@ -103,8 +113,8 @@ def test_nothing_is_lost_where_codes_and_weights_lie_on_the_grid() -> None:
     weight = torch.empty(OUT, IN)
     weight[:, order] = permuted / step[order]
     q_found, scale_found = weights.quantize_int4(weights.absorb(weight, step)[:, order], torch.ones(IN), 32)
-    record = WeightRecord(weights.pack(q_found), scale_found, weights.absorbed_bias(weight, centre))
-    activation = activation_record(step, order.int(), mask, centre, torch.ones(1))
+    record = weight_record(weights.pack(q_found), scale_found, weights.absorbed_bias(weight, centre))
+    activation = activation_record(step, order.int(), mask, centre, torch.ones(1), **NEVER_MASSIVE)
     bias = torch.randint(-9, 9, (OUT,), generator=generator).float()
     y = linear(x, torch.zeros(TOKENS, dtype=torch.int32), record, activation, bias)
     assert torch.equal(y.double(), x.double() @ weight.double().T + bias.double())
@@ -118,7 +128,7 @@ def test_absorbed_bias_takes_the_centre_out_exactly() -> None:
     centre = torch.empty(ROWS, IN)
     centre[:, activation.channel_order.long()] = activation.centre
     codes, scale = weights.quantize_int4(full, torch.ones(IN), 32)
-    weight = WeightRecord(weights.pack(codes), scale, weights.absorbed_bias(full, centre))
+    weight = weight_record(weights.pack(codes), scale, weights.absorbed_bias(full, centre))
     y = linear(centre, torch.arange(ROWS, dtype=torch.int32), weight, activation)
     assert torch.equal(y, (centre.double() @ full.double().T).float())
 
@@ -131,7 +141,7 @@ def test_every_row_is_honoured_token_by_token() -> None:
             x[token : token + 1],
             torch.zeros(1, dtype=torch.int32),
             weight._replace(absorbed_bias=weight.absorbed_bias[row : row + 1]),
-            ActivationRecord(*(field[row : row + 1] for field in activation[:4]), activation.channel_order),
+            ActivationRecord(*(field[row : row + 1] for field in activation[:4]), *activation[4:]),
         )
         # Matrix products of other heights may sum in another order: a float32 rounding of the same float64 value.
         assert torch.allclose(alone[0], together[token], rtol=2.0**-22)
@@ -140,6 +150,92 @@ def test_every_row_is_honoured_token_by_token() -> None:
 def test_no_token() -> None:
     weight, activation, x, modality = random_layer(64)
     assert linear(x[:0], modality[:0], weight, activation).shape == (0, OUT)
+
+
+# --- massive tokens and tensor-parallel ranks
+
+
+def row_parallel_layer(blocks: int, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """Stored tensors of a row-parallel layer of `blocks` blocks, and its full weight [N, K]."""
+    layer = LayerSpec(IN, OUT, 32, "row", "down")
+    spec = QuantizationSpec(layers={"down": layer}, tensor_parallel=blocks)
+    full = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed + 1))
+    return random_group([full], layer, spec, torch.tensor(seed))[0], full
+
+
+def over_ranks(x: Tensor, modality: Tensor, tensors: dict[str, Tensor], ranks: int) -> Tensor:
+    """The sum of what each rank computes from its own part of K, float64 [M, N]."""
+    total = torch.zeros(x.shape[0], OUT, dtype=torch.float64)
+    for rank, part in enumerate(x.chunk(ranks, 1)):
+        own = rank_part(tensors, rank, ranks)
+        record = activation_of(own)
+        rows = token_rows(part, modality, record)
+        total += matmul(act_quant(part, rows, record), rows, weight_of(own), record.gain, None)
+    return total
+
+
+def tokens_by_set(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Random x [M, K] and which block's intervals hold each token, bool [M, B]."""
+    x = torch.randn(300, IN, generator=torch.Generator().manual_seed(9))
+    sets = zip(tensors["massive_channel"], tensors["massive_low"], tensors["massive_high"], strict=True)
+    return x, torch.stack([is_massive(x, *(field[None] for field in each)) for each in sets], 1)
+
+
+def rounding_of_constants(tensors: dict[str, Tensor]) -> float:
+    """absorbed_bias is rounded to float32 in each block, and once more in the sum of a rank's blocks."""
+    return float(tensors["absorbed_bias"].abs().sum(0).max()) * 2 * 2.0**-24
+
+
+@pytest.mark.parametrize(("blocks", "ranks"), [(2, 2), (4, 2), (4, 4), (4, 1)])
+def test_ranks_sum_to_the_whole_layer_where_they_agree_on_the_row(blocks: int, ranks: int) -> None:
+    tensors, _ = row_parallel_layer(blocks)
+    x, held = tokens_by_set(tensors)
+    # Every rank must see the token alike: no set holds it, or each rank has one that does.
+    seen = held.view(-1, ranks, blocks // ranks).any(-1)
+    agreed = seen.all(1) | ~seen.any(1)
+    assert 5 < int(seen[agreed].any(1).sum()) < int(agreed.sum()) - 5
+    x = x[agreed]
+    modality = torch.randint(5, x.shape[:1], generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    record, weight = activation_of(tensors), weight_of(tensors)
+    rows = token_rows(x, modality, record)
+    whole = matmul(act_quant(x, rows, record), rows, weight, record.gain, None)
+    assert (over_ranks(x, modality, tensors, ranks) - whole).abs().max() <= rounding_of_constants(tensors)
+
+
+def test_a_rank_that_alone_knows_a_token_uses_its_own_part_of_the_massive_row() -> None:
+    """Each rank's own formula, written out: the row that its values say, and the constants of its own blocks."""
+    tensors, _ = row_parallel_layer(blocks=2)
+    x, held = tokens_by_set(tensors)
+    assert int((held[:, 0] != held[:, 1]).sum()) > 20
+    massive, modality = 5, torch.full(x.shape[:1], 4, dtype=torch.int32)
+    q = weights.dequantize_weight(tensors["weight_codes"], tensors["weight_scale"]).double()
+    expected = torch.zeros(x.shape[0], OUT, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for rank in range(2):
+            row = massive if bool(held[token, rank]) else 4
+            positions = slice(rank * IN // 2, (rank + 1) * IN // 2)
+            channels = tensors["channel_order"][positions].long()
+            inverse = 1 / (tensors["activation_step"] * tensors["gain"][row])
+            scaled = ((x[token] - tensors["centre"][row]) * inverse)[channels].round()
+            low, high = (torch.where(tensors["modality_mask"][row, channels], *pair) for pair in ((-128, -8), (127, 7)))
+            codes = scaled.clamp(low, high).double()
+            expected[token] += tensors["gain"][row].double() * (q[:, positions] @ codes)
+            expected[token] += tensors["absorbed_bias"][rank, row].double()
+    # float64 sums of 256 terms in another order.
+    assert (over_ranks(x, modality, tensors, 2) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_token_on_the_centre_of_the_massive_row_gets_w_centre_exactly(ranks: int) -> None:
+    tensors, full = row_parallel_layer(blocks=4)
+    centre = tensors["centre"][-1]
+    at_centre = centre[tensors["massive_channel"].long()]
+    tensors["massive_low"], tensors["massive_high"] = at_centre - 0.1, at_centre + 0.1
+    y = over_ranks(centre[None], torch.zeros(1, dtype=torch.int32), tensors, ranks)[0]
+    expected = full.double() @ centre.double()
+    assert (y - expected).abs().max() <= rounding_of_constants(tensors)
+    ordinary = over_ranks(centre[None], torch.zeros(1, dtype=torch.int32), tensors | {"massive_low": at_centre + 1}, 1)
+    assert (ordinary[0] - expected).abs().max() > 0.1, "the massive row is what makes it exact"
 
 
 # --- the bound

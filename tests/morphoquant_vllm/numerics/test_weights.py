@@ -132,10 +132,21 @@ def test_absorb_and_absorbed_bias() -> None:
     weight, step, centre = random(5, 8).bfloat16(), random(8, seed=1).abs(), random(3, 8, seed=2)
     assert torch.equal(weights.absorb(weight, step), weight.float() * step)
     bias = weights.absorbed_bias(weight, centre)
-    assert (bias.dtype, tuple(bias.shape)) == (torch.float32, (3, 5))
+    assert (bias.dtype, tuple(bias.shape)) == (torch.float32, (1, 3, 5))
     expected = [
         [sum(w * c for w, c in zip(row, row_centre, strict=True)) for row in weight.double().tolist()]
         for row_centre in centre.double().tolist()
     ]
     # float64 sums, cast to float32 once.
-    assert torch.allclose(bias.double(), torch.tensor(expected, dtype=torch.float64), rtol=2.0**-24, atol=1e-12)
+    assert torch.allclose(bias[0].double(), torch.tensor(expected, dtype=torch.float64), rtol=2.0**-24, atol=1e-12)
+
+
+def test_absorbed_bias_by_blocks_is_that_of_each_part_of_k() -> None:
+    weight, centre = random(5, 32), random(3, 32, seed=2)
+    bias = weights.absorbed_bias(weight, centre, blocks=4)
+    assert bias.shape == (4, 3, 5)
+    for block in range(4):
+        part = slice(8 * block, 8 * block + 8)
+        alone = weights.absorbed_bias(weight[:, part], centre[:, part])[0]
+        # float64 sums, in another order, cast to float32 once.
+        assert torch.allclose(bias[block], alone, rtol=2.0**-23, atol=1e-12)

@@ -1,0 +1,109 @@
+"""Massive tokens: a few tokens whose activations are unlike all others', and how a quantizer knows them by value.
+
+The first token of a sequence, as a rule: some block gives its residual stream values hundreds of times larger than any
+other's, and from there on its normalised activations are nearly the same in every sequence (attention parks on it).
+Static ranges must not be set by such tokens. They get a row of their own, whose centre holds what they have in common.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.numerics.activation import is_massive
+from morphoquant_vllm.schema import MASSIVE_CHANNELS
+
+# A token is a candidate where its residual stream is this many times the median of its modality, ...
+NORM_RATIO = 8.0
+# ... unless that many tokens are: then they are no exception.
+MAX_SHARE = 0.1
+# From fewer tokens nothing can be learnt.
+MIN_TOKENS = 4
+# Room on either side of the values seen, as a part of the distance to the nearest other token's value.
+ROOM = 0.5
+# Intervals that hold more of the other tokens than this do not tell massive tokens apart.
+MAX_FALSE_SHARE = 1e-3
+LARGEST = torch.finfo(torch.float32).max
+
+
+class MassiveIntervals(NamedTuple):
+    """The format's massive_channel int32, massive_low and massive_high float32, each [B, J]."""
+
+    channel: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def candidates(norms: Tensor, modality: Tensor) -> Tensor:
+    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T]."""
+    found = torch.zeros_like(norms, dtype=torch.bool)
+    for row in modality.unique():
+        own = modality == row
+        outlying = own & (norms > NORM_RATIO * norms[own].median())
+        if int(outlying.sum()) <= MAX_SHARE * int(own.sum()):
+            found |= outlying
+    return found
+
+
+def no_intervals(in_features: int, blocks: int) -> MassiveIntervals:
+    """Intervals that hold no token."""
+    shape = (blocks, MASSIVE_CHANNELS)
+    channel = (torch.arange(blocks, dtype=torch.int32) * (in_features // blocks))[:, None].expand(shape).contiguous()
+    return MassiveIntervals(channel, torch.full(shape, LARGEST), torch.full(shape, -LARGEST))
+
+
+def find_intervals(x: Tensor, massive: Tensor, blocks: int) -> MassiveIntervals:
+    """Intervals of a few channels of x float32 [T, K] that tell the tokens in `massive`, bool [T], from the others.
+
+    One set for each of `blocks` equal blocks of K, from that block's channels alone (a tensor-parallel rank sees no
+    others). A block whose channels cannot tell gets intervals that hold no token.
+    """
+    intervals = no_intervals(x.shape[1], blocks)
+    if int(massive.sum()) < MIN_TOKENS or bool(massive.all()):
+        return intervals
+    width = x.shape[1] // blocks
+    for block in range(blocks):
+        start = block * width
+        found = _separate(x[massive, start : start + width], x[~massive, start : start + width])
+        if found is not None:
+            channel, low, high = found
+            intervals.channel[block] = channel + start
+            intervals.low[block], intervals.high[block] = low, high
+    return intervals
+
+
+def _separate(massive: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None where no J channels tell."""
+    channel = torch.zeros(MASSIVE_CHANNELS, dtype=torch.int32)
+    low, high = torch.full((MASSIVE_CHANNELS,), -LARGEST), torch.full((MASSIVE_CHANNELS,), LARGEST)
+    allowed = MAX_FALSE_SHARE * others.shape[0]
+    lowest, highest = massive.amin(0), massive.amax(0)
+    for index in range(MASSIVE_CHANNELS):
+        inside = ((others >= lowest) & (others <= highest)).sum(0)
+        below, above = _nearest(others, lowest, highest)
+        # Of the channels that tell most tokens apart, the one with the widest empty margin for its values' spread.
+        spread = (highest - lowest) + 1e-3 * torch.maximum(lowest.abs(), highest.abs()) + 1e-30
+        margin = torch.where(inside == inside.min(), torch.minimum(below, above).clamp(max=LARGEST) / spread, -1.0)
+        best = int(margin.argmax())
+        channel[index] = best
+        low[index] = (lowest[best] - ROOM * below[best]).clamp(min=-LARGEST)
+        high[index] = (highest[best] + ROOM * above[best]).clamp(max=LARGEST)
+        others = others[(others[:, best] >= low[index]) & (others[:, best] <= high[index])]
+        if others.shape[0] <= allowed:
+            return channel, low, high
+    return None
+
+
+def _nearest(others: Tensor, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the nearest other value lies below `lowest` and above `highest`, by channel; infinite where none does."""
+    infinity = torch.tensor(float("inf"), device=others.device)
+    below = torch.where(others < lowest, lowest - others, infinity).amin(0)
+    above = torch.where(others > highest, others - highest, infinity).amin(0)
+    return below, above
+
+
+def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:
+    """Which tokens of x [T, K] the intervals take for massive, bool [T]."""
+    return is_massive(x, *(field.to(x.device) for field in intervals))

@@ -1,0 +1,144 @@
+"""Weights to int4 with error compensation, on the Hessian of the integer codes that the served layer multiplies. Pure.
+
+First GPTQ (arXiv 2210.17323): each column's rounding error is made up for by the columns after it. Then, in turns, the
+scales that suit the codes best (least squares) and the codes that suit the scales best (column by column).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.numerics import weights
+
+# Part of the mean diagonal that is added to it: keeps the factorisation stable, and the compensation modest.
+DAMPING = 0.01
+# Turns of fitting scales and codes to each other: each lowers the loss, the first most (docs/calibration.md).
+TURNS = 2
+# Columns whose changes are carried over to the later ones at once.
+BLOCK_COLUMNS = 64
+# Part of a group's mean energy that draws its scale to the one it had: keeps groups of hardly any energy sane.
+SCALE_DAMPING = 1e-4
+# Rows whose scales are fitted at once: bounds the memory of their systems [rows, K/G, K/G].
+SCALE_ROWS = 2048
+
+
+def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int, levels: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes int8 [N, K] and scale bfloat16 [N, K/G] of `target`, float32 [N, K], columns in channel order.
+
+    hessian [K, K]: mean of code^T code in the same order. Groups are taken by falling energy, and so are the columns in
+    a group: what matters most is rounded while most columns are left to make up for it. With `levels`, the scales of an
+    output channel are whole multiples, 1 to `levels`, of one number (as near as bfloat16 holds them).
+    """
+    target, damped = target.float(), _damped(hessian)
+    unit = _unit(target, damped, group_size, levels) if levels else None
+    codes, scale = _gptq(target, damped, group_size, unit, levels)
+    for _ in range(TURNS):
+        scale = _multiples(_fit_scales(target, damped, codes, scale), unit, levels)
+        codes = _fit_codes(target, damped, codes, scale)
+    if unit is None:
+        scale = _fit_scales(target, damped, codes, scale)
+    return codes.to(torch.int8), scale
+
+
+def _unit(target: Tensor, damped: Tensor, group_size: int, levels: int) -> Tensor:
+    """What an output channel's scales are multiples of, float32 [N, 1]: its largest group needs the last level."""
+    energy = damped.diagonal().unflatten(0, (-1, group_size))
+    scale = weights.group_scales(target.unflatten(1, (-1, group_size)), energy).float()
+    return scale.amax(1, keepdim=True) / levels
+
+
+def _multiples(scale: Tensor, unit: Tensor | None, levels: int) -> Tensor:
+    """The nearest allowed scales, bfloat16, shape of `scale` [N, groups]."""
+    if unit is None:
+        return scale
+    return ((scale.float() / unit).round().clamp(1, levels) * unit).bfloat16()
+
+
+def _damped(hessian: Tensor) -> Tensor:
+    damped = hessian.float().clone()
+    mean = damped.diagonal().mean()
+    if not float(mean) > 0:
+        return torch.eye(damped.shape[0], device=damped.device)
+    damped.diagonal().add_(DAMPING * mean)
+    return damped
+
+
+def _gptq(target: Tensor, damped: Tensor, group_size: int, unit: Tensor | None, levels: int) -> tuple[Tensor, Tensor]:
+    """Codes as floats [N, K] and scale bfloat16 [N, K/G]."""
+    out_features, in_features = target.shape
+    groups = in_features // group_size
+    energy = damped.diagonal().view(groups, group_size)
+    group_order = energy.sum(1).argsort(descending=True, stable=True)
+    inner_order = energy.argsort(dim=1, descending=True, stable=True)[group_order]
+    order = (group_order[:, None] * group_size + inner_order).flatten()
+    upper = _inverse_factor(damped[order][:, order])
+    energy = damped.diagonal()[order].view(groups, group_size)
+    remaining = target[:, order].contiguous()
+    codes = torch.empty_like(remaining)
+    scale = torch.empty(out_features, groups, dtype=torch.bfloat16, device=target.device)
+    for index in range(groups):
+        start, end = index * group_size, (index + 1) * group_size
+        group = remaining[:, start:end].clone()
+        group_scale = _multiples(weights.group_scales(group[:, None], energy[index : index + 1]), unit, levels)[:, 0]
+        scale[:, group_order[index]] = group_scale
+        factor = upper[start:end, start:end]
+        errors = torch.empty_like(group)
+        step = group_scale.float()
+        for column in range(group_size):
+            code = weights.round_int4(group[:, column], step)
+            codes[:, start + column] = code
+            errors[:, column] = (group[:, column] - code * step) / factor[column, column]
+            group[:, column + 1 :].addr_(errors[:, column], factor[column, column + 1 :], alpha=-1)
+        remaining[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+    natural = torch.empty_like(codes)
+    natural[:, order] = codes
+    return natural, scale
+
+
+def _fit_scales(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The scales bfloat16 [N, K/G] of least loss for given codes [N, K]; a scale that would not be positive stays."""
+    parts = (field.split(SCALE_ROWS) for field in (target, codes, scale))
+    return torch.cat([_fit_rows(own, damped, *rest) for own, *rest in zip(*parts, strict=True)])
+
+
+def _fit_rows(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    out_features, groups = scale.shape
+    grouped = codes.unflatten(1, (groups, -1))
+    right = ((target @ damped).unflatten(1, (groups, -1)) * grouped).sum(-1)
+    system = torch.empty(out_features, groups, groups, device=target.device)
+    for group, rows in enumerate(damped.unflatten(0, (groups, -1))):
+        system[:, group] = ((grouped[:, group] @ rows).unflatten(1, (groups, -1)) * grouped).sum(-1)
+    energy = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    ridge = (SCALE_DAMPING * energy).expand(-1, groups)
+    system += torch.diag_embed(ridge)
+    fitted = torch.linalg.solve(system, right + ridge * scale.float()).bfloat16()
+    return torch.where((fitted > 0) & fitted.isfinite(), fitted, scale)
+
+
+def _fit_codes(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """One pass over the columns: each takes the codes of least loss, the other columns [N, K] as they stand."""
+    codes = codes.clone()
+    group_size = codes.shape[1] // scale.shape[1]
+    step = scale.float().repeat_interleave(group_size, dim=1)
+    gradient = (target - codes * step) @ damped
+    energy = damped.diagonal()
+    for start in range(0, codes.shape[1], BLOCK_COLUMNS):
+        columns = slice(start, start + BLOCK_COLUMNS)
+        near, local = gradient[:, columns].clone(), damped[columns, columns]
+        changes = torch.zeros_like(near)
+        for offset in range(near.shape[1]):
+            column = start + offset
+            wanted = codes[:, column] * step[:, column] + near[:, offset] / energy[column]
+            better = weights.round_int4(wanted, step[:, column])
+            changes[:, offset] = (better - codes[:, column]) * step[:, column]
+            codes[:, column] = better
+            near.addr_(changes[:, offset], local[offset], alpha=-1)
+        gradient.addmm_(changes, damped[columns], alpha=-1)
+    return codes
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = hessian^-1, float32 [K, K]."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)

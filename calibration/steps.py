@@ -1,0 +1,112 @@
+"""The step and centre of every channel: what the layer's output loses, against a budget of escapes. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.numerics.activation import GUARD_CODES, STEP_FLOOR, Grid, code_limits
+from morphoquant_vllm.numerics.reference import LEVELS, MIN_RANGE_WIDTH
+
+# Candidate ranges, as fractions of the largest magnitude: evenly spaced in the logarithm, from all of it down to where
+# 8-bit codes would saturate. A little more than all: the largest value comes again with its token (a chat template's),
+# and just at the edge, code 7.5, float noise would round it up on one machine and down on another.
+CANDIDATES = 20
+LARGEST_RATIO = 1.02
+SMALLEST_RATIO = LEVELS / (2 * GUARD_CODES)
+# The middle of this part of a channel's values is its centre; where it is nearly 0, it is 0.
+CENTRE_QUANTILES = (0.01, 0.99)
+CENTRE_TOKENS = 512
+CENTRE_FLOOR = 0.05
+BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What each candidate range would cost, both [CANDIDATES, K]."""
+
+    # Weighted mean square rounding error times the channel's share in the output.
+    error: Tensor
+    # Weighted share of codes outside [-8, 7].
+    escape: Tensor
+
+
+def centres(x: Tensor) -> Tensor:
+    """Centre of each channel, float32 [K], from a sample of tokens x [T, K]: real-valued, 0 for channels about 0."""
+    stride = max(1, x.shape[0] // CENTRE_TOKENS)
+    quantiles = torch.tensor(CENTRE_QUANTILES, device=x.device)
+    low, high = torch.quantile(x[::stride][:CENTRE_TOKENS], quantiles, dim=0)
+    middle = (low + high) / 2
+    return torch.where(middle.abs() < CENTRE_FLOOR * (high - low), 0.0, middle)
+
+
+def candidate_steps(farthest: Tensor) -> Tensor:
+    """Steps to choose from, [CANDIDATES, K] descending, for channels that reach `farthest` [K] from their centre."""
+    ratios = torch.logspace(math.log10(LARGEST_RATIO), math.log10(SMALLEST_RATIO), CANDIDATES, device=farthest.device)
+    width = (farthest * 2).clamp(min=MIN_RANGE_WIDTH)
+    return ratios[:, None] * width / LEVELS
+
+
+def losses(
+    parts: Iterable[tuple[Tensor, Tensor]], centre: Tensor, steps: Tensor, share: Tensor, *, escapes: bool
+) -> Losses:
+    """Losses of the candidate `steps` [CANDIDATES, K] on chunks (x [T, K], weight [T]).
+
+    share [K]: squared norm of the channel's column of W, which makes an error of the channel one of the output (errors
+    of different channels taken as uncorrelated). Without `escapes` codes are clipped to [-8, 7].
+    """
+    error, escape = torch.zeros_like(steps), torch.zeros_like(steps)
+    low, high = (float(limit) for limit in code_limits(torch.tensor(escapes)))
+    inner_low, inner_high = (float(limit) for limit in code_limits(torch.tensor(False)))
+    for x, weight in parts:
+        distance = x - centre
+        for index, step in enumerate(steps):
+            codes = (distance / step).round_()
+            outside = (codes < inner_low) | (codes > inner_high)
+            escape[index] += weight @ outside.float()
+            difference = codes.clamp_(low, high).mul_(step).sub_(distance)
+            error[index] += weight @ difference.square_()
+    return Losses(error * share, escape if escapes else torch.zeros_like(escape))
+
+
+def choose(found: Losses, budget: float) -> Tensor:
+    """The candidate of each channel, int64 [K]: least error with at most `budget` of all codes escaping.
+
+    One price per escape for the whole layer, the smallest that keeps the budget: escapes go where they help most.
+    """
+    scale = found.error.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    low, high = -40.0, 40.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        chosen = (found.error / scale + math.exp(middle) * found.escape).argmin(0)
+        within = float(found.escape.gather(0, chosen[None]).mean()) <= budget
+        low, high = (low, middle) if within else (middle, high)
+    return (found.error / scale + math.exp(high) * found.escape).argmin(0)
+
+
+def budget_grid(
+    parts: Iterable[tuple[Tensor, Tensor]],
+    centre: Tensor,
+    minimum: Tensor,
+    maximum: Tensor,
+    share: Tensor,
+    budget: float,
+) -> Grid:
+    """Step and centre of each channel such that at most `budget` of all codes escape; with 0, codes are clipped.
+
+    minimum, maximum [K]: of every token that the grid serves; where channels may escape, nothing in between saturates:
+    the smallest candidate sees to that.
+    Dead channels get a floor, as in numerics.activation.served_grid.
+    """
+    farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
+    steps = candidate_steps(farthest)
+    chosen = choose(losses(parts, centre, steps, share, escapes=budget > 0), budget)
+    step = steps.gather(0, chosen[None])[0]
+    dead = step <= 2 * MIN_RANGE_WIDTH / LEVELS
+    live = step[~dead]
+    floor = STEP_FLOOR * live.median() if live.numel() else torch.tensor(1.0)
+    return Grid(torch.where(dead, floor, step), centre, torch.ones_like(step))
