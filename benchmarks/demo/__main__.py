@@ -18,7 +18,7 @@ from benchmarks.server import ServerError, exit_on_signals, serve
 QUESTION = "What is the capital of France? Answer in one sentence."
 WINDOW_TOKENS, WINDOWS = 512, 3
 # Fewer samples than the defaults: the demo is to end in minutes on two cores.
-CALIBRATION_SAMPLES, SAMPLE_TOKENS = 32, 2048
+CALIBRATION_SAMPLES, SAMPLE_TOKENS = 16, 8192
 SERVE_ARGUMENTS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager")
 
 

@@ -1,0 +1,67 @@
+"""The bars that the served method is held to, checked against a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OURS, ORACLE, RTN, GPTQ = "served", "oracle-rtn-g64", "w4a16-rtn-g64", "w4a16-gptq-g64"
+# Most that perplexity may lie above W4A16 GPTQ's.
+GPTQ_RATIO = 1.15
+ESCAPE_RATE, LAYER_ESCAPE_RATE = 0.05, 0.20
+# Points of accuracy, as shares of 1.
+MAX_LOSS, MAX_LOSS_OF_KIND, MAX_ERROR = 0.01, 0.02, 0.005
+NAIVE_LOSSES = {"w4a4-static-tensor": 0.20, "w4a4-token": 0.05}
+
+Bar = tuple[str, bool, str]
+
+
+def check(summary: Mapping[str, Any]) -> list[Bar]:
+    """(what is asked, whether it holds, the figures) for every bar whose methods were measured."""
+    return (_language if summary["benchmark"] == "language" else _omni)(summary["methods"])
+
+
+def _escapes(where: str, activations: Mapping[str, Any] | None) -> list[Bar]:
+    if activations is None:
+        return []
+    rate, worst = activations["rate"], activations["worst_rate"]
+    return [
+        (f"{where}: escapes at most {ESCAPE_RATE:.0%}", rate <= ESCAPE_RATE, f"{rate:.2%}"),
+        (
+            f"{where}: escapes at most {LAYER_ESCAPE_RATE:.0%} in any layer",
+            worst <= LAYER_ESCAPE_RATE,
+            f"{worst:.2%} in {activations['worst_layer']}",
+        ),
+    ]
+
+
+def _language(methods: Mapping[str, Any]) -> list[Bar]:
+    bars: list[Bar] = []
+    for text, row in methods.get(OURS, {}).get("texts", {}).items():
+        ours = row["perplexity"]
+        for other, limit in ((ORACLE, 1.0), (RTN, 1.0), (GPTQ, GPTQ_RATIO)):
+            theirs = methods.get(other, {}).get("texts", {}).get(text, {}).get("perplexity")
+            if ours is None or theirs is None:
+                continue
+            asked = f"{text}: perplexity below {other}" + (f" times {limit}" if limit != 1.0 else "")
+            bars.append((asked, ours < limit * theirs, f"{ours:.2f} / {theirs:.2f} = {ours / theirs:.3f}"))
+        bars += _escapes(text, row["activations"])
+    return bars
+
+
+def _omni(methods: Mapping[str, Any]) -> list[Bar]:
+    bars: list[Bar] = []
+    ours = methods.get(OURS, {})
+    for kind, row in ours.get("kinds", {}).items():
+        if "difference" in row:
+            limit = MAX_LOSS if kind == "all" else MAX_LOSS_OF_KIND
+            loss, error = -row["difference"], row["difference_error"] or 0.0
+            bars.append((f"{kind}: loses at most {limit:.0%}", loss <= limit, f"{loss:.2%} ± {error:.2%}"))
+        if kind == "all":
+            bars.append((f"standard error at most {MAX_ERROR:.1%}", row["error"] <= MAX_ERROR, f"{row['error']:.2%}"))
+    for name, least in NAIVE_LOSSES.items():
+        row = methods.get(name, {}).get("kinds", {}).get("all", {})
+        if "difference" in row:
+            loss = -row["difference"]
+            bars.append((f"{name} loses at least {least:.0%}", loss >= least, f"{loss:.2%}"))
+    return bars + (_escapes("questions", ours["activations"]) if ours else [])

@@ -1,0 +1,71 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): int4 rounding in which later columns make up for earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .weights import check_groups, clip_scale, round_int4
+
+# As in the authors' code: part of the mean diagonal that is added to it.
+DAMPING = 0.01
+# Columns whose error is passed on at once to the ones after them.
+COLUMN_BLOCK = 128
+
+
+def hessian_of(inputs: Iterable[Tensor]) -> Tensor:
+    """Mean of x x^T over all tokens of the inputs [M, K]: float32 [K, K]."""
+    total, tokens = None, 0
+    for x in inputs:
+        product = x.float().T @ x.float()
+        total = product if total is None else total.add_(product)
+        tokens += x.shape[0]
+    if total is None:
+        raise ValueError("a Hessian needs at least one input")
+    return total / tokens
+
+
+def hessian_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """What GPTQ minimises: the mean squared error of the output, summed over output channels."""
+    error = (rounded - weight).double()
+    return float((error @ hessian.double() * error).sum())
+
+
+def gptq_int4(weight: Tensor, hessian: Tensor, group_size: int, act_order: bool = False) -> Tensor:
+    """Symmetric int4 of `weight` [N, K] against `hessian` [K, K], groups in natural channel order; float32 [N, K].
+
+    Without `act_order` a group's scales are searched when its turn comes, on the weights as compensated so far. With
+    it columns go by falling diagonal, and scales come from the weights as they were (static groups).
+    """
+    check_groups(weight, group_size)
+    weight, hessian = weight.float().clone(), hessian.float().clone()
+    columns = weight.shape[1]
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1.0
+    # A channel that is always 0 must not pass its rounding error on.
+    weight[:, dead] = 0.0
+    static = clip_scale(weight.unflatten(1, (-1, group_size))) if act_order else None
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    rounded = torch.zeros_like(weight)
+    scale = torch.ones(weight.shape[0])
+    # Blocks end where groups end, so that a group's weights are up to date when its scales are searched.
+    width = max(group_size, COLUMN_BLOCK // group_size * group_size)
+    for start in range(0, columns, width):
+        end = min(start + width, columns)
+        block, errors = weight[:, start:end], torch.zeros(weight.shape[0], end - start)
+        for column in range(end - start):
+            position = start + column
+            if static is not None:
+                scale = static[:, int(order[position]) // group_size]
+            elif position % group_size == 0:
+                scale = clip_scale(block[:, column : column + group_size])
+            rounded[:, position] = round_int4(block[:, column], scale)
+            errors[:, column] = (block[:, column] - rounded[:, position]) / upper[position, position]
+            block[:, column + 1 :] -= errors[:, column, None] * upper[position, position + 1 : end]
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return rounded[:, order.argsort()]

@@ -1,0 +1,44 @@
+"""Counts codes outside [-8, 7] inside a running engine, on whatever it is given."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from morphoquant_vllm.numerics.activation import escapes
+
+
+class EscapeCounter:
+    """Watches every MorphoQuant layer of a model inside vLLM (eager, in this process).
+
+    `counts` {layer: [escaped, all codes]}: real tokens only, since an eager step is not padded. A fused layer counts
+    once. The codes are computed anew by the op that the layer itself calls.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from morphoquant_vllm.linear_method import MorphoQuantLinearMethod
+
+        self.counts: dict[str, list[int]] = {}
+        for name, layer in model.named_modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, MorphoQuantLinearMethod):
+                layer.register_forward_pre_hook(partial(self._count, name, method))
+
+    def take(self) -> dict[str, list[int]]:
+        """The counts so far, which start anew."""
+        taken, self.counts = self.counts, {}
+        return taken
+
+    def _count(self, name: str, method: Any, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        from morphoquant_vllm import ops
+
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        _, activation = method.records(layer)
+        with torch.no_grad():
+            codes = ops.act_quant(x, layer.modality, activation, method.backend)
+        count = self.counts.setdefault(name, [0, 0])
+        count[0] += int(escapes(codes).sum())
+        count[1] += codes.numel()

@@ -1,0 +1,147 @@
+"""What every benchmark here does: run methods that are missing from the cache, and read what is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import decoder, served, simulation
+from benchmarks.accuracy.cache import Cache, code_digest, file_digest
+from benchmarks.accuracy.methods import METHODS, Served, Simulated
+from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
+
+HERE = Path(__file__).parent
+SIMULATION_CODE = [
+    HERE / "baselines",
+    HERE / "simulation.py",
+    HERE / "decoder.py",
+    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, the data that calibrates every method, and what each is evaluated on."""
+
+    benchmark: str
+    settings: Settings
+    model: Path
+    calibration: list[Path]
+    # At most this many calibration samples are used.
+    max_samples: int
+    # Hash of each evaluation set (a text, all questions), by name.
+    evaluations: Mapping[str, str]
+    # What the served worker is told of an evaluation set, JSON.
+    described: Callable[[str], dict[str, Any]]
+    # The result of a simulated model on an evaluation set.
+    evaluate: Callable[[Any, str], dict[str, Any]]
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(self.settings.work / "results")
+
+
+def model_of(job: Job, method: Served) -> Path:
+    """Directory that vLLM serves for a method; a checkpoint may still have to be made."""
+    if not method.quantized:
+        return job.model
+    recipe = served.recipe_of(job.settings, method, job.max_samples)
+    return served.checkpoint_path(job.settings, job.model, job.calibration, recipe)
+
+
+def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
+    """Everything a result depends on; None for a served method whose checkpoint is not made yet."""
+    method, settings = METHODS[name], job.settings
+    found = {
+        "benchmark": job.benchmark,
+        "evaluator": EVALUATOR_VERSION,
+        "kind": type(method).__name__,
+        # Its settings, not its name: a renamed method keeps its results.
+        "method": asdict(method),
+        "evaluation": job.evaluations[evaluation],
+        "seed": settings.seed,
+    }
+    if isinstance(method, Simulated):
+        found |= {"model": file_digest([job.model]), "code": code_digest(SIMULATION_CODE)}
+        if method.calibrated:
+            sample = {"max_samples": job.max_samples, "window_tokens": settings.window_tokens}
+            found |= {"data": served.data_digest(job.calibration), **sample}
+        return found
+    directory = model_of(job, method)
+    if not (directory / "config.json").is_file():
+        return None
+    code = code_digest(served.SERVING_CODE) if method.quantized else None
+    return {**found, "model": file_digest([directory]), "dtype": settings.dtype, "code": code}
+
+
+def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
+    """The cached result of a method on an evaluation set, or None."""
+    found = key(job, name, evaluation)
+    return job.cache.load(found) if found is not None else None
+
+
+def results(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(method, evaluation set, result) of whatever the cache holds under the present settings."""
+    for name in METHODS:
+        for evaluation in job.evaluations:
+            result = load(job, name, evaluation)
+            if result is not None:
+                yield name, evaluation, result
+
+
+def run(job: Job, name: str, wanted: Iterable[str]) -> None:
+    """Make the results of a method on the evaluation sets `wanted` that are not in the cache."""
+    method = METHODS[name]
+    if isinstance(method, Served) and method.quantized:
+        recipe = served.recipe_of(job.settings, method, job.max_samples)
+        served.calibrate(model_of(job, method), job.model, job.calibration, recipe)
+    missing = {evaluation: key(job, name, evaluation) for evaluation in wanted}
+    missing = {evaluation: found for evaluation, found in missing.items() if job.cache.load(found or {}) is None}
+    if not missing:
+        return
+    if isinstance(method, Served):
+        _serve(job, name, method, missing)
+    else:
+        _simulate(job, method, missing)
+
+
+def _serve(job: Job, name: str, method: Served, missing: Mapping[str, Any]) -> None:
+    description = {
+        "benchmark": job.benchmark,
+        "model": str(model_of(job, method).resolve()),
+        "dtype": job.settings.dtype,
+        "seed": job.settings.seed,
+        "cache": str(job.cache.directory.resolve()),
+        "tasks": [{"key": found, **job.described(evaluation)} for evaluation, found in missing.items()],
+    }
+    served.run_engine(job.settings.work / "engines", f"{job.benchmark}-{name}", description)
+
+
+def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
+    model = decoder.load(job.model)
+    samples = []
+    if method.calibrated:
+        size = job.settings.window_tokens
+        samples = decoder.calibration_inputs(job.model, job.calibration, size, job.max_samples)
+    counting = simulation.apply(model, decoder.blocks_of(model, job.model), method, samples, job.settings.seed)
+    for evaluation, found in missing.items():
+        for quantizer in counting.values():
+            quantizer.bypassed = quantizer.total = 0
+        result = job.evaluate(model, evaluation)
+        beyond = {layer: [quantizer.bypassed, quantizer.total] for layer, quantizer in counting.items()}
+        job.cache.store(found, {**result, "beyond": beyond})
+
+
+def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
+    """What calibration itself reported of a served checkpoint: settings, data and escape rate there."""
+    method = METHODS[name]
+    if not isinstance(method, Served) or not method.quantized:
+        return None
+    file = model_of(job, method) / "morphoquant_calibration.json"
+    if not file.is_file():
+        return None
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return {part: report[part] for part in ("settings", "data", "escape_rate") if part in report}

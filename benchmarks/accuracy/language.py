@@ -1,0 +1,56 @@
+"""Perplexity of a language model on several texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.accuracy import corpus, texts
+from benchmarks.accuracy.cache import digest, file_digest
+from benchmarks.accuracy.job import Job
+from benchmarks.accuracy.settings import Settings
+from benchmarks.demo import smollm2
+
+
+def prepare(settings: Settings) -> Job:
+    """Write model and calibration texts where they are missing, and cut the evaluation texts."""
+    from transformers import AutoTokenizer
+
+    settings.work.mkdir(parents=True, exist_ok=True)
+    model = settings.model or smollm2.write_model(settings.work / smollm2.NAME)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    source = corpus.fetch(settings.work / "corpus")
+    size = settings.window_tokens
+    folder = settings.work / f"calibration-{digest([dict(settings.calibration), size, file_digest([model])])[:16]}"
+    windows = {
+        name: texts.evaluation_windows(tokenizer, source, name, size, settings.windows) for name in texts.EVALUATION
+    }
+    return Job(
+        benchmark="language",
+        settings=settings,
+        model=model,
+        calibration=texts.write_calibration(tokenizer, source, folder, size, settings.calibration),
+        max_samples=sum(settings.calibration.values()),
+        evaluations={name: digest(cut) for name, cut in windows.items()},
+        described=lambda name: {"windows": windows[name]},
+        evaluate=lambda model, name: outcome(window_losses(model, windows[name]), windows[name]),
+    )
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: Sequence[Sequence[int]]) -> list[float]:
+    """Summed negative log probability of every token but the first, per window, from float32 logits."""
+    losses = []
+    for ids in windows:
+        tokens = torch.tensor([list(ids)])
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+        losses.append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")))
+    return losses
+
+
+def outcome(losses: list[float], windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The result that is stored: losses of windows, and how many tokens they were summed over."""
+    return {"losses": losses, "tokens": sum(len(ids) - 1 for ids in windows)}

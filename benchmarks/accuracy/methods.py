@@ -1,0 +1,89 @@
+"""Every method the benchmark knows, in one dict. Names say weights and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Computed in float32 on the transformers model: rounding is simulated."""
+
+    # none, rtn, gptq or nf4
+    weights: str = "none"
+    group_size: int = 64
+    act_order: bool = False
+    # none, static-tensor, token, token-group or oracle
+    activations: str = "none"
+    activation_group: int = 64
+    # Part of a token's largest magnitude that is represented.
+    clip: float = 1.0
+    # none, hadamard (every linear's input), smooth (inputs that follow a norm) or smooth-all (every linear's input)
+    transform: str = "none"
+    smooth_alpha: float = 0.5
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data changes the result."""
+        return self.weights == "gptq" or self.activations in ("static-tensor", "oracle") or "smooth" in self.transform
+
+
+@dataclass(frozen=True)
+class Served:
+    """Measured through vLLM: the checkpoint of `morphoquant calibrate`, or the 16-bit model itself."""
+
+    quantized: bool = True
+    # Overrides of the calibration recipe's defaults.
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+Method = Simulated | Served
+
+METHODS: dict[str, Method] = {
+    "16bit": Simulated(),
+    "w4a16-rtn-g64": Simulated("rtn"),
+    "w4a16-rtn-g32": Simulated("rtn", 32),
+    "w4a16-nf4": Simulated("nf4"),
+    "w4a16-gptq-g64": Simulated("gptq"),
+    "w4a16-gptq-g32": Simulated("gptq", 32),
+    "w4a4-static-tensor": Simulated("rtn", activations="static-tensor"),
+    "w4a4-token": Simulated("rtn", activations="token"),
+    "w4a4-token-group": Simulated("rtn", activations="token-group"),
+    "w4a4-smoothquant": Simulated("rtn", activations="token", transform="smooth"),
+    "w4a4-smoothquant-all": Simulated("rtn", activations="token", transform="smooth-all"),
+    # QuaRot clips activations at 0.9 of their largest magnitude.
+    "w4a4-hadamard": Simulated("rtn", activations="token", clip=0.9, transform="hadamard"),
+    "w4a4-hadamard-gptq": Simulated("gptq", activations="token", clip=0.9, transform="hadamard"),
+    "oracle-rtn-g64": Simulated("rtn", activations="oracle"),
+    "oracle-nf4": Simulated("nf4", activations="oracle"),
+    "served-16bit": Served(quantized=False),
+    "served": Served(),
+    # Ablations: what each part of the calibration buys.
+    "served-no-mask": Served(recipe={"escape_budget": 0.0}),
+    "served-budget-0.5": Served(recipe={"escape_budget": 0.005}),
+    "served-budget-1": Served(recipe={"escape_budget": 0.01}),
+    "served-no-massive-row": Served(recipe={"massive_row": False}),
+    "served-no-regression": Served(recipe={"regression": False}),
+    "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),
+    # The reference's mask and range search in the place of the budgeted one, and its mask without its search.
+    "served-reference-grid": Served(recipe={"grid": "reference"}),
+    "served-no-search": Served(recipe={"grid": "reference", "lower": 0.999}),
+    "served-g64": Served(recipe={"group_size": 64}),
+    "served-two-level": Served(recipe={"scale_levels": 16}),
+}
+
+
+def choose(kind: str, wanted: Iterable[str] | None, known: Iterable[str]) -> list[str]:
+    """The wanted names, or all known ones for None; MorphoQuantError naming the known for one that is not."""
+    known = list(known)
+    chosen = known if wanted is None else list(dict.fromkeys(wanted))
+    for name in chosen:
+        if name not in known:
+            raise MorphoQuantError(f"unknown {kind} '{name}'; known: {', '.join(known)}")
+    if not chosen:
+        raise MorphoQuantError(f"no {kind} is named; known: {', '.join(known)}")
+    return chosen

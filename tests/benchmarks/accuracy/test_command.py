@@ -1,0 +1,124 @@
+"""The command on a tiny model: what it writes, resuming, and what bad input gets."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import bars, corpus, job, report, texts
+from benchmarks.accuracy.methods import METHODS, choose
+from morphoquant_vllm.errors import MorphoQuantError
+from tests.tiny_models import build_tiny_llama
+
+pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run on a tiny model and short texts that need no download."""
+    monkeypatch.setattr(corpus, "fetch", lambda directory: directory)
+    for kind, names in (("EVALUATION", ("documentation", "code")), ("CALIBRATION", ("stdlib", "licence"))):
+        whole = getattr(texts, kind)
+        monkeypatch.setattr(texts, kind, {name: _beginning(whole[name]) for name in names})
+    model = build_tiny_llama(tmp_path / "llama")
+    settings = {"work": tmp_path / "work", "results": tmp_path / "results", "model": model}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return ["language", *flags, "--windows", "2", "--window-tokens", "32", "--calibration", "stdlib=2,licence=1"]
+
+
+def _beginning(make: Callable[[Path], str]) -> Callable[[Path], str]:
+    return lambda corpus: make(corpus)[:5000]
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, line: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy", *line])
+    command.main()
+
+
+def test_runs_resumes_and_reports(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, line = tmp_path / "results", [*arguments, "--methods", "16bit,oracle-rtn-g64"]
+    _run(monkeypatch, [*line, "--texts", "code"])
+    first = json.loads((results / "language.json").read_text())
+    assert set(first["methods"]) == {"16bit", "oracle-rtn-g64"}
+    assert first["methods"]["oracle-rtn-g64"]["activations"]["kind"] == "bypass"
+    assert "--methods" not in first["command"] and "--texts" not in first["command"]
+
+    _run(monkeypatch, line)
+    second = json.loads((results / "language.json").read_text())
+    assert set(second["methods"]["16bit"]["texts"]) == {"code", "documentation"}
+    assert second["methods"]["16bit"]["texts"]["code"] == first["methods"]["16bit"]["texts"]["code"]
+    assert {path.name for path in results.iterdir()} == {"language.json", "language.md", "language.png"}
+
+    # All is there: no model is loaded any more.
+    monkeypatch.setattr(job.decoder, "load", None)
+    _run(monkeypatch, line)
+    monkeypatch.undo()
+    capsys.readouterr()
+    _run(monkeypatch, ["report", "--results", str(results)])
+    assert "oracle-rtn-g64" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_do_not_mix(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(monkeypatch, [*arguments, "--methods", "16bit,w4a16-gptq-g64"])
+    changed = [*arguments, "--methods", "16bit", "--calibration", "stdlib=3"]
+    _run(monkeypatch, changed)
+    summary = json.loads((tmp_path / "results" / "language.json").read_text())
+    # 16 bit does not depend on calibration data, GPTQ does and has not been run on these.
+    assert set(summary["methods"]) == {"16bit"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--methods", "w3"], "error: unknown method 'w3'; known: 16bit, w4a16-rtn-g64,"),
+        (["--texts", "x"], "error: unknown text 'x'; known: fiction, play, documentation, code"),
+        (["--windows", "0"], "error: --windows 0: must be at least 1"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        _run(monkeypatch, ["language", *flags, "--work", str(tmp_path)])
+    # sys.exit prints a string to stderr and ends with status 1.
+    assert str(left.value.code).startswith(expected) and "\n" not in str(left.value.code)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_choose() -> None:
+    assert choose("method", None, METHODS) == list(METHODS)
+    assert choose("method", ["served", "16bit", "served"], METHODS) == ["served", "16bit"]
+    with pytest.raises(MorphoQuantError, match="no method is named"):
+        choose("method", [], METHODS)
+
+
+def test_report_without_results(tmp_path: Path) -> None:
+    with pytest.raises(MorphoQuantError, match="no results; run"):
+        report.read(tmp_path)
+
+
+def test_bars_of_the_omni_benchmark() -> None:
+    def method(difference: float, activations: dict | None = None) -> dict:
+        row = {"accuracy": 0.9, "error": 0.004, "difference": difference, "difference_error": 0.001}
+        return {"kinds": {"image": row, "all": row}, "activations": activations}
+
+    escapes = {"rate": 0.06, "worst_rate": 0.1, "worst_layer": "a"}
+    summary = {
+        "benchmark": "omni",
+        "methods": {"served": method(-0.015, escapes), "w4a4-static-tensor": method(-0.3)},
+    }
+    assert [(asked, met) for asked, met, _ in bars.check(summary)] == [
+        ("image: loses at most 2%", True),
+        ("all: loses at most 1%", False),
+        ("standard error at most 0.5%", True),
+        ("w4a4-static-tensor loses at least 20%", True),
+        ("questions: escapes at most 5%", False),
+        ("questions: escapes at most 20% in any layer", True),
+    ]
