@@ -1,0 +1,150 @@
+"""python -m benchmarks.decisions: measure on single layers what the format's decisions cost and buy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+BLOCKS = (4, 14, 24)
+# Blocks of which the first token is massive: the row is compared there.
+MASSIVE_BLOCKS = (14, 24)
+WINDOW_TOKENS = 512
+CALIBRATION_WINDOWS = {"python-topics": 3, "report": 3, "poetry": 3, "numpy": 3, "stdlib": 3, "licence": 1}
+HELD_OUT_WINDOWS = 2
+# Hidden size of a 7B model; as many tokens to calibrate on as of the real inputs.
+GENERATED = {"in_features": 3584, "out_features": 512, "tokens": 8192, "held_out": 2048}
+LEVELS = (0, 16)
+COST_SHAPES = tuple((tokens, in_features) for in_features in (3584, 18944) for tokens in (1, 128))
+COST_RUNS = 200
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.decisions", description=__doc__)
+    top.add_argument("--work", type=Path, default=Path(".cache/demo"), help="where the model is, or is written")
+    top.add_argument("--corpus", type=Path, default=Path(".cache/accuracy/corpus"), help="where the texts are, or go")
+    top.add_argument("--results", type=Path, default=Path("benchmarks/results/decisions"), help="where tables go")
+    top.add_argument("--seed", type=int, default=0)
+    top.add_argument("--threads", type=int, default=1, help="of torch")
+    return top
+
+
+def cut_windows(tokenizer: Any, corpus: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows of token ids to calibrate on and to measure on."""
+    from benchmarks.accuracy import texts
+
+    calibration = []
+    for name, count in CALIBRATION_WINDOWS.items():
+        ids = tokenizer(texts.CALIBRATION[name](corpus), verbose=False)["input_ids"]
+        calibration += [ids[at : at + WINDOW_TOKENS] for at in texts.spread(len(ids), WINDOW_TOKENS, count, name)]
+    held_out = [
+        window
+        for name in texts.EVALUATION
+        for window in texts.evaluation_windows(tokenizer, corpus, name, WINDOW_TOKENS, HELD_OUT_WINDOWS)
+    ]
+    return calibration, held_out
+
+
+def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure everything; the JSON object of decisions.json."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from benchmarks.accuracy import corpus
+    from benchmarks.decisions import layers, sizes, summary
+    from benchmarks.decisions.cost import measure_cost
+    from benchmarks.decisions.inputs import generated_input, real_inputs
+    from benchmarks.demo import smollm2
+    from benchmarks.machine import machine, versions
+    from morphoquant_vllm.schema import GROUP_SIZES
+
+    started = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - started:4.0f} s  {what}", flush=True)
+
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    model = smollm2.write_model(arguments.work / smollm2.NAME)
+    texts_directory = corpus.fetch(arguments.corpus)
+    calibration, held_out = cut_windows(AutoTokenizer.from_pretrained(model), texts_directory)
+    say("the 16-bit model runs over the windows")
+    inputs = real_inputs(model, BLOCKS, calibration, held_out)
+    choices = [layers.Variant(size, levels) for size in GROUP_SIZES for levels in LEVELS]
+    others = [layers.Variant(centre=kind) for kind in layers.CENTRES if kind != "real"]
+    without_row = layers.Variant(massive_row=False)
+    real: list[layers.Result] = []
+    skipped: dict[str, None] = {}
+    for own in inputs:
+        say(own.name)
+        fitting = [variant for variant in choices if layers.allows(own.in_features, variant.group_size)]
+        for size in GROUP_SIZES:
+            if not layers.allows(own.in_features, size):
+                skipped[f"G = {size} at K = {own.in_features}"] = None
+        extra = [without_row] if own.block in MASSIVE_BLOCKS else []
+        for variant in [*fitting, *others, *extra]:
+            real += layers.measure(own, variant, arguments.seed)
+    generated: list[layers.Result] = []
+    wide = generated_input(**GENERATED, seed=arguments.seed)
+    for variant in choices:
+        say(f"{wide.name}, G = {variant.group_size}, {variant.scale_levels or 'free'} levels")
+        generated += layers.measure(wide, variant, arguments.seed)
+    say("the quantizer's cost")
+    cost = [measure_cost(tokens, in_features, COST_RUNS, arguments.seed) for tokens, in_features in COST_SHAPES]
+    return {
+        "benchmark": "decisions",
+        "command": command,
+        "seed": arguments.seed,
+        "threads": arguments.threads,
+        "machine": machine(),
+        "versions": versions(),
+        "seconds": time.monotonic() - started,
+        "model": smollm2.NAME,
+        "blocks": list(BLOCKS),
+        "windows": {"calibration": len(calibration), "held_out": len(held_out), "tokens": WINDOW_TOKENS},
+        "calibration_windows": CALIBRATION_WINDOWS,
+        "generated": GENERATED,
+        "skipped": list(skipped),
+        "scales": {
+            "Real inputs, all linears": summary.scales(real),
+            "Real inputs, K = 1536 (down_proj)": summary.scales([r for r in real if r.in_features == 1536]),
+            f"Generated, K = {wide.in_features}": summary.scales(generated),
+        },
+        "centres": summary.centres(real),
+        "massive": summary.massive(real, sum(map(len, held_out))),
+        "quantizer_cost": cost,
+        "bytes_model": "Qwen2.5-7B (28 heads, hidden 3584, intermediate 18944), tensor_parallel 4",
+        "bytes": sizes.all_bytes(),
+        "linears": [result.to_dict() for result in real + generated],
+    }
+
+
+def main() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    arguments = parser().parse_args()
+    if arguments.threads < 1 or arguments.seed < 0:
+        sys.exit("error: --threads must be at least 1 and --seed at least 0")
+    command = shlex.join(["python", "-m", "benchmarks.decisions", *sys.argv[1:]])
+    try:
+        from benchmarks.decisions import report
+
+        summary = run(arguments, command)
+        for path in report.write(summary, arguments.results):
+            print(path)
+        print(report.markdown(summary))
+    except (MorphoQuantError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the Python package '{error.name}' is missing; run `make setup`")
+
+
+if __name__ == "__main__":
+    main()
