@@ -137,7 +137,9 @@ def _asked(path: Path, line: int) -> Question:
     return Question("any", [user], assistant["content"])
 
 
-def test_batched_answers_are_those_of_single_questions(model: Path, work: Path) -> None:
+def test_batched_answers_are_those_of_single_questions(work: Path) -> None:
+    # Hardly trained: two larger steps already make every answer the same.
+    model = train.trained_model(work, settings=replace(SETTINGS, learning_rate=1e-5))
     thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
     processor, asked = AutoProcessor.from_pretrained(model), test_questions(work, 2)
     together = answers_transformers(thinker, processor, asked, batch_size=14)
