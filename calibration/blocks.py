@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from calibration.architectures import Architecture
-from calibration.collect import InputCollector, run_observed
+from calibration.collect import InputCollector, SampleCollector, run_observed
 from calibration.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.massive import candidates
 from calibration.model import BlockInput
@@ -58,7 +58,7 @@ def calibrate_blocks(
             if names.layer(index, shared.shards[0]) in spec.layers
         }
         # Shards read the same input: it is enough to watch the first.
-        targets = {shards[0]: InputCollector(layers[0]) for shards, layers in shards_of.items()}
+        targets = {shards[0]: SampleCollector(layers[0]) for shards, layers in shards_of.items()}
         rows = _run_16bit(block, index, inputs, targets, len(spec.rows) - 1)
         outlying = torch.cat(
             [row[entry.positions] == len(spec.rows) - 1 for row, entry in zip(rows, inputs, strict=True)]
@@ -68,7 +68,7 @@ def calibrate_blocks(
             collector = InputCollector(layers[0])
             for entry, row in zip(inputs, rows, strict=True):
                 _run(block, index, entry, entry.served, {shards[0]: collector}, row, stop=True)
-            sample = InputSample(collector.observation(), targets.pop(shards[0]).observation().sample, outlying)
+            sample = InputSample(collector.observation(), targets.pop(shards[0]).sample(), outlying)
             weights = {layer: _load_weight(source, layer) for layer in layers}
             quantized = quantize_input(sample, tokens, weights, spec, recipe)
             for shard, layer in zip(shards, layers, strict=True):
@@ -83,7 +83,7 @@ def calibrate_blocks(
 
 
 def _run_16bit(
-    block: nn.Module, index: int, inputs: Sequence[BlockInput], targets: dict[str, InputCollector], massive_row: int
+    block: nn.Module, index: int, inputs: Sequence[BlockInput], targets: Mapping[str, SampleCollector], massive_row: int
 ) -> list[Tensor]:
     """Carry the 16-bit hidden states through the block.
 
@@ -106,7 +106,7 @@ def _run(
     index: int,
     entry: BlockInput,
     hidden: Tensor,
-    collectors: dict[str, InputCollector],
+    collectors: Mapping[str, SampleCollector],
     rows: Tensor,
     *,
     stop: bool = False,

@@ -28,16 +28,31 @@ class InputReached(Exception):
     """Ends a block's run at the input that was waited for."""
 
 
-class InputCollector:
-    """Gathers one linear input over the samples, on the device on which the model runs."""
+class SampleCollector:
+    """Keeps the sampled tokens of one linear input, on the device on which the model runs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._statistics: dict[int, ChannelStatistics] = {}
         self._chosen: list[Tensor] = []
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Take in one sample: x [M, K], the rows of its tokens int [M] and its sampled positions int64.
+        """Take in one sample: x [M, K], the rows of its tokens int [M] and its sampled positions int64."""
+        self._chosen.append(x[positions].float())
+
+    def sample(self) -> Tensor:
+        """The sampled tokens so far, float32 [T, K], in the order of TokenSample."""
+        return torch.cat(self._chosen)
+
+
+class InputCollector(SampleCollector):
+    """Gathers statistics besides."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._statistics: dict[int, ChannelStatistics] = {}
+
+    def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """As SampleCollector.add.
 
         Raises MorphoQuantError naming the layer where x holds NaN or infinite values.
         """
@@ -51,18 +66,18 @@ class InputCollector:
                 )
             old = self._statistics.get(row)
             self._statistics[row] = new if old is None else old.merge(new)
-        self._chosen.append(x[positions].float())
+        super().add(x, rows, positions)
 
     def observation(self) -> Observation:
         """Everything gathered so far."""
-        return Observation(dict(sorted(self._statistics.items())), torch.cat(self._chosen))
+        return Observation(dict(sorted(self._statistics.items())), self.sample())
 
 
 def run_observed(
     block: nn.Module,
     hidden: Tensor,
     arguments: Mapping[str, Any],
-    collectors: Mapping[str, InputCollector],
+    collectors: Mapping[str, SampleCollector],
     rows: Tensor,
     positions: Tensor,
     *,
@@ -73,7 +88,7 @@ def run_observed(
     With `stop` the run ends, without output, at the first input seen.
     """
 
-    def observe(collector: InputCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def observe(collector: SampleCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2)
         if x.shape[0] != rows.numel():
             raise MorphoQuantError(f"{collector.name}: sees {x.shape[0]} tokens of a sample of {rows.numel()}")

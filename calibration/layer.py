@@ -95,11 +95,13 @@ def quantize_input(
         else massive_tokens.no_intervals(x.shape[1], blocks)
     )
     token_set = massive_tokens.holds(x, intervals).long()
-    mask, grid = _grid(inputs.observation, token_set, weight, matrix, recipe, _full_mask(first, shards, recipe))
+    massive_row = len(spec.rows) - 1
+    full_mask = _full_mask(first, shards, recipe)
+    mask, grid = _grid(inputs.observation, massive_row, token_set, weight, matrix, recipe, full_mask)
     order = weights.channel_order(weights.absorb(matrix, grid.step).cpu(), blocks)
     natural = _input_tensors(x, token_set, mask, grid, order, intervals, len(spec.rows))
     record = activation.activation_record(*(natural[name].to(device) for name in INPUT_TENSORS))
-    rows = torch.where(token_set == MASSIVE, len(spec.rows) - 1, spec.any_row).int()
+    rows = torch.where(token_set == MASSIVE, massive_row, spec.any_row).int()
     codes = torch.cat([activation.act_quant(part, row, record) for part, row in _together(x, rows)])
     gathered = order.long().to(device)
     target = inputs.target.index_select(1, gathered)
@@ -117,12 +119,13 @@ def quantize_input(
     )
     matrix = matrix[:, gathered]
     int4, scale = _round_weights(matrix, grid.step[gathered.to(grid.step.device)].to(device), moments, first, recipe)
-    served = int4.float().unflatten(1, (scale.shape[1], -1)).mul_(scale.float()[..., None]).flatten(1)
+    packed = weights.pack(int4)
+    served = weights.dequantize_weight(packed, scale)
     centre = torch.stack((record.centre[spec.any_row], record.centre[-1]))
     bias = weights.absorbed_bias(matrix, centre, blocks) + second_moments.output_bias(moments, matrix, served, blocks)
     if not bool((token_set == MASSIVE).any()):
         bias[:, MASSIVE] = bias[:, ORDINARY]
-    row_sets = torch.tensor([ORDINARY] * (len(spec.rows) - 1) + [MASSIVE], device=device)
+    row_sets = torch.tensor([ORDINARY] * massive_row + [MASSIVE], device=device)
     common = LayerRecord(
         escape_rate=_escape_rates(codes, tokens, token_set, spec.rows),
         output_error=0.0,
@@ -134,7 +137,7 @@ def quantize_input(
     quantized = {}
     sizes = [value.shape[0] for value in shards.values()]
     for name, *parts in zip(
-        shards, int4.split(sizes), scale.split(sizes), served.split(sizes), matrix.split(sizes), bias.split(sizes, 2),
+        shards, packed.split(sizes), scale.split(sizes), served.split(sizes), matrix.split(sizes), bias.split(sizes, 2),
         strict=True,
     ):  # fmt: skip
         codes4, scales, dequantized, full, own_bias = parts
@@ -142,7 +145,7 @@ def quantize_input(
         quantized[name] = QuantizedLayer(
             tensors={
                 **natural,
-                "weight_codes": weights.pack(codes4).cpu(),
+                "weight_codes": codes4.contiguous().cpu(),
                 "weight_scale": scales.contiguous().cpu(),
                 "absorbed_bias": own_bias[:, row_sets].contiguous().cpu(),
             },
@@ -156,17 +159,23 @@ def _full_mask(first: LayerSpec, shards: Mapping[str, Tensor], recipe: Recipe) -
 
 
 def _grid(
-    observation: Observation, token_set: Tensor, weight: Tensor, matrix: Tensor, recipe: Recipe, full_mask: bool
+    observation: Observation,
+    massive_row: int,
+    token_set: Tensor,
+    weight: Tensor,
+    matrix: Tensor,
+    recipe: Recipe,
+    full_mask: bool,
 ) -> tuple[Tensor, activation.Grid]:
     """Mask bool [K] and grid of one input's ordinary tokens, on the device of the sample."""
-    found = bool((token_set == MASSIVE).any())
     ordinary = (token_set == ORDINARY).nonzero().flatten()
     sample, weight = observation.sample[ordinary], weight[ordinary]
-    massive_row = max(observation.statistics) if found else None
-    modalities = [value for row, value in observation.statistics.items() if row != massive_row]
+    modalities = [statistics for row, statistics in observation.statistics.items() if row != massive_row]
+    # Where no interval tells massive tokens, this grid serves them too.
+    apart = bool((token_set == MASSIVE).any())
+    pooled = reduce(ChannelStatistics.merge, modalities if apart else observation.statistics.values())
     if recipe.grid == "reference":
-        return reference_grid(modalities, _together(sample, weight), recipe, full_mask=full_mask)
-    pooled = reduce(ChannelStatistics.merge, modalities)
+        return reference_grid(modalities, pooled, _together(sample, weight), recipe, full_mask=full_mask)
     # Every n-th token: a modality's share stays what its weights make it.
     stride = max(1, sample.shape[0] // SEARCH_TOKENS)
     part, part_weight = sample[::stride], weight[::stride] / weight[::stride].sum()

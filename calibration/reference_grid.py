@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -18,10 +17,17 @@ MIN_MASK_TOKENS = 32
 
 
 def reference_grid(
-    modalities: Sequence[ChannelStatistics], parts: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, *, full_mask: bool
+    modalities: Sequence[ChannelStatistics],
+    pooled: ChannelStatistics,
+    parts: Iterable[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    *,
+    full_mask: bool,
 ) -> tuple[Tensor, activation.Grid]:
-    """Mask bool [K] and grid of one input, from each modality's statistics and chunks (x [T, K], weight [T])."""
-    pooled = reduce(ChannelStatistics.merge, modalities)
+    """Mask bool [K] and grid of one input, from chunks (x [T, K], weight [T]) and statistics.
+
+    `modalities`: of each, massive tokens apart; `pooled`: of every token that the grid serves.
+    """
     mask = torch.ones_like(pooled.minimum, dtype=torch.bool) if full_mask else _mask(modalities, pooled, recipe.tau)
     low, high = reference.base_range(pooled.minimum, pooled.maximum, mask)
     ratio = _search(parts, low, high, mask, recipe)

@@ -13,7 +13,7 @@ from morphoquant_vllm.numerics import weights
 
 # Part of the mean diagonal that is added to it: keeps the factorisation stable, and the compensation modest.
 DAMPING = 0.01
-# Turns of fitting scales and codes to each other: each lowers the loss, the first most (docs/calibration.md).
+# Turns of fitting scales and codes to each other; each lowers the loss.
 TURNS = 2
 # Columns whose changes are carried over to the later ones at once.
 BLOCK_COLUMNS = 64

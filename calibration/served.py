@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from morphoquant_vllm.numerics.activation import act_quant, activation_record, token_rows
+from morphoquant_vllm.numerics.linear import weight_record
 from morphoquant_vllm.numerics.weights import dequantize_weight
 from morphoquant_vllm.schema import INPUT_TENSORS
 
@@ -23,8 +24,9 @@ class ServedLinear(nn.Module):
         self.record = activation_record(*(tensors[name].to(device) for name in INPUT_TENSORS))
         per_row = {name: getattr(self.record, name)[row][None] for name in ("inverse", "centre", "mask", "gain")}
         self.ordinary = self.record._replace(**per_row)
-        self.matrix = dequantize_weight(tensors["weight_codes"], tensors["weight_scale"]).to(device)
-        self.absorbed_bias = tensors["absorbed_bias"].sum(0).to(device)
+        weight = weight_record(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
+        self.matrix = dequantize_weight(weight.codes, weight.scale).to(device)
+        self.absorbed_bias = weight.absorbed_bias.to(device)
         self.bias = bias
         self.row = row
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.numerics.activation import GUARD_CODES, STEP_FLOOR, Grid, code_limits
+from morphoquant_vllm.numerics.activation import GUARD_CODES, Grid, code_limits, floor_dead
 from morphoquant_vllm.numerics.reference import LEVELS, MIN_RANGE_WIDTH
 
 # Candidate ranges, as fractions of the largest magnitude: evenly spaced in the logarithm, from all of it down to where
@@ -99,14 +99,10 @@ def budget_grid(
     """Step and centre of each channel such that at most `budget` of all codes escape; with 0, codes are clipped.
 
     minimum, maximum [K]: of every token that the grid serves; where channels may escape, nothing in between saturates:
-    the smallest candidate sees to that.
-    Dead channels get a floor, as in numerics.activation.served_grid.
+    the smallest candidate sees to that. Dead channels get a floor.
     """
     farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
     steps = candidate_steps(farthest)
     chosen = choose(losses(parts, centre, steps, share, escapes=budget > 0), budget)
     step = steps.gather(0, chosen[None])[0]
-    dead = step <= 2 * MIN_RANGE_WIDTH / LEVELS
-    live = step[~dead]
-    floor = STEP_FLOOR * live.median() if live.numel() else torch.tensor(1.0)
-    return Grid(torch.where(dead, floor, step), centre, torch.ones_like(step))
+    return Grid(floor_dead(step), centre, torch.ones_like(step))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.command import one_line_errors
 from benchmarks.server import exit_on_signals
-from morphoquant_vllm.errors import MorphoQuantError
 
 # Columns where there is no terminal that has any.
 LOG_WIDTH = 200
@@ -102,7 +102,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     arguments = parser().parse_args()
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
-    try:
+    with one_line_errors():
         if arguments.command == "report":
             from benchmarks.accuracy import report
 
@@ -111,10 +111,6 @@ def main() -> None:
                 report.show(summary, console)
         else:
             run(arguments, _full_command(sys.argv[1:]), console)
-    except (MorphoQuantError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: the Python package '{error.name}' is missing; run `make setup`")
 
 
 if __name__ == "__main__":

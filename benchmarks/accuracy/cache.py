@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,17 @@ def digest(value: Any) -> str:
 
 def file_digest(paths: Iterable[Path]) -> str:
     """SHA-256 of names and contents of files (directories: the files directly inside)."""
-    files = sorted(file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
+    return _total(
+        (file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()),
+        _content_digest,
+    )
+
+
+def _total(files: Iterable[Path], digest_of: Callable[[Path, int, int], str]) -> str:
     total = hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
         state = file.stat()
-        total.update(f"{file.name} {_content_digest(file, state.st_size, state.st_mtime_ns)}\n".encode())
+        total.update(f"{file.name} {digest_of(file, state.st_size, state.st_mtime_ns)}\n".encode())
     return total.hexdigest()
 
 
@@ -41,12 +47,9 @@ def _content_digest(file: Path, size: int, modified: int) -> str:
 
 def code_digest(paths: Iterable[Path]) -> str:
     """SHA-256 of Python sources (directories: all below) as they run: comments and docstrings do not count."""
-    files = sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
-    total = hashlib.sha256()
-    for file in files:
-        state = file.stat()
-        total.update(f"{file.name} {_syntax_digest(file, state.st_size, state.st_mtime_ns)}\n".encode())
-    return total.hexdigest()
+    return _total(
+        (file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])), _syntax_digest
+    )
 
 
 @cache

@@ -28,7 +28,7 @@ class Settings:
     windows: int = 8
     window_tokens: int = 512
     calibration: Mapping[str, int] = field(default_factory=lambda: dict(CALIBRATION_WINDOWS))
-    # In which vLLM serves. float32 by default: CPUs without bfloat16 instructions emulate it ten times slower.
+    # In which vLLM serves. float32 by default: bfloat16 is much slower on CPUs that have no instructions for it.
     dtype: str = "float32"
     # Where benchmarks.omni keeps its model and media.
     omni_work: Path = Path(".cache/omni")

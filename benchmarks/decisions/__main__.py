@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from morphoquant_vllm.errors import MorphoQuantError
+from benchmarks.command import one_line_errors
 
 BLOCKS = (4, 14, 24)
 # Blocks of which the first token is massive: the row is compared there.
@@ -133,17 +133,13 @@ def main() -> None:
     if arguments.threads < 1 or arguments.seed < 0:
         sys.exit("error: --threads must be at least 1 and --seed at least 0")
     command = shlex.join(["python", "-m", "benchmarks.decisions", *sys.argv[1:]])
-    try:
+    with one_line_errors():
         from benchmarks.decisions import report
 
         summary = run(arguments, command)
         for path in report.write(summary, arguments.results):
             print(path)
         print(report.markdown(summary))
-    except (MorphoQuantError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: the Python package '{error.name}' is missing; run `make setup`")
 
 
 if __name__ == "__main__":

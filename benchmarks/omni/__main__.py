@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
+from benchmarks.command import one_line_errors
 from benchmarks.omni.evaluate import accuracy, answers_transformers, standard_error
 from benchmarks.omni.questions import calibration_file, test_questions
 from benchmarks.omni.train import trained_model
-from morphoquant_vllm.errors import MorphoQuantError
 
 
 def main() -> None:
@@ -37,7 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except MorphoQuantError as error:
-        sys.exit(f"error: {error}")

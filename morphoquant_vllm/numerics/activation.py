@@ -66,10 +66,20 @@ def served_grid(
     centre = torch.where(two_sided, 0.0, offset * step)
     farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
     guarded = torch.where(mask, torch.maximum(step, farthest / (GUARD_CODES * gain)), step)
-    dead = guarded <= 2 * reference.MIN_RANGE_WIDTH / reference.LEVELS
-    live = guarded[~dead]
+    return Grid(floor_dead(guarded), centre, torch.where(is_dead(guarded), 1.0, guarded / step))
+
+
+def is_dead(step: Tensor) -> Tensor:
+    """Channels whose step [K] says that they never varied, bool [K]."""
+    return step <= 2 * reference.MIN_RANGE_WIDTH / reference.LEVELS
+
+
+def floor_dead(step: Tensor) -> Tensor:
+    """`step` [K] with dead channels raised to STEP_FLOOR of the live ones' median; 1 where the whole layer is dead."""
+    dead = is_dead(step)
+    live = step[~dead]
     floor = STEP_FLOOR * live.median() if live.numel() else torch.tensor(1.0)
-    return Grid(torch.where(dead, floor, guarded), centre, torch.where(dead, 1.0, guarded / step))
+    return torch.where(dead, floor, step)
 
 
 def inverse_steps(step: Tensor, gain: Tensor) -> Tensor:

@@ -148,6 +148,24 @@ def test_the_reference_grid_masks_the_outliers_of_every_modality() -> None:
     assert not bool(activation.escapes(codes[:, ~mask]).any())
 
 
+def test_massive_tokens_that_are_not_set_apart_are_no_modality_of_the_reference_grid() -> None:
+    """Enough of them would have a mask of their own, of channels on which no modality has a tail."""
+    x, modality = activations()
+    outlying = torch.zeros(x.shape[0], dtype=torch.bool)
+    outlying[1:160:4] = True
+    # A tail among the outlying tokens alone, small beside the text's on channel 5.
+    x[outlying] *= 0.1
+    x[1:160:16, 22] = 9.0
+    shards = {"m.q": matrix()}
+    layer = quantize(x, modality, shards, outlying=outlying, grid="reference", massive_row=False)["m.q"]
+    assert layer.tensors["modality_mask"][ANY].nonzero().flatten().tolist() == [5, 9]
+    # They are served by the same steps, so that nothing of theirs may saturate either.
+    x[1, 5] = 1000.0
+    layer = quantize(x, modality, shards, outlying=outlying, grid="reference", massive_row=False)["m.q"]
+    codes, _ = serve(x, layer.tensors)
+    assert int(codes[1].abs().max()) <= activation.GUARD_CODES
+
+
 @pytest.mark.parametrize("pattern", ["*.q", "m.fused"])
 def test_full_mask_patterns_mask_every_channel(pattern: str) -> None:
     x, modality = activations()

@@ -1,5 +1,7 @@
 """The reference's grid: whose outliers are masked, and that the search is the reference's."""
 
+from functools import reduce
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ def grid_of(*modalities: Tensor, full_mask: bool = False, chunk: int = 100, **se
     weight = torch.full(x.shape[:1], 1 / x.shape[0])
     statistics = [ChannelStatistics.of(part) for part in modalities]
     parts = zip(x.split(chunk), weight.split(chunk), strict=True)
-    return reference_grid(statistics, parts, Recipe(grid="reference", **settings), full_mask=full_mask)
+    pooled = reduce(ChannelStatistics.merge, statistics)
+    return reference_grid(statistics, pooled, parts, Recipe(grid="reference", **settings), full_mask=full_mask)
 
 
 def normal(tokens: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .weights import check_groups, clip_scale, round_int4
+from .weights import check_groups, clip_scale, nearest
 
 # As in the authors' code: part of the mean diagonal that is added to it.
 DAMPING = 0.01
@@ -63,8 +63,8 @@ def gptq_int4(weight: Tensor, hessian: Tensor, group_size: int, act_order: bool 
             if static is not None:
                 scale = static[:, int(order[position]) // group_size]
             elif position % group_size == 0:
-                scale = clip_scale(block[:, column : column + group_size])
-            rounded[:, position] = round_int4(block[:, column], scale)
+                scale = clip_scale(block[:, None, column : column + group_size])[:, 0]
+            rounded[:, position] = nearest(block[:, column], scale)
             errors[:, column] = (block[:, column] - rounded[:, position]) / upper[position, position]
             block[:, column + 1 :] -= errors[:, column, None] * upper[position, position + 1 : end]
         weight[:, end:] -= errors @ upper[start:end, end:]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.weights import CLIP_RATIOS, EMPTY_GROUP_SCALE, INT4_MAX, INT4_MIN
+from morphoquant_vllm.numerics.weights import group_scales, round_int4
 
 NF4_BLOCK = 64
 # NormalFloat4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E), as float32 in bitsandbytes.
@@ -31,33 +31,23 @@ NF4_VALUES = (
 
 
 def clip_scale(grouped: Tensor) -> Tensor:
-    """Scale of each group [...] of weights [..., G]: of 21 fractions of the one that clips nothing, the best.
+    """Scale of each group, float32 [N, groups], of weights [N, groups, G]: of 21 fractions, the best.
 
     Best by the sum of squared errors of the weights. Scales are rounded to bfloat16, as served formats store them.
     """
-    peak = grouped.abs().amax(-1)
-    best_error = torch.full_like(peak, float("inf"))
-    best_scale = torch.full_like(peak, EMPTY_GROUP_SCALE)
-    for ratio in CLIP_RATIOS:
-        scale = (peak * (ratio / INT4_MAX)).bfloat16().float()
-        scale = torch.where(scale > 0, scale, EMPTY_GROUP_SCALE)
-        error = (round_int4(grouped, scale[..., None]) - grouped).square_().sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale
+    return group_scales(grouped, torch.ones(grouped.shape[1:])).float()
 
 
-def round_int4(weight: Tensor, scale: Tensor) -> Tensor:
+def nearest(weight: Tensor, scale: Tensor) -> Tensor:
     """The multiple of `scale` (broadcast) in [-8, 7] that lies nearest."""
-    return torch.round(weight / scale).clamp_(INT4_MIN, INT4_MAX) * scale
+    return round_int4(weight, scale) * scale
 
 
 def rtn_int4(weight: Tensor, group_size: int) -> Tensor:
     """Symmetric int4, round to nearest, in groups of natural channel order, scales by clip search."""
     check_groups(weight, group_size)
     grouped = weight.float().unflatten(1, (-1, group_size))
-    return round_int4(grouped, clip_scale(grouped)[..., None]).flatten(1)
+    return nearest(grouped, clip_scale(grouped)[..., None]).flatten(1)
 
 
 def nf4(weight: Tensor, block: int = NF4_BLOCK) -> Tensor:

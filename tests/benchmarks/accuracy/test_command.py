@@ -13,8 +13,6 @@ from benchmarks.accuracy.methods import METHODS, choose
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.tiny_models import build_tiny_llama
 
-pytest.importorskip("matplotlib", reason="the plots need matplotlib")
-
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
