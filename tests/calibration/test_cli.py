@@ -175,9 +175,21 @@ def test_a_stopped_run_leaves_nothing(
     from calibration.progress import BlockProgress
 
     monkeypatch.setattr(BlockProgress, "__call__", lambda self, result: os.kill(os.getpid(), number))
-    found, _, _ = run(
-        "calibrate", tiny.model("llama"), "--data", tiny.data("llama"), "--output", tmp_path / "out", "--device", "cpu"
-    )
+    # A shell starts background jobs with SIGINT ignored, and the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found, _, _ = run(
+            "calibrate",
+            tiny.model("llama"),
+            "--data",
+            tiny.data("llama"),
+            "--output",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found == status
     assert list(tmp_path.iterdir()) == []
 
