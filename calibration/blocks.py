@@ -16,7 +16,7 @@ from calibration.model import BlockInput
 from calibration.plan import DecoderNames
 from calibration.recipe import Recipe
 from calibration.sampling import TokenSample
-from calibration.served import ServedLinear
+from calibration.served import ServedLinear, TokenRows
 from calibration.source import Source
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import QuantizationSpec
@@ -50,6 +50,7 @@ def calibrate_blocks(
     of the layers quantized so far, within the block too. `blocks` and `inputs` are used up: a finished block is
     dropped, and the hidden states are those before the next.
     """
+    serving = TokenRows(spec.any_row)
     for index in range(len(blocks)):
         block = blocks[index]
         shards_of = {
@@ -67,14 +68,16 @@ def calibrate_blocks(
         for shards, layers in shards_of.items():
             collector = InputCollector(layers[0])
             for entry, row in zip(inputs, rows, strict=True):
+                serving.modality = entry.modality
                 _run(block, index, entry, entry.served, {shards[0]: collector}, row, stop=True)
             sample = InputSample(collector.observation(), targets.pop(shards[0]).sample(), outlying)
             weights = {layer: _load_weight(source, layer) for layer in layers}
             quantized = quantize_input(sample, tokens, weights, spec, recipe)
             for shard, layer in zip(shards, layers, strict=True):
-                _replace(block, shard, quantized[layer], spec.any_row)
+                _replace(block, shard, quantized[layer], serving)
             finished |= quantized
         for entry, row in zip(inputs, rows, strict=True):
+            serving.modality = entry.modality
             entry.served = _run(block, index, entry, entry.served, {}, row)
             entry.arguments[index] = {}
         blocks[index] = nn.Identity()
@@ -125,12 +128,12 @@ def _run(
     return hidden if output is None else output.cpu()
 
 
-def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, row: int) -> None:
+def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, serving: TokenRows) -> None:
     parent, _, name = shard.rpartition(".")
     old = block.get_submodule(shard)
     device = next(old.parameters()).device
     bias = old.bias if isinstance(old.bias, Tensor) else None
-    setattr(block.get_submodule(parent), name, ServedLinear(layer.tensors, bias, row, device))
+    setattr(block.get_submodule(parent), name, ServedLinear(layer.tensors, bias, serving, device))
 
 
 def _load_weight(source: Source, layer: str) -> Tensor:

@@ -13,10 +13,10 @@ from calibration.architectures import Architecture, find_architecture
 from calibration.blocks import BlockResult, calibrate_blocks
 from calibration.data import load_conversations
 from calibration.export import checkpoint_size, write_checkpoint
-from calibration.layer import LayerRecord
 from calibration.model import capture_block_inputs, choose_device, load_model
 from calibration.plan import decoder_names, plan
 from calibration.recipe import Recipe
+from calibration.record import LayerRecord
 from calibration.report import PACKAGE, make_report, package_version
 from calibration.samples import Sample, build_samples
 from calibration.sampling import choose_tokens

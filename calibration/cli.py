@@ -61,6 +61,12 @@ def calibrate(
     massive_row: Annotated[
         bool | None, _setting("--massive-row/--no-massive-row", "A row of their own for massive tokens (yes).")
     ] = None,
+    modality_rows: Annotated[
+        bool | None, _setting("--modality-rows/--no-modality-rows", "Rows of their own for modalities (yes).")
+    ] = None,
+    row_margin: Annotated[
+        float | None, _setting("--row-margin", "Error that such a row must save on held-back tokens (0.02).")
+    ] = None,
     regression: Annotated[
         bool | None, _setting("--regression/--no-regression", "Weights make up for rounded activations (yes).")
     ] = None,
@@ -100,6 +106,8 @@ def calibrate(
         "escape_budget": escape_budget,
         "grid": grid,
         "massive_row": massive_row,
+        "modality_rows": modality_rows,
+        "row_margin": row_margin,
         "regression": regression,
         "shrinkage": shrinkage,
         "rounding": rounding,

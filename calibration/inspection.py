@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _layer_data(
     bias_bytes = 0
     if layer.bias:
         bias_bytes = _tensor_bytes(stored[stored_name(name, "bias")])
-    rates = measured.get("escape_rate")
+    rates, rows = measured.get("escape_rate"), _object(measured, "modality_rows")
     return {
         "name": name,
         "out_features": layer.out_features,
@@ -102,6 +103,7 @@ def _layer_data(
         "masked_channels": dict(zip(spec.rows, masked.tolist(), strict=True)),
         "escape_rate": rates if isinstance(rates, dict) else None,
         "output_error": measured.get("output_error"),
+        "own_rows": [row for row, choice in rows.items() if isinstance(choice, dict) and choice.get("own") is True],
         "bytes": sum(_tensor_bytes(stored[tensor]) for tensor in names) + bias_bytes,
         "bytes_16bit": layer.out_features * layer.in_features * SIXTEEN_BIT + bias_bytes,
     }
@@ -142,6 +144,10 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         f"whole checkpoint: {_size(totals['bytes'])}, {_percent(totals['bytes'] / totals['bytes_16bit'])} of "
         f"{_size(totals['bytes_16bit'])} with those layers in 16 bit",
     ]
+    own = Counter(row for layer in data["layers"] for row in layer["own_rows"])
+    if own:
+        each = ", ".join(f"{row} {count}" for row, count in own.items())
+        lines.append(f"layers with a row of its own for a modality, of {totals['layers']}: {each}")
     if totals["escape_rate"] is not None:
         lines.append(
             f"escape rate in calibration: {_percent(totals['escape_rate'])}; "

@@ -79,12 +79,12 @@ def regress(moments: Moments, weight: Tensor, absorbed: Tensor, shrinkage: float
     return torch.cholesky_solve(right, torch.linalg.cholesky(damped)).T
 
 
-def output_bias(moments: Moments, weight: Tensor, served: Tensor, blocks: int) -> Tensor:
+def output_bias(code_mean: Tensor, value_mean: Tensor, weight: Tensor, served: Tensor, blocks: int) -> Tensor:
     """The bias of each set that makes its mean output that of the 16-bit layer, float32 [B, S, N].
 
-    weight [N, K] is the 16-bit layer's, served [N, K] what the codes are multiplied by; split over B blocks of K.
+    code_mean, value_mean [S, K] as from `Moments.means`. weight [N, K] is the 16-bit layer's, served [N, K] what the
+    codes are multiplied by; split over B blocks of K.
     """
-    code_mean, value_mean = moments.means()
 
     def product(mean: Tensor, matrix: Tensor) -> Tensor:
         left, right = mean.double().unflatten(1, (blocks, -1)), matrix.double().unflatten(1, (blocks, -1))

@@ -34,10 +34,22 @@ class Recipe(BaseModel):
         "does (tau, full_mask, lam, lower, lp_norm).",
     )
     escape_budget: float = Field(
-        default=0.04, ge=0, le=0.2, description="Part of a layer's codes that may leave the 4-bit range; 0: none may."
+        default=0.04,
+        ge=0,
+        le=0.2,
+        description="Part of any modality's codes in a layer that may leave the 4-bit range; 0: none may.",
     )
     massive_row: bool = Field(
         default=True, description="Whether massive tokens (the first of a sequence, as a rule) get a row of their own."
+    )
+    modality_rows: bool = Field(
+        default=True, description="Budget grid: whether modalities get rows of their own where that pays."
+    )
+    row_margin: float = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="How much lower a modality's output error on held-back tokens must be for a row of its own.",
     )
     regression: bool = Field(
         default=True, description="Whether weights make up for what rounding activations and the layers before lost."

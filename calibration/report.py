@@ -12,8 +12,8 @@ from morphoquant_vllm.schema import QuantizationSpec
 
 if TYPE_CHECKING:
     # `inspect` needs the file's name alone, and neither pydantic nor the numerics.
-    from calibration.layer import LayerRecord
     from calibration.recipe import Recipe
+    from calibration.record import LayerRecord
 
 REPORT_FILE = "morphoquant_calibration.json"
 REPORT_FORMAT = 1

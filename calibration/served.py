@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,31 @@ from morphoquant_vllm.numerics.weights import dequantize_weight
 from morphoquant_vllm.schema import INPUT_TENSORS
 
 
+@dataclass
+class TokenRows:
+    """What tells the linears of a block which modality each token of the running sample has, as a server knows it."""
+
+    any_row: int
+    # Row of each token, int [M]; None: not known.
+    modality: Tensor | None = None
+
+
 class ServedLinear(nn.Module):
     """The integer layer of a checkpoint's tensors: the sums of numerics.linear in float32, for speed.
 
-    `row` serves every token that is not massive.
+    `serving` says what row serves each token that is not massive.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, row: int, device: torch.device) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], bias: Tensor | None, serving: TokenRows, device: torch.device
+    ) -> None:
         super().__init__()
         self.record = activation_record(*(tensors[name].to(device) for name in INPUT_TENSORS))
-        per_row = {name: getattr(self.record, name)[row][None] for name in ("inverse", "centre", "mask", "gain")}
-        self.ordinary = self.record._replace(**per_row)
         weight = weight_record(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
         self.matrix = dequantize_weight(weight.codes, weight.scale).to(device)
         self.absorbed_bias = weight.absorbed_bias.to(device)
         self.bias = bias
-        self.row = row
+        self.serving = serving
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], in its dtype."""
@@ -41,10 +51,14 @@ class ServedLinear(nn.Module):
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 [M, K] and row int32 [M] of each token of x [M, K]."""
-        rows = torch.full(x.shape[:1], self.row, dtype=torch.int32, device=x.device)
-        # Almost every token: one row for all is several times faster than a gathered row each.
-        codes = act_quant(x, rows, self.ordinary)
-        rows = token_rows(x, rows, self.record)
-        massive = (rows != self.row).nonzero().flatten()
-        codes[massive] = act_quant(x[massive], rows[massive], self.record)
+        modality = torch.full(x.shape[:1], self.serving.any_row, dtype=torch.int32, device=x.device)
+        if self.serving.modality is not None:
+            modality = self.serving.modality.to(x.device, torch.int32)
+        rows = token_rows(x, modality, self.record)
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        # One row for all its tokens is several times faster than a gathered row each.
+        for row in rows.unique().tolist():
+            per_row = {name: getattr(self.record, name)[row][None] for name in ("inverse", "centre", "mask", "gain")}
+            own = rows == row
+            codes[own] = act_quant(x[own], rows[own], self.record._replace(**per_row))
         return codes, rows

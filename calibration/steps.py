@@ -23,15 +23,18 @@ CENTRE_QUANTILES = (0.01, 0.99)
 CENTRE_TOKENS = 512
 CENTRE_FLOOR = 0.05
 BISECTIONS = 40
+# Turns of setting the modalities' prices against each other, and the most that a turn lowers one.
+PRICE_TURNS = 8
+LEAST_PRICE_FACTOR = 0.2
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What each candidate range would cost, both [CANDIDATES, K]."""
+    """What each candidate range would cost."""
 
-    # Weighted mean square rounding error times the channel's share in the output.
+    # Weighted mean square rounding error times the channel's share in the output, [CANDIDATES, K].
     error: Tensor
-    # Weighted share of codes outside [-8, 7].
+    # Share of codes outside [-8, 7] among each modality's tokens, [S, CANDIDATES, K].
     escape: Tensor
 
 
@@ -52,54 +55,82 @@ def candidate_steps(farthest: Tensor) -> Tensor:
 
 
 def losses(
-    parts: Iterable[tuple[Tensor, Tensor]], centre: Tensor, steps: Tensor, share: Tensor, *, escapes: bool
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]], centre: Tensor, steps: Tensor, share: Tensor, *, escapes: bool
 ) -> Losses:
-    """Losses of the candidate `steps` [CANDIDATES, K] on chunks (x [T, K], weight [T]).
+    """Losses of the candidate `steps` [CANDIDATES, K] on chunks (x [T, K], weight [T], modality_share [T, S]).
 
+    modality_share: part of a token in the mean over its modality's tokens, 0 in the others' columns.
     share [K]: squared norm of the channel's column of W, which makes an error of the channel one of the output (errors
     of different channels taken as uncorrelated). Without `escapes` codes are clipped to [-8, 7].
     """
-    error, escape = torch.zeros_like(steps), torch.zeros_like(steps)
+    parts = list(parts)
+    error, escape = torch.zeros_like(steps), steps.new_zeros(parts[0][2].shape[1], *steps.shape)
     low, high = (float(limit) for limit in code_limits(torch.tensor(escapes)))
     inner_low, inner_high = (float(limit) for limit in code_limits(torch.tensor(False)))
-    for x, weight in parts:
+    for x, weight, modality_share in parts:
         distance = x - centre
+        columns = modality_share.T.contiguous()
         for index, step in enumerate(steps):
             codes = (distance / step).round_()
-            outside = (codes < inner_low) | (codes > inner_high)
-            escape[index] += weight @ outside.float()
+            outside = ((codes < inner_low) | (codes > inner_high)).float()
+            for own, column in zip(escape, columns, strict=True):
+                own[index] += column @ outside
             difference = codes.clamp_(low, high).mul_(step).sub_(distance)
             error[index] += weight @ difference.square_()
     return Losses(error * share, escape if escapes else torch.zeros_like(escape))
 
 
 def choose(found: Losses, budget: float) -> Tensor:
-    """The candidate of each channel, int64 [K]: least error with at most `budget` of all codes escaping.
+    """The candidate of each channel, int64 [K]: least error with at most `budget` of any modality's codes escaping.
 
-    One price per escape for the whole layer, the smallest that keeps the budget: escapes go where they help most.
+    One price per escape for the whole layer, the smallest that keeps the budget: escapes go where they help most. With
+    several modalities each has a price, raised and lowered in turns until those within the budget cost little.
     """
+    price = torch.ones(found.escape.shape[0], device=found.error.device)
+    best = chosen = _cheapest(found, torch.tensordot(price, found.escape, 1), budget)
+    for _ in range(PRICE_TURNS if len(price) > 1 else 0):
+        rates = _rates(found, chosen)
+        price = price * (rates / rates.max().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=LEAST_PRICE_FACTOR)
+        price = price / price.mean()
+        chosen = _cheapest(found, torch.tensordot(price, found.escape, 1), budget)
+        if float(_rates(found, chosen).max()) <= budget and _error(found, chosen) < _error(found, best):
+            best = chosen
+    return best
+
+
+def _error(found: Losses, chosen: Tensor) -> float:
+    return float(found.error.gather(0, chosen[None]).sum())
+
+
+def _rates(found: Losses, chosen: Tensor) -> Tensor:
+    """Escape rate of each modality, [S], with the candidates `chosen` [K]."""
+    return found.escape[:, chosen, torch.arange(chosen.numel(), device=chosen.device)].mean(1)
+
+
+def _cheapest(found: Losses, escape: Tensor, budget: float) -> Tensor:
+    """Candidates [K] of least error at the smallest price of `escape` [CANDIDATES, K] that keeps the budget."""
     scale = found.error.mean().clamp(min=torch.finfo(torch.float32).tiny)
     low, high = -40.0, 40.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        chosen = (found.error / scale + math.exp(middle) * found.escape).argmin(0)
-        within = float(found.escape.gather(0, chosen[None]).mean()) <= budget
+        chosen = (found.error / scale + math.exp(middle) * escape).argmin(0)
+        within = float(_rates(found, chosen).max()) <= budget
         low, high = (low, middle) if within else (middle, high)
-    return (found.error / scale + math.exp(high) * found.escape).argmin(0)
+    return (found.error / scale + math.exp(high) * escape).argmin(0)
 
 
 def budget_grid(
-    parts: Iterable[tuple[Tensor, Tensor]],
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]],
     centre: Tensor,
     minimum: Tensor,
     maximum: Tensor,
     share: Tensor,
     budget: float,
 ) -> Grid:
-    """Step and centre of each channel such that at most `budget` of all codes escape; with 0, codes are clipped.
+    """Step and centre of each channel: at most `budget` of any modality's codes escape; with 0, codes are clipped.
 
-    minimum, maximum [K]: of every token that the grid serves; where channels may escape, nothing in between saturates:
-    the smallest candidate sees to that. Dead channels get a floor.
+    `parts` as `losses` takes them. minimum, maximum [K]: of every token that the grid serves; where channels may
+    escape, nothing in between saturates: the smallest candidate sees to that. Dead channels get a floor.
     """
     farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
     steps = candidate_steps(farthest)

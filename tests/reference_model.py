@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+from calibration.served import TokenRows
 from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec
 from morphoquant_vllm.numerics.linear import linear
 from morphoquant_vllm.schema import QuantizationSpec
@@ -15,18 +16,20 @@ from tests.records import activation_of, weight_of
 
 
 class ReferenceLinear(nn.Module):
-    """One quantized linear as numerics.linear defines it; every token that is not massive uses `row`."""
+    """One quantized linear as numerics.linear defines it; `serving` says what row each token uses if not massive."""
 
-    def __init__(self, tensors: dict[str, Tensor], bias: Tensor | None, row: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], bias: Tensor | None, serving: TokenRows) -> None:
         super().__init__()
         self.weight_record = weight_of(tensors)
         self.activation_record = activation_of(tensors)
         self.bias = bias
-        self.row = row
+        self.serving = serving
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        modality = torch.full((flat.shape[0],), self.row, dtype=torch.int32)
+        modality = torch.full((flat.shape[0],), self.serving.any_row, dtype=torch.int32)
+        if self.serving.modality is not None:
+            modality = self.serving.modality.int()
         y = linear(flat, modality, self.weight_record, self.activation_record, self.bias)
         return y.view(*x.shape[:-1], -1)
 
@@ -45,16 +48,22 @@ class Checkpoint:
 
 
 def swap_linears(
-    model: nn.Module, checkpoint: Checkpoint, stored_prefix: str = "", module_prefix: str = ""
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    stored_prefix: str = "",
+    module_prefix: str = "",
+    serving: TokenRows | None = None,
 ) -> nn.Module:
     """Swap every quantized linear of a float32 transformers model for the reference, in place.
 
-    Layers are stored under `stored_prefix` + x and are modules `module_prefix` + x.
+    Layers are stored under `stored_prefix` + x and are modules `module_prefix` + x. `serving` says what modality each
+    token has; None: not known.
     """
+    serving = serving or TokenRows(checkpoint.spec.any_row)
     for name in checkpoint.spec.layers:
         module = module_prefix + name.removeprefix(stored_prefix)
         bias = model.get_submodule(module).bias
-        model.set_submodule(module, ReferenceLinear(checkpoint.layer(name), bias, checkpoint.spec.any_row))
+        model.set_submodule(module, ReferenceLinear(checkpoint.layer(name), bias, serving))
     return model.eval()
 
 

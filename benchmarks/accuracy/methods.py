@@ -66,6 +66,7 @@ METHODS: dict[str, Method] = {
     "served-no-mask": Served(recipe={"escape_budget": 0.0}),
     "served-budget-0.5": Served(recipe={"escape_budget": 0.005}),
     "served-budget-1": Served(recipe={"escape_budget": 0.01}),
+    "served-budget-5": Served(recipe={"escape_budget": 0.05}),
     "served-no-massive-row": Served(recipe={"massive_row": False}),
     "served-no-regression": Served(recipe={"regression": False}),
     "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),

@@ -17,7 +17,7 @@ from calibration.collect import InputCollector
 from calibration.layer import InputSample, quantize_input
 from calibration.recipe import read_recipe
 from calibration.sampling import choose_tokens
-from calibration.served import ServedLinear
+from calibration.served import ServedLinear, TokenRows
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.activation import Grid, escapes
 from morphoquant_vllm.schema import GROUP_SIZES, LayerSpec, QuantizationSpec
@@ -95,7 +95,7 @@ def measure(inputs: LinearInput, variant: Variant, seed: int = 0) -> list[Result
     outlying = inputs.held_out_outlying
     for name, weight in inputs.weights.items():
         tensors = quantized[name].tensors
-        served = ServedLinear(tensors, None, spec.any_row, torch.device("cpu"))
+        served = ServedLinear(tensors, None, TokenRows(spec.any_row), torch.device("cpu"))
         codes, row = served.codes(inputs.held_out)
         taken = row == massive_row
         error = (served(inputs.held_out) - inputs.held_out @ weight.T).square().sum(1)
@@ -146,11 +146,11 @@ def _whole(centre: Tensor, step: Tensor) -> Tensor:
 
 def _whole_losses(losses: Callable[..., steps.Losses]) -> Callable[..., steps.Losses]:
     def judged(
-        parts: Iterable[tuple[Tensor, Tensor]], centre: Tensor, candidates: Tensor, share: Tensor, *, escapes: bool
+        parts: Iterable[tuple[Tensor, ...]], centre: Tensor, candidates: Tensor, share: Tensor, *, escapes: bool
     ) -> steps.Losses:
         chunks = list(parts)
         each = [losses(chunks, _whole(centre, step), step[None], share, escapes=escapes) for step in candidates]
-        return steps.Losses(torch.cat([one.error for one in each]), torch.cat([one.escape for one in each]))
+        return steps.Losses(torch.cat([one.error for one in each]), torch.cat([one.escape for one in each], 1))
 
     return judged
 

@@ -78,10 +78,10 @@ def quantize(
     return quantize_input(sample, tokens, shards, spec or make_spec(shards), Recipe(**settings))
 
 
-def serve(x: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Codes and output as the stored tensors give them, every token of unknown modality."""
+def serve(x: Tensor, tensors: dict[str, Tensor], modality: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and output as the stored tensors give them, of tokens of known or unknown modality."""
     record = activation_of(tensors)
-    modality = torch.full(x.shape[:1], ANY, dtype=torch.int32)
+    modality = torch.full(x.shape[:1], ANY, dtype=torch.int32) if modality is None else modality
     codes = activation.act_quant(x, activation.token_rows(x, modality, record), record)
     return codes, linear.linear(x, modality, weight_of(tensors), record)
 

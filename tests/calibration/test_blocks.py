@@ -16,7 +16,7 @@ from calibration.plan import decoder_names, plan
 from calibration.recipe import Recipe
 from calibration.samples import Sample, build_samples
 from calibration.sampling import choose_tokens
-from calibration.served import ServedLinear
+from calibration.served import ServedLinear, TokenRows
 from calibration.source import open_source
 from morphoquant_vllm.schema import DEFAULT_ROWS
 from tests.calibration.built_models import TinyModels
@@ -100,7 +100,7 @@ def test_every_linear_sees_the_served_model_and_aims_at_the_16_bit_one(
         transformers.LlamaForCausalLM.from_pretrained(tiny.model("llama"), dtype=torch.float32).eval() for _ in range(2)
     )
     for name, layer in run.made.items():
-        served.set_submodule(name, ServedLinear(layer.tensors, None, ANY, torch.device("cpu")))
+        served.set_submodule(name, ServedLinear(layer.tensors, None, TokenRows(ANY), torch.device("cpu")))
     expected, targets = run.inputs_of(served), run.inputs_of(plain)
     for name, sample in run.seen.items():
         # float32 sums in another order.

@@ -18,7 +18,7 @@ from calibration.calibrate import calibrate
 from calibration.data import load_conversations
 from calibration.recipe import Recipe
 from calibration.samples import Sample, build_samples
-from calibration.served import ServedLinear
+from calibration.served import ServedLinear, TokenRows
 from morphoquant_vllm.checkpoint import read_spec, verify_checkpoint
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels
@@ -53,8 +53,9 @@ class OutputErrors:
         outputs.append((output if bias is None else output - bias).flatten(0, -2))
 
     @torch.no_grad()
-    def run(self, samples: Iterable[Sample]) -> dict[str, float]:
+    def run(self, samples: Iterable[Sample], serving: TokenRows) -> dict[str, float]:
         for sample in samples:
+            serving.modality = sample.modality
             for model in self._models:
                 model(**sample.inputs)
         found = {}
@@ -82,11 +83,12 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
         getattr(transformers, model_class).from_pretrained(source, dtype=torch.float32).eval() for _ in range(3)
     )
     checkpoint = Checkpoint(output)
+    serving = TokenRows(spec.any_row)
     layers = {layer: layer.replace(prefixes[0], prefixes[1], 1) for layer in spec.layers}
     for layer, module in layers.items():
         bias = served.get_submodule(module).bias
-        served.set_submodule(module, ServedLinear(checkpoint.layer(layer), bias, spec.any_row, torch.device("cpu")))
-    swap_linears(reference, checkpoint, *prefixes)
+        served.set_submodule(module, ServedLinear(checkpoint.layer(layer), bias, serving, torch.device("cpu")))
+    swap_linears(reference, checkpoint, *prefixes, serving=serving)
     samples = build_samples(
         source,
         load_conversations(data),
@@ -95,8 +97,8 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
         placeholder_token_ids=spec.placeholder_token_ids,
         rows=spec.rows,
     )
-    measured = OutputErrors(plain, served, layers).run(samples)
-    defined = OutputErrors(plain, reference, layers).run(samples)
+    measured = OutputErrors(plain, served, layers).run(samples, serving)
+    defined = OutputErrors(plain, reference, layers).run(samples, serving)
     for layer, entry in report["layers"].items():
         # float32 sums in another order.
         assert entry["output_error"] == pytest.approx(measured[layer], rel=1e-3)

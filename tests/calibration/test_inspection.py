@@ -26,6 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layers = {
         name: {"escape_rate": {"text": 0.01, "image": 0.04, "all": 0.02}, "output_error": 0.125} for name in spec.layers
     }
+    layers[Q]["modality_rows"] = {"text": {"own": False}, "image": {"own": True}, "audio": {"own": True}}
     sidecar = {"escape_rate": RATE, "layers": layers, "data": {}, "settings": {}}
     (directory / REPORT_FILE).write_text(json.dumps(sidecar))
     return directory
@@ -49,6 +50,7 @@ def test_layer_data(checkpoint: Path) -> None:
     assert layer["masked_channels"]["any"] > 0
     assert layer["escape_rate"] == {"text": 0.01, "image": 0.04, "all": 0.02}
     assert layer["output_error"] == 0.125
+    assert layer["own_rows"] == ["image", "audio"]
     assert layer["bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert layer["bytes_16bit"] == 2 * HIDDEN * HIDDEN + 2 * HIDDEN
 
@@ -87,6 +89,11 @@ def test_table_fits_the_terminal_and_loses_nothing(checkpoint: Path, width: int)
     assert "escape rate in calibration: 1.23%" in shown
     assert "effective activation bits: 4.05" in shown
     assert "…" not in shown
+
+
+def test_rows_of_modalities_are_counted(checkpoint: Path) -> None:
+    layers = len(inspect_data(checkpoint)["layers"])
+    assert f"a modality, of {layers}: image 1, audio 1" in render(checkpoint)
 
 
 def test_missing_report_is_shown_as_such(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from morphoquant_vllm.numerics import activation
 from morphoquant_vllm.schema import check_values, tensor_specs, unequal_input_tensors
@@ -44,7 +45,7 @@ def test_the_record_describes_what_is_served(settings: dict[str, object]) -> Non
     weight = matrix()
     # Without balance every token counts the same, so that the weighted error is the plain one.
     layer = quantize(x, modality, {"m.q": weight}, balance=0.0, outlying=outlying, **settings)["m.q"]
-    codes, y = serve(x, layer.tensors)
+    codes, y = serve(x, layer.tensors, modality)
     assert layer.record.output_error == pytest.approx(relative(y, x @ weight.T), rel=1e-3)  # float32 sums
     # A wrong order, packing or centre costs about 1; without a massive row ordinary tokens are nearly lost beside it.
     assert 0 < layer.record.output_error < 0.3
@@ -111,6 +112,76 @@ def test_outlying_tokens_that_look_like_the_others_stay_ordinary() -> None:
     assert layer.record.massive_tokens == 0
     codes, _ = serve(x, layer.tensors)
     assert int(codes.int().abs().max()) <= activation.GUARD_CODES + 1, "their values still bound the steps"
+
+
+# --- rows of modalities
+
+
+def two_modalities() -> tuple[Tensor, Tensor, Tensor]:
+    """Text, and half as many quiet audio tokens that lie elsewhere; every 25th token is massive."""
+    x, modality, outlying = with_massive()
+    audio = torch.arange(x.shape[0]) % 3 == 1
+    modality = torch.where(audio, AUDIO, TEXT).int()
+    quiet = audio & ~outlying
+    x[quiet] = 0.2 * x[quiet] + torch.linspace(-1, 1, K)
+    return x, modality, outlying
+
+
+def test_a_modality_is_served_better_by_a_row_of_its_own() -> None:
+    x, modality, outlying = two_modalities()
+    weight = matrix()
+    expected = x @ weight.T
+    errors = {}
+    for own in (True, False):
+        layer = quantize(x, modality, {"m.q": weight}, outlying=outlying, modality_rows=own)["m.q"]
+        check_values("m.q", layer.tensors, ANY, parallel="column", blocks=1)
+        codes, y = serve(x, layer.tensors, modality)
+        part = (modality == AUDIO) & ~outlying
+        errors[own] = relative(y[part], expected[part])
+        # Ties: the search divides by the step, serving multiplies by its inverse; gains are sought on half the tokens.
+        assert float(activation.escapes(codes[~outlying]).float().mean()) <= 0.05
+        assert layer.record.output_error == pytest.approx(record_error(y, expected, modality), rel=1e-3)  # float32 sums
+    assert errors[True] < 0.7 * errors[False]
+
+
+def record_error(y: Tensor, expected: Tensor, modality: Tensor) -> float:
+    """Relative error with every modality weighing the same."""
+    weight = sum((modality == row) / (modality == row).sum() for row in modality.unique())
+    parts = ((value.square().sum(1) * weight).sum() for value in (y - expected, expected))
+    error, power = parts
+    return float((error / power).sqrt())
+
+
+def test_a_layer_record_says_which_modalities_have_rows_and_why() -> None:
+    x, modality, outlying = two_modalities()
+    rows = quantize(x, modality, {"m.q": matrix()}, outlying=outlying)["m.q"].record.modality_rows
+    assert list(rows) == ["text", "audio"]
+    assert rows["audio"].own and rows["audio"].gain < 1
+    assert "held-back" in rows["audio"].reason
+    assert quantize(x, modality, {"m.q": matrix()}, modality_rows=False)["m.q"].record.modality_rows == {}
+    alone = quantize(x, torch.zeros_like(modality), {"m.q": matrix()}, outlying=outlying)["m.q"]
+    assert alone.record.modality_rows == {}, "one modality is any modality"
+
+
+def test_a_modality_without_a_row_shares_that_of_any_token() -> None:
+    x, modality, outlying = two_modalities()
+    tensors = quantize(x, modality, {"m.q": matrix()}, outlying=outlying, row_margin=0.99)["m.q"].tensors
+    for row in (TEXT, AUDIO):
+        assert torch.equal(tensors["centre"][row], tensors["centre"][ANY])
+        assert torch.equal(tensors["absorbed_bias"][:, row], tensors["absorbed_bias"][:, ANY])
+    assert tensors["gain"][:5].tolist() == [1.0] * 5
+
+
+def test_tokens_of_unknown_modality_are_served_right_in_the_mean() -> None:
+    x, modality, outlying = two_modalities()
+    weight = matrix()
+    layer = quantize(x, modality, {"m.q": weight}, balance=0.0, outlying=outlying)["m.q"]
+    assert any(row.own for row in layer.record.modality_rows.values())
+    _, y = serve(x, layer.tensors)
+    ordinary = ~outlying
+    # float32 sums and constants at outputs of up to 2000.
+    assert torch.allclose(y[ordinary].mean(0), (x[ordinary] @ weight.T).mean(0), atol=2e-3)
+    assert relative(y[ordinary], x[ordinary] @ weight.T) < 0.3
 
 
 # --- steps and budget

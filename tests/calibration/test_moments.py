@@ -37,7 +37,7 @@ def output_gap(
 ) -> float:
     """Weighted square error of codes @ matrix.T, with the best bias of each set, against the 16-bit output."""
     full = full_weight()
-    bias = output_bias(moments, full, matrix, 1)[0]
+    bias = output_bias(*moments.means(), full, matrix, 1)[0]
     gap = codes @ matrix.T + bias[token_set] - values @ full.T
     return float(weight @ gap.square().sum(1))
 
@@ -90,7 +90,7 @@ def test_a_set_without_tokens_has_zero_means() -> None:
     for mean in moments.means():
         assert bool((mean[1] == 0).all())
     assert all(bool(matrix.isfinite().all()) for matrix in moments.centred())
-    assert bool((output_bias(moments, full_weight(), full_weight(), 1)[0, 1] == 0).all())
+    assert bool((output_bias(*moments.means(), full_weight(), full_weight(), 1)[0, 1] == 0).all())
 
 
 def test_strong_shrinkage_gives_the_absorbed_weights() -> None:
@@ -152,7 +152,7 @@ def test_the_bias_makes_each_sets_mean_output_equal(blocks: int) -> None:
     values, codes, token_set, weight, step = tokens()
     moments = moments_of(codes, values, token_set, weight)
     served = absorb(full_weight(), step) * 1.1
-    bias = output_bias(moments, full_weight(), served, blocks)
+    bias = output_bias(*moments.means(), full_weight(), served, blocks)
     assert (bias.shape, bias.dtype) == ((blocks, SETS, N), torch.float32)
     y = codes @ served.T + bias.sum(0)[token_set]
     expected = values @ full_weight().T
@@ -166,8 +166,8 @@ def test_the_bias_makes_each_sets_mean_output_equal(blocks: int) -> None:
 def test_blocks_of_the_bias_are_those_of_their_channels() -> None:
     values, codes, token_set, weight, step = tokens()
     served = absorb(full_weight(), step) * 1.1
-    bias = output_bias(moments_of(codes, values, token_set, weight), full_weight(), served, 2)
+    bias = output_bias(*moments_of(codes, values, token_set, weight).means(), full_weight(), served, 2)
     half = K // 2
     left = gather([(codes[:, :half], values[:, :half], token_set, weight)], SETS, half, torch.device("cpu"))
-    alone = output_bias(left, full_weight()[:, :half], served[:, :half], 1)[0]
+    alone = output_bias(*left.means(), full_weight()[:, :half], served[:, :half], 1)[0]
     assert torch.allclose(bias[0], alone, atol=1e-4)  # float32 means, as above

@@ -1,7 +1,7 @@
 import pytest
 
-from calibration.layer import LayerRecord
 from calibration.recipe import Recipe
+from calibration.record import LayerRecord
 from calibration.report import make_report
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.served import ServedLinear
+from calibration.served import ServedLinear, TokenRows
 from morphoquant_vllm.numerics.activation import is_massive
 from morphoquant_vllm.numerics.linear import linear
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
@@ -30,7 +30,7 @@ def test_it_computes_the_definition(parallel: str, with_bias: bool, dtype: torch
     x = torch.randn(60, K, generator=torch.Generator().manual_seed(4)).to(dtype)
     massive = is_massive(x, *(tensors[f"massive_{name}"] for name in ("channel", "low", "high")))
     assert 5 < int(massive.sum()) < 55
-    served = ServedLinear(tensors, bias, spec.any_row, torch.device("cpu"))
+    served = ServedLinear(tensors, bias, TokenRows(spec.any_row), torch.device("cpu"))
     rows = torch.full((60,), spec.any_row, dtype=torch.int32)
     expected = linear(x, rows, weight_of(tensors), activation_of(tensors), bias)
     y = served(x)
@@ -42,7 +42,7 @@ def test_it_computes_the_definition(parallel: str, with_bias: bool, dtype: torch
 
 def test_leading_dimensions_are_kept() -> None:
     tensors, spec = stored("column")
-    served = ServedLinear(tensors, None, spec.any_row, torch.device("cpu"))
+    served = ServedLinear(tensors, None, TokenRows(spec.any_row), torch.device("cpu"))
     x = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(5))
     assert served(x).shape == (2, 3, N)
     assert torch.equal(served(x).flatten(0, 1), served(x.flatten(0, 1)))

@@ -24,7 +24,7 @@ def heavy_tailed(seed: int = 0) -> Tensor:
 def grid_of(x: Tensor, budget: float, share: Tensor | None = None) -> Grid:
     share = torch.ones(K) if share is None else share
     weight = torch.full(x.shape[:1], 1 / x.shape[0])
-    return budget_grid([(x, weight)], centres(x), x.amin(0), x.amax(0), share, budget)
+    return budget_grid([(x, weight, weight[:, None])], centres(x), x.amin(0), x.amax(0), share, budget)
 
 
 def serve(x: Tensor, grid: Grid, budget: float) -> tuple[Tensor, Tensor]:
@@ -61,9 +61,28 @@ def test_the_budget_is_kept_in_the_mean_of_the_weights() -> None:
     x[:100] *= 20
     weight = torch.full((TOKENS,), 0.5 / (TOKENS - 100))
     weight[:100] = 0.5 / 100
-    grid = budget_grid([(x, weight)], centres(x), x.amin(0), x.amax(0), torch.ones(K), 0.04)
+    grid = budget_grid([(x, weight, weight[:, None])], centres(x), x.amin(0), x.amax(0), torch.ones(K), 0.04)
     codes, _ = serve(x, grid, 0.04)
     assert float(weight @ escapes(codes).float().mean(1)) <= 0.04 + 1e-4  # ties, as above
+
+
+def test_the_budget_is_kept_in_every_modality() -> None:
+    """A modality whose values are larger throughout would escape throughout: each has the budget to itself."""
+    x = heavy_tailed()
+    loud = torch.arange(TOKENS) < 300
+    x[loud] *= 4
+    weight = torch.full((TOKENS,), 1 / TOKENS)
+    shares = torch.stack([which / which.sum() for which in (loud.float(), (~loud).float())], 1)
+    together = budget_grid([(x, weight, weight[:, None])], centres(x), x.amin(0), x.amax(0), torch.ones(K), 0.04)
+    apart = budget_grid([(x, weight, shares)], centres(x), x.amin(0), x.amax(0), torch.ones(K), 0.04)
+    rates = []
+    for grid in (together, apart):
+        codes, _ = serve(x, grid, 0.04)
+        rates.append([float(escapes(codes[which]).float().mean()) for which in (loud, ~loud)])
+    assert rates[0][0] > 0.06, "or there is nothing to see here"
+    # Ties, as above.
+    assert max(rates[1]) <= 0.04 + 1e-4
+    assert max(rates[1]) > 0.03
 
 
 def test_error_falls_as_the_budget_grows() -> None:
@@ -81,7 +100,7 @@ def test_nothing_seen_saturates_where_channels_may_escape() -> None:
     x[3] *= 30
     # The farthest values may lie outside the searched sample.
     weight = torch.full((TOKENS - 10,), 1 / (TOKENS - 10))
-    grid = budget_grid([(x[10:], weight)], centres(x[10:]), x.amin(0), x.amax(0), torch.ones(K), 0.04)
+    grid = budget_grid([(x[10:], weight, weight[:, None])], centres(x[10:]), x.amin(0), x.amax(0), torch.ones(K), 0.04)
     codes, _ = serve(x, grid, 0.04)
     # The farthest value sits at GUARD_CODES exactly; float32 noise may round it to the next code.
     assert int(codes.int().abs().max()) <= GUARD_CODES + 1
@@ -111,14 +130,14 @@ def test_escapes_go_where_the_output_gains_most() -> None:
 def test_choose_takes_the_least_error_within_the_budget() -> None:
     """Small enough to try every choice: Lagrange's price finds one that no other within its escapes beats."""
     generator = torch.Generator().manual_seed(5)
-    found = Losses(torch.rand(4, 3, generator=generator), torch.rand(4, 3, generator=generator).sort(0).values)
-    found.escape[0] = 0.0
+    found = Losses(torch.rand(4, 3, generator=generator), torch.rand(1, 4, 3, generator=generator).sort(1).values)
+    found.escape[0, 0] = 0.0
     choices = torch.cartesian_prod(*[torch.arange(4)] * 3)
     error = found.error.T[torch.arange(3), choices].sum(1)
-    escape = found.escape.T[torch.arange(3), choices].mean(1)
+    escape = found.escape[0].T[torch.arange(3), choices].mean(1)
     for budget in (0.0, 0.1, 0.3, 1.0):
         chosen = choose(found, budget)
-        spent = float(found.escape.gather(0, chosen[None]).mean())
+        spent = float(found.escape[0].gather(0, chosen[None]).mean())
         assert spent <= budget + 1e-6
         least = float(found.error.gather(0, chosen[None]).sum())
         # float32 sums of three terms.
@@ -129,11 +148,11 @@ def test_losses_are_those_of_rounding() -> None:
     x = torch.tensor([[0.4, 9.0], [-0.6, -20.0]])
     steps = torch.tensor([[1.0, 1.0], [0.5, 2.0]])
     weight, share = torch.tensor([0.75, 0.25]), torch.tensor([1.0, 10.0])
-    free = losses([(x, weight)], torch.zeros(2), steps, share, escapes=True)
+    free = losses([(x, weight, weight[:, None])], torch.zeros(2), steps, share, escapes=True)
     expected = torch.tensor([[0.75 * 0.16 + 0.25 * 0.16, 0.0], [0.75 * 0.01 + 0.25 * 0.01, 10 * 0.75 * 1.0]])
     assert torch.allclose(free.error, expected, atol=1e-6)  # float32
-    assert free.escape.tolist() == [[0.0, 1.0], [0.0, 0.25]]
-    clipped = losses([(x, weight)], torch.zeros(2), steps, share, escapes=False)
+    assert free.escape.tolist() == [[[0.0, 1.0], [0.0, 0.25]]]
+    clipped = losses([(x, weight, weight[:, None])], torch.zeros(2), steps, share, escapes=False)
     assert clipped.escape.abs().max() == 0
     assert clipped.error[0, 1].item() == pytest.approx(10 * (0.75 * 4 + 0.25 * 144))
 
@@ -143,8 +162,8 @@ def test_losses_of_chunks_are_those_of_all() -> None:
     steps = candidate_steps(x.abs().amax(0))
     assert steps.shape == (CANDIDATES, K)
     assert bool((steps.diff(dim=0) < 0).all())
-    whole = losses([(x, weight)], torch.zeros(K), steps, torch.ones(K), escapes=True)
-    parts = zip(x.split(300), weight.split(300), strict=True)
+    whole = losses([(x, weight, weight[:, None])], torch.zeros(K), steps, torch.ones(K), escapes=True)
+    parts = zip(x.split(300), weight.split(300), weight[:, None].split(300), strict=True)
     chunked = losses(parts, torch.zeros(K), steps, torch.ones(K), escapes=True)
     # float32 sums of 2000 positive terms in another order.
     for ours, theirs in zip((chunked.error, chunked.escape), (whole.error, whole.escape), strict=True):
