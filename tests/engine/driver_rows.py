@@ -23,7 +23,12 @@ def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
         with av.open(path) as container:
             frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
         count = len(frames)
-        return frames, {"fps": 4.0, "duration": count / 4, "total_num_frames": count, "frames_indices": list(range(count))}
+        return frames, {
+            "fps": 4.0,
+            "duration": count / 4,
+            "total_num_frames": count,
+            "frames_indices": list(range(count)),
+        }
 
     loaders = {
         "image": lambda path: Image.open(path).convert("RGB"),
