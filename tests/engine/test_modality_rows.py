@@ -100,7 +100,7 @@ def run_jobs(directory: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]
             cwd=REPOSITORY,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=900,
+            timeout=1800,
             env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": threads},
         )
     text = log.read_text(errors="replace")
