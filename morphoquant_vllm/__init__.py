@@ -1,7 +1,8 @@
 """MorphoQuant for vLLM: 4-bit weights and 4-bit static activations for omni-modal models.
 
 Importing this package imports nothing else: the schema (`schema`, `checkpoint`), the numerics (`numerics`) and the
-operators (`ops`) need torch and safetensors only; `config`, `linear_method` and `parameters` are the vLLM plugin.
+operators (`ops`) need torch and safetensors only; `config`, `linear_method`, `modality` and `parameters` are the vLLM
+plugin.
 """
 
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ from .schema import (
     tensor_specs,
     unequal_input_tensors,
 )
+from .token_table import check_token_table
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -222,12 +223,13 @@ def load_layer(directory: Path, files: Mapping[str, str], name: str, spec: Quant
 
 
 def verify_checkpoint(directory: Path) -> int:
-    """Check everything that format v1 promises, values included; the number of quantized layers.
+    """Check everything that the format promises, values included; the number of quantized layers.
 
     Raises MorphoQuantError at the first thing that is wrong. Holds one layer at a time, or one tensor that is not
     quantized.
     """
     spec = read_spec(directory)
+    check_token_table(directory, read_json(directory / CONFIG_FILE), spec)
     files = check_headers(directory, spec)
     for group, names in spec.shared_inputs().items():
         first: dict[str, Tensor] = {}

@@ -12,15 +12,19 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from .checkpoint import check_headers
+from .checkpoint import CONFIG_FILE, check_headers, read_json
 from .errors import MorphoQuantError
 from .schema import QUANT_METHOD, LayerSpec, QuantizationSpec
+from .token_table import check_token_table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
-logger = init_logger(__name__)
+    from .modality import ModalityBus
+
+# vLLM writes the messages of loggers below its own.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class MorphoQuantConfig(QuantizationConfig):
@@ -32,6 +36,11 @@ class MorphoQuantConfig(QuantizationConfig):
         self.spec = spec
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
+        # Made with the first layer of a model, in the process that has it.
+        self._bus: ModalityBus | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bus": None}
 
     def __repr__(self) -> str:
         return f"MorphoQuantConfig({len(self.layers)} layers)"
@@ -65,6 +74,7 @@ class MorphoQuantConfig(QuantizationConfig):
             )
         directory = Path(model_name)
         if directory.is_dir():
+            check_token_table(directory, read_json(directory / CONFIG_FILE), self.spec)
             check_headers(directory, self.spec)
         else:
             logger.info("MorphoQuant: %s is not a local directory; its files are checked while loading", model_name)
@@ -75,16 +85,19 @@ class MorphoQuantConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from .linear_method import MorphoQuantLinearMethod
+        from .modality import ModalityEmbeddingMethod
 
         if isinstance(layer, RoutedExperts):
             raise MorphoQuantError(
                 f"{prefix}: fused experts are not supported by morphoquant; serve this model in 16 bit"
             )
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            return ModalityEmbeddingMethod(self.modality_bus())
         if not isinstance(layer, LinearBase):
-            return None  # embeddings, lm_head and attention stay as they are
-        assert self.spec is not None, "maybe_update_config refuses a model without a spec"
+            return None  # lm_head and attention stay as they are
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
         if not quantized:
@@ -94,7 +107,17 @@ class MorphoQuantConfig(QuantizationConfig):
             raise MorphoQuantError(
                 f"{prefix}: shards of a fused layer must all be quantized or none; not quantized: {missing}"
             )
-        return MorphoQuantLinearMethod(self.spec, {name: self.layers[name] for name in shards})
+        bus = self.modality_bus()
+        return MorphoQuantLinearMethod(bus.spec, {name: self.layers[name] for name in shards}, bus)
+
+    def modality_bus(self) -> ModalityBus:
+        """What tells this model's linears their tokens' rows: one for all layers of the process."""
+        from .modality import ModalityBus
+
+        assert self.spec is not None, "maybe_update_config refuses a model without a spec"
+        if self._bus is None:
+            self._bus = ModalityBus(self.spec)
+        return self._bus
 
     def shard_names(self, prefix: str) -> list[str]:
         """The unfused names behind a vLLM layer: ...qkv_proj -> q_proj, k_proj, v_proj; else the name itself.

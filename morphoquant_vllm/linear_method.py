@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
     RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
 
 from . import ops
 from .errors import MorphoQuantError
+from .modality import ModalityBus, warn_of_long_step
 from .numerics.activation import activation_record
 from .numerics.linear import weight_record
 from .parameters import LoadLog, make_parameters
@@ -26,11 +28,13 @@ from .schema import INPUT_TENSORS, LayerSpec, QuantizationSpec, check_tensor_par
 class MorphoQuantLinearMethod(LinearMethodBase):
     """Quantization method of one (fused) linear layer.
 
-    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output.
+    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output; `bus` knows the
+    rows of the model's tokens.
     """
 
-    def __init__(self, spec: QuantizationSpec, shards: dict[str, LayerSpec]) -> None:
+    def __init__(self, spec: QuantizationSpec, shards: dict[str, LayerSpec], bus: ModalityBus) -> None:
         self.spec = spec
+        self.bus = bus
         self.shards = shards
         self.layer_spec = next(iter(shards.values()))
         self.name = next(iter(shards))
@@ -50,6 +54,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     ) -> None:
         self._check_shapes(layer, input_size)
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
+        fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
         parameters = make_parameters(
             self.name,
             in_features=input_size_per_partition,
@@ -57,7 +62,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             groups=input_size_per_partition // self.layer_spec.group_size,
             rows=len(self.spec.rows),
             blocks=input_blocks(self.layer_spec, self.spec.tensor_parallel) * input_size_per_partition // input_size,
-            watch=lambda tensor: self.load_log.watch(tensor, loader),
+            watch=lambda tensor: self.load_log.watch(tensor, loader, fused),
         )
         for tensor, parameter in parameters.items():
             layer.register_parameter(tensor, parameter)
@@ -114,7 +119,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
             for index, part in enumerate(record):
                 layer.register_buffer(f"{kind}_record_{index}", part, persistent=False)
-        layer.register_buffer("modality", self._modality_rows(device), persistent=False)
+        if not self.layer_spec.fixed_row:
+            layer.register_buffer("modality", self.bus.rows(device), persistent=False)
 
     def _check_bias(self, layer: torch.nn.Module) -> None:
         """The layer's own bias: vLLM allocates it uninitialised and does not report that nothing was loaded."""
@@ -129,10 +135,18 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         if bias is not None and not bool(torch.isfinite(bias).all()):
             raise MorphoQuantError(f"{self.name}.bias: holds NaN or infinite values; the file is damaged")
 
-    def _modality_rows(self, device: torch.device) -> Tensor:
-        """Row of every token of a step: 'any', until the embedding fills a buffer with each token's own."""
-        tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
-        return torch.full((tokens,), self.spec.any_row, dtype=torch.int32, device=device)
+    def token_rows(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
+        """Row of each token of x [M, K], int32 [M or more], as the ops take it."""
+        if self.layer_spec.fixed_row:
+            row = self.spec.rows.index(self.layer_spec.fixed_row)
+        else:
+            modality: Tensor = layer.modality  # type: ignore[assignment]
+            # vLLM compiles for at most the buffer's tokens: the graph needs no second way.
+            if torch.compiler.is_compiling() or x.shape[0] <= modality.numel():
+                return modality
+            row = self.spec.any_row
+            warn_of_long_step(x.shape[0], modality.numel())
+        return torch.full(x.shape[:1], row, dtype=torch.int32, device=x.device)
 
     def records(self, layer: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """The weight and activation records that the ops take."""
@@ -142,5 +156,6 @@ class MorphoQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight, activation = self.records(layer)
-        y = ops.linear(x.reshape(-1, x.shape[-1]), layer.modality, weight, activation, bias, self.backend)
+        flat = x.reshape(-1, x.shape[-1])
+        y = ops.linear(flat, self.token_rows(layer, flat), weight, activation, bias, self.backend)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -70,12 +70,17 @@ class LoadLog:
     def __init__(self) -> None:
         self._loaded: dict[str, set[Any]] = {}
 
-    def watch(self, tensor: str, loader: Callable[..., None]) -> Callable[..., None]:
-        """`loader` that also notes the shard it loaded."""
+    def watch(self, tensor: str, loader: Callable[..., None], fused: bool) -> Callable[..., None]:
+        """`loader` that also notes the shard it loaded; `fused` where vLLM's layer is one of several linears."""
 
         def load(param: BasevLLMParameter, loaded_weight: Tensor, *shard: Any, **named_shard: Any) -> None:
-            loader(param, loaded_weight, *shard, **named_shard)
-            self._loaded.setdefault(tensor, set()).add((*shard, *named_shard.values()))
+            part = tuple(value for value in (*shard, *named_shard.values()) if value is not None)
+            if fused and not part and isinstance(param, SharedInputParameter):
+                # Fused in the file already (attn.qkv of Qwen2.5-VL): vLLM would cut it along an output dimension.
+                param.load_column_parallel_weight(loaded_weight)
+            else:
+                loader(param, loaded_weight, *shard, **named_shard)
+            self._loaded.setdefault(tensor, set()).add(part)
 
         return load
 

@@ -16,10 +16,11 @@ from .errors import MorphoQuantError
 QUANT_METHOD = "morphoquant"
 FORMAT_VERSION = 2
 ANY_ROW = "any"
+TEXT_ROW = "text"
 # The open list of row names starts with these; placeholders of a model's modality map to the row of the same name.
 # The last row serves massive tokens, which the quantizer knows by their values.
 MASSIVE_ROW = "massive"
-DEFAULT_ROWS = ("text", "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
+DEFAULT_ROWS = (TEXT_ROW, "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
 # Intervals of a set by which a massive token is known.
 MASSIVE_CHANNELS = 4
 GROUP_SIZES = (32, 64, 128)
@@ -37,7 +38,11 @@ FIELD_TYPES = {
     "shared_input": str,
     "bias": bool,
     "scale_scheme": str,
+    "fixed_row": str,
 }
+
+# Settings that the shards of a fused layer have in common.
+SHARED_SETTINGS = ("in_features", "group_size", "scale_scheme", "parallel", "fixed_row")
 
 # Tensors that every shard of a fused layer must carry with the same bytes: they belong to the shared input.
 INPUT_TENSORS = (
@@ -70,6 +75,8 @@ class LayerSpec:
     # Whether the source layer has a bias of its own, carried over as `<layer>.bias`.
     bias: bool = False
     scale_scheme: str = "group"
+    # Row of every token of this layer, for towers, whose tokens have no ids; empty: the row of the token's modality.
+    fixed_row: str = ""
 
     def check(self, name: str, tensor_parallel: int = 1) -> None:
         """Raise MorphoQuantError naming the layer where a rule of the format is broken."""
@@ -139,20 +146,36 @@ class QuantizationSpec:
             )
         if not self.layers:
             raise MorphoQuantError("quantization_config: no quantized layer is listed under 'layers'")
-        for row in self.placeholder_token_ids:
-            if row not in self.rows:
-                raise MorphoQuantError(f"quantization_config: placeholder_token_ids names an unknown row '{row}'")
+        self._check_placeholders()
         for name, layer in self.layers.items():
             layer.check(name, self.tensor_parallel)
+            if layer.fixed_row and layer.fixed_row not in self.rows[:-1]:
+                raise MorphoQuantError(
+                    f"{name}: fixed_row '{layer.fixed_row}' is no modality's row; known: {list(self.rows[:-1])}"
+                )
         for group, names in self.shared_inputs().items():
             first = self.layers[names[0]]
             for name in names[1:]:
                 layer = self.layers[name]
-                same = (layer.in_features, layer.group_size, layer.scale_scheme, layer.parallel)
-                if same != (first.in_features, first.group_size, first.scale_scheme, first.parallel):
+                if any(getattr(layer, setting) != getattr(first, setting) for setting in SHARED_SETTINGS):
+                    raise MorphoQuantError(f"{name}: shards of {group} must share {', '.join(SHARED_SETTINGS)}")
+
+    def _check_placeholders(self) -> None:
+        row_of: dict[int, str] = {}
+        for row, ids in self.placeholder_token_ids.items():
+            if row not in self.rows[:-1]:
+                raise MorphoQuantError(
+                    f"quantization_config: placeholder_token_ids names an unknown row '{row}'; known: "
+                    f"{list(self.rows[:-1])}"
+                )
+            for token in ids:
+                if token < 0 or token in row_of:
+                    what = f"is in '{row_of[token]}' too" if token in row_of else "is negative"
                     raise MorphoQuantError(
-                        f"{name}: shards of {group} must share in_features, group_size, scale_scheme and parallel"
+                        f"quantization_config: placeholder_token_ids has token {token} in '{row}', but it {what}; "
+                        "calibrate again"
                     )
+                row_of[token] = row
 
     @property
     def any_row(self) -> int:
@@ -175,7 +198,7 @@ class QuantizationSpec:
             "rows": list(self.rows),
             "tensor_parallel": self.tensor_parallel,
             "placeholder_token_ids": {row: list(ids) for row, ids in self.placeholder_token_ids.items()},
-            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+            "layers": {name: _settings(layer) for name, layer in self.layers.items()},
         }
 
     @staticmethod
@@ -205,6 +228,12 @@ class QuantizationSpec:
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MorphoQuantError(f"quantization_config is malformed: {error!r}; calibrate again") from error
+
+
+def _settings(layer: LayerSpec) -> dict[str, Any]:
+    """A layer's entry in config.json; `fixed_row` stands only where there is one."""
+    settings = asdict(layer)
+    return settings if layer.fixed_row else {name: settings[name] for name in settings if name != "fixed_row"}
 
 
 def input_blocks(layer: LayerSpec, tensor_parallel: int) -> int:

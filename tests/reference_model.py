@@ -8,29 +8,46 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from calibration.served import TokenRows
+from calibration.placeholders import token_rows
 from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec
 from morphoquant_vllm.numerics.linear import linear
 from morphoquant_vllm.schema import QuantizationSpec
 from tests.records import activation_of, weight_of
 
 
-class ReferenceLinear(nn.Module):
-    """One quantized linear as numerics.linear defines it; `serving` says what row each token uses if not massive."""
+class StepRows:
+    """Row of each token that a model embeds: by its modality, or 'any' for all where `by_modality` is not set."""
 
-    def __init__(self, tensors: dict[str, Tensor], bias: Tensor | None, serving: TokenRows) -> None:
+    def __init__(self, spec: QuantizationSpec, by_modality: bool) -> None:
+        self.spec = spec
+        self.by_modality = by_modality and bool(spec.placeholder_token_ids)
+        self.rows = torch.empty(0, dtype=torch.int32)
+
+    def see(self, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Pre-hook of the model's token embedding."""
+        ids = inputs[0].flatten()
+        self.rows = torch.full(ids.shape, self.spec.any_row, dtype=torch.int32)
+        if self.by_modality:
+            self.rows = token_rows(ids, self.spec.placeholder_token_ids, self.spec.rows)
+
+
+class ReferenceLinear(nn.Module):
+    """One quantized linear as numerics.linear defines it; a layer with a fixed row has it for all of its tokens."""
+
+    def __init__(self, tensors: dict[str, Tensor], bias: Tensor | None, step: StepRows, fixed_row: str) -> None:
         super().__init__()
         self.weight_record = weight_of(tensors)
         self.activation_record = activation_of(tensors)
         self.bias = bias
-        self.serving = serving
+        self.step = step
+        self.fixed_row = fixed_row
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        modality = torch.full((flat.shape[0],), self.serving.any_row, dtype=torch.int32)
-        if self.serving.modality is not None:
-            modality = self.serving.modality.int()
-        y = linear(flat, modality, self.weight_record, self.activation_record, self.bias)
+        rows = self.step.rows
+        if self.fixed_row:
+            rows = torch.full(flat.shape[:1], self.step.spec.rows.index(self.fixed_row), dtype=torch.int32)
+        y = linear(flat, rows, self.weight_record, self.activation_record, self.bias)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -52,22 +69,22 @@ def swap_linears(
     checkpoint: Checkpoint,
     stored_prefix: str = "",
     module_prefix: str = "",
-    serving: TokenRows | None = None,
+    by_modality: bool = True,
 ) -> nn.Module:
     """Swap every quantized linear of a float32 transformers model for the reference, in place.
 
-    Layers are stored under `stored_prefix` + x and are modules `module_prefix` + x. `serving` says what modality each
-    token has; None: not known.
+    Layers are stored under `stored_prefix` + x and are modules `module_prefix` + x. One sequence at a time.
     """
-    serving = serving or TokenRows(checkpoint.spec.any_row)
-    for name in checkpoint.spec.layers:
+    step = StepRows(checkpoint.spec, by_modality)
+    model.get_input_embeddings().register_forward_pre_hook(step.see)
+    for name, layer in checkpoint.spec.layers.items():
         module = module_prefix + name.removeprefix(stored_prefix)
         bias = model.get_submodule(module).bias
-        model.set_submodule(module, ReferenceLinear(checkpoint.layer(name), bias, serving))
+        model.set_submodule(module, ReferenceLinear(checkpoint.layer(name), bias, step, layer.fixed_row))
     return model.eval()
 
 
-def reference_thinker(source: Path, checkpoint: Checkpoint) -> nn.Module:
+def reference_thinker(source: Path, checkpoint: Checkpoint, by_modality: bool = True) -> nn.Module:
     """The float32 thinker of the Qwen2.5-Omni in `source`, its quantized linears swapped for the reference."""
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    return swap_linears(model, checkpoint, "thinker.")
+    return swap_linears(model, checkpoint, "thinker.", by_modality=by_modality)

@@ -88,7 +88,7 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
     for layer, module in layers.items():
         bias = served.get_submodule(module).bias
         served.set_submodule(module, ServedLinear(checkpoint.layer(layer), bias, serving, torch.device("cpu")))
-    swap_linears(reference, checkpoint, *prefixes, serving=serving)
+    swap_linears(reference, checkpoint, *prefixes)
     samples = build_samples(
         source,
         load_conversations(data),

@@ -33,7 +33,7 @@ def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Note input, output and, inside the op, the codes of every quantized layer's first call; call to stop."""
+    """Note input, rows, output and, inside the op, codes of every quantized layer's first call; call to stop."""
     from morphoquant_vllm.linear_method import MorphoQuantLinearMethod
     from morphoquant_vllm.numerics import linear as definition
 
@@ -53,6 +53,8 @@ def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callabl
     def before(name: str, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         running.append(name)
         captured.setdefault(f"{name}.x", inputs[0].clone())
+        rows = layer.quant_method.token_rows(layer, inputs[0])[: inputs[0].shape[0]]
+        captured.setdefault(f"{name}.modality", rows.clone())
 
     def after(name: str, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         running.pop()

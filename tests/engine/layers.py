@@ -33,10 +33,11 @@ def assert_layers_are_the_reference(
     assert {name for layer in layers for name in stored_shards(layer, prefix)} == set(checkpoint.spec.layers)
     for layer in layers:
         x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
+        modality = result["captured"][f"{layer}.modality"]
         assert x.dtype is y.dtype is dtype
         shards = [checkpoint.layer(name) for name in stored_shards(layer, prefix)]
         activation, weight = activation_of(shards[0]), weight_of(*shards)
-        rows = token_rows(x, torch.full((x.shape[0],), checkpoint.spec.any_row, dtype=torch.int32), activation)
+        rows = token_rows(x, modality, activation)
         expected = act_quant(x, rows, activation)
         assert torch.equal(codes, expected), layer
         bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else None

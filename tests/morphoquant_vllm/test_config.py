@@ -73,14 +73,35 @@ def test_fused_experts_are_refused_by_name(config: MorphoQuantConfig) -> None:
         config.get_quant_method(layer, "model.layers.0.mlp.experts")
 
 
-def test_embeddings_and_heads_are_left_alone(config: MorphoQuantConfig) -> None:
+def test_embeddings_stay_16_bit_and_tell_the_bus_their_tokens(config: MorphoQuantConfig) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "") is None
+    # lm_head never switches; it is dispatched by type, since its prefix may be empty.
+    assert config.get_quant_method(ParallelLMHead.__new__(ParallelLMHead), "") is None
+    method = config.get_quant_method(VocabParallelEmbedding.__new__(VocabParallelEmbedding), "")
+    assert isinstance(method, UnquantizedEmbeddingMethod)
+    assert method.bus is config.modality_bus()
+
+
+def test_a_copy_of_the_config_has_a_bus_of_its_own(config: MorphoQuantConfig) -> None:
+    bus = config.modality_bus()
+    assert config.modality_bus() is bus
+    assert pickle.loads(pickle.dumps(config)).modality_bus() is not bus
 
 
 def test_files_are_checked_before_any_worker_starts(tmp_path: Path) -> None:
     spec = write_random_checkpoint(tmp_path / "checkpoint")
     config = MorphoQuantConfig.from_config(spec.to_dict())
     config.maybe_update_config(str(tmp_path / "checkpoint"))
+    (tmp_path / "checkpoint" / "added_tokens.json").write_text('{"<image>": 1}')
+    with pytest.raises(MorphoQuantError, match="has token 7 for image, but to the tokenizer it is no added token"):
+        config.maybe_update_config(str(tmp_path / "checkpoint"))
+    (tmp_path / "checkpoint" / "added_tokens.json").unlink()
     file_of(tmp_path / "checkpoint", "model.layers.0.mlp.down_proj.weight_codes").unlink()
     with pytest.raises(MorphoQuantError, match="model-0000"):
         config.maybe_update_config(str(tmp_path / "checkpoint"))

@@ -1,6 +1,7 @@
 """Loading into vLLM's own linear layers, one process: what is checked, what is refused, what is computed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,11 @@ def reference(shards: list[dict[str, Tensor]], x: Tensor, row: int) -> Tensor:
     return linear(x, modality, weight_of(*shards), activation_of(shards[0]))
 
 
+def stay_any(layer: torch.nn.Module, spec: QuantizationSpec) -> bool:
+    """Whether the buffer of rows, which no embedding fills here, holds 'any' alone."""
+    return layer.modality.unique().tolist() == [spec.any_row]
+
+
 def held(x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return is_massive(x, tensors["massive_channel"], tensors["massive_low"], tensors["massive_high"])
 
@@ -78,10 +84,70 @@ class TestFusedLayer:
         x = torch.randn(20, K, generator=torch.Generator().manual_seed(1)) * 2
         assert 0 < int(held(x, shards[0]).sum()) < 20
         y, _ = layer(x)
+        assert stay_any(layer, spec)
         assert torch.equal(y, reference(shards, x, spec.any_row))
         nested, _ = layer(x.view(1, 20, K))
         assert torch.equal(nested[0], y)
         assert not list(layer.named_parameters()), "the canonical parameters are gone, no second copy stays"
+
+    def test_each_token_takes_the_row_that_the_buffer_names(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(2))
+        rows = torch.arange(20, dtype=torch.int32) % (len(spec.rows) - 1)
+        layer.modality[:20] = rows
+        y, _ = layer(x)
+        assert torch.equal(y, linear(x, rows, weight_of(*shards), activation_of(shards[0])))
+        layer.modality.fill_(spec.any_row)
+        assert not torch.equal(y, layer(x)[0])
+
+    def test_a_step_longer_than_the_buffer_takes_any(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        layer.modality.zero_()
+        longer = layer.modality.numel() + 1
+        x = torch.randn(longer, K, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(layer(x)[0], reference(shards, x, spec.any_row))
+        assert torch.equal(layer(x[1:])[0], reference(shards, x[1:], 0))
+
+    def test_a_fixed_row_serves_any_number_of_tokens(self) -> None:
+        """Towers get images of more patches than a step has tokens."""
+        layers = {name: replace(layer, fixed_row="image") for name, layer in specification().layers.items()}
+        spec = QuantizationSpec(layers=layers)
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        assert not hasattr(layer, "modality")
+        for tokens in (1, 7, 5000):
+            x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(tokens))
+            assert torch.equal(layer(x)[0], reference(shards, x, spec.rows.index("image")))
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_a_layer_that_is_fused_in_the_file_is_cut_as_vllm_cuts_it(
+        self, monkeypatch: pytest.MonkeyPatch, ranks: int
+    ) -> None:
+        """attn.qkv of Qwen2.5-VL's tower: each rank has its heads of q, of k and of v."""
+        from vllm.model_executor.layers import linear as vllm_linear
+
+        spec = QuantizationSpec(layers={"attn.qkv": LayerSpec(K, 3 * K, G, "column", "attn.qkv", fixed_row="image")})
+        full = torch.randn(3 * K, K, generator=torch.Generator().manual_seed(8))
+        (tensors,) = random_group([full], spec.layers["attn.qkv"], spec, torch.tensor(9))
+        config = MorphoQuantConfig(spec)
+        config.packed_modules_mapping = {"qkv": ["qkv"]}
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: ranks)
+        x = torch.randn(6, K, generator=torch.Generator().manual_seed(10))
+        parts = []
+        for rank in range(ranks):
+            monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+            layer = vllm_linear.QKVParallelLinear(K, K // 4, 4, 4, bias=False, quant_config=config, prefix="attn.qkv")
+            for name, tensor in tensors.items():
+                parameter = getattr(layer, name)
+                parameter.weight_loader(parameter, tensor)
+            layer.quant_method.process_weights_after_loading(layer)
+            parts.append(layer(x)[0].unflatten(1, (3, -1)))
+        expected = reference([tensors], x, spec.rows.index("image"))
+        assert torch.equal(torch.cat(parts, 2).flatten(1), expected)
 
     @pytest.mark.parametrize("tensor", INPUT_TENSORS)
     def test_unequal_shards_are_refused_by_name(self, tensor: str) -> None:

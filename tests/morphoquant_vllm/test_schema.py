@@ -68,13 +68,26 @@ def test_an_older_version_is_refused_with_the_remedy() -> None:
         QuantizationSpec.from_dict(config)
 
 
-def test_placeholder_of_an_unknown_row() -> None:
-    with pytest.raises(MorphoQuantError, match="unknown row 'smell'"):
-        QuantizationSpec(layers={"a.down": LAYER}, placeholder_token_ids={"smell": (3,)})
+def test_a_fixed_row_is_a_modalitys_and_stands_in_the_file_only_where_there_is_one() -> None:
+    tower = LayerSpec(**{**vars(LAYER), "shared_input": "tower.down", "fixed_row": "image"})
+    spec = QuantizationSpec(layers={"a.down": LAYER, "tower.down": tower})
+    stored = spec.to_dict()["layers"]
+    assert stored["tower.down"]["fixed_row"] == "image" and "fixed_row" not in stored["a.down"]
+    assert QuantizationSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    for row in ("massive", "smell"):
+        with pytest.raises(MorphoQuantError, match=f"tower.down: fixed_row '{row}' is no modality's row"):
+            QuantizationSpec(layers={"tower.down": LayerSpec(**{**vars(tower), "fixed_row": row})})
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("in_features", 256), ("group_size", 64), ("parallel", "row"), ("scale_scheme", "two_level")]
+    ("setting", "value"),
+    [
+        ("in_features", 256),
+        ("group_size", 64),
+        ("parallel", "row"),
+        ("scale_scheme", "two_level"),
+        ("fixed_row", "image"),
+    ],
 )
 def test_shards_must_agree_on_what_they_share(setting: str, value: object) -> None:
     layers = layer_specs(1)

@@ -1,0 +1,108 @@
+"""Which row a token id gets, and which tables are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibration.placeholders import token_rows
+from morphoquant_vllm.checkpoint import verify_checkpoint
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.token_table import added_token_ids, check_token_table, row_table
+
+LAYERS = {"a": LayerSpec(64, 32, 32, "column", "a")}
+
+
+def specification(ids: dict[str, tuple[int, ...]], **settings: Any) -> QuantizationSpec:
+    return QuantizationSpec(layers=LAYERS, placeholder_token_ids=ids, **settings)
+
+
+def test_every_id_has_its_row_and_strange_ones_have_any() -> None:
+    spec = specification({"image": (7, 9), "audio": (3,)})
+    ids = torch.tensor([0, 3, 7, 9, 8, 10, 11, 1000, -1, -7], dtype=torch.int32)
+    rows = row_table(spec, 11)[ids.clamp(-1, 11)]
+    assert rows.dtype is torch.int32
+    names = [spec.rows[row] for row in rows]
+    assert names == ["text", "audio", "image", "image", "text", "text", "any", "any", "any", "any"]
+
+
+def test_serving_takes_the_rows_that_calibration_took() -> None:
+    spec = specification({"image": (7,), "video": (8,), "audio": (3,)})
+    ids = torch.arange(20)
+    assert torch.equal(row_table(spec, 20)[:20], token_rows(ids, spec.placeholder_token_ids, spec.rows))
+
+
+def test_text_without_a_row_of_its_own_has_any() -> None:
+    spec = specification({"image": (1,)}, rows=("image", "any", "massive"))
+    assert row_table(spec, 3).tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({"smell": (3,)}, "unknown row 'smell'; known: .*'audio', 'any'"),
+        ({"massive": (3,)}, "unknown row 'massive'"),
+        ({"image": (3,), "video": (3,)}, "token 3 in 'video', but it is in 'image' too"),
+        ({"image": (-1,)}, "token -1 in 'image', but it is negative"),
+    ],
+)
+def test_tables_that_cannot_be_right_are_refused(ids: dict[str, tuple[int, ...]], expected: str) -> None:
+    with pytest.raises(MorphoQuantError, match=expected):
+        specification(ids)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"image_token_id": 8}, "has image token 8, but .* has no such token"),
+        ({"thinker_config": {"audio_token_index": 7}}, "has audio token 7, but .* has it under 'image'"),
+        ({"image_token_id": 7, "video_token_id": 11}, "has video token 11, but .* has no such token"),
+    ],
+)
+def test_a_table_of_another_model_is_refused(tmp_path: Path, config: dict[str, Any], expected: str) -> None:
+    with pytest.raises(MorphoQuantError, match=f"^{tmp_path}: config.json {expected}.*calibrate again"):
+        check_token_table(tmp_path, config, specification({"image": (7,)}))
+
+
+@pytest.mark.parametrize(
+    ("config", "ids"),
+    [
+        ({"thinker_config": {"image_token_index": 7, "text_config": {"image_token_id": None}}}, {"image": (7,)}),
+        # Two media under one token: whichever row it has serves both.
+        ({"image_token_id": 7, "video_token_id": 7}, {"image": (7,)}),
+        ({"image_token_id": 7}, {"any": (7,)}),
+        # Without a table every token is 'any'.
+        ({"image_token_id": 7}, {}),
+        ({"quantization_config": {"image_token_id": 8}}, {"image": (7,)}),
+    ],
+)
+def test_fitting_tables_pass(tmp_path: Path, config: dict[str, Any], ids: dict[str, tuple[int, ...]]) -> None:
+    check_token_table(tmp_path, config, specification(ids))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 7, "content": "<image>"}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<image>"}}}),
+        ("added_tokens.json", {"<image>": 7}),
+    ],
+)
+def test_a_placeholder_is_an_added_token(tmp_path: Path, file: str, content: dict[str, Any]) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    assert added_token_ids(tmp_path) == {7}
+    check_token_table(tmp_path, {}, specification({"image": (7,)}))
+    with pytest.raises(MorphoQuantError, match="has token 5 for audio, but to the tokenizer it is no added token"):
+        check_token_table(tmp_path, {}, specification({"image": (7,), "audio": (5,)}))
+    (tmp_path / file).write_text("{")
+    with pytest.raises(MorphoQuantError, match=f"{file}: cannot be read as JSON"):
+        check_token_table(tmp_path, {}, specification({"image": (7,)}))
+
+
+def test_verify_refuses_it_too(checkpoint: Path) -> None:
+    (checkpoint / "added_tokens.json").write_text(json.dumps({"<image>": 7}))
+    with pytest.raises(MorphoQuantError, match="token 8 for audio"):
+        verify_checkpoint(checkpoint)
