@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
 
     from benchmarks.accuracy import job as jobs
     from benchmarks.accuracy import language, omni, report
-    from benchmarks.accuracy.methods import METHODS, choose
+    from benchmarks.accuracy.methods import choose, known_methods
     from benchmarks.accuracy.settings import Settings, parse_calibration
     from benchmarks.accuracy.summary import summarize
     from benchmarks.accuracy.texts import EVALUATION
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
         given["calibration"] = parse_calibration(given["calibration"])
     settings = Settings(**given)
     settings.check()
-    methods = choose("method", _names(arguments.methods), METHODS)
+    methods = choose("method", _names(arguments.methods), known_methods(arguments.command))
     if arguments.command == "language":
         wanted = choose("text", _names(arguments.texts), EVALUATION)
         job = language.prepare(settings)

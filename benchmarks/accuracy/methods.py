@@ -68,6 +68,7 @@ METHODS: dict[str, Method] = {
     "served-budget-1": Served(recipe={"escape_budget": 0.01}),
     "served-budget-5": Served(recipe={"escape_budget": 0.05}),
     "served-no-massive-row": Served(recipe={"massive_row": False}),
+    "served-no-modality-rows": Served(recipe={"modality_rows": False}),
     "served-no-regression": Served(recipe={"regression": False}),
     "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),
     # The reference's mask and range search in the place of the budgeted one, and its mask without its search.
@@ -76,6 +77,15 @@ METHODS: dict[str, Method] = {
     "served-g64": Served(recipe={"group_size": 64}),
     "served-two-level": Served(recipe={"scale_levels": 16}),
 }
+
+
+# With one modality there are no rows of modalities.
+OMNI_ONLY = ("served-no-modality-rows",)
+
+
+def known_methods(benchmark: str) -> list[str]:
+    """Names of the methods that a benchmark has."""
+    return [name for name in METHODS if benchmark == "omni" or name not in OMNI_ONLY]
 
 
 def choose(kind: str, wanted: Iterable[str] | None, known: Iterable[str]) -> list[str]:
