@@ -18,7 +18,11 @@ from benchmarks.server import ServerError, exit_on_signals, serve
 QUESTION = "What is the capital of France? Answer in one sentence."
 WINDOW_TOKENS, WINDOWS = 512, 3
 # Fewer samples than the defaults: the demo is to end in minutes on two cores.
-CALIBRATION_SAMPLES, SAMPLE_TOKENS = 16, 8192
+CALIBRATION_WINDOWS, SAMPLE_TOKENS = 14, 8192
+# Characters of a window of the manual, on average a little more than WINDOW_TOKENS.
+WINDOW_CHARACTERS = 2400
+# What a chat looks like to the model: its template's first token is massive, and no manual begins with it.
+CHAT = Path(__file__).with_name("chat.jsonl")
 SERVE_ARGUMENTS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager")
 
 
@@ -29,14 +33,14 @@ def step(text: str) -> None:
 def calibrate(model: Path, work: Path) -> Path:
     """Run the console command as a user would."""
     data = work / "python-reference.txt"
-    data.write_text(texts.python_topics()[0], encoding="utf-8")
+    data.write_text(texts.excerpts(texts.python_topics()[0], CALIBRATION_WINDOWS, WINDOW_CHARACTERS), encoding="utf-8")
     output = work / "SmolLM2-135M-Instruct-MorphoQuant"
     command = [
         str(Path(sys.executable).with_name("morphoquant")),
         "calibrate",
         str(model),
-        *("--data", str(data), "--output", str(output), "--overwrite"),
-        *("--max-samples", str(CALIBRATION_SAMPLES), "--sample-tokens", str(SAMPLE_TOKENS)),
+        *("--data", str(data), "--data", os.path.relpath(CHAT), "--output", str(output)),
+        *("--overwrite", "--sample-tokens", str(SAMPLE_TOKENS)),
     ]
     print("$ " + " ".join(["morphoquant", *command[1:]]), flush=True)
     subprocess.run(command, check=True)

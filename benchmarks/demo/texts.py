@@ -22,6 +22,14 @@ def python_topics() -> tuple[str, str]:
     return _join(topics[name] for name in names[:cut]), _join(topics[name] for name in names[cut:])
 
 
+def excerpts(text: str, count: int, size: int) -> str:
+    """`count` excerpts of `size` characters, evenly spaced over `text` in its order; all of a short one."""
+    if len(text) <= count * size:
+        return text
+    stride = (len(text) - size) / max(1, count - 1)
+    return _join(text[round(index * stride) :][:size] for index in range(count))
+
+
 def torch_documentation() -> str:
     """The docstrings of torch.nn's classes."""
     from torch import nn
