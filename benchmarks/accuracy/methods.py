@@ -69,6 +69,8 @@ METHODS: dict[str, Method] = {
     "served-budget-5": Served(recipe={"escape_budget": 0.05}),
     "served-no-massive-row": Served(recipe={"massive_row": False}),
     "served-no-modality-rows": Served(recipe={"modality_rows": False}),
+    "served-budget-0.5-no-modality-rows": Served(recipe={"escape_budget": 0.005, "modality_rows": False}),
+    "served-no-mask-no-modality-rows": Served(recipe={"escape_budget": 0.0, "modality_rows": False}),
     "served-no-regression": Served(recipe={"regression": False}),
     "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),
     # The reference's mask and range search in the place of the budgeted one, and its mask without its search.
@@ -80,7 +82,7 @@ METHODS: dict[str, Method] = {
 
 
 # With one modality there are no rows of modalities.
-OMNI_ONLY = ("served-no-modality-rows",)
+OMNI_ONLY = ("served-no-modality-rows", "served-budget-0.5-no-modality-rows", "served-no-mask-no-modality-rows")
 
 
 def known_methods(benchmark: str) -> list[str]:
