@@ -79,7 +79,8 @@ def _watch_towers(model: torch.nn.Module, seen: dict[str, list[list[float]]]) ->
     """Note what the image and the audio tower make of the first medium that they are given."""
 
     def after(name: str, tower: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        tensor = output[0] if isinstance(output, (tuple, list)) else output
+        # The audio tower is transformers' own.
+        tensor = getattr(output, "last_hidden_state", output)
         seen.setdefault(name, tensor.float().flatten(0, -2).tolist())
 
     for name in ("visual", "audio_tower"):
