@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from tests import tiny_models
-from tests.reference_model import Checkpoint
-from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data
+from tests.differing_rows import write_differing_rows
+from tests.engine.rows import AUDIO, IMAGE, QUESTION, REPOSITORY, VIDEO, reference_logprobs
+from tests.reference_model import Checkpoint, reference_thinker
+from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data, write_video
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT_PROMPT = list(range(20, 60))
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True}
 
@@ -181,3 +183,52 @@ def engines(
         }
     )
     return started
+
+
+@pytest.fixture(scope="session")
+def rows_checkpoint(omni_checkpoint: Path) -> Path:
+    return write_differing_rows(omni_checkpoint, omni_checkpoint.with_name("differing rows"))
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Text; two images and a sound; a video beside a sound; a video with its sound woven in."""
+    directory = tmp_path_factory.mktemp("rows media")
+    for index in range(2):
+        (directory / f"image{index}.png").write_bytes(image_bytes(20 + index))
+    for index, seconds in enumerate((1.5, 1.0, 4.5)):
+        (directory / f"sound{index}.wav").write_bytes(sound_bytes(30 + index, seconds))
+    write_video(directory / "video.mp4", 41)
+
+    def files(*names: str) -> list[str]:
+        return [str(directory / name) for name in names]
+
+    filler = "The user asks the assistant a question and the assistant answers the user. "
+    return [
+        {"prompt": filler * 12},
+        {
+            "prompt": f"{IMAGE}Describe the picture.{AUDIO}What can you hear?{IMAGE}" + filler * 6,
+            "media": {"image": files("image0.png", "image1.png"), "audio": files("sound0.wav")},
+        },
+        {
+            "prompt": f"The video shows {VIDEO} what? {AUDIO}",
+            "media": {"video": files("video.mp4"), "audio": files("sound1.wav")},
+        },
+        {
+            "prompt": f"In this {VIDEO}what can you hear?",
+            "media": {"video": files("video.mp4"), "audio": files("sound2.wav")},
+            "mm_processor_kwargs": {"use_audio_in_video": True},
+        },
+    ]
+
+
+@pytest.fixture(scope="session")
+def by_modality(omni_source: Path, rows_checkpoint: Path, prompts: list[dict[str, Any]]) -> torch.Tensor:
+    model = reference_thinker(omni_source, Checkpoint(rows_checkpoint))
+    return reference_logprobs(model, omni_source, prompts[QUESTION])
+
+
+@pytest.fixture(scope="session")
+def by_any(omni_source: Path, rows_checkpoint: Path, prompts: list[dict[str, Any]]) -> torch.Tensor:
+    model = reference_thinker(omni_source, Checkpoint(rows_checkpoint), by_modality=False)
+    return reference_logprobs(model, omni_source, prompts[QUESTION])

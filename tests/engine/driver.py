@@ -75,6 +75,20 @@ def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callabl
     return stop
 
 
+def _watch_towers(model: torch.nn.Module, seen: dict[str, list[list[float]]]) -> None:
+    """Note what the image and the audio tower make of the first medium that they are given."""
+
+    def after(name: str, tower: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        # The audio tower is transformers' own.
+        tensor = getattr(output, "last_hidden_state", output)
+        seen.setdefault(name, tensor.float().flatten(0, -2).tolist())
+
+    for name in ("visual", "audio_tower"):
+        tower = getattr(model, name, None)
+        if tower is not None:
+            tower.register_forward_hook(partial(after, name))
+
+
 def _linear_methods(model: torch.nn.Module) -> dict[str, str]:
     return {
         name: type(module.quant_method).__name__
@@ -107,6 +121,8 @@ def run(job: dict[str, Any]) -> None:
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
         result["methods"] = _linear_methods(model)
         stop = _watch(model, captured) if job.get("capture") else None
+        result["towers"] = {}
+        _watch_towers(model, result["towers"])
     sampling = SamplingParams(max_tokens=job.get("max_tokens", 8), temperature=0, logprobs=1, prompt_logprobs=0)
     outputs = llm.generate([_prompt(prompt) for prompt in job["prompts"]], sampling, use_tqdm=False)
     if stop is not None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from morphoquant_vllm.numerics.activation import escapes
 from morphoquant_vllm.numerics.weights import dequantize_weight
@@ -74,6 +76,38 @@ def test_only_the_listed_layers_are_quantized(engines: Engines, checkpoint: Chec
     quantized = {name for name, method in methods.items() if method == "MorphoQuantLinearMethod"}
     assert {shard for name in quantized for shard in stored_shards(name, STORED_PREFIX)} == set(checkpoint.spec.layers)
     assert any(name.startswith("visual") for name in methods), "the vision tower is there, in 16 bit"
+
+
+@pytest.fixture(scope="module")
+def sixteen_bit_towers(omni_source: Path, media: dict[str, Path], media_text: str) -> dict[str, Tensor]:
+    """What the source model's towers make of the question's image and sound."""
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(omni_source, dtype=torch.float32).eval()
+    seen: dict[str, Tensor] = {}
+    for name in ("visual", "audio_tower"):
+        tower = model.get_submodule(name)
+        tower.register_forward_hook(lambda tower, inputs, output, name=name: seen.__setitem__(name, output))
+    inputs = AutoProcessor.from_pretrained(omni_source)(
+        text=[media_text],
+        images=[Image.open(media["image"]).convert("RGB")],
+        audio=[soundfile.read(media["audio"], dtype="float32")[0]],
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        model(**inputs)
+    return {"visual": seen["visual"].pooler_output, "audio_tower": seen["audio_tower"].last_hidden_state}
+
+
+@pytest.mark.parametrize("tower", ["visual", "audio_tower"], ids=["an image", "a sound"])
+def test_nothing_is_quantized_before_it_reaches_the_decoder(
+    engines: Engines, sixteen_bit_towers: dict[str, Tensor], tower: str
+) -> None:
+    """Wrongly quantized encoders are the worst failure of omni models seen in the field."""
+    result, expected = engines.results["eager"], sixteen_bit_towers[tower]
+    methods = {method for name, method in result["methods"].items() if name.startswith(f"{tower}.")}
+    assert methods and not any("Morpho" in method for method in methods)
+    served = torch.tensor(result["towers"][tower])
+    assert served.shape == expected.shape and float(expected.std()) > 0.1
+    torch.testing.assert_close(served, expected, atol=SAME_NUMERICS, rtol=0)
 
 
 def test_a_plain_model_is_untouched_by_the_installed_plugin(engines: Engines, llama_source: Path) -> None:
