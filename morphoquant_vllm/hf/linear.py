@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..numerics.activation import activation_record
 from ..numerics.exact import linear_exact
 from ..numerics.linear import linear, weight_record
-from ..schema import INPUT_TENSORS, LayerSpec, QuantizationSpec, check_values, tensor_specs
+from ..schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, check_values, tensor_specs
 
 
 @dataclass
@@ -58,7 +58,7 @@ class MorphoQuantLinear(nn.Module):
 
     def check(self) -> None:
         """MorphoQuantError naming the layer where loaded values break a rule of the format."""
-        tensors = {tensor: getattr(self, tensor) for tensor in self.tensors}
+        tensors = {tensor: self.get_buffer(tensor) for tensor in self.tensors}
         if not any(tensor.is_meta for tensor in tensors.values()):
             parallel = self.spec.layers[self.name].parallel
             check_values(self.name, tensors, self.spec.any_row, parallel=parallel, blocks=self.spec.tensor_parallel)
@@ -69,7 +69,7 @@ class MorphoQuantLinear(nn.Module):
         rows = self.mode.token_rows
         if rows is None or rows.numel() != flat.shape[0]:
             rows = torch.full(flat.shape[:1], self.mode.row, dtype=torch.int32, device=x.device)
-        activation = activation_record(*(getattr(self, name) for name in INPUT_TENSORS))
-        weight = weight_record(self.weight_codes, self.weight_scale, self.absorbed_bias)
+        activation = activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
+        weight = weight_record(*(self.get_buffer(name) for name in OUTPUT_TENSORS))
         compute = linear_exact if self.mode.exact else linear
         return compute(flat, rows.to(x.device), weight, activation, self.bias).view(*x.shape[:-1], -1)

@@ -41,7 +41,7 @@ def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | N
 
 
 def modality_rows(input_ids: Tensor, spec: QuantizationSpec) -> Tensor:
-    """Row of each token, int32, flat: a placeholder's modality, "text" for other ids ("any" where there is no such row)."""
+    """Row of each token, int32, flat: a placeholder's modality, "text" (or "any") for all other ids."""
     other = spec.rows.index("text") if "text" in spec.rows else spec.any_row
     rows = torch.full_like(input_ids, other, dtype=torch.int32)
     for name, tokens in spec.placeholder_token_ids.items():

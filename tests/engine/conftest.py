@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from benchmarks.server import Server, serve
 from tests import tiny_models
 from tests.reference_model import Checkpoint
 from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data
@@ -20,6 +23,14 @@ from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT_PROMPT = list(range(20, 60))
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True}
+SERVER_ARGUMENTS = (
+    "--dtype=float32",
+    "--max-model-len=1024",
+    "--max-num-seqs=4",
+    '--limit-mm-per-prompt={"image":2,"audio":1,"video":1}',
+    "--enforce-eager",
+    "--quantization=morphoquant",
+)
 
 
 def command(name: str) -> str:
@@ -181,3 +192,15 @@ def engines(
         }
     )
     return started
+
+
+@pytest.fixture(scope="session")
+def server(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`vllm serve` on the omni checkpoint, started once for every test that asks it."""
+    with serve(omni_checkpoint, tmp_path_factory.mktemp("serve") / "serve.log", SERVER_ARGUMENTS) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.openai_url, api_key="none", timeout=120, max_retries=0)
