@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from calibration.architectures import Architecture
 from calibration.collect import InputCollector, SampleCollector, run_observed
+from calibration.distributions import observe
 from calibration.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.massive import candidates
 from calibration.model import BlockInput
@@ -30,6 +31,8 @@ class BlockResult:
     count: int
     layers: dict[str, QuantizedLayer]
     loss: float | None
+    # What is kept of each input's distribution, by the input's name.
+    distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -65,6 +68,7 @@ def calibrate_blocks(
             [row[entry.positions] == len(spec.rows) - 1 for row, entry in zip(rows, inputs, strict=True)]
         )
         finished: dict[str, QuantizedLayer] = {}
+        distributions = {}
         for shards, layers in shards_of.items():
             collector = InputCollector(layers[0])
             for entry, row in zip(inputs, rows, strict=True):
@@ -76,13 +80,17 @@ def calibrate_blocks(
             for shard, layer in zip(shards, layers, strict=True):
                 _replace(block, shard, quantized[layer], serving)
             finished |= quantized
+            distributions[spec.layers[layers[0]].shared_input] = observe(
+                sample, tokens, quantized[layers[0]].tensors, spec
+            )
         for entry, row in zip(inputs, rows, strict=True):
             serving.modality = entry.modality
             entry.served = _run(block, index, entry, entry.served, {}, row)
             entry.arguments[index] = {}
         blocks[index] = nn.Identity()
         errors = [layer.record.output_error for layer in finished.values()]
-        yield BlockResult(index, len(blocks), finished, sum(errors) / len(errors) if errors else None)
+        loss = sum(errors) / len(errors) if errors else None
+        yield BlockResult(index, len(blocks), finished, loss, distributions)
 
 
 def _run_16bit(

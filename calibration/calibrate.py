@@ -60,14 +60,14 @@ def calibrate(
             rows=spec.rows,
         )
         try:
-            quantized, report = _quantize(source, architecture, spec, samples, recipe, on_block)
+            quantized, report, distributions = _quantize(source, architecture, spec, samples, recipe, on_block)
         except torch.OutOfMemoryError as error:
             raise MorphoQuantError(
                 f"{source.directory}: the GPU has too little free memory for it with dtype {recipe.dtype}; "
                 "pass --dtype bfloat16 or --device cpu, or use fewer or shorter samples"
             ) from error
         with clear_write_errors(Path(output), source.directory):
-            write_checkpoint(directory, source, spec, quantized, recipe.shard_size, report)
+            write_checkpoint(directory, source, spec, quantized, recipe.shard_size, report, distributions)
     return report
 
 
@@ -78,8 +78,8 @@ def _quantize(
     samples: Sequence[Sample],
     recipe: Recipe,
     on_block: Callable[[BlockResult], None] | None,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Every layer's tensors, and the report."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Every layer's tensors, the report, and what is kept of every input's distribution."""
     tokens = choose_tokens(
         [sample.modality for sample in samples], recipe.sample_tokens, recipe.modality_balance, recipe.seed
     )
@@ -90,6 +90,7 @@ def _quantize(
     del model
     quantized: dict[str, dict[str, Tensor]] = {}
     records: dict[str, LayerRecord] = {}
+    distributions: dict[str, dict[str, Tensor]] = {}
     for result in calibrate_blocks(
         blocks,
         inputs,
@@ -102,10 +103,11 @@ def _quantize(
     ):
         quantized |= {name: layer.tensors for name, layer in result.layers.items()}
         records |= {name: layer.record for name, layer in result.layers.items()}
+        distributions |= result.distributions
         if on_block is not None:
             on_block(result)
     inputs.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     report = make_report(recipe, spec, records, len(samples), tokens.counts)
-    return quantized, report
+    return quantized, report, distributions

@@ -1,4 +1,4 @@
-"""The command `morphoquant`: calibrate, inspect, verify."""
+"""The command `morphoquant`: calibrate, inspect, report, verify."""
 
 from __future__ import annotations
 
@@ -155,6 +155,26 @@ def inspect(
         typer.echo(json.dumps(inspect_data(directory), indent=2))
         return
     Console().print(inspect_table(directory))
+
+
+@app.command()
+def report(
+    directory: Directory,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The HTML file (default: DIR's name with -report.html, here).")
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", help="Pattern of layers to draw channel by channel; may be repeated (default: six)."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Write one self-contained HTML page: distributions, grids, escapes, errors, sizes, settings."""
+    from calibration.page.render import write_page
+
+    place = output or Path(f"{directory.resolve().name}-report.html")
+    content = write_page(directory, place, layer or (), overwrite=overwrite)
+    typer.echo(f"{place}: {len(content.inputs)} inputs, {len(content.chosen)} drawn channel by channel")
 
 
 @app.command()

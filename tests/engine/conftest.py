@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from openai import OpenAI
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from benchmarks.server import Server, serve
 from tests import tiny_models
 from tests.differing_rows import write_differing_rows
 from tests.engine.rows import AUDIO, IMAGE, QUESTION, REPOSITORY, VIDEO, reference_logprobs
@@ -22,6 +25,14 @@ from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration
 
 TEXT_PROMPT = list(range(20, 60))
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True}
+SERVER_ARGUMENTS = (
+    "--dtype=float32",
+    "--max-model-len=1024",
+    "--max-num-seqs=4",
+    '--limit-mm-per-prompt={"image":2,"audio":1,"video":1}',
+    "--enforce-eager",
+    "--quantization=morphoquant",
+)
 
 
 def command(name: str) -> str:
@@ -232,3 +243,15 @@ def by_modality(omni_source: Path, rows_checkpoint: Path, prompts: list[dict[str
 def by_any(omni_source: Path, rows_checkpoint: Path, prompts: list[dict[str, Any]]) -> torch.Tensor:
     model = reference_thinker(omni_source, Checkpoint(rows_checkpoint), by_modality=False)
     return reference_logprobs(model, omni_source, prompts[QUESTION])
+
+
+@pytest.fixture(scope="session")
+def server(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`vllm serve` on the omni checkpoint, started once for every test that asks it."""
+    with serve(omni_checkpoint, tmp_path_factory.mktemp("serve") / "serve.log", SERVER_ARGUMENTS) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.openai_url, api_key="none", timeout=120, max_retries=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,6 @@ pytestmark = pytest.mark.slow
 
 # vLLM and transformers sum in another order; the issue allows this much in float32.
 LOGPROB_TOLERANCE = 1e-3
-ARGUMENTS = (
-    "--dtype=float32",
-    "--max-model-len=1024",
-    "--max-num-seqs=4",
-    '--limit-mm-per-prompt={"image":2,"audio":1,"video":1}',
-    "--enforce-eager",
-    "--quantization=morphoquant",
-)
-
-
-@pytest.fixture(scope="module")
-def server(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(omni_checkpoint, tmp_path_factory.mktemp("serve") / "serve.log", ARGUMENTS) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=server.openai_url, api_key="none", timeout=120, max_retries=0)
 
 
 @pytest.fixture(scope="module")

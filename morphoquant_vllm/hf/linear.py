@@ -1,0 +1,75 @@
+"""A quantized linear as a module of transformers: a checkpoint's tensors as buffers, the torch reference as forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..numerics.activation import activation_record
+from ..numerics.exact import linear_exact
+from ..numerics.linear import linear, weight_record
+from ..schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, check_values, tensor_specs
+
+
+@dataclass
+class Mode:
+    """How the quantized linears of one model compute; they share the object. `settings.configure` changes it."""
+
+    # Index of the row that serves a token of unknown modality.
+    row: int
+    # Whether what escapes the 4-bit grid bypasses it, unrounded.
+    exact: bool = False
+    # Row of every token of the running forward pass, int32 [tokens]; None where one row serves all.
+    token_rows: Tensor | None = None
+    # What watches the tokens, while anything does.
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+class MorphoQuantLinear(nn.Module):
+    """One quantized linear. Its buffers keep the format's dtypes, whatever the model is cast to."""
+
+    def __init__(self, name: str, layer: LayerSpec, spec: QuantizationSpec, mode: Mode) -> None:
+        super().__init__()
+        self.name, self.spec, self.mode = name, spec, mode
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.tensors = tuple(tensor_specs(layer, len(spec.rows), spec.tensor_parallel))
+        for tensor, want in tensor_specs(layer, len(spec.rows), spec.tensor_parallel).items():
+            self.register_buffer(tensor, torch.empty(want.shape, dtype=want.dtype))
+        # In the model's dtype, as vLLM adds it.
+        self.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if layer.bias else None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MorphoQuantLinear:
+        """Follow the model to another device, but not to another dtype: the buffers' are the format's."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def check(self) -> None:
+        """MorphoQuantError naming the layer where loaded values break a rule of the format."""
+        tensors = {tensor: self.get_buffer(tensor) for tensor in self.tensors}
+        if not any(tensor.is_meta for tensor in tensors.values()):
+            parallel = self.spec.layers[self.name].parallel
+            check_values(self.name, tensors, self.spec.any_row, parallel=parallel, blocks=self.spec.tensor_parallel)
+
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
+        """y [..., N] of x [..., K], in its dtype."""
+        flat = x.reshape(-1, x.shape[-1])
+        rows = self.mode.token_rows
+        if rows is None or rows.numel() != flat.shape[0]:
+            rows = torch.full(flat.shape[:1], self.mode.row, dtype=torch.int32, device=x.device)
+        activation = activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
+        weight = weight_record(*(self.get_buffer(name) for name in OUTPUT_TENSORS))
+        compute = linear_exact if self.mode.exact else linear
+        return compute(flat, rows.to(x.device), weight, activation, self.bias).view(*x.shape[:-1], -1)

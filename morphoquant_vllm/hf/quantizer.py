@@ -1,0 +1,135 @@
+"""The quantizer that transformers' `from_pretrained` runs where config.json names quant_method 'morphoquant'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint import check_headers
+from ..errors import MorphoQuantError
+from ..schema import QUANT_METHOD, QuantizationSpec, stored_name
+from .linear import Mode, MorphoQuantLinear
+
+
+@register_quantization_config(QUANT_METHOD)
+class MorphoQuantHfConfig(QuantizationConfigMixin):
+    """The quantization_config of a checkpoint; MorphoQuantError where it is not one this version knows."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.spec = QuantizationSpec.from_dict({"quant_method": QUANT_METHOD, **config})
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.spec.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class MorphoQuantHfQuantizer(HfQuantizer):
+    """Swaps the listed linears for MorphoQuantLinear before the weights are loaded, and checks them afterwards."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: MorphoQuantHfConfig, **arguments: Any) -> None:
+        super().__init__(quantization_config, **arguments)
+        # Checkpoints always are. But where this is true, transformers leaves every tensor whose name it changes (all
+        # of a thinker's) in the file's dtype and ignores the one asked for.
+        self.pre_quantized = False
+
+    def validate_environment(self, *arguments: Any, device_map: Any = None, **others: Any) -> None:
+        if "mps" in str(device_map):
+            raise MorphoQuantError("device_map: the torch reference needs float64, which 'mps' lacks; use 'cpu'")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **others: Any
+    ) -> None:
+        spec: QuantizationSpec = self.quantization_config.spec
+        if not checkpoint_files:
+            raise MorphoQuantError("a MorphoQuant model is loaded from its checkpoint directory, not from a state_dict")
+        # transformers reports a missing tensor in its log, and goes on with random numbers in its place.
+        check_headers(Path(checkpoint_files[0]).parent, spec)
+        mode = Mode(spec.any_row)
+        for name, module in _module_names(model, spec).items():
+            layer = spec.layers[name]
+            _check_linear(name, model.get_submodule(module), layer.in_features, layer.out_features, layer.bias)
+            # from_pretrained builds the model on the meta device.
+            model.set_submodule(module, MorphoQuantLinear(name, layer, spec, mode))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, MorphoQuantLinear):
+                module.check()
+        return model
+
+    def is_serializable(self) -> NoReturn:
+        """What save_pretrained asks; the answer says why not."""
+        raise MorphoQuantError(
+            "save_pretrained: a MorphoQuant model is not saved back, since transformers renames tensors and rewrites "
+            "the files that the checkpoint carries byte for byte; copy the checkpoint directory instead"
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _module_names(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, str]:
+    """Module of each quantized layer that the model has, by the same rules by which transformers renames weights."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    weights = model.state_dict()
+    found, missing = {}, []
+    for name in spec.layers:
+        key, _ = rename_source_key(stored_name(name, "weight"), renamings, converters, model.base_model_prefix, weights)
+        if key in weights:
+            found[name] = key.removesuffix(".weight")
+        else:
+            missing.append(name)
+    if missing:
+        raise MorphoQuantError(
+            f"{type(model).__name__} has no layer {missing[0]} ({len(missing)} of {len(spec.layers)} quantized layers "
+            "are missing); load the class that config.json names under 'architectures'"
+        )
+    return found
+
+
+def _check_linear(name: str, module: nn.Module, in_features: int, out_features: int, bias: bool) -> None:
+    if not isinstance(module, nn.Linear) or (module.in_features, module.out_features) != (in_features, out_features):
+        raise MorphoQuantError(
+            f"{name}: the model has {module}, the checkpoint [{out_features}, {in_features}]; "
+            "config.json does not belong to these weights"
+        )
+    if (module.bias is not None) != bias:
+        raise MorphoQuantError(f"{name}: the model and the checkpoint disagree about a bias; config.json was changed")
+
+
+class _ThinkerConfigs:
+    """A thinker's own config is a part of config.json, outside of which quantization_config stands.
+
+    Without it `Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(DIR)` would fill the quantized layers with
+    random numbers. So the reading of that one class of configs hands it over.
+    """
+
+    original = Qwen2_5OmniThinkerConfig.get_config_dict
+
+    @classmethod
+    def get_config_dict(cls, name: Any, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        found, rest = cls.original(name, **arguments)
+        quantization = found.get("quantization_config")
+        part = found.get("thinker_config")
+        ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+        if ours and isinstance(part, dict):
+            found = {**found, "thinker_config": {**part, "quantization_config": quantization}}
+        return found, rest
+
+
+Qwen2_5OmniThinkerConfig.get_config_dict = _ThinkerConfigs.get_config_dict

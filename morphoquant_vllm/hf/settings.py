@@ -1,0 +1,73 @@
+"""How a loaded model computes: served numbers or exact mode, and which row serves which token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..errors import MorphoQuantError
+from ..schema import QuantizationSpec
+from .linear import Mode, MorphoQuantLinear
+
+# Of `configure`: each token takes the row of its own modality.
+TOKEN_ROWS = "token"
+
+
+def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | None = None) -> None:
+    """Change how a loaded MorphoQuant model computes, from its next forward pass on; None leaves a setting as it is.
+
+    exact: whether masked values that leave the 4-bit grid bypass it unrounded (the oracle) instead of taking an 8-bit
+    code. row: the name of the row that serves every token ("any" after loading), or "token": each token takes the row
+    of its modality, known by the checkpoint's placeholder_token_ids. Massive tokens keep their own row in any case.
+    Raises MorphoQuantError for a model that holds no quantized layer, and for an unknown row.
+    """
+    mode, spec = _mode_and_spec(model)
+    if exact is not None:
+        mode.exact = exact
+    if row is None:
+        return
+    if row != TOKEN_ROWS and row not in spec.rows:
+        raise MorphoQuantError(f"row '{row}' is unknown; choose '{TOKEN_ROWS}' or one of {list(spec.rows)}")
+    for hook in mode.hooks:
+        hook.remove()
+    mode.hooks, mode.token_rows = [], None
+    mode.row = spec.any_row if row == TOKEN_ROWS else spec.rows.index(row)
+    if row == TOKEN_ROWS:
+        mode.hooks = _watch_tokens(model, mode, spec)
+
+
+def modality_rows(input_ids: Tensor, spec: QuantizationSpec) -> Tensor:
+    """Row of each token, int32, flat: a placeholder's modality, "text" (or "any") for all other ids."""
+    other = spec.rows.index("text") if "text" in spec.rows else spec.any_row
+    rows = torch.full_like(input_ids, other, dtype=torch.int32)
+    for name, tokens in spec.placeholder_token_ids.items():
+        for token in tokens:
+            rows[input_ids == token] = spec.rows.index(name)
+    return rows.flatten()
+
+
+def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) -> list[RemovableHandle]:
+    """Hooks that note the rows of each forward pass where its token ids are embedded."""
+    # The full Qwen2.5-Omni has no embedding of its own.
+    decoder = getattr(model, "thinker", model)
+
+    def forget(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # A pass on embeddings that the caller made has tokens of unknown modality.
+        mode.token_rows = None
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        mode.token_rows = modality_rows(inputs[0], spec)
+
+    embedding = decoder.get_input_embeddings()
+    return [decoder.register_forward_pre_hook(forget), embedding.register_forward_pre_hook(note)]
+
+
+def _mode_and_spec(model: PreTrainedModel) -> tuple[Mode, QuantizationSpec]:
+    for module in model.modules():
+        if isinstance(module, MorphoQuantLinear):
+            return module.mode, module.spec
+    raise MorphoQuantError(f"{type(model).__name__} holds no MorphoQuant layer; load it from a MorphoQuant checkpoint")

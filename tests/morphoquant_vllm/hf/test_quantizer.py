@@ -1,0 +1,210 @@
+"""Checkpoints loaded by transformers' own `from_pretrained`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import morphoquant_vllm.hf as hf
+from calibration.calibrate import calibrate
+from calibration.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+from tests.calibration.built_models import TinyModels
+from tests.checkpoints import edit, edit_tensors, file_of
+from tests.engine.conftest import REPOSITORY
+from tests.reference_model import Checkpoint, swap_linears
+
+# Model class, and (name in the weight files, name in transformers) of the decoder.
+MODELS = {
+    "llama": ("AutoModelForCausalLM", "", ""),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "model.layers", "model.language_model.layers"),
+    "omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "thinker.", ""),
+}
+IDS = torch.arange(20, 60)[None]
+QUICK = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for name in MODELS:
+        calibrate(tiny.model(name), tiny.data(name), directory / name, recipe=QUICK)
+    return {name: directory / name for name in MODELS}
+
+
+def load(name: str, directory: Path, **arguments: object) -> nn.Module:
+    return getattr(transformers, MODELS[name][0]).from_pretrained(directory, **arguments)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_logits_are_the_reference_models_to_the_last_bit(
+    tiny: TinyModels, checkpoints: dict[str, Path], name: str
+) -> None:
+    model, report = load(name, checkpoints[name], dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    plain = load(name, tiny.model(name), dtype=torch.float32)
+    reference = swap_linears(plain, Checkpoint(checkpoints[name]), *MODELS[name][1:])
+    assert torch.equal(logits(model), logits(reference))
+    assert sum(isinstance(module, hf.MorphoQuantLinear) for module in model.modules()) == 14
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_full_omni_model_loads_with_its_talker(checkpoints: dict[str, Path]) -> None:
+    full = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(checkpoints["omni"], dtype=torch.float32)
+    thinker = load("omni", checkpoints["omni"], dtype=torch.float32)
+    assert torch.equal(logits(full.thinker), logits(thinker))
+    assert full.has_talker
+
+
+def test_dtype_and_casts_leave_the_formats_tensors_alone(checkpoints: dict[str, Path]) -> None:
+    asked = load("llama", checkpoints["llama"], dtype=torch.bfloat16)
+    cast = load("llama", checkpoints["llama"], dtype=torch.float32).to(torch.bfloat16)
+    for model in (asked, cast):
+        layer = model.get_submodule(Q)
+        assert layer.activation_step.dtype is layer.absorbed_bias.dtype is torch.float32
+        assert layer.weight_codes.dtype is torch.uint8
+        assert logits(model).dtype is torch.bfloat16
+    for name, buffer in asked.get_submodule(Q).named_buffers():
+        assert torch.equal(buffer, cast.get_submodule(Q).get_buffer(name)), "a cast to bfloat16 and back would show"
+
+
+def test_a_device_map_is_followed(checkpoints: dict[str, Path]) -> None:
+    model = load("llama", checkpoints["llama"], dtype=torch.float32, device_map="cpu")
+    assert model.get_submodule(Q).weight_codes.device.type == "cpu"
+    with pytest.raises(MorphoQuantError, match="needs float64"):
+        load("llama", checkpoints["llama"], device_map={"": torch.device("mps")})
+
+
+def test_exact_mode_is_a_flag_and_can_be_taken_back(checkpoints: dict[str, Path]) -> None:
+    model = load("llama", checkpoints["llama"], dtype=torch.float32)
+    served = logits(model)
+    hf.configure(model, exact=True)
+    assert not torch.equal(logits(model), served)
+    hf.configure(model, exact=False)
+    assert torch.equal(logits(model), served)
+
+
+def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(checkpoints["omni"], tmp_path / "rows"))
+    # Calibration writes equal rows; here the image row differs in a way that shows.
+    edit(directory, f"thinker.{Q}.absorbed_bias", lambda bias: bias + 5.0 * (torch.arange(6) == 1)[None, :, None])
+    model = load("omni", directory, dtype=torch.float32)
+    (image,) = Checkpoint(directory).spec.placeholder_token_ids["image"]
+    seen: list[Tensor] = []
+    model.get_submodule(Q).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    embedded = model.get_input_embeddings()(torch.cat((IDS, torch.full((1, 3), image)), 1)).detach()
+
+    def outputs() -> Tensor:
+        with torch.no_grad():
+            # Without pixels a placeholder is embedded like any token.
+            model.model(inputs_embeds=embedded)
+        return seen[-1]
+
+    served = outputs()
+    rows = hf.settings.modality_rows(torch.cat((IDS, torch.full((1, 3), image)), 1), Checkpoint(directory).spec)
+    assert rows.tolist() == [0] * 40 + [1] * 3
+    model.get_submodule(Q).mode.token_rows = rows
+    torch.testing.assert_close(outputs() - served, 5.0 * (rows == 1)[:, None].expand_as(served), rtol=0, atol=1e-4)
+    hf.configure(model, row="image")
+    torch.testing.assert_close(outputs() - served, torch.full_like(served, 5.0), rtol=0, atol=1e-4)
+    hf.configure(model, row="token")
+    mode = model.get_submodule(Q).mode
+    with torch.no_grad():
+        model(IDS)
+        assert mode.token_rows.tolist() == [0] * 40
+        model(inputs_embeds=embedded)
+    assert mode.token_rows is None, "the modality of ready-made embeddings is unknown"
+    hf.configure(model, row="any")
+    assert torch.equal(outputs(), served)
+    with pytest.raises(MorphoQuantError, match="row 'smell' is unknown"):
+        hf.configure(model, row="smell")
+
+
+def test_saving_back_is_refused_with_the_reason_and_leaves_nothing(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load("llama", checkpoints["llama"])
+    with pytest.raises(MorphoQuantError, match=r"not saved back, since .*copy the checkpoint directory"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_model_without_quantized_layers_is_refused(tiny: TinyModels) -> None:
+    with pytest.raises(MorphoQuantError, match="LlamaForCausalLM holds no MorphoQuant layer"):
+        hf.configure(load("llama", tiny.model("llama")), exact=True)
+
+
+@pytest.fixture
+def damaged(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints["llama"], tmp_path / "damaged"))
+
+
+def refused(directory: Path, expected: str, name: str = "llama") -> None:
+    with pytest.raises(MorphoQuantError, match=expected) as caught:
+        load(name, directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tensor_is_refused(damaged: Path) -> None:
+    name = f"{Q}.centre"
+    edit_tensors(file_of(damaged, name), {name: None})
+    refused(damaged, f"{name} is in model.safetensors.index.json but missing here")
+
+
+def test_damaged_values_are_refused(damaged: Path) -> None:
+    edit(damaged, f"{Q}.gain", lambda gain: gain * torch.nan)
+    refused(damaged, f"{Q}.gain: holds NaN")
+
+
+def test_an_unknown_version_is_refused(damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (damaged / "config.json").write_text(json.dumps(config))
+    refused(damaged, "format_version 99 is unknown")
+
+
+def test_a_class_without_the_quantized_layers_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(MorphoQuantError, match="LlamaForCausalLM has no layer thinker"):
+        config = transformers.LlamaConfig.from_pretrained(checkpoints["llama"])
+        config.quantization_config = json.loads((checkpoints["omni"] / "config.json").read_text())[
+            "quantization_config"
+        ]
+        transformers.LlamaForCausalLM.from_pretrained(checkpoints["omni"], config=config)
+
+
+IMPORTS = """
+import sys
+sys.modules["transformers"] = None
+try:
+    import morphoquant_vllm.hf
+except ImportError as error:
+    print(error)
+del sys.modules["transformers"]
+import morphoquant_vllm.hf
+assert not [name for name in sys.modules if name.split(".")[0] in ("vllm", "calibration")]
+"""
+
+
+def test_it_needs_transformers_alone_and_says_so_where_it_is_missing() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "morphoquant_vllm.hf needs the Python package 'transformers'; install morphoquant-vllm[hf]"
+    ]
