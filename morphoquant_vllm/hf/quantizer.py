@@ -18,6 +18,7 @@ from ..checkpoint import check_headers
 from ..errors import MorphoQuantError
 from ..schema import QUANT_METHOD, QuantizationSpec, stored_name
 from .linear import Mode, MorphoQuantLinear
+from .settings import TOKEN_ROWS, configure
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -67,6 +68,9 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, MorphoQuantLinear):
                 module.check()
+        if self.quantization_config.spec.placeholder_token_ids:
+            # As vLLM serves it: each token by its modality's row.
+            configure(model, row=TOKEN_ROWS)
         return model
 
     def is_serializable(self) -> NoReturn:

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="no browser found: apt-get install chromium"),
 ]
-WIDTH, HEIGHT = 1000, 9000
+WIDTH, HEIGHT = 1000, 12000
 # Writes where the browser put each figure's image, and how large it decoded it, into the page.
 MEASURE = """<script>
 addEventListener("load", () => {

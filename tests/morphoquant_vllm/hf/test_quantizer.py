@@ -106,6 +106,7 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     # Calibration writes equal rows; here the image row differs in a way that shows.
     edit(directory, f"thinker.{Q}.absorbed_bias", lambda bias: bias + 5.0 * (torch.arange(6) == 1)[None, :, None])
     model = load("omni", directory, dtype=torch.float32)
+    hf.configure(model, row="any")
     (image,) = Checkpoint(directory).spec.placeholder_token_ids["image"]
     seen: list[Tensor] = []
     model.get_submodule(Q).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
