@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from scipy.stats import binomtest
 
@@ -47,19 +48,23 @@ def figures(outcomes: Sequence[str]) -> dict[str, Any]:
 
 def table(benchmark: str, summary: Mapping[str, Any]) -> Table:
     """The same for people."""
-    found = Table(title=f"{benchmark}: accuracy with {CONFIDENCE:.0%} interval", title_justify="left")
-    for heading in ("", "", "accuracy", "interval", "right", "answered", UNPARSED, REFUSED):
-        found.add_column(heading, justify="left" if not heading else "right")
-    _row(found, "all", "", summary["all"])
+    found = Table(
+        title=f"{benchmark}: accuracy with {CONFIDENCE:.0%} interval", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    found.add_column("", overflow="fold")
+    for heading in ("accuracy", "interval", "right", "of", UNPARSED, REFUSED):
+        found.add_column(heading, justify="right", no_wrap=True)
+    found.add_row("all", *_cells(summary["all"]))
     for kind, groups in summary["by"].items():
-        for index, (name, entry) in enumerate(groups.items()):
-            _row(found, kind if index == 0 else "", name, entry)
+        found.add_section()
+        found.add_row(f"by {kind}")
+        for name, entry in groups.items():
+            found.add_row(f"  {name}", *_cells(entry))
     return found
 
 
-def _row(found: Table, kind: str, name: str, entry: Mapping[str, Any]) -> None:
+def _cells(entry: Mapping[str, Any]) -> list[str]:
     known = entry["accuracy"] is not None
     accuracy = f"{entry['accuracy']:.1%}" if known else "-"
     interval = "{:.1%} to {:.1%}".format(*entry["interval"]) if known else "-"
-    counts = (str(entry[key]) for key in (RIGHT, "answered", UNPARSED, REFUSED))
-    found.add_row(kind, name, accuracy, interval, *counts)
+    return [accuracy, interval, *(str(entry[key]) for key in (RIGHT, "answered", UNPARSED, REFUSED))]
