@@ -54,7 +54,7 @@ def browse(*arguments: str) -> str:
 
 def test_every_figure_is_drawn_on_the_screen(omni_directory: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    content = write_page(omni_directory, page)
+    content = write_page(omni_directory, page, ["*.0.mlp.down_proj", "*.1.self_attn.q_proj"])
     measured = tmp_path / "measured.html"
     measured.write_text(page.read_text().replace("</body>", f"{MEASURE}</body>"))
     dom = browse("--virtual-time-budget=5000", "--dump-dom", measured.as_uri())
@@ -62,6 +62,7 @@ def test_every_figure_is_drawn_on_the_screen(omni_directory: Path, tmp_path: Pat
     assert found is not None, dom[-500:]
     assert int(found[2]) <= WIDTH, "nothing runs off to the right"
     boxes = json.loads(html.unescape(found[1]))
+    assert len(content.chosen) == 2
     assert len(boxes) == 3 + 2 * len(content.chosen)
 
     shot = tmp_path / "page.png"

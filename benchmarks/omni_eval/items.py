@@ -1,0 +1,95 @@
+"""One question of a benchmark, and how a folder of the wrong layout is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Entries of a folder that a refusal names.
+NAMED = 8
+
+
+@dataclass(frozen=True)
+class Media:
+    """A file of the data set, or its bytes; read when its question is asked. kind: image, audio or video."""
+
+    kind: str
+    # As file name extension: png, wav, mp4.
+    format: str
+    source: bytes | Path
+
+    def read(self) -> bytes:
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: what is asked, in order, and what is right."""
+
+    id: str
+    parts: tuple[str | Media, ...]
+    # Choice texts by letter; empty for an open question.
+    choices: Mapping[str, str]
+    # The right letter; of an open question every accepted answer.
+    answers: tuple[str, ...]
+    # What accuracy is broken down by: "subject" and "modality" always, others as a benchmark has them.
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+def lettered(texts: Sequence[str]) -> dict[str, str]:
+    """Choice texts by letter, A first."""
+    return dict(zip(LETTERS, texts, strict=False))
+
+
+def wrong_layout(place: Path, benchmark: str, expected: str, found: str) -> MorphoQuantError:
+    """The error for a folder or file that is not as the benchmark publishes it."""
+    return MorphoQuantError(f"{place}: not the layout of {benchmark}: expected {expected}; found {found}")
+
+
+def listing(directory: Path) -> str:
+    """A few names of a folder, for `wrong_layout`."""
+    if not directory.is_dir():
+        return "no such folder"
+    names = sorted(path.name for path in directory.iterdir())
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (", ".join(names[:NAMED]) + more) or "an empty folder"
+
+
+def media_file(place: Path, benchmark: str, kind: str, owner: str) -> Media:
+    """The medium in a file; the wrong layout where there is none. `owner` names the question."""
+    if not place.is_file():
+        raise wrong_layout(place, benchmark, f"the {kind} of {owner}", "no such file")
+    return Media(kind, place.suffix.lstrip(".").lower(), place)
+
+
+def parquet_rows(files: Sequence[Path], benchmark: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of parquet files that must have `columns`; the wrong layout where they do not."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    for path in files:
+        try:
+            file = parquet.ParquetFile(path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise wrong_layout(path, benchmark, "a parquet file", str(error).splitlines()[0]) from error
+        present = file.schema_arrow.names
+        missing = [column for column in columns if column not in present]
+        if missing:
+            raise wrong_layout(path, benchmark, f"columns {', '.join(columns)}", f"columns {', '.join(present)}")
+        for batch in file.iter_batches(batch_size=64):
+            yield from batch.to_pylist()
+
+
+def embedded_image(value: Mapping[str, Any] | None, benchmark: str, owner: str) -> Media | None:
+    """The image of a parquet cell, stored as {"bytes", "path"}; None for an empty cell."""
+    if value is None:
+        return None
+    data = value.get("bytes") if isinstance(value, Mapping) else None
+    if not isinstance(data, bytes):
+        raise wrong_layout(Path(owner), benchmark, "an image with its bytes", f"{type(value).__name__} without bytes")
+    return Media("image", "jpeg" if data[:2] == b"\xff\xd8" else "png", data)

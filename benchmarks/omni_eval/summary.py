@@ -1,0 +1,70 @@
+"""Accuracy with confidence intervals, overall and by group, as JSON and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from scipy.stats import binomtest
+
+from benchmarks.omni_eval.items import Item
+from benchmarks.omni_eval.scoring import REFUSED, RIGHT, UNPARSED, WRONG, outcome
+
+CONFIDENCE = 0.95
+
+
+def summarise(items: Sequence[Item], responses: Mapping[str, str | None]) -> dict[str, Any]:
+    """Figures of the answered questions: "all", and "by" every kind of group.
+
+    What cannot be parsed and what the server refused count as not right, and are counted apart.
+    """
+    outcomes = [(item, outcome(item, responses[item.id])) for item in items if item.id in responses]
+    kinds = list(dict.fromkeys(kind for item, _ in outcomes for kind in item.groups))
+    by: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        groups: dict[str, list[str]] = {}
+        for item, found in outcomes:
+            if kind in item.groups:
+                groups.setdefault(item.groups[kind], []).append(found)
+        by[kind] = {name: figures(groups[name]) for name in sorted(groups)}
+    return {"questions": len(items), "all": figures([found for _, found in outcomes]), "by": by}
+
+
+def figures(outcomes: Sequence[str]) -> dict[str, Any]:
+    """Counts, accuracy, and its Wilson interval, of at least no outcome (then without accuracy)."""
+    counts = {name: outcomes.count(name) for name in (RIGHT, WRONG, UNPARSED, REFUSED)}
+    if not outcomes:
+        return {"answered": 0, **counts, "accuracy": None, "interval": None}
+    interval = binomtest(counts[RIGHT], len(outcomes)).proportion_ci(CONFIDENCE, method="wilson")
+    return {
+        "answered": len(outcomes),
+        **counts,
+        "accuracy": counts[RIGHT] / len(outcomes),
+        "interval": [float(interval.low), float(interval.high)],
+    }
+
+
+def table(benchmark: str, summary: Mapping[str, Any]) -> Table:
+    """The same for people."""
+    found = Table(
+        title=f"{benchmark}: accuracy with {CONFIDENCE:.0%} interval", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    found.add_column("", overflow="fold")
+    for heading in ("accuracy", "interval", "right", "of", UNPARSED, REFUSED):
+        found.add_column(heading, justify="right", no_wrap=True)
+    found.add_row("all", *_cells(summary["all"]))
+    for kind, groups in summary["by"].items():
+        found.add_section()
+        found.add_row(f"by {kind}")
+        for name, entry in groups.items():
+            found.add_row(f"  {name}", *_cells(entry))
+    return found
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    known = entry["accuracy"] is not None
+    accuracy = f"{entry['accuracy']:.1%}" if known else "-"
+    interval = "{:.1%} to {:.1%}".format(*entry["interval"]) if known else "-"
+    return [accuracy, interval, *(str(entry[key]) for key in (RIGHT, "answered", UNPARSED, REFUSED))]
