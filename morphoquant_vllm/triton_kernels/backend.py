@@ -36,9 +36,7 @@ def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
     return launch.quantize(x, modality, layout.GpuActivation(*activation))[0]
 
 
-def linear(
-    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
+def linear(x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None) -> Tensor:
     """y [M, N] in the dtype of x."""
     from . import launch
 

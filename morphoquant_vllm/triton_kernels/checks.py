@@ -27,7 +27,9 @@ def check_layer(name: str, weight: WeightRecord, activation: ActivationRecord, d
         )
     check_shape(name, weight.codes.shape[0], 2 * weight.codes.shape[1], weight.scale.shape[1])
     rows, in_features = activation.inverse.shape
-    largest = max(rows * in_features, weight.absorbed_bias.numel(), weight.scale.shape[1] * (weight.codes.shape[0] + TILE_N))
+    largest = max(
+        rows * in_features, weight.absorbed_bias.numel(), weight.scale.shape[1] * (weight.codes.shape[0] + TILE_N)
+    )
     if largest > MAX_ELEMENTS:
         raise MorphoQuantError(
             f"{name}: a table of {largest} elements is over the kernels' limit of 2^31; leave this layer in 16 bit"

@@ -57,7 +57,7 @@ def int4_gemm(
 ):
     """One tile [BLOCK_N, BLOCK_M] of the output, over one of `splits` parts of K; grid (tiles, splits).
 
-    PARTIAL: write the sum as it is, for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K. ASM: see `unpack_low`.
+    PARTIAL: write the sum as it is, for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K.
     """
     HALF: tl.constexpr = P // 2
     token_tiles = tl.cdiv(M, BLOCK_M)

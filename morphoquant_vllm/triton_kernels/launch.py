@@ -151,4 +151,6 @@ def warm(
     for tile in profile.architecture.tiles:
         if group_size_of(weight) in tile.group_sizes:
             for splits in {1, min(tile.max_splits, 2)}:
-                matmul(codes, rows, weight, activation.gain, bias, dtype, tile, splits, profile.inline_assembly)
+                # A layer with a bias may be called without it.
+                for term in {None, bias}:
+                    matmul(codes, rows, weight, activation.gain, term, dtype, tile, splits, profile.inline_assembly)

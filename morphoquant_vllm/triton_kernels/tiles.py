@@ -104,7 +104,9 @@ def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
     try:
         for name, entry in table["architectures"].items():
             tiles = tuple(_tile(tile) for tile in entry["tiles"])
-            rest = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+            rest: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+            }
             architectures[name] = Architecture(name=name, **(rest | {"tiles": tiles}))
     except (KeyError, TypeError, AttributeError) as problem:
         raise MorphoQuantError(f"{source}: malformed tile table ({problem}); compare it with {DEFAULT_TABLE}") from None
@@ -116,7 +118,10 @@ def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
 
 def _tile(entry: Mapping[str, Any]) -> Tile:
     for field in fields(Tile):
-        value, wanted = entry[field.name], list if field.name == "group_sizes" else str if field.name == "reason" else int
+        value, wanted = (
+            entry[field.name],
+            list if field.name == "group_sizes" else str if field.name == "reason" else int,
+        )
         if not isinstance(value, wanted) and not (field.name == "max_tokens" and value is None):
             raise TypeError(f"{field.name} must be {wanted.__name__}, got {value!r}")
     return Tile(**{**entry, "group_sizes": tuple(entry["group_sizes"])})

@@ -112,7 +112,7 @@ def compare(case: Case) -> Agreement:
 
 
 def group_sums_equal(case: Case) -> list[bool]:
-    """Whether each group's sums, read out by a scale of 1 in that group and 0 elsewhere, are the reference's integers."""
+    """Whether each group's sums, read out by a scale of 1 there and 0 elsewhere, are the reference's integers."""
     from morphoquant_vllm.triton_kernels import launch
 
     generator = torch.Generator().manual_seed(case.tokens)
@@ -136,7 +136,7 @@ def group_sums_equal(case: Case) -> list[bool]:
 
 
 def edges_agree(dtype: torch.dtype) -> tuple[list[int], list[int]]:
-    """Rows by the kernel and by the reference, of tokens on the edges of an interval, next to them, NaN and infinite."""
+    """Rows by the kernel and by the reference, of tokens on and beside the edges of an interval."""
     from morphoquant_vllm.triton_kernels import launch
 
     _, record = layer(Case(1, 32, 64, 32))
