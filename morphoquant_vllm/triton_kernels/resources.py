@@ -14,6 +14,8 @@ from triton.compiler import CompiledKernel
 
 # SASS of an integer matrix instruction: mma.sync, wgmma and tcgen05 in turn.
 MATRIX_SASS = re.compile(r"\b(IMMA|IGMMA|UTCIMMA|UTCQMMA)\b")
+# "/*0010*/  @!P0 LDG.E.128 R4, ... ;": the address, perhaps a predicate, the opcode, its operands.
+SASS_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 MATRIX_SOURCE = re.compile(r"\b(mma\.sync[\w.:]*|wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|v_mfma_\w+)")
 
 
@@ -31,6 +33,7 @@ class Resources:
     asynchronous_copies: int  # cp.async of 16 bytes or less, in the PTX
     layout_conversions: int  # convert_layout in Triton's GPU IR: passes through shared memory
     instructions: tuple[str, ...]  # opcodes of the binary, in order
+    loop: tuple[str, ...]  # opcodes of the innermost loop that holds matrix instructions; empty if none, and on AMD
 
 
 @cache
@@ -57,8 +60,8 @@ def _nvidia(kernel: CompiledKernel) -> Resources:
     if counts is None:
         raise ValueError(f"cuobjdump names no registers: {usage[:200]!r}")
     ptx = kernel.asm["ptx"]
-    # "/*0010*/  @!P0 LDG.E.128 R4, ...": the address, perhaps a predicate, the opcode.
-    opcodes = tuple(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
+    lines = SASS_LINE.findall(sass)
+    opcodes = tuple(opcode for _, opcode, _ in lines)
     return Resources(
         registers=int(counts[1]),
         stack=int(counts[2]),
@@ -69,7 +72,20 @@ def _nvidia(kernel: CompiledKernel) -> Resources:
         asynchronous_copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         layout_conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
         instructions=opcodes,
+        loop=_matrix_loop([(int(address, 16), opcode, operands) for address, opcode, operands in lines]),
     )
+
+
+def _matrix_loop(lines: list[tuple[int, str, str]]) -> tuple[str, ...]:
+    """Opcodes between a branch back and its target: the shortest such span with the most matrix instructions."""
+    spans = []
+    for address, opcode, operands in lines:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if opcode.startswith("BRA") and target and int(target[1], 16) < address:
+            span = tuple(name for place, name, _ in lines if int(target[1], 16) <= place <= address)
+            spans.append((sum(bool(MATRIX_SASS.match(name)) for name in span), -len(span), span))
+    best = max(spans, default=(0, 0, ()))
+    return best[2] if best[0] else ()
 
 
 def _amd(kernel: CompiledKernel) -> Resources:
@@ -91,4 +107,5 @@ def _amd(kernel: CompiledKernel) -> Resources:
         asynchronous_copies=len(re.findall(r"global_load_lds|buffer_load_\w+ .*\blds\b", assembly)),
         layout_conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
         instructions=tuple(re.findall(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+)", assembly, re.MULTILINE)),
+        loop=(),
     )
