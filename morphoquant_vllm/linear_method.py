@@ -41,6 +41,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.load_log = LoadLog()
         self.weight_size = self.activation_size = 0
         self.backend = ""
+        self.activation_dtype = torch.get_default_dtype()
 
     def create_weights(
         self,
@@ -53,6 +54,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         self._check_shapes(layer, input_size)
+        self.activation_dtype = params_dtype
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
         parameters = make_parameters(
@@ -114,7 +116,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         weight = weight_record(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
         device = weight.codes.device
         self.backend = ops.select_backend(device)
-        prepared = ops.BACKENDS[self.backend].prepare(weight, activation)
+        backend = ops.BACKENDS[self.backend]
+        backend.check(self.name, weight, activation, self.activation_dtype)
+        prepared = backend.prepare(weight, activation)
+        backend.warm(*prepared, getattr(layer, "bias", None), self.activation_dtype)
         self.weight_size, self.activation_size = (len(record) for record in prepared)
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
             for index, part in enumerate(record):

@@ -27,8 +27,17 @@ from .numerics import activation as activation_numerics
 from .numerics import linear as linear_numerics
 from .numerics.activation import ActivationRecord
 from .numerics.linear import WeightRecord
+from .triton_kernels import backend as gpu_backend
 
 Prepare = Callable[[WeightRecord, ActivationRecord], tuple[list[Tensor], list[Tensor]]]
+
+
+def _takes_any_layer(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
+    """The check of a backend that serves every layer."""
+
+
+def _needs_no_warming(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
+    """The warm-up of a backend that compiles nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,10 @@ class Backend:
     prepare: Prepare
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     linear: Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
+    # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
+    check: Callable[[str, WeightRecord, ActivationRecord, torch.dtype], None] = _takes_any_layer
+    # Compile for prepared records, a bias and a dtype of activations whatever would else be compiled during a request.
+    warm: Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], None] = _needs_no_warming
 
 
 def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
@@ -58,12 +71,18 @@ def _reference_linear(
 
 BACKENDS = {
     "reference": Backend(_reference_prepare, _reference_act_quant, _reference_linear),
+    "triton": Backend(
+        gpu_backend.prepare, gpu_backend.act_quant, gpu_backend.linear, gpu_backend.check, gpu_backend.warm
+    ),
 }
+
+# By type of device. A GPU that the kernels do not know is refused by the backend's check, not served slowly.
+BACKEND_OF_DEVICE = {"cuda": "triton"}
 
 
 def select_backend(device: torch.device) -> str:
-    """Key of the backend that serves layers on `device`: the torch reference, until kernels join BACKENDS."""
-    return "reference"
+    """Key of the backend that serves layers on `device`."""
+    return BACKEND_OF_DEVICE.get(device.type, "reference")
 
 
 def _token_rows(x: Tensor, modality: Tensor) -> Tensor:

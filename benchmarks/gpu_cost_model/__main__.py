@@ -1,0 +1,107 @@
+"""python -m benchmarks.gpu_cost_model: estimate the GPU kernels' times without a GPU. Estimates, not measurements."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.command import one_line_errors
+
+if TYPE_CHECKING:
+    from morphoquant_vllm.triton_kernels.resources import Resources
+    from morphoquant_vllm.triton_kernels.tiles import Tile
+
+# N, K of a 7B model's linears: qkv, o, gate_up, down; and the single MLP projection that the roofline is quoted for.
+SHAPES = {
+    "qkv": (4608, 3584),
+    "o": (3584, 3584),
+    "gate_up": (37888, 3584),
+    "down": (3584, 18944),
+    "up": (18944, 3584),
+}
+TOKENS = (1, 16, 64, 256, 2048)
+GROUP_SIZES = (32, 64, 128)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cost_model", description=__doc__)
+    top.add_argument("--gpus", nargs="+", default=["L20", "A100", "H100"], choices=["L20", "A100", "H100"])
+    top.add_argument("--group-size", type=int, default=32, choices=GROUP_SIZES)
+    top.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="numbers of tokens")
+    top.add_argument("--json", type=Path, help="write the estimates here, too")
+    return top
+
+
+@cache
+def compiled(architecture: str, tile: Tile, group_size: int, partial: bool) -> Resources:
+    """What the matrix kernel uses, compiled for a tile."""
+    from morphoquant_vllm.triton_kernels import ahead
+    from morphoquant_vllm.triton_kernels.resources import resources
+
+    return resources(ahead.build_gemm(architecture, tile, group_size, partial=partial))
+
+
+def main() -> None:
+    """Compile the shipped tiles, estimate, print."""
+    arguments = parser().parse_args()
+    if min(arguments.tokens) < 1:
+        parser().error("--tokens must be positive")
+    from rich.console import Console
+    from rich.table import Table
+
+    from benchmarks.gpu_cost_model.gpus import GPUS
+    from benchmarks.gpu_cost_model.model import estimate
+    from morphoquant_vllm.triton_kernels import tiles
+    from morphoquant_vllm.triton_kernels.layout import tile_channels
+    from morphoquant_vllm.triton_kernels.occupancy import programs_per_unit
+
+    console = Console(width=120)
+    rows = []
+    for gpu in (GPUS[name] for name in arguments.gpus):
+        architecture = tiles.architectures()[gpu.architecture]
+        title = f"ESTIMATES, nothing measured: {gpu.name}, G = {arguments.group_size}, times in microseconds"
+        table = Table(title=title)
+        for heading in ("layer", "N x K", "M", "splits", "bandwidth", "issue", "tensor cores", "limit", "waves"):
+            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        table.add_column("estimate", justify="right")
+        table.add_column("bf16 roofline", justify="right")
+        for layer, (out_features, in_features) in SHAPES.items():
+            for tokens in arguments.tokens:
+                tile = architecture.tile(tokens, arguments.group_size)
+                steps = -(-in_features // tile_channels(arguments.group_size))
+                splits = tiles.splits_of(tile, tokens, out_features, steps, gpu.units)
+                used = compiled(gpu.architecture, tile, arguments.group_size, splits > 1)
+                fitting = programs_per_unit(used, architecture)
+                found = estimate(
+                    gpu, tile, splits, used, fitting, tokens, out_features, in_features, arguments.group_size
+                )
+                shape = {"gpu": gpu.name, "layer": layer, "N": out_features, "K": in_features, "M": tokens}
+                rows.append(shape | {"estimate": True, "limit": found.limit} | asdict(found))
+                times = [found.bandwidth, found.issue, found.units]
+                table.add_row(
+                    layer,
+                    f"{out_features}x{in_features}",
+                    str(tokens),
+                    str(splits),
+                    *(f"{1e6 * time:.1f}" for time in times),
+                    found.limit,
+                    f"{found.waves:.2f}",
+                    f"~{1e6 * found.seconds:.1f}",
+                    f"~{1e6 * found.bfloat16:.1f}",
+                )
+        console.print(table)
+    console.print(
+        "Lower bounds by a model (see benchmarks/gpu_cost_model/model.py). No GPU was used and no speed is claimed."
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"estimates_only": True, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,85 @@
+"""The estimate: how long the matrix kernel needs at least, by what it must read, issue and multiply.
+
+    bandwidth  bytes of weights, scales, codes and output (partial sums twice) over the GPU's bandwidth
+    issue      warp instructions of the main loop over what the schedulers issue
+    units      int8 multiply-adds, filled-up tiles included, over the tensor cores' peak
+    estimate   the largest of the three; the last two are stretched where programs do not divide evenly
+
+Left out, all of which make the real time longer: latency, cache misses, instructions outside the loop, conversions at
+less than full rate, clocks below boost, launches (two or three kernels of some microseconds outside a CUDA graph).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from benchmarks.gpu_cost_model.gpus import ISSUES_PER_CYCLE, Gpu
+from morphoquant_vllm.triton_kernels.layout import tile_channels
+from morphoquant_vllm.triton_kernels.resources import Resources
+from morphoquant_vllm.triton_kernels.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds by each limit, and the estimate that follows from them."""
+
+    bandwidth: float
+    issue: float
+    units: float
+    waves: float  # programs over what the device holds at a time
+    splits: int
+    seconds: float
+    bfloat16: float  # the same product in bfloat16, by bandwidth and peak alone: what no library beats
+
+    @property
+    def limit(self) -> str:
+        """The limit that decides."""
+        return max(("bandwidth", "issue", "units"), key=lambda name: getattr(self, name))
+
+
+def _ceil(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def stretch(programs: int, units: int, fitting: int) -> float:
+    """By how much uneven work lengthens compute: the busiest multiprocessor's programs over the mean.
+
+    Programs that share a multiprocessor share its schedulers, so that they count one by one as long as all are
+    resident at once; later ones come in whole waves of `fitting`.
+    """
+    if programs <= units * fitting:
+        return math.ceil(programs / units) * units / programs
+    return math.ceil(programs / (units * fitting)) * units * fitting / programs
+
+
+def estimate(
+    gpu: Gpu,
+    tile: Tile,
+    splits: int,
+    used: Resources,
+    fitting: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Estimate:
+    """One product of M x N x K at a group size, by a tile compiled to `used`, of which `fitting` share a unit."""
+    tiles_m, tiles_n = _ceil(tokens, tile.block_m), _ceil(out_features, tile.block_n)
+    programs = tiles_m * tiles_n * splits
+    weights = out_features * in_features // 2 + 2 * out_features * in_features // group_size
+    moved = weights + tokens * in_features + 2 * tokens * out_features
+    if splits > 1:
+        moved += 2 * 4 * splits * tokens * out_features
+    steps = _ceil(in_features, tile_channels(group_size))
+    per_step = len(used.loop) / tile.unroll * (used.threads // 32)
+    instructions = tiles_m * tiles_n * steps * per_step
+    # Multiprocessors without work lengthen compute; a few of them still use the whole bandwidth.
+    uneven = stretch(programs, gpu.units, fitting)
+    issue = instructions / (ISSUES_PER_CYCLE * gpu.units * gpu.clock) * uneven
+    units = 2 * tiles_m * tile.block_m * tiles_n * tile.block_n * in_features / gpu.int8 * uneven
+    bandwidth = moved / gpu.bandwidth
+    bfloat16_bytes = 2 * (out_features * in_features + tokens * in_features + tokens * out_features)
+    bfloat16 = max(bfloat16_bytes / gpu.bandwidth, 2 * tokens * out_features * in_features / gpu.bfloat16)
+    waves = programs / gpu.units / fitting
+    return Estimate(bandwidth, issue, units, waves, splits, max(bandwidth, issue, units), bfloat16)

@@ -1,0 +1,105 @@
+"""python -m benchmarks.gpu_linear: time linear layers on the GPU at hand, in CUDA graphs. Refuses without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.command import one_line_errors
+from benchmarks.gpu_cost_model.__main__ import GROUP_SIZES, SHAPES, TOKENS
+from benchmarks.machine import versions
+from morphoquant_vllm.errors import MorphoQuantError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHODS = ("bf16", "morphoquant", "marlin-w4a16", "marlin-w4a8", "humming-w4a4")
+# Rounds over all methods: a clock that falls under load then falls for each of them.
+ROUNDS = 5
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.gpu_linear", description=__doc__)
+    top.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    top.add_argument("--group-size", type=int, default=32, choices=GROUP_SIZES)
+    top.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="numbers of tokens")
+    top.add_argument("--layers", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    top.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu_linear"), help="where the JSON goes")
+    return top
+
+
+def microseconds(call: Any, x: Tensor) -> float:
+    """Median time of one call inside a CUDA graph."""
+    import torch
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return 1000 * float(do_bench_cudagraph(lambda: call(x), return_mode="median"))
+
+
+def measure(layer: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of every method on one layer, interleaved; a method that cannot serve it carries the reason instead."""
+    import torch
+
+    from benchmarks.gpu_linear.layers import LAYERS
+
+    out_features, in_features = SHAPES[layer]
+    built = {name: LAYERS[name](out_features, in_features, arguments.group_size) for name in arguments.methods}
+    rows = []
+    for tokens in arguments.tokens:
+        x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+        times: dict[str, list[float]] = {name: [] for name in built}
+        for _ in range(ROUNDS):
+            for name, call in built.items():
+                if not isinstance(call, str):
+                    times[name].append(microseconds(call, x))
+        for name, call in built.items():
+            row = {"layer": layer, "N": out_features, "K": in_features, "M": tokens, "method": name}
+            rows.append(row | ({"skipped": call} if isinstance(call, str) else {"us": statistics.median(times[name])}))
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and keep the JSON under the device's name."""
+    arguments = parser().parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MorphoQuantError("no GPU is at hand: this benchmark measures on one; see benchmarks.gpu_cost_model")
+    from rich.console import Console
+    from rich.table import Table
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    device = torch.cuda.get_device_name()
+    table = Table(title=f"{device}, G = {arguments.group_size}: microseconds (x over bf16)")
+    for heading in ("layer", "M", *arguments.methods):
+        table.add_column(heading, justify="right")
+    rows = []
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    output = arguments.results / f"{device.replace(' ', '-')}-G{arguments.group_size}.json"
+    with set_current_vllm_config(VllmConfig()):
+        for layer in arguments.layers:
+            rows += measure(layer, arguments)
+            # After each layer: a later failure loses nothing.
+            result = {"device": device, "group_size": arguments.group_size, "versions": versions(), "rows": rows}
+            output.write_text(json.dumps(result, indent=2) + "\n")
+    for layer in arguments.layers:
+        for tokens in arguments.tokens:
+            found = {row["method"]: row for row in rows if (row["layer"], row["M"]) == (layer, tokens)}
+            base = found.get("bf16", {}).get("us")
+            cells = []
+            for name in arguments.methods:
+                time = found[name].get("us")
+                ratio = f" ({base / time:.2f}x)" if time and base else ""
+                cells.append(f"{time:.1f}{ratio}" if time else found[name]["skipped"])
+            table.add_row(layer, str(tokens), *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

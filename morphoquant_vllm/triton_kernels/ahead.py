@@ -1,0 +1,139 @@
+"""Compile the kernels for a GPU that is not at hand, as a launch there would: for tests and the cost model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from . import launch
+from .act_quant import quantize_activation
+from .gemm import int4_gemm
+from .layout import TILE_N, tile_channels
+from .reduce import reduce_splits
+from .tiles import Tile
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Names of 16-bit activations in Triton's signatures.
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
+
+
+def build(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...], target: str, **options: Any
+) -> CompiledKernel:
+    """Compile `kernel` for a key of TARGETS.
+
+    `types` are those of its run-time arguments. `aligned` names the pointers and sizes known to be multiples of 16, as
+    a launch would find them: without that Triton builds another, slower kernel.
+    """
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def build_gemm(
+    target: str,
+    tile: Tile,
+    group_size: int,
+    *,
+    partial: bool = False,
+    dtype: str = "bfloat16",
+    has_bias: bool = False,
+    even_k: bool = True,
+    aligned: bool = True,
+) -> CompiledKernel:
+    """The matrix kernel with the constants that `launch.matmul` would give it. `aligned` False: as if none were."""
+    pointers = {
+        "codes_ptr": "*i8",
+        "weight_ptr": "*i8",
+        "scale_ptr": "*bf16",
+        "rows_ptr": "*i32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+        "out_ptr": "*fp32" if partial else TYPES[dtype],
+    }
+    constants = {
+        "G": group_size,
+        "P": tile_channels(group_size),
+        "TILE_N": TILE_N,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "PARTIAL": partial,
+        "GROUP_M": launch.GROUP_M,
+        "EVEN_K": even_k,
+        "HAS_BIAS": has_bias,
+        "ASM": TARGETS[target].backend == "cuda",
+        "STAGES": tile.stages,
+        "UNROLL": tile.unroll,
+    }
+    return build(
+        int4_gemm,
+        pointers | dict.fromkeys(("M", "N", "K", "splits"), "i32"),
+        constants,
+        (*pointers, "N", "K") if aligned else (),
+        target,
+        num_warps=tile.warps,
+        enable_fp_fusion=True,
+    )
+
+
+def build_quantize(target: str, *, dtype: str = "bfloat16", blocks: int = 1, fusion: bool = False) -> CompiledKernel:
+    """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched."""
+    aligned = {
+        "inverse_ptr": "*fp32",
+        "centre_ptr": "*fp32",
+        "limit_ptr": "*i8",
+        "order_ptr": "*i32",
+        "massive_channel_ptr": "*i32",
+        "massive_low_ptr": "*fp32",
+        "massive_high_ptr": "*fp32",
+        "codes_ptr": "*i8",
+        "rows_ptr": "*i32",
+    }
+    types = {"x_ptr": TYPES[dtype], "modality_ptr": "*i32"} | aligned
+    return build(
+        quantize_activation,
+        types | dict.fromkeys(("x_stride", "K", "R"), "i32"),
+        {"B": blocks, "J": 4, "BLOCK_K": launch.QUANTIZE_BLOCK_K},
+        (*aligned, "K"),
+        target,
+        num_warps=launch.QUANTIZE_WARPS,
+        enable_fp_fusion=fusion,
+    )
+
+
+def build_reduce(target: str, *, dtype: str = "bfloat16", has_bias: bool = False) -> CompiledKernel:
+    """The kernel that adds the parts of a split K."""
+    pointers = {
+        "part_ptr": "*fp32",
+        "rows_ptr": "*i32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+        "out_ptr": TYPES[dtype],
+    }
+    return build(
+        reduce_splits,
+        pointers | dict.fromkeys(("M", "N", "splits"), "i32"),
+        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias},
+        (*pointers, "N"),
+        target,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

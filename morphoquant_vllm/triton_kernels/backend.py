@@ -1,0 +1,44 @@
+"""The entry `triton` of ops.BACKENDS. Imports Triton only when a layer is loaded or run on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..numerics.activation import ActivationRecord
+from ..numerics.linear import WeightRecord
+from . import checks, device, layout
+
+
+def check(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
+    """Refuse what the kernels do not serve; raises MorphoQuantError naming the layer, the rule and the remedy."""
+    checks.check_device(name, weight.codes.device)
+    checks.check_layer(name, weight, activation, dtype)
+
+
+def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
+    """Canonical records in the kernels' layout; the canonical weights are not kept."""
+    return list(layout.prepare_weight(weight)), list(layout.prepare_activation(activation))
+
+
+def warm(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
+    """Compile every kernel that the layer can need."""
+    from . import launch
+
+    profile = device.profile_of(weight[0].device)
+    launch.warm(layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, dtype, profile)
+
+
+def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
+    """Codes int8 [M, K]."""
+    from . import launch
+
+    return launch.quantize(x, modality, layout.GpuActivation(*activation))[0]
+
+
+def linear(x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None) -> Tensor:
+    """y [M, N] in the dtype of x."""
+    from . import launch
+
+    profile = device.profile_of(x.device)
+    return launch.linear(x, modality, layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, profile)

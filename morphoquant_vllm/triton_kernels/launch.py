@@ -1,0 +1,156 @@
+"""The two ops on a GPU: allocate, choose tiles, launch. No host synchronisation, and nothing is measured here.
+
+What is allocated depends on shapes alone, so that a captured CUDA graph replays into the same memory. The kernels are
+not specialised on M, so that a new number of tokens compiles nothing; `warm` compiles what a layer can need.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .act_quant import quantize_activation
+from .device import Profile
+from .gemm import int4_gemm
+from .layout import TILE_N, GpuActivation, GpuWeight, group_size_of
+from .reduce import reduce_splits
+from .tiles import Tile, splits_of
+
+# Codes per program: enough programs at M = 1 to spread a row over the device, enough work in each to hide its start.
+QUANTIZE_BLOCK_K = 1024
+QUANTIZE_WARPS = 4
+REDUCE_BLOCK_N = 256
+# Tiles of tokens that pass over one tile of weights before the next: 8 * 128 tokens' codes stay in L2 beside it.
+GROUP_M = 8
+
+
+def quantize(x: Tensor, modality: Tensor, activation: GpuActivation) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] of x [M, K], and the row of each token, int32 [M]; modality int32 [M]."""
+    tokens, in_features = x.shape
+    if in_features != activation.channel_order.numel():
+        raise ValueError(f"act_quant needs x as [M, {activation.channel_order.numel()}], got {list(x.shape)}")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    codes = torch.empty((tokens, in_features), dtype=torch.int8, device=x.device)
+    rows = torch.empty((tokens,), dtype=torch.int32, device=x.device)
+    if tokens:
+        blocks, intervals = activation.massive_channel.shape
+        quantize_activation[(tokens, triton.cdiv(in_features, QUANTIZE_BLOCK_K))](
+            x,
+            modality,
+            activation.inverse,
+            activation.centre,
+            activation.limit,
+            activation.channel_order,
+            activation.massive_channel,
+            activation.massive_low,
+            activation.massive_high,
+            codes,
+            rows,
+            x.stride(0),
+            in_features,
+            activation.gain.numel(),
+            B=blocks,
+            J=intervals,
+            BLOCK_K=QUANTIZE_BLOCK_K,
+            num_warps=QUANTIZE_WARPS,
+            # Subtract and multiply must each round, as in the reference.
+            enable_fp_fusion=False,
+        )
+    return codes, rows
+
+
+def matmul(
+    codes: Tensor,
+    rows: Tensor,
+    weight: GpuWeight,
+    gain: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+    splits: int,
+    inline_assembly: bool,
+) -> Tensor:
+    """y [M, N] in `dtype` from codes int8 [M, K] and rows int32 [M], with a given tile and split of K."""
+    tokens, in_features = codes.shape
+    out_features = weight.absorbed_bias.shape[1]
+    group_size, channels = group_size_of(weight), 2 * weight.codes.shape[3]
+    y = torch.empty((tokens, out_features), dtype=dtype, device=codes.device)
+    if not tokens:
+        return y
+    partial = splits > 1
+    out = torch.empty((splits, tokens, out_features), dtype=torch.float32, device=codes.device) if partial else y
+    # A pointer that is not read must still be one.
+    unread = weight.absorbed_bias
+    programs = triton.cdiv(tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
+    int4_gemm[(programs, splits)](
+        codes,
+        weight.codes.view(torch.int8),
+        weight.scale,
+        rows,
+        gain,
+        weight.absorbed_bias,
+        unread if bias is None else bias,
+        out,
+        tokens,
+        out_features,
+        in_features,
+        splits,
+        G=group_size,
+        P=channels,
+        TILE_N=TILE_N,
+        BLOCK_N=tile.block_n,
+        BLOCK_M=tile.block_m,
+        PARTIAL=partial,
+        GROUP_M=GROUP_M,
+        EVEN_K=in_features % channels == 0,
+        HAS_BIAS=bias is not None,
+        ASM=inline_assembly,
+        STAGES=tile.stages,
+        UNROLL=tile.unroll,
+        num_warps=tile.warps,
+        enable_fp_fusion=True,
+    )
+    if partial:
+        reduce_splits[(tokens, triton.cdiv(out_features, REDUCE_BLOCK_N))](
+            out,
+            rows,
+            gain,
+            weight.absorbed_bias,
+            unread if bias is None else bias,
+            y,
+            tokens,
+            out_features,
+            splits,
+            BLOCK_N=REDUCE_BLOCK_N,
+            HAS_BIAS=bias is not None,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def linear(
+    x: Tensor, modality: Tensor, weight: GpuWeight, activation: GpuActivation, bias: Tensor | None, profile: Profile
+) -> Tensor:
+    """y [M, N] in the dtype of x [M, K], with the tile that the table names for this device and shape."""
+    codes, rows = quantize(x, modality, activation)
+    tile = profile.architecture.tile(x.shape[0], group_size_of(weight))
+    splits = splits_of(tile, max(1, x.shape[0]), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
+    return matmul(codes, rows, weight, activation.gain, bias, x.dtype, tile, splits, profile.inline_assembly)
+
+
+def warm(
+    weight: GpuWeight, activation: GpuActivation, bias: Tensor | None, dtype: torch.dtype, profile: Profile
+) -> None:
+    """Compile, by running them on one token, all kernels that this layer can need with activations of `dtype`."""
+    device = weight.codes.device
+    x = torch.zeros((1, activation.channel_order.numel()), dtype=dtype, device=device)
+    codes, rows = quantize(x, torch.zeros(1, dtype=torch.int32, device=device), activation)
+    for tile in profile.architecture.tiles:
+        if group_size_of(weight) in tile.group_sizes:
+            for splits in {1, min(tile.max_splits, 2)}:
+                # A layer with a bias may be called without it.
+                for term in {None, bias}:
+                    matmul(codes, rows, weight, activation.gain, term, dtype, tile, splits, profile.inline_assembly)

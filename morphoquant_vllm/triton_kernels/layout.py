@@ -1,0 +1,117 @@
+"""How a layer's records lie in GPU memory. Torch only; each tensor is laid out once, after loading.
+
+Weights: tiles [N/128, K/P, 128, P/2], so that a program reads whole tiles in a row. P = max(G, 64) channels share a
+tile: byte p holds channel p of the tile in its low nibble and channel p + P/2 in its high one, as two's complement.
+Each half then is one operand of the int8 matrix units, which take 32 channels at a time: two halves of one group
+(G = 64, 128), or two groups (G = 32). N is rounded up to 128 and K to P with weights of 0.
+
+Unpacked in place, a nibble is 16 * q. The kernels divide by 16 where they multiply by the gain.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..numerics.activation import CODE_MAX, ESCAPE_MAX, ActivationRecord
+from ..numerics.linear import WeightRecord
+from ..numerics.weights import unpack
+
+TILE_N = 128
+# Channels of K that one instruction of the int8 matrix units multiplies.
+UNIT_K = 32
+# Weights unpacked at a time while repacking, so that loading a layer needs little more memory than its packed codes.
+REPACK_ROWS = 4096
+
+
+class GpuWeight(NamedTuple):
+    """A weight record as the kernels read it; the last tensor is absorbed_bias, as the ops demand."""
+
+    codes: Tensor  # uint8 [N/128, K/P, 128, P/2]
+    scale: Tensor  # bfloat16 [K/G, N], both rounded up
+    absorbed_bias: Tensor  # float32 [R, N]
+
+
+class GpuActivation(NamedTuple):
+    """An activation record as the kernels read it."""
+
+    inverse: Tensor  # float32 [R, K]
+    centre: Tensor  # float32 [R, K]
+    limit: Tensor  # int8 [R, K]: 127 where a code may escape, else 7
+    gain: Tensor  # float32 [R], divided by 16
+    channel_order: Tensor  # int32 [K]
+    massive_channel: Tensor  # int32 [B, J], both rounded up to powers of two
+    massive_low: Tensor  # float32 [B, J]
+    massive_high: Tensor  # float32 [B, J]
+
+
+def tile_channels(group_size: int) -> int:
+    """P, the channels that one tile holds along K."""
+    return max(group_size, 2 * UNIT_K)
+
+
+def group_size_of(weight: GpuWeight) -> int:
+    """G, from the shapes."""
+    _, tiles, _, half = weight.codes.shape
+    return tiles * 2 * half // weight.scale.shape[0]
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _tiles(packed: Tensor, channels: int) -> Tensor:
+    """Canonical bytes uint8 [rows, K/2], rows a multiple of 128, as tiles uint8 [rows/128, K/P, 128, P/2]."""
+    codes = unpack(packed)
+    codes = pad(codes, (0, _round_up(codes.shape[1], channels) - codes.shape[1]))
+    nibbles = (codes.view(-1, TILE_N, codes.shape[1] // channels, 2, channels // 2) & 0xF).to(torch.uint8)
+    low, high = nibbles.unbind(3)
+    return (low | (high << 4)).transpose(1, 2).contiguous()
+
+
+def prepare_weight(weight: WeightRecord) -> GpuWeight:
+    """The layout above, of a canonical record; on the record's device."""
+    rows, half = weight.codes.shape
+    groups = weight.scale.shape[1]
+    channels = tile_channels(2 * half // groups)
+    padded = _round_up(rows, TILE_N)
+    tiles = weight.codes.new_empty((padded // TILE_N, _round_up(2 * half, channels) // channels, TILE_N, channels // 2))
+    for start in range(0, padded, REPACK_ROWS):
+        part = weight.codes[start : start + REPACK_ROWS]
+        # 0x88 is a pair of weights 0.
+        part = pad(part, (0, 0, 0, _round_up(part.shape[0], TILE_N) - part.shape[0]), value=0x88)
+        tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels)
+    group_size = 2 * half // groups
+    padded_groups = tiles.shape[1] * channels // group_size
+    scale = pad(weight.scale, (0, padded_groups - groups, 0, padded - rows)).T.contiguous()
+    return GpuWeight(tiles, scale, weight.absorbed_bias.contiguous())
+
+
+def prepare_activation(activation: ActivationRecord) -> GpuActivation:
+    """Mask as limits, gain divided by 16, sets of massive intervals filled up with intervals that hold nothing."""
+    blocks, intervals = activation.massive_channel.shape
+    # Triton's blocks are powers of two. A set that is filled up repeats its last interval; a further set is empty.
+    wide = _power_of_two(intervals) - intervals
+    tall = _power_of_two(blocks) - blocks
+
+    def fill(values: Tensor, empty: float) -> Tensor:
+        values = torch.cat((values, values[:, -1:].expand(-1, wide)), 1)
+        return torch.cat((values, values.new_full((tall, values.shape[1]), empty))).contiguous()
+
+    return GpuActivation(
+        inverse=activation.inverse,
+        centre=activation.centre,
+        limit=torch.where(activation.mask, ESCAPE_MAX, CODE_MAX).to(torch.int8),
+        gain=activation.gain / 16,
+        channel_order=activation.channel_order,
+        massive_channel=fill(activation.massive_channel, 0),
+        massive_low=fill(activation.massive_low, 1.0),
+        massive_high=fill(activation.massive_high, 0.0),
+    )
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

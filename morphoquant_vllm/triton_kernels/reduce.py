@@ -1,0 +1,32 @@
+"""Kernel: add the partial sums of a split K, in the order of the parts, and finish the output."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def reduce_splits(
+    part_ptr,  # float32 [splits, M, N]
+    rows_ptr,  # int32 [M]
+    gain_ptr,  # float32 [R], divided by 16
+    absorbed_bias_ptr,  # float32 [R, N]
+    bias_ptr,  # [N] or unused
+    out_ptr,  # [M, N]
+    M,
+    N,
+    splits,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """BLOCK_N outputs of one token; grid (M, tiles of N). No atomics: the same bits in every run."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = n < N
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for part in range(splits):
+        acc += tl.load(part_ptr + (part * M + m) * N + n, mask=exists, other=0.0)
+    row = tl.load(rows_ptr + m)
+    y = acc * tl.load(gain_ptr + row) + tl.load(absorbed_bias_ptr + row * N + n, mask=exists, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * N + n, y.to(out_ptr.dtype.element_ty), mask=exists)

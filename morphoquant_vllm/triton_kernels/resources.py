@@ -1,0 +1,111 @@
+"""What a compiled kernel uses, read from the binary and not from the compiler's report of intent."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import triton
+from triton.compiler import CompiledKernel
+
+# SASS of an integer matrix instruction: mma.sync, wgmma and tcgen05 in turn.
+MATRIX_SASS = re.compile(r"\b(IMMA|IGMMA|UTCIMMA|UTCQMMA)\b")
+# "/*0010*/  @!P0 LDG.E.128 R4, ... ;": the address, perhaps a predicate, the opcode, its operands.
+SASS_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+MATRIX_SOURCE = re.compile(r"\b(mma\.sync[\w.:]*|wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|v_mfma_\w+)")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Registers and shared memory of one program, and what its instructions show."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread; on AMD scratch memory
+    local_accesses: int  # LDL and STL in the SASS, on AMD spilled registers
+    shared_memory: int  # bytes
+    threads: int
+    # Matrix instructions as they are called in PTX or AMD's assembly.
+    matrix: frozenset[str]
+    asynchronous_copies: int  # cp.async of 16 bytes or less, in the PTX
+    layout_conversions: int  # convert_layout in Triton's GPU IR: passes through shared memory
+    instructions: tuple[str, ...]  # opcodes of the binary, in order
+    loop: tuple[str, ...]  # opcodes of the innermost loop that holds matrix instructions; empty if none, and on AMD
+
+
+@cache
+def _tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([_tool("cuobjdump"), option, path], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel: CompiledKernel) -> Resources:
+    """Read what `kernel` uses; NVIDIA cubins through cuobjdump, AMD's from their own metadata."""
+    return _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel)
+
+
+def _nvidia(kernel: CompiledKernel) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        sass = _cuobjdump("-sass", file.name)
+    counts = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if counts is None:
+        raise ValueError(f"cuobjdump names no registers: {usage[:200]!r}")
+    ptx = kernel.asm["ptx"]
+    lines = SASS_LINE.findall(sass)
+    opcodes = tuple(opcode for _, opcode, _ in lines)
+    return Resources(
+        registers=int(counts[1]),
+        stack=int(counts[2]),
+        local_accesses=sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
+        shared_memory=kernel.metadata.shared,
+        threads=kernel.metadata.num_warps * 32,
+        matrix=frozenset(MATRIX_SOURCE.findall(ptx)),
+        asynchronous_copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+        layout_conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
+        instructions=opcodes,
+        loop=_matrix_loop([(int(address, 16), opcode, operands) for address, opcode, operands in lines]),
+    )
+
+
+def _matrix_loop(lines: list[tuple[int, str, str]]) -> tuple[str, ...]:
+    """Opcodes between a branch back and its target: the shortest such span with the most matrix instructions."""
+    spans = []
+    for address, opcode, operands in lines:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if opcode.startswith("BRA") and target and int(target[1], 16) < address:
+            span = tuple(name for place, name, _ in lines if int(target[1], 16) <= place <= address)
+            spans.append((sum(bool(MATRIX_SASS.match(name)) for name in span), -len(span), span))
+    best = max(spans, default=(0, 0, ()))
+    return best[2] if best[0] else ()
+
+
+def _amd(kernel: CompiledKernel) -> Resources:
+    assembly = kernel.asm["amdgcn"]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, assembly)
+        if found is None:
+            raise ValueError(f"AMD's assembly has no {pattern}")
+        return int(found[1])
+
+    return Resources(
+        registers=number(r"\.vgpr_count:\s+(\d+)"),
+        stack=number(r"\.private_segment_fixed_size:\s+(\d+)"),
+        local_accesses=number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"\.sgpr_spill_count:\s+(\d+)"),
+        shared_memory=kernel.metadata.shared,
+        threads=kernel.metadata.num_warps * 64,
+        matrix=frozenset(MATRIX_SOURCE.findall(assembly)),
+        asynchronous_copies=len(re.findall(r"global_load_lds|buffer_load_\w+ .*\blds\b", assembly)),
+        layout_conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
+        instructions=tuple(re.findall(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+)", assembly, re.MULTILINE)),
+        loop=(),
+    )

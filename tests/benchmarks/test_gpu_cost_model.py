@@ -1,0 +1,61 @@
+"""The cost model's arithmetic, and that what it prints and writes is marked as an estimate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_cost_model.gpus import GPUS
+from morphoquant_vllm.triton_kernels.tiles import Tile
+
+model = pytest.importorskip("benchmarks.gpu_cost_model.model", reason="needs triton")
+resources = pytest.importorskip("morphoquant_vllm.triton_kernels.resources", reason="needs triton")
+
+TILE = Tile(None, (128,), 64, 16, 4, 4, 2, 4, 16, "test")
+USED = resources.Resources(80, 0, 0, 36864, 128, frozenset(), 24, 2, (), ("IMMA",) * 200)
+
+
+def test_decode_is_bounded_by_the_bytes_it_reads() -> None:
+    found = model.estimate(GPUS["L20"], TILE, 1, USED, 4, 1, 18944, 3584, 128)
+    weights = 18944 * 3584 / 2
+    assert found.limit == "bandwidth"
+    # Beside the weights: one scale in 128 weights, 3584 codes, 18944 outputs.
+    assert weights < found.bandwidth * 864e9 < 1.04 * weights
+    assert found.bfloat16 == pytest.approx(157.2e-6, rel=0.01), "the roofline of a 7B's MLP on an L20"
+
+
+def test_split_k_pays_for_its_partial_sums() -> None:
+    whole = model.estimate(GPUS["H100"], TILE, 1, USED, 4, 16, 3584, 18944, 128)
+    split = model.estimate(GPUS["H100"], TILE, 8, USED, 4, 16, 3584, 18944, 128)
+    assert (split.bandwidth - whole.bandwidth) * 3350e9 == pytest.approx(8 * 8 * 16 * 3584)
+    assert split.issue < whole.issue, "56 programs leave most of 132 multiprocessors idle"
+
+
+@pytest.mark.parametrize(
+    ("programs", "expected"), [(132, 1.0), (66, 2.0), (264, 1.0), (265, 396 / 265), (528, 1.0), (529, 1056 / 529)]
+)
+def test_uneven_work_stretches_compute(programs: int, expected: float) -> None:
+    assert model.stretch(programs, 132, 4) == pytest.approx(expected)
+
+
+def test_the_command_marks_everything_as_an_estimate(tmp_path: Path) -> None:
+    path = tmp_path / "estimates.json"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_cost_model",
+        "--gpus",
+        "H100",
+        "--tokens",
+        "1",
+        "--json",
+        str(path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "ESTIMATES, nothing measured: H100" in done.stdout
+    assert "no speed is claimed" in " ".join(done.stdout.split())
+    written = json.loads(path.read_text())
+    assert written["estimates_only"] is True
+    assert all(row["estimate"] is True and row["seconds"] > 0 and row["issue"] > 0 for row in written["rows"])

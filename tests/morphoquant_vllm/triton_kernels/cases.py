@@ -1,0 +1,181 @@
+"""What the interpreter process does: run kernels beside the torch reference and report how they agree.
+
+Imported there only for its functions that import Triton; the data classes are plain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.numerics import activation as activation_numerics
+from morphoquant_vllm.numerics import linear as linear_numerics
+from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.triton_kernels import layout
+from morphoquant_vllm.triton_kernels.tiles import Tile
+from tests.checkpoints import random_group
+from tests.records import activation_of, weight_of
+
+ROWS = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear layer, its input and how the kernel runs it."""
+
+    tokens: int
+    out_features: int
+    in_features: int
+    group_size: int
+    splits: int = 1
+    block_n: int = 32
+    block_m: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    bias: bool = False
+    blocks: int = 1
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        tile = f"{self.block_n}x{self.block_m}x{self.splits}"
+        shape = f"M{self.tokens}-N{self.out_features}-K{self.in_features}-G{self.group_size}"
+        return f"{shape}-{tile}-{kind}-B{self.blocks}" + "-bias" * self.bias
+
+    @property
+    def tile(self) -> Tile:
+        return Tile(None, (32, 64, 128), self.block_n, self.block_m, 4, 2, 1, 1, 16, "test")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the kernels' results lie beside the reference's."""
+
+    codes_equal: bool
+    rows_equal: bool
+    massive: int  # tokens that are
+    escapes: int  # codes outside 4 bits
+    # Largest difference of an output over what output_bound allows; over 1 is too much.
+    output_error: float
+
+
+def layer(case: Case) -> tuple[WeightRecord, ActivationRecord]:
+    """Canonical records of a random layer, of `blocks` blocks of K."""
+    spec_layer = LayerSpec(case.in_features, case.out_features, case.group_size, "row", "layer")
+    spec = QuantizationSpec(layers={"layer": spec_layer}, tensor_parallel=case.blocks)
+    generator = torch.Generator().manual_seed(case.in_features + case.out_features)
+    weight = torch.randn(case.out_features, case.in_features, generator=generator)
+    (tensors,) = random_group([weight], spec_layer, spec, torch.tensor(case.group_size))
+    return weight_of(tensors), activation_of(tensors)
+
+
+def tokens(case: Case, record: ActivationRecord) -> tuple[Tensor, Tensor]:
+    """x [M, K] with values far off, NaN and infinities among them, and a row for each token.
+
+    Tokens 0, 3, 6, ... are massive by the last block's intervals, tokens 1, 4, 7, ... are not.
+    """
+    generator = torch.Generator().manual_seed(case.tokens)
+    x = torch.randn(case.tokens, case.in_features, generator=generator) * 3
+    wild = torch.rand(x.shape, generator=generator)
+    x[wild < 0.01] *= 100
+    for share, value in ((0.996, float("nan")), (0.997, float("inf")), (0.998, -float("inf")), (0.999, 1e38)):
+        x[wild > share] = value
+    x[0::3, record.massive_channel[-1].long()] = 5.0
+    x[1::3, record.massive_channel.flatten().long()] = -10.0
+    return x.to(case.dtype), torch.randint(ROWS - 1, (case.tokens,), generator=generator, dtype=torch.int32)
+
+
+def compare(case: Case) -> Agreement:
+    """Run both kernels on a random layer."""
+    from morphoquant_vllm.triton_kernels import launch
+
+    weight, record = layer(case)
+    x, modality = tokens(case, record)
+    bias = torch.linspace(-1, 1, case.out_features).to(case.dtype) if case.bias else None
+    gpu_weight, gpu_activation = layout.prepare_weight(weight), layout.prepare_activation(record)
+    codes, rows = launch.quantize(x, modality, gpu_activation)
+    expected_rows = activation_numerics.token_rows(x, modality, record)
+    expected_codes = activation_numerics.act_quant(x, expected_rows, record)
+    y = launch.matmul(codes, rows, gpu_weight, gpu_activation.gain, bias, case.dtype, case.tile, case.splits, False)
+    expected = linear_numerics.matmul(expected_codes, expected_rows, weight, record.gain, bias).to(case.dtype)
+    bound = linear_numerics.output_bound(expected_codes, expected_rows, weight, record.gain, expected)
+    error = (y.double() - expected.double()).abs() / bound
+    return Agreement(
+        codes_equal=torch.equal(codes, expected_codes),
+        rows_equal=torch.equal(rows, expected_rows),
+        massive=int((expected_rows == ROWS - 1).sum()),
+        escapes=int(activation_numerics.escapes(expected_codes).sum()),
+        output_error=float(error.max()),
+    )
+
+
+def group_sums_equal(case: Case) -> list[bool]:
+    """Whether each group's sums, read out by a scale of 1 there and 0 elsewhere, are the reference's integers."""
+    from morphoquant_vllm.triton_kernels import launch
+
+    generator = torch.Generator().manual_seed(case.tokens)
+    codes = torch.randint(-128, 128, (case.tokens, case.in_features), generator=generator, dtype=torch.int8)
+    weight, _ = layer(case)
+    # The largest sums that there are: every product is -128 * -8.
+    codes[0] = -128
+    weight.codes[0] = 0
+    expected = linear_numerics.group_sums(codes, weight)
+    rows = torch.zeros(case.tokens, dtype=torch.int32)
+    gain = torch.full((1,), 1 / 16)
+    without_constant = torch.zeros(1, case.out_features)
+    equal = []
+    for group in range(weight.scale.shape[1]):
+        scale = torch.zeros_like(weight.scale)
+        scale[:, group] = 1
+        prepared = layout.prepare_weight(weight._replace(scale=scale, absorbed_bias=without_constant))
+        y = launch.matmul(codes, rows, prepared, gain, None, torch.float32, case.tile, case.splits, False)
+        equal.append(torch.equal(y, expected[:, :, group].float()))
+    return equal
+
+
+def edges_agree(dtype: torch.dtype) -> tuple[list[int], list[int]]:
+    """Rows by the kernel and by the reference, of tokens on and beside the edges of an interval."""
+    from morphoquant_vllm.triton_kernels import launch
+
+    _, record = layer(Case(1, 32, 64, 32))
+    low, high = torch.full((1, 4), -1.5), torch.full((1, 4), 24.0)
+    record = record._replace(massive_low=low, massive_high=high)
+    values = torch.tensor([-1.5, 24.0, float("nan"), float("inf"), -float("inf"), -1.515625, 24.25, 0.0])
+    x = torch.zeros(len(values), 64)
+    x[:, record.massive_channel[0, 0].long()] = values
+    x = x.to(dtype)
+    modality = torch.full((len(values),), 2, dtype=torch.int32)
+    rows = launch.quantize(x, modality, layout.prepare_activation(record))[1]
+    return rows.tolist(), activation_numerics.token_rows(x, modality, record).tolist()
+
+
+def ties_agree() -> bool:
+    """Codes of values half-way between two codes, on both limits and beyond, in float32, gain and step 1."""
+    from morphoquant_vllm.triton_kernels import launch
+
+    _, record = layer(Case(1, 32, 1024, 32))
+    x = ((torch.arange(2 * 1024) - 1024) / 4).view(2, 1024)
+    record = record._replace(
+        inverse=torch.ones_like(record.inverse),
+        centre=torch.zeros_like(record.centre),
+        massive_low=torch.ones(1, 4),
+        massive_high=torch.zeros(1, 4),
+    )
+    modality = torch.tensor([0, 4], dtype=torch.int32)
+    codes = launch.quantize(x, modality, layout.prepare_activation(record))[0]
+    return torch.equal(codes, activation_numerics.act_quant(x, modality, record))
+
+
+def strided_input_agrees() -> bool:
+    """Codes of a slice of a wider tensor, whose rows do not follow each other."""
+    from morphoquant_vllm.triton_kernels import launch
+
+    case = Case(5, 32, 64, 32)
+    _, record = layer(case)
+    x, modality = tokens(case, record)
+    wide = torch.cat((x, x), 1)[:, 3 : 3 + 64]
+    rows = activation_numerics.token_rows(wide, modality, record)
+    codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
+    return torch.equal(codes, activation_numerics.act_quant(wide, rows, record))

@@ -1,0 +1,60 @@
+"""Each assertion on compiled kernels fails on a configuration made to break it, and says why."""
+
+from dataclasses import replace
+
+import pytest
+
+from morphoquant_vllm.triton_kernels import tiles
+from morphoquant_vllm.triton_kernels.tiles import Tile
+
+ahead = pytest.importorskip("morphoquant_vllm.triton_kernels.ahead", reason="needs triton")
+proof = pytest.importorskip("morphoquant_vllm.triton_kernels.proof", reason="needs triton")
+resources = pytest.importorskip("morphoquant_vllm.triton_kernels.resources", reason="needs triton")
+
+TABLE = tiles.load(tiles.DEFAULT_TABLE)
+
+
+def problems(name: str, group_size: int, *, aligned: bool = True, index: int = 0, **changes: int) -> str:
+    """What is wrong with a tile of the table after `changes`."""
+    architecture = TABLE[name]
+    tile: Tile = replace(architecture.tiles[index], **changes)
+    used = resources.resources(ahead.build_gemm(name, tile, group_size, aligned=aligned))
+    return "; ".join(proof.gemm_problems(used, architecture, tile))
+
+
+def test_rows_of_256_tokens_spill() -> None:
+    found = problems("sm_80", 128, index=-1, block_m=256)
+    assert "stack: " in found
+    assert "local memory: " in found
+
+
+def test_eight_stages_exceed_the_shared_memory() -> None:
+    assert "shared memory: 172032 bytes, the limit is 101376" in problems("sm_89", 128, index=-1, stages=8)
+
+
+def test_four_stages_leave_no_room_for_the_programs() -> None:
+    assert "occupancy: 2 programs fit, the tile needs 3" in problems("sm_89", 128, index=2, stages=4)
+
+
+def test_eight_tokens_find_no_matrix_instruction_on_amd() -> None:
+    assert "matrix instruction: []" in problems("gfx942", 64, block_m=8)
+
+
+def test_a_narrow_tile_is_not_compiled_to_wgmma() -> None:
+    """The instruction is judged by the tile: shown by judging a narrow tile's binary as a wide one."""
+    architecture = TABLE["sm_90"]
+    wide = architecture.tiles[0]
+    used = resources.resources(ahead.build_gemm("sm_90", replace(wide, block_n=32), 64))
+    assert "matrix instruction: ['mma.sync" in "; ".join(proof.gemm_problems(used, architecture, wide))
+
+
+def test_unaligned_pointers_are_copied_synchronously() -> None:
+    assert "asynchronous copies: 0" in problems("sm_80", 64, aligned=False)
+
+
+def test_four_warps_on_128_outputs_convert_layouts_in_the_loop() -> None:
+    assert "layout conversions: 8" in problems("sm_80", 32, block_n=128)
+
+
+def test_fused_operations_are_seen() -> None:
+    assert "rounding: fma" in "; ".join(proof.rounding_problems(ahead.build_reduce("sm_80")))

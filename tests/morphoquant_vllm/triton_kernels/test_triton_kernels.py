@@ -1,0 +1,88 @@
+"""The kernels, interpreted on the CPU, against the torch reference: equal codes and sums, outputs within the bound."""
+
+import pytest
+import torch
+
+from tests.morphoquant_vllm.triton_kernels import cases
+from tests.morphoquant_vllm.triton_kernels.cases import Case
+from tests.morphoquant_vllm.triton_kernels.interpreter import Interpreter
+
+# Between them: M of one, of tile tails and of several tiles; N that no tile divides; every group size; K that leaves
+# half a tile of weights (96, 288); split K with a short last part; both 16-bit types and float32; one to four blocks.
+SAMPLE = [
+    Case(1, 48, 64, 32),
+    Case(1, 160, 256, 64, splits=2),
+    Case(1, 72, 512, 128, splits=4, bias=True),
+    Case(2, 33, 96, 32, splits=2, block_n=16, bias=True),
+    Case(5, 130, 288, 32, splits=5, dtype=torch.float16),
+    Case(7, 64, 192, 64, splits=3, dtype=torch.float16, bias=True, blocks=3),
+    Case(15, 40, 384, 128, splits=2, blocks=3),
+    Case(16, 256, 128, 128, block_n=128),
+    Case(17, 96, 128, 32, dtype=torch.float32, blocks=2),
+    Case(31, 100, 320, 64, block_n=64, block_m=32, splits=2),
+    Case(64, 64, 256, 32, block_n=64, block_m=64, blocks=4),
+    Case(65, 129, 128, 64, block_n=64, block_m=64, dtype=torch.float16),
+    Case(100, 200, 256, 128, block_n=128, block_m=64, splits=2, bias=True),
+    Case(128, 128, 160, 32, block_n=128, block_m=128),
+    Case(129, 136, 128, 128, block_n=128, block_m=128, dtype=torch.float16),
+    Case(512, 72, 64, 64, block_n=128, block_m=256, dtype=torch.float32, bias=True),
+]
+SUMS = [
+    Case(3, 20, 96, 32),
+    Case(3, 20, 128, 32, splits=2),
+    Case(3, 140, 192, 64),
+    Case(18, 20, 256, 64, splits=3),
+    Case(3, 20, 256, 128, block_n=64),
+    Case(3, 20, 384, 128, splits=3),
+]
+# Every tail of M against every group size and split, and the largest tiles.
+MATRIX = [
+    Case(m, n, k, g, splits, block_n, block_m, dtype, bias, blocks)
+    for m, block_n, block_m in ((1, 64, 16), (3, 32, 16), (16, 16, 16), (33, 64, 32), (127, 128, 128), (512, 128, 128))
+    for n in (1, 127, 384)
+    for g, k in ((32, 96), (32, 512), (64, 320), (128, 640))
+    for splits, dtype, bias, blocks in ((1, torch.bfloat16, True, 1), (3, torch.float16, False, k // g))
+]
+
+
+def assert_agrees(interpreter: Interpreter, case: Case) -> None:
+    found = interpreter(cases.compare, case)
+    assert found.codes_equal
+    assert found.rows_equal
+    assert found.output_error <= 1
+    assert found.massive > 0
+    if case.tokens > 1:
+        assert found.massive < case.tokens
+    if case.tokens * case.in_features > 1000:
+        assert found.escapes > 0
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_kernels_agree_with_the_reference(interpreter: Interpreter, case: Case) -> None:
+    assert_agrees(interpreter, case)
+
+
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_group_sums_are_the_reference_integers(interpreter: Interpreter, case: Case) -> None:
+    equal = interpreter(cases.group_sums_equal, case)
+    assert equal == [True] * (case.in_features // case.group_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_massive_tokens_on_the_edges_of_an_interval(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    rows, expected = interpreter(cases.edges_agree, dtype)
+    assert rows == expected == [5, 5, 2, 2, 2, 2, 2, 5]
+
+
+def test_ties_round_to_even_and_limits_hold(interpreter: Interpreter) -> None:
+    assert interpreter(cases.ties_agree)
+
+
+def test_rows_of_the_input_may_lie_apart(interpreter: Interpreter) -> None:
+    assert interpreter(cases.strided_input_agrees)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_the_matrix_agrees_with_the_reference(interpreter: Interpreter, case: Case) -> None:
+    assert_agrees(interpreter, case)
