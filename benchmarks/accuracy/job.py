@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,4 +145,25 @@ def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     report = json.loads(file.read_text(encoding="utf-8"))
-    return {part: report[part] for part in ("settings", "data", "escape_rate") if part in report}
+    kept = {part: report[part] for part in ("settings", "data", "escape_rate") if part in report}
+    return {**kept, "modality_rows": modality_rows(report["layers"])}
+
+
+def modality_rows(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By modality: inputs of linears, those with a row of its own, and what such a row made of the output's error.
+
+    `layers` of a calibration report; linears that share an input count once. "error_ratio": geometric mean, over the
+    inputs with a row of its own, of the error on held-back tokens with it over that without.
+    """
+    inputs = {json.dumps([layer["escape_rate"], layer.get("modality_rows")]): layer for layer in layers.values()}
+    choices: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in inputs.values():
+        for row, choice in layer.get("modality_rows", {}).items():
+            choices.setdefault(row, []).append(choice)
+    found = {}
+    for row, made in choices.items():
+        logs = [math.log(choice["own_error"] / choice["any_error"]) for choice in made if choice["own"]]
+        found[row] = {"inputs": len(made), "own": len(logs)}
+        if logs:
+            found[row]["error_ratio"] = math.exp(sum(logs) / len(logs))
+    return found

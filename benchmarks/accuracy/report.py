@@ -48,13 +48,13 @@ def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     methods = summary["methods"]
     columns = list(dict.fromkeys(column for method in methods.values() for column in method[part]))
     tail = ["escapes or bypass", "worst layer", "activation bits"]
-    if not language:
-        tail = ["all - 16 bit", *tail]
+    tail = [*(["over ours"] if language else ["all - 16 bit", "ours - this"]), *tail]
     rows = []
     for name, method in methods.items():
         row = [name, *((_perplexity if language else _accuracy)(method[part].get(column)) for column in columns)]
         if not language:
             row.append(_difference(method[part].get("all")))
+        row.append(_against_ours(method.get("against_ours")))
         rows.append(row + _bits(method["activations"]))
     return ["method", *columns, *tail], rows
 
@@ -78,6 +78,16 @@ def _difference(row: Mapping[str, Any] | None) -> str:
     return f"{100 * row['difference']:+.2f} ± {100 * (row['difference_error'] or 0):.2f}"
 
 
+def _against_ours(found: Mapping[str, Any] | None) -> str:
+    """How many times our perplexity, or how many points below our accuracy; on the same windows or questions."""
+    if found is None:
+        return ""
+    if "ratio" in found:
+        ratio, error = found["ratio"], found["error"]
+        return f"{ratio:.3f} ± {error:.3f}" if ratio < 100 else f"{ratio:.2g}"
+    return f"{100 * found['difference']:+.2f} ± {100 * found['error']:.2f}"
+
+
 def _bits(activations: Mapping[str, Any] | None) -> list[str]:
     if activations is None:
         return ["", "", ""]
@@ -99,11 +109,34 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "|" + "---|" * len(header),
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
+    lines += _modality_rows(summary)
     found = bars.check(summary)
     if found:
         lines += ["", "| bar | met | measured |", "|---|---|---|"]
         lines += [f"| {asked} | {'yes' if met else 'no'} | {figures} |" for asked, met, figures in found]
     return "\n".join(lines) + "\n"
+
+
+def _modality_rows(summary: Mapping[str, Any]) -> list[str]:
+    """Which modalities have rows of their own, and the error of the outputs with such a row over that without."""
+    lines = []
+    for name, method in summary["methods"].items():
+        rows = (method["calibration"] or {}).get("modality_rows", {})
+        cells = [
+            f"{row} {found['own']}/{found['inputs']}"
+            + (f" x{found['error_ratio']:.2f}" if "error_ratio" in found else "")
+            for row, found in rows.items()
+        ]
+        if cells:
+            lines.append(f"| {name} | {', '.join(cells)} |")
+    if not lines:
+        return []
+    heading = "inputs with a row of the modality's own / inputs, and what it makes of the output's error there"
+    return ["", f"| method | {heading} |", "|---|---|", *lines]
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f" x{ratio:.2f}"
 
 
 def _caption(summary: Mapping[str, Any]) -> str:

@@ -17,7 +17,8 @@ from benchmarks.machine import processor, versions
 
 # Where served in 16 bit was not measured, transformers in float32 takes its place.
 SERVED_REFERENCE, REFERENCE = "served-16bit", "16bit"
-FORMAT = 1
+OURS = "served"
+FORMAT = 2
 
 
 def summarize(job: Job, command: str) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
                 "kind": type(METHODS[name]).__name__.lower(),
                 "settings": asdict(METHODS[name]),
                 **figures(name, found, raw),
+                "against_ours": (_language_against if job.benchmark == "language" else _omni_against)(found, raw),
                 "activations": _activations(name, list(found.values())),
                 "calibration": calibration_report(job, name),
             }
@@ -92,6 +94,26 @@ def _omni(name: str, found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[s
             difference, difference_error = scores.accuracy_difference(outcomes, reference[kind])
             rows[kind] |= {"difference": difference, "difference_error": _number(difference_error)}
     return {"kinds": rows}
+
+
+def _language_against(found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, float] | None:
+    """Perplexity over ours on all windows of all texts, and its standard error; None unless both have every text."""
+    ours = raw.get(OURS, {})
+    if not ours or set(ours) != set(found):
+        return None
+    losses, reference = ([loss for text in found for loss in each[text]["losses"]] for each in (found, ours))
+    mean, error = scores.log_ratio(losses, reference, sum(result["tokens"] for result in found.values()))
+    ratio = math.exp(mean)
+    return {"ratio": ratio, "error": ratio * error}
+
+
+def _omni_against(found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, float] | None:
+    """Our accuracy less this one, on the same questions, and its standard error."""
+    if OURS not in raw:
+        return None
+    ours, right = (_with_all(each[QUESTIONS]["right"])["all"] for each in (raw[OURS], found))
+    difference, error = scores.accuracy_difference(ours, right)
+    return {"difference": difference, "error": error}
 
 
 def _with_all(right: Mapping[str, list[int]]) -> dict[str, list[int]]:
