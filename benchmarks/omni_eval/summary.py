@@ -48,9 +48,8 @@ def figures(outcomes: Sequence[str]) -> dict[str, Any]:
 
 def table(benchmark: str, summary: Mapping[str, Any]) -> Table:
     """The same for people."""
-    found = Table(
-        title=f"{benchmark}: accuracy with {CONFIDENCE:.0%} interval", title_justify="left", box=box.SIMPLE_HEAD
-    )
+    title = f"{benchmark}: accuracy with {CONFIDENCE:.0%} interval"
+    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     found.add_column("", overflow="fold")
     for heading in ("accuracy", "interval", "right", "of", UNPARSED, REFUSED):
         found.add_column(heading, justify="right", no_wrap=True)
