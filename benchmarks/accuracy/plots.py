@@ -15,6 +15,7 @@ CUT_RATIO = 20
 def png(summary: Mapping[str, Any]) -> bytes:
     """The chart of a summary; MorphoQuantError where matplotlib is missing."""
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -29,9 +30,8 @@ def png(summary: Mapping[str, Any]) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.85 / max(len(methods), 1)
-    colours = {
-        name: f"C{index}" if index < 10 else f"{0.2 + 0.06 * (index - 10):.2f}" for index, name in enumerate(methods)
-    }
+    palette = [colour for name in ("tab20", "tab20b") for colour in colormaps[name].colors]
+    colours = {name: palette[index % len(palette)] for index, name in enumerate(methods)}
     for index, (name, rows) in enumerate(methods.items()):
         places = [column + (index - (len(methods) - 1) / 2) * width for column in range(len(columns))]
         heights, errors = zip(*(_bar(rows.get(column), language) for column in columns), strict=True)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.accuracy import job, report, summary
+from benchmarks.accuracy import job, plots, report, summary
 from benchmarks.accuracy.omni import QUESTIONS
 
 
@@ -54,3 +54,11 @@ def test_rows_of_modalities_are_counted_by_input() -> None:
     methods = {"served": {"calibration": {"modality_rows": found}}, "16bit": {"calibration": None}}
     assert report._modality_rows({"methods": methods})[-1] == "| served | text 0/2, audio 2/2 x0.35 |"
     assert job.modality_rows({"q": {"escape_rate": rates}}) == {}
+
+
+@pytest.mark.parametrize("methods", [1, 60])
+def test_the_chart_takes_any_number_of_methods(methods: int) -> None:
+    row = {"accuracy": 0.9, "error": 0.01}
+    entries = {f"method {index}": {"kind": "served", "kinds": {"all": row}} for index in range(methods)}
+    chart = plots.png({"benchmark": "omni", "model": {"name": "tiny"}, "methods": entries})
+    assert chart.startswith(b"\x89PNG")
