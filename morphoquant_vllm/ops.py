@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import cpu
 from .numerics import activation as activation_numerics
 from .numerics import linear as linear_numerics
 from .numerics.activation import ActivationRecord
@@ -58,11 +59,14 @@ def _reference_linear(
 
 BACKENDS = {
     "reference": Backend(_reference_prepare, _reference_act_quant, _reference_linear),
+    "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
 }
 
 
 def select_backend(device: torch.device) -> str:
-    """Key of the backend that serves layers on `device`: the torch reference, until kernels join BACKENDS."""
+    """Key of the backend that serves layers on `device`: its kernels where they run, else the torch reference."""
+    if device.type == "cpu" and cpu.available():
+        return "cpu"
     return "reference"
 
 
