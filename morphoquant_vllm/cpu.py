@@ -30,16 +30,11 @@ _REPACK_OUTPUTS = 1024
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The fields of Call in cpu_kernels/call.h.
 _CALL = struct.Struct("=29q")
-_ACTIVATION_DTYPES = ActivationRecord(
-    inverse=torch.float32,
-    centre=torch.float32,
-    mask=torch.bool,
-    gain=torch.float32,
-    channel_order=torch.int32,
-    massive_channel=torch.int32,
-    massive_low=torch.float32,
-    massive_high=torch.float32,
-)  # type: ignore[arg-type]
+# Of the activation record's fields, in order.
+_ACTIVATION_DTYPES = (
+    *(torch.float32, torch.float32, torch.bool, torch.float32, torch.int32),  # inverse ... channel_order
+    *(torch.int32, torch.float32, torch.float32),  # massive_channel, _low, _high
+)
 
 
 def available() -> bool:

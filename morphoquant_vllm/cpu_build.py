@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,8 @@ class BuildError(Exception):
 class Kernels:
     """The loaded library; both functions take a packed Call (cpu_kernels/call.h) and return 0, or 1 for a bad row."""
 
-    act_quant: ctypes._CFuncPtr
-    linear: ctypes._CFuncPtr
+    act_quant: Callable[[bytes], int]
+    linear: Callable[[bytes], int]
     call_size: int
     instructions: str
 
