@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import cpu
 from .numerics import activation as activation_numerics
 from .numerics import linear as linear_numerics
 from .numerics.activation import ActivationRecord
@@ -74,6 +75,7 @@ BACKENDS = {
     "triton": Backend(
         gpu_backend.prepare, gpu_backend.act_quant, gpu_backend.linear, gpu_backend.check, gpu_backend.warm
     ),
+    "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
 }
 
 # By type of device. A GPU that the kernels do not know is refused by the backend's check, not served slowly.
@@ -81,7 +83,9 @@ BACKEND_OF_DEVICE = {"cuda": "triton"}
 
 
 def select_backend(device: torch.device) -> str:
-    """Key of the backend that serves layers on `device`."""
+    """Key of the backend that serves layers on `device`: its kernels where they run, else the torch reference."""
+    if device.type == "cpu" and cpu.available():
+        return "cpu"
     return BACKEND_OF_DEVICE.get(device.type, "reference")
 
 

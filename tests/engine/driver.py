@@ -33,42 +33,36 @@ def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Note input, rows, output and, inside the op, codes of every quantized layer's first call; call to stop."""
+    """Note input, rows, codes and output of every quantized layer's first call; call to stop.
+
+    Codes are those of the backend's own quantizer on the layer's prepared record.
+    """
+    from morphoquant_vllm import ops
     from morphoquant_vllm.linear_method import MorphoQuantLinearMethod
-    from morphoquant_vllm.numerics import linear as definition
 
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "quant_method", None), MorphoQuantLinearMethod)
     }
-    running: list[str] = []
-    act_quant = definition.act_quant
-
-    def record_codes(*arguments: Any) -> torch.Tensor:
-        codes = act_quant(*arguments)
-        captured.setdefault(f"{running[-1]}.codes", codes.clone())
-        return codes
 
     def before(name: str, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        running.append(name)
-        captured.setdefault(f"{name}.x", inputs[0].clone())
-        rows = layer.quant_method.token_rows(layer, inputs[0])[: inputs[0].shape[0]]
-        captured.setdefault(f"{name}.modality", rows.clone())
+        if f"{name}.x" in captured:
+            return
+        x, method = inputs[0], layer.quant_method
+        rows = method.token_rows(layer, x)[: x.shape[0]]
+        captured[f"{name}.x"], captured[f"{name}.modality"] = x.clone(), rows.clone()
+        captured[f"{name}.codes"] = ops.act_quant(x, rows, method.records(layer)[1], method.backend)
 
     def after(name: str, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        running.pop()
         captured.setdefault(f"{name}.y", (output[0] if isinstance(output, tuple) else output).clone())
 
     handles = []
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(partial(before, name)))
         handles.append(layer.register_forward_hook(partial(after, name)))
-    # The reference backend calls this name; a backend of its own needs its own way in.
-    definition.act_quant = record_codes
 
     def stop() -> None:
-        definition.act_quant = act_quant
         for handle in handles:
             handle.remove()
 

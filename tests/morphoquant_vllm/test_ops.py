@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import cpu, ops
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
@@ -31,6 +31,11 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     return x.to(dtype), torch.randint(ROWS, (tokens,), generator=generator, dtype=torch.int32)
 
 
+def skip_where_it_does_not_run(backend: str) -> None:
+    if backend == "cpu" and not cpu.available():
+        pytest.skip("the CPU kernels do not run on this machine")
+
+
 def test_signatures_are_frozen() -> None:
     assert str(ops.linear.default._schema) == (
         "morphoquant::linear(Tensor x, Tensor modality, Tensor[] weight, Tensor[] activation, "
@@ -45,6 +50,7 @@ def test_signatures_are_frozen() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_every_backend_agrees_with_the_reference(records, backend: str, dtype: torch.dtype, tokens: int) -> None:
+    skip_where_it_does_not_run(backend)
     weight, record = records
     x, modality = inputs(tokens, dtype)
     bias = torch.linspace(-1, 1, N).to(dtype)
@@ -62,6 +68,7 @@ def test_every_backend_agrees_with_the_reference(records, backend: str, dtype: t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_massive_token_takes_the_last_row_in_both_ops(records, backend: str) -> None:
+    skip_where_it_does_not_run(backend)
     weight, record = records
     x, modality = inputs(80)
     massive = activation.is_massive(x, record.massive_channel, record.massive_low, record.massive_high)

@@ -1,0 +1,39 @@
+"""The linears of real models, with generated weights."""
+
+from __future__ import annotations
+
+import torch
+
+from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord
+
+# N x K of the decoder's (fused) linears; "bars" are single projections of the largest and the smallest model.
+MODELS: dict[str, dict[str, tuple[int, int]]] = {
+    "bars": {"up_proj 7B": (18944, 3584), "up_proj 0.5B": (4864, 896)},
+    "Qwen2.5-0.5B": {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)},
+    "Qwen2.5-Omni-3B": {"qkv": (2560, 2048), "o": (2048, 2048), "gate_up": (22016, 2048), "down": (2048, 11008)},
+    "Qwen2.5-Omni-7B": {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
+}
+# text, image, video, audio, any, massive.
+ROWS = 6
+
+
+def generated(outputs: int, channels: int, group_size: int, seed: int) -> tuple[WeightRecord, ActivationRecord]:
+    """Canonical records of a layer: what is random takes as long as what is calibrated. No token is massive."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = WeightRecord(
+        torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8),
+        torch.full((outputs, channels // group_size), 0.01, dtype=torch.bfloat16),
+        torch.zeros(ROWS, outputs),
+    )
+    record = ActivationRecord(
+        inverse=torch.full((ROWS, channels), 3.0),
+        centre=torch.zeros(ROWS, channels),
+        mask=torch.rand(ROWS, channels, generator=generator) < 0.5,
+        gain=torch.ones(ROWS),
+        channel_order=torch.randperm(channels, generator=generator).int(),
+        massive_channel=torch.arange(4, dtype=torch.int32)[None],
+        massive_low=torch.full((1, 4), 1e30),
+        massive_high=torch.full((1, 4), 2e30),
+    )
+    return weight, record

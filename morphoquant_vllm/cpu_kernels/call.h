@@ -1,0 +1,52 @@
+// What one call of the kernels gets: pointers into torch tensors, checked by cpu.py before they come here.
+//
+// M tokens, K input channels, N output channels, G group size along K, R modality rows, B sets of J massive intervals.
+// K is a multiple of G, and G one of 32, 64, 128. All fields are 8 bytes wide, so that Python packs them as 64-bit
+// integers.
+#pragma once
+
+#include <cstdint>
+
+namespace morphoquant {
+
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct Call {
+  const void* x;      // [M, K] of dtype; rows x_stride elements apart
+  int64_t x_stride;
+  int64_t dtype;      // of x and y
+  int64_t tokens;     // M
+  int64_t channels;   // K
+  const int32_t* modality;  // [M]
+  // Activation record
+  const float* inverse;          // [R, K]
+  const float* centre;           // [R, K]
+  const uint8_t* mask;           // [R, K], 0 or 1
+  const float* gain;             // [R]
+  int64_t rows;                  // R
+  const int32_t* channel_order;  // [K]
+  const int32_t* massive_channel;  // [B, J]
+  const float* massive_low;        // [B, J]
+  const float* massive_high;       // [B, J]
+  int64_t massive_sets;            // B
+  int64_t massive_channels;        // J
+  // Workspace; act_quant has no sums
+  int8_t* codes;       // [M, K], in permuted channel order
+  int32_t* token_row;  // [M]
+  int32_t* offset;     // [M, K/G]: -8 * sum of the group's codes; null in act_quant
+  int64_t threads;
+  // Weight record; unused by act_quant
+  const uint8_t* weight;       // [ceil(N/16), K/8, 64]: see gemm.h
+  const uint16_t* scale;       // bfloat16 [ceil(N/16), K/G, 16]
+  const float* absorbed_bias;  // [R, N]
+  const void* bias;            // [N] of bias_dtype, or null
+  int64_t bias_dtype;
+  int64_t outputs;     // N
+  int64_t group_size;  // G
+  void* y;             // [M, N], contiguous
+};
+
+// Outputs that lie side by side in the weight record.
+constexpr int64_t kBlock = 16;
+
+}  // namespace morphoquant

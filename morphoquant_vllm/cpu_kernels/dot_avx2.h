@@ -1,0 +1,54 @@
+// Dot products of 4 bytes on AVX2, without and with the AVX-VNNI instruction. See dot.h for what a Dot is.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace morphoquant {
+
+struct DotAvx2 {
+  using Ints = __m256i;
+  using Floats = __m256;
+  static constexpr int kWidth = 8;
+  // Blocks of 16 outputs that one or two tokens, and that more tokens, are multiplied with at a time; most tokens of
+  // a tile. Bounded by 16 registers.
+  static constexpr int kWideBlocks = 2, kTileBlocks = 1, kTileTokens = 4;
+
+  static Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(uint8_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+  static Ints high_nibbles(Ints v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+  static Ints broadcast(int32_t v) { return _mm256_set1_epi32(v); }
+
+  // vpmaddubsw adds two products in 16 bits: |15 * 128 * 2| = 3840, and 8 of these still fit 32767.
+  static Ints start(Ints) { return _mm256_setzero_si256(); }
+  static Ints dot(Ints part, Ints weights, Ints codes) {
+    return _mm256_add_epi16(part, _mm256_maddubs_epi16(weights, codes));
+  }
+  static Ints finish(Ints sum, Ints part) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+  }
+
+  static Floats zero() { return _mm256_setzero_ps(); }
+  static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static Floats load_bfloat16(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  // sum + ints * scale, rounded once: the ints are exact in float32.
+  static Floats scaled_add(Floats sum, Ints ints, Floats scale) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(ints), scale, sum);
+  }
+};
+
+#ifdef __AVXVNNI__
+struct DotAvxVnni : DotAvx2 {
+  static Ints start(Ints sum) { return sum; }
+  static Ints dot(Ints part, Ints weights, Ints codes) { return _mm256_dpbusd_avx_epi32(part, weights, codes); }
+  static Ints finish(Ints, Ints part) { return part; }
+};
+#endif
+
+}  // namespace morphoquant

@@ -1,0 +1,38 @@
+// Dot products of 4 bytes on AVX512-VNNI: vpdpbusd, unsigned weights times signed codes, exact in int32.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace morphoquant {
+
+struct DotAvx512Vnni {
+  using Ints = __m512i;
+  using Floats = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr int kWideBlocks = 4, kTileBlocks = 2, kTileTokens = 6;
+
+  static Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store(uint8_t* p, Ints v) { _mm512_storeu_si512(p, v); }
+  static Ints low_nibbles(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static Ints high_nibbles(Ints v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+  static Ints broadcast(int32_t v) { return _mm512_set1_epi32(v); }
+
+  static Ints start(Ints sum) { return sum; }
+  static Ints dot(Ints part, Ints weights, Ints codes) { return _mm512_dpbusd_epi32(part, weights, codes); }
+  static Ints finish(Ints, Ints part) { return part; }
+
+  static Floats zero() { return _mm512_setzero_ps(); }
+  static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static Floats load_bfloat16(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Floats scaled_add(Floats sum, Ints ints, Floats scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints), scale, sum);
+  }
+};
+
+}  // namespace morphoquant

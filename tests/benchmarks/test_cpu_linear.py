@@ -1,0 +1,76 @@
+"""benchmarks.cpu_linear: what is compared computes what it should, fairly, and is reported as measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cpu_linear.__main__ import parser, run
+from benchmarks.cpu_linear.layers import MODELS, generated
+from benchmarks.cpu_linear.measure import interleaved
+from benchmarks.cpu_linear.peers import linears
+from benchmarks.cpu_linear.report import write
+from morphoquant_vllm import cpu
+from morphoquant_vllm.numerics import linear
+
+OUTPUTS, CHANNELS, TOKENS = 64, 256, 6
+
+
+@pytest.fixture(autouse=True)
+def needs_kernels() -> None:
+    if not cpu.available():
+        pytest.skip("the CPU kernels do not run on this machine")
+
+
+def test_ours_is_the_reference_on_rows_that_differ() -> None:
+    ways, _ = linears(OUTPUTS, CHANNELS, [32, 128], TOKENS)
+    x = torch.randn(TOKENS, CHANNELS).bfloat16()
+    for group_size in (32, 128):
+        weight, record = generated(OUTPUTS, CHANNELS, group_size, 1)
+        expected = linear.linear(x, torch.arange(TOKENS, dtype=torch.int32) % 5, weight, record)
+        # bfloat16 of a float32 sum.
+        torch.testing.assert_close(ways[f"MorphoQuant G={group_size}"](x), expected, rtol=2**-7, atol=1e-3)
+
+
+def test_each_way_gives_outputs_of_its_shape_or_a_reason_why_not() -> None:
+    ways, left_out = linears(OUTPUTS, CHANNELS, [64], TOKENS)
+    x = torch.randn(TOKENS, CHANNELS).bfloat16()
+    for way in ways.values():
+        y = way(x)
+        assert y.shape == (TOKENS, OUTPUTS) and y.dtype is torch.bfloat16 and bool(y.isfinite().all())
+    assert len(ways) + len(left_out) == 5
+
+
+def test_every_way_is_timed_equally_often() -> None:
+    calls = {"a": 0, "b": 0}
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    found = interleaved({"a": lambda: count("a"), "b": lambda: count("b")}, budget=0.0, least=4)
+    assert calls == {"a": 5, "b": 5} and found["a"]["runs"] == 4
+
+
+def test_every_layer_takes_every_group_size() -> None:
+    for shapes in MODELS.values():
+        assert all(channels % 128 == 0 for _, channels in shapes.values())
+
+
+def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(MODELS, "bars", {"small": (OUTPUTS, CHANNELS)})
+    monkeypatch.setattr("benchmarks.cpu_linear.__main__.ROWS_SHAPE", (OUTPUTS, CHANNELS))
+    monkeypatch.setattr("benchmarks.cpu_linear.peak.READ_BYTES", 1 << 20)
+    monkeypatch.setattr("benchmarks.cpu_linear.peak.DOT_ROUNDS", 1000)
+    threads = torch.get_num_threads()
+    arguments = parser().parse_args(["--tokens", "1", "8", "--threads", "1", "--seconds", "0", "--pairs", "10"])
+    summary = run(arguments, "command")
+    torch.set_num_threads(threads)
+    files = write(summary, tmp_path, "cpu")
+    assert [path.name for path in files] == ["cpu.json", "cpu.md", "cpu.png"]
+    assert json.loads(files[0].read_text()) == summary
+    text = files[1].read_text()
+    for point in summary["linears"][0]["points"]:
+        assert f"| MorphoQuant G=32 | {point['times']['MorphoQuant G=32']['median'] * 1e6:.0f} (" in text
+    assert f"{summary['rows'][0]['ratio']:.3f}" in text and "10 |" in text
+    assert all(ceiling["gb_s"] > 0 and ceiling["gmac_s"] > 0 for ceiling in summary["ceilings"].values())

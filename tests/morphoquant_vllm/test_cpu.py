@@ -1,0 +1,218 @@
+"""The CPU kernels against the torch reference."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from morphoquant_vllm import cpu, cpu_build, ops
+from morphoquant_vllm.cpu_build import Kernels
+from morphoquant_vllm.numerics import activation, linear
+from morphoquant_vllm.numerics.weights import pack, unpack
+from tests.morphoquant_vllm import cpu_libraries
+from tests.morphoquant_vllm.cpu_cases import ROWS, SHAPES, case, compare, compare_many, compare_shape, tokens_of
+
+
+@pytest.fixture(scope="module", params=["avx2", "avx_vnni", "avx512_vnni", "avx512_vnni emulated"])
+def library(request) -> Kernels:
+    if request.param.endswith("emulated"):
+        return cpu_libraries.emulated()
+    return cpu_libraries.native(request.param)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_codes_are_equal_and_outputs_within_the_bound(library: Kernels, threads: int, shape: tuple) -> None:
+    compare_shape(*shape, library)
+
+
+def test_many_tokens_and_many_channels(library: Kernels, threads: int) -> None:
+    compare_many(library)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_group_sums_are_exact_at_the_extremes(library: Kernels, group_size: int) -> None:
+    """Scale 1 on one group and 0 on the others: the float32 output is the integer sum itself."""
+    channels, outputs = 2 * group_size, 20
+    weight, record = case(outputs, channels, group_size)
+    q = unpack(weight.codes)
+    q[0], q[1] = 7, -8
+    record = record._replace(
+        mask=torch.ones_like(record.mask),
+        gain=torch.ones(ROWS),
+        inverse=torch.ones(ROWS, channels),
+        centre=torch.zeros(ROWS, channels),
+        massive_low=torch.full((2, 3), 1e31),
+    )
+    x = tokens_of(9, channels, torch.float32)[0]
+    x[0], x[1] = 1e9, -1e9
+    modality = torch.zeros(9, dtype=torch.int32)
+    codes = activation.act_quant(x, modality, record)
+    for group in range(2):
+        scale = torch.zeros(outputs, 2).bfloat16()
+        scale[:, group] = 1
+        single = linear.WeightRecord(pack(q), scale, torch.zeros(ROWS, outputs))
+        packed, prepared = cpu.prepare(single, record)
+        y = cpu.linear(x, modality, packed, prepared, None, library)
+        expected = linear.group_sums(codes, single)[:, :, group]
+        assert torch.equal(y, expected.float())
+        assert int(expected[1, 1]) == 128 * 8 * group_size and int(expected[1, 0]) == -128 * 7 * group_size
+
+
+def test_a_token_gets_the_same_output_in_every_batch(library: Kernels, threads: int) -> None:
+    """To the last bit: the order of additions depends on K and G alone."""
+    weight, record = case(70, 1152, 64)
+    x, modality = tokens_of(30, 1152, torch.float32)
+    packed, prepared = cpu.prepare(weight, record)
+    together = cpu.linear(x, modality, packed, prepared, None, library)
+    for first, last in ((0, 1), (1, 3), (3, 7), (7, 13), (13, 30)):
+        part = cpu.linear(x[first:last], modality[first:last], packed, prepared, None, library)
+        assert torch.equal(part, together[first:last])
+
+
+def test_strided_inputs(library: Kernels) -> None:
+    weight, record = case(48, 96, 32)
+    x, modality = tokens_of(7, 192, torch.bfloat16)
+    compare(weight, record, x[:, 96:], modality, None, library)
+    transposed = x[:, :96].T.contiguous().T
+    assert transposed.stride(1) != 1
+    compare(weight, record, transposed, modality, None, library)
+
+
+def test_a_row_that_does_not_exist_is_refused_and_a_massive_token_needs_none(library: Kernels) -> None:
+    weight, record = case(48, 96, 32)
+    packed, prepared = cpu.prepare(weight, record)
+    x = tokens_of(2, 96, torch.float32)[0].nan_to_num(0)
+    for row in (ROWS, -1, 2**31 - 1):
+        modality = torch.tensor([0, row], dtype=torch.int32)
+        ordinary = torch.zeros_like(x)
+        with pytest.raises(IndexError, match="modality names a row"):
+            cpu.linear(ordinary, modality, packed, prepared, None, library)
+        with pytest.raises(IndexError, match="modality names a row"):
+            cpu.act_quant(ordinary, modality, prepared, library)
+        massive = torch.full_like(x, 5.0)
+        expected = activation.act_quant(massive, torch.full((2,), ROWS - 1, dtype=torch.int32), record)
+        assert torch.equal(cpu.act_quant(massive, modality, prepared, library), expected)
+
+
+def test_the_repacked_weights_are_no_larger_than_the_canonical_ones() -> None:
+    weight, record = case(64, 1024, 64)
+    packed, _ = cpu.prepare(weight, record)
+    size = sum(part.numel() * part.element_size() for part in packed)
+    assert size == sum(part.numel() * part.element_size() for part in weight)
+    assert not any(part.data_ptr() == weight.codes.data_ptr() for part in packed)
+    nibbles = torch.cat((packed[0].flatten() & 15, packed[0].flatten() >> 4))
+    assert torch.equal(torch.bincount(nibbles), torch.bincount(unpack(weight.codes).flatten() + 8))
+
+
+def _wrong_records() -> list:
+    def change(index: int, value) -> tuple:
+        weight, record = case(48, 96, 32)
+        packed, prepared = cpu.prepare(weight, record)
+        parts = packed + prepared
+        parts[index] = value(parts[index])
+        return parts[:3], parts[3:]
+
+    return [
+        pytest.param(*change(0, lambda t: t[:-1]), id="a block of codes missing"),
+        pytest.param(*change(0, lambda t: t.to(torch.int8)), id="codes int8"),
+        pytest.param(*change(0, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)), id="codes strided"),
+        pytest.param(*change(1, lambda t: t.float()), id="scale float32"),
+        pytest.param(*change(1, lambda t: t[:, :2]), id="a group missing"),
+        pytest.param(*change(1, lambda t: t[:, :0]), id="no groups"),
+        pytest.param(*change(2, lambda t: t[:2]), id="rows of absorbed_bias missing"),
+        pytest.param(*change(2, lambda t: t.double()), id="absorbed_bias float64"),
+        pytest.param(*change(3, lambda t: t.double()), id="inverse float64"),
+        pytest.param(*change(4, lambda t: t[:, :64]), id="centre cut"),
+        pytest.param(*change(5, lambda t: t.int()), id="mask int32"),
+        pytest.param(*change(6, lambda t: t[:1]), id="gain cut"),
+        pytest.param(*change(7, lambda t: t.long()), id="order int64"),
+        pytest.param(*change(9, lambda t: t[:1]), id="massive_low cut"),
+        pytest.param(list(case(48, 96, 32)[0]), list(case(48, 96, 32)[1]), id="canonical"),
+    ]
+
+
+@pytest.mark.parametrize(("weight", "record"), _wrong_records())
+def test_wrong_records_raise_before_native_code_runs(weight: list, record: list) -> None:
+    x, modality = tokens_of(3, 96, torch.float32)
+    with pytest.raises(ValueError, match=r"must|needs"):
+        cpu.linear(x, modality, weight, record, None, UNCALLABLE)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [
+        (torch.zeros(3, 96, dtype=torch.float64), None),
+        (torch.zeros(3, 96, dtype=torch.int8), None),
+        (torch.zeros(3, 64), None),
+        (torch.zeros(3, 96, device="meta"), None),
+        (torch.zeros(3, 96), torch.zeros(47)),
+        (torch.zeros(3, 96), torch.zeros(48, dtype=torch.float64)),
+        (torch.zeros(3, 96), torch.zeros(48, 1)),
+    ],
+)
+def test_wrong_inputs_raise_before_native_code_runs(x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    packed, prepared = cpu.prepare(*case(48, 96, 32))
+    with pytest.raises(ValueError, match=r"must|needs"):
+        cpu.linear(x, torch.zeros(3, dtype=torch.int32), packed, prepared, bias, UNCALLABLE)
+
+
+def _native_code(call: bytes) -> int:
+    raise AssertionError("native code was called")
+
+
+UNCALLABLE = Kernels(_native_code, _native_code, 0, "none")
+
+
+@pytest.mark.parametrize("field", ["channel_order", "massive_channel"])
+@pytest.mark.parametrize("channel", [-1, 96])
+def test_channels_outside_the_input_are_refused_when_records_are_prepared(field: str, channel: int) -> None:
+    weight, record = case(48, 96, 32)
+    index = getattr(record, field).clone()
+    index.view(-1)[0] = channel
+    with pytest.raises(ValueError, match=f"{field} names a channel outside"):
+        cpu.prepare(weight, record._replace(**{field: index}))
+
+
+def test_the_op_is_well_formed_and_compiles() -> None:
+    if not cpu.available():
+        pytest.skip("the CPU kernels do not run on this machine")
+    packed, prepared = cpu.prepare(*case(48, 96, 32))
+    x, modality = tokens_of(6, 96, torch.float32)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.act_quant.default, (x, modality, prepared, "cpu"), test_utils=checks)
+    torch.library.opcheck(ops.linear.default, (x, modality, packed, prepared, None, "cpu"), test_utils=checks)
+    compiled = torch.compile(
+        lambda x: ops.linear(x, modality, packed, prepared, None, "cpu") + 1, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), ops.linear(x, modality, packed, prepared, None, "cpu") + 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("instructions", sorted(cpu_build.INSTRUCTION_SETS))
+def test_no_case_reads_or_writes_out_of_bounds(instructions: str) -> None:
+    """Under AddressSanitizer, whose runtime has to be in the process before Python."""
+    cpu_libraries.native(instructions)
+    command = cpu_libraries.compiler()
+    extra = ("-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g")
+    built = cpu_build.build(instructions, command, cpu_build.cache_directory(), cpu_build.torch_openmp(), extra)
+    runtime = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Python itself leaks at exit.
+    settings = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.morphoquant_vllm.cpu_cases", str(built), instructions],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "all cases agree" in run.stdout, run.stderr[-3000:]
