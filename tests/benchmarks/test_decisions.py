@@ -87,8 +87,9 @@ def test_centres_matter_where_channels_have_one(offset: LinearInput) -> None:
 def test_integer_centres_are_whole_numbers_of_steps(offset: LinearInput) -> None:
     x = offset.calibration[1:64]
     with layers._centres("integer"):
+        weight = torch.full((63,), 1 / 63)
         grid = steps.budget_grid(
-            iter([(x, torch.full((63,), 1 / 63))]), steps.centres(x), x.amin(0), x.amax(0), torch.ones(128), 0.04
+            iter([(x, weight, weight[:, None])]), steps.centres(x), x.amin(0), x.amax(0), torch.ones(128), 0.04
         )
     codes = grid.centre / grid.step
     # A quotient of float32s about 100 is exact to 1e-5.

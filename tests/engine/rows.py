@@ -39,10 +39,6 @@ ENGINE: dict[str, Any] = {
 }
 
 
-# vLLM and transformers sum in another order, as in test_serve.
-LOGPROB_TOLERANCE = 1e-3
-
-
 # Which of the prompts the reference model computes, too.
 QUESTION = 1
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2_5OmniThinker
 
 from morphoquant_vllm.numerics.activation import escapes
 from morphoquant_vllm.numerics.weights import dequantize_weight
+from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, Engines
 from tests.engine.layers import assert_layers_are_the_reference, captured_layers, stored_shards
 from tests.records import activation_of, weight_of
@@ -61,13 +62,13 @@ def test_compiled_equals_eager(engines: Engines) -> None:
     eager, compiled = engines.results["eager"], engines.results["compiled"]
     assert eager["compilation"] == "NONE"
     assert compiled["compilation"] != "NONE"
-    torch.testing.assert_close(request_logprobs(compiled), request_logprobs(eager), atol=SAME_NUMERICS, rtol=0)
+    assert_same_logprobs(request_logprobs(compiled), request_logprobs(eager))
     assert [r["token_ids"] for r in compiled["requests"]] == [r["token_ids"] for r in eager["requests"]]
 
 
 def test_two_ranks_equal_one(engines: Engines) -> None:
     one, two = engines.results["eager"], engines.results["tp2"]
-    torch.testing.assert_close(request_logprobs(two), request_logprobs(one), atol=SAME_NUMERICS, rtol=0)
+    assert_same_logprobs(request_logprobs(two), request_logprobs(one))
     assert [r["token_ids"] for r in two["requests"]] == [r["token_ids"] for r in one["requests"]]
 
 

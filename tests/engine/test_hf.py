@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
+from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, Engines
 
 pytestmark = pytest.mark.slow
-
-# vLLM and transformers sum attention and norms in another order; the issue of the engines allows this much in float32.
-LOGPROB_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def assert_served(model: nn.Module, inputs: dict[str, Tensor], request: dict[str
         found = model(**extended).logits[0].log_softmax(-1)
     chosen = found[:-1].gather(1, tokens[1:, None]).flatten()
     served = torch.tensor(request["prompt_logprobs"] + request["logprobs"])
-    torch.testing.assert_close(chosen, served, atol=LOGPROB_TOLERANCE, rtol=0)
+    assert_same_logprobs(chosen, served)
 
 
 def test_text(reloaded: nn.Module, engines: Engines) -> None:

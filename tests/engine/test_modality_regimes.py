@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.agreement import LOGPROB_TOLERANCE, assert_same_logprobs
 from tests.engine.rows import (
     ENGINE,
-    LOGPROB_TOLERANCE,
     QUESTION,
     assert_every_token_has_its_row,
     kinds_and_rows,
@@ -52,7 +52,7 @@ def test_each_token_takes_its_row_in_every_regime(
     ranks = SWITCHING[regime].get("tensor_parallel_size", 1)
     for result in regimes[regime].values():
         assert_every_token_has_its_row(result, spec_rows(rows_checkpoint), ranks)
-    torch.testing.assert_close(served_logprobs(regimes[regime]["fresh"]), by_modality, atol=LOGPROB_TOLERANCE, rtol=0)
+    assert_same_logprobs(served_logprobs(regimes[regime]["fresh"]), by_modality)
 
 
 def test_pipeline_parallel_ranks_serve_any(
@@ -85,7 +85,7 @@ def test_an_image_tower_is_quantized_on_request_with_its_own_row(
     assert_every_token_has_its_row(result, checkpoint.spec.rows)
     served = served_logprobs(result)
     expected = reference_logprobs(reference_thinker(omni_source, checkpoint), omni_source, prompts[QUESTION])
-    torch.testing.assert_close(served, expected, atol=LOGPROB_TOLERANCE, rtol=0)
+    assert_same_logprobs(served, expected)
     plain = reference_thinker(omni_source, Checkpoint(tp1_checkpoint))
     gap = (served - reference_logprobs(plain, omni_source, prompts[QUESTION])).abs().max()
     assert float(gap) > 100 * LOGPROB_TOLERANCE, "a tower in 16 bit would be seen"

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.agreement import LOGPROB_TOLERANCE, assert_same_logprobs
 from tests.engine.rows import (
     ENGINE,
-    LOGPROB_TOLERANCE,
     assert_every_token_has_its_row,
     kinds_and_rows,
     run_jobs,
@@ -67,7 +67,7 @@ def test_served_output_is_the_references_with_the_same_rows(
     recorded: dict[str, Any], by_modality: torch.Tensor, by_any: torch.Tensor
 ) -> None:
     served = served_logprobs(recorded["eager"]["fresh"])
-    torch.testing.assert_close(served, by_modality, atol=LOGPROB_TOLERANCE, rtol=0)
+    assert_same_logprobs(served, by_modality)
     assert float((served - by_any).abs().max()) > 100 * LOGPROB_TOLERANCE, "other rows would be seen"
 
 
@@ -87,7 +87,7 @@ def test_the_fallback_has_exactly_the_numerics_of_any(
 ) -> None:
     result = recorded["fallback"]["fresh"]
     assert {row for _, rows in kinds_and_rows(result, spec_rows(rows_checkpoint)) for row in rows} == {"any"}
-    torch.testing.assert_close(served_logprobs(result), by_any, atol=LOGPROB_TOLERANCE, rtol=0)
+    assert_same_logprobs(served_logprobs(result), by_any)
 
 
 def test_the_mode_is_logged_once_with_the_reason(recorded: dict[str, Any]) -> None:

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from benchmarks.server import Server, ServerError, serve
+from tests.engine.agreement import TIED_TOLERANCE, assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, media_messages
 from tests.reference_model import Checkpoint, reference_thinker
 
 pytestmark = pytest.mark.slow
-
-# vLLM and transformers sum in another order; the issue allows this much in float32.
-LOGPROB_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +41,9 @@ def reference_logprobs(model: nn.Module, inputs: dict[str, Tensor], generated: l
 def assert_agrees(expected: Tensor, tokens: list[int], logprobs: list[float]) -> None:
     """Every served logprob within the tolerance, every greedy token the reference's where that is decided."""
     chosen = expected.gather(1, torch.tensor(tokens)[:, None]).flatten()
-    torch.testing.assert_close(torch.tensor(logprobs), chosen, atol=LOGPROB_TOLERANCE, rtol=0)
+    assert_same_logprobs(torch.tensor(logprobs), chosen)
     top = expected.topk(2).values
-    decided = top[:, 0] - top[:, 1] > LOGPROB_TOLERANCE
+    decided = top[:, 0] - top[:, 1] > TIED_TOLERANCE
     assert bool(decided.any()), "a test in which no token is decided proves nothing"
     assert bool((expected.argmax(-1) == torch.tensor(tokens))[decided].all())
 
