@@ -100,7 +100,7 @@ def input_tensors(
     grid, mask = grids.grid, grids.mask
     centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
     for row in grids.own:
-        centre[row], gain[row] = grids.rows[row].centre, grids.rows[row].gain
+        centre[row], gain[row] = grids.rows[row].centre, grids.rows[row].choice.gain
     if massive.shape[0]:
         centre[-1] = massive.mean(0)
         farthest = float(((massive - centre[-1]).abs() / grid.step).max())

@@ -1,4 +1,4 @@
-"""Placeholder tokens: which tokens stand for media, whether they match it, and each token's modality row."""
+"""Placeholder tokens: which tokens stand for media, and whether they match it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,24 +7,6 @@ import torch
 
 from calibration.data import Conversation, Text
 from morphoquant_vllm.errors import MorphoQuantError
-
-
-def token_rows(
-    token_ids: torch.Tensor, placeholder_token_ids: Mapping[str, Sequence[int]], rows: Sequence[str]
-) -> torch.Tensor:
-    """The row of each token, int32 [M], from token ids [M].
-
-    `placeholder_token_ids` maps "image", "video" and "audio" to token ids; `rows` names the rows in order. A
-    modality that has no row of its own gets row "any"; ValueError where that is missing too.
-    """
-    modality = torch.full(token_ids.shape, _row("text", rows), dtype=torch.int32)
-    for name, ids in placeholder_token_ids.items():
-        modality[torch.isin(token_ids, torch.tensor(ids))] = _row(name, rows)
-    return modality
-
-
-def _row(name: str, rows: Sequence[str]) -> int:
-    return rows.index(name if name in rows else "any")
 
 
 def check_text(conversation: Conversation, tokenizer: Any, placeholder_token_ids: Mapping[str, Sequence[int]]) -> None:

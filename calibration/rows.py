@@ -42,10 +42,9 @@ class RowChoice:
 
 @dataclass(frozen=True)
 class ModalityRow:
-    """Centre float32 [K] and gain of the row that serves a modality, and why."""
+    """Centre float32 [K] of the row that serves a modality, and the choice that led to it, its gain included."""
 
     centre: Tensor
-    gain: float
     choice: RowChoice
 
 
@@ -67,7 +66,7 @@ def choose_row(
     """
     if x.shape[0] < MIN_TOKENS:
         reason = f"{x.shape[0]} ordinary tokens, fewer than {MIN_TOKENS}"
-        return ModalityRow(grid.centre, 1.0, RowChoice(False, reason, 1.0))
+        return ModalityRow(grid.centre, RowChoice(False, reason, 1.0))
     runs = x.tensor_split(RUNS)
     sought, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
     share = matrix.square().sum(0)
@@ -90,7 +89,7 @@ def choose_row(
     own = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
     change = f"error on held-back tokens {errors[1] / errors[0] - 1:+.1%}" if errors[0] else "no error to lower"
     choice = RowChoice(own, change, gain if own else 1.0, errors[0], errors[1], rates[0], rates[1])
-    return ModalityRow(centre if own else grid.centre, choice.gain, choice)
+    return ModalityRow(centre if own else grid.centre, choice)
 
 
 def _thinned(x: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from calibration.data import Conversation, Media, Message, PlainText, Text
 from calibration.media import decode_audio, decode_image, decode_video
-from calibration.placeholders import check_placeholders, check_text, media_tokens, token_rows
+from calibration.placeholders import check_placeholders, check_text, media_tokens
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.token_table import token_rows
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ RUN_ON_HARDWARE = ("avx2",)
 CHOICE = "MORPHOQUANT_CPU"
 # No contraction: the quantizer rounds after each operation, as torch does. The warning is false in gcc 12's headers.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
-# A compiler that takes longer than this hangs (s). It needs 3 s of a core.
+# A compiler that takes longer than this hangs (s).
 COMPILE_TIMEOUT = 600
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,37 @@ import torch
 from torch import Tensor
 
 from .errors import MorphoQuantError
-from .schema import TEXT_ROW, QuantizationSpec
+from .schema import ANY_ROW, TEXT_ROW, QuantizationSpec
 
 # How configs of transformers name the token that stands for a medium.
 _MEDIA_KEY = re.compile(r"(image|video|audio)_token_(?:id|index)")
 _MEND = "calibrate again from this model's own files"
 
 
+def token_rows(token_ids: Tensor, placeholder_token_ids: Mapping[str, Sequence[int]], rows: Sequence[str]) -> Tensor:
+    """The row of each token, int32, shape and device of `token_ids`.
+
+    `placeholder_token_ids` maps "image", "video" and "audio" to token ids; every other token is text. `rows` names the
+    rows in order. A modality that has no row of its own gets row "any"; ValueError where that is missing too.
+    """
+    modality = torch.full_like(token_ids, _row(TEXT_ROW, rows), dtype=torch.int32)
+    for name, ids in placeholder_token_ids.items():
+        modality[torch.isin(token_ids, torch.tensor(ids, device=token_ids.device))] = _row(name, rows)
+    return modality
+
+
+def _row(name: str, rows: Sequence[str]) -> int:
+    return rows.index(name if name in rows else ANY_ROW)
+
+
 def row_table(spec: QuantizationSpec, vocabulary: int) -> Tensor:
     """Row of every token id, int32 [vocabulary + 1]; the last entry is 'any', for ids outside the vocabulary.
 
     Index it with `ids.clamp(-1, vocabulary)`: -1 is the last entry, too. Every id of the spec's placeholders must
-    lie in the vocabulary. Text has the row of that name, or 'any' where there is none.
+    lie in the vocabulary.
     """
-    text = spec.rows.index(TEXT_ROW) if TEXT_ROW in spec.rows else spec.any_row
-    table = torch.full((vocabulary + 1,), text, dtype=torch.int32)
+    table = token_rows(torch.arange(vocabulary + 1), spec.placeholder_token_ids, spec.rows)
     table[vocabulary] = spec.any_row
-    for row, ids in spec.placeholder_token_ids.items():
-        table[list(ids)] = spec.rows.index(row)
     return table
 
 

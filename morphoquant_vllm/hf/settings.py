@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..errors import MorphoQuantError
 from ..schema import QuantizationSpec
+from ..token_table import token_rows
 from .linear import Mode, MorphoQuantLinear
 
 # Of `configure`: each token takes the row of its own modality.
@@ -41,16 +41,6 @@ def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | N
         mode.hooks = _watch_tokens(model, mode, spec)
 
 
-def modality_rows(input_ids: Tensor, spec: QuantizationSpec) -> Tensor:
-    """Row of each token, int32, flat: a placeholder's modality, "text" (or "any") for all other ids."""
-    other = spec.rows.index("text") if "text" in spec.rows else spec.any_row
-    rows = torch.full_like(input_ids, other, dtype=torch.int32)
-    for name, tokens in spec.placeholder_token_ids.items():
-        for token in tokens:
-            rows[input_ids == token] = spec.rows.index(name)
-    return rows.flatten()
-
-
 def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) -> list[RemovableHandle]:
     """Hooks that note the rows of each forward pass where its token ids are embedded."""
     # The full Qwen2.5-Omni has no embedding of its own.
@@ -61,7 +51,7 @@ def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) ->
         mode.token_rows = None
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        mode.token_rows = modality_rows(inputs[0], spec)
+        mode.token_rows = token_rows(inputs[0], spec.placeholder_token_ids, spec.rows).flatten()
 
     embedding = decoder.get_input_embeddings()
     return [decoder.register_forward_pre_hook(forget), embedding.register_forward_pre_hook(note)]

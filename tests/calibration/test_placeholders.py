@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from calibration.placeholders import check_placeholders, media_tokens, token_rows
+from calibration.placeholders import check_placeholders, media_tokens
 from morphoquant_vllm.errors import MorphoQuantError
-from tests.calibration.rendering import ROWS
 
 
 def test_placeholder_check_counts_tokens() -> None:
@@ -14,15 +13,6 @@ def test_placeholder_check_counts_tokens() -> None:
     for tokens in ({"image": [1]}, {"image": [3]}, {}):
         with pytest.raises(MorphoQuantError, match="s: placeholders do not match media: 2 image"):
             check_placeholders("s", ids, tokens, {"image": [7]})
-
-
-def test_rows_follow_the_order_given_and_fall_back_to_any() -> None:
-    ids, kinds = torch.tensor([5, 7, 8, 9]), {"image": [7], "video": [8], "audio": [9]}
-    assert token_rows(ids, kinds, ROWS).tolist() == [0, 1, 2, 3]
-    assert token_rows(ids, kinds, ("any", "audio", "text")).tolist() == [2, 0, 0, 1]
-    assert token_rows(ids, kinds, ("any",)).tolist() == [0] * 4
-    with pytest.raises(ValueError):
-        token_rows(ids, kinds, ("text",))
 
 
 def test_audio_tokens_follow_qwens_tower() -> None:

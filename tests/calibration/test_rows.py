@@ -22,13 +22,13 @@ def choose(x: Tensor, budget: float = 0.04, margin: float = 0.02, grid: Grid = G
 
 
 def codes_of(x: Tensor, row: ModalityRow) -> Tensor:
-    return torch.round((x - row.centre) / (GRID.step * row.gain))
+    return torch.round((x - row.centre) / (GRID.step * row.choice.gain))
 
 
 def test_a_quiet_modality_gets_a_finer_grid() -> None:
     x = values(0.5)
     row = choose(x)
-    assert row.choice.own and row.gain < 0.5
+    assert row.choice.own and row.choice.gain < 0.5
     assert row.choice.own_error is not None and row.choice.any_error is not None
     assert row.choice.own_error < 0.5 * row.choice.any_error
     # On tokens that it was not sought on, too: the same distribution, and gains are a tenth apart.
@@ -39,12 +39,12 @@ def test_a_loud_modality_gets_a_coarser_grid_within_the_budget_only_if_it_pays()
     """It would escape on the common grid, exactly; its own loses more, and is left."""
     row = choose(values(3.0))
     assert not row.choice.own
-    assert row.gain == 1.0 and torch.equal(row.centre, GRID.centre)
+    assert row.choice.gain == 1.0 and torch.equal(row.centre, GRID.centre)
     assert row.choice.any_escape_rate is not None and row.choice.any_escape_rate > 0.1
     assert row.choice.own_escape_rate is not None and row.choice.own_escape_rate < 0.05
     # Without escapes its values are clipped: there a coarser grid pays.
     clipped = choose(values(3.0), budget=0.0)
-    assert clipped.choice.own and clipped.gain > 1
+    assert clipped.choice.own and clipped.choice.gain > 1
 
 
 def test_a_modality_that_lies_elsewhere_gets_its_centre() -> None:
@@ -69,7 +69,7 @@ def test_no_row_where_it_saves_less_than_the_margin() -> None:
     part = 1 - saved.choice.own_error / saved.choice.any_error
     assert choose(x, margin=part - 0.01).choice.own
     strict = choose(x, margin=part + 0.01)
-    assert not strict.choice.own and strict.gain == 1.0
+    assert not strict.choice.own and strict.choice.gain == 1.0
     assert f"{-part:+.1%}" in strict.choice.reason
 
 

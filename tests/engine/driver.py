@@ -143,7 +143,8 @@ def run(job: dict[str, Any]) -> None:
     cleanup_dist_env_and_memory()
 
 
-def main() -> None:
+def main(run: Callable[[dict[str, Any]], None] = run) -> None:
+    """Run every job of the file that the command line names."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

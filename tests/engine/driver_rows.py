@@ -6,10 +6,10 @@ Each job is one engine and several passes over prompts; see tests/engine/driver.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.engine.driver import main
 
 
 def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -84,13 +84,5 @@ def run(job: dict[str, Any]) -> None:
     cleanup_dist_env_and_memory()
 
 
-def main() -> None:
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(job)
-
-
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.placeholders import token_rows
 from morphoquant_vllm.checkpoint import verify_checkpoint
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
-from morphoquant_vllm.token_table import added_token_ids, check_token_table, row_table
+from morphoquant_vllm.schema import DEFAULT_ROWS, LayerSpec, QuantizationSpec
+from morphoquant_vllm.token_table import added_token_ids, check_token_table, row_table, token_rows
 
 LAYERS = {"a": LayerSpec(64, 32, 32, "column", "a")}
 
@@ -29,10 +28,13 @@ def test_every_id_has_its_row_and_strange_ones_have_any() -> None:
     assert names == ["text", "audio", "image", "image", "text", "text", "any", "any", "any", "any"]
 
 
-def test_serving_takes_the_rows_that_calibration_took() -> None:
-    spec = specification({"image": (7,), "video": (8,), "audio": (3,)})
-    ids = torch.arange(20)
-    assert torch.equal(row_table(spec, 20)[:20], token_rows(ids, spec.placeholder_token_ids, spec.rows))
+def test_rows_follow_the_order_given_and_fall_back_to_any() -> None:
+    ids, kinds = torch.tensor([5, 7, 8, 9]), {"image": [7], "video": [8], "audio": [9]}
+    assert token_rows(ids, kinds, DEFAULT_ROWS).tolist() == [0, 1, 2, 3]
+    assert token_rows(ids, kinds, ("any", "audio", "text")).tolist() == [2, 0, 0, 1]
+    assert token_rows(ids, kinds, ("any",)).tolist() == [0] * 4
+    with pytest.raises(ValueError):
+        token_rows(ids, kinds, ("text",))
 
 
 def test_text_without_a_row_of_its_own_has_any() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import bars, corpus, job, report, texts
-from benchmarks.accuracy.methods import METHODS, choose
+from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, choose, known_methods
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.tiny_models import build_tiny_llama
 
@@ -88,6 +88,11 @@ def test_bad_input_ends_in_one_line(
     # sys.exit prints a string to stderr and ends with status 1.
     assert str(left.value.code).startswith(expected) and "\n" not in str(left.value.code)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_of_modalities_belong_to_the_omni_benchmark() -> None:
+    assert known_methods("omni") == list(METHODS)
+    assert set(known_methods("omni")) - set(known_methods("language")) == set(OMNI_ONLY) <= set(METHODS)
 
 
 def test_choose() -> None:

@@ -15,6 +15,7 @@ import morphoquant_vllm.hf as hf
 from calibration.calibrate import calibrate
 from calibration.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.token_table import token_rows
 from tests.calibration.built_models import TinyModels
 from tests.checkpoints import edit, edit_tensors, file_of
 from tests.engine.conftest import REPOSITORY
@@ -119,7 +120,8 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
         return seen[-1]
 
     served = outputs()
-    rows = hf.settings.modality_rows(torch.cat((IDS, torch.full((1, 3), image)), 1), Checkpoint(directory).spec)
+    spec = Checkpoint(directory).spec
+    rows = token_rows(torch.cat((IDS, torch.full((1, 3), image)), 1), spec.placeholder_token_ids, spec.rows).flatten()
     assert rows.tolist() == [0] * 40 + [1] * 3
     model.get_submodule(Q).mode.token_rows = rows
     torch.testing.assert_close(outputs() - served, 5.0 * (rows == 1)[:, None].expand_as(served), rtol=0, atol=1e-4)
