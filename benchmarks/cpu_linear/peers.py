@@ -47,7 +47,8 @@ def onednn_w8a8(outputs: int, channels: int) -> Linear:
 
     def run(x: Tensor) -> Tensor:
         codes, scales, zero_points = _custom_ops.onednn_scaled_int8_quant(x, None, None, True)
-        y = torch.empty((x.shape[0], outputs), dtype=x.dtype)
+        # The handler holds the scales' address only: without this use they would be freed and read.
+        y = torch.empty((x.shape[0], scale.shape[0]), dtype=x.dtype)
         return _custom_ops.onednn_scaled_mm(handler, codes, y, scales, zero_points, None, None)
 
     return run
