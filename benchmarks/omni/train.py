@@ -82,12 +82,22 @@ def _train(directory: Path, work: Path, settings: TrainingSettings, progress: Ca
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, settings))
     started, exact = time.monotonic(), _Exact()
     thinker.train()
-    with _fast_patches(thinker.visual):
+    parameters = [parameter for parameter in thinker.parameters() if parameter.requires_grad]
+
+    def one_pass(count: int, size: int, batch: dict[str, Tensor]) -> tuple[Sequence[Tensor | None], list[bool]]:
+        loss, right = _loss(thinker, batch)
+        return torch.autograd.grad(loss * count / size, parameters, allow_unused=True), right
+
+    with _fast_patches(thinker.visual), ThreadPoolExecutor() as side_by_side:
         for step, passes in enumerate(_prepared(settings.steps, streams, encoder), start=1):
             size = sum(len(questions) for questions, _ in passes)
-            for questions, batch in passes:
-                loss, right = _loss(thinker, batch)
-                (loss * len(questions) / size).backward()
+            # A pass alone keeps little more than one core busy. Gradients are added in the order of the passes.
+            running = [side_by_side.submit(one_pass, len(questions), size, batch) for questions, batch in passes]
+            for (questions, _), future in zip(passes, running, strict=True):
+                gradients, right = future.result()
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
                 exact.add(questions, right)
             nn.utils.clip_grad_norm_(thinker.parameters(), 1.0)
             optimizer.step()
