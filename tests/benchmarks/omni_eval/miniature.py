@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as arrow
 import soundfile
+import yaml
 from pyarrow import parquet
 
 from benchmarks.omni_eval.air_bench_chat import CATEGORIES
@@ -96,8 +97,17 @@ def write_mmmu(directory: Path) -> Path:
         row("validation_Art_2", "Which is red?", ["<image 1>", "<image 2>"], "B", 2, 3),
     ]
     maths = [row("validation_Math_1", "How tall is <image 1>?", [], "['84', '84.0 pixels']", 4)]
-    for subject, rows in (("Art", art), ("Math", maths)):
+    subjects = {"Art": art, "Math": maths}
+    for subject, rows in subjects.items():
         _write(directory / subject / "validation-00000-of-00001.parquet", rows, arrow.schema(fields))
+    # The card as published tells `datasets` which columns are images, and which files are whose.
+    features = [{"name": name, "dtype": "image" if kind == IMAGE else "string"} for name, kind in fields]
+    splits = {name: [{"split": "validation", "path": f"{name}/validation-*"}] for name in subjects}
+    card = {
+        "dataset_info": [{"config_name": name, "features": features} for name in subjects],
+        "configs": [{"config_name": name, "data_files": files} for name, files in splits.items()],
+    }
+    (directory / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
     return directory
 
 

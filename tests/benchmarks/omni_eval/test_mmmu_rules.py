@@ -31,7 +31,7 @@ def theirs() -> ModuleType:
 
 
 @given(TEXTS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_choices_are_theirs_but_for_what_they_guess(theirs: ModuleType, response: str) -> None:
     guessed = []
 
@@ -48,7 +48,7 @@ def test_choices_are_theirs_but_for_what_they_guess(theirs: ModuleType, response
 
 
 @given(TEXTS, st.lists(st.sampled_from(["84", "1234", "0.002", "-3.14", "oak", "x", "a word", "0.5"]), min_size=1))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_open_questions_are_judged_as_theirs(theirs: ModuleType, response: str, answers: list[str]) -> None:
     expected = theirs.eval_open(answers, theirs.parse_open_response(response))
     assert matches(response, answers) == expected
