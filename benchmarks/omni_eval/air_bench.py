@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.omni_eval.items import Item, Media, lettered, listing, read_json, wrong_layout
+from benchmarks.omni_eval.items import Item, Media, listing, read_json, wrong_layout
 from benchmarks.omni_eval.scoring import alone, chosen
 
 NAME = "AIR-Bench Foundation"
@@ -32,13 +32,13 @@ INSTRUCTION = (
 def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
     """Questions of a local copy, named by their place in the file; MorphoQuantError where its layout is another."""
     for number, entry in entries(directory, split, FIELDS, NAME):
-        texts = [entry.get(f"choice_{letter.lower()}") for letter in LETTERS]
-        choices = {letter: text for letter, text in lettered(texts).items() if text is not None}
+        texts = {letter: entry.get(f"choice_{letter.lower()}") for letter in LETTERS}
+        choices = {letter: text for letter, text in texts.items() if text is not None}
         right = [letter for letter, text in choices.items() if text == entry["answer_gt"]]
         if not right:
             place = directory / split / f"{split}_meta.json"
             raise wrong_layout(place, NAME, f"answer_gt of entry {number} among its choices", repr(entry["answer_gt"]))
-        options = (f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=True))
+        options = (f"{letter}. {text}" for letter, text in texts.items())
         yield Item(
             id=str(number),
             parts=(audio(directory / split, entry), "\n".join((INSTRUCTION, entry["question"], *options))),
