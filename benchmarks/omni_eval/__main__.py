@@ -6,47 +6,35 @@ import argparse
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import openai
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.command import one_line_errors
-from benchmarks.omni_eval import air_bench, mmmu, scienceqa, video_mme
+from benchmarks.omni_eval import air_bench, air_bench_chat, mmmu, scienceqa, video_mme
 from benchmarks.omni_eval.answers import Answers
 from benchmarks.omni_eval.ask import ask_all
-from benchmarks.omni_eval.items import Item, Media
+from benchmarks.omni_eval.items import Item, Media, present
+from benchmarks.omni_eval.options import JUDGED, WITH_SUBTITLES, parse
 from benchmarks.omni_eval.summary import summarise, table
 from morphoquant_vllm.errors import MorphoQuantError
 
 BENCHMARKS: dict[str, ModuleType] = {
     "scienceqa": scienceqa,
     "mmmu": mmmu,
-    "video-mme": video_mme,
+    WITH_SUBTITLES: video_mme,
     "air-bench": air_bench,
+    JUDGED: air_bench_chat,
 }
 SUMMARY_FILE = "summary.json"
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.omni_eval", description=__doc__)
-    parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("directory", type=Path, help="local copy, in the layout in which it is published")
-    parser.add_argument("--base-url", required=True, help="of the server's OpenAI API, e.g. http://127.0.0.1:8000/v1")
-    parser.add_argument("--output", type=Path, required=True, help="folder of this run's answers and summary")
-    parser.add_argument("--model", help="name on the server (default: the first it lists)")
-    parser.add_argument("--api-key", default="none")
-    parser.add_argument("--split", help="default: the one that is usually reported")
-    parser.add_argument("--limit", type=int, help="only the first N questions")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (8)")
-    parser.add_argument("--max-tokens", type=int, default=32, help="of an answer (32)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds until a request counts as unanswered (600)")
-    parser.add_argument("--retries", type=int, default=2, help="of a request that fails on the server's side (2)")
-    return parser.parse_args(arguments)
+# Folder of a run that holds what the judge said.
+JUDGE_FOLDER = "judge"
 
 
 def fingerprint(items: Sequence[Item]) -> str:
@@ -59,43 +47,98 @@ def fingerprint(items: Sequence[Item]) -> str:
     return digest.hexdigest()[:16]
 
 
-async def run(options: argparse.Namespace, console: Console) -> None:
-    """One run, from the data set to its summary."""
+def questions(options: argparse.Namespace) -> tuple[list[Item], int]:
+    """What is asked, and how many questions were left out because their media are missing."""
     benchmark = BENCHMARKS[options.benchmark]
-    items = list(islice(benchmark.load(options.directory, options.split or benchmark.SPLIT), options.limit))
-    if not items:
+    settings = {"subtitles": options.subtitles} if options.benchmark == WITH_SUBTITLES else {}
+    found = benchmark.load(options.directory, options.split or benchmark.SPLIT, **settings)
+    items = list(islice(found, options.limit))
+    kept = present(items, benchmark.NAME, skip=options.skip_missing)
+    if not kept:
         raise MorphoQuantError(f"{options.directory}: holds no question of {benchmark.NAME}")
-    if len({item.id for item in items}) != len(items):
+    if len({item.id for item in kept}) != len(kept):
         raise MorphoQuantError(f"{options.directory}: two questions have the same id; download {benchmark.NAME} again")
+    return kept, len(items) - len(kept)
+
+
+async def answered(
+    items: Sequence[Item],
+    output: Path,
+    run: Mapping[str, Any],
+    options: argparse.Namespace,
+    console: Console,
+    *,
+    url: str,
+    key: str,
+    model: str | None,
+) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Responses of the server at `url` to all questions, kept in `output`, and what identifies this run."""
     async with openai.AsyncOpenAI(
-        base_url=options.base_url, api_key=options.api_key, timeout=options.timeout, max_retries=options.retries
+        base_url=url, api_key=key, timeout=options.timeout, max_retries=options.retries
     ) as client:
         try:
-            model = options.model or (await client.models.list()).data[0].id
+            model = model or (await client.models.list()).data[0].id
         except openai.OpenAIError as error:
             reason = " ".join(str(error).split())
-            raise MorphoQuantError(f"{options.base_url}: no OpenAI server answers ({reason}); start one") from error
-        asked = {"benchmark": benchmark.NAME, "model": model, "max_tokens": options.max_tokens}
-        answers = Answers(options.output, {**asked, "questions": fingerprint(items)})
+            raise MorphoQuantError(f"{url}: no OpenAI server answers ({reason}); start one") from error
+        asked = {**run, "model": model}
+        answers = Answers(output, {**asked, "questions": fingerprint(items)})
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(benchmark.NAME, total=len(items), completed=len(answers.responses))
+            task = progress.add_task(run["benchmark"], total=len(items), completed=len(answers.responses))
             await ask_all(
                 client,
                 model,
                 items,
                 answers,
                 concurrency=options.concurrency,
-                max_tokens=options.max_tokens,
+                max_tokens=run["max_tokens"],
                 on_answer=lambda: progress.advance(task),
             )
-    summary = {**asked, **summarise(items, answers.responses)}
+    return asked, answers.responses
+
+
+async def run(options: argparse.Namespace, console: Console) -> None:
+    """One run, from the data set to its summary."""
+    benchmark = BENCHMARKS[options.benchmark]
+    items, missing = questions(options)
+    settings = {"benchmark": benchmark.NAME, "max_tokens": options.max_tokens or benchmark.MAX_TOKENS}
+    asked, responses = await answered(
+        items,
+        options.output,
+        settings,
+        options,
+        console,
+        url=options.base_url,
+        key=options.api_key,
+        model=options.model,
+    )
+    if options.benchmark == JUDGED:
+        judge, judged = await answered(
+            air_bench_chat.judgements(items, responses),
+            options.output / JUDGE_FOLDER,
+            {"benchmark": f"{benchmark.NAME}, judgements", "max_tokens": air_bench_chat.JUDGE_TOKENS},
+            options,
+            console,
+            url=options.judge_url,
+            key=options.judge_api_key,
+            model=options.judge_model,
+        )
+        asked["judge"] = judge["model"]
+        figures = air_bench_chat.summarise(items, responses, judged)
+        shown = air_bench_chat.table(figures)
+    else:
+        figures = summarise(items, responses, benchmark.score)
+        shown = table(benchmark.NAME, figures)
+    summary = {**asked, "without_media": missing, **figures}
     (options.output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    Console().print(table(benchmark.NAME, summary))
+    Console().print(shown)
+    if missing:
+        Console().print(f"left out, since their media are missing: {missing} questions")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
-        asyncio.run(run(parse(arguments), Console(stderr=True)))
+        asyncio.run(run(parse(arguments, BENCHMARKS, __doc__), Console(stderr=True)))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
-"""AIR-Bench Foundation (Yang et al., 2024, arXiv 2402.07729), as published: Foundation/Foundation_meta.json and audio.
+"""AIR-Bench Foundation (Yang et al., 2024, arXiv 2402.07729), as published (qyang1021/AIR-Bench-Dataset).
 
-The audio of an entry is Foundation/<task_name>_<dataset_name>/<path>. Prompt: the authors' inference script. Scored:
-the chosen letter. AIR-Bench Chat is not here: it is scored by another model, which would have to be asked for.
+Layout, prompt and rule: OFA-Sys/AIR-Bench, Inference_Foundation.py (commit 8d217d6) and score_foundation.py (commit
+d5c1bdf). Foundation/Foundation_meta.json; the audio is Foundation/<task_name>_<dataset_name>/<path>, as .flac whatever
+`path` says for Audio_Grounding. The prompt names options C and D even where a question has two ("C. None").
+
+The rule takes the response's first letter, else its last but one ("The answer is A."), where that is A, B, C or D. It
+differs here in that the letter must be no part of a word ("Anyone" is not A). The authors leave what has no letter out
+of the accuracy; here it counts as not right, in a column of its own. Chat: `air_bench_chat`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.omni_eval.items import Item, lettered, listing, media_file, wrong_layout
+from benchmarks.omni_eval.items import Item, Media, listing, read_json, wrong_layout
+from benchmarks.omni_eval.scoring import alone, chosen
 
-NAME = "AIR-Bench"
+NAME = "AIR-Bench Foundation"
 SPLIT = "Foundation"
-FIELDS = ("path", "question", "choice_a", "choice_b", "answer_gt", "task_name", "dataset_name", "uniq_id")
+MAX_TOKENS = 256
+FIELDS = ("path", "question", "choice_a", "choice_b", "answer_gt", "task_name", "dataset_name")
+LETTERS = "ABCD"
 INSTRUCTION = (
     "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, "
     "you may only choose A or B or C or D."
@@ -22,32 +30,48 @@ INSTRUCTION = (
 
 
 def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
-    """Questions of a local copy; MorphoQuantError where its layout is another or an audio file is missing."""
-    folder = directory / split
-    meta = folder / f"{split}_meta.json"
-    if not meta.is_file():
-        raise wrong_layout(directory, NAME, f"{split}/{split}_meta.json", listing(directory))
-    try:
-        entries = json.loads(meta.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise wrong_layout(meta, NAME, "JSON", str(error)) from error
-    if not isinstance(entries, list):
-        raise wrong_layout(meta, NAME, "a list of entries", type(entries).__name__)
-    for number, entry in enumerate(entries):
-        keys = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
-        if any(name not in keys for name in FIELDS):
-            raise wrong_layout(meta, NAME, f"fields {', '.join(FIELDS)} in entry {number}", ", ".join(keys))
-        texts = [entry[f"choice_{letter}"] for letter in "abcd" if entry.get(f"choice_{letter}") is not None]
-        choices = lettered(texts)
+    """Questions of a local copy, named by their place in the file; MorphoQuantError where its layout is another."""
+    for number, entry in entries(directory, split, FIELDS, NAME):
+        texts = {letter: entry.get(f"choice_{letter.lower()}") for letter in LETTERS}
+        choices = {letter: text for letter, text in texts.items() if text is not None}
         right = [letter for letter, text in choices.items() if text == entry["answer_gt"]]
         if not right:
-            raise wrong_layout(meta, NAME, f"answer_gt of entry {number} among its choices", repr(entry["answer_gt"]))
-        place = folder / f"{entry['task_name']}_{entry['dataset_name']}" / entry["path"]
-        lines = [INSTRUCTION, entry["question"], *(f"{letter}. {text}" for letter, text in choices.items())]
+            place = directory / split / f"{split}_meta.json"
+            raise wrong_layout(place, NAME, f"answer_gt of entry {number} among its choices", repr(entry["answer_gt"]))
+        options = (f"{letter}. {text}" for letter, text in texts.items())
         yield Item(
-            id=str(entry["uniq_id"]),
-            parts=(media_file(place, NAME, "audio", f"entry {number}"), "\n".join(lines)),
+            id=str(number),
+            parts=(audio(directory / split, entry), "\n".join((INSTRUCTION, entry["question"], *options))),
             choices=choices,
-            answers=tuple(right),
+            answers=(right[0],),
             groups={"subject": entry["task_name"], "modality": "text+audio", "data set": entry["dataset_name"]},
         )
+
+
+def entries(
+    directory: Path, split: str, fields: Sequence[str], benchmark: str
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Entries of <split>/<split>_meta.json with their places; the wrong layout where one lacks a field."""
+    meta = directory / split / f"{split}_meta.json"
+    if not meta.is_file():
+        raise wrong_layout(directory, benchmark, f"{split}/{split}_meta.json", listing(directory))
+    for number, entry in enumerate(read_json(meta, benchmark, list)):
+        keys = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
+        if any(name not in keys for name in fields):
+            raise wrong_layout(meta, benchmark, f"fields {', '.join(fields)} in entry {number}", ", ".join(keys))
+        yield number, entry
+
+
+def audio(folder: Path, entry: Mapping[str, Any]) -> Media:
+    """The sound of an entry."""
+    place = folder / f"{entry['task_name']}_{entry['dataset_name']}" / entry["path"]
+    if entry["task_name"] == "Audio_Grounding":
+        place = place.with_suffix(".flac")
+    return Media("audio", place.suffix.lstrip(".").lower(), place)
+
+
+def score(item: Item, response: str) -> str:
+    """By the authors' rule, but that a letter inside a word is none."""
+    text = response.strip().replace("\n", " ")
+    places = [place for place in (0, len(text) - 2) if place >= 0 and text[place : place + 1] in tuple(LETTERS)]
+    return chosen(item, next((text[place] for place in places if alone(text, place)), None))

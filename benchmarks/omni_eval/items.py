@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from morphoquant_vllm.errors import MorphoQuantError
 
+T = TypeVar("T")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Entries of a folder that a refusal names.
 NAMED = 8
@@ -39,6 +41,8 @@ class Item:
     answers: tuple[str, ...]
     # What accuracy is broken down by: "subject" and "modality" always, others as a benchmark has them.
     groups: Mapping[str, str] = field(default_factory=dict)
+    # What a judge is told of the media, where one is asked.
+    description: str = ""
 
 
 def lettered(texts: Sequence[str]) -> dict[str, str]:
@@ -60,11 +64,32 @@ def listing(directory: Path) -> str:
     return (", ".join(names[:NAMED]) + more) or "an empty folder"
 
 
-def media_file(place: Path, benchmark: str, kind: str, owner: str) -> Media:
-    """The medium in a file; the wrong layout where there is none. `owner` names the question."""
+def present(items: Sequence[Item], benchmark: str, *, skip: bool) -> list[Item]:
+    """The questions whose media files are all there; the wrong layout where one is not, unless those are skipped."""
+    absent = {
+        item.id: part
+        for item in items
+        for part in item.parts
+        if isinstance(part, Media) and isinstance(part.source, Path) and not part.source.is_file()
+    }
+    for name, part in absent.items():
+        if not skip:
+            found = f"no such file ({len(absent)} of {len(items)} questions lack one; --skip-missing leaves them out)"
+            raise wrong_layout(Path(str(part.source)), benchmark, f"the {part.kind} of {name}", found)
+    return [item for item in items if item.id not in absent]
+
+
+def read_json(place: Path, benchmark: str, kind: type[T]) -> T:
+    """The content of a JSON file that holds a `kind`; the wrong layout where there is none or it holds another."""
     if not place.is_file():
-        raise wrong_layout(place, benchmark, f"the {kind} of {owner}", "no such file")
-    return Media(kind, place.suffix.lstrip(".").lower(), place)
+        raise wrong_layout(place.parent, benchmark, place.name, listing(place.parent))
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise wrong_layout(place, benchmark, "JSON", str(error)) from error
+    if not isinstance(content, kind):
+        raise wrong_layout(place, benchmark, f"a {kind.__name__}", f"a {type(content).__name__}")
+    return content
 
 
 def parquet_rows(files: Sequence[Path], benchmark: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

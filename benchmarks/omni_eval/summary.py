@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
 from scipy.stats import binomtest
 
 from benchmarks.omni_eval.items import Item
-from benchmarks.omni_eval.scoring import REFUSED, RIGHT, UNPARSED, WRONG, outcome
+from benchmarks.omni_eval.scoring import REFUSED, RIGHT, UNPARSED, WRONG, Score, outcome
 
 CONFIDENCE = 0.95
+T = TypeVar("T")
 
 
-def summarise(items: Sequence[Item], responses: Mapping[str, str | None]) -> dict[str, Any]:
+def summarise(items: Sequence[Item], responses: Mapping[str, str | None], score: Score) -> dict[str, Any]:
     """Figures of the answered questions: "all", and "by" every kind of group.
 
     What cannot be parsed and what the server refused count as not right, and are counted apart.
     """
-    outcomes = [(item, outcome(item, responses[item.id])) for item in items if item.id in responses]
+    outcomes = [(item, outcome(item, responses[item.id], score)) for item in items if item.id in responses]
+    by = {kind: {name: figures(found) for name, found in groups.items()} for kind, groups in grouped(outcomes).items()}
+    return {"questions": len(items), "all": figures([found for _, found in outcomes]), "by": by}
+
+
+def grouped(outcomes: Sequence[tuple[Item, T]]) -> dict[str, dict[str, list[T]]]:
+    """Outcomes by kind of group and by group, the groups in the order of their names."""
     kinds = list(dict.fromkeys(kind for item, _ in outcomes for kind in item.groups))
-    by: dict[str, dict[str, Any]] = {}
+    by: dict[str, dict[str, list[T]]] = {}
     for kind in kinds:
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[T]] = {}
         for item, found in outcomes:
             if kind in item.groups:
                 groups.setdefault(item.groups[kind], []).append(found)
-        by[kind] = {name: figures(groups[name]) for name in sorted(groups)}
-    return {"questions": len(items), "all": figures([found for _, found in outcomes]), "by": by}
+        by[kind] = {name: groups[name] for name in sorted(groups)}
+    return by
 
 
 def figures(outcomes: Sequence[str]) -> dict[str, Any]:
@@ -49,16 +56,23 @@ def figures(outcomes: Sequence[str]) -> dict[str, Any]:
 def table(benchmark: str, summary: Mapping[str, Any]) -> Table:
     """The same for people."""
     title = f"{benchmark}: accuracy with {CONFIDENCE:.0%} interval"
+    return layout(title, ("accuracy", "interval", "right", "of", UNPARSED, REFUSED), summary, _cells)
+
+
+def layout(
+    title: str, headings: Sequence[str], summary: Mapping[str, Any], cells: Callable[[Mapping[str, Any]], list[str]]
+) -> Table:
+    """A table of a summary: one row for all, one for each group."""
     found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     found.add_column("", overflow="fold")
-    for heading in ("accuracy", "interval", "right", "of", UNPARSED, REFUSED):
+    for heading in headings:
         found.add_column(heading, justify="right", no_wrap=True)
-    found.add_row("all", *_cells(summary["all"]))
+    found.add_row("all", *cells(summary["all"]))
     for kind, groups in summary["by"].items():
         found.add_section()
         found.add_row(f"by {kind}")
         for name, entry in groups.items():
-            found.add_row(f"  {name}", *_cells(entry))
+            found.add_row(f"  {name}", *cells(entry))
     return found
 
 

@@ -2,9 +2,6 @@
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +9,7 @@ import pytest
 
 from benchmarks.omni_eval.__main__ import main
 from tests.benchmarks.omni_eval.miniature import WRITERS
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Speaks as much of OpenAI's API as is asked of it: answers the first `answers` questions, then fails."""
-
-    answers = 1000
-    refuse = ""
-    asked: list[dict[str, Any]]
-    # Both workers must be inside a request at once, where a test wants to see that.
-    together: threading.Barrier | None = None
-
-    def do_GET(self) -> None:
-        self._reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "x"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.together is not None:
-            self.together.wait(10)
-        text = body["messages"][0]["content"][-1]["text"]
-        if self.refuse and self.refuse in text:
-            self._reply(400, {"error": {"message": "prompt too long", "type": "BadRequestError"}})
-        elif len(self.asked) >= self.answers:
-            self._reply(500, {"error": {"message": "engine died"}})
-        else:
-            self.asked.append(body)
-            message = {"role": "assistant", "content": "B"}
-            choice = {"index": 0, "finish_reason": "stop", "message": message}
-            self._reply(
-                200, {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice]}
-            )
-
-    def _reply(self, status: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@contextmanager
-def serving(**settings: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """URL of a running server, and the questions it has answered."""
-    handler = type("Configured", (Handler,), {"asked": [], **settings})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", handler.asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+from tests.benchmarks.omni_eval.stub import serving
 
 
 def run(name: str, directory: Path, url: str, output: Path, *more: str) -> dict[str, Any]:
@@ -142,3 +84,76 @@ def test_answers_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
         message = refusal("scienceqa", data, url, output, "--model", "other")
         assert "holds a run with another model ('tiny'); choose another --output" in message
         assert "another questions" in refusal("scienceqa", data, url, output, "--limit", "2")
+
+
+def judged(text: str) -> str:
+    """A judge that likes the reference better, wherever it stands, and has no numbers for one question."""
+    if "heard in 3?" in text:
+        return "Both are fine."
+    first = text.index("[The Start of Assistant 1s Answer]") + len("[The Start of Assistant 1s Answer]") + 1
+    return "8 4\n" if text[first:].startswith("A rising tone.") else "5 9"
+
+
+def test_a_judge_scores_open_answers_in_both_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = WRITERS["air-bench-chat"](tmp_path / "data")
+    with (
+        serving(say=lambda text: "A {tone}.", refuse="heard in 4?") as (url, asked),
+        serving(say=judged) as (judge, questions),
+    ):
+        summary = run("air-bench-chat", data, url, tmp_path / "out", "--judge-url", judge)
+    assert len(asked) == 7 and asked[0]["max_tokens"] == 1024
+    assert {body["messages"][0]["content"][-1]["text"] for body in asked} == {
+        f"What is heard in {number}?" for number in range(8) if number != 4
+    }
+    assert len(questions) == 14
+    found = summary["all"]
+    assert (found["judged"], found["unparsed"], found["refused"]) == (6, 1, 1)
+    assert (found["score"], found["reference"]) == (4.5, 8.5)
+    assert summary["judge"] == "tiny" and summary["by"]["subject"]["music"]["refused"] == 1
+    assert "AIR-Bench Chat: scores of 10 with 95% interval" in capsys.readouterr().out
+
+
+def test_a_judge_that_stops_answering_ends_the_run_which_then_goes_on(tmp_path: Path) -> None:
+    data, output = WRITERS["air-bench-chat"](tmp_path / "data"), tmp_path / "out"
+    with serving() as (url, asked):
+        with serving(say=judged, answers=5) as (judge, _):
+            message = refusal("air-bench-chat", data, url, output, "--judge-url", judge, "--concurrency", "1")
+        assert "; 5 of 16 questions are answered and kept: run the same command again" in message
+        assert not (output / "summary.json").exists()
+        with serving(say=judged) as (judge, questions):
+            summary = run("air-bench-chat", data, url, output, "--judge-url", judge)
+    assert (len(asked), len(questions)) == (8, 11)
+    assert summary["all"]["judged"] == 7
+
+
+def test_questions_without_their_media_are_left_out_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = WRITERS["video-mme"](tmp_path / "data")
+    (data / "data" / "dEf_2.mp4").unlink()
+    with serving() as (url, asked):
+        message = refusal("video-mme", data, url, tmp_path / "out")
+        assert "dEf_2.mp4: not the layout of Video-MME: expected the video of 002-1; found no such file" in message
+        assert "(1 of 3 questions lack one; --skip-missing leaves them out)" in message
+        summary = run("video-mme", data, url, tmp_path / "out", "--skip-missing")
+    assert len(asked) == 2
+    assert (summary["questions"], summary["without_media"]) == (2, 1)
+    assert "media are missing: 1 questions" in capsys.readouterr().out
+
+
+def test_options_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ("http://127.0.0.1:1/v1", tmp_path / "out")
+    assert "name its server with --judge-url" in refusal("air-bench-chat", tmp_path, *nowhere)
+    assert "no judge scores mmmu" in refusal("mmmu", tmp_path, *nowhere, "--judge-url", "http://x")
+    assert "mmmu has none; leave it out" in refusal("mmmu", tmp_path, *nowhere, "--subtitles", "all")
+    with pytest.raises(SystemExit):
+        run("video-mme", tmp_path, *nowhere, "--subtitles", "0")
+    assert "give one above 0, or all" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_response_that_is_not_parsed_is_counted_as_such(tmp_path: Path) -> None:
+    data = WRITERS["video-mme"](tmp_path / "data")
+    with serving(say=lambda text: "Cannot tell") as (url, _):
+        summary = run("video-mme", data, url, tmp_path / "out")
+    assert (summary["all"]["unparsed"], summary["all"]["wrong"], summary["all"]["accuracy"]) == (3, 0, 0.0)
