@@ -1,0 +1,27 @@
+"""What matrix products this machine does in a second, in the types that the bound is stated in."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch.nn import functional
+
+# A sample through a quarter of the widest linear of the 3B layout: M x N x K.
+SHAPE = (512, 2752, 2048)
+REPEATS = 5
+
+
+def product_rate(dtype: torch.dtype, shape: tuple[int, int, int] = SHAPE, repeats: int = REPEATS) -> float:
+    """FLOP/s of the fastest of some products x @ weight.T, on as many threads as torch has been given."""
+    tokens, out_features, in_features = shape
+    x = torch.randn(tokens, in_features).to(dtype)
+    weight = torch.randn(out_features, in_features).to(dtype)
+    best = float("inf")
+    with torch.no_grad():
+        functional.linear(x, weight)
+        for _ in range(repeats):
+            started = time.perf_counter()
+            functional.linear(x, weight)
+            best = min(best, time.perf_counter() - started)
+    return 2 * tokens * out_features * in_features / best
