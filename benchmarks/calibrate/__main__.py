@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--media", type=int, default=8, help="samples with an image and a sound")
     measure.add_argument("--cores", type=int, default=2)
     measure.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="of the recipe")
+    measure.add_argument("--memory-budget", type=float, metavar="GIB", help="what the calibration may use")
     measure.add_argument("--fresh", action="store_true", help="forget what was measured and calibrated before")
     measure.add_argument("--work", type=Path, default=WORK, help="where models, data and checkpoints go")
     measure.add_argument("--results", type=Path, default=RESULTS)
@@ -138,7 +139,8 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     if arguments.fresh:
         for directory in (kept, output, output.with_name(f"{output.name}.work")):
             shutil.rmtree(directory, ignore_errors=True)
-    job = Job(str(model), [str(path) for path in data], str(output), changes, arguments.cores, arguments.blocks)
+    budget = None if arguments.memory_budget is None else round(arguments.memory_budget * 2**30)
+    job = Job(str(model), [str(path) for path in data], str(output), changes, arguments.cores, arguments.blocks, budget)
     measured = measure(job, kept, say)
     decoder = Decoder.of(text_config(config))
     result = {
@@ -154,6 +156,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
         "samples": arguments.samples,
         "tokens": arguments.tokens,
         "media": arguments.media,
+        "memory_budget": budget,
         "recipe": recipe.model_dump(mode="json"),
         **summarise(measured, decoder, published, arguments.samples, arguments.tokens, recipe.model_dump(mode="json")),
     }
@@ -165,10 +168,14 @@ def run_quick(arguments: argparse.Namespace) -> None:
     """A cheaply calibrated checkpoint of a generated model."""
     import tempfile
 
+    from transformers.utils import logging as transformers_logging
+
     from benchmarks.calibrate.data import write_data
     from calibration.calibrate import calibrate
     from calibration.recipe import read_recipe
 
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     recipe = read_recipe(overrides={**QUICK, **settings(arguments.set)})
     with tempfile.TemporaryDirectory() as directory:
         data = write_data(Path(directory), arguments.model, recipe.max_samples, recipe.window_tokens, 0)
@@ -228,4 +235,6 @@ if __name__ == "__main__":
 
     # Ended by a signal too, no server and no calibration may stay behind.
     exit_on_signals()
+    # The published config has token ids that it finds strange.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     main()

@@ -36,7 +36,7 @@ def markdown(summary: dict[str, Any]) -> str:
 def _how(summary: dict[str, Any]) -> str:
     contended = ", a contended machine" if summary["contended"] else ""
     return (
-        f"`{summary['command']}`. {summary['machine']}; {summary['cores']} cores used; load average at start "
+        f"`{summary['command']}`. {summary['machine']}; {summary['cores']} core(s) used; load average at start "
         f"{summary['load']:.1f}{contended}. The model is generated ({summary['model']}); data: {summary['samples']} "
         f"samples of {summary['tokens']} tokens, {summary['media']} of them with an image and a sound; "
         f"{summary['drawn_tokens']} tokens drawn; the model runs in {summary['recipe']['dtype']}."
@@ -61,9 +61,9 @@ def _bound(summary: dict[str, Any]) -> str:
     lines = [
         "## The bound",
         f"Products: {rates['bfloat16'] / 1e9:.1f} GFLOP/s in bfloat16, {rates['float32'] / 1e9:.1f} in float32. A "
-        f"block's operations (T = 1e12): two forwards {work['forwards'] / 1e12:.2f} T, Hessians "
-        f"{work['hessians'] / 1e12:.2f} T, factorisation {work['factorisation'] / 1e12:.2f} T, GPTQ updates "
-        f"{work['updates'] / 1e12:.2f} T (`benchmarks/calibrate/bound.py`). Forwards and Hessians at the first rate "
+        f"block's operations (T = 1e12): two forwards {work['forwards'] / 1e12:.3g} T, Hessians "
+        f"{work['hessians'] / 1e12:.3g} T, factorisation {work['factorisation'] / 1e12:.3g} T, GPTQ updates "
+        f"{work['updates'] / 1e12:.3g} T (`benchmarks/calibrate/bound.py`). Forwards and Hessians at the first rate "
         "below, the rest at the float32 rate.",
         "",
         "| rate of products | bound, a block | ratio | bound, whole | ratio |",
@@ -71,7 +71,7 @@ def _bound(summary: dict[str, Any]) -> str:
     ]
     for dtype, bound in summary["bounds"].items():
         lines.append(
-            f"| {dtype} | {bound['block']:.1f} s | {_ratio(bound['block_ratio'])} | {bound['total']:.0f} s | "
+            f"| {dtype} | {bound['block']:.3g} s | {_ratio(bound['block_ratio'])} | {bound['total']:.4g} s | "
             f"{_ratio(bound['total_ratio'])} |"
         )
     return "\n".join([lines[0], "", *lines[1:]])

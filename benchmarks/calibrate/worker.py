@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.calibrate.rates import product_rate
 from benchmarks.command import one_line_errors
@@ -32,7 +33,7 @@ ROWS = 25
 
 @dataclass(frozen=True)
 class Job:
-    """What to calibrate, on how many cores, and after how many blocks to stop (None: none)."""
+    """What to calibrate, on how many cores, after how many blocks to stop, and in how many bytes (None: no limit)."""
 
     model: str
     data: list[str]
@@ -40,6 +41,7 @@ class Job:
     recipe: dict[str, Any]
     cores: int
     blocks: int | None = None
+    memory_budget: int | None = None
 
 
 class EnoughBlocks(Exception):
@@ -62,6 +64,7 @@ def run(job: Job) -> None:
             raise EnoughBlocks
 
     rates = {str(dtype).removeprefix("torch."): product_rate(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    limits = {} if job.memory_budget is None else {"memory_budget": job.memory_budget}
     profile = cProfile.Profile()
     say("start", rates=rates)
     finished = True
@@ -74,6 +77,7 @@ def run(job: Job) -> None:
             recipe=read_recipe(overrides=job.recipe),
             overwrite=True,
             on_block=on_block,
+            **limits,
         )
     except EnoughBlocks:
         finished = False
@@ -111,6 +115,9 @@ def _label(place: tuple[str, int, str]) -> str:
 
 def main() -> None:
     """Run the job that the command line names."""
+    # It lists the talker's weights, which calibration only copies, as unexpected.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     with one_line_errors():
         run(Job(**json.loads(Path(sys.argv[1]).read_text())))
 
