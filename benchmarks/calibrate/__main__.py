@@ -195,15 +195,21 @@ def run_serve(arguments: argparse.Namespace, command: str) -> None:
     from benchmarks.accuracy.cache import write_atomically
     from benchmarks.calibrate.serve import ask, markdown
     from benchmarks.machine import machine, versions
+    from benchmarks.server import ServerError
+    from morphoquant_vllm.errors import MorphoQuantError
 
-    result = {"command": command, "machine": machine(), "versions": versions()} | ask(
-        arguments.checkpoint,
-        arguments.log,
-        dtype=arguments.dtype,
-        kv_gib=arguments.kv_gib,
-        answer_tokens=arguments.answer_tokens,
-        timeout=arguments.timeout,
-    )
+    try:
+        answered = ask(
+            arguments.checkpoint,
+            arguments.log,
+            dtype=arguments.dtype,
+            kv_gib=arguments.kv_gib,
+            answer_tokens=arguments.answer_tokens,
+            timeout=arguments.timeout,
+        )
+    except ServerError as error:
+        raise MorphoQuantError(f"{arguments.checkpoint}: vLLM did not come up; why is in {arguments.log}") from error
+    result = {"command": command, "machine": machine(), "versions": versions()} | answered
     arguments.results.mkdir(parents=True, exist_ok=True)
     for suffix, content in (("json", json.dumps(result, indent=1) + "\n"), ("md", markdown(result))):
         path = arguments.results / f"{arguments.name}.{suffix}"
