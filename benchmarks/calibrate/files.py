@@ -42,4 +42,4 @@ def write_safetensors(path: Path, wanted: Mapping[str, Tensor], load: Callable[[
             values = load(name)
             if values.shape != wanted[name].shape or values.dtype != wanted[name].dtype:
                 raise ValueError(f"{name}: {values.dtype} {list(values.shape)} was not announced")
-            file.write(values.contiguous().flatten().view(torch.uint8).numpy())
+            values.contiguous().flatten().view(torch.uint8).numpy().tofile(file)

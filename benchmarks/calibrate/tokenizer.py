@@ -35,7 +35,8 @@ def _with_published_ids(tokenizer: dict[str, Any]) -> dict[str, Any]:
     vocabulary = tokenizer["model"]["vocab"]
     ordinary = sorted(vocabulary.keys() - set(special), key=vocabulary.__getitem__)
     merges = tokenizer["model"]["merges"]
-    for first, second, third in (_byte_characters(character) for character in CHARACTERS):
+    for character in CHARACTERS:
+        first, second, third = tuple(_byte_characters(character))
         pair = first + second
         if pair not in vocabulary:
             vocabulary[pair] = -1

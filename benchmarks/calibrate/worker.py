@@ -90,7 +90,7 @@ def table(profile: cProfile.Profile, rows: int = ROWS) -> dict[str, list[dict[st
     """The functions with most time of their own, and this package's with most time in all."""
     stats: Mapping[tuple[str, int, str], tuple[int, int, float, float, Any]]
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"function": _label(place), "calls": calls, "own": own, "cumulative": cumulative}
         for place, (_, calls, own, cumulative, _) in stats.items()
     ]

@@ -54,7 +54,7 @@ def test_transformers_loads_every_weight(model: Path) -> None:
     assert not loading["missing_keys"] and not loading["mismatched_keys"]
 
 
-@pytest.mark.parametrize("layout", ["3B", "7B"])
+@pytest.mark.parametrize("layout", ["3B", pytest.param("7B", marks=pytest.mark.full)])
 def test_real_layouts_have_the_published_size_and_files(layout: str) -> None:
     tensors = meta_tensors(layout)
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
