@@ -99,13 +99,16 @@ def omni_config(
     )
 
 
-def write_speakers(directory: Path, ids: dict[str, int]) -> None:
-    """Write spk_dict.pt of two speakers: transformers refuses the full model without it, the project never opens it."""
+def write_speakers(directory: Path, ids: dict[str, int], *, conditioning: int = 16, mel: int = 16) -> None:
+    """Write spk_dict.pt of two speakers: transformers refuses the full model without it, the project never opens it.
+
+    `conditioning` and `mel` are the widths of token2wav's speaker embedding and of its spectrograms.
+    """
     speakers = {
         name: {
             "bos_token": ids["first_free"] + 3 + row,
-            "cond": torch.full((1, 16), 0.1 * row),
-            "ref_mel": torch.full((1, 30, 16), 0.1 * row),
+            "cond": torch.full((1, conditioning), 0.1 * row),
+            "ref_mel": torch.full((1, 30, mel), 0.1 * row),
         }
         for row, name in enumerate(("Chelsie", "Ethan"))
     }

@@ -1,0 +1,246 @@
+"""python -m benchmarks.calibrate: generate models of real size, time their calibration, and ask one in vLLM.
+
+generate   write a model in the published layout of Qwen2.5-Omni, with seeded weights
+measure    seconds and peak memory of calibrating it, by block, against a bound (the default)
+quick      a checkpoint of it that is calibrated as cheaply as can be, to load and not to judge
+serve      load a checkpoint in vLLM, ask it about an image and a sound; time and memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.calibrate.layouts import LAYOUTS
+from benchmarks.command import one_line_errors
+
+RESULTS = Path("benchmarks/results/calibrate")
+WORK = Path(".cache/calibrate")
+# As little as a calibration that the format allows takes: it shows that a checkpoint loads, not what one is worth.
+QUICK = {
+    "rounding": "nearest",
+    "regression": False,
+    "modality_rows": False,
+    "max_samples": 2,
+    "window_tokens": 32,
+    "max_tokens": 32,
+    "sample_tokens": 64,
+}
+say = partial(print, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="write a generated model")
+    generate.add_argument("--layout", default="3B", help=f"one of {', '.join(LAYOUTS)}")
+    generate.add_argument("--layers", type=int, help="only so many decoder blocks, of the real width")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--output", type=Path, required=True)
+
+    measure = commands.add_parser("measure", help="time a calibration (the default)")
+    measure.add_argument("--layout", default="3B", help=f"one of {', '.join(LAYOUTS)}; generated where it is missing")
+    measure.add_argument("--layers", type=int, help="of a model with only so many decoder blocks")
+    measure.add_argument("--blocks", type=int, help="stop after so many; the total is extrapolated")
+    measure.add_argument("--samples", type=int, default=64)
+    measure.add_argument("--tokens", type=int, default=512, help="of each sample")
+    measure.add_argument("--media", type=int, default=8, help="samples with an image and a sound")
+    measure.add_argument("--cores", type=int, default=2)
+    measure.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="of the recipe")
+    measure.add_argument("--memory-budget", type=float, metavar="GIB", help="what the calibration may use")
+    measure.add_argument("--fresh", action="store_true", help="forget what was measured and calibrated before")
+    measure.add_argument("--work", type=Path, default=WORK, help="where models, data and checkpoints go")
+    measure.add_argument("--results", type=Path, default=RESULTS)
+    measure.add_argument("--name", default="calibrate", help="of the result files")
+
+    quick = commands.add_parser("quick", help="a cheaply calibrated checkpoint")
+    quick.add_argument("model", type=Path)
+    quick.add_argument("--output", type=Path, required=True)
+    quick.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="of the recipe")
+    quick.add_argument("--overwrite", action="store_true")
+
+    serve = commands.add_parser("serve", help="ask a checkpoint in vLLM")
+    serve.add_argument("checkpoint", type=Path)
+    serve.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    serve.add_argument("--kv-gib", type=int, default=1, help="size of the key-value cache")
+    serve.add_argument("--answer-tokens", type=int, default=8)
+    serve.add_argument("--timeout", type=float, default=1800, help="seconds for loading, and for the request")
+    serve.add_argument("--log", type=Path, default=WORK / "serve.log")
+    serve.add_argument("--results", type=Path, default=RESULTS)
+    serve.add_argument("--name", default="serve", help="of the result files")
+    return top
+
+
+def settings(pairs: list[str]) -> dict[str, Any]:
+    """Recipe settings of SETTING=VALUE arguments; values are YAML."""
+    from morphoquant_vllm.errors import MorphoQuantError
+
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise MorphoQuantError(f"--set {pair}: write SETTING=VALUE, such as dtype=bfloat16")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """The model, and where it is."""
+    from benchmarks.calibrate.generate import generate
+
+    say(generate(arguments.layout, arguments.output, layers=arguments.layers, seed=arguments.seed, progress=say))
+
+
+def run_measure(arguments: argparse.Namespace, command: str) -> None:
+    """Generate what is missing, measure, write the files."""
+    from benchmarks.accuracy.cache import code_digest
+    from benchmarks.calibrate.bound import Decoder
+    from benchmarks.calibrate.data import write_data
+    from benchmarks.calibrate.generate import generate
+    from benchmarks.calibrate.layouts import layout_config, text_config
+    from benchmarks.calibrate.measure import measure
+    from benchmarks.calibrate.report import write
+    from benchmarks.calibrate.summary import summarise
+    from benchmarks.calibrate.worker import Job
+    from benchmarks.machine import machine, versions
+    from calibration.recipe import read_recipe
+
+    sizes = {"max_samples": arguments.samples, "max_tokens": arguments.tokens, "window_tokens": arguments.tokens}
+    changes = {**sizes, **settings(arguments.set)}
+    recipe = read_recipe(overrides=changes)
+    config = layout_config(arguments.layout, arguments.layers)
+    published = text_config(layout_config(arguments.layout))["num_hidden_layers"]
+    name = arguments.layout + (f"-{arguments.layers}-blocks" if arguments.layers else "")
+    model, output = arguments.work / name, arguments.work / f"{name}-MorphoQuant"
+    if not model.exists():
+        say(f"generating {model}")
+        generate(arguments.layout, model, layers=arguments.layers, progress=say)
+    load = os.getloadavg()[0]
+    shape = f"{arguments.samples}x{arguments.tokens}-{arguments.media}"
+    data = write_data(arguments.work / f"data-{shape}", model, arguments.samples, arguments.tokens, arguments.media)
+    # Times of changed code are times of something else.
+    state = code_digest([Path("calibration"), Path("morphoquant_vllm/numerics")])[:12]
+    kept = arguments.work / f"measured-{state}"
+    if arguments.fresh:
+        for directory in (kept, output, output.with_name(f"{output.name}.work")):
+            shutil.rmtree(directory, ignore_errors=True)
+    budget = None if arguments.memory_budget is None else round(arguments.memory_budget * 2**30)
+    job = Job(str(model), [str(path) for path in data], str(output), changes, arguments.cores, arguments.blocks, budget)
+    measured = measure(job, kept, say)
+    decoder = Decoder.of(text_config(config))
+    result = {
+        "command": command,
+        "machine": machine(),
+        "versions": versions(),
+        "load": load,
+        # Others kept a core busy before this run began.
+        "contended": load > 0.5,
+        "cores": arguments.cores,
+        "layout": arguments.layout,
+        "model": name,
+        "samples": arguments.samples,
+        "tokens": arguments.tokens,
+        "media": arguments.media,
+        "memory_budget": budget,
+        "recipe": recipe.model_dump(mode="json"),
+        **summarise(measured, decoder, published, arguments.samples, arguments.tokens, recipe.model_dump(mode="json")),
+    }
+    for path in write(result, arguments.results, arguments.name):
+        say(path)
+
+
+def run_quick(arguments: argparse.Namespace) -> None:
+    """A cheaply calibrated checkpoint of a generated model."""
+    import tempfile
+
+    from transformers.utils import logging as transformers_logging
+
+    from benchmarks.calibrate.data import write_data
+    from calibration.calibrate import calibrate
+    from calibration.recipe import read_recipe
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    recipe = read_recipe(overrides={**QUICK, **settings(arguments.set)})
+    with tempfile.TemporaryDirectory() as directory:
+        data = write_data(Path(directory), arguments.model, recipe.max_samples, recipe.window_tokens, 0)
+        calibrate(
+            arguments.model,
+            data,
+            arguments.output,
+            recipe=recipe,
+            overwrite=arguments.overwrite,
+            on_block=lambda result: say(f"block {result.index + 1}/{result.count}"),
+        )
+    say(arguments.output)
+
+
+def run_serve(arguments: argparse.Namespace, command: str) -> None:
+    """Ask, write the files."""
+    from benchmarks.accuracy.cache import write_atomically
+    from benchmarks.calibrate.serve import ask, markdown
+    from benchmarks.machine import machine, versions
+    from benchmarks.server import ServerError
+    from morphoquant_vllm.errors import MorphoQuantError
+
+    try:
+        answered = ask(
+            arguments.checkpoint,
+            arguments.log,
+            dtype=arguments.dtype,
+            kv_gib=arguments.kv_gib,
+            answer_tokens=arguments.answer_tokens,
+            timeout=arguments.timeout,
+        )
+    except ServerError as error:
+        raise MorphoQuantError(f"{arguments.checkpoint}: vLLM did not come up; why is in {arguments.log}") from error
+    result = {"command": command, "machine": machine(), "versions": versions()} | answered
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    for suffix, content in (("json", json.dumps(result, indent=1) + "\n"), ("md", markdown(result))):
+        path = arguments.results / f"{arguments.name}.{suffix}"
+        write_atomically(path, content)
+        say(path)
+
+
+def main() -> None:
+    """Do what the command line says; without a command, measure."""
+    given = sys.argv[1:]
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given = ["measure", *given]
+    arguments = parser().parse_args(given)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    command = "python -m benchmarks.calibrate " + shlex.join(given)
+    with one_line_errors():
+        if arguments.command == "generate":
+            run_generate(arguments)
+        elif arguments.command == "measure":
+            run_measure(arguments, command)
+        elif arguments.command == "quick":
+            run_quick(arguments)
+        else:
+            run_serve(arguments, command)
+
+
+if __name__ == "__main__":
+    from benchmarks.server import exit_on_signals
+
+    # Ended by a signal too, no server and no calibration may stay behind.
+    exit_on_signals()
+    # The published config has token ids that it finds strange.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    main()

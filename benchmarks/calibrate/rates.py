@@ -1,0 +1,29 @@
+"""What matrix products this machine does in a second, in the types that the bound is stated in."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch.nn import functional
+
+# A sample through a quarter of the widest linear of the 3B layout: M x N x K.
+SHAPE = (512, 2752, 2048)
+REPEATS = 5
+# Without units for a type a product takes long, and always as long.
+BUDGET_SECONDS = 2.0
+
+
+def product_rate(dtype: torch.dtype, shape: tuple[int, int, int] = SHAPE, repeats: int = REPEATS) -> float:
+    """FLOP/s of the fastest of some products x @ weight.T, on as many threads as torch has been given."""
+    tokens, out_features, in_features = shape
+    x = torch.randn(tokens, in_features).to(dtype)
+    weight = torch.randn(out_features, in_features).to(dtype)
+    times: list[float] = []
+    with torch.no_grad():
+        functional.linear(x[:32], weight)
+        while not times or (len(times) < repeats and sum(times) < BUDGET_SECONDS):
+            started = time.perf_counter()
+            functional.linear(x, weight)
+            times.append(time.perf_counter() - started)
+    return 2 * tokens * out_features * in_features / min(times)
