@@ -30,7 +30,8 @@ MODELS = {
     "omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "thinker.", ""),
 }
 IDS = torch.arange(20, 60)[None]
-QUICK = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
+# Two ranks: blocks of K, as many as the tower of a tiny model allows.
+QUICK = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False, tensor_parallel=2)
 Q = "model.layers.0.self_attn.q_proj"
 
 
