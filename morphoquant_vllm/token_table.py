@@ -92,7 +92,7 @@ def untold_media(taken: Iterable[str], config: Mapping[str, Any], spec: Quantiza
 def _media_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Every (modality, token id) that a config names, at whatever depth."""
     for key, value in config.items():
-        match = _MEDIA_KEY.fullmatch(key)
+        match = _MEDIA_KEY.fullmatch(str(key))  # in memory, labels may have numbers for keys
         if match and type(value) is int:
             yield match[1], value
         elif isinstance(value, Mapping) and key != "quantization_config":

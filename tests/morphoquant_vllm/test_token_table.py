@@ -103,6 +103,8 @@ QWEN2_5_VL = {"model_type": "qwen2_5_vl", "image_token_id": 151655, "video_token
         # Video under the image's token, as its config says.
         ({"image_token_id": 7, "video_token_id": 7}, {"image": (7,)}, []),
         ({"image_token_id": 7, "video_token_id": 8}, {"image": (7,), "video": ()}, ["video"]),
+        # As transformers holds it.
+        ({**QWEN2_5_VL, "id2label": {0: "LABEL_0"}}, {"image": (151655, 151656)}, []),
     ],
 )
 def test_media_whose_tokens_the_table_lacks_are_found(
