@@ -13,8 +13,10 @@ import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
 from morphoquant_vllm.checkpoint import read_spec
 from tests import tiny_models
 from tests.engine.agreement import LOGPROB_TOLERANCE, assert_same_logprobs
-from tests.engine.conftest import calibrate
+from tests.engine.conftest import ENGINE as ONE_STEP
+from tests.engine.conftest import Engines, calibrate
 from tests.engine.rows import ENGINE, reference_logprobs, run_jobs, served_logprobs
+from tests.quantized_tower import write_quantized_tower
 from tests.tiny_conversations import image_bytes, write_calibration_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
@@ -78,3 +80,18 @@ def test_served_output_is_the_reloads(
     model.set_submodule(f"{prefix}visual", plain.get_submodule(f"{prefix}visual"))
     gap = (found - reference_logprobs(model, source, question)).abs().max()
     assert float(gap) > 10 * LOGPROB_TOLERANCE, "a tower in 16 bit would be seen"
+
+
+def test_an_audio_tower_that_a_checkpoint_lists_by_mistake_is_refused(
+    tp1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """It is transformers' own module, which no quantization method of vLLM reaches."""
+    directory = tmp_path_factory.mktemp("audio tower")
+    layers = write_quantized_tower(
+        tp1_checkpoint, directory / "checkpoint", 1, "thinker.audio_tower.layers", {"fc1": ("fc1",)}
+    )
+    assert layers == ["thinker.audio_tower.layers.0.fc1"]
+    engines = Engines(directory)
+    engines.run({"audio": {"model": str(directory / "checkpoint"), "prompts": [], "engine": ONE_STEP}})
+    errors = engines.results["audio"]["error"]
+    assert "no module or parameter named 'audio_tower.layers.0.fc1." in errors[-1]
