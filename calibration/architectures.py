@@ -19,12 +19,34 @@ class SharedInput:
     parallel: str
 
 
+@dataclass(frozen=True)
+class Tower:
+    """An encoder of media whose linears can be quantized on request; its patches have no token ids."""
+
+    # What a recipe calls it. The row of this name serves all of its patches, a video's frames included.
+    name: str
+    # Module of the model class, and the list of its blocks below it.
+    module: str
+    block_module: str
+    # Name of that list in the weight files; some models were published under more than one.
+    block_prefixes: tuple[str, ...]
+    shared_inputs: tuple[SharedInput, ...]
+
+
 _DECODER_BLOCK = (
     SharedInput("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "column"),
     SharedInput("self_attn.o_proj", ("self_attn.o_proj",), "row"),
     SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
     SharedInput("mlp.down_proj", ("mlp.down_proj",), "row"),
 )
+_TOWER_BLOCK = (
+    SharedInput("attn.proj", ("attn.proj",), "row"),
+    SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
+    SharedInput("mlp.down_proj", ("mlp.down_proj",), "row"),
+)
+# Qwen2.5-Omni's files hold q, k and v apart, Qwen2.5-VL's as one matrix.
+_SPLIT_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.q", "attn.k", "attn.v"), "column"), *_TOWER_BLOCK)
+_FUSED_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.qkv",), "column"), *_TOWER_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,9 @@ class Architecture:
     # Modalities besides text.
     media: tuple[str, ...] = ()
     shared_inputs: tuple[SharedInput, ...] = _DECODER_BLOCK
+    # Towers that can be quantized on request. Qwen's audio towers are not among them: vLLM runs them as transformers'
+    # own modules, which no quantization method reaches.
+    quantizable_towers: tuple[Tower, ...] = ()
 
     def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that describes the decoder.
@@ -57,6 +82,15 @@ class Architecture:
                 _check_counts(part)
                 return part
         raise MorphoQuantError(f"config.json: no num_hidden_layers for model_type '{self.model_type}'; is it complete?")
+
+    def tower(self, name: str) -> Tower:
+        """The tower that a recipe names; MorphoQuantError where this architecture has none of that name."""
+        for tower in self.quantizable_towers:
+            if tower.name == name:
+                return tower
+        raise MorphoQuantError(
+            f"towers: model_type '{self.model_type}' has no {name} tower that can be quantized; leave it out"
+        )
 
     def placeholder_token_ids(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Token ids that stand for a modality in input_ids, by row name; MorphoQuantError where one is missing."""
@@ -79,6 +113,7 @@ ARCHITECTURES = (
         media_config=("thinker_config",),
         text_config=("thinker_config", "text_config"),
         media=("image", "video", "audio"),
+        quantizable_towers=(Tower("image", "visual", "visual.blocks", ("thinker.visual.blocks",), _SPLIT_TOWER_BLOCK),),
     ),
     Architecture(
         model_type="qwen2_5_vl",
@@ -88,6 +123,15 @@ ARCHITECTURES = (
         # The published configs keep the decoder's settings at the top, newer ones under text_config.
         text_config=("text_config",),
         media=("image", "video"),
+        quantizable_towers=(
+            Tower(
+                name="image",
+                module="model.visual",
+                block_module="model.visual.blocks",
+                block_prefixes=("visual.blocks", "model.visual.blocks"),
+                shared_inputs=_FUSED_TOWER_BLOCK,
+            ),
+        ),
     ),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen2", "Qwen2ForCausalLM", "model.layers", ("model.layers",)),

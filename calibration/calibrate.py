@@ -16,12 +16,12 @@ from calibration.export import checkpoint_size, write_checkpoint
 from calibration.model import capture_block_inputs, choose_device, load_model
 from calibration.plan import decoder_names, plan
 from calibration.recipe import Recipe
-from calibration.record import LayerRecord
 from calibration.report import PACKAGE, make_report, package_version
 from calibration.samples import Sample, build_samples
 from calibration.sampling import choose_tokens
 from calibration.source import Source, open_source
 from calibration.staging import check_free_space, clear_write_errors, staged_directory
+from calibration.towers import calibrate_towers, check_media
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import QuantizationSpec
 
@@ -59,6 +59,7 @@ def calibrate(
             placeholder_token_ids=spec.placeholder_token_ids,
             rows=spec.rows,
         )
+        check_media(samples, recipe)
         try:
             quantized, report, distributions = _quantize(source, architecture, spec, samples, recipe, on_block)
         except torch.OutOfMemoryError as error:
@@ -86,11 +87,16 @@ def _quantize(
     model = load_model(architecture, source, recipe)
     blocks = list(model.get_submodule(architecture.block_module).children())
     inputs = capture_block_inputs(model, blocks, samples, tokens.positions)
+    towers = calibrate_towers(model, samples, architecture=architecture, source=source, spec=spec, recipe=recipe)
+    if towers:
+        # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
+        for entry, again in zip(inputs, capture_block_inputs(model, blocks, samples, tokens.positions), strict=True):
+            entry.served = again.hidden
     # From here on only the blocks are needed, and each only until it is done.
     del model
-    quantized: dict[str, dict[str, Tensor]] = {}
-    records: dict[str, LayerRecord] = {}
-    distributions: dict[str, dict[str, Tensor]] = {}
+    quantized = {name: layer.tensors for result in towers for name, layer in result.layers.items()}
+    records = {name: layer.record for result in towers for name, layer in result.layers.items()}
+    distributions = {name: found for result in towers for name, found in result.distributions.items()}
     for result in calibrate_blocks(
         blocks,
         inputs,

@@ -47,6 +47,9 @@ def calibrate(
     ignore: Annotated[
         list[str] | None, _setting("--ignore", "Pattern of linears to leave in 16 bit; may be repeated.")
     ] = None,
+    tower: Annotated[
+        list[str] | None, _setting("--tower", "Encoder to quantize besides: image; may be repeated (none).")
+    ] = None,
     full_mask: Annotated[
         list[str] | None, _setting("--full-mask", "Pattern of linears whose every channel may escape; repeatable.")
     ] = None,
@@ -100,6 +103,7 @@ def calibrate(
     flags = {
         "targets": target or None,
         "ignore": ignore or None,
+        "towers": tower or None,
         "full_mask": full_mask or None,
         "group_size": group_size,
         "tensor_parallel": _number_or_word(tensor_parallel),

@@ -91,7 +91,7 @@ def capture_block_inputs(
     captured = []
     for sample, chosen in zip(samples, positions, strict=True):
         entry = BlockInput(sample.modality, chosen)
-        with _skipped(blocks, entry):
+        with skipped_blocks(blocks, entry):
             model(**_to_model(sample.inputs, device, dtype), use_cache=False)
         captured.append(entry)
     return captured
@@ -109,7 +109,7 @@ def _check_token_ids(model: Any, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
-def _skipped(blocks: Sequence[nn.Module], entry: BlockInput) -> Iterator[None]:
+def skipped_blocks(blocks: Sequence[nn.Module], entry: BlockInput) -> Iterator[None]:
     """Make the blocks record what they are given in `entry` and pass the hidden states on unchanged."""
 
     def record(index: int) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from calibration.architectures import Architecture, SharedInput
+from calibration.architectures import Architecture, SharedInput, Tower
 from calibration.recipe import Recipe
 from calibration.source import TensorInfo
 from morphoquant_vllm.errors import MorphoQuantError
@@ -19,7 +19,7 @@ TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class DecoderNames:
-    """How the decoder's layers are named: in the weight files `prefix.<block>.<linear>`."""
+    """How the layers of the decoder, or of a tower, are named: in the weight files `prefix.<block>.<linear>`."""
 
     prefix: str
     blocks: int
@@ -38,16 +38,36 @@ def decoder_names(
     prefixes = architecture.block_prefixes
     prefix = next((p for p in prefixes if f"{p}.0.{shards[0]}.weight" in tensors), prefixes[0])
     names = DecoderNames(prefix, blocks)
-    for block in range(blocks):
+    _check_linears(names, shards, tensors, architecture.model_type)
+    return names
+
+
+def tower_names(tower: Tower, tensors: Mapping[str, TensorInfo]) -> DecoderNames:
+    """Find a tower's prefix and the number of its blocks in the files; MorphoQuantError where a linear is missing."""
+    shards = [shard for shared in tower.shared_inputs for shard in shared.shards]
+    for prefix in tower.block_prefixes:
+        blocks = 0
+        while f"{prefix}.{blocks}.{shards[0]}.weight" in tensors:
+            blocks += 1
+        if blocks:
+            names = DecoderNames(prefix, blocks)
+            _check_linears(names, shards, tensors, f"{tower.name} tower")
+            return names
+    raise MorphoQuantError(
+        f"towers: the weights hold no {tower.block_prefixes[0]}.0.{shards[0]}, so no {tower.name} tower; leave it out"
+    )
+
+
+def _check_linears(names: DecoderNames, shards: Sequence[str], tensors: Mapping[str, TensorInfo], what: str) -> None:
+    for block in range(names.blocks):
         for shard in shards:
             name = f"{names.layer(block, shard)}.weight"
             info = tensors.get(name)
             if info is None or len(info.shape) != 2 or not info.is_float:
                 state = "missing" if info is None else f"{info.dtype} {list(info.shape)}, no float matrix"
                 raise MorphoQuantError(
-                    f"{name}: {state}; the weights do not fit config.json ({architecture.model_type}, {blocks} blocks)"
+                    f"{name}: {state}; the weights do not fit config.json ({what}, {names.blocks} blocks)"
                 )
-    return names
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -74,23 +94,14 @@ def plan(
     """The quantization_config of the checkpoint to make, every rule of the format checked.
 
     Raises MorphoQuantError naming the pattern, layer or fused group where targets match nothing, reach outside the
-    decoder or split a fused group, where K is not divisible by the group size, or tensor_parallel breaks a group.
+    decoder or split a fused group, where K is not divisible by the group size, or tensor_parallel breaks a group; and
+    the tower, where one is asked for that the model lacks, or of which no layer would be quantized.
     """
     names = decoder_names(architecture, config, tensors)
     chosen = _choose(names, architecture.shared_inputs, tensors, recipe)
-    layers = {}
-    for block in range(names.blocks):
-        for shared in architecture.shared_inputs:
-            for shard in _whole_group(names, block, shared, chosen):
-                out_features, in_features = tensors[f"{shard}.weight"].shape
-                layers[shard] = LayerSpec(
-                    in_features=in_features,
-                    out_features=out_features,
-                    group_size=recipe.group_size,
-                    parallel=shared.parallel,
-                    shared_input=names.layer(block, shared.name),
-                    bias=f"{shard}.bias" in tensors,
-                )
+    layers = _layers(names, architecture.shared_inputs, tensors, chosen, recipe.group_size)
+    for tower in recipe.towers:
+        layers |= tower_layers(architecture.tower(tower), tensors, recipe)
     for name, layer in layers.items():
         layer.check(name)
     decoder_config = architecture.decoder_config(config)
@@ -110,6 +121,36 @@ def plan(
             f"over {size} ranks; leave it at auto"
         )
     return spec
+
+
+def tower_layers(tower: Tower, tensors: Mapping[str, TensorInfo], recipe: Recipe) -> dict[str, LayerSpec]:
+    """Settings of a tower's linears: all but those that `ignore` matches and those that `unfit_linears` names."""
+    names = tower_names(tower, tensors)
+    unfit = unfit_linears(tower, tensors, recipe.group_size)
+    chosen = {
+        name
+        for block in range(names.blocks)
+        for shared in tower.shared_inputs
+        if shared.name not in unfit
+        for name in (names.layer(block, shard) for shard in shared.shards)
+        if not matches(name, recipe.ignore)
+    }
+    if not chosen:
+        raise MorphoQuantError(
+            f"towers: no linear of the {tower.name} tower is left to quantize: K must be divisible by group_size "
+            f"{recipe.group_size}, and 'ignore' must not match; leave the tower out"
+        )
+    return _layers(names, tower.shared_inputs, tensors, chosen, recipe.group_size, fixed_row=tower.name)
+
+
+def unfit_linears(tower: Tower, tensors: Mapping[str, TensorInfo], group_size: int) -> dict[str, int]:
+    """Inputs of a tower's blocks that stay in 16 bit since groups do not divide their K, by name: K.
+
+    3420 in mlp.down_proj of Qwen2.5-Omni and the small Qwen2.5-VLs.
+    """
+    names = tower_names(tower, tensors)
+    sizes = {shared.name: tensors[f"{names.layer(0, shared.shards[0])}.weight"].shape for shared in tower.shared_inputs}
+    return {name: shape[1] for name, shape in sizes.items() if shape[1] % group_size}
 
 
 def largest_tensor_parallel(layers: Iterable[LayerSpec], decoder_config: Mapping[str, Any]) -> int:
@@ -159,12 +200,38 @@ def _choose(
     outside = chosen - decoder
     if outside:
         raise MorphoQuantError(
-            f"targets: {min(outside)} is outside the language model's decoder ({names.prefix}.*); this version "
-            "quantizes only decoder linears: narrow the pattern"
+            f"targets: {min(outside)} is outside the language model's decoder ({names.prefix}.*), and targets "
+            "are decoder linears: narrow the pattern; an image tower is quantized by towers: image"
         )
     if not chosen:
         raise MorphoQuantError("targets: no layer is left to quantize after 'ignore'; narrow 'ignore'")
     return chosen
+
+
+def _layers(
+    names: DecoderNames,
+    shared_inputs: Sequence[SharedInput],
+    tensors: Mapping[str, TensorInfo],
+    chosen: set[str],
+    group_size: int,
+    fixed_row: str = "",
+) -> dict[str, LayerSpec]:
+    """Settings of the chosen linears of a run of blocks, in the order of the blocks."""
+    layers = {}
+    for block in range(names.blocks):
+        for shared in shared_inputs:
+            for shard in _whole_group(names, block, shared, chosen):
+                out_features, in_features = tensors[f"{shard}.weight"].shape
+                layers[shard] = LayerSpec(
+                    in_features=in_features,
+                    out_features=out_features,
+                    group_size=group_size,
+                    parallel=shared.parallel,
+                    shared_input=names.layer(block, shared.name),
+                    bias=f"{shard}.bias" in tensors,
+                    fixed_row=fixed_row,
+                )
+    return layers
 
 
 def _whole_group(names: DecoderNames, block: int, shared: SharedInput, chosen: set[str]) -> list[str]:

@@ -23,6 +23,9 @@ class Recipe(BaseModel):
         default=None, description="Linears to quantize; None: every linear of the language model's decoder blocks."
     )
     ignore: Patterns = Field(default=(), description="Linears to leave in 16 bit although a target matches them.")
+    towers: tuple[Literal["image"], ...] = Field(
+        default=(), description="Encoders of media to quantize besides: image (of pictures and video frames)."
+    )
     group_size: Literal[32, 64, 128] = Field(default=32, description="Input channels that share one weight scale.")
     tensor_parallel: Literal["auto"] | int = Field(
         default="auto",
@@ -118,9 +121,9 @@ class Recipe(BaseModel):
     )
     shard_size: ByteSize = Field(default=ByteSize(4_000_000_000), description="Largest weight file, e.g. 4GB.")
 
-    @field_validator("targets", "ignore", "full_mask", mode="before")
+    @field_validator("targets", "ignore", "towers", "full_mask", mode="before")
     @classmethod
-    def _one_pattern(cls, value: Any) -> Any:
+    def _one_of_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("targets")

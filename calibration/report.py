@@ -36,9 +36,11 @@ def make_report(
     token_counts: Mapping[int, int],
 ) -> dict[str, Any]:
     """The JSON object of REPORT_FILE, the same for the same run (no times, no paths)."""
+    # Without towers a checkpoint is, to the byte, what it was before there was a setting for them.
+    settings = recipe.model_dump(mode="json", exclude=None if recipe.towers else {"towers"})
     return {
         "format": REPORT_FORMAT,
-        "settings": {**recipe.model_dump(mode="json"), "tensor_parallel": spec.tensor_parallel},
+        "settings": {**settings, "tensor_parallel": spec.tensor_parallel},
         "data": {"samples": samples, "tokens": {spec.rows[row]: count for row, count in token_counts.items()}},
         "escape_rate": overall_escape_rate(spec, records),
         "layers": {name: asdict(record) for name, record in records.items()},
@@ -52,7 +54,10 @@ def make_report(
 
 
 def overall_escape_rate(spec: QuantizationSpec, records: Mapping[str, LayerRecord]) -> float:
-    """Codes outside [-8, 7] as a fraction of all codes; shards that share an input share its codes, counted once."""
-    first = [names[0] for names in spec.shared_inputs().values()]
+    """Codes outside [-8, 7] as a fraction of the decoder's; shards that share an input share its codes, counted once.
+
+    A tower's codes are not of these tokens: a picture has four patches to a token.
+    """
+    first = [names[0] for names in spec.shared_inputs().values() if not spec.layers[names[0]].fixed_row]
     total = sum(spec.layers[name].in_features for name in first)
     return sum(records[name].escape_rate["all"] * spec.layers[name].in_features for name in first) / total

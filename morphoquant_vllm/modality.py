@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from .schema import ANY_ROW, QuantizationSpec
-from .token_table import row_table
+from .token_table import row_table, untold_media
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -46,6 +46,14 @@ def off_reason(config: VllmConfig) -> str | None:
         "fast prefill: later layers get a part of the tokens": config.cache_config.kv_sharing_fast_prefill,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def taken_media(config: VllmConfig) -> set[str]:
+    """Modalities that this engine of a multimodal model takes, by vLLM's names."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    limits = MULTIMODAL_REGISTRY.get_processing_info(config.model_config).allowed_mm_limits
+    return {modality for modality, limit in limits.items() if limit > 0}
 
 
 class ModalityBus:
@@ -93,6 +101,10 @@ class ModalityBus:
             return reason
         if len(self._hooked) != 1:
             return f"the model has {len(self._hooked)} token embeddings that know this method, not one"
+        untold = untold_media(taken_media(config), config.model_config.hf_config.to_dict(), self.spec)
+        if untold:
+            # As in vLLM's InternVL, whose config names the image token alone.
+            return f"the token table does not say which tokens are {' or '.join(untold)}"
         vocabulary = int(self._hooked[0][0].num_embeddings)  # type: ignore[arg-type]
         outside = [token for token in placeholders if token >= vocabulary]
         if outside:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,21 @@ def check_token_table(directory: Path, config: Mapping[str, Any], spec: Quantiza
             )
 
 
+def untold_media(taken: Iterable[str], config: Mapping[str, Any], spec: QuantizationSpec) -> list[str]:
+    """Modalities of `taken` whose tokens the table does not list, sorted: they would pass for text.
+
+    One that config.json places under a token of another modality's row is listed there.
+    """
+    listed = {token for ids in spec.placeholder_token_ids.values() for token in ids}
+    told = {row for row, ids in spec.placeholder_token_ids.items() if ids}
+    told |= {modality for modality, token in _media_tokens(config) if token in listed}
+    return sorted(set(taken) - told)
+
+
 def _media_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Every (modality, token id) that a config names, at whatever depth."""
     for key, value in config.items():
-        match = _MEDIA_KEY.fullmatch(key)
+        match = _MEDIA_KEY.fullmatch(str(key))  # in memory, labels may have numbers for keys
         if match and type(value) is int:
             yield match[1], value
         elif isinstance(value, Mapping) and key != "quantization_config":

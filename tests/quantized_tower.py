@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +24,24 @@ SHARED = {
 }
 
 
-def write_quantized_tower(source: Path, target: Path, blocks: int, prefix: str = "thinker.visual.blocks") -> list[str]:
+def write_quantized_tower(
+    source: Path,
+    target: Path,
+    blocks: int,
+    prefix: str = "thinker.visual.blocks",
+    shared: Mapping[str, tuple[str, ...]] = SHARED,
+) -> list[str]:
     """Copy a checkpoint of a Qwen2.5-Omni to `target` and quantize its image tower; the names of the new layers.
 
-    Steps, centres, gains and masks are random: what is served must be what the numerics define, however coarse.
+    `prefix` and `shared` name blocks and linears of another tower. Steps, centres, gains and masks are random: what is
+    served must be what the numerics define, however coarse.
     """
     shutil.copytree(source, target)
     spec = read_spec(target)
     layers: dict[str, LayerSpec] = {}
     changes: dict[str, Tensor | None] = {}
     for block in range(blocks):
-        for fused, names in SHARED.items():
+        for fused, names in shared.items():
             full = [f"{prefix}.{block}.{name}" for name in names]
             matrices = [_tensor(target, f"{name}.weight").float() for name in full]
             layer = LayerSpec(
@@ -45,7 +53,7 @@ def write_quantized_tower(source: Path, target: Path, blocks: int, prefix: str =
                 bias=True,
                 fixed_row="image",
             )
-            seed = torch.tensor(block * len(SHARED) + list(SHARED).index(fused))
+            seed = torch.tensor(block * len(shared) + list(shared).index(fused))
             for name, tensors in zip(full, random_group(matrices, layer, spec, seed), strict=True):
                 layers[name] = layer
                 changes[f"{name}.weight"] = None

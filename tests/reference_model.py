@@ -70,15 +70,18 @@ def swap_linears(
     stored_prefix: str = "",
     module_prefix: str = "",
     by_modality: bool = True,
+    tower_prefix: str = "",
 ) -> nn.Module:
     """Swap every quantized linear of a float32 transformers model for the reference, in place.
 
-    Layers are stored under `stored_prefix` + x and are modules `module_prefix` + x. One sequence at a time.
+    Layers are stored under `stored_prefix` + x and are modules `module_prefix` + x; those stored under another name x
+    are modules `tower_prefix` + x. One sequence at a time.
     """
     step = StepRows(checkpoint.spec, by_modality)
     model.get_input_embeddings().register_forward_pre_hook(step.see)
     for name, layer in checkpoint.spec.layers.items():
-        module = module_prefix + name.removeprefix(stored_prefix)
+        inside = name.startswith(stored_prefix)
+        module = module_prefix + name.removeprefix(stored_prefix) if inside else tower_prefix + name
         bias = model.get_submodule(module).bias
         model.set_submodule(module, ReferenceLinear(checkpoint.layer(name), bias, step, layer.fixed_row))
     return model.eval()

@@ -29,7 +29,7 @@ from benchmarks.omni.processor import VOCAB_SIZE, write_processor, write_tokeniz
 
 # Every row-parallel linear keeps whole groups of 32 on two ranks: K/2 is 64 (o_proj) and 128 (down_proj).
 # head_dim is 32, the smallest that vLLM's CPU attention takes.
-_DECODER = {
+DECODER = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -106,7 +106,7 @@ def _write_weights(directory: Path, model: PreTrainedModel, seed: int, renames: 
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_model(
+def write_model(
     directory: Path,
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
@@ -114,6 +114,7 @@ def _write_model(
     ids: dict[str, int],
     renames: dict[str, str] | None = None,
 ) -> Path:
+    """Write config.json and random weights of a model of transformers into `directory`; return it."""
     write_config(directory, config, model_class.__name__, ids)
     # The buffers of a model are kept as its constructor makes them, the parameters are drawn anew.
     with torch.random.fork_rng(), torch.no_grad():
@@ -126,7 +127,7 @@ def build_tiny_omni(directory: Path, seed: int = 0) -> Path:
     """Write a full Qwen2.5-Omni (thinker, talker, token2wav, speakers, processor) into `directory`; return it."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_processor(directory, "omni")
-    _write_model(directory, Qwen2_5OmniForConditionalGeneration, omni_config(ids, _DECODER, _VISION, _AUDIO), seed, ids)
+    write_model(directory, Qwen2_5OmniForConditionalGeneration, omni_config(ids, DECODER, _VISION, _AUDIO), seed, ids)
     write_speakers(directory, ids)
     return directory
 
@@ -136,7 +137,7 @@ def build_tiny_qwen2_5_vl(directory: Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_processor(directory, "vl")
     config = Qwen2_5_VLConfig(
-        text_config={**_DECODER, "rope_parameters": mrope(32), "bos_token_id": None, "eos_token_id": ids["im_end"]},
+        text_config={**DECODER, "rope_parameters": mrope(32), "bos_token_id": None, "eos_token_id": ids["im_end"]},
         vision_config={**_VISION, "in_channels": 3},
         image_token_id=ids["image"],
         video_token_id=ids["video"],
@@ -145,7 +146,7 @@ def build_tiny_qwen2_5_vl(directory: Path, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     published = {"model.visual.": "visual.", "model.language_model.": "model."}
-    return _write_model(directory, Qwen2_5_VLForConditionalGeneration, config, seed, ids, published)
+    return write_model(directory, Qwen2_5_VLForConditionalGeneration, config, seed, ids, published)
 
 
 def build_tiny_llama(directory: Path, seed: int = 0) -> Path:
@@ -153,17 +154,17 @@ def build_tiny_llama(directory: Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(directory, "text")
     config = LlamaConfig(
-        **{**_DECODER, "tie_word_embeddings": True, "eos_token_id": ids["im_end"], "bos_token_id": None}
+        **{**DECODER, "tie_word_embeddings": True, "eos_token_id": ids["im_end"], "bos_token_id": None}
     )
-    return _write_model(directory, LlamaForCausalLM, config, seed, ids)
+    return write_model(directory, LlamaForCausalLM, config, seed, ids)
 
 
 def build_tiny_qwen3(directory: Path, seed: int = 0) -> Path:
     """Write a Qwen3 (q and k norms, no biases) into `directory`; return it."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(directory, "text")
-    config = Qwen3Config(**{**_DECODER, "head_dim": 32, "eos_token_id": ids["im_end"]})
-    return _write_model(directory, Qwen3ForCausalLM, config, seed, ids)
+    config = Qwen3Config(**{**DECODER, "head_dim": 32, "eos_token_id": ids["im_end"]})
+    return write_model(directory, Qwen3ForCausalLM, config, seed, ids)
 
 
 def build_tiny_mixtral_like(directory: Path, seed: int = 0) -> Path:
@@ -171,4 +172,4 @@ def build_tiny_mixtral_like(directory: Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(directory, "text")
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    return _write_model(directory, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**_DECODER, **experts}), seed, ids)
+    return write_model(directory, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**DECODER, **experts}), seed, ids)

@@ -36,6 +36,8 @@ class MorphoQuantLinear(nn.Module):
     def __init__(self, name: str, layer: LayerSpec, spec: QuantizationSpec, mode: Mode) -> None:
         super().__init__()
         self.name, self.spec, self.mode = name, spec, mode
+        # A tower's patches have no token ids.
+        self.fixed_row = spec.rows.index(layer.fixed_row) if layer.fixed_row else None
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.tensors = tuple(tensor_specs(layer, len(spec.rows), spec.tensor_parallel))
         for tensor, want in tensor_specs(layer, len(spec.rows), spec.tensor_parallel).items():
@@ -67,7 +69,9 @@ class MorphoQuantLinear(nn.Module):
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
         rows = self.mode.token_rows
-        if rows is None or rows.numel() != flat.shape[0]:
+        if self.fixed_row is not None:
+            rows = torch.full(flat.shape[:1], self.fixed_row, dtype=torch.int32, device=x.device)
+        elif rows is None or rows.numel() != flat.shape[0]:
             rows = torch.full(flat.shape[:1], self.mode.row, dtype=torch.int32, device=x.device)
         activation = activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
         weight = weight_record(*(self.get_buffer(name) for name in OUTPUT_TENSORS))

@@ -23,7 +23,7 @@ def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | N
     exact: whether masked values that leave the 4-bit grid bypass it unrounded (the oracle) instead of taking an 8-bit
     code. row: the name of the row that serves every token, or "token": each token takes the row of its modality, known
     by the checkpoint's placeholder_token_ids. After loading it is "token" where the checkpoint has such ids, else
-    "any", as vLLM serves it. Massive tokens keep their own row in any case.
+    "any", as vLLM serves it. Massive tokens keep their own row in any case, and a tower's patches their fixed one.
     Raises MorphoQuantError for a model that holds no quantized layer, and for an unknown row.
     """
     mode, spec = _mode_and_spec(model)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from calibration.blocks import BlockResult
 from calibration.calibrate import calibrate
 from calibration.data import load_conversations
 from calibration.recipe import Recipe
-from calibration.samples import Sample, build_samples
+from calibration.samples import build_samples
 from calibration.served import ServedLinear, TokenRows
 from morphoquant_vllm.checkpoint import read_spec, verify_checkpoint
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels
+from tests.calibration.output_errors import OutputErrors
 from tests.reference_model import Checkpoint, swap_linears
 
 # Model class, and (name in the weight files, name in transformers) of the decoder.
@@ -34,35 +32,6 @@ MODELS = {
 MODALITIES = {"qwen2_5_vl": {"text", "image", "video"}, "omni": {"text", "image", "video", "audio"}}
 # Every token is sampled and counts the same: errors can then be measured from outside.
 EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0)
-
-
-class OutputErrors:
-    """Runs a model and its served double, and measures how far each quantized linear's output lies from its own."""
-
-    def __init__(self, plain: nn.Module, served: nn.Module, layers: Mapping[str, str]) -> None:
-        """`layers`: module names by the names in the report."""
-        self._models = (plain, served)
-        self._outputs: dict[str, list[list[Tensor]]] = {layer: [[], []] for layer in layers}
-        for layer, module in layers.items():
-            for model, outputs in zip(self._models, self._outputs[layer], strict=True):
-                model.get_submodule(module).register_forward_hook(partial(self._add, outputs))
-
-    @staticmethod
-    def _add(outputs: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        bias = module.bias
-        outputs.append((output if bias is None else output - bias).flatten(0, -2))
-
-    @torch.no_grad()
-    def run(self, samples: Iterable[Sample], serving: TokenRows) -> dict[str, float]:
-        for sample in samples:
-            serving.modality = sample.modality
-            for model in self._models:
-                model(**sample.inputs)
-        found = {}
-        for layer, outputs in self._outputs.items():
-            plain, served = (torch.cat(parts) for parts in outputs)
-            found[layer] = float((served - plain).norm() / plain.norm())
-        return found
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -110,10 +110,12 @@ def shape_of_steps(result: dict[str, Any]) -> Counter[str]:
 
 def reference_logprobs(model: nn.Module, source: Path, prompt: dict[str, Any]) -> torch.Tensor:
     """Log probability of every token of the prompt but the first."""
+    media: dict[str, Any] = {"images": [Image.open(path).convert("RGB") for path in prompt["media"]["image"]]}
+    if "audio" in prompt["media"]:
+        media["audio"] = [soundfile.read(path, dtype="float32")[0] for path in prompt["media"]["audio"]]
     inputs = AutoProcessor.from_pretrained(source)(
         text=[prompt["prompt"]],
-        images=[Image.open(path).convert("RGB") for path in prompt["media"]["image"]],
-        audio=[soundfile.read(path, dtype="float32")[0] for path in prompt["media"]["audio"]],
+        **media,
         return_tensors="pt",
         min_pixels=ENGINE["mm_processor_kwargs"]["min_pixels"],
         max_pixels=ENGINE["mm_processor_kwargs"]["max_pixels"],

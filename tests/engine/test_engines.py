@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
+from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.activation import escapes
-from morphoquant_vllm.numerics.weights import dequantize_weight
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, Engines
 from tests.engine.layers import assert_layers_are_the_reference, captured_layers, stored_shards
@@ -50,7 +50,7 @@ def test_activations_really_are_four_bit(engines: Engines, checkpoint: Checkpoin
         assert int(codes.unique().numel()) > 8, "a layer that sees real input uses more than half its grid"
         # The same weights under 16-bit activations: undo what absorption and order did to them.
         matrix = torch.empty(y.shape[1], x.shape[1])
-        matrix[:, activation.channel_order.long()] = dequantize_weight(weight.codes, weight.scale)
+        matrix[:, activation.channel_order.long()] = weights.dequantize_weight(weight.codes, weight.scale)
         bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else 0.0
         weight_only = x.float() @ (matrix / shards[0]["activation_step"]).T + bias
         relative = (y.float() - weight_only).norm() / weight_only.norm()
@@ -79,15 +79,18 @@ def test_only_the_listed_layers_are_quantized(engines: Engines, checkpoint: Chec
     assert any(name.startswith("visual") for name in methods), "the vision tower is there, in 16 bit"
 
 
-@pytest.fixture(scope="module")
-def sixteen_bit_towers(omni_source: Path, media: dict[str, Path], media_text: str) -> dict[str, Tensor]:
-    """What the source model's towers make of the question's image and sound."""
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(omni_source, dtype=torch.float32).eval()
-    seen: dict[str, Tensor] = {}
+def towers_of(source: Path, media: dict[str, Path], media_text: str, quantize: str = "") -> dict[str, Tensor]:
+    """What the source model's towers make of the question's image and sound; one linear in int4 where it is named."""
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
+    if quantize:
+        weight = model.get_submodule(quantize).weight
+        codes, scale = weights.quantize_int4(weight.detach(), torch.ones(weight.shape[1]), 32)
+        weight.data = weights.dequantize_weight(weights.pack(codes), scale)
+    seen: dict[str, Any] = {}
     for name in ("visual", "audio_tower"):
         tower = model.get_submodule(name)
         tower.register_forward_hook(lambda tower, inputs, output, name=name: seen.__setitem__(name, output))
-    inputs = AutoProcessor.from_pretrained(omni_source)(
+    inputs = AutoProcessor.from_pretrained(source)(
         text=[media_text],
         images=[Image.open(media["image"]).convert("RGB")],
         audio=[soundfile.read(media["audio"], dtype="float32")[0]],
@@ -96,7 +99,18 @@ def sixteen_bit_towers(omni_source: Path, media: dict[str, Path], media_text: st
     with torch.no_grad():
         model(**inputs)
     # One tensor per image.
-    return {"visual": torch.cat(seen["visual"].pooler_output), "audio_tower": seen["audio_tower"].last_hidden_state}
+    found = {"visual": torch.cat(seen["visual"].pooler_output), "audio_tower": seen["audio_tower"].last_hidden_state}
+    return {name: tensor.flatten(0, -2) for name, tensor in found.items()}
+
+
+def assert_sixteen_bit(served: Tensor, expected: Tensor) -> None:
+    assert served.shape == expected.shape and float(expected.std()) > 0.1
+    torch.testing.assert_close(served, expected, atol=SAME_NUMERICS, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def sixteen_bit_towers(omni_source: Path, media: dict[str, Path], media_text: str) -> dict[str, Tensor]:
+    return towers_of(omni_source, media, media_text)
 
 
 @pytest.mark.parametrize("tower", ["visual", "audio_tower"], ids=["an image", "a sound"])
@@ -104,14 +118,30 @@ def test_nothing_is_quantized_before_it_reaches_the_decoder(
     engines: Engines, sixteen_bit_towers: dict[str, Tensor], tower: str
 ) -> None:
     """Wrongly quantized encoders are the worst failure of omni models seen in the field."""
-    result, expected = engines.results["eager"], sixteen_bit_towers[tower]
+    result = engines.results["eager"]
     methods = {method for name, method in result["methods"].items() if name.startswith(f"{tower}.")}
     # The audio tower is transformers' own: no method of vLLM's is in it.
     assert bool(methods) == (tower == "visual") and not any("Morpho" in method for method in methods)
-    served = torch.tensor(result["towers"][tower])
-    expected = expected.flatten(0, -2)
-    assert served.shape == expected.shape and float(expected.std()) > 0.1
-    torch.testing.assert_close(served, expected, atol=SAME_NUMERICS, rtol=0)
+    assert_sixteen_bit(torch.tensor(result["towers"][tower]), sixteen_bit_towers[tower])
+
+
+@pytest.mark.parametrize(
+    ("tower", "linear"),
+    [("visual", "visual.blocks.1.attn.proj"), ("audio_tower", "audio_tower.layers.1.self_attn.out_proj")],
+    ids=["an image", "a sound"],
+)
+def test_one_quantized_linear_of_a_tower_would_be_seen(
+    omni_source: Path,
+    media: dict[str, Path],
+    media_text: str,
+    sixteen_bit_towers: dict[str, Tensor],
+    tower: str,
+    linear: str,
+) -> None:
+    """The negative control: of one linear among many, and of its weights alone."""
+    spoilt = towers_of(omni_source, media, media_text, quantize=linear)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_sixteen_bit(spoilt[tower], sixteen_bit_towers[tower])
 
 
 def test_a_plain_model_is_untouched_by_the_installed_plugin(engines: Engines, llama_source: Path) -> None:

@@ -56,16 +56,21 @@ def test_each_token_takes_its_row_in_every_regime(
 
 
 def test_pipeline_parallel_ranks_serve_any(
-    rows_checkpoint: Path, prompts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    rows_checkpoint: Path,
+    prompts: list[dict[str, Any]],
+    by_any: torch.Tensor,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     # Not eager: without a warm-up vLLM's CPU runner has no buffers for what the first stage sends.
     engine = {**ENGINE, "pipeline_parallel_size": 2, "enforce_eager": False}
-    job = {"model": str(rows_checkpoint), "engine": engine, "passes": {"fresh": {"prompts": prompts}}}
+    passes = {"fresh": {"prompts": prompts, "prompt_logprobs": True}}
+    job = {"model": str(rows_checkpoint), "engine": engine, "passes": passes}
     recorded = run_jobs(tmp_path_factory.mktemp("stages"), {"stages": job})
     result = recorded["stages"]["fresh"]
     assert [worker["layers"] for worker in result["workers"]] == [4, 4]
     assert {row for _, rows in kinds_and_rows(result, spec_rows(rows_checkpoint)) for row in rows} == {"any"}
     assert "(pipeline parallelism: later ranks see no token ids)" in recorded["log"]
+    assert_same_logprobs(served_logprobs(result), by_any)
 
 
 def test_an_image_tower_is_quantized_on_request_with_its_own_row(

@@ -200,6 +200,20 @@ def test_wrong_shape(checkpoint: Path) -> None:
     refused(checkpoint, f"{Q}.weight_scale", "[64, 1]", "expected BF16 [64, 2]")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "rows", "expected"),
+    [
+        ("modality_mask", 0, "BOOL [5, 64], expected BOOL [6, 64]"),
+        ("centre", 0, "F32 [5, 64], expected F32 [6, 64]"),
+        ("gain", 0, "F32 [5], expected F32 [6]"),
+        ("absorbed_bias", 1, "F32 [1, 5, 64], expected F32 [1, 6, 64]"),
+    ],
+)
+def test_a_row_count_that_differs_between_layers(checkpoint: Path, tensor: str, rows: int, expected: str) -> None:
+    edit(checkpoint, f"{Q}.{tensor}", lambda value: value.narrow(rows, 0, 5).contiguous())
+    refused(checkpoint, f"{Q}.{tensor}", expected)
+
+
 def test_blocks_of_another_tensor_parallel_size(checkpoint: Path) -> None:
     write_config(checkpoint, read_spec(checkpoint), tensor_parallel=1)
     refused(checkpoint, ".o_proj.massive_channel", "[2, 4]", "expected I32 [1, 4]")

@@ -25,6 +25,7 @@ def engine_config(**changes: Any) -> Any:
             "supports_multimodal_inputs": True,
             "is_encoder_decoder": False,
             "enable_prompt_embeds": False,
+            "hf_config": SimpleNamespace(to_dict=dict),
         },
         "parallel_config": {
             "pipeline_parallel_size": 1,
@@ -49,10 +50,17 @@ class Embedding(nn.Embedding):
         return super().forward(input_.clamp(0, VOCABULARY - 1))
 
 
-def started(monkeypatch: pytest.MonkeyPatch, spec: QuantizationSpec = SPEC, embeddings: int = 1, **changes: Any) -> Any:
-    """A bus as it is when a model is loaded, and its embeddings."""
+def started(
+    monkeypatch: pytest.MonkeyPatch,
+    spec: QuantizationSpec = SPEC,
+    embeddings: int = 1,
+    taken: tuple[str, ...] = ("image", "audio"),
+    **changes: Any,
+) -> Any:
+    """A bus as it is when a model is loaded, and its embeddings; `taken` are the media that the engine takes."""
     from morphoquant_vllm import modality
 
+    monkeypatch.setattr(modality, "taken_media", lambda config: set(taken))
     monkeypatch.setattr(modality, "get_current_vllm_config", lambda: engine_config(**changes))
     bus = modality.ModalityBus(spec)
     made = [Embedding(VOCABULARY, 4) for _ in range(embeddings)]
@@ -137,18 +145,39 @@ def test_what_the_hook_cannot_see_keeps_any(monkeypatch: pytest.MonkeyPatch, mes
     ("ids", "embeddings", "reason"),
     [
         ({}, 1, "the checkpoint names no placeholder tokens"),
-        ({"image": (7,)}, 0, "the model has 0 token embeddings"),
-        ({"image": (7,)}, 2, "the model has 2 token embeddings"),
-        ({"image": (7,), "audio": (VOCABULARY,)}, 1, f"placeholder token {VOCABULARY} is outside the vocabulary of"),
+        ({"image": (7,), "audio": (9,)}, 0, "the model has 0 token embeddings"),
+        ({"image": (7,), "audio": (9,)}, 2, "the model has 2 token embeddings"),
+        (
+            {"image": (7,), "audio": (VOCABULARY,)},
+            1,
+            f"placeholder token {VOCABULARY} is outside the vocabulary of",
+        ),
+        # An InternVL's: its config names the image token only, and vLLM gives videos another.
+        ({"image": (7,)}, 1, "the token table does not say which tokens are audio"),
     ],
 )
 def test_tables_and_models_that_leave_doubt_keep_any(
-    monkeypatch: pytest.MonkeyPatch, ids: dict[str, tuple[int, ...]], embeddings: int, reason: str
+    monkeypatch: pytest.MonkeyPatch,
+    messages: list[str],
+    ids: dict[str, tuple[int, ...]],
+    embeddings: int,
+    reason: str,
 ) -> None:
+    from vllm.logger import _print_info_once
+
+    _print_info_once.cache_clear()
     spec = QuantizationSpec(layers=SPEC.layers, placeholder_token_ids=ids)
     bus, made = started(monkeypatch, spec, embeddings)
     assert_stays_any(bus, made)
-    assert bus._off_reason(engine_config()).startswith(reason)
+    (line,) = messages
+    assert f"({reason}" in line
+
+
+def test_a_medium_that_the_engine_does_not_take_needs_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = QuantizationSpec(layers=SPEC.layers, placeholder_token_ids={"image": (7,)})
+    bus, (embedding,) = started(monkeypatch, spec, taken=("image",))
+    embedding(torch.tensor([7, 9]))
+    assert bus.buffer.tolist()[:2] == [NAMES["image"], NAMES["text"]]
 
 
 def test_vllms_configuration_has_the_settings_that_decide() -> None:

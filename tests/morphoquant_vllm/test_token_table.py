@@ -10,7 +10,7 @@ import torch
 from morphoquant_vllm.checkpoint import verify_checkpoint
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import DEFAULT_ROWS, LayerSpec, QuantizationSpec
-from morphoquant_vllm.token_table import added_token_ids, check_token_table, row_table, token_rows
+from morphoquant_vllm.token_table import added_token_ids, check_token_table, row_table, token_rows, untold_media
 
 LAYERS = {"a": LayerSpec(64, 32, 32, "column", "a")}
 
@@ -83,6 +83,44 @@ def test_a_table_of_another_model_is_refused(tmp_path: Path, config: dict[str, A
 )
 def test_fitting_tables_pass(tmp_path: Path, config: dict[str, Any], ids: dict[str, tuple[int, ...]]) -> None:
     check_token_table(tmp_path, config, specification(ids))
+
+
+# As published: OpenGVLab's own layout names no token, that of transformers the image's alone.
+INTERNVL_CHAT = {"model_type": "internvl_chat", "llm_config": {"model_type": "qwen2"}, "vision_config": {}}
+INTERNVL = {"model_type": "internvl", "image_token_id": 151667, "text_config": {"model_type": "qwen2"}}
+QWEN2_5_VL = {"model_type": "qwen2_5_vl", "image_token_id": 151655, "video_token_id": 151656}
+
+
+@pytest.mark.parametrize(
+    ("config", "ids", "untold"),
+    [
+        (QWEN2_5_VL, {"image": (151655,), "video": (151656,)}, []),
+        (QWEN2_5_VL, {"image": (151655,)}, ["video"]),
+        (INTERNVL, {"image": (151667,)}, ["video"]),
+        (INTERNVL, {"image": (151667,), "video": (151674,)}, []),
+        (INTERNVL_CHAT, {"image": (92546,)}, ["video"]),
+        (INTERNVL_CHAT, {"any": (92546,)}, ["image", "video"]),
+        # Video under the image's token, as its config says.
+        ({"image_token_id": 7, "video_token_id": 7}, {"image": (7,)}, []),
+        ({"image_token_id": 7, "video_token_id": 8}, {"image": (7,), "video": ()}, ["video"]),
+        # As transformers holds it.
+        ({**QWEN2_5_VL, "id2label": {0: "LABEL_0"}}, {"image": (151655, 151656)}, []),
+    ],
+)
+def test_media_whose_tokens_the_table_lacks_are_found(
+    config: dict[str, Any], ids: dict[str, tuple[int, ...]], untold: list[str]
+) -> None:
+    assert untold_media({"image", "video"}, config, specification(ids)) == untold
+
+
+def test_internvls_table_is_held_against_config_and_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": 151667, "<img>": 151665}))
+    check_token_table(tmp_path, INTERNVL, specification({"image": (151667,)}))
+    check_token_table(tmp_path, INTERNVL_CHAT, specification({"image": (151667,)}))
+    with pytest.raises(MorphoQuantError, match=r"has image token 151667, but .* has no such token"):
+        check_token_table(tmp_path, INTERNVL, specification({"image": (151665,)}))
+    with pytest.raises(MorphoQuantError, match="token 92546 for image, but to the tokenizer it is no added token"):
+        check_token_table(tmp_path, INTERNVL_CHAT, specification({"image": (92546,)}))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from morphoquant_vllm.token_table import token_rows
 from tests.calibration.built_models import TinyModels
 from tests.checkpoints import edit, edit_tensors, file_of
 from tests.engine.conftest import REPOSITORY
-from tests.reference_model import Checkpoint, swap_linears
+from tests.quantized_tower import write_quantized_tower
+from tests.reference_model import Checkpoint, reference_thinker, swap_linears
+from tests.tiny_conversations import image
 
 # Model class, and (name in the weight files, name in transformers) of the decoder.
 MODELS = {
@@ -28,7 +30,8 @@ MODELS = {
     "omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "thinker.", ""),
 }
 IDS = torch.arange(20, 60)[None]
-QUICK = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
+# Two ranks: blocks of K, as many as the tower of a tiny model allows.
+QUICK = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False, tensor_parallel=2)
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -108,10 +111,10 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     edit(directory, f"thinker.{Q}.absorbed_bias", lambda bias: bias + 5.0 * (torch.arange(6) == 1)[None, :, None])
     model = load("omni", directory, dtype=torch.float32)
     hf.configure(model, row="any")
-    (image,) = Checkpoint(directory).spec.placeholder_token_ids["image"]
+    (placeholder,) = Checkpoint(directory).spec.placeholder_token_ids["image"]
     seen: list[Tensor] = []
     model.get_submodule(Q).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-    embedded = model.get_input_embeddings()(torch.cat((IDS, torch.full((1, 3), image)), 1)).detach()
+    embedded = model.get_input_embeddings()(torch.cat((IDS, torch.full((1, 3), placeholder)), 1)).detach()
 
     def outputs() -> Tensor:
         with torch.no_grad():
@@ -121,7 +124,9 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
 
     served = outputs()
     spec = Checkpoint(directory).spec
-    rows = token_rows(torch.cat((IDS, torch.full((1, 3), image)), 1), spec.placeholder_token_ids, spec.rows).flatten()
+    rows = token_rows(
+        torch.cat((IDS, torch.full((1, 3), placeholder)), 1), spec.placeholder_token_ids, spec.rows
+    ).flatten()
     assert rows.tolist() == [0] * 40 + [1] * 3
     model.get_submodule(Q).mode.token_rows = rows
     torch.testing.assert_close(outputs() - served, 5.0 * (rows == 1)[:, None].expand_as(served), rtol=0, atol=1e-4)
@@ -138,6 +143,26 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     assert torch.equal(outputs(), served)
     with pytest.raises(MorphoQuantError, match="row 'smell' is unknown"):
         hf.configure(model, row="smell")
+
+
+def test_a_quantized_tower_takes_its_fixed_row(tiny: TinyModels, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    # Its rows are random: another than the fixed one shows.
+    write_quantized_tower(checkpoints["omni"], tmp_path / "tower", blocks=2)
+    checkpoint = Checkpoint(tmp_path / "tower")
+    inputs = transformers.AutoProcessor.from_pretrained(tmp_path / "tower")(
+        text=["<|vision_bos|><|IMAGE|><|vision_eos|>What can you see?"], images=[image(5)], return_tensors="pt"
+    )
+
+    @torch.no_grad()
+    def answer(model: nn.Module) -> Tensor:
+        return model(**inputs).logits
+
+    model = load("omni", checkpoint.directory, dtype=torch.float32)
+    served = answer(model)
+    assert torch.equal(served, answer(reference_thinker(tiny.model("omni"), checkpoint)))
+    assert sum(isinstance(module, hf.MorphoQuantLinear) for module in model.visual.modules()) == 12
+    model.get_submodule("visual.blocks.0.attn.q").fixed_row = 3
+    assert not torch.equal(answer(model), served)
 
 
 def test_saving_back_is_refused_with_the_reason_and_leaves_nothing(

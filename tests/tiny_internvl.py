@@ -1,0 +1,106 @@
+"""A tiny InternVL in transformers' layout whose decoder is quantized at random: calibration does not know InternVL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from benchmarks.omni.processor import write_tokenizer
+from morphoquant_vllm.checkpoint import CONFIG_FILE, INDEX_FILE, read_json
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec, stored_name
+from tests.checkpoints import edit_tensors, random_group
+from tests.tiny_models import DECODER, write_model
+
+# One tile of 28 x 28 pixels is 16 patches, and these are 4 tokens.
+_VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": [28, 28],
+    "patch_size": [7, 7],
+}
+TILE_TOKENS = 4
+# What InternVL's tokenizer calls its tokens; here they are those of the tiny Qwen2.5-VL.
+IMAGE = "<|image_pad|>"
+_TOKENS = {
+    "start_image_token": "<|vision_start|>",
+    "end_image_token": "<|vision_end|>",
+    "context_image_token": IMAGE,
+    "video_token": "<|video_pad|>",
+}
+_SHARED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+
+
+def write_internvl(directory: Path) -> Path:
+    """Write a checkpoint whose token table names the image's token, as its config does; return `directory`."""
+    directory.mkdir(parents=True)
+    ids = write_tokenizer(directory, "vl")
+    _write_processor(directory)
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": ids["im_end"], "bos_token_id": None},
+        vision_config=_VISION,
+        image_token_id=ids["image"],
+        image_seq_length=TILE_TOKENS,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    write_model(directory, InternVLForConditionalGeneration, config, 0, ids)
+    _quantize(directory, {"image": (ids["image"],)})
+    return directory
+
+
+def _write_processor(directory: Path) -> None:
+    tokenizer = read_json(directory / "tokenizer_config.json")
+    named = {"processor_class": "InternVLProcessor"}
+    media = {"size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    tiles = {"crop_to_patches": True, "min_patches": 1, "max_patches": 2}
+    for file, content in {
+        "tokenizer_config.json": {**tokenizer, "extra_special_tokens": _TOKENS},
+        "preprocessor_config.json": {"image_processor_type": "GotOcr2ImageProcessor", **media, **tiles},
+        "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", **media},
+        "processor_config.json": {"image_seq_length": TILE_TOKENS},
+    }.items():
+        (directory / file).write_text(json.dumps(content | named))
+
+
+def _quantize(directory: Path, placeholders: dict[str, tuple[int, ...]]) -> None:
+    file = directory / "model.safetensors"
+    source = load_file(file)
+    layers: dict[str, LayerSpec] = {}
+    for block in range(DECODER["num_hidden_layers"]):
+        stem = f"model.language_model.layers.{block}"
+        for fused, shards in _SHARED.items():
+            for shard in shards:
+                out_features, in_features = source[f"{stem}.{shard}.weight"].shape
+                layers[f"{stem}.{shard}"] = LayerSpec(
+                    in_features=in_features,
+                    out_features=out_features,
+                    group_size=32,
+                    parallel="column" if len(shards) > 1 else "row",
+                    shared_input=f"{stem}.{fused}",
+                    bias=f"{stem}.{shard}.bias" in source,
+                )
+    spec = QuantizationSpec(layers=layers, placeholder_token_ids=placeholders, created_by="tests")
+    changes: dict[str, Tensor | None] = {}
+    for number, names in enumerate(spec.shared_inputs().values()):
+        matrices = [source[f"{name}.weight"].float() for name in names]
+        groups = random_group(matrices, layers[names[0]], spec, torch.tensor(number))
+        for name, tensors in zip(names, groups, strict=True):
+            changes[f"{name}.weight"] = None
+            changes |= {stored_name(name, tensor): value for tensor, value in tensors.items()}
+    edit_tensors(file, changes)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), file.name)}
+    (directory / INDEX_FILE).write_text(json.dumps(index))
+    config = read_json(directory / CONFIG_FILE)
+    (directory / CONFIG_FILE).write_text(json.dumps({**config, "quantization_config": spec.to_dict()}))
