@@ -95,7 +95,10 @@ def settings(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise MorphoQuantError(f"--set {pair}: write SETTING=VALUE, such as dtype=bfloat16")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise MorphoQuantError(f"--set {pair}: the value is not YAML; put text with signs in quotes") from error
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from benchmarks.accuracy.cache import digest, write_atomically
 from benchmarks.calibrate.memory import MemoryWatch, Peak
 from benchmarks.calibrate.worker import Job
 from morphoquant_vllm.errors import MorphoQuantError
+
+STOP_SECONDS = 30
 
 
 @dataclass
@@ -96,10 +99,19 @@ def measure(job: Job, work: Path, progress: Callable[[str], None] = lambda line:
         if process.wait() != 0:
             raise MorphoQuantError(f"the calibration ended with exit status {process.returncode}; its message is above")
     finally:
-        if process.poll() is None:
+        _stop(process)
+    return measured
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End the calibration as Ctrl-C does, so that it removes what is half written; insist where that takes long."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return measured
 
 
 def take(measured: Measured, event: dict[str, Any], before: float, fresh: bool, peak: Peak) -> bool:

@@ -122,5 +122,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         run(monkeypatch, "generate", "--layout", "4B", "--output", str(tmp_path / "model"))
     with pytest.raises(SystemExit, match=r"^error: --set dtype: write SETTING=VALUE"):
         run(monkeypatch, "--set", "dtype")
+    with pytest.raises(SystemExit, match=r"^error: --set ignore=\*\.down_proj: the value is not YAML"):
+        run(monkeypatch, "--set", "ignore=*.down_proj")
     with pytest.raises(MorphoQuantError, match=r"no morphoquant_calibration\.json"):
         describe(tmp_path)
