@@ -43,6 +43,11 @@ class Architecture:
     text_config: tuple[str, ...] = ()
     # Modalities besides text.
     media: tuple[str, ...] = ()
+    # Modules of that class that encode media, and what their tensors' names begin with in the weight files.
+    towers: tuple[str, ...] = ()
+    tower_prefixes: tuple[str, ...] = ()
+    # What the names of that class's tensors begin with in the weight files.
+    model_prefix: str = ""
     shared_inputs: tuple[SharedInput, ...] = _DECODER_BLOCK
 
     def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,6 +84,9 @@ ARCHITECTURES = (
         media_config=("thinker_config",),
         text_config=("thinker_config", "text_config"),
         media=("image", "video", "audio"),
+        towers=("audio_tower", "visual"),
+        tower_prefixes=("thinker.audio_tower.", "thinker.visual."),
+        model_prefix="thinker.",
     ),
     Architecture(
         model_type="qwen2_5_vl",
@@ -88,6 +96,8 @@ ARCHITECTURES = (
         # The published configs keep the decoder's settings at the top, newer ones under text_config.
         text_config=("text_config",),
         media=("image", "video"),
+        towers=("model.visual",),
+        tower_prefixes=("visual.", "model.visual."),
     ),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen2", "Qwen2ForCausalLM", "model.layers", ("model.layers",)),
