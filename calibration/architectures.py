@@ -65,6 +65,11 @@ class Architecture:
     text_config: tuple[str, ...] = ()
     # Modalities besides text.
     media: tuple[str, ...] = ()
+    # Modules of that class that encode media, and what their tensors' names begin with in the weight files.
+    towers: tuple[str, ...] = ()
+    tower_prefixes: tuple[str, ...] = ()
+    # What the names of that class's tensors begin with in the weight files.
+    model_prefix: str = ""
     shared_inputs: tuple[SharedInput, ...] = _DECODER_BLOCK
     # Towers that can be quantized on request. Qwen's audio towers are not among them: vLLM runs them as transformers'
     # own modules, which no quantization method reaches.
@@ -114,6 +119,9 @@ ARCHITECTURES = (
         text_config=("thinker_config", "text_config"),
         media=("image", "video", "audio"),
         quantizable_towers=(Tower("image", "visual", "visual.blocks", ("thinker.visual.blocks",), _SPLIT_TOWER_BLOCK),),
+        towers=("audio_tower", "visual"),
+        tower_prefixes=("thinker.audio_tower.", "thinker.visual."),
+        model_prefix="thinker.",
     ),
     Architecture(
         model_type="qwen2_5_vl",
@@ -132,6 +140,8 @@ ARCHITECTURES = (
                 shared_inputs=_FUSED_TOWER_BLOCK,
             ),
         ),
+        towers=("model.visual",),
+        tower_prefixes=("visual.", "model.visual."),
     ),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen2", "Qwen2ForCausalLM", "model.layers", ("model.layers",)),

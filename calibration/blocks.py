@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from calibration.architectures import Architecture
+from calibration.capture import BlockInput
 from calibration.collect import InputCollector, SampleCollector, run_observed
 from calibration.distributions import observe
 from calibration.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.massive import candidates
-from calibration.model import BlockInput
+from calibration.model import Blocks
 from calibration.plan import DecoderNames
 from calibration.recipe import Recipe
 from calibration.sampling import TokenSample
@@ -37,7 +38,7 @@ class BlockResult:
 
 @torch.no_grad()
 def calibrate_blocks(
-    blocks: MutableSequence[nn.Module],
+    blocks: Blocks,
     inputs: Sequence[BlockInput],
     tokens: TokenSample,
     *,
@@ -46,16 +47,17 @@ def calibrate_blocks(
     source: Source,
     spec: QuantizationSpec,
     recipe: Recipe,
+    first: int = 0,
 ) -> Iterator[BlockResult]:
-    """Yield the quantized layers of one block after the other.
+    """Yield the quantized layers of one block after the other, from block `first` on.
 
     Two streams of hidden states go through the decoder: the 16-bit model's, whose layer outputs are aimed at, and that
-    of the layers quantized so far, within the block too. `blocks` and `inputs` are used up: a finished block is
-    dropped, and the hidden states are those before the next.
+    of the layers quantized so far, within the block too. `inputs` come as they are before block `first`, and at each
+    result hold what reaches the next block. One block at a time is in memory.
     """
     serving = TokenRows(spec.any_row)
-    for index in range(len(blocks)):
-        block = blocks[index]
+    for index in range(first, len(blocks)):
+        block = blocks.load(index)
         shards_of = {
             shared.shards: [names.layer(index, shard) for shard in shared.shards]
             for shared in architecture.shared_inputs
@@ -70,11 +72,12 @@ def calibrate_blocks(
         finished: dict[str, QuantizedLayer] = {}
         distributions = {}
         for shards, layers in shards_of.items():
+            target = targets.pop(shards[0]).sample()
             collector = InputCollector(layers[0])
             for entry, row in zip(inputs, rows, strict=True):
                 serving.modality = entry.modality
                 _run(block, index, entry, entry.served, {shards[0]: collector}, row, stop=True)
-            sample = InputSample(collector.observation(), targets.pop(shards[0]).sample(), outlying)
+            sample = InputSample(collector.observation(), target, outlying)
             weights = {layer: _load_weight(source, layer) for layer in layers}
             quantized = quantize_input(sample, tokens, weights, spec, recipe)
             for shard, layer in zip(shards, layers, strict=True):
@@ -83,11 +86,12 @@ def calibrate_blocks(
             distributions[spec.layers[layers[0]].shared_input] = observe(
                 sample, tokens, quantized[layers[0]].tensors, spec
             )
+            # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
+            del collector, sample, target, weights
         for entry, row in zip(inputs, rows, strict=True):
             serving.modality = entry.modality
             entry.served = _run(block, index, entry, entry.served, {}, row)
-            entry.arguments[index] = {}
-        blocks[index] = nn.Identity()
+        del block
         errors = [layer.record.output_error for layer in finished.values()]
         loss = sum(errors) / len(errors) if errors else None
         yield BlockResult(index, len(blocks), finished, loss, distributions)
@@ -103,9 +107,9 @@ def _run_16bit(
     """
     norms = []
     for entry in inputs:
-        before = entry.hidden.float().norm(dim=-1).flatten()
-        entry.hidden = _run(block, index, entry, entry.hidden, targets, entry.modality)
-        norms.append(torch.maximum(before, entry.hidden.float().norm(dim=-1).flatten()))
+        before = entry.hidden
+        after = entry.hidden = _run(block, index, entry, before, targets, entry.modality)
+        norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([entry.modality.flatten() for entry in inputs])
     outlying = candidates(torch.cat(norms), modality)
     rows = torch.where(outlying, massive_row, modality)

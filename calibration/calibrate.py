@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from calibration.architectures import Architecture, find_architecture
-from calibration.blocks import BlockResult, calibrate_blocks
+from calibration.architectures import find_architecture
+from calibration.blocks import BlockResult
 from calibration.data import load_conversations
-from calibration.export import checkpoint_size, write_checkpoint
-from calibration.model import capture_block_inputs, choose_device, load_model
+from calibration.holding import clear_work, open_work
+from calibration.identity import identity
+from calibration.model import choose_device
 from calibration.plan import decoder_names, plan
 from calibration.recipe import Recipe
-from calibration.report import PACKAGE, make_report, package_version
-from calibration.samples import Sample, build_samples
-from calibration.sampling import choose_tokens
-from calibration.source import Source, open_source
-from calibration.staging import check_free_space, clear_write_errors, staged_directory
-from calibration.towers import calibrate_towers, check_media
+from calibration.report import PACKAGE, REPORT_FILE, package_version
+from calibration.source import open_source
+from calibration.staging import check_output
+from calibration.streaming import Job, capture, export, quantize
+from morphoquant_vllm.checkpoint import read_json
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.schema import QuantizationSpec
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -33,87 +35,82 @@ def calibrate(
     *,
     recipe: Recipe | None = None,
     overwrite: bool = False,
+    work: Path | str | None = None,
+    restart: bool = False,
+    skip_bad: bool = False,
+    memory_budget: int | None = None,
     on_block: Callable[[BlockResult], None] | None = None,
 ) -> dict[str, Any]:
     """Make a MorphoQuant checkpoint of the model directory `model` in the directory `output`.
 
-    `data` names .jsonl files of conversations in OpenAI chat format, .txt files, or directories of .txt files.
+    `data` names .jsonl files of conversations in OpenAI chat format, .txt files, or directories of .txt files;
+    conversations with broken media are refused, or with `skip_bad` left out. What is finished lies in the directory
+    `work` (default: `output` with .work at its end) until the checkpoint is in its place: a run that was cut short, in
+    whatever way, goes on from there when the same call is made again, unless `restart`. `memory_budget` is in bytes:
+    to keep it, towers and hidden states are read from disk where need be; it changes no byte of the result.
+
     `on_block` is called after each decoder block. Returns the report that is also written to
     morphoquant_calibration.json. Raises MorphoQuantError for whatever the user can mend; then, as after any other
     failure, `output` is as it was before.
     """
-    recipe = recipe or Recipe()
-    choose_device(recipe.device)
+    recipe, output = recipe or Recipe(), Path(output)
+    device = choose_device(recipe.device)
     source = open_source(model)
     architecture = find_architecture(source.config)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
-    conversations = load_conversations(data)
-    with staged_directory(Path(output), source.directory, overwrite=overwrite) as directory:
-        check_free_space(directory, checkpoint_size(source, spec))
-        samples = build_samples(
-            source.directory,
-            conversations,
-            max_tokens=recipe.max_tokens,
-            max_samples=recipe.max_samples,
-            window_tokens=recipe.window_tokens,
-            placeholder_token_ids=spec.placeholder_token_ids,
-            rows=spec.rows,
-        )
-        check_media(samples, recipe)
+    names = decoder_names(architecture, source.config, source.tensors)
+    job = Job(source, architecture, names, spec, recipe, memory_budget)
+    conversations = load_conversations(data, skip_bad=skip_bad)
+    begun_with = identity(recipe, device, source, conversations, skip_bad=skip_bad)
+    place = Path(work) if work is not None else default_work(output)
+    check_work(place, output, source.directory)
+    # The checkpoint may already be there, where only the end of its run was cut off.
+    if not place.exists():
+        check_output(output, source.directory, overwrite=overwrite)
+    with (
+        open_work(place, begun_with, device, names.blocks, output, restart=restart) as kept,
+        _threads(kept.threads),
+    ):
+        if kept.exported:
+            clear_work(place)
+            return read_json(output / REPORT_FILE)
+        check_output(output, source.directory, overwrite=overwrite)
         try:
-            quantized, report, distributions = _quantize(source, architecture, spec, samples, recipe, on_block)
+            tokens = capture(job, kept, conversations, skip_bad=skip_bad)
+            quantize(job, kept, tokens, on_block)
         except torch.OutOfMemoryError as error:
             raise MorphoQuantError(
                 f"{source.directory}: the GPU has too little free memory for it with dtype {recipe.dtype}; "
                 "pass --dtype bfloat16 or --device cpu, or use fewer or shorter samples"
             ) from error
-        with clear_write_errors(Path(output), source.directory):
-            write_checkpoint(directory, source, spec, quantized, recipe.shard_size, report, distributions)
-    return report
+        report = export(job, kept, tokens, output, overwrite=overwrite)
+        clear_work(place)
+        return report
 
 
-def _quantize(
-    source: Source,
-    architecture: Architecture,
-    spec: QuantizationSpec,
-    samples: Sequence[Sample],
-    recipe: Recipe,
-    on_block: Callable[[BlockResult], None] | None,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Every layer's tensors, the report, and what is kept of every input's distribution."""
-    tokens = choose_tokens(
-        [sample.modality for sample in samples], recipe.sample_tokens, recipe.modality_balance, recipe.seed
-    )
-    model = load_model(architecture, source, recipe)
-    blocks = list(model.get_submodule(architecture.block_module).children())
-    inputs = capture_block_inputs(model, blocks, samples, tokens.positions)
-    towers = calibrate_towers(model, samples, architecture=architecture, source=source, spec=spec, recipe=recipe)
-    if towers:
-        # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
-        for entry, again in zip(inputs, capture_block_inputs(model, blocks, samples, tokens.positions), strict=True):
-            entry.served = again.hidden
-    # From here on only the blocks are needed, and each only until it is done.
-    del model
-    quantized = {name: layer.tensors for result in towers for name, layer in result.layers.items()}
-    records = {name: layer.record for result in towers for name, layer in result.layers.items()}
-    distributions = {name: found for result in towers for name, found in result.distributions.items()}
-    for result in calibrate_blocks(
-        blocks,
-        inputs,
-        tokens,
-        architecture=architecture,
-        names=decoder_names(architecture, source.config, source.tensors),
-        source=source,
-        spec=spec,
-        recipe=recipe,
-    ):
-        quantized |= {name: layer.tensors for name, layer in result.layers.items()}
-        records |= {name: layer.record for name, layer in result.layers.items()}
-        distributions |= result.distributions
-        if on_block is not None:
-            on_block(result)
-    inputs.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    report = make_report(recipe, spec, records, len(samples), tokens.counts)
-    return quantized, report, distributions
+def default_work(output: Path) -> Path:
+    """Where a calibration keeps what is finished, unless it is told: beside the output, so that it is found again."""
+    place = output.resolve()
+    return place.with_name(f"{place.name}.work")
+
+
+def check_work(work: Path, output: Path, model: Path) -> None:
+    """MorphoQuantError where a work directory would lie in the output or the model, or they in it."""
+    here = work.resolve()
+    for name, other in (("--output", output.resolve()), ("the model directory", model.resolve())):
+        if here == other or here in other.parents or other in here.parents:
+            raise MorphoQuantError(f"{work}: the work directory and {name} {other} overlap; choose another --work")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute on the threads with which the run was begun: sums in another order have other last bits."""
+    before = torch.get_num_threads()
+    if count != before:
+        logger.info("computing on %d threads, with which the run was begun, not on %d", count, before)
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)

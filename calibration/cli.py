@@ -41,6 +41,17 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", help="Directory of the new checkpoint.")],
     recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older checkpoint at --output.")] = False,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Where finished blocks are kept until the end (default: OUTPUT.work).")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier run finished.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out conversations whose media are missing or broken.")
+    ] = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Memory to keep to, e.g. 6GiB (default: what is free)."),
+    ] = None,
     target: Annotated[
         list[str] | None, _setting("--target", "Pattern of linears to quantize; may be repeated.")
     ] = None,
@@ -98,7 +109,7 @@ def calibrate(
     shard_size: Annotated[str | None, _setting("--shard-size", "Largest weight file (4GB).")] = None,
 ) -> None:
     """Calibrate MODEL on example data and write a W4A4 checkpoint that vLLM serves."""
-    from calibration.recipe import read_recipe
+    from calibration.recipe import read_recipe, read_size
 
     flags = {
         "targets": target or None,
@@ -131,6 +142,7 @@ def calibrate(
         "shard_size": shard_size,
     }
     settings = read_recipe(recipe, flags)
+    budget = None if memory_budget is None else read_size("--memory-budget", memory_budget)
 
     from transformers.utils import logging as transformers_logging
 
@@ -139,11 +151,24 @@ def calibrate(
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("calibration").setLevel(logging.INFO)
+    # It warns that weights stay in their files, which is what we ask of it.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console = Console(stderr=True)
     with BlockProgress(console) as progress:
-        report = run(model, data, output, recipe=settings, overwrite=overwrite, on_block=progress)
+        report = run(
+            model,
+            data,
+            output,
+            recipe=settings,
+            overwrite=overwrite,
+            work=work,
+            restart=restart,
+            skip_bad=skip_bad,
+            memory_budget=budget,
+            on_block=progress,
+        )
     typer.echo(f"{output}: {len(report['layers'])} layers quantized, escape rate {report['escape_rate']:.2%}")
 
 

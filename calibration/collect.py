@@ -41,7 +41,17 @@ class SampleCollector:
 
     def sample(self) -> Tensor:
         """The sampled tokens so far, float32 [T, K], in the order of TokenSample."""
-        return torch.cat(self._chosen)
+        if len(self._chosen) > 1:
+            first = self._chosen[0]
+            whole = first.new_empty(sum(part.shape[0] for part in self._chosen), first.shape[1])
+            end = whole.shape[0]
+            # From the last: what is copied is let go at once, so that the tokens are never in memory twice.
+            while self._chosen:
+                part = self._chosen.pop()
+                whole[end - part.shape[0] : end] = part
+                end -= part.shape[0]
+            self._chosen = [whole]
+        return self._chosen[0]
 
 
 class InputCollector(SampleCollector):

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,12 @@ from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from morphoquant_vllm.errors import MorphoQuantError
+
+logger = logging.getLogger(__name__)
+
+
+class BadMediaError(MorphoQuantError):
+    """A conversation's image, audio or video is missing or broken; --skip-bad leaves the conversation out."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +72,24 @@ SHOWN_CHARACTERS = 200
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
-def load_conversations(data: Path | str | Iterable[Path | str]) -> list[Conversation | PlainText]:
+def load_conversations(
+    data: Path | str | Iterable[Path | str], *, skip_bad: bool = False
+) -> list[Conversation | PlainText]:
     """Read calibration data from one path or several, in the order given.
 
     A path is a .jsonl file (one conversation a line), a .txt file, or a directory of .txt files. Media files
-    are checked to exist and base64 is undone, but no media is decoded yet.
+    are checked to exist and base64 is undone, but no media is decoded yet. With `skip_bad`, conversations whose media
+    are missing are logged and left out.
 
     Raises MorphoQuantError, naming the file and line, for anything that is missing, empty or malformed.
     """
     paths = [data] if isinstance(data, Path | str) else list(data)
     if not paths:
         raise MorphoQuantError("no calibration data was given; pass at least one .jsonl or .txt file")
-    return [item for path in paths for item in _load_path(Path(path))]
+    return [item for path in paths for item in _load_path(Path(path), skip_bad)]
 
 
-def _load_path(path: Path) -> list[Conversation | PlainText]:
+def _load_path(path: Path, skip_bad: bool) -> list[Conversation | PlainText]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".txt")
         if not files:
@@ -89,7 +99,7 @@ def _load_path(path: Path) -> list[Conversation | PlainText]:
         raise MorphoQuantError(f"{path}: no such calibration data; give an existing .jsonl or .txt file")
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
-        return list(_load_jsonl(path))
+        return list(_load_jsonl(path, skip_bad))
     if suffix == ".txt":
         return [_load_text(path)]
     raise MorphoQuantError(
@@ -117,11 +127,20 @@ def _load_text(path: Path) -> PlainText:
     return PlainText(str(path), text)
 
 
-def _load_jsonl(path: Path) -> list[Conversation]:
-    conversations = []
+def _load_jsonl(path: Path, skip_bad: bool) -> list[Conversation]:
+    conversations, skipped = [], 0
     for number, raw in enumerate(_read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if raw.strip():
+        if not raw.strip():
+            continue
+        try:
             conversations.append(_parse_line(f"{path}:{number}", raw, path.parent))
+        except BadMediaError as error:
+            if not skip_bad:
+                raise
+            logger.warning("skipped: %s", error)
+            skipped += 1
+    if skipped and not conversations:
+        raise MorphoQuantError(f"{path}: the media of all its {skipped} conversations are broken; replace them")
     if not conversations:
         raise MorphoQuantError(f"{path}: no conversations; put one JSON object with 'messages' on each line")
     return conversations
@@ -204,7 +223,10 @@ def _resolve(source: str, kind: str, url: str, folder: Path) -> Media:
             "give a path, or write base64 as data:<type>;base64,<data>"
         ) from error
     if not exists:
-        _refuse(source, f"{kind} file {_short(str(path))} does not exist", "paths are relative to the JSONL file")
+        raise BadMediaError(
+            f"{source}: {kind} file {_short(str(path))} does not exist; paths are relative to the JSONL file "
+            "(--skip-bad leaves such conversations out)"
+        )
     return Media(modality, path, f"{source}: {path}")
 
 
@@ -216,9 +238,9 @@ def _decode_base64(source: str, kind: str, data: str) -> bytes:
     try:
         decoded = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MorphoQuantError(f"{source}: bad base64 in {kind} ({error}); encode the file again") from error
+        raise BadMediaError(f"{source}: bad base64 in {kind} ({error}); encode the file again") from error
     if not decoded:
-        _refuse(source, f"empty base64 in {kind}", "encode the file again")
+        raise BadMediaError(f"{source}: empty base64 in {kind}; encode the file again")
     return decoded
 
 

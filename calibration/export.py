@@ -32,6 +32,10 @@ WEIGHT_SUFFIXES = frozenset(
 COPIED_PICKLES = frozenset({"spk_dict.pt"})
 
 
+# A layer's tensor by the names of layer and tensor; each in memory of its own: a file may not hold the same twice.
+LoadQuantized = Callable[[str, str], Tensor]
+
+
 @dataclass(frozen=True)
 class OutputTensor:
     """A tensor to be written: its size in bytes, and how to get it when its turn comes."""
@@ -59,15 +63,23 @@ def _is_copied(path: Path) -> bool:
 def checkpoint_size(source: Source, spec: QuantizationSpec) -> int:
     """Bytes that the checkpoint will take."""
     copied = sum((source.directory / path).stat().st_size for path in copied_files(source.directory))
-    return copied + sum(tensor.nbytes for tensor in output_tensors(source, spec, {}))
+    return copied + sum(tensor.nbytes for tensor in output_tensors(source, spec, _nothing))
 
 
-def output_tensors(
-    source: Source, spec: QuantizationSpec, quantized: Mapping[str, Mapping[str, Tensor]]
-) -> Iterator[OutputTensor]:
+def quantized_size(source: Source, spec: QuantizationSpec) -> int:
+    """Bytes of the checkpoint's quantized layers alone."""
+    tensors = output_tensors(source, spec, _nothing)
+    return sum(tensor.nbytes for tensor in tensors if tensor.name not in source.tensors)
+
+
+def _nothing(layer: str, tensor: str) -> Tensor:
+    raise AssertionError(f"{layer}.{tensor}: only its size was asked for")
+
+
+def output_tensors(source: Source, spec: QuantizationSpec, quantized: LoadQuantized) -> Iterator[OutputTensor]:
     """Every tensor of the checkpoint, in the order of the source's files.
 
-    `quantized` holds each layer's tensors by the names of schema.tensor_specs; it is read when a tensor is loaded.
+    `quantized` gives a layer's tensor by its name in schema.tensor_specs; it is called when the tensor is loaded.
     """
     weights = {stored_name(layer, "weight"): layer for layer in spec.layers}
     for name, info in source.tensors.items():
@@ -79,13 +91,8 @@ def output_tensors(
             yield OutputTensor(
                 stored_name(layer, tensor),
                 math.prod(want.shape) * want.dtype.itemsize,
-                partial(_load_quantized, quantized, layer, tensor),
+                partial(quantized, layer, tensor),
             )
-
-
-def _load_quantized(quantized: Mapping[str, Mapping[str, Tensor]], layer: str, tensor: str) -> Tensor:
-    # Shards share the tensors of their input, but a file may not hold the same memory twice.
-    return quantized[layer][tensor].clone()
 
 
 def split_shards(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
@@ -105,7 +112,7 @@ def write_checkpoint(
     directory: Path,
     source: Source,
     spec: QuantizationSpec,
-    quantized: Mapping[str, Mapping[str, Tensor]],
+    quantized: LoadQuantized,
     shard_size: int,
     report: Mapping[str, Any],
     distributions: Mapping[str, Mapping[str, Tensor]],

@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers.video_utils import VideoMetadata
 
-from calibration.data import Media
-from morphoquant_vllm.errors import MorphoQuantError
+from calibration.data import BadMediaError, Media
 
 
 def decode_image(media: Media) -> Image.Image:
     """An RGB image, turned upright by its EXIF tag, transparency on white (as vLLM serves it).
 
-    Raises MorphoQuantError naming the media when it is not an image or is truncated.
+    Raises BadMediaError naming the media when it is not an image or is truncated.
     """
     try:
         with Image.open(_open(media)) as opened:
@@ -34,7 +33,7 @@ def decode_image(media: Media) -> Image.Image:
 def decode_audio(media: Media, sampling_rate: int) -> NDArray[np.float32]:
     """The first audio stream, [samples], mixed to mono and resampled to `sampling_rate` Hz, in [-1, 1].
 
-    Raises MorphoQuantError naming the media when it has no audio or cannot be decoded.
+    Raises BadMediaError naming the media when it has no audio or cannot be decoded.
     """
     # The file's own channels, averaged: FFmpeg's mix to mono is up to 3 dB louder than the mean vLLM takes.
     resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
@@ -61,7 +60,7 @@ def decode_video(
     """The frames that `sample_frames` picks, RGB uint8 [frames, height, width, 3], and their metadata.
 
     `sample_frames` gets the metadata (frame count, frames per second, size) and returns frame numbers.
-    Only those frames are held in memory. Raises MorphoQuantError naming the media when it has no video or
+    Only those frames are held in memory. Raises BadMediaError naming the media when it has no video or
     cannot be decoded.
     """
     # transformers' own PyAV reader trusts the container's frame count: WebM has none, a cut file too many.
@@ -107,6 +106,9 @@ def _video_frames(media: Media) -> Iterator[av.VideoFrame]:
         yield from container.decode(container.streams.video[0])
 
 
-def _undecodable(media: Media, error: Exception) -> MorphoQuantError:
+def _undecodable(media: Media, error: Exception) -> BadMediaError:
     reason = " ".join(str(error).split())
-    return MorphoQuantError(f"{media.name}: not decodable as {media.kind} ({reason}); replace or re-encode it")
+    return BadMediaError(
+        f"{media.name}: not decodable as {media.kind} ({reason}); replace or re-encode it, or pass --skip-bad to leave "
+        "such conversations out"
+    )

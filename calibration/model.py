@@ -1,38 +1,30 @@
-"""The source model in memory, and its decoder blocks' inputs."""
+"""The source model: what runs before its decoder blocks, and the blocks themselves, one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_module
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from calibration.architectures import Architecture
+from calibration.plan import DecoderNames
 from calibration.recipe import Recipe
-from calibration.samples import Sample
 from calibration.source import Source
 from morphoquant_vllm.errors import MorphoQuantError
 
-_LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-
-
-@dataclass
-class BlockInput:
-    """One sample on its way through the decoder: its hidden states before the next block, on the CPU."""
-
-    modality: Tensor
-    positions: Tensor
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    # The same, after the quantized blocks.
-    served: Tensor = field(default_factory=lambda: torch.empty(0))
-    # What the model passes to each block besides the hidden states (positions, mask), by reference.
-    arguments: list[dict[str, Any]] = field(default_factory=list)
+# A config of the wrong types or sizes fails in any of these ways, deep inside transformers.
+_LOADING_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def choose_device(name: str) -> torch.device:
@@ -50,90 +42,118 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(architecture: Architecture, source: Source, recipe: Recipe) -> nn.Module:
-    """Load the source with transformers, without running code of its own; MorphoQuantError where that fails."""
+class Blocks(Protocol):
+    """The decoder's blocks, each asked for once, in order."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> nn.Module:
+        """One block with its weights, on the device on which it runs; the caller alone holds it."""
+
+
+def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> Any:
+    """The source model on the meta device: its modules, and no weights. MorphoQuantError where transformers refuses."""
     model_class = getattr(transformers, architecture.model_class)
-    try:
+    with _clear_loading_errors(architecture, source):
+        config = model_class.config_class.from_pretrained(
+            str(source.directory), local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            return model_class._from_config(config, dtype=getattr(torch, recipe.dtype)).eval()
+
+
+def load_front(architecture: Architecture, source: Source, recipe: Recipe, *, stream_towers: bool = False) -> Any:
+    """The source model without the weights of its decoder blocks and lm_head: embedding, towers, final norm.
+
+    With `stream_towers` the towers' weights stay in their files too, and each of their modules reads its own whenever
+    it runs: slower, and next to nothing of them is in memory. Raises MorphoQuantError where transformers cannot load
+    the model, or where any weight is missing, the blocks' too.
+    """
+    model_class = getattr(transformers, architecture.model_class)
+    empty = empty_model(architecture, source, recipe)
+    absent = [architecture.block_module, *(architecture.towers if stream_towers else ())]
+    if "lm_head.weight" not in empty.all_tied_weights_keys:
+        absent.append("lm_head")
+    with _clear_loading_errors(architecture, source):
         model, loading = model_class.from_pretrained(
             str(source.directory),
             dtype=getattr(torch, recipe.dtype),
+            device_map=_places(empty, absent, str(choose_device(recipe.device))),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
-    # A config of the wrong types or sizes fails in any of these ways, deep inside.
-    except (*_LOADING_ERRORS, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise MorphoQuantError(
-            f"{source.directory}: transformers cannot load it as {architecture.model_class} ({reason})"
-        ) from error
     if loading["missing_keys"]:
         raise MorphoQuantError(
             f"{source.directory}: the weights lack {min(loading['missing_keys'])}; download the model again"
         )
-    return model.to(choose_device(recipe.device)).eval()
+    # The blocks do not run here: what accelerate hung on them to read their weights goes.
+    remove_hook_from_module(model.get_submodule(architecture.block_module), recurse=True)
+    return model.eval()
 
 
-@torch.no_grad()
-def capture_block_inputs(
-    model: nn.Module, blocks: Sequence[nn.Module], samples: Sequence[Sample], positions: Sequence[Tensor]
-) -> list[BlockInput]:
-    """Run embeddings and towers on every sample and keep what reaches the decoder blocks.
+def _places(model: nn.Module, absent: Sequence[str], device: str, prefix: str = "") -> dict[str, str]:
+    """A device map: the modules `absent` stay in their files, which accelerate calls "disk", all others are loaded.
 
-    The blocks themselves are skipped (what they pass on does not change what else the next one is given), and so
-    is the lm_head. `positions` are each sample's sampled tokens. Raises MorphoQuantError naming the sample where a
-    token id has no row in the embedding.
+    A module that holds an absent one is not named itself, only what is in it: accelerate would load it whole.
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    model.lm_head = nn.Identity()
-    _check_token_ids(model, samples)
-    captured = []
-    for sample, chosen in zip(samples, positions, strict=True):
-        entry = BlockInput(sample.modality, chosen)
-        with skipped_blocks(blocks, entry):
-            model(**_to_model(sample.inputs, device, dtype), use_cache=False)
-        captured.append(entry)
-    return captured
+    places: dict[str, str] = {}
+    for name, module in model.named_children():
+        full = prefix + name
+        if full in absent:
+            places[full] = "disk"
+        elif any(other.startswith(f"{full}.") for other in absent):
+            places |= _places(module, absent, device, f"{full}.")
+        else:
+            places[full] = device
+    return places
 
 
-def _check_token_ids(model: Any, samples: Sequence[Sample]) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    for sample in samples:
-        largest = int(sample.inputs["input_ids"].max())
-        if largest >= rows:
-            raise MorphoQuantError(
-                f"{sample.source}: token id {largest}, but the model's embedding has {rows} rows; "
-                "the tokenizer belongs to another model: copy this model's own into its directory"
-            )
+class BlockLoader:
+    """The decoder blocks of a source model, whose weights are read from its files when a block is asked for."""
+
+    def __init__(self, architecture: Architecture, source: Source, names: DecoderNames, recipe: Recipe) -> None:
+        """Raises MorphoQuantError naming the first tensor that the files lack, or that has another shape."""
+        self._source, self._names = source, names
+        self._device = choose_device(recipe.device)
+        model = empty_model(architecture, source, recipe)
+        self._blocks = list(model.get_submodule(architecture.block_module).children())
+        for index, block in enumerate(self._blocks):
+            for name, parameter in block.named_parameters():
+                stored = names.layer(index, name)
+                info = source.tensors.get(stored)
+                if info is None:
+                    raise MorphoQuantError(f"{source.directory}: the weights lack {stored}; download the model again")
+                if info.shape != tuple(parameter.shape):
+                    raise MorphoQuantError(
+                        f"{source.directory}: transformers cannot load it as {architecture.model_class} ({stored} is "
+                        f"{list(info.shape)} in the files, but {list(parameter.shape)} by config.json)"
+                    )
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def load(self, index: int) -> nn.Module:
+        """One block with its weights; MorphoQuantError where a file is damaged."""
+        block = self._blocks[index]
+        weights = {
+            # A copy in memory of its own: what lies in a mapped file is aligned as the file has it, and products of
+            # other alignment can differ in their last bits.
+            name: self._source.load(self._names.layer(index, name)).to(self._device, parameter.dtype, copy=True)
+            for name, parameter in block.named_parameters()
+        }
+        filled = copy.deepcopy(block)
+        filled.load_state_dict(weights, assign=True)
+        return filled.requires_grad_(False)
 
 
 @contextmanager
-def skipped_blocks(blocks: Sequence[nn.Module], entry: BlockInput) -> Iterator[None]:
-    """Make the blocks record what they are given in `entry` and pass the hidden states on unchanged."""
-
-    def record(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
-            if index == 0:
-                entry.hidden = entry.served = hidden_states.cpu()
-            entry.arguments.append(arguments)
-            return hidden_states
-
-        return forward
-
-    for index, block in enumerate(blocks):
-        # An attribute of the instance hides the class's method and leaves the module's hooks and flags alone.
-        block.forward = record(index)
+def _clear_loading_errors(architecture: Architecture, source: Source) -> Iterator[None]:
     try:
         yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _to_model(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Move inputs to the device; pixels and audio features also take the dtype, lists of seconds keep theirs."""
-    return {
-        name: value.to(device, dtype) if value.is_floating_point() and value.dim() > 1 else value.to(device)
-        for name, value in inputs.items()
-    }
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MorphoQuantError(
+            f"{source.directory}: transformers cannot load it as {architecture.model_class} ({reason})"
+        ) from error

@@ -17,6 +17,7 @@ class BlockProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._start = time.monotonic()
+        self._seen = 0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if console.is_terminal:
@@ -40,13 +41,15 @@ class BlockProgress:
     def __call__(self, result: BlockResult) -> None:
         """Show one finished block."""
         done = result.index + 1
+        self._seen += 1
         loss = "-" if result.loss is None else f"{result.loss:.4f}"
         if self._bar is None:
-            left = (time.monotonic() - self._start) / done * (result.count - done)
+            # Blocks that an earlier run finished took this one no time.
+            left = (time.monotonic() - self._start) / self._seen * (result.count - done)
             self._console.print(f"block {done}/{result.count}  loss {loss}  about {left:.0f} s left", highlight=False)
             return
         if self._task is None:
             # Not before the first block: what comes earlier, such as loading, says for itself what it does.
             self._bar.start()
-            self._task = self._bar.add_task("", total=result.count, loss=loss)
+            self._task = self._bar.add_task("", total=result.count, completed=result.index, loss=loss)
         self._bar.update(self._task, completed=done, loss=loss)

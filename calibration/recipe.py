@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -168,6 +168,17 @@ def read_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | N
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise MorphoQuantError(f"{where}: {name} = {settings.get(name)!r} is not allowed: {first['msg']}") from error
+
+
+def read_size(name: str, text: str) -> int:
+    """Bytes of a size such as 6GiB; MorphoQuantError naming `name` where it is none."""
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise MorphoQuantError(f"{name} = {text!r} is no size; write it as 6GiB or 500MB") from error
+    if size < 1:
+        raise MorphoQuantError(f"{name} = {text!r} must be at least 1 byte")
+    return int(size)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

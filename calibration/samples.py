@@ -9,11 +9,12 @@ from typing import Any
 
 import jinja2
 import torch
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 
-from calibration.data import Conversation, Media, Message, PlainText, Text
+from calibration.data import BadMediaError, Conversation, Media, Message, PlainText, Text
 from calibration.media import decode_audio, decode_image, decode_video
 from calibration.placeholders import check_placeholders, check_text, media_tokens
+from calibration.processor import load_processor
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.token_table import token_rows
 
@@ -53,6 +54,7 @@ def build_samples(
     window_tokens: int | None = None,
     placeholder_token_ids: Mapping[str, Sequence[int]],
     rows: Sequence[str],
+    skip_bad: bool = False,
 ) -> list[Sample]:
     """Render calibration data into model inputs, in the order of the data.
 
@@ -61,7 +63,8 @@ def build_samples(
     at `max_tokens`.
 
     `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens; a modality
-    that is not there is one the model does not take. `rows` names the rows in order, see token_rows.
+    that is not there is one the model does not take. `rows` names the rows in order, see token_rows. With `skip_bad`,
+    conversations whose media cannot be decoded are logged and left out.
 
     Raises MorphoQuantError where the directory has no usable tokenizer, and, naming the file and line, for media
     that the model does not take or that cannot be decoded, placeholders that do not match the media, a chat
@@ -84,48 +87,34 @@ def build_samples(
         logger.info("taking %d of %d calibration samples, evenly spaced", max_samples, len(items))
         items = [items[i * len(items) // max_samples] for i in range(max_samples)]
 
-    samples, cut = [], 0
+    samples, cut, skipped = [], 0, 0
     for item in items:
         if isinstance(item, _Window):
             inputs = _text_inputs(processor, item.token_ids)
             check_placeholders(item.source, inputs["input_ids"], {}, placeholder_token_ids)
         else:
-            inputs = _render(processor, item, placeholder_token_ids)
+            try:
+                inputs = _render(processor, item, placeholder_token_ids)
+            except BadMediaError as error:
+                if not skip_bad:
+                    raise
+                logger.warning("skipped: %s", error)
+                skipped += 1
+                continue
             inputs, was_cut = _fit(item, inputs, max_tokens)
             cut += was_cut
         modality = token_rows(inputs["input_ids"][0], placeholder_token_ids, rows)
         samples.append(Sample(inputs, modality, item.source))
+    if skipped:
+        logger.warning("%d of %d samples were skipped, their media are broken", skipped, len(items))
+    if not samples:
+        raise MorphoQuantError("no calibration sample is left: the media of all are broken; replace them")
     if cut:
         logger.warning("%d of %d samples were cut to max_tokens=%d tokens", cut, len(samples), max_tokens)
     counts = sum((Counter(sample.modality.tolist()) for sample in samples), Counter[int]())
     described = ", ".join(f"{rows[row]} {count}" for row, count in sorted(counts.items()))
     logger.info("calibration data: %d samples, tokens: %s", len(samples), described)
     return samples
-
-
-def load_processor(model_dir: Path | str) -> Any:
-    """The directory's multimodal processor, or its tokenizer where it has none; never runs the model's own code.
-
-    Raises MorphoQuantError naming the directory when neither can be loaded.
-    """
-    if not Path(model_dir).is_dir():
-        raise MorphoQuantError(f"{model_dir}: no such model directory; give a downloaded Hugging Face model")
-    try:
-        processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except ImportError as error:
-        raise MorphoQuantError(
-            f"{model_dir}: its processor needs a library that does not load ({_one_line(error)}); install it"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise MorphoQuantError(
-            f"{model_dir}: no usable tokenizer or processor ({_one_line(error)}); copy its files into the directory"
-        ) from error
-    tokenizer = getattr(processor, "tokenizer", processor)
-    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
-    if not ordinary:
-        # Where tokenizer.json is missing, transformers builds a tokenizer that knows its special tokens only.
-        raise MorphoQuantError(f"{model_dir}: its tokenizer has no vocabulary; copy tokenizer.json into the directory")
-    return processor
 
 
 def _cut(text: PlainText, tokenizer: Any, max_tokens: int) -> list[_Window]:
@@ -237,7 +226,7 @@ def _process(processor: Any, source: str, text: str, media: list[Media]) -> dict
         )
     # StopIteration and IndexError: a template that writes more placeholders than there are media.
     except (ValueError, StopIteration, IndexError) as error:
-        raise MorphoQuantError(
+        raise BadMediaError(
             f"{source}: the model's processor refuses the conversation ({_one_line(error) or 'too few media'}); "
             "change its media"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size of the tensor's data, in bytes."""
-        size = _DTYPE_BYTES[self.dtype]
-        for dimension in self.shape:
-            size *= dimension
-        return size
+        return _DTYPE_BYTES[self.dtype] * self.elements
+
+    @property
+    def elements(self) -> int:
+        """Number of the tensor's elements."""
+        return math.prod(self.shape)
 
     @property
     def is_float(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calibration.architectures import Architecture, Tower
 from calibration.blocks import BlockResult, calibrate_blocks
-from calibration.model import BlockInput, skipped_blocks
+from calibration.capture import MemoryInput, skipped_blocks
 from calibration.plan import tower_names, unfit_linears
 from calibration.recipe import Recipe
 from calibration.samples import Sample
@@ -39,6 +39,19 @@ class _Medium:
     row: str
     patches: Tensor
     grid: Tensor
+
+
+class _InModel:
+    """Blocks of a model that is in memory, in which what is quantized stays."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def load(self, index: int) -> nn.Module:
+        return self._blocks[index]
 
 
 def check_media(samples: Sequence[Sample], recipe: Recipe) -> None:
@@ -98,14 +111,14 @@ def _calibrate_tower(
     blocks = list(model.get_submodule(tower.block_module).children())
     inputs = []
     for medium, modality, chosen in zip(media, rows, patches.positions, strict=True):
-        entry = BlockInput(modality, chosen)
+        entry = MemoryInput(modality, chosen)
         _capture(module, blocks, medium, entry)
         inputs.append(entry)
     # A patch has no row of its own modality to take.
     settings = recipe.model_copy(update={"modality_rows": False})
     results = []
     for result in calibrate_blocks(
-        blocks,
+        _InModel(blocks),
         inputs,
         patches,
         architecture=replace(architecture, shared_inputs=tower.shared_inputs),
@@ -125,7 +138,7 @@ def _calibrate_tower(
 
 
 @torch.no_grad()
-def _capture(module: nn.Module, blocks: Sequence[nn.Module], medium: _Medium, entry: BlockInput) -> None:
+def _capture(module: nn.Module, blocks: Sequence[nn.Module], medium: _Medium, entry: MemoryInput) -> None:
     """Run the tower up to its first block and keep what reaches the blocks in `entry`."""
     parameter = next(module.parameters())
     with skipped_blocks(blocks, entry):

@@ -18,6 +18,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -157,6 +159,14 @@ def build_tiny_llama(directory: Path, seed: int = 0) -> Path:
         **{**DECODER, "tie_word_embeddings": True, "eos_token_id": ids["im_end"], "bos_token_id": None}
     )
     return write_model(directory, LlamaForCausalLM, config, seed, ids)
+
+
+def build_tiny_qwen2(directory: Path, seed: int = 0) -> Path:
+    """Write a Qwen2 (biases of q, k and v) into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "text")
+    config = Qwen2Config(**{**DECODER, "eos_token_id": ids["im_end"], "bos_token_id": None})
+    return write_model(directory, Qwen2ForCausalLM, config, seed, ids)
 
 
 def build_tiny_qwen3(directory: Path, seed: int = 0) -> Path:

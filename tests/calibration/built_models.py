@@ -7,12 +7,14 @@ from tests.tiny_models import (
     build_tiny_llama,
     build_tiny_mixtral_like,
     build_tiny_omni,
+    build_tiny_qwen2,
     build_tiny_qwen2_5_vl,
     build_tiny_qwen3,
 )
 
 _BUILDERS = {
     "llama": build_tiny_llama,
+    "qwen2": build_tiny_qwen2,
     "qwen3": build_tiny_qwen3,
     "qwen2_5_vl": build_tiny_qwen2_5_vl,
     "omni": build_tiny_omni,

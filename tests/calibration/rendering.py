@@ -40,6 +40,7 @@ def build(
     max_samples: int | None = None,
     rows: Sequence[str] = ROWS,
     window_tokens: int | None = None,
+    skip_bad: bool = False,
 ) -> list[Sample]:
     ids = placeholders(model)
     return build_samples(
@@ -50,6 +51,7 @@ def build(
         window_tokens=window_tokens,
         placeholder_token_ids=ids,
         rows=rows,
+        skip_bad=skip_bad,
     )
 
 

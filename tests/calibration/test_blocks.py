@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from calibration import blocks as loop
 from calibration.architectures import find_architecture
+from calibration.capture import MemoryInput, capture_block_inputs
 from calibration.data import load_conversations
 from calibration.layer import InputSample, QuantizedLayer
-from calibration.model import BlockInput, capture_block_inputs, load_model
+from calibration.model import BlockLoader, load_front
 from calibration.plan import decoder_names, plan
 from calibration.recipe import Recipe
 from calibration.samples import Sample, build_samples
@@ -43,9 +44,10 @@ class Run:
             rows=DEFAULT_ROWS,
         )
         self.tokens = choose_tokens([sample.modality for sample in self.samples], RECIPE.sample_tokens, 1.0, 0)
-        model = load_model(architecture, source, RECIPE)
+        model = load_front(architecture, source, RECIPE)
         blocks = list(model.get_submodule(architecture.block_module).children())
-        self.inputs: list[BlockInput] = capture_block_inputs(model, blocks, self.samples, self.tokens.positions)
+        self.inputs: list[MemoryInput] = list(capture_block_inputs(model, blocks, self.samples, self.tokens.positions))
+        names = decoder_names(architecture, source.config, source.tensors)
         if massive:
             for entry in self.inputs:
                 entry.hidden[0, 0] *= 1000
@@ -60,11 +62,11 @@ class Run:
         monkeypatch.setattr(loop, "quantize_input", watched)
         self.results = list(
             loop.calibrate_blocks(
-                blocks,
+                BlockLoader(architecture, source, names, RECIPE),
                 self.inputs,
                 self.tokens,
                 architecture=architecture,
-                names=decoder_names(architecture, source.config, source.tensors),
+                names=names,
                 source=source,
                 spec=plan(architecture, source.config, source.tensors, RECIPE),
                 recipe=RECIPE,
@@ -113,13 +115,12 @@ def test_every_linear_sees_the_served_model_and_aims_at_the_16_bit_one(
             assert distance > 2e-2, f"{name} must see what the linears before it lost, in its own block too"
 
 
-def test_results_come_block_by_block_and_use_up_the_inputs(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_come_block_by_block_and_carry_the_inputs_on(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tiny.model("llama"), tiny.data("llama"), monkeypatch, massive=False)
     assert [(result.index, result.count, len(result.layers)) for result in run.results] == [(0, 2, 7), (1, 2, 7)]
     for result in run.results:
         errors = [layer.record.output_error for layer in result.layers.values()]
         assert result.loss == pytest.approx(sum(errors) / 7)
-    assert all(arguments == {} for entry in run.inputs for arguments in entry.arguments)
     # What is left is the state after the last block, 16 bit and served.
     assert all(0 < gap(entry.served, entry.hidden) < 1 for entry in run.inputs)
 

@@ -146,25 +146,25 @@ def test_weights_with_nan_or_activations_that_overflow_name_the_layer(tiny: Tiny
     shutil.copytree(tiny.model("llama"), source)
     tensors = load_file(source / "model.safetensors")
 
-    def attempt(name: str, value: float, expected: str) -> None:
+    def attempt(output: str, name: str, value: float, expected: str) -> None:
         changed: dict[str, Any] = dict(tensors)
         changed[name] = tensors[name].clone()
         changed[name].flatten()[0] = value
         save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(MorphoQuantError, match=expected):
-            calibrate(source, tiny.data("llama"), tmp_path / "out", recipe=Recipe(device="cpu"))
-        assert not (tmp_path / "out").exists()
+            calibrate(source, tiny.data("llama"), tmp_path / output, recipe=Recipe(device="cpu"))
+        assert not (tmp_path / output).exists()
 
     norm = "model.layers.1.post_attention_layernorm.weight"
-    attempt(norm, float("inf"), r"model.layers.1.mlp.gate_proj: its input holds NaN or infinite")
-    attempt("model.layers.1.mlp.down_proj.weight", float("nan"), r"layers.1.mlp.down_proj.weight: holds NaN")
+    attempt("a", norm, float("inf"), r"model.layers.1.mlp.gate_proj: its input holds NaN or infinite")
+    attempt("b", "model.layers.1.mlp.down_proj.weight", float("nan"), r"layers.1.mlp.down_proj.weight: holds NaN")
 
 
 def test_a_gpu_that_is_too_small_is_one_line(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(*arguments: Any) -> None:
+    def fill(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("calibration.calibrate.load_model", fill)
+    monkeypatch.setattr("calibration.streaming.load_front", fill)
     with pytest.raises(MorphoQuantError, match=r"llama: the GPU has too little free memory .*--dtype bfloat16 or"):
         calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", recipe=Recipe(device="cpu"))
     assert list(tmp_path.iterdir()) == []

@@ -169,7 +169,7 @@ def test_missing_data_is_a_usage_error(tiny: TinyModels, tmp_path: Path, run: Ru
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_stopped_run_leaves_nothing(
+def test_a_stopped_run_leaves_only_its_work(
     tiny: TinyModels, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     from calibration.progress import BlockProgress
@@ -191,14 +191,23 @@ def test_a_stopped_run_leaves_nothing(
     finally:
         signal.signal(signal.SIGINT, before)
     assert found == status
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.work"]
 
 
-def test_a_disk_that_takes_no_more_leaves_nothing(tiny: TinyModels, tmp_path: Path) -> None:
-    """A real write that fails in the middle: the system refuses to let the weight file grow past a limit."""
+@pytest.mark.parametrize(
+    ("largest", "place", "left"),
+    [(300_000, "out", ["out.work"]), (100_000, "out.work", ["out.work"]), (10_000, "out.work", [])],
+)
+def test_a_disk_that_takes_no_more_costs_nothing_that_is_finished(
+    tiny: TinyModels, tmp_path: Path, largest: int, place: str, left: list[str]
+) -> None:
+    """A real write that fails in the middle: the system refuses to let a file grow past a limit.
+
+    First the checkpoint's, then a block's, then the first sample's.
+    """
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
     command = [sys.executable, "-m", "calibration", "calibrate", tiny.model("llama"), "--device", "cpu"]
     result = subprocess.run(
@@ -209,5 +218,6 @@ def test_a_disk_that_takes_no_more_leaves_nothing(tiny: TinyModels, tmp_path: Pa
         preexec_fn=limit,
         cwd=Path(python_inspect.getfile(cli)).parents[1],
     )
-    refused((result.returncode, result.stdout, result.stderr), r"out: cannot be written \(.*File too large")
-    assert list(tmp_path.iterdir()) == []
+    refused((result.returncode, result.stdout, result.stderr), rf"{place}: cannot be written \(.*File too large")
+    assert [path.name for path in tmp_path.iterdir()] == left
+    assert not list(tmp_path.rglob("*.partial*"))

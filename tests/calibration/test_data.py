@@ -2,6 +2,8 @@
 
 import base64
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,25 @@ def test_missing_file_empty_directory_unknown_suffix_and_no_path(tmp_path: Path)
         load_conversations(tmp_path / "data.csv")
     with pytest.raises(MorphoQuantError, match="no calibration data was given"):
         load_conversations([])
+
+
+def test_conversations_with_missing_media_are_left_out_only_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "data.jsonl"
+    bad = [{"type": "image_url", "image_url": {"url": "gone.png"}}]
+    broken = [{"type": "input_audio", "input_audio": {"data": "?", "format": "wav"}}]
+    contents = ["one", bad, broken, "two"]
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": c}]}) + "\n" for c in contents))
+    with pytest.raises(MorphoQuantError, match=r"data.jsonl:2: image_url file .* does not exist.*--skip-bad"):
+        load_conversations(path)
+    with caplog.at_level(logging.WARNING, logger="calibration"):
+        assert [item.source for item in load_conversations(path, skip_bad=True)] == [f"{path}:1", f"{path}:4"]
+    assert re.findall(r"skipped: .*data.jsonl:(\d)", caplog.text) == ["2", "3"]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": bad}]}) + "\n")
+    with pytest.raises(MorphoQuantError, match="the media of all its 1 conversations are broken"):
+        load_conversations(path, skip_bad=True)
+    # What is malformed is no broken medium.
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}) + "\n")
+    with pytest.raises(MorphoQuantError, match="unknown part type"):
+        load_conversations(path, skip_bad=True)

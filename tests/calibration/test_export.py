@@ -4,7 +4,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.export import checkpoint_size, copied_files, output_tensors, split_shards, write_checkpoint
+from calibration.export import (
+    LoadQuantized,
+    checkpoint_size,
+    copied_files,
+    output_tensors,
+    quantized_size,
+    split_shards,
+    write_checkpoint,
+)
 from calibration.source import Source, open_source
 from morphoquant_vllm.checkpoint import read_headers, read_spec
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec, tensor_specs
@@ -38,10 +46,14 @@ def make_source(directory: Path) -> Source:
 
 
 def quantized_tensors() -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors of the right shapes; the shards share those of their input, as calibration makes them."""
+    """Tensors of the right shapes; the shards' tensors of their input are equal."""
     specs = tensor_specs(SPEC.layers[LAYERS[0]], len(SPEC.rows), SPEC.tensor_parallel)
     shared = {name: torch.ones(want.shape).to(want.dtype) for name, want in specs.items()}
     return {layer: {**shared, "weight_scale": torch.rand(32, 2).bfloat16()} for layer in LAYERS}
+
+
+def loads(quantized: dict[str, dict[str, torch.Tensor]]) -> LoadQuantized:
+    return lambda layer, tensor: quantized[layer][tensor].clone()
 
 
 def test_files_are_copied_except_weights_pickles_and_hidden_ones(tmp_path: Path) -> None:
@@ -58,7 +70,7 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     source, quantized = make_source(tmp_path / "m"), quantized_tensors()
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, quantized, 10**9, {"format": 1}, {})
+    write_checkpoint(out, source, SPEC, loads(quantized), 10**9, {"format": 1}, {})
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "assets/speakers.json",
         "chat_template.jinja",
@@ -92,12 +104,12 @@ def test_shards_stay_below_the_limit_and_stand_in_the_index(tmp_path: Path) -> N
     source, quantized = make_source(tmp_path / "m"), quantized_tensors()
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, quantized, 4000, {}, {})
+    write_checkpoint(out, source, SPEC, loads(quantized), 4000, {}, {})
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     headers = read_headers(out)  # refuses files and an index that do not agree
-    assert set(headers) == {tensor.name for tensor in output_tensors(source, SPEC, quantized)}
+    assert set(headers) == {tensor.name for tensor in output_tensors(source, SPEC, loads(quantized))}
     sizes = {name: sum(t.nbytes for t in load_file(out / name).values()) for name in files}
     # lm_head alone is larger than the limit.
     assert [name for name, size in sizes.items() if size > 4000] == [headers["lm_head.weight"].file]
@@ -109,10 +121,12 @@ def test_the_size_is_known_before_the_work(tmp_path: Path) -> None:
     source = make_source(tmp_path / "m")
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, quantized_tensors(), 10**9, {}, {})
+    write_checkpoint(out, source, SPEC, loads(quantized_tensors()), 10**9, {}, {})
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     # What is missing is the header of the weights, the index, the config and the report: kilobytes.
     assert 0 <= written - checkpoint_size(source, SPEC) < 20_000
+    ours = sum(tensor.nbytes for layer in quantized_tensors().values() for tensor in layer.values())
+    assert quantized_size(source, SPEC) == ours
 
 
 def test_splitting() -> None:

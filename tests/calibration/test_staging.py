@@ -68,7 +68,7 @@ def test_even_the_last_rename_does_not_replace_files(tmp_path: Path, monkeypatch
         staged_directory(output, tmp_path / "model", overwrite=False),
     ):
         # As if the files came between the check and the rename.
-        monkeypatch.setattr("calibration.staging._check_output", lambda *arguments: None)
+        monkeypatch.setattr("calibration.staging.check_output", lambda *arguments, **options: None)
         output.mkdir()
         (output / "thesis.tex").write_text("years of work")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "thesis.tex"]

@@ -1,0 +1,39 @@
+"""The model's own processor, which renders conversations as it does when the model is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+def load_processor(model_dir: Path | str) -> Any:
+    """The directory's multimodal processor, or its tokenizer where it has none; never runs the model's own code.
+
+    Raises MorphoQuantError naming the directory when neither can be loaded.
+    """
+    if not Path(model_dir).is_dir():
+        raise MorphoQuantError(f"{model_dir}: no such model directory; give a downloaded Hugging Face model")
+    try:
+        processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except ImportError as error:
+        raise MorphoQuantError(
+            f"{model_dir}: its processor needs a library that does not load ({_one_line(error)}); install it"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise MorphoQuantError(
+            f"{model_dir}: no usable tokenizer or processor ({_one_line(error)}); copy its files into the directory"
+        ) from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
+    if not ordinary:
+        # Where tokenizer.json is missing, transformers builds a tokenizer that knows its special tokens only.
+        raise MorphoQuantError(f"{model_dir}: its tokenizer has no vocabulary; copy tokenizer.json into the directory")
+    return processor
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

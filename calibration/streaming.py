@@ -1,0 +1,152 @@
+"""The three steps of a calibration, each of which goes on from what the work directory holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from calibration.architectures import Architecture
+from calibration.blocks import BlockResult, calibrate_blocks
+from calibration.capture import MemoryInput, capture_block_inputs
+from calibration.data import Conversation, PlainText
+from calibration.export import checkpoint_size, quantized_size, write_checkpoint
+from calibration.memory import MemoryNeed, check_budget, memory_need
+from calibration.model import BlockLoader, load_front
+from calibration.plan import DecoderNames
+from calibration.recipe import Recipe
+from calibration.report import make_report
+from calibration.samples import build_samples
+from calibration.sampling import TokenSample, choose_tokens
+from calibration.source import Source
+from calibration.staging import check_free_space, clear_write_errors, staged_directory
+from calibration.towers import calibrate_towers, check_media
+from calibration.work import WorkDirectory
+from morphoquant_vllm.schema import QuantizationSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What does not change during a calibration."""
+
+    source: Source
+    architecture: Architecture
+    names: DecoderNames
+    spec: QuantizationSpec
+    recipe: Recipe
+    # In bytes; None: what is free.
+    memory_budget: int | None
+
+    def memory_need(self, sampled_tokens: int) -> MemoryNeed:
+        """The peaks of this calibration; MorphoQuantError where they are above a stated budget."""
+        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled_tokens)
+        if self.recipe.towers:
+            # What is quantized of a tower is computed with right away.
+            need = replace(need, front_streamed=need.front)
+        if self.memory_budget is not None:
+            check_budget(need, self.memory_budget, self.source.directory)
+        return need
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that may be used."""
+        return psutil.virtual_memory().available if self.memory_budget is None else self.memory_budget
+
+    def choose_tokens(self, modalities: Sequence[Tensor]) -> TokenSample:
+        """The tokens that are looked at, from the samples' rows."""
+        recipe = self.recipe
+        return choose_tokens(modalities, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
+
+
+def capture(
+    job: Job, work: WorkDirectory, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
+) -> TokenSample:
+    """Render the data, run embeddings and towers on them, and keep what reaches the decoder; the tokens to look at."""
+    if work.finished is not None:
+        return job.choose_tokens(work.modalities())
+    source, recipe, spec = job.source, job.recipe, job.spec
+    # What can be told before the data are rendered: rendering can take long.
+    job.memory_need(0)
+    samples = build_samples(
+        source.directory,
+        data,
+        max_tokens=recipe.max_tokens,
+        max_samples=recipe.max_samples,
+        window_tokens=recipe.window_tokens,
+        placeholder_token_ids=spec.placeholder_token_ids,
+        rows=spec.rows,
+        skip_bad=skip_bad,
+    )
+    check_media(samples, recipe)
+    tokens = job.choose_tokens([sample.modality for sample in samples])
+    need = job.memory_need(tokens.modality.numel())
+    # The states that reach the first block, and two generations of both streams.
+    hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
+    states = sum(tokens.counts.values()) * hidden_size * getattr(torch, recipe.dtype).itemsize
+    check_free_space(work.path, quantized_size(source, spec) + 5 * states, "the work directory", "--work")
+    stream = need.front_streamed < need.front > job.memory_limit
+    model = load_front(job.architecture, source, recipe, stream_towers=stream)
+    blocks = list(model.get_submodule(job.architecture.block_module).children())
+    captured: Iterable[MemoryInput] = capture_block_inputs(model, blocks, samples, tokens.positions)
+    if recipe.towers:
+        captured = list(captured)
+        work.keep_towers(
+            calibrate_towers(model, samples, architecture=job.architecture, source=source, spec=spec, recipe=recipe)
+        )
+        # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
+        for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, tokens.positions), strict=True):
+            entry.served = again.hidden
+    work.keep_samples([sample.source for sample in samples], captured)
+    return tokens
+
+
+def quantize(
+    job: Job, work: WorkDirectory, tokens: TokenSample, on_block: Callable[[BlockResult], None] | None = None
+) -> None:
+    """Quantize the blocks that are not finished, one after the other, and keep each as soon as it is."""
+    assert work.finished is not None
+    if work.finished == job.names.blocks:
+        return
+    need = job.memory_need(tokens.modality.numel())
+    inputs = work.inputs(in_memory=need.block + work.states_size() <= job.memory_limit)
+    for result in calibrate_blocks(
+        BlockLoader(job.architecture, job.source, job.names, job.recipe),
+        inputs,
+        tokens,
+        architecture=job.architecture,
+        names=job.names,
+        source=job.source,
+        spec=job.spec,
+        recipe=job.recipe,
+        first=work.finished,
+    ):
+        work.finish_block(result, inputs)
+        if on_block is not None:
+            on_block(result)
+
+
+def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Write the checkpoint from the finished blocks, and put it in its place; its report."""
+    source, spec, recipe = job.source, job.spec, job.recipe
+    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts)
+    block_of = {job.names.layer(block, ""): block for block in range(job.names.blocks)}
+
+    def load(layer: str, tensor: str) -> Tensor:
+        # A layer that is in none of the decoder's blocks is a tower's.
+        block = next((block for start, block in block_of.items() if layer.startswith(start)), None)
+        return work.tensor(block, layer, tensor)
+
+    # The directory to write into is this work's own, whatever process goes on with it.
+    tag = hashlib.sha256(str(work.path.resolve()).encode()).hexdigest()[:8]
+    with staged_directory(output, source.directory, overwrite=overwrite, tag=tag) as directory:
+        check_free_space(directory, checkpoint_size(source, spec))
+        with clear_write_errors(output, source.directory):
+            write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions())
+        work.note_export(directory)
+    return report
