@@ -1,5 +1,6 @@
 """The graph pass: what it fuses, what it leaves alone, and how it gets into vLLM's compiler."""
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -132,6 +133,7 @@ def test_vllm_s_compiler_takes_the_pass_and_keeps_the_user_s() -> None:
     # vLLM copies its settings, and hashes them for its compilation cache.
     installed = deepcopy(config.compilation_config.inductor_compile_config)[current_platform.pass_key]
     assert isinstance(installed, InductorPass) and isinstance(installed, SiluMulFusion)
+    assert pickle.loads(pickle.dumps(installed)).uuid() == installed.uuid()
     assert config.compilation_config.compute_hash() != before
     users = CallableInductorPass(lambda graph: None, uuid="mine")
     named = CompilationConfig(inductor_compile_config={current_platform.pass_key: users})
