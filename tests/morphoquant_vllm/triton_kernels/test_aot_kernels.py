@@ -49,7 +49,10 @@ def test_the_activation_quantizer(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_activation_quantizer_with_silu_and_mul(target: str) -> None:
-    assert proof.spill_problems(resources.resources(ahead.build_quantize(target, silu_mul=True))) == []
+    kernel = ahead.build_quantize(target, silu_mul=True)
+    assert proof.spill_problems(resources.resources(kernel)) == []
+    # AMD's division and exponential are made of fused operations themselves.
+    assert target == "gfx942" or proof.rounding_problems(kernel) == []
 
 
 def test_the_reduction() -> None:
