@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     MergedColumnParallelLinear,
@@ -15,7 +16,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from . import ops
+from . import fusion, ops
 from .errors import MorphoQuantError
 from .modality import ModalityBus, warn_of_long_step
 from .numerics.activation import activation_record
@@ -55,6 +56,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     ) -> None:
         self._check_shapes(layer, input_size)
         self.activation_dtype = params_dtype
+        # Here, since vLLM copies the compiler's settings when a model has all its layers, before weights are loaded.
+        fusion.install(get_current_vllm_config(), ops.select_backend(torch.get_default_device()))
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
         parameters = make_parameters(
@@ -161,6 +164,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight, activation = self.records(layer)
-        flat = x.reshape(-1, x.shape[-1])
+        # No view where none is needed: it would hide what comes before from the pass of `fusion`.
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y = ops.linear(flat, self.token_rows(layer, flat), weight, activation, bias, self.backend)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

@@ -1,7 +1,8 @@
-"""The two custom ops that the plugin calls, and the one place where a backend is chosen.
+"""The custom ops that the plugin calls, and the one place where a backend is chosen.
 
     morphoquant::act_quant(x, modality, activation, backend)             -> codes int8 [M, K], in permuted order
     morphoquant::linear(x, modality, weight, activation, bias, backend)  -> y [M, N], dtype of x
+    morphoquant::silu_mul_linear(gate_up, ...)                           -> the same of x = silu(gate) * up
 
     x           [M, K], float32, bfloat16 or float16
     modality    int32 [M or more]: row of each token; entries past M are ignored, so that one buffer serves every M.
@@ -10,9 +11,10 @@
     activation  tensors of an activation record
     bias        [N], the layer's own bias, or None
     backend     a key of BACKENDS; its `prepare` made the records
+    gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
 
 These signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records out as it
-likes. Both ops are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
+likes. All ops are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from . import cpu
 from .numerics import activation as activation_numerics
@@ -30,6 +33,7 @@ from .numerics.activation import ActivationRecord
 from .numerics.linear import WeightRecord
 from .triton_kernels import backend as gpu_backend
 
+Linear = Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
 Prepare = Callable[[WeightRecord, ActivationRecord], tuple[list[Tensor], list[Tensor]]]
 
 
@@ -48,11 +52,13 @@ class Backend:
     # Lay the canonical records out for this backend, once, after loading.
     prepare: Prepare
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
-    linear: Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
+    linear: Linear
     # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
     check: Callable[[str, WeightRecord, ActivationRecord, torch.dtype], None] = _takes_any_layer
     # Compile for prepared records, a bias and a dtype of activations whatever would else be compiled during a request.
     warm: Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], None] = _needs_no_warming
+    # The layer with silu(gate) * up before it, where that costs the backend less than two steps do.
+    silu_mul_linear: Linear | None = None
 
 
 def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
@@ -73,7 +79,12 @@ def _reference_linear(
 BACKENDS = {
     "reference": Backend(_reference_prepare, _reference_act_quant, _reference_linear),
     "triton": Backend(
-        gpu_backend.prepare, gpu_backend.act_quant, gpu_backend.linear, gpu_backend.check, gpu_backend.warm
+        gpu_backend.prepare,
+        gpu_backend.act_quant,
+        gpu_backend.linear,
+        gpu_backend.check,
+        gpu_backend.warm,
+        gpu_backend.silu_mul_linear,
     ),
     "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
 }
@@ -110,6 +121,17 @@ def _linear(
     return BACKENDS[backend].linear(x, _token_rows(x, modality), weight, activation, bias)
 
 
+def _silu_mul_linear(
+    gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
+) -> Tensor:
+    rows = _token_rows(gate_up, modality)
+    fused = BACKENDS[backend].silu_mul_linear
+    if fused is not None:
+        return fused(gate_up, rows, weight, activation, bias)
+    gate, up = gate_up.chunk(2, dim=1)
+    return BACKENDS[backend].linear(silu(gate) * up, rows, weight, activation, bias)
+
+
 def _act_quant_fake(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
     return torch.empty_like(x, dtype=torch.int8)
 
@@ -135,6 +157,12 @@ for _name, _schema, _implementation, _fake in (
         _linear,
         _linear_fake,
     ),
+    (
+        "silu_mul_linear",
+        "(Tensor gate_up, Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend) -> Tensor",
+        _silu_mul_linear,
+        _linear_fake,
+    ),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -142,3 +170,4 @@ for _name, _schema, _implementation, _fake in (
 
 act_quant = torch.ops.morphoquant.act_quant
 linear = torch.ops.morphoquant.linear
+silu_mul_linear = torch.ops.morphoquant.silu_mul_linear

@@ -12,7 +12,7 @@ less than full rate, clocks below boost, launches (two or three kernels of some 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu_cost_model.gpus import ISSUES_PER_CYCLE, Gpu
 from morphoquant_vllm.triton_kernels.layout import tile_channels
@@ -36,6 +36,21 @@ class Estimate:
     def limit(self) -> str:
         """The limit that decides."""
         return max(("bandwidth", "issue", "units"), key=lambda name: getattr(self, name))
+
+
+# What the loop does to each group's sums: to float32, times the scale.
+CONVERT_AND_SCALE = ("I2F", "FFMA")
+
+
+def with_two_level_scales(used: Resources, tile: Tile, group_size: int) -> Resources:
+    """What the kernel would use if groups had integer scales: sums stay int32 over the whole K, weights are multiplied.
+
+    Assumed, since there is no such kernel: one instruction for each unpacked weight of a thread (four for the four
+    that share a register: multiply, and three to take the offset off), and registers as before.
+    """
+    kept = tuple(opcode for opcode in used.loop if not opcode.startswith(CONVERT_AND_SCALE))
+    weights = tile.block_n * tile_channels(group_size) * tile.unroll // used.threads
+    return replace(used, loop=kept + ("two-level",) * weights)
 
 
 def _ceil(value: int, divisor: int) -> int:

@@ -93,7 +93,9 @@ def build_gemm(
     )
 
 
-def build_quantize(target: str, *, dtype: str = "bfloat16", blocks: int = 1, fusion: bool = False) -> CompiledKernel:
+def build_quantize(
+    target: str, *, dtype: str = "bfloat16", blocks: int = 1, fusion: bool = False, silu_mul: bool = False
+) -> CompiledKernel:
     """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched."""
     aligned = {
         "inverse_ptr": "*fp32",
@@ -110,7 +112,7 @@ def build_quantize(target: str, *, dtype: str = "bfloat16", blocks: int = 1, fus
     return build(
         quantize_activation,
         types | dict.fromkeys(("x_stride", "K", "R"), "i32"),
-        {"B": blocks, "J": 4, "BLOCK_K": launch.QUANTIZE_BLOCK_K},
+        {"B": blocks, "J": 4, "BLOCK_K": launch.QUANTIZE_BLOCK_K, "SILU_MUL": silu_mul},
         (*aligned, "K"),
         target,
         num_warps=launch.QUANTIZE_WARPS,

@@ -42,3 +42,15 @@ def linear(x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[T
 
     profile = device.profile_of(x.device)
     return launch.linear(x, modality, layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, profile)
+
+
+def silu_mul_linear(
+    gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
+) -> Tensor:
+    """y [M, N] of silu(gate) * up, gate_up [M, 2K]: the quantizer computes it."""
+    from . import launch
+
+    profile = device.profile_of(gate_up.device)
+    return launch.linear(
+        gate_up, modality, layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, profile, silu_mul=True
+    )

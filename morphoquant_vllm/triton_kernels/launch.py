@@ -25,11 +25,15 @@ REDUCE_BLOCK_N = 256
 GROUP_M = 8
 
 
-def quantize(x: Tensor, modality: Tensor, activation: GpuActivation) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] of x [M, K], and the row of each token, int32 [M]; modality int32 [M]."""
-    tokens, in_features = x.shape
-    if in_features != activation.channel_order.numel():
-        raise ValueError(f"act_quant needs x as [M, {activation.channel_order.numel()}], got {list(x.shape)}")
+def quantize(x: Tensor, modality: Tensor, activation: GpuActivation, silu_mul: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] of x [M, K], and the row of each token, int32 [M]; modality int32 [M].
+
+    `silu_mul`: of silu(gate) * up, where x [M, 2K] holds gate and up side by side.
+    """
+    tokens, width = x.shape
+    in_features = activation.channel_order.numel()
+    if width != in_features * (1 + silu_mul):
+        raise ValueError(f"the quantizer needs x as [M, {in_features * (1 + silu_mul)}], got {list(x.shape)}")
     if x.stride(1) != 1:
         x = x.contiguous()
     codes = torch.empty((tokens, in_features), dtype=torch.int8, device=x.device)
@@ -54,6 +58,7 @@ def quantize(x: Tensor, modality: Tensor, activation: GpuActivation) -> tuple[Te
             B=blocks,
             J=intervals,
             BLOCK_K=QUANTIZE_BLOCK_K,
+            SILU_MUL=silu_mul,
             num_warps=QUANTIZE_WARPS,
             # Subtract and multiply must each round, as in the reference.
             enable_fp_fusion=False,
@@ -132,10 +137,19 @@ def matmul(
 
 
 def linear(
-    x: Tensor, modality: Tensor, weight: GpuWeight, activation: GpuActivation, bias: Tensor | None, profile: Profile
+    x: Tensor,
+    modality: Tensor,
+    weight: GpuWeight,
+    activation: GpuActivation,
+    bias: Tensor | None,
+    profile: Profile,
+    silu_mul: bool = False,
 ) -> Tensor:
-    """y [M, N] in the dtype of x [M, K], with the tile that the table names for this device and shape."""
-    codes, rows = quantize(x, modality, activation)
+    """y [M, N] in the dtype of x [M, K], with the tile that the table names for this device and shape.
+
+    `silu_mul`: the input of the layer is silu(gate) * up of x [M, 2K].
+    """
+    codes, rows = quantize(x, modality, activation, silu_mul)
     tile = profile.architecture.tile(x.shape[0], group_size_of(weight))
     splits = splits_of(tile, max(1, x.shape[0]), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
     return matmul(codes, rows, weight, activation.gain, bias, x.dtype, tile, splits, profile.inline_assembly)
@@ -146,8 +160,10 @@ def warm(
 ) -> None:
     """Compile, by running them on one token, all kernels that this layer can need with activations of `dtype`."""
     device = weight.codes.device
-    x = torch.zeros((1, activation.channel_order.numel()), dtype=dtype, device=device)
-    codes, rows = quantize(x, torch.zeros(1, dtype=torch.int32, device=device), activation)
+    gate_up = torch.zeros((1, 2 * activation.channel_order.numel()), dtype=dtype, device=device)
+    modality = torch.zeros(1, dtype=torch.int32, device=device)
+    quantize(gate_up, modality, activation, silu_mul=True)
+    codes, rows = quantize(gate_up[:, ::2].contiguous(), modality, activation)
     for tile in profile.architecture.tiles:
         if group_size_of(weight) in tile.group_sizes:
             for splits in {1, min(tile.max_splits, 2)}:

@@ -1,5 +1,6 @@
 """The cost model's arithmetic, and that what it prints and writes is marked as an estimate."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -31,6 +32,14 @@ def test_split_k_pays_for_its_partial_sums() -> None:
     split = model.estimate(GPUS["H100"], TILE, 8, USED, 4, 16, 3584, 18944, 128)
     assert (split.bandwidth - whole.bandwidth) * 3350e9 == pytest.approx(8 * 8 * 16 * 3584)
     assert split.issue < whole.issue, "56 programs leave most of 132 multiprocessors idle"
+
+
+def test_two_level_scales_drop_the_conversions_and_multiply_the_weights() -> None:
+    """Of a real loop's kinds of instructions; 64 x 128 weights a step, two steps a turn, 128 threads."""
+    used = dataclasses.replace(USED, loop=("IMMA.16832.S8.S8", "I2FP.F32.S32", "FFMA", "IMAD", "I2F.S32") * 3)
+    changed = model.with_two_level_scales(used, TILE, 128)
+    assert changed.loop == ("IMMA.16832.S8.S8", "IMAD") * 3 + ("two-level",) * (64 * 128 * 2 // 128)
+    assert dataclasses.replace(changed, loop=used.loop) == used
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from morphoquant_vllm import ops
 from morphoquant_vllm.config import MorphoQuantConfig
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.activation import act_quant, is_massive, token_rows
 from morphoquant_vllm.numerics.linear import linear, matmul
 from morphoquant_vllm.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec
+from morphoquant_vllm.triton_kernels import device
 from tests.checkpoints import random_group
 from tests.records import activation_of, rank_part, weight_of
 
@@ -201,6 +204,30 @@ class TestFusedLayer:
         layer.bias.data.fill_(float("nan"))
         with pytest.raises(MorphoQuantError, match=r"mlp.gate_proj.bias: holds NaN"):
             load(layer, stored(spec, 2))
+
+    @pytest.mark.parametrize(
+        ("capability", "dtype", "line"),
+        [
+            ((7, 5), torch.bfloat16, "mlp.gate_proj: GPU 7.5 is not served; serve on a GPU of compute capability"),
+            ((9, 0), torch.float32, "mlp.gate_proj: activations in torch.float32 are not served on a GPU; serve with"),
+        ],
+    )
+    def test_what_the_gpu_kernels_do_not_serve_is_refused_at_load(
+        self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, line: str
+    ) -> None:
+        """A layer that believes to be on a GPU; nothing is laid out or compiled for it."""
+        monkeypatch.setattr(ops, "select_backend", lambda _: "triton")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        units = SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: units)
+        # Not through the cache, which would keep this GPU for other tests.
+        monkeypatch.setattr(device, "profile_of", device.profile_of.__wrapped__)
+        spec = specification()
+        layer = merged_layer(spec)
+        layer.quant_method.activation_dtype = dtype
+        with pytest.raises(MorphoQuantError) as caught:
+            load(layer, stored(spec, 2))
+        assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
     def test_an_input_size_that_is_not_the_models_is_refused(self) -> None:
         from vllm.model_executor.layers.linear import ReplicatedLinear

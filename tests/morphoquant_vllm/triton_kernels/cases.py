@@ -5,7 +5,7 @@ Imported there only for its functions that import Triton; the data classes are p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -179,3 +179,38 @@ def strided_input_agrees() -> bool:
     rows = activation_numerics.token_rows(wide, modality, record)
     codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
     return torch.equal(codes, activation_numerics.act_quant(wide, rows, record))
+
+
+@dataclass(frozen=True)
+class FusedAgreement:
+    """The quantizer with silu(gate) * up in it beside torch's own silu(gate) * up and the reference quantizer."""
+
+    other_inputs: int  # values of silu(gate) * up that the kernel rounded the other way, by its codes
+    rows_equal: bool
+    massive: int  # tokens that are
+    escapes: int  # codes outside 4 bits
+
+
+def silu_mul(case: Case) -> FusedAgreement:
+    """Quantize gate and up at once, NaN, infinities and values far off among them."""
+    from morphoquant_vllm.triton_kernels import launch
+
+    _, record = layer(case)
+    up, modality = tokens(case, record)
+    gate, _ = tokens(replace(case, tokens=case.tokens + 1), record)
+    gate = gate[: case.tokens].clone()
+    # silu(20) is 20 in 16 bit: 20 * 0.25 lies in the massive intervals, 20 * -0.5 does not.
+    gate[:, record.massive_channel.flatten().long()] = 20.0
+    up[0::3, record.massive_channel[-1].long()] = 0.25
+    up[1::3, record.massive_channel.flatten().long()] = -0.5
+    x = torch.nn.functional.silu(gate) * up
+    rows = activation_numerics.token_rows(x, modality, record)
+    expected = activation_numerics.act_quant(x, rows, record)
+    prepared = layout.prepare_activation(record)
+    codes, found_rows = launch.quantize(torch.cat((gate, up), 1), modality, prepared, silu_mul=True)
+    return FusedAgreement(
+        other_inputs=int((codes != expected).sum()),
+        rows_equal=torch.equal(found_rows, rows),
+        massive=int((rows == ROWS - 1).sum()),
+        escapes=int(activation_numerics.escapes(codes).sum()),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from morphoquant_vllm import ops
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from tests.morphoquant_vllm.triton_kernels.cases import Case, layer, tokens
+
+# Everything that launch.py launches.
+KERNELS = ("quantize_activation", "int4_gemm", "reduce_splits")
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,49 @@ def check_ops(case: Case) -> None:
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)
     for count in (case.tokens, case.tokens - 1):
         assert torch.equal(compiled(x[:count], modality), forward(x[:count], modality))
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches = 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+def launches(case: Case, architecture: str, units: int, silu_mul: bool) -> dict[str, int]:
+    """How often one call of an op launches each kernel; `silu_mul`: the op that computes silu(gate) * up as well."""
+    from morphoquant_vllm.triton_kernels import launch
+
+    _pretend(architecture, units)
+    weight, record = layer(case)
+    x, modality = tokens(case, record)
+    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    kernels = {name: Counted(getattr(launch, name)) for name in KERNELS}
+    try:
+        for name, kernel in kernels.items():
+            setattr(launch, name, kernel)
+        if silu_mul:
+            ops.silu_mul_linear(torch.cat((x, x), 1), modality, prepared, prepared_activation, None, "triton")
+        else:
+            ops.linear(x, modality, prepared, prepared_activation, None, "triton")
+    finally:
+        for name, kernel in kernels.items():
+            setattr(launch, name, kernel.kernel)
+    return {name: kernel.launches for name, kernel in kernels.items()}
+
+
+def fused(case: Case, architecture: str) -> bool:
+    """Whether the fused op gives the bits of the plain one on what torch makes of gate and up."""
+    _pretend(architecture, 4)
+    weight, record = layer(case)
+    up, modality = tokens(case, record)
+    gate = torch.randn(up.shape, generator=torch.Generator().manual_seed(3)).to(case.dtype)
+    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    y = ops.silu_mul_linear(torch.cat((gate, up), 1), modality, prepared, prepared_activation, None, "triton")
+    x = torch.nn.functional.silu(gate) * up
+    return torch.equal(y, ops.linear(x, modality, prepared, prepared_activation, None, "triton"))

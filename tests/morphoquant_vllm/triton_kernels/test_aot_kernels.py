@@ -47,6 +47,14 @@ def test_the_activation_quantizer(target: str) -> None:
     assert proof.rounding_problems(kernel) == []
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_activation_quantizer_with_silu_and_mul(target: str) -> None:
+    kernel = ahead.build_quantize(target, silu_mul=True)
+    assert proof.spill_problems(resources.resources(kernel)) == []
+    # AMD's division and exponential are made of fused operations themselves.
+    assert target == "gfx942" or proof.rounding_problems(kernel) == []
+
+
 def test_the_reduction() -> None:
     assert proof.spill_problems(resources.resources(ahead.build_reduce("sm_90"))) == []
 
@@ -76,6 +84,8 @@ def test_the_small_kernels_everywhere(target: str, dtype: str) -> None:
     for blocks in (1, 4):
         kernel = ahead.build_quantize(target, dtype=dtype, blocks=blocks)
         assert proof.spill_problems(resources.resources(kernel)) == []
+        with_silu = ahead.build_quantize(target, dtype=dtype, blocks=blocks, silu_mul=True)
+        assert proof.spill_problems(resources.resources(with_silu)) == []
         assert proof.rounding_problems(kernel) == []
     for has_bias in (False, True):
         used = resources.resources(ahead.build_reduce(target, dtype=dtype, has_bias=has_bias))

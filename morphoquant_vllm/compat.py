@@ -1,0 +1,185 @@
+"""What the plugin uses of vLLM 0.32, and how the vLLM installed differs: `python -m morphoquant_vllm.compat`.
+
+The package has no branch on vLLM's version. One that becomes necessary belongs here, with a test that fails when the
+oldest vLLM of pyproject.toml no longer needs it; `tests/morphoquant_vllm/test_compat.py` refuses it anywhere else.
+Imports the standard library only, and vLLM while it compares.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import sys
+import textwrap
+from functools import cache, cached_property
+from typing import Any
+
+_CONFIG = "vllm.config"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_BASE = _QUANTIZATION + ".base_config"
+_LINEAR = "vllm.model_executor.layers.linear"
+_EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+_PARAMETER = "vllm.model_executor.parameter"
+_CREATE_WEIGHTS = (
+    "(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, "
+    "**extra_weight_attrs)"
+)
+
+# "module:name", or "module:Class.member": a function's parameters, a class's bases, or what kind of member it is.
+# Here stand the names that the plugin imports, the members that it reads or calls, and the methods that it overrides.
+INTERFACES: dict[str, str] = {
+    "vllm.plugins:DEFAULT_PLUGINS_GROUP": "'vllm.general_plugins'",
+    "vllm.logger:init_logger": "(name)",
+    "vllm.logger:_VllmLogger.info_once": "(self, msg, *args, scope='local')",
+    "vllm.logger:_VllmLogger.warning_once": "(self, msg, *args, scope='local')",
+    f"{_CONFIG}:get_current_vllm_config": "()",
+    f"{_CONFIG}:VllmConfig": "class(object)",
+    f"{_CONFIG}:VllmConfig.model_config": "attribute",
+    f"{_CONFIG}:VllmConfig.parallel_config": "attribute",
+    f"{_CONFIG}:VllmConfig.scheduler_config": "attribute",
+    f"{_CONFIG}:VllmConfig.cache_config": "attribute",
+    f"{_CONFIG}:VllmConfig.lora_config": "attribute",
+    f"{_CONFIG}:VllmConfig.speculative_config": "attribute",
+    f"{_CONFIG}:ModelConfig.supports_multimodal_inputs": "property",
+    f"{_CONFIG}:ModelConfig.is_encoder_decoder": "property",
+    f"{_CONFIG}:ModelConfig.enable_prompt_embeds": "attribute",
+    f"{_CONFIG}:ParallelConfig.pipeline_parallel_size": "attribute",
+    f"{_CONFIG}:ParallelConfig.prefill_context_parallel_size": "attribute",
+    f"{_CONFIG}:ParallelConfig.decode_context_parallel_size": "attribute",
+    f"{_CONFIG}:ParallelConfig.use_ubatching": "property",
+    f"{_CONFIG}:CacheConfig.kv_sharing_fast_prefill": "attribute",
+    f"{_CONFIG}:SchedulerConfig.max_num_batched_tokens": "attribute",
+    f"{_CONFIG}:VllmConfig.compilation_config": "attribute",
+    f"{_CONFIG}:CompilationConfig.inductor_compile_config": "attribute",
+    "vllm.platforms:current_platform": "object",
+    "vllm.platforms.interface:Platform.pass_key": "property",
+    "vllm.compilation.passes.inductor_pass:InductorPass": "class(CustomGraphPass)",
+    "vllm.compilation.passes.inductor_pass:InductorPass.uuid": "(self)",
+    "vllm.compilation.passes.inductor_pass:InductorPass.hash_source": "(*srcs)",
+    f"{_QUANTIZATION}:register_quantization_config": "(quantization)",
+    f"{_BASE}:QuantizeMethodBase": "class(ABC)",
+    f"{_BASE}:QuantizeMethodBase.process_weights_after_loading": "(self, layer)",
+    f"{_BASE}:QuantizationConfig": "class(ABC)",
+    f"{_BASE}:QuantizationConfig.__init__": "(self)",
+    f"{_BASE}:QuantizationConfig.packed_modules_mapping": "attribute",
+    f"{_BASE}:QuantizationConfig.get_name": "(self)",
+    f"{_BASE}:QuantizationConfig.get_supported_act_dtypes": "(self)",
+    f"{_BASE}:QuantizationConfig.get_min_capability": "()",
+    f"{_BASE}:QuantizationConfig.get_config_filenames": "()",
+    f"{_BASE}:QuantizationConfig.from_config": "(config)",
+    f"{_BASE}:QuantizationConfig.maybe_update_config": "(self, model_name, hf_config=None, revision=None)",
+    f"{_BASE}:QuantizationConfig.apply_vllm_mapper": "(self, hf_to_vllm_mapper)",
+    f"{_BASE}:QuantizationConfig.get_quant_method": "(self, layer, prefix)",
+    "vllm.model_executor.models.utils:WeightsMapper": "class(object)",
+    "vllm.model_executor.models.utils:WeightsMapper.apply_dict": "(self, values)",
+    "vllm.model_executor.layers.fused_moe:RoutedExperts": "class(PluggableLayer)",
+    f"{_LINEAR}:LinearBase": "class(PluggableLayer)",
+    f"{_LINEAR}:LinearBase.tp_rank": "attribute",
+    f"{_LINEAR}:LinearBase.tp_size": "attribute",
+    f"{_LINEAR}:LinearMethodBase": "class(QuantizeMethodBase)",
+    f"{_LINEAR}:LinearMethodBase.create_weights": _CREATE_WEIGHTS,
+    f"{_LINEAR}:LinearMethodBase.apply": "(self, layer, x, bias=None)",
+    f"{_LINEAR}:UnquantizedLinearMethod": "class(LinearMethodBase)",
+    f"{_LINEAR}:MergedColumnParallelLinear": "class(ColumnParallelLinear)",
+    f"{_LINEAR}:QKVParallelLinear": "class(ColumnParallelLinear)",
+    f"{_LINEAR}:RowParallelLinear": "class(LinearBase)",
+    f"{_LINEAR}:register_weight_loader_v2_supported_method": "(cls)",
+    f"{_EMBEDDING}:VocabParallelEmbedding": "class(PluggableLayer)",
+    f"{_EMBEDDING}:VocabParallelEmbedding.num_embeddings": "attribute",
+    f"{_EMBEDDING}:VocabParallelEmbedding.forward": "(self, input_)",
+    f"{_EMBEDDING}:ParallelLMHead": "class(VocabParallelEmbedding)",
+    f"{_EMBEDDING}:UnquantizedEmbeddingMethod": "class(QuantizeMethodBase)",
+    f"{_EMBEDDING}:UnquantizedEmbeddingMethod.create_weights": _CREATE_WEIGHTS,
+    f"{_PARAMETER}:BasevLLMParameter": "class(Parameter)",
+    f"{_PARAMETER}:BasevLLMParameter.__new__": "(cls, data, **kwargs)",
+    f"{_PARAMETER}:BasevLLMParameter.__init__": "(self, data, weight_loader)",
+    f"{_PARAMETER}:BasevLLMParameter.tp_rank": "attribute",
+    f"{_PARAMETER}:BasevLLMParameter.load_column_parallel_weight": "(self, loaded_weight)",
+    f"{_PARAMETER}:BasevLLMParameter.load_merged_column_weight": "(self, loaded_weight, **kwargs)",
+    f"{_PARAMETER}:BasevLLMParameter.load_qkv_weight": "(self, loaded_weight, **kwargs)",
+    f"{_PARAMETER}:BasevLLMParameter.load_row_parallel_weight": "(self, loaded_weight)",
+    f"{_PARAMETER}:ChannelQuantScaleParameter": "class(_ColumnvLLMParameter)",
+    f"{_PARAMETER}:ChannelQuantScaleParameter.__init__": "(self, output_dim, **kwargs)",
+    f"{_PARAMETER}:ChannelQuantScaleParameter.load_row_parallel_weight": "(self, loaded_weight)",
+    f"{_PARAMETER}:GroupQuantScaleParameter": "class(_ColumnvLLMParameter, RowvLLMParameter)",
+    f"{_PARAMETER}:GroupQuantScaleParameter.__init__": "(self, output_dim, **kwargs)",
+    f"{_PARAMETER}:PackedvLLMParameter": "class(ModelWeightParameter)",
+    f"{_PARAMETER}:PackedvLLMParameter.__init__": "(self, packed_factor, packed_dim, marlin_tile_size=None, **kwargs)",
+}
+
+
+def differences() -> list[str]:
+    """How the installed vLLM differs from INTERFACES, one line each."""
+    found = []
+    for path, expected in INTERFACES.items():
+        actual = describe(path)
+        if actual != expected:
+            found.append(f"{path} is {actual}, not {expected}")
+    return found
+
+
+def describe(path: str) -> str:
+    """What stands at "module:name" or "module:Class.member", in the words of INTERFACES; nothing is "missing"."""
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as problem:
+        return f"missing ({' '.join(str(problem).split())})"
+    owner_name, _, member = name.partition(".")
+    owner = getattr(module, owner_name, None)
+    if owner is None:
+        return "missing"
+    return _member(owner, member) if member else _thing(owner)
+
+
+def _thing(thing: Any) -> str:
+    if isinstance(thing, str):
+        return repr(thing)
+    if inspect.isclass(thing):
+        return f"class({', '.join(base.__name__ for base in thing.__bases__)})"
+    if not inspect.isroutine(thing):
+        return "object"
+    signature = inspect.signature(thing)
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+
+
+def _member(owner: type, name: str) -> str:
+    member = inspect.getattr_static(owner, name, None)
+    if isinstance(member, (property, cached_property)):
+        return "property"
+    if inspect.isroutine(member):
+        return _thing(getattr(owner, name))
+    declared = any(name in inspect.get_annotations(cls) for cls in owner.__mro__)
+    set_on_instances = any(name in _set_on_self(cls) for cls in owner.__mro__ if cls.__module__.startswith("vllm."))
+    return "attribute" if declared or set_on_instances else "missing"
+
+
+@cache
+def _set_on_self(cls: type) -> set[str]:
+    """Attributes that a class's own methods assign to `self`: only the source shows them."""
+    nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def main() -> int:
+    """Print what differs; exit status 1 where anything does."""
+    found = differences()
+    version = importlib.metadata.version("vllm")
+    for line in found:
+        print(line)
+    print(f"vLLM {version}: {len(INTERFACES) - len(found)} of {len(INTERFACES)} interfaces are as the plugin uses them")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The CUDA builds of vLLM have the interfaces that the plugin uses: as far as their Python code goes, without CUDA.
+
+Each build is installed without its dependencies into a folder of its own, which stands before this environment's
+vLLM on Python's path; everything else comes from the environment. Its compiled libraries need CUDA and are left out.
+VLLM_TARGET_DEVICE=cpu makes a CUDA build take vLLM's CPU platform.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CACHE = REPOSITORY / ".cache" / "cuda-wheels"
+# What the plugin is for, and the next release, which pyproject.toml does not admit yet.
+SUPPORTED, NEXT = "0.32.0", "0.33.0"
+# What the next release has otherwise. Widen pyproject.toml when all of it is dealt with.
+NEXT_DIFFERENCES: list[str] = []
+# Tests of the plugin that need vLLM's Python code alone.
+PLUGIN_TESTS = ("test_config.py", "test_linear_method.py", "test_modality.py", "test_registration.py", "test_fusion.py")
+# What benchmarks.gpu_linear asks of vLLM.
+BENCHMARK = (
+    "vllm.config:set_current_vllm_config",
+    "vllm.scalar_type:scalar_types",
+    "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel:MPLinearLayerConfig",
+    *(
+        f"vllm.model_executor.kernels.linear.mixed_precision.{kernel}.{method}"
+        for kernel in ("marlin:MarlinLinearKernel", "humming:HummingLinearKernel")
+        for method in ("can_implement", "process_weights_after_loading", "apply_weights")
+    ),
+)
+
+pytestmark = pytest.mark.full
+
+
+def install(version: str) -> Path:
+    """The build's Python code; skips where the package index does not give it."""
+    target = CACHE / f"vllm-{version}"
+    if target.is_dir():
+        return target
+    staged = target.with_name(target.name + ".part")
+    shutil.rmtree(staged, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-compile"]
+    done = subprocess.run(
+        [*pip, "--only-binary=:all:", "--target", str(staged), f"vllm=={version}"], capture_output=True, text=True
+    )
+    if done.returncode:
+        shutil.rmtree(staged, ignore_errors=True)
+        pytest.skip(f"vllm {version} cannot be installed: {' '.join(done.stderr.split())[-200:]}")
+    for library in staged.rglob("*.so*"):
+        library.unlink()
+    staged.rename(target)
+    return target
+
+
+def run(build: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with the build's vLLM."""
+    environment = {**os.environ, "PYTHONPATH": f"{build}:{REPOSITORY}", "VLLM_TARGET_DEVICE": "cpu"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def supported() -> Path:
+    return install(SUPPORTED)
+
+
+@pytest.fixture(scope="module")
+def coming() -> Path:
+    return install(NEXT)
+
+
+def differences(build: Path) -> list[str]:
+    """How the build differs from compat.INTERFACES."""
+    done = run(build, "-m", "morphoquant_vllm.compat")
+    *lines, summary = done.stdout.strip().splitlines() or [done.stderr[-2000:]]
+    version = build.name.removeprefix("vllm-")
+    assert summary.startswith(f"vLLM {version}: "), "another vLLM came first: " + summary
+    return [line for line in lines if line.startswith("vllm.")]
+
+
+def test_the_cuda_build_has_every_interface(supported: Path) -> None:
+    assert differences(supported) == []
+
+
+def test_the_next_release_differs_as_it_is_known_to(coming: Path) -> None:
+    assert differences(coming) == NEXT_DIFFERENCES
+
+
+@pytest.mark.parametrize("version", [SUPPORTED, NEXT])
+def test_the_plugin_s_tests_pass_on_its_python_code(version: str) -> None:
+    build = install(version)
+    tests = [str(Path(__file__).with_name(name)) for name in PLUGIN_TESTS]
+    done = run(build, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full", *tests)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("version", [SUPPORTED, NEXT])
+def test_what_the_gpu_benchmark_uses_is_there(version: str) -> None:
+    code = f"from morphoquant_vllm.compat import describe\nfor path in {BENCHMARK}: print(path, describe(path))"
+    done = run(install(version), "-c", code)
+    found = [line for line in done.stdout.splitlines() if line.startswith("vllm.")]
+    assert len(found) == len(BENCHMARK), done.stderr[-2000:]
+    assert [line for line in found if "missing" in line] == []
