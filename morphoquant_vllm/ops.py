@@ -1,4 +1,4 @@
-"""The two custom ops that the plugin calls, and the one place where a backend is chosen.
+"""The custom ops that the plugin calls, and the one place where a backend is chosen.
 
     morphoquant::act_quant(x, modality, activation, backend)             -> codes int8 [M, K], in permuted order
     morphoquant::linear(x, modality, weight, activation, bias, backend)  -> y [M, N], dtype of x
@@ -11,8 +11,12 @@
     bias        [N], the layer's own bias, or None
     backend     a key of BACKENDS; its `prepare` made the records
 
-These signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records out as it
-likes. Both ops are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
+The optional 8-bit lm_head has one of its own, which runs on a CPU alone:
+
+    morphoquant::head(x, codes, scale)  -> y [M, N], dtype of x; see numerics/head.py
+
+The signatures of the first two are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
+out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cpu_head
 from .numerics import activation as activation_numerics
 from .numerics import linear as linear_numerics
 from .numerics.activation import ActivationRecord
@@ -120,6 +124,10 @@ def _linear_fake(
     return x.new_empty((x.shape[0], weight[-1].shape[-1]))
 
 
+def _head_fake(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
 # The operators live as long as this object does.
 _LIBRARY = torch.library.Library("morphoquant", "DEF")
 for _name, _schema, _implementation, _fake in (
@@ -135,6 +143,7 @@ for _name, _schema, _implementation, _fake in (
         _linear,
         _linear_fake,
     ),
+    ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", cpu_head.head, _head_fake),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -142,3 +151,4 @@ for _name, _schema, _implementation, _fake in (
 
 act_quant = torch.ops.morphoquant.act_quant
 linear = torch.ops.morphoquant.linear
+head = torch.ops.morphoquant.head

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "gemm.h"
+#include "head.h"
 #include "quantize.h"
 
 using morphoquant::Call;
@@ -30,4 +31,14 @@ int run(const Call& c, bool multiply) {
 // 0, or 1 where the modality of a token that is not massive is no row: then the output is undefined.
 extern "C" int morphoquant_act_quant(const Call* call) { return run(*call, false); }
 extern "C" int morphoquant_linear(const Call* call) { return run(*call, true); }
+extern "C" int morphoquant_head(const morphoquant::HeadCall* call) {
+  if (call->dtype == morphoquant::kFloat32) {
+    morphoquant::run_head<morphoquant::kFloat32>(*call);
+  } else if (call->dtype == morphoquant::kBFloat16) {
+    morphoquant::run_head<morphoquant::kBFloat16>(*call);
+  } else {
+    morphoquant::run_head<morphoquant::kFloat16>(*call);
+  }
+  return 0;
+}
 extern "C" int64_t morphoquant_call_size() { return sizeof(Call); }
