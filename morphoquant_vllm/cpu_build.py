@@ -51,15 +51,15 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library: functions of a packed Call (cpu_kernels/call.h), or HeadCall (head.h).
+    """The loaded library: functions of a packed Request (cpu_kernels/record.h), or HeadCall (head.h).
 
-    They return 0, or 1 for a bad row.
+    They return 0, 1 for a bad row, 2 for a bad record, 3 without memory.
     """
 
     act_quant: Callable[[bytes], int]
     linear: Callable[[bytes], int]
     head: Callable[[bytes], int]
-    call_size: int
+    request_size: int
     instructions: str
 
 
@@ -177,8 +177,8 @@ def load(path: Path, instructions: str) -> Kernels:
     functions = (library.morphoquant_act_quant, library.morphoquant_linear, library.morphoquant_head)
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    library.morphoquant_call_size.restype = ctypes.c_int64
-    return Kernels(*functions, call_size=library.morphoquant_call_size(), instructions=instructions)
+    library.morphoquant_request_size.restype = ctypes.c_int64
+    return Kernels(*functions, request_size=library.morphoquant_request_size(), instructions=instructions)
 
 
 @functools.cache

@@ -51,6 +51,7 @@ class Backend:
 
     # Lay the canonical records out for this backend, once, after loading.
     prepare: Prepare
+    # Inputs as the ops take them, modality with M entries or more; checked.
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     linear: Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
     # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
@@ -64,21 +65,30 @@ def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tu
 
 
 def _reference_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
-    record = ActivationRecord(*activation)
+    record, modality = ActivationRecord(*activation), modality[: x.shape[0]]
     return activation_numerics.act_quant(x, activation_numerics.token_rows(x, modality, record), record)
 
 
 def _reference_linear(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
 ) -> Tensor:
+    modality = modality[: x.shape[0]]
     return linear_numerics.linear(x, modality, WeightRecord(*weight), ActivationRecord(*activation), bias)
+
+
+def _triton_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
+    return gpu_backend.act_quant(x, modality[: x.shape[0]], activation)
+
+
+def _triton_linear(
+    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
+) -> Tensor:
+    return gpu_backend.linear(x, modality[: x.shape[0]], weight, activation, bias)
 
 
 BACKENDS = {
     "reference": Backend(_reference_prepare, _reference_act_quant, _reference_linear),
-    "triton": Backend(
-        gpu_backend.prepare, gpu_backend.act_quant, gpu_backend.linear, gpu_backend.check, gpu_backend.warm
-    ),
+    "triton": Backend(gpu_backend.prepare, _triton_act_quant, _triton_linear, gpu_backend.check, gpu_backend.warm),
     "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
 }
 
@@ -93,7 +103,7 @@ def select_backend(device: torch.device) -> str:
     return BACKEND_OF_DEVICE.get(device.type, "reference")
 
 
-def _token_rows(x: Tensor, modality: Tensor) -> Tensor:
+def _check_inputs(x: Tensor, modality: Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K], got shape {list(x.shape)}")
     if modality.dtype != torch.int32 or modality.dim() != 1 or modality.numel() < x.shape[0]:
@@ -101,17 +111,18 @@ def _token_rows(x: Tensor, modality: Tensor) -> Tensor:
             f"modality must be int32 with at least M = {x.shape[0]} entries, "
             f"got {modality.dtype} {list(modality.shape)}"
         )
-    return modality[: x.shape[0]]
 
 
 def _act_quant(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
-    return BACKENDS[backend].act_quant(x, _token_rows(x, modality), activation)
+    _check_inputs(x, modality)
+    return BACKENDS[backend].act_quant(x, modality, activation)
 
 
 def _linear(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
-    return BACKENDS[backend].linear(x, _token_rows(x, modality), weight, activation, bias)
+    _check_inputs(x, modality)
+    return BACKENDS[backend].linear(x, modality, weight, activation, bias)
 
 
 def _act_quant_fake(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
