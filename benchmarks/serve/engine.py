@@ -17,7 +17,10 @@ from benchmarks.serve import memory
 from benchmarks.server import Server, ServerError, serve, stop
 
 # A failing engine's last complaints, which follow from an earlier one.
-_CONSEQUENCE = ("Engine core initialization failed", "See root cause", "WorkerProc initialization failed")
+_CONSEQUENCE = (
+    *("Engine core initialization failed", "WorkerProc initialization failed", "Worker failed with error"),
+    "EngineCore encountered an issue",
+)
 _ERROR = re.compile(r"\b(\w+(?:Error|Exception)): (.+)")
 _KERNEL = re.compile(r"(?:Using|Selected) (\w+Kernel)\b")
 _LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")
@@ -100,7 +103,7 @@ def measure(checkpoint: Path, settings: Settings, extra: Sequence[str], scratch:
 def _ask(
     server: Server, checkpoint: Path, settings: Settings, length: int, output: int, count: int, at_once: int
 ) -> dict[str, Any]:
-    """The JSON of one `vllm bench serve`. A server that died gives its own reason, not the client's."""
+    """The JSON of one `vllm bench serve`. A server that logged an error gives the reason, not the client."""
     file = server.log.with_name("bench-serve.json")
     file.unlink(missing_ok=True)
     command = [
@@ -113,8 +116,6 @@ def _ask(
         run_vllm(command, server.log.with_name("bench-serve.log"), settings)
         return served_result(file, count)
     except RunError as error:
-        if server.process.poll() is None:
-            raise
         raise RunError(_reason(server.log.read_text(errors="replace"), str(error))) from error
 
 
@@ -172,8 +173,9 @@ def _reason(log: str, otherwise: str) -> str:
     """The last error in a log that is not the consequence of another, in one line; `otherwise` where there is none."""
     errors = [
         f"{match[1]}: {match[2]}"
-        for match in _ERROR.finditer(log)
-        if not any(consequence in match[2] for consequence in _CONSEQUENCE)
+        for line in log.splitlines()
+        if " WARNING " not in line and (match := _ERROR.search(line))
+        if not any(consequence in line for consequence in _CONSEQUENCE)
     ]
     return " ".join((errors[-1] if errors else otherwise).split())[:300]
 

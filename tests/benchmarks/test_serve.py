@@ -101,7 +101,10 @@ INFO [default_loader.py:502] Loading weights took 1.25 seconds
 INFO [auto_gptq.py:352] Using CPUWNA16LinearKernel for AutoGPTQLinearMethod
 (EngineCore pid=7) INFO [gpu_model_runner.py:5150] Model loading took 1.5 GiB memory and 2.5 seconds
 (EngineCore pid=7) ERROR AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'
+(EngineCore pid=7) ERROR RuntimeError: Worker failed with error ''_OpNamespace' ...', please check the stack trace above
+(APIServer pid=6) ERROR vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See above
 (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+(APIServer pid=6) WARNING This can cause fd limit errors like `OSError: [Errno 24] Too many open files`.
 """
 
 
