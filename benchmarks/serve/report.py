@@ -58,7 +58,8 @@ def markdown(summary: dict[str, Any]) -> str:
         f"Generated weights. `vllm bench serve` and `vllm bench throughput`, {summary['rounds']} round(s), in each of "
         "which every engine is started and asked once, in random order. Figures are medians over rounds (least to "
         "greatest); ratios are taken within rounds, and greater than 1 is better. Memory is the engine process's: "
-        '"held" after all requests, without file pages; "at most" with the pages of files that are read.',
+        '"held" after all requests, without file pages; "at most" with the pages of files that are read; both with '
+        "Python and the cache of keys and values.",
     ]
     for model, found in summary["models"].items():
         parts.append(f"## {model}")

@@ -226,7 +226,7 @@ def test_an_engine_is_asked_by_vllm_s_own_client(work: Path) -> None:
     """MorphoQuant with the 8-bit head, from generated weights to vLLM's figures: one server, one client."""
     kind, extra = METHODS["morphoquant-g32-head8"]
     settings = Settings(
-        prompts=0, short_tokens=8, output_tokens=4, sequences=(2,), arguments=("--enforce-eager",), timeout=300
+        prompts=0, short_tokens=8, output_tokens=4, sequences=(2,), arguments=("--enforce-eager",), timeout=600
     )
     scratch = work / "run"
     found = engine.measure(write_checkpoint("tiny", kind, work), settings, extra, scratch)
