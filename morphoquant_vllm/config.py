@@ -83,11 +83,13 @@ class MorphoQuantConfig(QuantizationConfig):
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from .linear_method import MorphoQuantLinearMethod
+        from .lm_head import EightBitHeadMethod, wants_eight_bits
         from .modality import ModalityEmbeddingMethod
 
         if isinstance(layer, RoutedExperts):
@@ -96,8 +98,12 @@ class MorphoQuantConfig(QuantizationConfig):
             )
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
             return ModalityEmbeddingMethod(self.modality_bus())
+        if isinstance(layer, ParallelLMHead):
+            config = get_current_vllm_config_or_none()
+            wanted = config is not None and wants_eight_bits(config.additional_config)
+            return EightBitHeadMethod(config) if wanted else None
         if not isinstance(layer, LinearBase):
-            return None  # lm_head and attention stay as they are
+            return None  # attention stays as it is
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
         if not quantized:

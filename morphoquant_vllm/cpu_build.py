@@ -51,11 +51,15 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library; both functions take a packed Call (cpu_kernels/call.h) and return 0, or 1 for a bad row."""
+    """The loaded library: functions of a packed Request (cpu_kernels/record.h), or HeadCall (head.h).
+
+    They return 0, 1 for a bad row, 2 for a bad record, 3 without memory.
+    """
 
     act_quant: Callable[[bytes], int]
     linear: Callable[[bytes], int]
-    call_size: int
+    head: Callable[[bytes], int]
+    request_size: int
     instructions: str
 
 
@@ -170,11 +174,11 @@ def load(path: Path, instructions: str) -> Kernels:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} does not load ({error}); remove it, and set CXX to g++ if it is another") from error
-    functions = (library.morphoquant_act_quant, library.morphoquant_linear)
+    functions = (library.morphoquant_act_quant, library.morphoquant_linear, library.morphoquant_head)
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    library.morphoquant_call_size.restype = ctypes.c_int64
-    return Kernels(*functions, call_size=library.morphoquant_call_size(), instructions=instructions)
+    library.morphoquant_request_size.restype = ctypes.c_int64
+    return Kernels(*functions, request_size=library.morphoquant_request_size(), instructions=instructions)
 
 
 @functools.cache

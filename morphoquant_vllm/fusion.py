@@ -6,6 +6,7 @@ and FP4 operators; the pass here takes the free place. What it does not recognis
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,18 @@ from .triton_kernels.layout import GpuActivation, GpuWeight
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# Environment variable that turns the pass on.
+CHOICE = "MORPHOQUANT_FUSION"
 # Tensors of a weight and an activation record, of the backends that have a fused operation.
 RECORD_SIZES = {"triton": (len(GpuWeight._fields), len(GpuActivation._fields))}
 
 
 def install(config: VllmConfig, backend: str) -> None:
-    """Let vLLM's compiler run the pass for layers of `backend`, unless the user named another one for its place."""
-    if backend in RECORD_SIZES:
+    """Let vLLM's compiler run the pass for layers of `backend` where the environment asks for it (it has not run on a GPU).
+
+    A pass that the user named for its place stays there.
+    """
+    if backend in RECORD_SIZES and os.environ.get(CHOICE) == "1":
         passes = config.compilation_config.inductor_compile_config
         passes.setdefault(current_platform.pass_key, SiluMulFusion(backend, *RECORD_SIZES[backend]))
 

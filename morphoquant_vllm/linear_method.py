@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import (
 
 from . import fusion, ops
 from .errors import MorphoQuantError
+from .heap import release_freed_memory
 from .modality import ModalityBus, warn_of_long_step
 from .numerics.activation import activation_record
 from .numerics.linear import weight_record
@@ -129,6 +130,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 layer.register_buffer(f"{kind}_record_{index}", part, persistent=False)
         if not self.layer_spec.fixed_row:
             layer.register_buffer("modality", self.bus.rows(device), persistent=False)
+        if device.type == "cpu":
+            del tensors, weight, activation, parameter
+            release_freed_memory()
 
     def _check_bias(self, layer: torch.nn.Module) -> None:
         """The layer's own bias: vLLM allocates it uninitialised and does not report that nothing was loaded."""

@@ -134,7 +134,18 @@ class ModalityEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def __init__(self, bus: ModalityBus) -> None:
         self.bus = bus
+        self.prepared = False
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         self.bus.attach(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing yet: on a CPU vLLM would keep a second, packed copy, for a product that few embeddings are asked."""
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        # A model whose head is the embedding itself.
+        if not self.prepared:
+            super().process_weights_after_loading(layer)
+            self.prepared = True
+        return super().apply(layer, x, bias)

@@ -13,8 +13,12 @@
     backend     a key of BACKENDS; its `prepare` made the records
     gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
 
-These signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records out as it
-likes. All ops are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
+The optional 8-bit lm_head has one of its own, which runs on a CPU alone:
+
+    morphoquant::head(x, codes, scale)  -> y [M, N], dtype of x; see numerics/head.py
+
+The other signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
+out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from . import cpu
+from . import cpu, cpu_head
 from .numerics import activation as activation_numerics
 from .numerics import linear as linear_numerics
 from .numerics.activation import ActivationRecord
@@ -51,6 +55,7 @@ class Backend:
 
     # Lay the canonical records out for this backend, once, after loading.
     prepare: Prepare
+    # Inputs as the ops take them, modality with M entries or more; checked.
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     linear: Linear
     # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
@@ -66,25 +71,42 @@ def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tu
 
 
 def _reference_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
-    record = ActivationRecord(*activation)
+    record, modality = ActivationRecord(*activation), modality[: x.shape[0]]
     return activation_numerics.act_quant(x, activation_numerics.token_rows(x, modality, record), record)
 
 
 def _reference_linear(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
 ) -> Tensor:
+    modality = modality[: x.shape[0]]
     return linear_numerics.linear(x, modality, WeightRecord(*weight), ActivationRecord(*activation), bias)
+
+
+def _triton_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
+    return gpu_backend.act_quant(x, modality[: x.shape[0]], activation)
+
+
+def _triton_linear(
+    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
+) -> Tensor:
+    return gpu_backend.linear(x, modality[: x.shape[0]], weight, activation, bias)
+
+
+def _triton_silu_mul_linear(
+    gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
+) -> Tensor:
+    return gpu_backend.silu_mul_linear(gate_up, modality[: gate_up.shape[0]], weight, activation, bias)
 
 
 BACKENDS = {
     "reference": Backend(_reference_prepare, _reference_act_quant, _reference_linear),
     "triton": Backend(
         gpu_backend.prepare,
-        gpu_backend.act_quant,
-        gpu_backend.linear,
+        _triton_act_quant,
+        _triton_linear,
         gpu_backend.check,
         gpu_backend.warm,
-        gpu_backend.silu_mul_linear,
+        _triton_silu_mul_linear,
     ),
     "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
 }
@@ -100,7 +122,7 @@ def select_backend(device: torch.device) -> str:
     return BACKEND_OF_DEVICE.get(device.type, "reference")
 
 
-def _token_rows(x: Tensor, modality: Tensor) -> Tensor:
+def _check_inputs(x: Tensor, modality: Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K], got shape {list(x.shape)}")
     if modality.dtype != torch.int32 or modality.dim() != 1 or modality.numel() < x.shape[0]:
@@ -108,28 +130,29 @@ def _token_rows(x: Tensor, modality: Tensor) -> Tensor:
             f"modality must be int32 with at least M = {x.shape[0]} entries, "
             f"got {modality.dtype} {list(modality.shape)}"
         )
-    return modality[: x.shape[0]]
 
 
 def _act_quant(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
-    return BACKENDS[backend].act_quant(x, _token_rows(x, modality), activation)
+    _check_inputs(x, modality)
+    return BACKENDS[backend].act_quant(x, modality, activation)
 
 
 def _linear(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
-    return BACKENDS[backend].linear(x, _token_rows(x, modality), weight, activation, bias)
+    _check_inputs(x, modality)
+    return BACKENDS[backend].linear(x, modality, weight, activation, bias)
 
 
 def _silu_mul_linear(
     gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
-    rows = _token_rows(gate_up, modality)
+    _check_inputs(gate_up, modality)
     fused = BACKENDS[backend].silu_mul_linear
     if fused is not None:
-        return fused(gate_up, rows, weight, activation, bias)
+        return fused(gate_up, modality, weight, activation, bias)
     gate, up = gate_up.chunk(2, dim=1)
-    return BACKENDS[backend].linear(silu(gate) * up, rows, weight, activation, bias)
+    return BACKENDS[backend].linear(silu(gate) * up, modality, weight, activation, bias)
 
 
 def _act_quant_fake(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
@@ -140,6 +163,10 @@ def _linear_fake(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight[-1].shape[-1]))
+
+
+def _head_fake(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
 
 
 # The operators live as long as this object does.
@@ -163,6 +190,7 @@ for _name, _schema, _implementation, _fake in (
         _silu_mul_linear,
         _linear_fake,
     ),
+    ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", cpu_head.head, _head_fake),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -171,3 +199,4 @@ for _name, _schema, _implementation, _fake in (
 act_quant = torch.ops.morphoquant.act_quant
 linear = torch.ops.morphoquant.linear
 silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
+head = torch.ops.morphoquant.head

@@ -1,8 +1,7 @@
-// What one call of the kernels gets: pointers into torch tensors, checked by cpu.py before they come here.
+// What one call of the kernels gets: pointers into torch tensors. record.h makes it of what Python hands over.
 //
 // M tokens, K input channels, N output channels, G group size along K, R modality rows, B sets of J massive intervals.
-// K is a multiple of G, and G one of 32, 64, 128. All fields are 8 bytes wide, so that Python packs them as 64-bit
-// integers.
+// K is a multiple of G, and G one of 32, 64, 128.
 #pragma once
 
 #include <cstdint>

@@ -14,6 +14,8 @@ struct DotAvx2 {
   // Blocks of 16 outputs that one or two tokens, and that more tokens, are multiplied with at a time; most tokens of
   // a tile. Bounded by 16 registers.
   static constexpr int kWideBlocks = 2, kTileBlocks = 1, kTileTokens = 4;
+  // Tokens and outputs of a tile of the 8-bit head.
+  static constexpr int kHeadTokens = 2, kHeadOutputs = 4;
 
   static Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(uint8_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
@@ -41,6 +43,10 @@ struct DotAvx2 {
   static Floats scaled_add(Floats sum, Ints ints, Floats scale) {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(ints), scale, sum);
   }
+  static Floats load_int8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 };
 
 #ifdef __AVXVNNI__

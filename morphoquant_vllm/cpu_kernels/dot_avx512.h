@@ -12,6 +12,7 @@ struct DotAvx512Vnni {
   using Floats = __m512;
   static constexpr int kWidth = 16;
   static constexpr int kWideBlocks = 4, kTileBlocks = 2, kTileTokens = 6;
+  static constexpr int kHeadTokens = 4, kHeadOutputs = 4;
 
   static Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t* p, Ints v) { _mm512_storeu_si512(p, v); }
@@ -33,6 +34,10 @@ struct DotAvx512Vnni {
   static Floats scaled_add(Floats sum, Ints ints, Floats scale) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints), scale, sum);
   }
+  static Floats load_int8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 };
 
 }  // namespace morphoquant

@@ -3,15 +3,32 @@
 #include <omp.h>
 
 #include <atomic>
+#include <memory>
+#include <new>
 
 #include "gemm.h"
+#include "head.h"
 #include "quantize.h"
+#include "record.h"
 
 using morphoquant::Call;
+using morphoquant::Request;
 
 namespace {
 
-int run(const Call& c, bool multiply) {
+int run(const Request& request, bool multiply) {
+  Call c;
+  if (!morphoquant::read(request, multiply, c)) return 2;
+  // Rows and, for a product, codes and group offsets. K is a multiple of 32: what has 4 bytes is aligned.
+  const int64_t offsets = multiply ? c.tokens * (c.channels / c.group_size) : 0;
+  const int64_t bytes = 4 * (c.tokens + offsets) + (multiply ? c.tokens * c.channels : 0);
+  const std::unique_ptr<char[]> workspace(new (std::nothrow) char[bytes]);
+  if (!workspace) return 3;
+  c.token_row = reinterpret_cast<int32_t*>(workspace.get());
+  if (multiply) {
+    c.offset = c.token_row + c.tokens;
+    c.codes = reinterpret_cast<int8_t*>(c.offset + offsets);
+  }
   std::atomic<bool> valid{true};
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
   {
@@ -27,7 +44,18 @@ int run(const Call& c, bool multiply) {
 
 }  // namespace
 
-// 0, or 1 where the modality of a token that is not massive is no row: then the output is undefined.
-extern "C" int morphoquant_act_quant(const Call* call) { return run(*call, false); }
-extern "C" int morphoquant_linear(const Call* call) { return run(*call, true); }
-extern "C" int64_t morphoquant_call_size() { return sizeof(Call); }
+// 0; 1 where the modality of a token that is not massive is no row: then the output is undefined; 2 where a record is
+// not what the request needs; 3 where there is no memory.
+extern "C" int morphoquant_act_quant(const Request* request) { return run(*request, false); }
+extern "C" int morphoquant_linear(const Request* request) { return run(*request, true); }
+extern "C" int morphoquant_head(const morphoquant::HeadCall* call) {
+  if (call->dtype == morphoquant::kFloat32) {
+    morphoquant::run_head<morphoquant::kFloat32>(*call);
+  } else if (call->dtype == morphoquant::kBFloat16) {
+    morphoquant::run_head<morphoquant::kBFloat16>(*call);
+  } else {
+    morphoquant::run_head<morphoquant::kFloat16>(*call);
+  }
+  return 0;
+}
+extern "C" int64_t morphoquant_request_size() { return sizeof(Request); }

@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,17 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(pristine: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
     return Path(shutil.copytree(pristine, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def engine_context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM's layers expect around them: a configuration, and a process group of one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+
+    file = tmp_path_factory.mktemp("group") / "rendezvous"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()

@@ -15,6 +15,7 @@ from morphoquant_vllm.cpu_build import Kernels, load
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
+from tests.morphoquant_vllm.head_cases import compare_heads
 
 # N, K, G: every group size; N below, at and past blocks of 16 and panels; K within, at and past a strip of 512.
 SHAPES = (
@@ -110,6 +111,7 @@ def main() -> None:
         for shape in SHAPES:
             compare_shape(*shape, library)
         compare_many(library)
+        compare_heads(library)
     print("all cases agree")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from morphoquant_vllm import cpu, cpu_build, ops
 from morphoquant_vllm.cpu_build import Kernels
+from morphoquant_vllm.cpu_records import HEADER_BYTES
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.weights import pack, unpack
 from tests.morphoquant_vllm import cpu_libraries
@@ -109,44 +110,88 @@ def test_the_repacked_weights_are_no_larger_than_the_canonical_ones() -> None:
     weight, record = case(64, 1024, 64)
     packed, _ = cpu.prepare(weight, record)
     size = sum(part.numel() * part.element_size() for part in packed)
-    assert size == sum(part.numel() * part.element_size() for part in weight)
+    assert size == sum(part.numel() * part.element_size() for part in weight) + HEADER_BYTES
     assert not any(part.data_ptr() == weight.codes.data_ptr() for part in packed)
-    nibbles = torch.cat((packed[0].flatten() & 15, packed[0].flatten() >> 4))
+    codes = packed[0][HEADER_BYTES:][: weight.codes.numel()]
+    nibbles = torch.cat((codes & 15, codes >> 4))
     assert torch.equal(torch.bincount(nibbles), torch.bincount(unpack(weight.codes).flatten() + 8))
 
 
-def _wrong_records() -> list:
-    def change(index: int, value) -> tuple:
-        weight, record = case(48, 96, 32)
-        packed, prepared = cpu.prepare(weight, record)
-        parts = packed + prepared
-        parts[index] = value(parts[index])
-        return parts[:3], parts[3:]
+def _records(outputs: int = 48, channels: int = 96) -> tuple[list, list]:
+    return cpu.prepare(*case(outputs, channels, 32))
 
-    return [
-        pytest.param(*change(0, lambda t: t[:-1]), id="a block of codes missing"),
-        pytest.param(*change(0, lambda t: t.to(torch.int8)), id="codes int8"),
-        pytest.param(*change(0, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)), id="codes strided"),
-        pytest.param(*change(1, lambda t: t.float()), id="scale float32"),
-        pytest.param(*change(1, lambda t: t[:, :2]), id="a group missing"),
-        pytest.param(*change(1, lambda t: t[:, :0]), id="no groups"),
-        pytest.param(*change(2, lambda t: t[:2]), id="rows of absorbed_bias missing"),
-        pytest.param(*change(2, lambda t: t.double()), id="absorbed_bias float64"),
-        pytest.param(*change(3, lambda t: t.double()), id="inverse float64"),
-        pytest.param(*change(4, lambda t: t[:, :64]), id="centre cut"),
-        pytest.param(*change(5, lambda t: t.int()), id="mask int32"),
-        pytest.param(*change(6, lambda t: t[:1]), id="gain cut"),
-        pytest.param(*change(7, lambda t: t.long()), id="order int64"),
-        pytest.param(*change(9, lambda t: t[:1]), id="massive_low cut"),
+
+def _changed(index: int, value) -> tuple[list, list]:
+    """Records with one tensor changed: the weight's block, absorbed_bias, the activation's block."""
+    packed, prepared = _records()
+    parts = packed + prepared
+    parts[index] = value(parts[index])
+    return parts[:2], parts[2:]
+
+
+@pytest.mark.parametrize(
+    ("weight", "record"),
+    [
+        pytest.param(*_changed(0, lambda t: t.view(torch.int8)), id="block int8"),
+        pytest.param(*_changed(0, lambda t: t.view(-1, 64)), id="block 2-D"),
+        pytest.param(*_changed(0, lambda t: torch.stack((t, t), 1)[:, 0]), id="block strided"),
+        pytest.param(*_changed(0, lambda t: t[:63]), id="no header"),
+        pytest.param(*_changed(1, lambda t: t.double()), id="absorbed_bias float64"),
+        pytest.param(*_changed(1, lambda t: t[0]), id="absorbed_bias 1-D"),
+        pytest.param(*_changed(1, lambda t: t.T.contiguous().T), id="absorbed_bias strided"),
+        pytest.param(*_changed(1, lambda t: t.to("meta")), id="absorbed_bias elsewhere"),
+        pytest.param(*_changed(2, lambda t: t.to("meta")), id="activation elsewhere"),
+        pytest.param(*_changed(2, lambda t: t[:32]), id="no activation header"),
         pytest.param(list(case(48, 96, 32)[0]), list(case(48, 96, 32)[1]), id="canonical"),
-    ]
-
-
-@pytest.mark.parametrize(("weight", "record"), _wrong_records())
+        pytest.param([], [], id="empty"),
+    ],
+)
 def test_wrong_records_raise_before_native_code_runs(weight: list, record: list) -> None:
     x, modality = tokens_of(3, 96, torch.float32)
     with pytest.raises(ValueError, match=r"must|needs"):
         cpu.linear(x, modality, weight, record, None, UNCALLABLE)
+
+
+def _header(block: torch.Tensor, place: int, value: int) -> torch.Tensor:
+    block[:HEADER_BYTES].view(torch.int64)[place] = value
+    return block
+
+
+@pytest.mark.parametrize(
+    ("weight", "record"),
+    [
+        pytest.param(_records()[0], _records(channels=128)[1], id="activation of another K"),
+        pytest.param([_records(channels=128)[0][0], _records()[0][1]], _records()[1], id="weights of another K"),
+        pytest.param([_records(outputs=64)[0][0], _records()[0][1]], _records()[1], id="weights of another N"),
+        pytest.param([_records()[1][0], _records()[0][1]], [_records()[0][0]], id="blocks exchanged"),
+        pytest.param(*_changed(0, lambda t: t[:-64]), id="weights cut"),
+        pytest.param(*_changed(0, lambda t: _header(t[:-64], 1, t.numel() - 64)), id="weights cut, header too"),
+        pytest.param(*_changed(0, lambda t: _header(t, 0, 7)), id="no magic number"),
+        pytest.param(*_changed(0, lambda t: _header(t, 4, 48)), id="group of 48"),
+        pytest.param(*_changed(0, lambda t: _header(t, 4, 0)), id="group of 0"),
+        pytest.param(*_changed(1, lambda t: t[:2]), id="rows of absorbed_bias missing"),
+        pytest.param(*_changed(1, lambda t: t[:, :32].contiguous()), id="outputs of absorbed_bias missing"),
+        pytest.param(*_changed(2, lambda t: t[:-64]), id="activation cut"),
+        pytest.param(*_changed(2, lambda t: _header(t, 3, 5)), id="another number of rows"),
+        pytest.param(*_changed(2, lambda t: _header(t, 3, 0)), id="no rows"),
+        pytest.param(*_changed(2, lambda t: _header(t, 5, 1 << 40)), id="huge intervals"),
+        pytest.param(*_changed(2, lambda t: _header(t, 4, -1)), id="negative sets"),
+    ],
+)
+def test_records_that_do_not_fit_raise_before_they_are_read(library: Kernels, weight: list, record: list) -> None:
+    x, modality = tokens_of(3, 96, torch.float32)
+    with pytest.raises(ValueError, match=r"the records must be what cpu_records\.prepare made"):
+        cpu.linear(x, modality, weight, record, None, library)
+
+
+@pytest.mark.parametrize(
+    "field", ["inverse", "centre", "mask", "gain", "channel_order", "massive_channel", "massive_low", "massive_high"]
+)
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[:1], lambda t: t[..., None]])
+def test_canonical_records_of_wrong_dtypes_or_shapes_are_not_prepared(field: str, change) -> None:
+    weight, record = case(48, 96, 32)
+    with pytest.raises(ValueError, match=r"the CPU kernels do not take these records"):
+        cpu.prepare(weight, record._replace(**{field: change(getattr(record, field))}))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +199,6 @@ def test_wrong_records_raise_before_native_code_runs(weight: list, record: list)
     [
         (torch.zeros(3, 96, dtype=torch.float64), None),
         (torch.zeros(3, 96, dtype=torch.int8), None),
-        (torch.zeros(3, 64), None),
         (torch.zeros(3, 96, device="meta"), None),
         (torch.zeros(3, 96), torch.zeros(47)),
         (torch.zeros(3, 96), torch.zeros(48, dtype=torch.float64)),
@@ -171,7 +215,7 @@ def _native_code(call: bytes) -> int:
     raise AssertionError("native code was called")
 
 
-UNCALLABLE = Kernels(_native_code, _native_code, 0, "none")
+UNCALLABLE = Kernels(_native_code, _native_code, _native_code, 0, "none")
 
 
 @pytest.mark.parametrize("field", ["channel_order", "massive_channel"])

@@ -120,13 +120,16 @@ def test_another_backend_s_layers_stay(records) -> None:
     assert pass_.matched == 0 and "morphoquant.linear.default" in targets
 
 
-def test_vllm_s_compiler_takes_the_pass_and_keeps_the_user_s() -> None:
+def test_vllm_s_compiler_takes_the_pass_where_asked_and_keeps_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.compilation.passes.inductor_pass import CallableInductorPass, InductorPass
     from vllm.config import CompilationConfig, VllmConfig
     from vllm.platforms import current_platform
 
     config = VllmConfig()
     before = config.compilation_config.compute_hash()
+    fusion.install(config, "triton")
+    assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
+    monkeypatch.setenv("MORPHOQUANT_FUSION", "1")
     fusion.install(config, "cpu")
     assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
     fusion.install(config, "triton")

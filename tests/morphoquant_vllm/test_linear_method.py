@@ -1,6 +1,5 @@
 """Loading into vLLM's own linear layers, one process: what is checked, what is refused, what is computed."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,20 +19,6 @@ from tests.records import activation_of, rank_part, weight_of
 
 K, N, G = 64, 32, 32
 SHARDS = ("gate_proj", "up_proj")
-
-
-@pytest.fixture(scope="module")
-def engine_context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What vLLM's layers expect around them: a configuration, and a process group of one."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-
-    file = tmp_path_factory.mktemp("group") / "rendezvous"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
-        initialize_model_parallel(1, 1)
-        yield
-    cleanup_dist_env_and_memory()
 
 
 def specification(bias: bool = False) -> QuantizationSpec:

@@ -1,0 +1,1 @@
+"""Whole engines: vLLM's own benchmarks over MorphoQuant and the peers that run on this machine."""

@@ -1,0 +1,142 @@
+"""Generated weights in the four formats that are compared: the tensors of one linear, and what config.json says.
+
+What is random takes as long as what was trained: no kernel's time depends on values. Weights have the variance 1/K,
+so that activations stay finite. N outputs, K channels, G group size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.serve.shapes import MODELS, Linear, linears
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec, tensor_specs
+
+# Standard deviation of uniform integers in [-8, 7] and in [-127, 127].
+INT4_DEVIATION, INT8_DEVIATION = math.sqrt((16**2 - 1) / 12), math.sqrt((255**2 - 1) / 12)
+GPTQ_GROUP_SIZE = 128
+# Steps of a third: most codes of a normalized input lie in [-8, 7].
+ACTIVATION_STEP = 0.3
+# No token is massive.
+NEVER = (1e30, 2e30)
+
+FORMATS = ("bf16", "gptq", "w8a8", "morphoquant-g32", "morphoquant-g64", "morphoquant-g128")
+
+
+def group_size(kind: str) -> int:
+    """G of a MorphoQuant format."""
+    return int(kind.removeprefix("morphoquant-g"))
+
+
+def tensors(kind: str, linear: Linear, generator: torch.Generator) -> dict[str, Tensor]:
+    """The stored tensors of one linear by their name below it; its own bias included."""
+    if kind == "bf16":
+        made = {"weight": _normal(linear.outputs, linear.channels, generator)}
+    elif kind == "gptq":
+        made = _gptq(linear, generator)
+    elif kind == "w8a8":
+        made = {
+            "weight": torch.randint(
+                -127, 128, (linear.outputs, linear.channels), generator=generator, dtype=torch.int8
+            ),
+            "weight_scale": torch.full((linear.outputs, 1), linear.channels**-0.5 / INT8_DEVIATION),
+        }
+    else:
+        made = _morphoquant(linear, group_size(kind), generator)
+    if linear.bias:
+        made["bias"] = torch.zeros(linear.outputs, dtype=torch.bfloat16)
+    return made
+
+
+def _normal(outputs: int, channels: int, generator: torch.Generator) -> Tensor:
+    return (torch.randn(outputs, channels, generator=generator) * channels**-0.5).bfloat16()
+
+
+def _gptq(linear: Linear, generator: torch.Generator) -> dict[str, Tensor]:
+    """Eight codes to an int32 along K; zero points are stored less one, as AutoGPTQ writes them (8 is stored as 7)."""
+    outputs, channels = linear.outputs, linear.channels
+    groups = channels // GPTQ_GROUP_SIZE
+    return {
+        "qweight": torch.randint(-(2**31), 2**31 - 1, (channels // 8, outputs), generator=generator, dtype=torch.int32),
+        "qzeros": torch.full((groups, outputs // 8), 0x77777777, dtype=torch.int32),
+        "scales": torch.full((groups, outputs), channels**-0.5 / INT4_DEVIATION, dtype=torch.float16),
+        "g_idx": torch.arange(channels, dtype=torch.int32) // GPTQ_GROUP_SIZE,
+    }
+
+
+def _morphoquant(linear: Linear, group: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The tensors that the schema names; those of the input depend on K alone, so that fused shards share them."""
+    spec = specification([linear], [f"layer.{linear.name}"], group)
+    (layer,) = spec.layers.values()
+    made = {
+        name: torch.zeros(want.shape, dtype=want.dtype)
+        for name, want in tensor_specs(layer, len(spec.rows), spec.tensor_parallel).items()
+    }
+    own = torch.Generator().manual_seed(linear.channels)
+    made["weight_codes"].random_(0, 256, generator=generator)
+    made["weight_scale"].fill_(linear.channels**-0.5 / INT4_DEVIATION * ACTIVATION_STEP)
+    made["activation_step"].fill_(ACTIVATION_STEP)
+    made["gain"].fill_(1)
+    made["channel_order"] = torch.randperm(linear.channels, generator=own).int()
+    mask = torch.rand(made["modality_mask"].shape, generator=own) < 0.5
+    mask[spec.any_row] |= mask[:-1].any(0)
+    made["modality_mask"] = mask
+    made["massive_channel"][:] = torch.arange(made["massive_channel"].shape[1], dtype=torch.int32)
+    made["massive_low"].fill_(NEVER[0])
+    made["massive_high"].fill_(NEVER[1])
+    return made
+
+
+def specification(layers: list[Linear], names: list[str], group: int) -> QuantizationSpec:
+    """MorphoQuant settings of `layers` under their full `names`."""
+    specs = {}
+    for linear, name in zip(layers, names, strict=True):
+        stem = name.removesuffix(linear.name)
+        specs[name] = LayerSpec(
+            in_features=linear.channels,
+            out_features=linear.outputs,
+            group_size=group,
+            parallel="column" if linear.fused else "row",
+            shared_input=stem + (linear.fused or linear.name),
+            bias=linear.bias,
+        )
+    return QuantizationSpec(layers=specs, created_by="benchmarks.serve")
+
+
+def quantization_config(kind: str, model: str) -> dict[str, Any] | None:
+    """quantization_config of config.json; None for 16 bit."""
+    if kind == "bf16":
+        return None
+    if kind == "gptq":
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": GPTQ_GROUP_SIZE,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+        }
+    if kind == "w8a8":
+        eight = {"num_bits": 8, "type": "int", "symmetric": True}
+        scheme = {
+            "targets": ["Linear"],
+            "weights": {**eight, "strategy": "channel", "dynamic": False},
+            "input_activations": {**eight, "strategy": "token", "dynamic": True},
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": scheme},
+        }
+    layers, names = [], []
+    for index in range(MODELS[model]["num_hidden_layers"]):
+        for linear in linears(model):
+            layers.append(linear)
+            names.append(f"model.layers.{index}.{linear.name}")
+    return specification(layers, names, group_size(kind)).to_dict()

@@ -1,0 +1,131 @@
+"""Records as cpu_kernels/ reads them: each one block of bytes, so that a call passes and checks few tensors.
+
+Weight record      block uint8: header, codes [ceil(N/16), K/8, 64] (see gemm.h), scale bfloat16 [ceil(N/16), K/G, 16];
+                   absorbed_bias float32 [R, N]
+Activation record  block uint8: header, then the canonical fields in an order of their own
+
+A header is 8 int64: a magic number, the block's bytes, and its sizes; cpu_kernels/record.h compares them with those of
+the tensors of each call. Each part begins at a multiple of 64 bytes. Together the records are as large as the canonical
+ones, which need not be kept. What else native code relies on, values that index others, is checked here.
+
+K input channels, N output channels, G group size along K, R modality rows, B sets of J massive intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .numerics.activation import ActivationRecord
+from .numerics.linear import WeightRecord
+from .schema import GROUP_SIZES
+
+# Outputs side by side, and channels in each of their rows of 64 bytes.
+BLOCK, OCTET = 16, 8
+HEADER_BYTES = 64
+ACTIVATION_MAGIC, WEIGHT_MAGIC = 0x314143514D, 0x315457514D
+# Two canonical bytes of q = 0.
+_ZERO_CODES = 0x88
+# Outputs repacked at a time: bounds what loading needs besides the records themselves.
+_REPACK_OUTPUTS = 1024
+_ACTIVATION_DTYPES = {
+    **dict.fromkeys(("inverse", "centre", "gain", "massive_low", "massive_high"), torch.float32),
+    **dict.fromkeys(("channel_order", "massive_channel"), torch.int32),
+    "mask": torch.bool,
+}
+
+
+def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
+    """Lay canonical records out for the kernels. Raises ValueError where they contradict each other."""
+    outputs, half = weight.codes.shape
+    channels = activation.channel_order.numel()
+    groups = weight.scale.shape[1]
+    group_size = channels // max(groups, 1)
+    _require(group_size in GROUP_SIZES and groups * group_size == channels, f"K = {channels} in {groups} groups")
+    _require(weight.codes.dtype is torch.uint8 and half * 2 == channels, "weight codes must be uint8 [N, K/2]")
+    _require(
+        weight.scale.dtype is torch.bfloat16 and weight.scale.shape[0] == outputs, "scale must be bfloat16 [N, K/G]"
+    )
+    rows = activation.gain.numel()
+    _require(
+        weight.absorbed_bias.dtype is torch.float32 and weight.absorbed_bias.shape == (rows, outputs),
+        f"absorbed_bias must be float32 [{rows}, {outputs}]",
+    )
+    _check_activation(activation, channels, rows)
+    blocks = -(-outputs // BLOCK)
+    made, (codes, scale) = _block(
+        WEIGHT_MAGIC,
+        (channels, outputs, group_size),
+        [((blocks, channels // OCTET, 64), torch.uint8), ((blocks, groups, BLOCK), torch.bfloat16)],
+    )
+    _repack_codes(weight.codes, codes)
+    scale.copy_(_padded(weight.scale, 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
+    return [made, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
+
+
+def _check_activation(activation: ActivationRecord, channels: int, rows: int) -> None:
+    massive = activation.massive_channel.shape
+    _require(len(massive) == 2, f"massive channels must be [B, J], got {list(massive)}")
+    shapes = {
+        **dict.fromkeys(("inverse", "centre", "mask"), (rows, channels)),
+        **dict.fromkeys(("massive_channel", "massive_low", "massive_high"), tuple(massive)),
+        "gain": (rows,),
+        "channel_order": (channels,),
+    }
+    for name, dtype in _ACTIVATION_DTYPES.items():
+        part: Tensor = getattr(activation, name)
+        _require(part.dtype is dtype and part.shape == shapes[name], f"{name} must be {dtype} {list(shapes[name])}")
+    for name in ("channel_order", "massive_channel"):
+        index = getattr(activation, name)
+        inside = not index.numel() or (int(index.min()) >= 0 and int(index.max()) < channels)
+        _require(inside, f"{name} names a channel outside [0, {channels})")
+
+
+def _activation_block(activation: ActivationRecord, channels: int, rows: int) -> Tensor:
+    names = ("inverse", "centre", "mask", "gain", "channel_order", "massive_channel", "massive_low", "massive_high")
+    parts: list[Tensor] = [getattr(activation, name) for name in names]
+    sizes = (channels, rows, *activation.massive_channel.shape)
+    made, places = _block(ACTIVATION_MAGIC, sizes, [(tuple(part.shape), part.dtype) for part in parts])
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
+    return made
+
+
+def _block(
+    magic: int, sizes: Sequence[int], parts: Sequence[tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[Tensor, list[Tensor]]:
+    """A block with its header, and its parts, to be filled: views of shapes and dtypes."""
+    places, end = [], HEADER_BYTES
+    for shape, dtype in parts:
+        places.append(slice(end, end + math.prod(shape) * dtype.itemsize))
+        end = -(-places[-1].stop // 64) * 64
+    block = torch.zeros(end, dtype=torch.uint8)
+    header = [magic, end, *sizes]
+    block[:HEADER_BYTES].view(torch.int64)[: len(header)] = torch.tensor(header)
+    return block, [block[at].view(dtype).view(shape) for at, (shape, dtype) in zip(places, parts, strict=True)]
+
+
+def _repack_codes(codes: Tensor, packed: Tensor) -> None:
+    """uint8 [N, K/2], as weights.pack makes them, into uint8 [ceil(N/16), K/8, 64]; outputs past N have q = 0."""
+    outputs, half = codes.shape
+    octets = half * 2 // OCTET
+    for first in range(0, outputs, _REPACK_OUTPUTS):
+        part = _padded(codes[first : first + _REPACK_OUTPUTS], _ZERO_CODES)
+        # [..., byte, nibble] of 8 channels: channels 0-3 become the low nibbles of four bytes, 4-7 the high ones.
+        nibbles = torch.stack((part & 0xF, part >> 4), -1).view(-1, BLOCK, octets, 2, OCTET // 2)
+        merged = nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)
+        start = first // BLOCK
+        packed[start : start + merged.shape[0]] = merged.transpose(1, 2).flatten(2)
+
+
+def _padded(rows: Tensor, value: int) -> Tensor:
+    missing = -rows.shape[0] % BLOCK
+    return torch.cat((rows, rows.new_full((missing, rows.shape[1]), value))) if missing else rows
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"the CPU kernels do not take these records: {what}")

@@ -1,0 +1,52 @@
+"""8 bits for lm_head, weights only: the definition, in torch.
+
+    codes[n, k] = rint(w[n, k] / scale[n]),  scale[n] = max_k |w[n, k]| / 127
+    y[m, n]     = scale[n] * sum_k codes[n, k] * x[m, k]
+
+Made while a model is loaded, from its 16-bit head; no checkpoint holds it. M tokens, K channels, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST_CODE = 127
+# Outputs quantized at a time: bounds the float32 copy.
+_ROWS = 4096
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [N, K] and scale float32 [N] of a float weight [N, K]; a row of zeros has scale 0."""
+    codes = weight.new_empty(weight.shape, dtype=torch.int8)
+    scale = weight.new_empty(weight.shape[:1], dtype=torch.float32)
+    for first in range(0, weight.shape[0], _ROWS):
+        rows = weight[first : first + _ROWS].float()
+        own = rows.abs().amax(1) / LARGEST_CODE
+        scale[first : first + _ROWS] = own
+        codes[first : first + _ROWS] = (rows / own.where(own > 0, 1)[:, None]).round()
+    return codes, scale
+
+
+def head(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """y [M, N] in the dtype of x [M, K]; summed in float64 and cast once."""
+    return (x.double() @ codes.double().T * scale.double()).to(x.dtype)
+
+
+def rounding_bound(x: Tensor, scale: Tensor) -> Tensor:
+    """How far y may lie from x times the unquantized weight before either is cast, float64 [M, N].
+
+    Each weight moves by at most half a scale; the 2^-13 are the division's float32 rounding of a code up to 127.
+    """
+    return (0.5 + 2.0**-13) * x.double().abs().sum(1)[:, None] * scale.double()
+
+
+def output_bound(x: Tensor, codes: Tensor, scale: Tensor, reference: Tensor) -> Tensor:
+    """How far another implementation's y may lie from `reference` [M, N] (in its dtype), float64 [M, N].
+
+    One unit in the last place of the output dtype, plus K + 2 float32 roundings of the sum of magnitudes.
+    """
+    magnitude = x.double().abs() @ codes.double().abs().T * scale.double()
+    info = torch.finfo(reference.dtype)
+    exponent = torch.floor(torch.log2(reference.double().abs().clamp(min=info.tiny)))
+    return info.eps * torch.exp2(exponent) + (x.shape[1] + 2) * 2.0**-24 * magnitude
