@@ -31,9 +31,9 @@ RECORD_SIZES = {"triton": (len(GpuWeight._fields), len(GpuActivation._fields))}
 
 
 def install(config: VllmConfig, backend: str) -> None:
-    """Let vLLM's compiler run the pass for layers of `backend` where the environment asks for it (it has not run on a GPU).
+    """Let vLLM's compiler run the pass for layers of `backend`, where the environment asks for it.
 
-    A pass that the user named for its place stays there.
+    Off by default: it has not run on a GPU. A pass that the user named for its place stays there.
     """
     if backend in RECORD_SIZES and os.environ.get(CHOICE) == "1":
         passes = config.compilation_config.inductor_compile_config

@@ -18,7 +18,7 @@ from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
-from tests.morphoquant_vllm.test_linear_method import engine_context, load  # noqa: F401, the fixture
+from tests.morphoquant_vllm.test_linear_method import load
 from tests.records import activation_of, weight_of
 
 K, N, G = 64, 48, 32
