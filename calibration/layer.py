@@ -10,12 +10,12 @@ from torch import Tensor
 
 from calibration import massive as massive_tokens
 from calibration import moments as second_moments
-from calibration.chunks import together
+from calibration.chunks import chunks, together
 from calibration.collect import Observation
 from calibration.grids import find_grids, input_tensors
 from calibration.plan import matches
 from calibration.recipe import Recipe
-from calibration.record import LayerRecord, escape_rates, output_error
+from calibration.record import ERROR_TOKENS, LayerRecord, escape_rates, output_error
 from calibration.rounding import quantize_compensated
 from calibration.sampling import TokenSample
 from morphoquant_vllm.numerics import activation, weights
@@ -85,26 +85,23 @@ def quantize_input(
     token_set = set_of_row[rows.long()]
     codes = torch.cat([activation.act_quant(part, row, record) for part, row in together(x, rows)])
     gathered = order.long().to(device)
-    target = inputs.target.index_select(1, gathered)
-    gain = record.gain[rows.long()][:, None]
+    # Values in channel order are made a run of tokens at a time: whole copies of [T, K] are the most that memory holds.
     moments = second_moments.gather(
-        _contributions(codes, target, rows, token_set, weight, record),
+        _contributions(codes, inputs.target, gathered, rows, token_set, weight, record),
         sets=len(grids.own) + 2,
         in_features=x.shape[1],
         device=device,
     )
     matrix = matrix[:, gathered]
+    code_mean, value_mean = moments.means()
     int4, scale = _round_weights(matrix, step[gathered.to(step.device)].to(device), moments, first, recipe)
+    del moments
     packed = weights.pack(int4)
     served = weights.dequantize_weight(packed, scale)
-    code_mean, value_mean = moments.means()
     if grids.own:
         # Any token may have to be served by the row for any.
-        ordinary = ~massive
-        any_rows = torch.full_like(rows, spec.any_row)
-        code_mean[0], value_mean[0] = _any_means(
-            x[ordinary], target[ordinary], any_rows[ordinary], weight[ordinary], record
-        )
+        ordinary = (~massive).nonzero().flatten()
+        code_mean[0], value_mean[0] = _any_means(x, inputs.target, gathered, ordinary, weight, record, spec.any_row)
     set_rows = torch.tensor([spec.any_row, *grids.own, massive_row], device=device)
     bias = weights.absorbed_bias(matrix, record.centre[set_rows], blocks)
     bias += second_moments.output_bias(code_mean, value_mean, matrix, served, blocks)
@@ -119,6 +116,9 @@ def quantize_input(
         massive_tokens=int(massive.sum()),
         modality_rows={spec.rows[row]: found.choice for row, found in grids.rows.items()},
     )
+    stride = max(1, codes.shape[0] // ERROR_TOKENS)
+    judged = codes[::stride].float() * record.gain[rows[::stride].long()][:, None]
+    aimed = inputs.target[::stride].index_select(1, gathered)
     quantized = {}
     sizes = [value.shape[0] for value in shards.values()]
     for name, *parts in zip(
@@ -126,7 +126,8 @@ def quantize_input(
         strict=True,
     ):  # fmt: skip
         codes4, scales, dequantized, full, own_bias = parts
-        error = output_error(codes.float() * gain, target, token_set, weight, full, dequantized, own_bias.sum(0))
+        bias_of_set = own_bias.sum(0)
+        error = output_error(judged, aimed, token_set[::stride], weight[::stride], full, dequantized, bias_of_set)
         quantized[name] = QuantizedLayer(
             tensors={
                 **natural,
@@ -140,24 +141,45 @@ def quantize_input(
 
 
 def _contributions(
-    codes: Tensor, target: Tensor, rows: Tensor, token_set: Tensor, weight: Tensor, record: activation.ActivationRecord
+    codes: Tensor,
+    target: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    token_set: Tensor,
+    weight: Tensor,
+    record: activation.ActivationRecord,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What Moments takes in: codes times gain, 16-bit values less the centre, set and weight of runs of tokens."""
+    """What Moments takes in: codes times gain, 16-bit values less the centre, set and weight of runs of tokens.
+
+    codes [T, K] are in channel order, target [T, K] is put in it: `order` [K] are the natural channels.
+    """
     gain = record.gain[rows.long()][:, None]
     for part, part_gain, values, row, which, token_weight in together(codes, gain, target, rows, token_set, weight):
-        yield part.float() * part_gain, values - record.centre[row.long()], which, token_weight
+        ordered = values.index_select(1, order)
+        yield part.float() * part_gain, ordered - record.centre[row.long()], which, token_weight
 
 
 def _any_means(
-    x: Tensor, target: Tensor, rows: Tensor, weight: Tensor, record: activation.ActivationRecord
+    x: Tensor,
+    target: Tensor,
+    order: Tensor,
+    chosen: Tensor,
+    weight: Tensor,
+    record: activation.ActivationRecord,
+    row: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mean code times gain and mean 16-bit value less the centre, [K] each, of tokens x [T, K] in `rows` [T]."""
+    """Mean code times gain and mean 16-bit value less the centre, [K] each, of the tokens `chosen` of x [T, K].
+
+    All of them in `row`. The means are in channel order, x and target in the natural one.
+    """
+    weight = weight[chosen]
     total = weight.sum()
     code_mean, value_mean = torch.zeros_like(x[0]), torch.zeros_like(x[0])
-    for part, values, row, token_weight in together(x, target, rows, weight):
-        codes = activation.act_quant(part, row, record).float() * record.gain[row.long()][:, None]
+    for part, token_weight in zip(chunks(chosen, x.shape[1]), chunks(weight, x.shape[1]), strict=True):
+        rows = torch.full_like(part, row, dtype=torch.int32)
+        codes = activation.act_quant(x[part], rows, record).float() * record.gain[rows.long()][:, None]
         code_mean += token_weight @ codes / total
-        value_mean += token_weight @ (values - record.centre[row.long()]) / total
+        value_mean += token_weight @ (target[part].index_select(1, order) - record.centre[rows.long()]) / total
     return code_mean, value_mean
 
 
@@ -168,12 +190,16 @@ def _full_mask(first: LayerSpec, shards: Mapping[str, Tensor], recipe: Recipe) -
 def _round_weights(
     matrix: Tensor, step: Tensor, moments: second_moments.Moments, layer: LayerSpec, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    """int4 codes int8 [N, K] and scale bfloat16 [N, K/G] of the 16-bit `matrix`, all in channel order."""
+    """int4 codes int8 [N, K] and scale bfloat16 [N, K/G] of the 16-bit `matrix`, all in channel order.
+
+    Uses the moments' [K, K] up.
+    """
     absorbed = weights.absorb(matrix, step)
     target = absorbed
+    hessian, code_value = moments.take_centred()
     if recipe.regression:
-        target = second_moments.regress(moments, matrix, absorbed, recipe.shrinkage)
-    hessian = moments.centred()[0]
+        target = second_moments.regress((hessian, code_value), matrix, absorbed, recipe.shrinkage)
+    del code_value
     if recipe.rounding == "compensated":
         return quantize_compensated(target, hessian, layer.group_size, recipe.scale_levels)
     energy = hessian.diagonal().clone()

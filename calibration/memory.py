@@ -13,18 +13,19 @@ import torch
 from calibration.architectures import Architecture
 from calibration.plan import DecoderNames
 from calibration.recipe import Recipe
+from calibration.rounding import SCALE_ROWS, SYSTEM_ELEMENTS
 from calibration.source import TensorInfo
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 
 # Python with torch, transformers and a processor, before any model.
-BASE = 1 << 30
-# float32 matrices [K, K] that rounding one input's weights takes at once (moments, their factors, their inverse).
-SQUARES = 6
-# float32 matrices [N, K] (weights, weights for the codes, what is left to round, their codes).
-MATRICES = 6
-# float32 copies [T, K] of an input's sampled tokens: as they are, as they should be, and a modality's share of them.
-COPIES = 3
+BASE = 3 * 2**28
+# What one input takes at once, in its three phases. The counts were measured (peaks of quantize_input over T, K and N)
+# and rounded up: of float32 [T, K], [K, K] and [N, K], and of the systems that the scales are solved from.
+SEARCH_COPIES = 4.75
+KEPT_COPIES = 2.25  # as they are and as they should be, and their codes, a byte each
+FACTOR_SQUARES, FACTOR_MATRICES = 6, 5
+FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 11, 3
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,34 @@ def memory_need(
 
 
 def _block(infos: Iterable[TensorInfo], layers: Iterable[LayerSpec], width: int, tokens: int) -> int:
-    """One block: its weights, those it is served with in float32, and the most that one of its inputs takes."""
+    """One block: its weights, and the most that one of its inputs takes."""
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         inputs.setdefault(layer.shared_input, []).append(layer)
-    weights = sum(info.elements for info in infos) * width
-    served = sum(layer.in_features * layer.out_features for shards in inputs.values() for layer in shards) * 4
+    # As they are, or in float32 where they are served by now; of the linears at work, both.
+    weights = sum(info.elements for info in infos) * max(width, 4)
     peaks = [0]
-    waiting = [shards[0].in_features for shards in inputs.values()]
+    waiting = sum(shards[0].in_features for shards in inputs.values())
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         # The inputs of later linears, as the 16-bit model has them, wait for their turn.
-        waiting.remove(k)
-        sampled = 4 * tokens * (sum(waiting) + COPIES * k) + tokens * k
-        peaks.append(sampled + 4 * SQUARES * k * k + 4 * MATRICES * n * k)
-    return weights + served + max(peaks)
+        waiting -= k
+        peaks.append(4 * tokens * waiting + input_peak(tokens, k, n, shards[0].group_size) + 4 * n * k)
+    return weights + max(peaks)
+
+
+def input_peak(tokens: int, k: int, n: int, group_size: int) -> int:
+    """Bytes that quantizing one input takes, its sampled tokens included: T tokens, K channels, N outputs in all."""
+    groups = k // group_size
+    rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
+    kept = KEPT_COPIES * tokens * k
+    return 4 * round(
+        max(
+            SEARCH_COPIES * tokens * k + n * k,
+            kept + FACTOR_SQUARES * k * k + FACTOR_MATRICES * n * k,
+            kept + FIT_SQUARES * k * k + FIT_MATRICES * n * k + FIT_SYSTEMS * rows * groups**2,
+        )
+    )
 
 
 def check_budget(need: MemoryNeed, budget: int, model: object) -> None:

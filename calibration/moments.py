@@ -48,6 +48,16 @@ class Moments:
         scaled = self.code_sum / share
         return self.code_code - scaled.T @ self.code_sum, self.code_value - scaled.T @ self.value_sum
 
+    def take_centred(self) -> tuple[Tensor, Tensor]:
+        """As `centred`, in the memory of code_code and code_value, which are then gone: each is [K, K]."""
+        share = self.weight.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        scaled = self.code_sum / share
+        found = self.code_code, self.code_value
+        for square, sums in zip(found, (self.code_sum, self.value_sum), strict=True):
+            square -= scaled.T @ sums
+        self.code_code = self.code_value = scaled.new_empty(0)
+        return found
+
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean code and mean value of each set, [S, K] each; 0 for a set without tokens."""
         share = self.weight.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
@@ -64,14 +74,14 @@ def gather(
     return moments
 
 
-def regress(moments: Moments, weight: Tensor, absorbed: Tensor, shrinkage: float) -> Tensor:
-    """Weights for the codes, float32 [N, K], whose outputs come nearest to the 16-bit layer's.
+def regress(centred: tuple[Tensor, Tensor], weight: Tensor, absorbed: Tensor, shrinkage: float) -> Tensor:
+    """Weights for the codes, float32 [N, K], whose outputs come nearest to the 16-bit layer's, from `Moments.centred`.
 
     Least squares of W x on the codes, drawn towards `absorbed` = W * step (what would be right if codes had no error)
     by `shrinkage` x the mean energy of a channel. weight [N, K] is the 16-bit layer's. So the weights make up for what
     the rounding of activations and the layers before lost, as far as it can be told from the codes.
     """
-    code_code, code_value = moments.centred()
+    code_code, code_value = centred
     ridge = shrinkage * code_code.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damped = code_code.clone()
     damped.diagonal().add_(ridge)

@@ -19,8 +19,9 @@ TURNS = 2
 BLOCK_COLUMNS = 64
 # Part of a group's mean energy that draws its scale to the one it had: keeps groups of hardly any energy sane.
 SCALE_DAMPING = 1e-4
-# Rows whose scales are fitted at once: bounds the memory of their systems [rows, K/G, K/G].
+# Rows whose scales are fitted at once, and elements of their systems [rows, K/G, K/G] at once: bounds their memory.
 SCALE_ROWS = 2048
+SYSTEM_ELEMENTS = 2**25
 
 
 def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int, levels: int = 0) -> tuple[Tensor, Tensor]:
@@ -103,15 +104,24 @@ def _fit_scales(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) ->
 
 
 def _fit_rows(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    out_features, groups = scale.shape
+    groups = scale.shape[1]
     grouped = codes.unflatten(1, (groups, -1))
     right = ((target @ damped).unflatten(1, (groups, -1)) * grouped).sum(-1)
-    system = torch.empty(out_features, groups, groups, device=target.device)
-    for group, rows in enumerate(damped.unflatten(0, (groups, -1))):
-        system[:, group] = ((grouped[:, group] @ rows).unflatten(1, (groups, -1)) * grouped).sum(-1)
-    energy = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    rows = max(1, SYSTEM_ELEMENTS // groups**2)
+    parts = zip(grouped.split(rows), right.split(rows), scale.split(rows), strict=True)
+    return torch.cat([_solve_scales(damped, *part) for part in parts])
+
+
+def _solve_scales(damped: Tensor, grouped: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """The scales [rows, groups] for codes `grouped` [rows, groups, G] and right-hand sides `right` [rows, groups]."""
+    out_features, groups = scale.shape
+    system = torch.empty(out_features, groups, groups, device=damped.device)
+    for group, columns in enumerate(damped.unflatten(0, (groups, -1))):
+        system[:, group] = ((grouped[:, group] @ columns).unflatten(1, (groups, -1)) * grouped).sum(-1)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    energy = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     ridge = (SCALE_DAMPING * energy).expand(-1, groups)
-    system += torch.diag_embed(ridge)
+    diagonal += ridge
     fitted = torch.linalg.solve(system, right + ridge * scale.float()).bfloat16()
     return torch.where((fitted > 0) & fitted.isfinite(), fitted, scale)
 

@@ -41,6 +41,7 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
         # Hours may have passed: what others put there since then is theirs.
         check_output(output, model, overwrite=overwrite)
         with clear_write_errors(output):
+            _sync_files(partial)
             _swap_in(partial, place, old, overwrite)
         finished = True
     finally:
@@ -91,6 +92,14 @@ def _tidy(partial: Path, old: Path, output: Path) -> None:
         shutil.rmtree(old)
     else:
         old.rename(output)
+
+
+def _sync_files(directory: Path) -> None:
+    """Wait until every file has reached the disk: what it was made from is removed next."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _swap_in(partial: Path, output: Path, old: Path, overwrite: bool) -> None:

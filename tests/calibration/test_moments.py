@@ -70,6 +70,8 @@ def test_moments_against_the_definition() -> None:
     moments = moments_of(codes, values, token_set, weight)
     code_mean, value_mean = moments.means()
     code_code, code_value = moments.centred()
+    taken = moments_of(codes, values, token_set, weight).take_centred()
+    assert torch.equal(taken[0], code_code) and torch.equal(taken[1], code_value)
     expected_codes, expected_values = torch.zeros(K, K), torch.zeros(K, K)
     for index in range(SETS):
         own = token_set == index
@@ -96,7 +98,7 @@ def test_a_set_without_tokens_has_zero_means() -> None:
 def test_strong_shrinkage_gives_the_absorbed_weights() -> None:
     values, codes, token_set, weight, step = tokens()
     absorbed = absorb(full_weight(), step)
-    found = regress(moments_of(codes, values, token_set, weight), full_weight(), absorbed, 1e6)
+    found = regress(moments_of(codes, values, token_set, weight).centred(), full_weight(), absorbed, 1e6)
     # What is left of the data is one part in 1e6 / K, and float32.
     assert torch.allclose(found, absorbed, rtol=1e-4, atol=1e-4)
 
@@ -107,7 +109,7 @@ def test_exact_codes_give_the_absorbed_weights(shrinkage: float) -> None:
     _, codes, token_set, weight, step = tokens()
     values = codes * step + torch.randn(SETS, K, generator=torch.Generator().manual_seed(3))[token_set]
     absorbed = absorb(full_weight(), step)
-    found = regress(moments_of(codes, values, token_set, weight), full_weight(), absorbed, shrinkage)
+    found = regress(moments_of(codes, values, token_set, weight).centred(), full_weight(), absorbed, shrinkage)
     # float32: about 1e-6 of the moments over the ridge of 1e-3.
     assert torch.allclose(found, absorbed, atol=5e-3 * float(absorbed.abs().max()))
 
@@ -119,7 +121,8 @@ def test_the_regression_lowers_the_output_error() -> None:
     sample = (moments, codes, values, token_set, weight)
     errors = [output_gap(absorbed, *sample)]
     errors += [
-        output_gap(regress(moments, full_weight(), absorbed, shrinkage), *sample) for shrinkage in (1.0, 0.02, 1e-4)
+        output_gap(regress(moments.centred(), full_weight(), absorbed, shrinkage), *sample)
+        for shrinkage in (1.0, 0.02, 1e-4)
     ]
     assert all(later < earlier for earlier, later in pairwise(errors)), "on the tokens it saw"
     assert errors[2] < 0.9 * errors[0]
@@ -129,7 +132,7 @@ def test_the_regression_is_least_squares() -> None:
     """With next to no shrinkage nothing near it does better."""
     values, codes, token_set, weight, step = tokens()
     moments = moments_of(codes, values, token_set, weight)
-    found = regress(moments, full_weight(), absorb(full_weight(), step), 1e-6)
+    found = regress(moments.centred(), full_weight(), absorb(full_weight(), step), 1e-6)
     sample = (moments, codes, values, token_set, weight)
     best = output_gap(found, *sample)
     generator = torch.Generator().manual_seed(4)
@@ -142,7 +145,7 @@ def test_inputs_that_never_move_leave_the_absorbed_weights() -> None:
     absorbed = absorb(full_weight(), torch.ones(K))
     nothing = torch.zeros(TOKENS, K)
     moments = moments_of(nothing, nothing, torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS))
-    found = regress(moments, full_weight(), absorbed, 0.02)
+    found = regress(moments.centred(), full_weight(), absorbed, 0.02)
     # The ridge is a float32 denormal there, of 17 bits.
     assert torch.allclose(found, absorbed, rtol=1e-3)
 

@@ -155,3 +155,13 @@ def test_scales_of_an_output_are_whole_multiples_where_levels_are_asked_for() ->
     assert float(level.min()) > 0.9 and float(level.max()) < levels * 1.01
     nearest = quantize_int4(weight, hessian.diagonal(), 32)
     assert loss(hessian, weight, codes, scale) < loss(hessian, weight, *nearest)
+
+
+def test_scales_do_not_depend_on_how_many_rows_are_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (50, 128), generator=generator).float()
+    target, x = torch.randn(50, 128, generator=generator), torch.randn(300, 128, generator=generator)
+    scale = torch.full((50, 4), 0.1).bfloat16()
+    expected = _fit_scales(target, _damped(x.T @ x), codes, scale)
+    monkeypatch.setattr("calibration.rounding.SYSTEM_ELEMENTS", 7 * 4**2)
+    assert torch.equal(_fit_scales(target, _damped(x.T @ x), codes, scale), expected)

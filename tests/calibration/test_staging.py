@@ -32,6 +32,27 @@ def test_any_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_is_tidied_away_by_the_next_of_its_tag(tmp_path: Path) -> None:
+    output, model = tmp_path / "out", tmp_path / "model"
+    for name in ("out.partial-t", "out.partial-other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    # Killed between the two renames of a replacement: the older checkpoint goes back to its place first.
+    (tmp_path / "out.old-t").mkdir()
+    (tmp_path / "out.old-t" / "config.json").write_text("1")
+    with (
+        pytest.raises(MorphoQuantError, match="exists and is not empty"),
+        staged_directory(output, model, overwrite=False, tag="t"),
+    ):
+        pass
+    assert (output / "config.json").read_text() == "1"
+    with staged_directory(output, model, overwrite=True, tag="t") as directory:
+        assert list(directory.iterdir()) == []
+        (directory / "config.json").write_text("2")
+    assert (output / "config.json").read_text() == "2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial-other"]
+
+
 def test_an_empty_directory_may_be_filled_but_a_checkpoint_only_overwritten(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -11,7 +11,7 @@ from torch import nn
 from calibration.architectures import find_architecture
 from calibration.calibrate import calibrate
 from calibration.hidden_states import DiskInput
-from calibration.memory import MemoryNeed, memory_need
+from calibration.memory import MemoryNeed, input_peak, memory_need
 from calibration.model import BlockLoader
 from calibration.plan import decoder_names, plan
 from calibration.recipe import Recipe
@@ -68,7 +68,7 @@ def test_one_block_at_a_time_is_in_memory(tiny: TinyModels, tmp_path: Path, monk
         held = sum(
             parameter.numel()
             for found in gc.get_objects()
-            if isinstance(found, nn.Linear | nn.Embedding)
+            if issubclass(type(found), nn.Linear | nn.Embedding)
             for parameter in found.parameters()
             if parameter.device.type != "meta"
         )
@@ -78,7 +78,7 @@ def test_one_block_at_a_time_is_in_memory(tiny: TinyModels, tmp_path: Path, monk
 
     monkeypatch.setattr(BlockLoader, "load", watched)
     gc.collect()
-    others = [found for found in gc.get_objects() if isinstance(found, nn.Linear | nn.Embedding)]
+    others = [found for found in gc.get_objects() if issubclass(type(found), nn.Linear | nn.Embedding)]
     assert not any(parameter.device.type != "meta" for found in others for parameter in found.parameters())
     calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", recipe=RECIPE)
     assert alive == [0, 0]
@@ -89,7 +89,7 @@ def test_a_model_that_does_not_fit_the_budget_is_refused_with_the_sizes(tiny: Ti
     # Not so much as rendered: its media do not exist.
     data.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     expected = (
-        r"omni: does not fit --memory-budget 0.50GiB: .* take 1\.\d\dGiB; raise the budget, lower --sample-tokens"
+        r"omni: does not fit --memory-budget 0.50GiB: .* take 0\.\d\dGiB; raise the budget, lower --sample-tokens"
     )
     with pytest.raises(MorphoQuantError, match=expected):
         calibrate(model, data, tmp_path / "out", recipe=RECIPE, memory_budget=2**29)
@@ -106,3 +106,12 @@ def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
         info.nbytes for name, info in open_source(tiny.model("omni")).tensors.items() if "thinker.audio" in name
     )
     assert small.front - half.front > weights / 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "n", "measured"),
+    [(1024, 4096, 128, 382), (16384, 1024, 128, 291), (2048, 1024, 4096, 220), (4096, 3072, 512, 313)],
+)
+def test_the_formula_covers_what_was_measured(tokens: int, k: int, n: int, measured: int) -> None:
+    """MiB by which resident memory rose, tokens included, when one input was quantized (G = 32, two modalities)."""
+    assert measured < input_peak(tokens, k, n, 32) / 2**20 < 1.25 * measured
