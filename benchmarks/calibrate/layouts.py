@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.calibrate.published import OMNI_3B
+from benchmarks.omni.config import SMALL_TOKEN2WAV
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -92,30 +93,7 @@ _CHANGES: dict[str, _Changes] = {
             "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
         },
         # transformers reads these sizes under its own names; the published ones (dim, depth, heads) equal its defaults.
-        ("token2wav_config", "dit_config"): {
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "emb_dim": 16,
-            "num_embeds": 65,
-            "mel_dim": 16,
-            "enc_emb_dim": 16,
-            "enc_dim": 16,
-            "enc_channels": [16, 16, 16, 16, 48],
-            "enc_attention_channels": 8,
-            "enc_se_channels": 8,
-            "look_ahead_layers": [0],
-            "look_backward_layers": [0],
-        },
-        ("token2wav_config", "bigvgan_config"): {
-            "mel_dim": 16,
-            "upsample_initial_channel": 16,
-            "upsample_rates": [5, 3],
-            "upsample_kernel_sizes": [11, 7],
-            "resblock_kernel_sizes": [3],
-            "resblock_dilation_sizes": [[1, 3, 5]],
-        },
+        **{("token2wav_config", part): sizes for part, sizes in SMALL_TOKEN2WAV.items()},
     },
 }
 

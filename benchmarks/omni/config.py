@@ -7,6 +7,34 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, Qwen2_5OmniConfig
 
+# As small as transformers lets the part of a Qwen2.5-Omni be that makes sounds; nothing here runs it.
+SMALL_TOKEN2WAV: dict[str, dict[str, Any]] = {
+    "dit_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "emb_dim": 16,
+        "num_embeds": 65,
+        "mel_dim": 16,
+        "enc_emb_dim": 16,
+        "enc_dim": 16,
+        "enc_channels": [16, 16, 16, 16, 48],
+        "enc_attention_channels": 8,
+        "enc_se_channels": 8,
+        "look_ahead_layers": [0],
+        "look_backward_layers": [0],
+    },
+    "bigvgan_config": {
+        "mel_dim": 16,
+        "upsample_initial_channel": 16,
+        "upsample_rates": [5, 3],
+        "upsample_kernel_sizes": [11, 7],
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3, 5]],
+    },
+}
+
 
 def mrope(head_dim: int) -> dict[str, Any]:
     """The rope parameters of multimodal positions: time, height and width share head_dim / 2 as they were published."""
@@ -65,36 +93,10 @@ def omni_config(
         "tts_codec_end_token_id": 62,
         "tts_codec_mask_token_id": 63,
     }
-    token2wav = {
-        "dit_config": {
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "emb_dim": 16,
-            "num_embeds": 65,
-            "mel_dim": 16,
-            "enc_emb_dim": 16,
-            "enc_dim": 16,
-            "enc_channels": [16, 16, 16, 16, 48],
-            "enc_attention_channels": 8,
-            "enc_se_channels": 8,
-            "look_ahead_layers": [0],
-            "look_backward_layers": [0],
-        },
-        "bigvgan_config": {
-            "mel_dim": 16,
-            "upsample_initial_channel": 16,
-            "upsample_rates": [5, 3],
-            "upsample_kernel_sizes": [11, 7],
-            "resblock_kernel_sizes": [3],
-            "resblock_dilation_sizes": [[1, 3, 5]],
-        },
-    }
     return Qwen2_5OmniConfig(
         thinker_config=thinker,
         talker_config=talker,
-        token2wav_config=token2wav,
+        token2wav_config=SMALL_TOKEN2WAV,
         architectures=["Qwen2_5OmniModel"],
     )
 

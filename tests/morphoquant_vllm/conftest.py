@@ -3,8 +3,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from morphoquant_vllm.cpu_build import Kernels
 from tests.checkpoints import write_random_checkpoint
+from tests.morphoquant_vllm import cpu_libraries
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +36,20 @@ def engine_context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         initialize_model_parallel(1, 1)
         yield
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module", params=["avx2", "avx_vnni", "avx512_vnni", "avx512_vnni emulated"])
+def library(request) -> Kernels:
+    """The CPU kernels of each instruction set, on the processor or emulated; skips where neither can be."""
+    if request.param.endswith("emulated"):
+        return cpu_libraries.emulated()
+    return cpu_libraries.native(request.param)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request) -> Iterator[int]:
+    """Run the test on one and on two of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,21 +14,6 @@ from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.weights import pack, unpack
 from tests.morphoquant_vllm import cpu_libraries
 from tests.morphoquant_vllm.cpu_cases import ROWS, SHAPES, case, compare, compare_many, compare_shape, tokens_of
-
-
-@pytest.fixture(scope="module", params=["avx2", "avx_vnni", "avx512_vnni", "avx512_vnni emulated"])
-def library(request) -> Kernels:
-    if request.param.endswith("emulated"):
-        return cpu_libraries.emulated()
-    return cpu_libraries.native(request.param)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))

@@ -1,29 +1,11 @@
 """The 8-bit head's kernel against the torch reference."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from morphoquant_vllm import cpu, cpu_head, ops
 from morphoquant_vllm.cpu_build import Kernels
-from tests.morphoquant_vllm import cpu_libraries
 from tests.morphoquant_vllm.head_cases import compare_heads, head_case
-
-
-@pytest.fixture(scope="module", params=["avx2", "avx_vnni", "avx512_vnni", "avx512_vnni emulated"])
-def library(request) -> Kernels:
-    if request.param.endswith("emulated"):
-        return cpu_libraries.emulated()
-    return cpu_libraries.native(request.param)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def test_outputs_are_within_the_bound_and_the_same_in_every_batch(library: Kernels, threads: int) -> None:
