@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
 from calibration.architectures import find_architecture
+from calibration.blocks import BlockResult
 from calibration.calibrate import calibrate
 from calibration.data import load_conversations
 from calibration.plan import plan
@@ -108,6 +109,29 @@ def test_a_tower_serves_what_the_report_says(
         sample = next(sample for sample in samples if pixels in sample.inputs)
         with torch.no_grad():
             assert torch.equal(reloaded(**sample.inputs).logits, reference(**sample.inputs).logits)
+
+
+def test_a_run_cut_short_behind_the_tower_goes_on_to_the_same_bytes(tiny: TinyModels, tmp_path: Path) -> None:
+    recipe = Recipe(device="cpu", rounding="nearest", regression=False, towers=("image",))
+
+    def cut(result: BlockResult) -> None:
+        raise KeyboardInterrupt
+
+    calibrate(tiny.model("omni"), tiny.data("omni"), tmp_path / "whole", recipe=recipe)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny.model("omni"), tiny.data("omni"), tmp_path / "cut", recipe=recipe, on_block=cut)
+    kept = tmp_path / "cut.work" / "towers.safetensors"
+    written = kept.stat().st_mtime_ns
+    went_on: list[tuple[int, int]] = []
+
+    def note(result: BlockResult) -> None:
+        went_on.append((result.index, kept.stat().st_mtime_ns))
+
+    calibrate(tiny.model("omni"), tiny.data("omni"), tmp_path / "cut", recipe=recipe, on_block=note)
+    assert went_on[0] == (1, written)
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes(), path
 
 
 def test_without_the_setting_towers_keep_their_bytes_and_nothing_tells_of_it(tiny: TinyModels, tmp_path: Path) -> None:
