@@ -221,7 +221,7 @@ def test_the_files_hold_what_was_measured(tmp_path: Path) -> None:
     assert "- gptq: no kernel" in text and "- bf16: large" in text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_engine_is_asked_by_vllm_s_own_client(work: Path) -> None:
     """MorphoQuant with the 8-bit head, from generated weights to vLLM's figures: one server, one client."""
     kind, extra = METHODS["morphoquant-g32-head8"]

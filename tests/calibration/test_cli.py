@@ -69,7 +69,7 @@ def test_calibrate_inspect_and_verify(tiny: TinyModels, tmp_path: Path, run: Run
 
 def test_every_setting_has_a_flag_that_states_its_default() -> None:
     command = typer.main.get_command(cli.app).commands["calibrate"]  # type: ignore[attr-defined]
-    names = {"target": "targets"}
+    names = {"target": "targets", "tower": "towers"}
     flags = {names.get(option.name, option.name): option for option in command.params}
     for name, field in Recipe.model_fields.items():
         assert flags[name].default is None  # the recipe's default holds
