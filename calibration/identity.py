@@ -34,7 +34,6 @@ def identity(
     data: Sequence[Conversation | PlainText],
     *,
     skip_bad: bool = False,
-    processes: int = 1,
 ) -> dict[str, Any]:
     """Everything that the checkpoint's bytes depend on, as a JSON object: settings, versions, model and data.
 
@@ -44,7 +43,6 @@ def identity(
     settings = recipe.model_dump(mode="json") | {
         "device": str(device),
         "skip_bad": skip_bad,
-        "processes": processes,
     }
     return {
         "settings": settings,

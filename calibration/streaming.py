@@ -90,7 +90,7 @@ def capture(
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
     states = sum(tokens.counts.values()) * hidden_size * getattr(torch, recipe.dtype).itemsize
     check_free_space(work.path, quantized_size(source, spec) + 5 * states, "the work directory", "--work")
-    stream = need.front_streamed < need.front > job.memory_limit
+    stream = need.front > job.memory_limit and not recipe.towers
     model = load_front(job.architecture, source, recipe, stream_towers=stream)
     blocks = list(model.get_submodule(job.architecture.block_module).children())
     captured: Iterable[MemoryInput] = capture_block_inputs(model, blocks, samples, tokens.positions)

@@ -136,7 +136,7 @@ def _streams(work: Path, seed: int) -> dict[str, Iterator[Question]]:
 def _prepared(
     steps: int, streams: Mapping[str, Iterator[Question]], encoder: Encoder
 ) -> Iterator[list[tuple[list[Question], dict[str, Tensor]]]]:
-    """Each step's passes: their questions, encoded while the step before is trained on (a tenth of the time)."""
+    """Each step's passes: their questions, encoded while the step before is trained on."""
 
     def prepare(step: int) -> list[tuple[list[Question], dict[str, Tensor]]]:
         passes = next(batch for until, batch in STAGES if step <= until * steps)

@@ -1,6 +1,7 @@
 """benchmarks.cpu_linear: what is compared computes what it should, fairly, and is reported as measured."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,11 +51,23 @@ def test_each_way_gives_outputs_of_its_shape_or_a_reason_why_not() -> None:
     ways, left_out = linears(OUTPUTS, CHANNELS, [64], TOKENS)
     x = torch.randn(TOKENS, CHANNELS).bfloat16()
     for way in ways.values():
-        # Freed memory that a way still reads gets other contents.
-        _ = [torch.full((OUTPUTS, size), torch.nan) for size in range(1, 9)]
         y = way(x)
         assert y.shape == (TOKENS, OUTPUTS) and y.dtype is torch.bfloat16 and bool(y.isfinite().all())
     assert len(ways) + len(left_out) == 5
+
+
+def test_the_scales_that_onednn_reads_by_address_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import _custom_ops
+
+    make, handed = _custom_ops.create_onednn_scaled_mm, []
+
+    def noted(weight: torch.Tensor, scale: torch.Tensor, *others: object) -> object:
+        handed.append(weakref.ref(scale))
+        return make(weight, scale, *others)
+
+    monkeypatch.setattr(_custom_ops, "create_onednn_scaled_mm", noted)
+    ways, _ = linears(OUTPUTS, CHANNELS, [64], TOKENS)
+    assert ("oneDNN W8A8" in ways) == bool([scale for scale in handed if scale() is not None])
 
 
 def test_every_way_is_timed_equally_often() -> None:
