@@ -36,8 +36,8 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx_vnni": ((*_BASE_CPU, "avx_vnni"), (*_BASE_FLAGS, "-mavxvnni")),
     "avx2": (_BASE_CPU, _BASE_FLAGS),
 }
-# Those that have run on a processor. The others have been compiled, and AVX512-VNNI emulated; CHOICE turns them on.
-RUN_ON_HARDWARE = ("avx2",)
+# Those that have run on a processor, best first. The other has been compiled; CHOICE turns it on.
+RUN_ON_HARDWARE = ("avx512_vnni", "avx2")
 CHOICE = "MORPHOQUANT_CPU"
 # No contraction: the quantizer rounds after each operation, as torch does. The warning is false in gcc 12's headers.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")

@@ -1,7 +1,7 @@
 """Records as cpu_kernels/ reads them: each one block of bytes, so that a call passes and checks few tensors.
 
-Weight record      block uint8: header, codes [ceil(N/16), K/8, 64] (see gemm.h), scale bfloat16 [ceil(N/16), K/G, 16];
-                   absorbed_bias float32 [R, N]
+Weight record      block uint8: header, codes, scale bfloat16: panels of 2 blocks of 16 outputs, the last
+                   narrower, [K/8, blocks, 64] and [K/G, blocks, 16] (see gemm.h); absorbed_bias float32 [R, N]
 Activation record  block uint8: header, then the canonical fields in an order of their own
 
 A header is 8 int64: a magic number, the block's bytes, and its sizes; cpu_kernels/record.h compares them with those of
@@ -19,12 +19,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .heap import zero_bytes
 from .numerics.activation import ActivationRecord
 from .numerics.linear import WeightRecord
 from .schema import GROUP_SIZES
 
-# Outputs side by side, and channels in each of their rows of 64 bytes.
-BLOCK, OCTET = 16, 8
+# Outputs of a block, channels in each of its rows of 64 bytes, blocks of a panel.
+BLOCK, OCTET, PANEL = 16, 8, 2
 HEADER_BYTES = 64
 ACTIVATION_MAGIC, WEIGHT_MAGIC = 0x314143514D, 0x315457514D
 # Two canonical bytes of q = 0.
@@ -59,10 +60,12 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     made, (codes, scale) = _block(
         WEIGHT_MAGIC,
         (channels, outputs, group_size),
-        [((blocks, channels // OCTET, 64), torch.uint8), ((blocks, groups, BLOCK), torch.bfloat16)],
+        [((blocks * channels // OCTET * 64,), torch.uint8), ((blocks * groups * BLOCK,), torch.bfloat16)],
     )
-    _repack_codes(weight.codes, codes)
-    scale.copy_(_padded(weight.scale, 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
+    for first in range(0, outputs, _REPACK_OUTPUTS):
+        part = slice(first, first + _REPACK_OUTPUTS)
+        _fill_panels(codes, first, _blocks_of_codes(weight.codes[part]))
+        _fill_panels(scale, first, _padded(weight.scale[part], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
     return [made, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
 
 
@@ -102,23 +105,29 @@ def _block(
     for shape, dtype in parts:
         places.append(slice(end, end + math.prod(shape) * dtype.itemsize))
         end = -(-places[-1].stop // 64) * 64
-    block = torch.zeros(end, dtype=torch.uint8)
+    block = zero_bytes(end)
     header = [magic, end, *sizes]
     block[:HEADER_BYTES].view(torch.int64)[: len(header)] = torch.tensor(header)
     return block, [block[at].view(dtype).view(shape) for at, (shape, dtype) in zip(places, parts, strict=True)]
 
 
-def _repack_codes(codes: Tensor, packed: Tensor) -> None:
-    """uint8 [N, K/2], as weights.pack makes them, into uint8 [ceil(N/16), K/8, 64]; outputs past N have q = 0."""
-    outputs, half = codes.shape
-    octets = half * 2 // OCTET
-    for first in range(0, outputs, _REPACK_OUTPUTS):
-        part = _padded(codes[first : first + _REPACK_OUTPUTS], _ZERO_CODES)
-        # [..., byte, nibble] of 8 channels: channels 0-3 become the low nibbles of four bytes, 4-7 the high ones.
-        nibbles = torch.stack((part & 0xF, part >> 4), -1).view(-1, BLOCK, octets, 2, OCTET // 2)
-        merged = nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)
-        start = first // BLOCK
-        packed[start : start + merged.shape[0]] = merged.transpose(1, 2).flatten(2)
+def _blocks_of_codes(codes: Tensor) -> Tensor:
+    """uint8 [N, K/2], as weights.pack makes them, as uint8 [ceil(N/16), K/8, 64]; outputs past N have q = 0."""
+    octets = codes.shape[1] * 2 // OCTET
+    part = _padded(codes, _ZERO_CODES)
+    # [..., byte, nibble] of 8 channels: channels 0-3 become the low nibbles of four bytes, 4-7 the high ones.
+    nibbles = torch.stack((part & 0xF, part >> 4), -1).view(-1, BLOCK, octets, 2, OCTET // 2)
+    merged = nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)
+    return merged.transpose(1, 2).flatten(2)
+
+
+def _fill_panels(panels: Tensor, first: int, blocks: Tensor) -> None:
+    """Blocks [count, rows, row] from output `first` on into the panels [rows, 2, row] that begin there."""
+    _, rows, row = blocks.shape
+    start = first // BLOCK * rows * row
+    for part in blocks.split(PANEL):
+        panels[start : start + part.numel()].view(rows, -1, row).copy_(part.transpose(0, 1))
+        start += part.numel()
 
 
 def _padded(rows: Tensor, value: int) -> Tensor:

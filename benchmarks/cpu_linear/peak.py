@@ -7,10 +7,9 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
 from morphoquant_vllm import cpu_build
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.heap import zero_bytes
 
 # Larger than any cache of these machines.
 READ_BYTES = 1 << 29
@@ -35,7 +34,8 @@ def ceilings(threads: int) -> dict[str, float]:
         raise MorphoQuantError(f"no ceilings without the CPU kernels: {error}") from error
     library.dot_products.argtypes, library.dot_products.restype = [ctypes.c_int64] * 2, ctypes.c_double
     library.read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    data = torch.ones(READ_BYTES, dtype=torch.uint8)
+    # In large pages, as the kernels' records are; written once, so that each page is its own.
+    data = zero_bytes(READ_BYTES).fill_(1)
     read, dots = [], []
     for _ in range(REPEATS):
         started = time.perf_counter()

@@ -35,8 +35,8 @@ struct Call {
   int32_t* offset;     // [M, K/G]: -8 * sum of the group's codes; null in act_quant
   int64_t threads;
   // Weight record; unused by act_quant
-  const uint8_t* weight;       // [ceil(N/16), K/8, 64]: see gemm.h
-  const uint16_t* scale;       // bfloat16 [ceil(N/16), K/G, 16]
+  const uint8_t* weight;       // panels of [K/8, 2, 64]: see gemm.h
+  const uint16_t* scale;       // bfloat16, panels of [K/G, 2, 16]
   const float* absorbed_bias;  // [R, N]
   const void* bias;            // [N] of bias_dtype, or null
   int64_t bias_dtype;
@@ -47,5 +47,7 @@ struct Call {
 
 // Outputs that lie side by side in the weight record.
 constexpr int64_t kBlock = 16;
+// Blocks of a panel; the last may have one.
+constexpr int64_t kPanel = 2;
 
 }  // namespace morphoquant

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace morphoquant {
 
@@ -11,9 +12,10 @@ struct DotAvx2 {
   using Ints = __m256i;
   using Floats = __m256;
   static constexpr int kWidth = 8;
-  // Blocks of 16 outputs that one or two tokens, and that more tokens, are multiplied with at a time; most tokens of
-  // a tile. Bounded by 16 registers.
-  static constexpr int kWideBlocks = 2, kTileBlocks = 1, kTileTokens = 4;
+  // Blocks and most tokens of a tile, bounded by 16 registers.
+  static constexpr int kTileBlocks = 1, kTileTokens = 4;
+  // Whether dot() sums in 16 bits, which take 32 channels.
+  static constexpr bool kNarrowSums = true;
   // Tokens and outputs of a tile of the 8-bit head.
   static constexpr int kHeadTokens = 2, kHeadOutputs = 4;
 
@@ -23,12 +25,19 @@ struct DotAvx2 {
   static Ints high_nibbles(Ints v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
   static Ints broadcast(int32_t v) { return _mm256_set1_epi32(v); }
 
+  static Ints zero_ints() { return _mm256_setzero_si256(); }
+  static Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+  static Ints quad(const int8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, 4);
+    return broadcast(four);
+  }
+
   // vpmaddubsw adds two products in 16 bits: |15 * 128 * 2| = 3840, and 8 of these still fit 32767.
-  static Ints start(Ints) { return _mm256_setzero_si256(); }
   static Ints dot(Ints part, Ints weights, Ints codes) {
     return _mm256_add_epi16(part, _mm256_maddubs_epi16(weights, codes));
   }
-  static Ints finish(Ints sum, Ints part) {
+  static Ints widened_add(Ints sum, Ints part) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
   }
 
@@ -51,9 +60,8 @@ struct DotAvx2 {
 
 #ifdef __AVXVNNI__
 struct DotAvxVnni : DotAvx2 {
-  static Ints start(Ints sum) { return sum; }
-  static Ints dot(Ints part, Ints weights, Ints codes) { return _mm256_dpbusd_avx_epi32(part, weights, codes); }
-  static Ints finish(Ints, Ints part) { return part; }
+  static constexpr bool kNarrowSums = false;
+  static Ints dot(Ints sum, Ints weights, Ints codes) { return _mm256_dpbusd_avx_epi32(sum, weights, codes); }
 };
 #endif
 

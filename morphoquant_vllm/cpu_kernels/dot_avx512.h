@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace morphoquant {
 
@@ -11,7 +12,9 @@ struct DotAvx512Vnni {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int kWidth = 16;
-  static constexpr int kWideBlocks = 4, kTileBlocks = 2, kTileTokens = 6;
+  // Blocks and most tokens of a tile: 24 registers of sums.
+  static constexpr int kTileBlocks = 2, kTileTokens = 6;
+  static constexpr bool kNarrowSums = false;
   static constexpr int kHeadTokens = 4, kHeadOutputs = 4;
 
   static Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -20,9 +23,21 @@ struct DotAvx512Vnni {
   static Ints high_nibbles(Ints v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
   static Ints broadcast(int32_t v) { return _mm512_set1_epi32(v); }
 
-  static Ints start(Ints sum) { return sum; }
-  static Ints dot(Ints part, Ints weights, Ints codes) { return _mm512_dpbusd_epi32(part, weights, codes); }
-  static Ints finish(Ints, Ints part) { return part; }
+  static Ints zero_ints() { return _mm512_setzero_si512(); }
+  static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static Ints quad(const int8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, 4);
+    return broadcast(four);
+  }
+  static Ints dot(Ints part, Ints weights, Ints codes) {
+#if !defined(__AVX512VNNI__) || defined(__SANITIZE_ADDRESS__)
+    return _mm512_dpbusd_epi32(part, weights, codes);
+#else
+    asm("vpdpbusd %2, %1, %0" : "+v"(part) : "v"(weights), "v"(codes));
+    return part;
+#endif
+  }
 
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }

@@ -192,6 +192,7 @@ def test_every_instruction_set_compiles_to_its_instructions(instructions: str) -
         "avx_vnni": ("{vex} vpdpbusd", "%ymm"),
         "avx512_vnni": ("vpdpbusd", "%zmm"),
     }[instructions]
-    assert len(dots) > 100
+    # Every size of tile has its own.
+    assert len(dots) > 50
     assert all(opcode in line and register in line for line in dots), dots[:3]
     assert ("%zmm" in listing) == (instructions == "avx512_vnni")

@@ -11,14 +11,14 @@ extern "C" double dot_products(int64_t rounds, int64_t threads) {
 #pragma omp parallel num_threads(static_cast<int>(threads)) reduction(+ : done)
   {
     const Dot::Ints weights = Dot::broadcast(0x01020304), codes = Dot::broadcast(0x04030201);
-    Dot::Ints sums[12];
-    for (auto& sum : sums) sum = Dot::broadcast(0);
+    Dot::Ints a = Dot::broadcast(0), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;
+    const auto step = [&](auto&... sums) { ((sums = Dot::dot(sums, weights, codes)), ...); };
     for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 12
-      for (int i = 0; i < 12; ++i) {
-        sums[i] = Dot::dot(sums[i], weights, codes);
-        asm volatile("" : "+v"(sums[i]));
-      }
+      // Named, not an array: the compiler keeps an array that assembly changes in memory. That each changes keeps it
+      // from doing one product instead of twelve equal ones.
+      step(a, b, c, d, e, f, g, h, i, j, k, l);
+      asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f));
+      asm volatile("" : "+v"(g), "+v"(h), "+v"(i), "+v"(j), "+v"(k), "+v"(l));
     }
     done += static_cast<double>(rounds) * 12 * Dot::kWidth * 4;
   }
