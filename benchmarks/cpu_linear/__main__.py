@@ -1,4 +1,4 @@
-"""python -m benchmarks.cpu_linear: this package's CPU kernels against vLLM's linears, and what modality rows cost."""
+"""python -m benchmarks.cpu_linear: this package's CPU kernels against vLLM's linears; cost of modality rows, of pages."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from benchmarks.command import one_line_errors
 from benchmarks.cpu_linear.layers import MODELS
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-# The layer and the tokens at which the cost of rows is asked for.
+# The layer and the tokens at which the cost of rows and of pages is asked for.
 ROWS_SHAPE, ROWS_TOKENS = (18944, 3584), (1, 128)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.cpu_linear", description=__doc__)
-    top.add_argument("what", nargs="?", choices=("linears", "rows", "all"), default="all")
+    top.add_argument("what", nargs="?", choices=("linears", "rows", "pages", "all"), default="all")
     top.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["bars"])
     top.add_argument("--layers", nargs="+", help="only layers with these names, such as down")
     top.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="M")
     top.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     top.add_argument("--group-sizes", nargs="+", type=int, choices=(32, 64, 128), default=[32, 128])
     top.add_argument("--seconds", type=float, default=1.0, help="for each layer, M and number of threads")
-    top.add_argument("--pairs", type=int, default=200, help="of runs with one row and with mixed rows")
+    top.add_argument("--pairs", type=int, default=200, help="of calls whose cost is compared")
     top.add_argument("--results", type=Path, default=Path("benchmarks/results/cpu_linear"))
     top.add_argument("--name", default="cpu_linear", help="of the files")
     return top
@@ -50,8 +50,6 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
     }
     found = []
     for name, (outputs, channels) in chosen.items():
-        ways, reasons = linears(outputs, channels, arguments.group_sizes, max(arguments.tokens))
-        left_out.update(dict.fromkeys(reasons))
         half = outputs * channels / 2
         weight_bytes = {
             "oneDNN bf16": 4 * half,
@@ -62,6 +60,9 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
         weight_bytes |= {f"MorphoQuant G={size}": half * (1 + 4 / size) for size in arguments.group_sizes}
         for threads in arguments.threads:
             torch.set_num_threads(threads)
+            # Made anew: vLLM's oneDNN keeps what it has planned, for each M, for the number of threads of its first call.
+            ways, reasons = linears(outputs, channels, arguments.group_sizes, max(arguments.tokens))
+            left_out.update(dict.fromkeys(reasons))
             points = []
             for tokens in arguments.tokens:
                 x = torch.randn(tokens, channels).bfloat16()
@@ -99,6 +100,24 @@ def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def measure_pages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What small pages cost, for each number of threads and each of ROWS_TOKENS."""
+    import torch
+
+    from benchmarks.cpu_linear.measure import pages_cost
+
+    outputs, channels = ROWS_SHAPE
+    found = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for tokens in ROWS_TOKENS:
+            shape = {"outputs": outputs, "channels": channels, "group_size": arguments.group_sizes[0], "tokens": tokens}
+            cost = pages_cost(**shape, pairs=arguments.pairs)
+            found.append(shape | {"threads": threads} | cost)
+            print(f"pages M={tokens} threads={threads}: small / large {cost['ratio']:.2f}", flush=True)
+    return found
+
+
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure; the JSON object."""
     from benchmarks.cpu_linear.peak import ceilings
@@ -120,8 +139,9 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
         # Others kept a core busy before this run began.
         "contended": load > 0.5,
         "ceilings": {str(threads): ceilings(threads) for threads in arguments.threads},
-        "linears": measure_linears(arguments, left_out) if arguments.what != "rows" else [],
-        "rows": measure_rows(arguments) if arguments.what != "linears" else [],
+        "linears": measure_linears(arguments, left_out) if arguments.what in ("linears", "all") else [],
+        "rows": measure_rows(arguments) if arguments.what in ("rows", "all") else [],
+        "pages": measure_pages(arguments) if arguments.what in ("pages", "all") else [],
         "left_out": list(left_out),
         "seconds": time.monotonic() - started,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import statistics
 import time
@@ -76,3 +77,20 @@ def rows_cost(outputs: int, channels: int, group_size: int, tokens: int, pairs: 
         "low": drawn[25],
         "high": drawn[974],
     }
+
+
+def pages_cost(outputs: int, channels: int, group_size: int, tokens: int, pairs: int) -> dict[str, float]:
+    """What weights in pages of 4 KiB cost against the kernels' own large pages: medians (s) of alternating calls."""
+    (block, bias), activation = cpu.prepare(*generated(outputs, channels, group_size, 1))
+    own = mmap.mmap(-1, block.numel())
+    own.madvise(mmap.MADV_NOHUGEPAGE)
+    small = torch.frombuffer(own, dtype=torch.uint8).copy_(block)
+    x, modality = torch.randn(tokens, channels).bfloat16(), torch.zeros(tokens, dtype=torch.int32)
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(pairs):
+        for times, weights in zip(taken, (small, block), strict=True):
+            times.append(
+                timed(lambda weights=weights: ops.linear(x, modality, [weights, bias], activation, None, "cpu"))
+            )
+    medians = [statistics.median(times) for times in taken]
+    return {"pairs": pairs, "small": medians[0], "large": medians[1], "ratio": medians[0] / medians[1]}

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.accuracy.cache import write_atomically
 from morphoquant_vllm.errors import MorphoQuantError
 
-BASE = "oneDNN bf16"
+BASE, INTEGER_BASE = "oneDNN bf16", "oneDNN W8A8"
 
 
 def write(summary: dict[str, Any], directory: Path, name: str) -> list[Path]:
@@ -55,16 +55,29 @@ def markdown(summary: dict[str, Any]) -> str:
             for row in summary["rows"]
         ]
         parts.append("\n".join(lines))
+    if summary["pages"]:
+        parts.append("## Weights in large pages, against pages of 4 KiB")
+        lines = [
+            "| N x K | G | M | threads | pairs | small | large | small / large |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['outputs']}x{row['channels']} | {row['group_size']} | {row['tokens']} | {row['threads']} | "
+            f"{row['pairs']} | {row['small'] * 1e6:.0f} µs | {row['large'] * 1e6:.0f} µs | {row['ratio']:.2f} |"
+            for row in summary["pages"]
+        ]
+        parts.append("\n".join(lines))
     if summary["left_out"]:
         parts.append("Not measured here:\n\n" + "\n".join(f"- {reason}" for reason in summary["left_out"]))
     return "\n\n".join(parts) + "\n"
 
 
 def _table(case: dict[str, Any], point: dict[str, Any]) -> str:
-    base = point["times"].get(BASE)
-    lines = [f"| | µs (quartiles) | against {BASE} | weights GB/s | G multiply-adds/s |", "|---|---|---|---|---|"]
+    bases = [point["times"].get(base) for base in (BASE, INTEGER_BASE)]
+    against = " | ".join(f"against {base}" for base in (BASE, INTEGER_BASE))
+    lines = [f"| | µs (quartiles) | {against} | weights GB/s | G multiply-adds/s |", "|---|---|---|---|---|---|"]
     for name, taken in point["times"].items():
-        ratio = f"{base['median'] / taken['median']:.2f}x" if base else ""
+        ratio = " | ".join(f"{base['median'] / taken['median']:.2f}x" if base else "" for base in bases)
         rate = point["weight_bytes"][name] / taken["median"] / 1e9
         work = case["outputs"] * case["channels"] * point["tokens"] / taken["median"] / 1e9
         lines.append(

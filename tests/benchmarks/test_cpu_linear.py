@@ -3,7 +3,6 @@
 import json
 import weakref
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
@@ -24,17 +23,6 @@ OUTPUTS, CHANNELS, TOKENS = 64, 256, 6
 def needs_kernels() -> None:
     if not cpu.available():
         pytest.skip("the CPU kernels do not run on this machine")
-
-
-@pytest.fixture(autouse=True)
-def peers_that_have_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's AVX512 build has two more, which have not run anywhere yet; a wrong call would end the whole test run."""
-
-    def not_tried(*arguments: object) -> NoReturn:
-        raise NotImplementedError("not tried")
-
-    for name in ("onednn_bf16", "w4a16"):
-        monkeypatch.setattr(peers, name, not_tried)
 
 
 def test_ours_is_the_reference_on_rows_that_differ() -> None:
@@ -101,4 +89,5 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     for point in summary["linears"][0]["points"]:
         assert f"| MorphoQuant G=32 | {point['times']['MorphoQuant G=32']['median'] * 1e6:.0f} (" in text
     assert f"{summary['rows'][0]['ratio']:.3f}" in text and "10 |" in text
+    assert f"| {summary['pages'][0]['ratio']:.2f} |" in text
     assert all(ceiling["gb_s"] > 0 and ceiling["gmac_s"] > 0 for ceiling in summary["ceilings"].values())

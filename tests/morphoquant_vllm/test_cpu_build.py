@@ -130,9 +130,12 @@ def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) ->
     ("flags", "choice", "expected"),
     [
         ("avx2 fma f16c", "", "avx2"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx_vnni", "", "avx512_vnni"),
         # What has not run on a processor is there for whoever asks.
-        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx_vnni", "", "avx2"),
+        ("avx2 fma f16c avx_vnni", "", "avx2"),
         ("avx2 fma f16c avx_vnni", "avx_vnni", "avx_vnni"),
+        # A part of AVX512 does not serve.
+        ("avx2 fma f16c avx512f avx512_vnni", "", "avx2"),
         ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni", "avx512_vnni", "avx512_vnni"),
     ],
 )

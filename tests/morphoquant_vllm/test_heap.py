@@ -1,0 +1,33 @@
+"""Memory of records: zeros, large ones in large pages where the system has them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from morphoquant_vllm.heap import LARGE, zero_bytes
+
+SMAPS, ENABLED = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.parametrize("count", [0, 1, LARGE - 1, LARGE, LARGE + 1])
+def test_bytes_are_zero_and_can_be_written(count: int) -> None:
+    made = zero_bytes(count)
+    assert made.shape == (count,) and not made.any()
+    made.fill_(7)
+    assert int(made.sum()) == 7 * count
+    # A second one is another place.
+    assert not zero_bytes(count).any()
+
+
+def test_a_large_block_asks_for_large_pages() -> None:
+    if not SMAPS.is_file() or not ENABLED.is_file():
+        pytest.skip("this kernel has no transparent large pages")
+    made = zero_bytes(2 * LARGE)
+    for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", SMAPS.read_text()):
+        first, last = (int(part, 16) for part in entry.split(" ", 1)[0].split("-"))
+        if first <= made.data_ptr() < last:
+            # "hg": madvise(MADV_HUGEPAGE) was called.
+            assert re.search(r"^VmFlags:.* hg\b", entry, re.MULTILINE)
+            return
+    raise AssertionError("the block is in no mapping")
