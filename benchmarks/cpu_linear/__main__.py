@@ -1,4 +1,4 @@
-"""python -m benchmarks.cpu_linear: this package's CPU kernels against vLLM's linears; cost of modality rows, of pages."""
+"""python -m benchmarks.cpu_linear: the CPU kernels against vLLM's linears; cost of modality rows, of pages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
         weight_bytes |= {f"MorphoQuant G={size}": half * (1 + 4 / size) for size in arguments.group_sizes}
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            # Made anew: vLLM's oneDNN keeps what it has planned, for each M, for the number of threads of its first call.
+            # Made anew: vLLM's oneDNN keeps its plan for each M, made for the number of threads of the first call.
             ways, reasons = linears(outputs, channels, arguments.group_sizes, max(arguments.tokens))
             left_out.update(dict.fromkeys(reasons))
             points = []

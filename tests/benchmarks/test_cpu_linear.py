@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cpu_linear import peers
 from benchmarks.cpu_linear.__main__ import parser, run
 from benchmarks.cpu_linear.layers import MODELS, generated
 from benchmarks.cpu_linear.measure import interleaved
