@@ -50,8 +50,9 @@ def _lacks_nothing(weight: WeightRecord) -> str | None:
     return None
 
 
-def _cpu_lacks(weight: WeightRecord) -> str | None:
-    return "the CPU kernels know no two-level weight scales yet" if weight.two_level else None
+def _lacks_two_level(weight: WeightRecord) -> str | None:
+    """What a backend lacks that serves layers of group scales alone."""
+    return "its kernels know no two-level weight scales yet" if weight.two_level else None
 
 
 def _needs_no_warming(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -118,8 +119,9 @@ BACKENDS = {
         gpu_backend.check,
         gpu_backend.warm,
         _triton_silu_mul_linear,
+        _lacks_two_level,
     ),
-    "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear, lacks=_cpu_lacks),
+    "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear, lacks=_lacks_two_level),
 }
 
 # By type of device. A GPU that the kernels do not know is refused by the backend's check, not served slowly.
