@@ -89,7 +89,7 @@ def calibrate(
         str | None, _setting("--rounding", "compensated (default; GPTQ and refinement) or nearest.")
     ] = None,
     scale_levels: Annotated[
-        int | None, _setting("--scale-levels", "Integer levels of a channel's weight scales; 0 (default): free.")
+        int | None, _setting("--scale-levels", "Levels of two-level weight scales, up to 16; 0 (default): none.")
     ] = None,
     tau: Annotated[float | None, _setting("--tau", "Outlier threshold in standard deviations (2.0).")] = None,
     lam: Annotated[float | None, _setting("--lam", "Escape limit of the search (0.8).")] = None,

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from calibration.report import REPORT_FILE
 from morphoquant_vllm.checkpoint import StoredTensor, check_headers, read_headers, read_json, read_spec
-from morphoquant_vllm.schema import QuantizationSpec, stored_name, tensor_specs
+from morphoquant_vllm.schema import TWO_LEVEL_SCHEME, QuantizationSpec, stored_name, tensor_specs
 
 # Bytes per element, by safetensors' names; carried-over tensors may have any of these.
 ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
@@ -98,6 +98,7 @@ def _layer_data(
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "group_size": layer.group_size,
+        "scale_scheme": layer.scale_scheme,
         "parallel": layer.parallel,
         "shared_input": layer.shared_input,
         "masked_channels": dict(zip(spec.rows, masked.tolist(), strict=True)),
@@ -144,6 +145,9 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         f"whole checkpoint: {size_text(totals['bytes'])}, {percent(totals['bytes'] / totals['bytes_16bit'])} of "
         f"{size_text(totals['bytes_16bit'])} with those layers in 16 bit",
     ]
+    two_level = sum(layer["scale_scheme"] == TWO_LEVEL_SCHEME for layer in data["layers"])
+    if two_level:
+        lines.append(f"two-level weight scales: {two_level} of {totals['layers']} layers")
     own = Counter(row for layer in data["layers"] for row in layer["own_rows"])
     if own:
         each = ", ".join(f"{row} {count}" for row, count in own.items())

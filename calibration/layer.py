@@ -16,13 +16,25 @@ from calibration.grids import find_grids, input_tensors
 from calibration.plan import matches
 from calibration.recipe import Recipe
 from calibration.record import ERROR_TOKENS, LayerRecord, escape_rates, output_error
-from calibration.rounding import quantize_compensated
+from calibration.rounding import quantize_compensated, quantize_two_level
 from calibration.sampling import TokenSample
 from morphoquant_vllm.numerics import activation, weights
-from morphoquant_vllm.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec, input_blocks
+from morphoquant_vllm.schema import (
+    GROUP_SCHEME,
+    INPUT_TENSORS,
+    TWO_LEVEL_SCHEME,
+    LayerSpec,
+    QuantizationSpec,
+    input_blocks,
+)
 
 # A channel whose codes were all 0 in calibration still counts this part of the mean, so that its weights stay sane.
 IMPORTANCE_FLOOR = 1e-4
+# Names under which codes and scales are stored, in the order in which rounding gives them.
+_STORED = {
+    GROUP_SCHEME: ("weight_codes", "weight_scale"),
+    TWO_LEVEL_SCHEME: ("weight_codes", "weight_level", "weight_channel_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,10 +106,10 @@ def quantize_input(
     )
     matrix = matrix[:, gathered]
     code_mean, value_mean = moments.means()
-    int4, scale = _round_weights(matrix, step[gathered.to(step.device)].to(device), moments, first, recipe)
+    int4, *scales = _round_weights(matrix, step[gathered.to(step.device)].to(device), moments, first, recipe)
     del moments
     packed = weights.pack(int4)
-    served = weights.dequantize_weight(packed, scale)
+    served = weights.dequantize_weight(packed, *scales)
     if grids.own:
         # Any token may have to be served by the row for any.
         ordinary = (~massive).nonzero().flatten()
@@ -121,18 +133,18 @@ def quantize_input(
     aimed = inputs.target[::stride].index_select(1, gathered)
     quantized = {}
     sizes = [value.shape[0] for value in shards.values()]
-    for name, *parts in zip(
-        shards, packed.split(sizes), scale.split(sizes), served.split(sizes), matrix.split(sizes), bias.split(sizes, 2),
-        strict=True,
-    ):  # fmt: skip
-        codes4, scales, dequantized, full, own_bias = parts
+    stored = dict(zip(_STORED[first.scale_scheme], (packed, *scales), strict=True))
+    parts_of = {tensor: value.split(sizes) for tensor, value in stored.items()}
+    for index, (name, *parts) in enumerate(
+        zip(shards, served.split(sizes), matrix.split(sizes), bias.split(sizes, 2), strict=True)
+    ):
+        dequantized, full, own_bias = parts
         bias_of_set = own_bias.sum(0)
         error = output_error(judged, aimed, token_set[::stride], weight[::stride], full, dequantized, bias_of_set)
         quantized[name] = QuantizedLayer(
             tensors={
                 **natural,
-                "weight_codes": codes4.contiguous().cpu(),
-                "weight_scale": scales.contiguous().cpu(),
+                **{tensor: split[index].contiguous().cpu() for tensor, split in parts_of.items()},
                 "absorbed_bias": own_bias[:, set_of_row].contiguous().cpu(),
             },
             record=replace(common, output_error=error),
@@ -189,10 +201,11 @@ def _full_mask(first: LayerSpec, shards: Mapping[str, Tensor], recipe: Recipe) -
 
 def _round_weights(
     matrix: Tensor, step: Tensor, moments: second_moments.Moments, layer: LayerSpec, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    """int4 codes int8 [N, K] and scale bfloat16 [N, K/G] of the 16-bit `matrix`, all in channel order.
+) -> tuple[Tensor, ...]:
+    """int4 codes int8 [N, K] of the 16-bit `matrix` and their scales, all in channel order.
 
-    Uses the moments' [K, K] up.
+    Scales are bfloat16 [N, K/G], or by the layer's scheme levels uint8 [N, K/G] and channel scale float32 [N]. Uses the
+    moments' [K, K] up.
     """
     absorbed = weights.absorb(matrix, step)
     target = absorbed
@@ -200,8 +213,10 @@ def _round_weights(
     if recipe.regression:
         target = second_moments.regress((hessian, code_value), matrix, absorbed, recipe.shrinkage)
     del code_value
+    if layer.scale_scheme == TWO_LEVEL_SCHEME:
+        return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels)
     if recipe.rounding == "compensated":
-        return quantize_compensated(target, hessian, layer.group_size, recipe.scale_levels)
+        return quantize_compensated(target, hessian, layer.group_size)
     energy = hessian.diagonal().clone()
     mean = float(energy.mean())
     importance = energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)

@@ -99,7 +99,7 @@ def plan(
     """
     names = decoder_names(architecture, config, tensors)
     chosen = _choose(names, architecture.shared_inputs, tensors, recipe)
-    layers = _layers(names, architecture.shared_inputs, tensors, chosen, recipe.group_size)
+    layers = _layers(names, architecture.shared_inputs, tensors, chosen, recipe)
     for tower in recipe.towers:
         layers |= tower_layers(architecture.tower(tower), tensors, recipe)
     for name, layer in layers.items():
@@ -140,7 +140,7 @@ def tower_layers(tower: Tower, tensors: Mapping[str, TensorInfo], recipe: Recipe
             f"towers: no linear of the {tower.name} tower is left to quantize: K must be divisible by group_size "
             f"{recipe.group_size}, and 'ignore' must not match; leave the tower out"
         )
-    return _layers(names, tower.shared_inputs, tensors, chosen, recipe.group_size, fixed_row=tower.name)
+    return _layers(names, tower.shared_inputs, tensors, chosen, recipe, fixed_row=tower.name)
 
 
 def unfit_linears(tower: Tower, tensors: Mapping[str, TensorInfo], group_size: int) -> dict[str, int]:
@@ -213,7 +213,7 @@ def _layers(
     shared_inputs: Sequence[SharedInput],
     tensors: Mapping[str, TensorInfo],
     chosen: set[str],
-    group_size: int,
+    recipe: Recipe,
     fixed_row: str = "",
 ) -> dict[str, LayerSpec]:
     """Settings of the chosen linears of a run of blocks, in the order of the blocks."""
@@ -225,10 +225,11 @@ def _layers(
                 layers[shard] = LayerSpec(
                     in_features=in_features,
                     out_features=out_features,
-                    group_size=group_size,
+                    group_size=recipe.group_size,
                     parallel=shared.parallel,
                     shared_input=names.layer(block, shared.name),
                     bias=f"{shard}.bias" in tensors,
+                    scale_scheme=recipe.scale_scheme,
                     fixed_row=fixed_row,
                 )
     return layers

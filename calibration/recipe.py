@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.schema import GROUP_SCHEME, MAX_LEVEL, TWO_LEVEL_SCHEME
 
 Patterns = tuple[str, ...]
 
@@ -66,9 +76,9 @@ class Recipe(BaseModel):
     scale_levels: int = Field(
         default=0,
         ge=0,
-        le=256,
-        description="Compensated rounding: the scales of an output channel are whole multiples, 1 to this, of one "
-        "number; 0: they are free.",
+        le=MAX_LEVEL,
+        description="Two-level scales: those of an output channel are whole multiples, 1 to this (16 at most), of one "
+        "number. Needs compensated rounding. 0: every group has a scale of its own.",
     )
     tau: float = Field(
         default=2.0,
@@ -139,6 +149,18 @@ class Recipe(BaseModel):
         if isinstance(value, int) and value < 1:
             raise ValueError("must be 'auto' or at least 1")
         return value
+
+    @field_validator("scale_levels")
+    @classmethod
+    def _levels_are_found_by_compensated_rounding(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("rounding") == "nearest":
+            raise ValueError("two-level scales need rounding: compensated")
+        return value
+
+    @property
+    def scale_scheme(self) -> str:
+        """How the checkpoint stores the scales of weights."""
+        return TWO_LEVEL_SCHEME if self.scale_levels else GROUP_SCHEME
 
     @field_validator("shard_size")
     @classmethod

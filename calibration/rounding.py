@@ -1,7 +1,8 @@
 """Weights to int4 with error compensation, on the Hessian of the integer codes that the served layer multiplies. Pure.
 
 First GPTQ (arXiv 2210.17323): each column's rounding error is made up for by the columns after it. Then, in turns, the
-scales that suit the codes best (least squares) and the codes that suit the scales best (column by column).
+scales that suit the codes best (least squares) and the codes that suit the scales best (column by column). Scales are
+free (bfloat16), or two-level: level times a scale of the output channel, in float32 (float32 tensors below).
 """
 
 from __future__ import annotations
@@ -24,22 +25,38 @@ SCALE_ROWS = 2048
 SYSTEM_ELEMENTS = 2**25
 
 
-def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int, levels: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes int8 [N, K] and scale bfloat16 [N, K/G] of `target`, float32 [N, K], columns in channel order.
 
     hessian [K, K]: mean of code^T code in the same order. Groups are taken by falling energy, and so are the columns in
-    a group: what matters most is rounded while most columns are left to make up for it. With `levels`, the scales of an
-    output channel are whole multiples, 1 to `levels`, of one number (as near as bfloat16 holds them).
+    a group: what matters most is rounded while most columns are left to make up for it.
     """
     target, damped = target.float(), _damped(hessian)
-    unit = _unit(target, damped, group_size, levels) if levels else None
+    codes, scale = _in_turns(target, damped, group_size, None, 0)
+    return codes.to(torch.int8), _fit_scales(target, damped, codes, scale)
+
+
+def quantize_two_level(target: Tensor, hessian: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [N, K], levels uint8 [N, K/G], 1 to `levels`, and channel scale float32 [N]: see quantize_compensated.
+
+    The scale of a group is level * channel_scale as float32 computes it, while rounding too.
+    """
+    target, damped = target.float(), _damped(hessian)
+    unit = _unit(target, damped, group_size, levels)
+    codes, scale = _in_turns(target, damped, group_size, unit, levels)
+    # Division gives the whole number back: either rounding errs by 2^-24 of it at most.
+    return codes.to(torch.int8), (scale / unit).round().to(torch.uint8), unit[:, 0].contiguous()
+
+
+def _in_turns(
+    target: Tensor, damped: Tensor, group_size: int, unit: Tensor | None, levels: int
+) -> tuple[Tensor, Tensor]:
+    """Codes as floats [N, K] that suit scales [N, K/G], both found in turns."""
     codes, scale = _gptq(target, damped, group_size, unit, levels)
     for _ in range(TURNS):
         scale = _multiples(_fit_scales(target, damped, codes, scale), unit, levels)
         codes = _fit_codes(target, damped, codes, scale)
-    if unit is None:
-        scale = _fit_scales(target, damped, codes, scale)
-    return codes.to(torch.int8), scale
+    return codes, scale
 
 
 def _unit(target: Tensor, damped: Tensor, group_size: int, levels: int) -> Tensor:
@@ -50,10 +67,8 @@ def _unit(target: Tensor, damped: Tensor, group_size: int, levels: int) -> Tenso
 
 
 def _multiples(scale: Tensor, unit: Tensor | None, levels: int) -> Tensor:
-    """The nearest allowed scales, bfloat16, shape of `scale` [N, groups]."""
-    if unit is None:
-        return scale
-    return ((scale.float() / unit).round().clamp(1, levels) * unit).bfloat16()
+    """The nearest allowed scales, shape of `scale` [N, groups]: as they are, or float32 multiples of unit [N, 1]."""
+    return scale if unit is None else (scale.float() / unit).round().clamp(1, levels) * unit
 
 
 def _damped(hessian: Tensor) -> Tensor:
@@ -66,7 +81,7 @@ def _damped(hessian: Tensor) -> Tensor:
 
 
 def _gptq(target: Tensor, damped: Tensor, group_size: int, unit: Tensor | None, levels: int) -> tuple[Tensor, Tensor]:
-    """Codes as floats [N, K] and scale bfloat16 [N, K/G]."""
+    """Codes as floats [N, K] and scale [N, K/G]."""
     out_features, in_features = target.shape
     groups = in_features // group_size
     energy = damped.diagonal().view(groups, group_size)
@@ -77,7 +92,8 @@ def _gptq(target: Tensor, damped: Tensor, group_size: int, unit: Tensor | None, 
     energy = damped.diagonal()[order].view(groups, group_size)
     remaining = target[:, order].contiguous()
     codes = torch.empty_like(remaining)
-    scale = torch.empty(out_features, groups, dtype=torch.bfloat16, device=target.device)
+    dtype = torch.bfloat16 if unit is None else torch.float32
+    scale = torch.empty(out_features, groups, dtype=dtype, device=target.device)
     for index in range(groups):
         start, end = index * group_size, (index + 1) * group_size
         group = remaining[:, start:end].clone()
@@ -98,7 +114,7 @@ def _gptq(target: Tensor, damped: Tensor, group_size: int, unit: Tensor | None, 
 
 
 def _fit_scales(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """The scales bfloat16 [N, K/G] of least loss for given codes [N, K]; a scale that would not be positive stays."""
+    """The scales [N, K/G], in their dtype, of least loss for codes [N, K]; a scale that would not be positive stays."""
     parts = (field.split(SCALE_ROWS) for field in (target, codes, scale))
     return torch.cat([_fit_rows(own, damped, *rest) for own, *rest in zip(*parts, strict=True)])
 
@@ -122,7 +138,7 @@ def _solve_scales(damped: Tensor, grouped: Tensor, right: Tensor, scale: Tensor)
     energy = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     ridge = (SCALE_DAMPING * energy).expand(-1, groups)
     diagonal += ridge
-    fitted = torch.linalg.solve(system, right + ridge * scale.float()).bfloat16()
+    fitted = torch.linalg.solve(system, right + ridge * scale.float()).to(scale.dtype)
     return torch.where((fitted > 0) & fitted.isfinite(), fitted, scale)
 
 

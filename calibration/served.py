@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from morphoquant_vllm.numerics.activation import act_quant, activation_record, token_rows
 from morphoquant_vllm.numerics.linear import weight_record
-from morphoquant_vllm.numerics.weights import dequantize_weight
-from morphoquant_vllm.schema import INPUT_TENSORS
+from morphoquant_vllm.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
 
 
 @dataclass
@@ -34,8 +33,8 @@ class ServedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.record = activation_record(*(tensors[name].to(device) for name in INPUT_TENSORS))
-        weight = weight_record(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
-        self.matrix = dequantize_weight(weight.codes, weight.scale).to(device)
+        weight = weight_record(*(tensors[name] for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
+        self.matrix = weight.dequantized().to(device)
         self.absorbed_bias = weight.absorbed_bias.to(device)
         self.bias = bias
         self.serving = serving

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     MergedColumnParallelLinear,
@@ -23,7 +24,18 @@ from .modality import ModalityBus, warn_of_long_step
 from .numerics.activation import activation_record
 from .numerics.linear import weight_record
 from .parameters import LoadLog, make_parameters
-from .schema import INPUT_TENSORS, LayerSpec, QuantizationSpec, check_tensor_parallel, check_values, input_blocks
+from .schema import (
+    INPUT_TENSORS,
+    OUTPUT_TENSORS,
+    LayerSpec,
+    QuantizationSpec,
+    check_tensor_parallel,
+    check_values,
+    input_blocks,
+)
+
+# vLLM writes the messages of loggers below its own.
+logger = init_logger(f"vllm.{__name__}")
 
 
 @register_weight_loader_v2_supported_method
@@ -66,6 +78,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             in_features=input_size_per_partition,
             out_features=sum(output_partition_sizes),
             groups=input_size_per_partition // self.layer_spec.group_size,
+            scale_scheme=self.layer_spec.scale_scheme,
             rows=len(self.spec.rows),
             blocks=input_blocks(self.layer_spec, self.spec.tensor_parallel) * input_size_per_partition // input_size,
             watch=lambda tensor: self.load_log.watch(tensor, loader, fused),
@@ -117,9 +130,11 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             blocks=self.spec.tensor_parallel // size,
         )
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
-        weight = weight_record(tensors["weight_codes"], tensors["weight_scale"], tensors["absorbed_bias"])
+        weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
         device = weight.codes.device
-        self.backend = ops.select_backend(device)
+        self.backend, reason = ops.backend_of_layer(device, weight)
+        if reason:
+            logger.warning_once("MorphoQuant: the slow torch reference serves layers of this model: %s", reason)
         backend = ops.BACKENDS[self.backend]
         backend.check(self.name, weight, activation, self.activation_dtype)
         prepared = backend.prepare(weight, activation)

@@ -15,7 +15,7 @@ from vllm.model_executor.parameter import (
 )
 
 from .errors import MorphoQuantError
-from .schema import MASSIVE_CHANNELS
+from .schema import MASSIVE_CHANNELS, TWO_LEVEL_SCHEME
 
 
 class SharedInputParameter(BasevLLMParameter):
@@ -98,6 +98,7 @@ def make_parameters(
     in_features: int,
     out_features: int,
     groups: int,
+    scale_scheme: str,
     rows: int,
     blocks: int,
     watch: Callable[[str], Callable[..., None]],
@@ -111,6 +112,20 @@ def make_parameters(
         data = torch.zeros(shape, dtype=dtype)
         return SharedInputParameter(data=data, weight_loader=watch(tensor), name=f"{name}.{tensor}", cut=cut)
 
+    def by_group(tensor: str, dtype: torch.dtype) -> GroupQuantScaleParameter:
+        data = torch.zeros(out_features, groups, dtype=dtype)
+        return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=watch(tensor))
+
+    scales: dict[str, BasevLLMParameter] = {}
+    if scale_scheme == TWO_LEVEL_SCHEME:
+        scales["weight_level"] = by_group("weight_level", torch.uint8)
+        scales["weight_channel_scale"] = ChannelQuantScaleParameter(
+            data=torch.zeros(out_features, dtype=torch.float32),
+            output_dim=0,
+            weight_loader=watch("weight_channel_scale"),
+        )
+    else:
+        scales["weight_scale"] = by_group("weight_scale", torch.bfloat16)
     return {
         "weight_codes": PackedvLLMParameter(
             data=torch.zeros(out_features, in_features // 2, dtype=torch.uint8),
@@ -120,12 +135,7 @@ def make_parameters(
             packed_factor=2,
             weight_loader=watch("weight_codes"),
         ),
-        "weight_scale": GroupQuantScaleParameter(
-            data=torch.zeros(out_features, groups, dtype=torch.bfloat16),
-            input_dim=1,
-            output_dim=0,
-            weight_loader=watch("weight_scale"),
-        ),
+        **scales,
         "absorbed_bias": AbsorbedBiasParameter(
             data=torch.zeros(blocks, rows, out_features, dtype=torch.float32),
             output_dim=2,

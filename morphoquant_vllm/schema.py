@@ -5,7 +5,7 @@ docs/checkpoint.md explains the format; this module is what holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,9 +24,13 @@ DEFAULT_ROWS = (TEXT_ROW, "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
 # Intervals of a set by which a massive token is known.
 MASSIVE_CHANNELS = 4
 GROUP_SIZES = (32, 64, 128)
-SCALE_SCHEMES = ("group",)
-# Named so that kernels may ask for it: uint8 `weight_level` [N, K/G] times float32 `weight_channel_scale` [N].
-RESERVED_SCALE_SCHEMES = ("two_level",)
+# How the scales of a layer's groups of weights are stored: each by itself, or as whole multiples of one per output.
+GROUP_SCHEME, TWO_LEVEL_SCHEME = "group", "two_level"
+SCALE_SCHEMES = (GROUP_SCHEME, TWO_LEVEL_SCHEME)
+# Levels are 1 to this. Level times weight code lies in [-128, 112] then: in an int8.
+MAX_LEVEL = 16
+# Input channels up to which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
+MAX_TWO_LEVEL_CHANNELS = 2**17 - 1
 PARALLEL_KINDS = ("column", "row")
 
 # JSON types of a layer's settings.
@@ -49,8 +53,11 @@ INPUT_TENSORS = (
     *("activation_step", "channel_order", "modality_mask", "centre", "gain"),
     *("massive_channel", "massive_low", "massive_high"),
 )
-# Tensors of one shard's own outputs.
-OUTPUT_TENSORS = ("weight_codes", "weight_scale", "absorbed_bias")
+# Tensors of one shard's own outputs, by scale scheme, in the order of numerics.linear.weight_record's arguments.
+OUTPUT_TENSORS = {
+    GROUP_SCHEME: ("weight_codes", "weight_scale", "absorbed_bias"),
+    TWO_LEVEL_SCHEME: ("weight_codes", "weight_level", "absorbed_bias", "weight_channel_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class LayerSpec:
     shared_input: str
     # Whether the source layer has a bias of its own, carried over as `<layer>.bias`.
     bias: bool = False
-    scale_scheme: str = "group"
+    scale_scheme: str = GROUP_SCHEME
     # Row of every token of this layer, for towers, whose tokens have no ids; empty: the row of the token's modality.
     fixed_row: str = ""
 
@@ -85,15 +92,19 @@ class LayerSpec:
             if type(getattr(self, setting)) is not wanted:
                 raise MorphoQuantError(f"{name}: {setting} must be {wanted.__name__}, got {getattr(self, setting)!r}")
         if self.scale_scheme not in SCALE_SCHEMES:
-            kind = "reserved but not served yet" if self.scale_scheme in RESERVED_SCALE_SCHEMES else "unknown"
             raise MorphoQuantError(
-                f"{name}: scale_scheme '{self.scale_scheme}' is {kind}; this version knows {list(SCALE_SCHEMES)}"
+                f"{name}: scale_scheme '{self.scale_scheme}' is unknown; this version knows {list(SCALE_SCHEMES)}"
             )
         if self.parallel not in PARALLEL_KINDS:
             raise MorphoQuantError(f"{name}: parallel '{self.parallel}' is unknown; known: {list(PARALLEL_KINDS)}")
         if self.in_features <= 0 or self.out_features <= 0:
             raise MorphoQuantError(f"{name}: in_features and out_features must be positive")
         check_group_size(name, self.in_features, self.group_size)
+        if self.scale_scheme == TWO_LEVEL_SCHEME and self.in_features > MAX_TWO_LEVEL_CHANNELS:
+            raise MorphoQuantError(
+                f"{name}: K = {self.in_features} is over {MAX_TWO_LEVEL_CHANNELS}, up to which the sums of two-level "
+                f"scales are exact in int32; use scale_scheme '{GROUP_SCHEME}' for this layer"
+            )
         if self.parallel == "row":
             check_tensor_parallel(name, self.in_features, self.group_size, tensor_parallel)
 
@@ -248,9 +259,15 @@ def tensor_specs(layer: LayerSpec, rows: int, tensor_parallel: int) -> dict[str,
     """
     k, n, groups = layer.in_features, layer.out_features, layer.in_features // layer.group_size
     blocks = input_blocks(layer, tensor_parallel)
+    scales = {"weight_scale": TensorSpec(torch.bfloat16, (n, groups))}
+    if layer.scale_scheme == TWO_LEVEL_SCHEME:
+        scales = {
+            "weight_level": TensorSpec(torch.uint8, (n, groups)),
+            "weight_channel_scale": TensorSpec(torch.float32, (n,)),
+        }
     return {
         "weight_codes": TensorSpec(torch.uint8, (n, k // 2)),
-        "weight_scale": TensorSpec(torch.bfloat16, (n, groups)),
+        **scales,
         "activation_step": TensorSpec(torch.float32, (k,)),
         "channel_order": TensorSpec(torch.int32, (k,)),
         "modality_mask": TensorSpec(torch.bool, (rows, k)),
@@ -263,6 +280,11 @@ def tensor_specs(layer: LayerSpec, rows: int, tensor_parallel: int) -> dict[str,
     }
 
 
+def scale_scheme_of(tensors: Collection[str]) -> str:
+    """The scheme of a layer's tensors, by their names."""
+    return TWO_LEVEL_SCHEME if "weight_level" in tensors else GROUP_SCHEME
+
+
 def stored_name(layer: str, tensor: str) -> str:
     """Name of a tensor in the safetensors files."""
     return f"{layer}.{tensor}"
@@ -273,13 +295,19 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *
 
     `tensors` are one layer's, already of the right shapes; `blocks` is the checkpoint's tensor_parallel.
     """
-    finite = ("weight_scale", "activation_step", "centre", "gain", "massive_low", "massive_high", "absorbed_bias")
+    two_level = scale_scheme_of(tensors) == TWO_LEVEL_SCHEME
+    scale = "weight_channel_scale" if two_level else "weight_scale"
+    finite = (scale, "activation_step", "centre", "gain", "massive_low", "massive_high", "absorbed_bias")
     for tensor in finite:
         if not bool(torch.isfinite(tensors[tensor]).all()):
             raise MorphoQuantError(f"{name}.{tensor}: holds NaN or infinite values; the file is damaged")
-    for tensor in ("weight_scale", "activation_step", "gain"):
+    for tensor in (scale, "activation_step", "gain"):
         if not bool((tensors[tensor] > 0).all()):
             raise MorphoQuantError(f"{name}.{tensor}: every value must be positive; the file is damaged")
+    if two_level:
+        level = tensors["weight_level"]
+        if not bool(((level >= 1) & (level <= MAX_LEVEL)).all()):
+            raise MorphoQuantError(f"{name}.weight_level: every level must be 1 to {MAX_LEVEL}; the file is damaged")
     inverse = 1.0 / (tensors["activation_step"].double()[None] * tensors["gain"].double()[:, None])
     if float(inverse.max()) > torch.finfo(torch.float32).max:
         raise MorphoQuantError(f"{name}.activation_step: a step is too small to invert in float32")

@@ -1,7 +1,7 @@
 """A small valid checkpoint of random weights, made with the schema and the numerics alone."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from torch import Tensor
 from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.schema import (
     DEFAULT_ROWS,
+    GROUP_SCHEME,
     MASSIVE_CHANNELS,
+    MAX_LEVEL,
+    TWO_LEVEL_SCHEME,
     LayerSpec,
     QuantizationSpec,
     input_blocks,
@@ -81,22 +84,46 @@ def random_group(
     group = []
     for shard in shards:
         permuted = weights.absorb(shard, step)[:, order.long()]
-        codes, scale = weights.quantize_int4(permuted, torch.ones(in_features), layer.group_size)
-        own = {
-            "weight_codes": weights.pack(codes),
-            "weight_scale": scale,
-            "absorbed_bias": weights.absorbed_bias(shard, centre, blocks),
-        }
+        own = {**_rounded(permuted, layer), "absorbed_bias": weights.absorbed_bias(shard, centre, blocks)}
         group.append({name: tensor.clone() for name, tensor in (shared | own).items()})
     return group
 
 
+def _rounded(permuted: Tensor, layer: LayerSpec) -> dict[str, Tensor]:
+    """Codes and scales of W' [N, K] by their stored names; those of two-level scales are rounded up to a level."""
+    codes, scale = weights.quantize_int4(permuted, torch.ones(layer.in_features), layer.group_size)
+    if layer.scale_scheme == GROUP_SCHEME:
+        return {"weight_codes": weights.pack(codes), "weight_scale": scale}
+    channel_scale = scale.float().amax(1) / MAX_LEVEL
+    level = (scale.float() / channel_scale[:, None]).ceil().clamp(1, MAX_LEVEL)
+    step = (level * channel_scale[:, None])[..., None]
+    codes = weights.round_int4(permuted.unflatten(1, (scale.shape[1], -1)), step).flatten(1).to(torch.int8)
+    return {
+        "weight_codes": weights.pack(codes),
+        "weight_level": level.to(torch.uint8),
+        "weight_channel_scale": channel_scale,
+    }
+
+
 def write_random_checkpoint(
-    directory: Path, *, layers: int = 2, group_size: int = 32, tensor_parallel: int = 2, single_file: bool = False
+    directory: Path,
+    *,
+    layers: int = 2,
+    group_size: int = 32,
+    tensor_parallel: int = 2,
+    single_file: bool = False,
+    two_level: Collection[str] = (),
 ) -> QuantizationSpec:
-    """Write a valid checkpoint, of one file or of two, with an index; returns its settings."""
+    """Write a valid checkpoint, of one file or of two, with an index; returns its settings.
+
+    `two_level`: shared inputs whose layers have two-level scales.
+    """
+    layers_of = {
+        name: replace(layer, scale_scheme=TWO_LEVEL_SCHEME) if layer.shared_input in two_level else layer
+        for name, layer in layer_specs(layers, group_size).items()
+    }
     spec = QuantizationSpec(
-        layers=layer_specs(layers, group_size),
+        layers=layers_of,
         rows=DEFAULT_ROWS,
         tensor_parallel=tensor_parallel,
         placeholder_token_ids={"image": (7,), "audio": (8,)},

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
-from morphoquant_vllm.schema import INPUT_TENSORS
+from morphoquant_vllm.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
 
 
 def activation_of(tensors: dict[str, Tensor]) -> ActivationRecord:
@@ -15,19 +15,17 @@ def activation_of(tensors: dict[str, Tensor]) -> ActivationRecord:
 
 def weight_of(*shards: dict[str, Tensor]) -> WeightRecord:
     """One weight record of the stored shards of a (fused) layer, all blocks of K together."""
-    return weight_record(
-        torch.cat([shard["weight_codes"] for shard in shards]),
-        torch.cat([shard["weight_scale"] for shard in shards]),
-        torch.cat([shard["absorbed_bias"] for shard in shards], dim=2),
-    )
+    names = OUTPUT_TENSORS[scale_scheme_of(shards[0])]
+    along_n = {name: 2 if name == "absorbed_bias" else 0 for name in names}
+    return weight_record(*(torch.cat([shard[name] for shard in shards], along_n[name]) for name in names))
 
 
 def rank_part(tensors: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
     """What one of `ranks` tensor-parallel ranks holds of a row-parallel layer's tensors."""
-    along_k = {"weight_codes": 1, "weight_scale": 1, "activation_step": 0, "channel_order": 0}
-    along_k |= {"modality_mask": 1, "centre": 1}
+    along_k = {"weight_codes": 1, "activation_step": 0, "channel_order": 0, "modality_mask": 1, "centre": 1}
+    along_k |= {name: 1 for name in ("weight_scale", "weight_level") if name in tensors}
     blocks = dict.fromkeys(("massive_channel", "massive_low", "massive_high", "absorbed_bias"), 0)
-    part = {"gain": tensors["gain"]}
+    part = {name: tensors[name] for name in ("gain", "weight_channel_scale") if name in tensors}
     for name, dimension in (along_k | blocks).items():
         part[name] = tensors[name].chunk(ranks, dimension)[rank]
     first = rank * part["channel_order"].numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from morphoquant_vllm.numerics.activation import ActivationRecord
-from morphoquant_vllm.numerics.linear import WeightRecord
+from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 
 # N x K of the decoder's (fused) linears; "bars" are single projections of the largest and the smallest model.
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
@@ -21,10 +21,10 @@ ROWS = 6
 def generated(outputs: int, channels: int, group_size: int, seed: int) -> tuple[WeightRecord, ActivationRecord]:
     """Canonical records of a layer: what is random takes as long as what is calibrated. No token is massive."""
     generator = torch.Generator().manual_seed(seed)
-    weight = WeightRecord(
+    weight = weight_record(
         torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8),
         torch.full((outputs, channels // group_size), 0.01, dtype=torch.bfloat16),
-        torch.zeros(ROWS, outputs),
+        torch.zeros(1, ROWS, outputs),
     )
     record = ActivationRecord(
         inverse=torch.full((ROWS, channels), 3.0),

@@ -78,7 +78,10 @@ def measure(inputs: LinearInput, variant: Variant, seed: int = 0) -> list[Result
     settings = {name: getattr(variant, name) for name in ("group_size", "scale_levels", "massive_row")}
     recipe = read_recipe(overrides=settings | {"seed": seed})
     layers = {
-        name: LayerSpec(inputs.in_features, weight.shape[0], variant.group_size, inputs.parallel, inputs.name)
+        name: LayerSpec(
+            *(inputs.in_features, weight.shape[0], variant.group_size, inputs.parallel, inputs.name),
+            scale_scheme=recipe.scale_scheme,
+        )
         for name, weight in inputs.weights.items()
     }
     spec = QuantizationSpec(layers=layers)

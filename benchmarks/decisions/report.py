@@ -90,7 +90,7 @@ def markdown(summary: dict[str, Any]) -> str:
         ),
         "## 5. Bytes",
         f"A decoder block of {summary['bytes_model']}. Bits per weight, all tensors: with group scales as stored, and "
-        "with two-level scales (a byte per group, a float32 per output channel; reserved, not stored yet).",
+        "with two-level scales (a byte per group, a float32 per output channel; `--scale-levels 16`).",
         _bytes(summary["bytes"]),
     ]
     return "\n\n".join(parts) + "\n"

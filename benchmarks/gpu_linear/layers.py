@@ -29,13 +29,13 @@ def morphoquant(out_features: int, in_features: int, group_size: int) -> Built:
     """Both of our ops: quantizer, product and, where K is split, the reduction."""
     from morphoquant_vllm import ops
     from morphoquant_vllm.numerics.activation import ActivationRecord
-    from morphoquant_vllm.numerics.linear import WeightRecord
+    from morphoquant_vllm.numerics.linear import weight_record
 
     device = "cuda"
-    weight = WeightRecord(
+    weight = weight_record(
         torch.randint(256, (out_features, in_features // 2), device=device).to(torch.uint8),
         (torch.rand(out_features, in_features // group_size, device=device) / 100 + 0.001).bfloat16(),
-        torch.zeros(ROWS, out_features, device=device),
+        torch.zeros(1, ROWS, out_features, device=device),
     )
     activation = ActivationRecord(
         inverse=torch.full((ROWS, in_features), 3.0, device=device),

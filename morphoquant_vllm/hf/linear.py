@@ -36,6 +36,7 @@ class MorphoQuantLinear(nn.Module):
     def __init__(self, name: str, layer: LayerSpec, spec: QuantizationSpec, mode: Mode) -> None:
         super().__init__()
         self.name, self.spec, self.mode = name, spec, mode
+        self.output_tensors = OUTPUT_TENSORS[layer.scale_scheme]
         # A tower's patches have no token ids.
         self.fixed_row = spec.rows.index(layer.fixed_row) if layer.fixed_row else None
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -74,6 +75,6 @@ class MorphoQuantLinear(nn.Module):
         elif rows is None or rows.numel() != flat.shape[0]:
             rows = torch.full(flat.shape[:1], self.mode.row, dtype=torch.int32, device=x.device)
         activation = activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
-        weight = weight_record(*(self.get_buffer(name) for name in OUTPUT_TENSORS))
+        weight = weight_record(*(self.get_buffer(name) for name in self.output_tensors))
         compute = linear_exact if self.mode.exact else linear
         return compute(flat, rows.to(x.device), weight, activation, self.bias).view(*x.shape[:-1], -1)

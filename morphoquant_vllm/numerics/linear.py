@@ -2,8 +2,12 @@
 
     y[m, n] = gain[r] * sum_g scale[n, g] * sum_{k in g} code[m, k] * q[n, k]  +  absorbed_bias[r, n]  (+ bias[n])
 
-Group sums are exact integers. Here the sum over groups runs in float64 and is cast once; another backend may differ
-by `output_bound`.
+Two-level scales are scale[n, g] = level[n, g] * channel_scale[n] with whole levels, 1 to 16:
+
+    y[m, n] = gain[r] * channel_scale[n] * sum_g level[n, g] * sum_{k in g} code[m, k] * q[n, k]  +  ...
+
+Group sums are exact integers, and so is their sum weighted by levels: below 2^31 while K < 2^17. Here a sum over groups
+that is no integer runs in float64, and the result is cast once; another backend may differ by `output_bound`.
 """
 
 from __future__ import annotations
@@ -14,29 +18,54 @@ import torch
 from torch import Tensor
 
 from .activation import ActivationRecord, act_quant, token_rows
-from .weights import dequantize_weight, unpack
+from .weights import dequantize_weight, times_group, unpack
 
 
 class WeightRecord(NamedTuple):
     """One layer's weights in the canonical layout; K follows the permuted channel order."""
 
     codes: Tensor  # uint8 [N, K/2], see weights.pack
-    scale: Tensor  # bfloat16 [N, K/G]
+    scale: Tensor  # bfloat16 [N, K/G]; with two-level scales the levels, uint8 [N, K/G]
+    channel_scale: Tensor  # float32 [N] with two-level scales, else [0]
     absorbed_bias: Tensor  # float32 [R, N]
 
+    @property
+    def two_level(self) -> bool:
+        """Whether group scales are levels times a scale of the output channel."""
+        return self.scale.dtype is torch.uint8
 
-def weight_record(codes: Tensor, scale: Tensor, absorbed_bias: Tensor) -> WeightRecord:
-    """The record of a checkpoint's tensors; absorbed_bias [B, R, N] is summed over the blocks of K at hand."""
-    return WeightRecord(codes, scale, absorbed_bias.double().sum(0).float())
+    def group_scales(self) -> Tensor:
+        """The scale of each group, exact, float64 [N, K/G]."""
+        scale = self.scale.double()
+        return scale * self.channel_scale.double()[:, None] if self.two_level else scale
+
+    def dequantized(self) -> Tensor:
+        """What the codes stand for, float32 [N, K]; see weights.dequantize_weight."""
+        return dequantize_weight(self.codes, self.scale, self.channel_scale if self.two_level else None)
+
+
+def weight_record(
+    codes: Tensor, scale: Tensor, absorbed_bias: Tensor, channel_scale: Tensor | None = None
+) -> WeightRecord:
+    """The record of a checkpoint's tensors; absorbed_bias [B, R, N] is summed over the blocks of K at hand.
+
+    With `channel_scale`, float32 [N], `scale` holds the levels of two-level scales.
+    """
+    if channel_scale is None:
+        channel_scale = codes.new_empty(0, dtype=torch.float32)
+    return WeightRecord(codes, scale, channel_scale, absorbed_bias.double().sum(0).float())
 
 
 def matmul(codes: Tensor, rows: Tensor, weight: WeightRecord, gain: Tensor, bias: Tensor | None) -> Tensor:
     """y as float64 [M, N] from activation codes int8 [M, K] of tokens in `rows` int32 [M].
 
-    One float64 product: code * q * scale has at most 20 significant bits, so that every group sum is exact.
+    One float64 product: code * q * scale has at most 20 significant bits, so that every group sum is exact. With levels
+    in the place of scales all of it is: it adds up integers.
     """
     rows = rows.long()
-    y = codes.double() @ dequantize_weight(weight.codes, weight.scale).double().T
+    y = codes.double() @ times_group(weight.codes, weight.scale).double().T
+    if weight.two_level:
+        y *= weight.channel_scale.double()
     y = y * gain.double()[rows, None] + weight.absorbed_bias.double()[rows]
     return y if bias is None else y + bias.double()
 
@@ -66,7 +95,7 @@ def output_bound(codes: Tensor, rows: Tensor, weight: WeightRecord, gain: Tensor
     """
     rows = rows.long()
     sums = group_sums(codes, weight).double().abs()
-    magnitude = torch.einsum("mng,ng->mn", sums, weight.scale.double().abs())
+    magnitude = torch.einsum("mng,ng->mn", sums, weight.group_scales().abs())
     magnitude = magnitude * gain.double()[rows, None] + weight.absorbed_bias.double()[rows].abs()
     info = torch.finfo(reference.dtype)
     exponent = torch.floor(torch.log2(reference.double().abs().clamp(min=info.tiny)))

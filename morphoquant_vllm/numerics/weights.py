@@ -87,11 +87,23 @@ def unpack(packed: Tensor) -> Tensor:
     return nibbles.flatten(1).to(torch.int8) + INT4_MIN
 
 
-def dequantize_weight(packed: Tensor, scale: Tensor) -> Tensor:
-    """q * scale as float32 [N, K] in permuted order: exact, since 4 bits times bfloat16 fit a float32."""
+def times_group(packed: Tensor, scale: Tensor) -> Tensor:
+    """q * scale as float32 [N, K] in permuted order, of scales or levels [N, K/G].
+
+    Exact: 4 bits times bfloat16 fit a float32, and so do 4 bits times a level.
+    """
     codes = unpack(packed)
     grouped = codes.view(codes.shape[0], scale.shape[1], -1)
     return (grouped * scale.float()[..., None]).view(codes.shape)
+
+
+def dequantize_weight(packed: Tensor, scale: Tensor, channel_scale: Tensor | None = None) -> Tensor:
+    """What the codes stand for, float32 [N, K] in permuted order: q * scale, exact.
+
+    With `channel_scale`, float32 [N], `scale` holds levels: q * level * channel_scale, the last product rounded once.
+    """
+    weight = times_group(packed, scale)
+    return weight if channel_scale is None else weight.mul_(channel_scale[:, None])
 
 
 def absorbed_bias(weight: Tensor, centre: Tensor, blocks: int = 1) -> Tensor:

@@ -16,9 +16,12 @@ K = 64
 TEXT, AUDIO, ANY, MASSIVE = 0, 3, 4, 5
 
 
-def make_spec(shards: dict[str, Tensor], parallel: str = "column", blocks: int = 1) -> QuantizationSpec:
+def make_spec(
+    shards: dict[str, Tensor], parallel: str = "column", blocks: int = 1, scheme: str = "group"
+) -> QuantizationSpec:
     layers = {
-        name: LayerSpec(weight.shape[1], weight.shape[0], 32, parallel, "m.fused") for name, weight in shards.items()
+        name: LayerSpec(*weight.shape[::-1], 32, parallel, "m.fused", scale_scheme=scheme)
+        for name, weight in shards.items()
     }
     return QuantizationSpec(layers=layers, tensor_parallel=blocks)
 
@@ -75,7 +78,8 @@ def quantize(
 ) -> dict[str, QuantizedLayer]:
     outlying = torch.zeros(x.shape[0], dtype=torch.bool) if outlying is None else outlying
     sample, tokens = observe(x, modality, balance, outlying, x if target is None else target)
-    return quantize_input(sample, tokens, shards, spec or make_spec(shards), Recipe(**settings))
+    recipe = Recipe(**settings)
+    return quantize_input(sample, tokens, shards, spec or make_spec(shards, scheme=recipe.scale_scheme), recipe)
 
 
 def serve(x: Tensor, tensors: dict[str, Tensor], modality: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -136,3 +136,15 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MorphoQuantError, match="plain model"):
         inspect_table(tmp_path)
+
+
+def test_two_level_scales_are_counted(checkpoint: Path, tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, two_level=["model.layers.0.self_attn.qkv_proj"])
+    schemes = {layer["name"]: layer["scale_scheme"] for layer in inspect_data(tmp_path)["layers"]}
+    assert [name.rsplit(".", 1)[1] for name in schemes if schemes[name] == "two_level"] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    ]
+    assert "two-level weight scales: 3 of 14 layers" in render(tmp_path)
+    assert "two-level" not in render(checkpoint)

@@ -25,11 +25,12 @@ from tests.records import activation_of, rank_part
 PLAIN = {"regression": False, "rounding": "nearest"}
 
 
-def test_tensors_are_those_of_the_format_and_shards_share_their_input() -> None:
+@pytest.mark.parametrize("levels", [0, 16])
+def test_tensors_are_those_of_the_format_and_shards_share_their_input(levels: int) -> None:
     x, modality, outlying = with_massive()
     shards = {"m.q": matrix(48), "m.k": matrix(16, 4)}
-    spec = make_spec(shards)
-    quantized = quantize(x, modality, shards, outlying=outlying)
+    spec = make_spec(shards, scheme="two_level" if levels else "group")
+    quantized = quantize(x, modality, shards, outlying=outlying, spec=spec, scale_levels=levels)
     for name, layer in quantized.items():
         wanted = tensor_specs(spec.layers[name], len(spec.rows), spec.tensor_parallel)
         assert set(layer.tensors) == set(wanted)
@@ -39,7 +40,10 @@ def test_tensors_are_those_of_the_format_and_shards_share_their_input() -> None:
     assert unequal_input_tensors(quantized["m.q"].tensors, quantized["m.k"].tensors) == []
 
 
-@pytest.mark.parametrize("settings", [{}, PLAIN, {"grid": "reference"}, {"massive_row": False}, {"escape_budget": 0.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, PLAIN, {"grid": "reference"}, {"massive_row": False}, {"escape_budget": 0.0}, {"scale_levels": 16}],
+)
 def test_the_record_describes_what_is_served(settings: dict[str, object]) -> None:
     x, modality, outlying = with_massive()
     weight = matrix()

@@ -80,6 +80,14 @@ def test_a_chosen_tensor_parallel_must_divide_the_heads(heads: int, kv_heads: in
     assert make_plan(config={"num_key_value_heads": 2}, tensor_parallel=4).tensor_parallel == 4
 
 
+def test_levels_of_scales_choose_the_scheme_of_every_layer() -> None:
+    schemes = {
+        levels: {layer.scale_scheme for layer in make_plan(scale_levels=levels).layers.values()}
+        for levels in (0, 1, 16)
+    }
+    assert schemes == {0: {"group"}, 1: {"two_level"}, 16: {"two_level"}}
+
+
 def test_patterns_choose_layers() -> None:
     spec = make_plan(targets=("model.layers.*_proj",), ignore=("model.layers.0.*", "re:.*o_proj"))
     assert all(name.startswith("model.layers.1.") and "o_proj" not in name for name in spec.layers)

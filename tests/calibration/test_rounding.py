@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.rounding import DAMPING, _damped, _fit_codes, _fit_scales, _inverse_factor, _unit, quantize_compensated
+from calibration.rounding import (
+    DAMPING,
+    _damped,
+    _fit_codes,
+    _fit_scales,
+    _inverse_factor,
+    quantize_compensated,
+    quantize_two_level,
+)
 from morphoquant_vllm.numerics.weights import EMPTY_GROUP_SCALE, quantize_int4
 
 K, N = 256, 20
@@ -144,17 +152,35 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert torch.allclose(upper.T @ upper @ hessian, torch.eye(K, dtype=torch.float64), atol=1e-9)
 
 
-def test_scales_of_an_output_are_whole_multiples_where_levels_are_asked_for() -> None:
-    levels = 16
+@pytest.mark.parametrize("levels", [4, 16])
+def test_two_level_scales_are_levels_of_a_scale_of_the_output(levels: int) -> None:
     hessian, weight = correlated_hessian(), target()
     weight[3] *= 100
-    codes, scale = quantize_compensated(weight, hessian, 32, levels)
-    level = scale.float() / _unit(weight, _damped(hessian), 32, levels)
-    # bfloat16 keeps a multiple to 2^-8 of itself.
-    assert bool(((level - level.round()).abs() <= level * 2.0**-8 * (1 + 1e-5)).all())
-    assert float(level.min()) > 0.9 and float(level.max()) < levels * 1.01
+    codes, level, channel_scale = quantize_two_level(weight, hessian, 32, levels)
+    assert (codes.dtype, level.dtype, channel_scale.dtype) == (torch.int8, torch.uint8, torch.float32)
+    assert (level.shape, channel_scale.shape) == ((N, K // 32), (N,))
+    assert int(level.min()) >= 1 and int(level.max()) <= levels and int(level.unique().numel()) > 2
+    assert float(channel_scale[3] / channel_scale[2]) > 20
+    scale = level.float() * channel_scale[:, None]
     nearest = quantize_int4(weight, hessian.diagonal(), 32)
     assert loss(hessian, weight, codes, scale) < loss(hessian, weight, *nearest)
+    # Sixteen levels cost a few percent of the loss, four a lot; a code that was rounded against another scale, more.
+    free = loss(hessian, weight, *quantize_compensated(weight, hessian, 32))
+    assert loss(hessian, weight, codes, scale) < free * (1.2 if levels == 16 else 2)
+
+
+def test_codes_of_two_level_scales_suit_the_stored_scales() -> None:
+    """One more turn of fitting codes to level * channel_scale, as float32 has it, lowers the loss hardly at all."""
+    hessian, weight = correlated_hessian(), target()
+    damped = _damped(hessian)
+    codes, level, channel_scale = quantize_two_level(weight, hessian, 32, 16)
+    scale = level.float() * channel_scale[:, None]
+    again = _fit_codes(weight, damped, codes.float(), scale)
+    before, after = loss(damped, weight, codes, scale), loss(damped, weight, again, scale)
+    assert before * 0.99 < after <= before * (1 + 1e-5)
+    # Against scales as bfloat16 would have stored them, more codes would change than against these.
+    rounded = scale.bfloat16().float()
+    assert int((_fit_codes(weight, damped, codes.float(), rounded) != codes).sum()) > int((again != codes).sum())
 
 
 def test_scales_do_not_depend_on_how_many_rows_are_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

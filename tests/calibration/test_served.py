@@ -14,18 +14,18 @@ from tests.records import activation_of, weight_of
 K, N = 128, 24
 
 
-def stored(parallel: str) -> tuple[dict[str, Tensor], QuantizationSpec]:
-    layer = LayerSpec(K, N, 32, parallel, "layer")
+def stored(parallel: str, scheme: str = "group") -> tuple[dict[str, Tensor], QuantizationSpec]:
+    layer = LayerSpec(K, N, 32, parallel, "layer", scale_scheme=scheme)
     spec = QuantizationSpec(layers={"layer": layer}, tensor_parallel=4)
     full = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
     return random_group([full], layer, spec, torch.tensor(2))[0], spec
 
 
-@pytest.mark.parametrize("parallel", ["column", "row"])
+@pytest.mark.parametrize(("parallel", "scheme"), [("column", "group"), ("row", "group"), ("row", "two_level")])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_computes_the_definition(parallel: str, with_bias: bool, dtype: torch.dtype) -> None:
-    tensors, spec = stored(parallel)
+def test_it_computes_the_definition(parallel: str, scheme: str, with_bias: bool, dtype: torch.dtype) -> None:
+    tensors, spec = stored(parallel, scheme)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(3)).to(dtype) if with_bias else None
     x = torch.randn(60, K, generator=torch.Generator().manual_seed(4)).to(dtype)
     massive = is_massive(x, *(tensors[f"massive_{name}"] for name in ("channel", "low", "high")))

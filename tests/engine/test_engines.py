@@ -50,7 +50,7 @@ def test_activations_really_are_four_bit(engines: Engines, checkpoint: Checkpoin
         assert int(codes.unique().numel()) > 8, "a layer that sees real input uses more than half its grid"
         # The same weights under 16-bit activations: undo what absorption and order did to them.
         matrix = torch.empty(y.shape[1], x.shape[1])
-        matrix[:, activation.channel_order.long()] = weights.dequantize_weight(weight.codes, weight.scale)
+        matrix[:, activation.channel_order.long()] = weight.dequantized()
         bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else 0.0
         weight_only = x.float() @ (matrix / shards[0]["activation_step"]).T + bias
         relative = (y.float() - weight_only).norm() / weight_only.norm()

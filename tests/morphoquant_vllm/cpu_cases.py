@@ -14,7 +14,7 @@ from morphoquant_vllm import cpu
 from morphoquant_vllm.cpu_build import Kernels, load
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.activation import ActivationRecord
-from morphoquant_vllm.numerics.linear import WeightRecord
+from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 from tests.morphoquant_vllm.head_cases import compare_heads
 
 # N, K, G: every group size; N below, at and past blocks of 16 and panels; K within, at and past a strip of 512.
@@ -41,10 +41,10 @@ def case(outputs: int, channels: int, group_size: int) -> tuple[WeightRecord, Ac
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    weight = WeightRecord(
+    weight = weight_record(
         torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8),
         (normal(outputs, channels // group_size) * 0.1).bfloat16(),
-        normal(ROWS, outputs) * 30,
+        normal(1, ROWS, outputs) * 30,
     )
     record = ActivationRecord(
         inverse=normal(ROWS, channels).abs() * 3 + 0.1,

@@ -91,7 +91,7 @@ def test_config_that_breaks_a_rule(checkpoint: Path, changes: dict[str, object],
     ("setting", "value", "fragment"),
     [
         ("scale_scheme", "magic", "'magic' is unknown"),
-        ("scale_scheme", "two_level", "'two_level' is reserved"),
+        ("scale_scheme", "two_level", "must share"),
         ("group_size", 48, "group_size 48"),
         ("group_size", 128, "not divisible by group_size 128"),
         ("bias", "no", "bias must be bool"),

@@ -1,5 +1,6 @@
 """Values that break a rule of the format are refused in one line that names the tensor."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.checkpoint import verify_checkpoint
-from tests.checkpoints import edit, write_random_checkpoint
+from morphoquant_vllm.checkpoint import read_spec, verify_checkpoint
+from tests.checkpoints import edit, write_config, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused
 
 Q, K, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
@@ -107,3 +108,62 @@ def test_unequal_fused_shards(checkpoint: Path, tensor: str, change: Callable[[T
 def test_nan_in_a_carried_over_tensor(checkpoint: Path) -> None:
     edit(checkpoint, "model.embed_tokens.weight", lambda weight: weight * torch.nan)
     refused(checkpoint, "model.embed_tokens.weight", "NaN")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One fused layer with two-level scales, all others with group scales."""
+    directory = tmp_path_factory.mktemp("mixed")
+    write_random_checkpoint(directory, two_level=["model.layers.0.self_attn.qkv_proj"])
+    return directory
+
+
+def test_a_checkpoint_may_hold_both_scale_schemes(mixed: Path) -> None:
+    assert verify_checkpoint(mixed) == 14
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "fragment"),
+    [
+        ("weight_level", 0, "every level must be 1 to 16"),
+        ("weight_level", 17, "every level must be 1 to 16"),
+        ("weight_level", 255, "every level must be 1 to 16"),
+        ("weight_channel_scale", 0.0, "positive"),
+        ("weight_channel_scale", -1.0, "positive"),
+        ("weight_channel_scale", float("nan"), "NaN"),
+        ("weight_channel_scale", float("inf"), "NaN"),
+    ],
+)
+def test_two_level_scales_that_break_a_rule(
+    mixed: Path, tmp_path: Path, tensor: str, value: float, fragment: str
+) -> None:
+    def damage(stored: Tensor) -> Tensor:
+        stored.view(-1)[-1] = value
+        return stored
+
+    copy = Path(shutil.copytree(mixed, tmp_path / "copy"))
+    edit(copy, f"{K}.{tensor}", damage)
+    refused(copy, f"{K}.{tensor}", fragment)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "fragment"),
+    [
+        ("weight_level", lambda level: level.to(torch.int32), "expected U8"),
+        ("weight_channel_scale", lambda scale: scale[:, None], "expected F32 [32]"),
+    ],
+)
+def test_two_level_scales_of_another_form(
+    mixed: Path, tmp_path: Path, tensor: str, change: Callable[[Tensor], Tensor], fragment: str
+) -> None:
+    copy = Path(shutil.copytree(mixed, tmp_path / "copy"))
+    edit(copy, f"{K}.{tensor}", change)
+    refused(copy, f"{K}.{tensor}", fragment)
+
+
+def test_two_level_layer_with_group_scales(checkpoint: Path) -> None:
+    spec = read_spec(checkpoint)
+    layers = spec.to_dict()["layers"]
+    layers[DOWN]["scale_scheme"] = "two_level"
+    write_config(checkpoint, spec, layers=layers)
+    refused(checkpoint, f"{DOWN}.weight_level is missing")

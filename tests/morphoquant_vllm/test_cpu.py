@@ -46,7 +46,7 @@ def test_group_sums_are_exact_at_the_extremes(library: Kernels, group_size: int)
     for group in range(2):
         scale = torch.zeros(outputs, 2).bfloat16()
         scale[:, group] = 1
-        single = linear.WeightRecord(pack(q), scale, torch.zeros(ROWS, outputs))
+        single = linear.weight_record(pack(q), scale, torch.zeros(1, ROWS, outputs))
         packed, prepared = cpu.prepare(single, record)
         y = cpu.linear(x, modality, packed, prepared, None, library)
         expected = linear.group_sums(codes, single)[:, :, group]

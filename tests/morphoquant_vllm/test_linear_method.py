@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import cpu, linear_method, ops
 from morphoquant_vllm.config import MorphoQuantConfig
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.activation import act_quant, is_massive, token_rows
@@ -24,6 +24,11 @@ SHARDS = ("gate_proj", "up_proj")
 def specification(bias: bool = False) -> QuantizationSpec:
     layers = {f"mlp.{shard}": LayerSpec(K, N, G, "column", "mlp.gate_up_proj", bias) for shard in SHARDS}
     layers["mlp.down_proj"] = LayerSpec(K, N, G, "row", "mlp.down_proj")
+    return QuantizationSpec(layers=layers)
+
+
+def two_level(spec: QuantizationSpec) -> QuantizationSpec:
+    layers = {name: replace(layer, scale_scheme="two_level") for name, layer in spec.layers.items()}
     return QuantizationSpec(layers=layers)
 
 
@@ -111,6 +116,29 @@ class TestFusedLayer:
             x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(tokens))
             assert torch.equal(layer(x)[0], reference(shards, x, spec.rows.index("image")))
 
+    def test_a_two_level_layer_computes_the_reference(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The CPU kernels lack it: the log says who serves it and why."""
+        warned: list[str] = []
+        once = SimpleNamespace(warning_once=lambda message, reason: warned.append(message % reason))
+        monkeypatch.setattr(linear_method, "logger", once)
+        spec = two_level(specification())
+        shards = stored(spec, 2)
+        assert not torch.equal(*(shard["weight_channel_scale"] for shard in shards))
+        layer = load(merged_layer(spec), shards)
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(1)) * 2
+        y, _ = layer(x)
+        assert torch.equal(y, reference(shards, x, spec.any_row))
+        assert layer.quant_method.backend == "reference"
+        assert len(warned) == cpu.available()
+        assert all("torch reference" in message and "two-level" in message for message in warned)
+
+    def test_two_level_shards_need_their_levels(self) -> None:
+        spec = two_level(specification())
+        shards = stored(spec, 2)
+        del shards[1]["weight_level"]
+        with pytest.raises(MorphoQuantError, match=r"weight_level: 1 of 2 shards were loaded"):
+            load(merged_layer(spec), shards)
+
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_a_layer_that_is_fused_in_the_file_is_cut_as_vllm_cuts_it(
         self, monkeypatch: pytest.MonkeyPatch, ranks: int
@@ -162,10 +190,11 @@ class TestFusedLayer:
             ("weight_scale", float("nan"), "weight_scale: holds NaN"),
             ("absorbed_bias", float("inf"), "absorbed_bias: holds NaN or infinite"),
             ("weight_scale", 0.0, "weight_scale: every value must be positive"),
+            ("weight_level", 17, "weight_level: every level must be 1 to 16"),
         ],
     )
     def test_damaged_values_are_refused(self, tensor: str, value: float, message: str) -> None:
-        spec = specification()
+        spec = two_level(specification()) if tensor == "weight_level" else specification()
         shards = stored(spec, 2)
         shards[1][tensor].view(-1)[0] = value
         with pytest.raises(MorphoQuantError, match=message):
@@ -226,8 +255,9 @@ class TestRowParallelLayer:
     """A rank's cut and the sum over ranks, without the processes: layers that believe to be one of several ranks."""
 
     @staticmethod
-    def tensors(blocks: int) -> tuple[QuantizationSpec, dict[str, Tensor]]:
-        spec = QuantizationSpec(layers=specification().layers, tensor_parallel=blocks)
+    def tensors(blocks: int, scheme: str = "group") -> tuple[QuantizationSpec, dict[str, Tensor]]:
+        layers = (two_level(specification()) if scheme == "two_level" else specification()).layers
+        spec = QuantizationSpec(layers=layers, tensor_parallel=blocks)
         full = torch.randn(N, K, generator=torch.Generator().manual_seed(5))
         return spec, random_group([full], spec.layers["mlp.down_proj"], spec, torch.tensor(4))[0]
 
@@ -249,9 +279,10 @@ class TestRowParallelLayer:
         return layer
 
     # A checkpoint for two ranks serves one, too: the one rank then holds both blocks.
+    @pytest.mark.parametrize("scheme", ["group", "two_level"])
     @pytest.mark.parametrize("ranks", [1, 2])
-    def test_each_rank_computes_its_own_formula(self, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-        spec, tensors = self.tensors(blocks=2)
+    def test_each_rank_computes_its_own_formula(self, monkeypatch: pytest.MonkeyPatch, ranks: int, scheme: str) -> None:
+        spec, tensors = self.tensors(2, scheme)
         x = torch.randn(40, K, generator=torch.Generator().manual_seed(6)) * 2
         massive = []
         for rank, part in enumerate(x.chunk(ranks, 1)):

@@ -17,7 +17,11 @@ BACKENDS = sorted(set(ops.BACKENDS) - {"triton"})
 
 @pytest.fixture(scope="module")
 def records() -> tuple[linear.WeightRecord, activation.ActivationRecord]:
-    layer = LayerSpec(K, N, G, "column", "layer")
+    return record_of("group")
+
+
+def record_of(scheme: str) -> tuple[linear.WeightRecord, activation.ActivationRecord]:
+    layer = LayerSpec(K, N, G, "column", "layer", scale_scheme=scheme)
     spec = QuantizationSpec(layers={"layer": layer})
     (tensors,) = random_group(
         [torch.randn(N, K, generator=torch.Generator().manual_seed(1))], layer, spec, torch.tensor(2)
@@ -64,6 +68,15 @@ def test_every_backend_agrees_with_the_reference(records, backend: str, dtype: t
     assert y.dtype is dtype and y.shape == (tokens, N)
     bound = linear.output_bound(expected_codes, rows, weight, record.gain, expected)
     assert bool(((y.double() - expected.double()).abs() <= bound).all())
+
+
+def test_only_backends_that_serve_a_layer_get_it() -> None:
+    """On a CPU, two-level layers go to the reference, with the reason where its kernels would run."""
+    device = torch.device("cpu")
+    own = ops.select_backend(device)
+    assert ops.backend_of_layer(device, record_of("group")[0]) == (own, None)
+    backend, reason = ops.backend_of_layer(device, record_of("two_level")[0])
+    assert backend == "reference" and (reason is None) == (own == "reference")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

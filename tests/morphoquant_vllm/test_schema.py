@@ -10,9 +10,12 @@ import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.activation import activation_record
+from morphoquant_vllm.numerics.linear import weight_record
 from morphoquant_vllm.schema import (
     GROUP_SIZES,
     INPUT_TENSORS,
+    MAX_LEVEL,
+    MAX_TWO_LEVEL_CHANNELS,
     OUTPUT_TENSORS,
     LayerSpec,
     QuantizationSpec,
@@ -23,6 +26,7 @@ from morphoquant_vllm.schema import (
     check_order,
     check_tensor_parallel,
     input_blocks,
+    scale_scheme_of,
     tensor_specs,
     unequal_input_tensors,
 )
@@ -139,12 +143,42 @@ def test_tensor_parallel_binds_row_parallel_layers_only() -> None:
 
 def test_tensor_specs_cover_input_and_output_tensors() -> None:
     specs = tensor_specs(LAYER, rows=6, tensor_parallel=2)
-    assert set(specs) == {*INPUT_TENSORS, *OUTPUT_TENSORS}
+    assert set(specs) == {*INPUT_TENSORS, *OUTPUT_TENSORS["group"]}
     assert (specs["weight_codes"].dtype, specs["weight_codes"].shape) == (torch.uint8, (48, 64))
     assert (specs["weight_scale"].dtype, specs["weight_scale"].shape) == (torch.bfloat16, (48, 2))
     assert (specs["absorbed_bias"].dtype, specs["absorbed_bias"].shape) == (torch.float32, (2, 6, 48))
     assert (specs["massive_channel"].dtype, specs["massive_channel"].shape) == (torch.int32, (2, 4))
     assert specs["massive_low"] == specs["massive_high"] == TensorSpec(torch.float32, (2, 4))
+
+
+def test_two_level_scales_stand_in_the_place_of_group_scales() -> None:
+    group = tensor_specs(LAYER, rows=6, tensor_parallel=2)
+    layer = LayerSpec(**{**vars(LAYER), "scale_scheme": "two_level"})
+    specs = tensor_specs(layer, rows=6, tensor_parallel=2)
+    assert set(specs) == {*INPUT_TENSORS, *OUTPUT_TENSORS["two_level"]}
+    assert specs["weight_level"] == TensorSpec(torch.uint8, (48, 2))
+    assert specs["weight_channel_scale"] == TensorSpec(torch.float32, (48,))
+    assert all(specs[name] == group[name] for name in specs.keys() & group.keys())
+    assert [scale_scheme_of(names) for names in (group, specs)] == ["group", "two_level"]
+
+
+def test_output_tensors_stand_in_the_order_of_the_record() -> None:
+    """Callers splat them into weight_record."""
+    arguments = list(inspect.signature(weight_record).parameters)
+    for scheme, names in OUTPUT_TENSORS.items():
+        for argument, tensor in zip(arguments, names, strict=scheme == "two_level"):
+            assert tensor in (argument, f"weight_{argument}") or (argument, tensor) == ("scale", "weight_level")
+
+
+def test_sums_over_k_of_two_level_layers_fit_an_int32() -> None:
+    """Whatever codes, weights and levels: the largest product of each is -128."""
+    fits, over = 131_040, 131_072
+    assert over > MAX_TWO_LEVEL_CHANNELS >= fits and 128 * 8 * MAX_LEVEL * over >= 2**31 > 128 * 8 * MAX_LEVEL * fits
+    layer = vars(LAYER) | {"group_size": 32, "scale_scheme": "two_level"}
+    LayerSpec(**{**layer, "in_features": fits}).check("a.down")
+    with pytest.raises(MorphoQuantError, match=r"^a\.down: K = 131072 is over 131071.*use scale_scheme 'group'"):
+        LayerSpec(**{**layer, "in_features": over}).check("a.down")
+    LayerSpec(**{**layer, "in_features": over, "scale_scheme": "group"}).check("a.down")
 
 
 @pytest.mark.parametrize(("parallel", "blocks"), [("row", 2), ("column", 1)])

@@ -15,11 +15,15 @@ import morphoquant_vllm.hf as hf
 from calibration.calibrate import calibrate
 from calibration.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
+from morphoquant_vllm.numerics.linear import linear
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.token_table import token_rows
 from tests.calibration.built_models import TinyModels
-from tests.checkpoints import edit, edit_tensors, file_of
+from tests.checkpoints import edit, edit_tensors, file_of, random_group
 from tests.engine.conftest import REPOSITORY
 from tests.quantized_tower import write_quantized_tower
+from tests.records import activation_of, weight_of
 from tests.reference_model import Checkpoint, reference_thinker, swap_linears
 from tests.tiny_conversations import image
 
@@ -236,3 +240,16 @@ def test_it_needs_transformers_alone_and_says_so_where_it_is_missing() -> None:
     assert done.stdout.splitlines() == [
         "morphoquant_vllm.hf needs the Python package 'transformers'; install morphoquant-vllm[hf]"
     ]
+
+
+@pytest.mark.parametrize("scheme", ["group", "two_level"])
+def test_a_linear_of_either_scale_scheme_is_the_reference(scheme: str) -> None:
+    layer = LayerSpec(64, 48, 32, "column", "m", scale_scheme=scheme)
+    spec = QuantizationSpec(layers={"m": layer})
+    (tensors,) = random_group([torch.randn(48, 64)], layer, spec, torch.tensor(2))
+    module = MorphoQuantLinear("m", layer, spec, Mode(spec.any_row))
+    module.load_state_dict(tensors)
+    module.to(torch.bfloat16).check()
+    x = torch.randn(7, 64)
+    rows = torch.full((7,), spec.any_row, dtype=torch.int32)
+    assert torch.equal(module(x), linear(x, rows, weight_of(tensors), activation_of(tensors)))
