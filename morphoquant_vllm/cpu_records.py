@@ -1,7 +1,9 @@
 """Records as cpu_kernels/ reads them: each one block of bytes, so that a call passes and checks few tensors.
 
 Weight record      block uint8: header, codes, scale bfloat16: panels of 2 blocks of 16 outputs, the last
-                   narrower, [K/8, blocks, 64] and [K/G, blocks, 16] (see gemm.h); absorbed_bias float32 [R, N]
+                   narrower, [K/8, blocks, 64] and [K/G, blocks, 16] (see gemm.h); absorbed_bias float32 [R, N].
+                   With two-level scales the levels, uint8, in the place of scale, then channel_scale float32 and what
+                   sums start at (see levels.h) int32, both [N rounded up to 16]
 Activation record  block uint8: header, then the canonical fields in an order of their own
 
 A header is 8 int64: a magic number, the block's bytes, and its sizes; cpu_kernels/record.h compares them with those of
@@ -22,6 +24,7 @@ from torch import Tensor
 from .heap import zero_bytes
 from .numerics.activation import ActivationRecord
 from .numerics.linear import WeightRecord
+from .numerics.weights import unpack
 from .schema import GROUP_SIZES
 
 # Outputs of a block, channels in each of its rows of 64 bytes, blocks of a panel.
@@ -48,7 +51,9 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     _require(group_size in GROUP_SIZES and groups * group_size == channels, f"K = {channels} in {groups} groups")
     _require(weight.codes.dtype is torch.uint8 and half * 2 == channels, "weight codes must be uint8 [N, K/2]")
     _require(
-        weight.scale.dtype is torch.bfloat16 and weight.scale.shape[0] == outputs, "scale must be bfloat16 [N, K/G]"
+        weight.scale.dtype is (torch.uint8 if weight.two_level else torch.bfloat16)
+        and weight.scale.shape[0] == outputs,
+        "scale must be bfloat16 or levels uint8 [N, K/G]",
     )
     rows = activation.gain.numel()
     _require(
@@ -57,15 +62,25 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     )
     _check_activation(activation, channels, rows)
     blocks = -(-outputs // BLOCK)
-    made, (codes, scale) = _block(
-        WEIGHT_MAGIC,
-        (channels, outputs, group_size),
-        [((blocks * channels // OCTET * 64,), torch.uint8), ((blocks * groups * BLOCK,), torch.bfloat16)],
+    parts: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((blocks * channels // OCTET * 64,), torch.uint8),
+        ((blocks * groups * BLOCK,), weight.scale.dtype),
+    ]
+    if weight.two_level:
+        parts += [((blocks * BLOCK,), torch.float32), ((blocks * BLOCK,), torch.int32)]
+    made, (codes, scale, *of_outputs) = _block(
+        WEIGHT_MAGIC, (channels, outputs, group_size, int(weight.two_level)), parts
     )
     for first in range(0, outputs, _REPACK_OUTPUTS):
         part = slice(first, first + _REPACK_OUTPUTS)
         _fill_panels(codes, first, _blocks_of_codes(weight.codes[part]))
         _fill_panels(scale, first, _padded(weight.scale[part], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
+        if weight.two_level:
+            channel_scale, start = (whole[:outputs][part] for whole in of_outputs)
+            channel_scale.copy_(weight.channel_scale[part])
+            # What code + 128 in the place of code adds to a sum, taken back.
+            sums = unpack(weight.codes[part]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
+            start.copy_(-128 * (sums * weight.scale[part]).sum(1, dtype=torch.int32))
     return [made, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
 
 

@@ -121,7 +121,7 @@ BACKENDS = {
         _triton_silu_mul_linear,
         _lacks_two_level,
     ),
-    "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear, lacks=_lacks_two_level),
+    "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
 }
 
 # By type of device. A GPU that the kernels do not know is refused by the backend's check, not served slowly.

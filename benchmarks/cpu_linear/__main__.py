@@ -58,6 +58,7 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
             "W4A16 cpu_gemm_wna16": half * (1 + 4 / 128),
         }
         weight_bytes |= {f"MorphoQuant G={size}": half * (1 + 4 / size) for size in arguments.group_sizes}
+        weight_bytes |= {f"MorphoQuant G={size} two-level": half * (1 + 2 / size) for size in arguments.group_sizes}
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             # Made anew: vLLM's oneDNN keeps its plan for each M, made for the number of threads of the first call.

@@ -18,13 +18,18 @@ MODELS: dict[str, dict[str, tuple[int, int]]] = {
 ROWS = 6
 
 
-def generated(outputs: int, channels: int, group_size: int, seed: int) -> tuple[WeightRecord, ActivationRecord]:
+def generated(
+    outputs: int, channels: int, group_size: int, seed: int, two_level: bool = False
+) -> tuple[WeightRecord, ActivationRecord]:
     """Canonical records of a layer: what is random takes as long as what is calibrated. No token is massive."""
     generator = torch.Generator().manual_seed(seed)
     weight = weight_record(
         torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8),
-        torch.full((outputs, channels // group_size), 0.01, dtype=torch.bfloat16),
+        torch.full((outputs, channels // group_size), 8 if two_level else 0.01).to(
+            torch.uint8 if two_level else torch.bfloat16
+        ),
         torch.zeros(1, ROWS, outputs),
+        torch.full((outputs,), 0.00125) if two_level else None,
     )
     record = ActivationRecord(
         inverse=torch.full((ROWS, channels), 3.0),

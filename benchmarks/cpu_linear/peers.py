@@ -14,11 +14,11 @@ from morphoquant_vllm.errors import MorphoQuantError
 Linear = Callable[[Tensor], Tensor]
 
 
-def ours(outputs: int, channels: int, group_size: int, tokens: int) -> Linear:
+def ours(outputs: int, channels: int, group_size: int, tokens: int, two_level: bool) -> Linear:
     """The op as vLLM calls it, activation quantization included; tokens of all rows but the massive one."""
     if not cpu.available():
         raise MorphoQuantError("the CPU kernels do not run here; the warning above says why")
-    weight, activation = cpu.prepare(*generated(outputs, channels, group_size, 1))
+    weight, activation = cpu.prepare(*generated(outputs, channels, group_size, 1, two_level))
     modality = torch.arange(tokens, dtype=torch.int32) % 5
     return lambda x: ops.linear(x, modality, weight, activation, None, "cpu")
 
@@ -85,5 +85,6 @@ def linears(outputs: int, channels: int, group_sizes: list[int], tokens: int) ->
         made[name] = linear
     for group_size in group_sizes:
         if channels % group_size == 0:
-            made[f"MorphoQuant G={group_size}"] = ours(outputs, channels, group_size, tokens)
+            for two_level, name in ((False, ""), (True, " two-level")):
+                made[f"MorphoQuant G={group_size}{name}"] = ours(outputs, channels, group_size, tokens, two_level)
     return made, left_out

@@ -31,12 +31,16 @@ struct Call {
   int64_t massive_channels;        // J
   // Workspace; act_quant has no sums
   int8_t* codes;       // [M, K], in permuted channel order
+  bool unsigned_codes;  // whether they are stored as code + 128
   int32_t* token_row;  // [M]
   int32_t* offset;     // [M, K/G]: -8 * sum of the group's codes; null in act_quant
   int64_t threads;
   // Weight record; unused by act_quant
   const uint8_t* weight;       // panels of [K/8, 2, 64]: see gemm.h
-  const uint16_t* scale;       // bfloat16, panels of [K/G, 2, 16]
+  const uint8_t* scale;        // panels of [K/G, 2, 16]: bfloat16, or the levels of two-level scales, a byte each
+  bool two_level;
+  const float* channel_scale;  // [N rounded up to 16] with two-level scales
+  const int32_t* level_start;  // [N rounded up to 16] with two-level scales: see levels.h
   const float* absorbed_bias;  // [R, N]
   const void* bias;            // [N] of bias_dtype, or null
   int64_t bias_dtype;

@@ -52,6 +52,22 @@ struct DotAvx2 {
   static Floats scaled_add(Floats sum, Ints ints, Floats scale) {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(ints), scale, sum);
   }
+  // Levels of 8 outputs as int32, and twice as 16-bit words for the 4 bytes of each output.
+  static Ints load_levels(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Ints load_level_words(const uint8_t* p) {
+    const Ints levels = load_levels(p);
+    return _mm256_or_si256(levels, _mm256_slli_epi32(levels, 16));
+  }
+  static Ints levelled_add(Ints sum, Ints ints, Ints level) {
+    return _mm256_add_epi32(sum, _mm256_mullo_epi32(ints, level));
+  }
+  // q * level as bytes, of bytes q + 8: (q + 8) * level is below 256, so that a product of words is one of bytes.
+  static Ints levelled_bytes(Ints weights, Ints level) {
+    const Ints eight = _mm256_slli_epi16(_mm256_or_si256(level, _mm256_slli_epi16(level, 8)), 3);
+    return _mm256_sub_epi8(_mm256_mullo_epi16(weights, level), eight);
+  }
   static Floats load_int8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }

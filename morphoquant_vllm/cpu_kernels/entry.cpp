@@ -6,8 +6,8 @@
 #include <memory>
 #include <new>
 
-#include "gemm.h"
 #include "head.h"
+#include "levels.h"
 #include "quantize.h"
 #include "record.h"
 
@@ -29,6 +29,7 @@ int run(const Request& request, bool multiply) {
     c.offset = c.token_row + c.tokens;
     c.codes = reinterpret_cast<int8_t*>(c.offset + offsets);
   }
+  c.unsigned_codes = multiply && morphoquant::takes_bytes(c);
   std::atomic<bool> valid{true};
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
   {

@@ -25,7 +25,11 @@ inline void epilogue_as(const Call& c, int64_t block, int64_t first, int64_t las
     }
     for (int64_t m = first; m < last; ++m) {
       const int64_t row = c.token_row[m];
-      const __m256 sum = _mm256_loadu_ps(out + (m - first) * Blocks * kBlock + v);
+      __m256 sum = _mm256_loadu_ps(out + (m - first) * Blocks * kBlock + v);
+      // With two-level scales the sums are integers.
+      if (c.two_level) {
+        sum = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(sum)), _mm256_loadu_ps(c.channel_scale + n));
+      }
       const __m256 absorbed = load_part<kFloat32>(c.absorbed_bias + row * c.outputs + n, count);
       const __m256 value = _mm256_add_ps(_mm256_fmadd_ps(_mm256_set1_ps(c.gain[row]), sum, absorbed), bias);
       store_part<T>(static_cast<typename Element<T>::Type*>(c.y) + m * c.outputs + n, value, count);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dot.h"
 #include "epilogue.h"
@@ -30,14 +31,15 @@ inline int64_t blocks_of(const Call& c) { return (c.outputs + kBlock - 1) / kBlo
 struct Place {
   const uint8_t* weight;
   int64_t weight_stride;
-  const uint16_t* scale;
+  const uint8_t* scale;  // bfloat16, or levels
   int64_t scale_stride;
 };
 
 inline Place place_of(const Call& c, int64_t block) {
   const int64_t first = block / kPanel * kPanel, width = std::min(kPanel, blocks_of(c) - first);
+  const int64_t bytes = kBlock * (c.two_level ? 1 : 2);
   return {c.weight + first * c.channels * 8 + (block - first) * 64, width * 64,
-          c.scale + (first * (c.channels / c.group_size) + block - first) * kBlock, width * kBlock};
+          c.scale + (first * (c.channels / c.group_size) + block - first) * bytes, width * bytes};
 }
 
 // What is fetched for later while a tile is computed: `bytes` from `at` on for every 8 channels.
@@ -73,20 +75,42 @@ template <class D, int Tokens, int Vectors>
   }
 }
 
+// How group sums are added up: float32 of sum * scale, or with levels exact int32 of sum * level.
+template <class D>
+struct Scaled {
+  using Sums = typename D::Floats;
+  static Sums zero() { return D::zero(); }
+  static Sums load(const float* p) { return D::load_floats(p); }
+  static void store(float* p, Sums v) { D::store_floats(p, v); }
+  static auto factor(const uint8_t* p, int v) {
+    return D::load_bfloat16(reinterpret_cast<const uint16_t*>(p) + v * D::kWidth);
+  }
+  static Sums add(Sums sum, typename D::Ints ints, typename D::Floats scale) { return D::scaled_add(sum, ints, scale); }
+};
+template <class D>
+struct Levelled {
+  using Sums = typename D::Ints;
+  static Sums zero() { return D::zero_ints(); }
+  static Sums load(const float* p) { return D::load(reinterpret_cast<const uint8_t*>(p)); }
+  static void store(float* p, Sums v) { D::store(reinterpret_cast<uint8_t*>(p), v); }
+  static auto factor(const uint8_t* p, int v) { return D::load_levels(p + v * D::kWidth); }
+  static Sums add(Sums sum, typename D::Ints ints, typename D::Ints level) { return D::levelled_add(sum, ints, level); }
+};
+
 // Sums of `Tokens` tokens x `Blocks` blocks over channels [begin, end), added to out [tokens, Blocks * 16].
-template <class D, int Tokens, int Blocks>
+template <class D, class Groups, int Tokens, int Blocks>
 inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin, int64_t end, Fetch fetch, float* out) {
   constexpr int kVectors = Blocks * kBlock / D::kWidth;
   const int64_t groups = c.channels / c.group_size;
   const int8_t* codes = c.codes + token * c.channels;
   const int32_t* offset = c.offset + token * groups;
   const uint8_t* weights = place.weight + begin / 8 * place.weight_stride;
-  typename D::Floats sums[Tokens][kVectors];
+  typename Groups::Sums sums[Tokens][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < Tokens; ++m) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      sums[m][v] = begin ? D::load_floats(out + (m * kVectors + v) * D::kWidth) : D::zero();
+      sums[m][v] = begin ? Groups::load(out + (m * kVectors + v) * D::kWidth) : Groups::zero();
     }
   }
   for (int64_t first = begin; first < end; first += c.group_size) {
@@ -135,52 +159,62 @@ inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin
     }
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      const auto factor = D::load_bfloat16(place.scale + group * place.scale_stride + v * D::kWidth);
+      const auto factor = Groups::factor(place.scale + group * place.scale_stride, v);
 #pragma GCC unroll 16
-      for (int m = 0; m < Tokens; ++m) sums[m][v] = D::scaled_add(sums[m][v], ints[m][v], factor);
+      for (int m = 0; m < Tokens; ++m) sums[m][v] = Groups::add(sums[m][v], ints[m][v], factor);
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < Tokens; ++m) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) D::store_floats(out + (m * kVectors + v) * D::kWidth, sums[m][v]);
+    for (int v = 0; v < kVectors; ++v) Groups::store(out + (m * kVectors + v) * D::kWidth, sums[m][v]);
+  }
+}
+
+// Calls run(index, first token, size, what to fetch) for every tile of channels [begin, end) of tokens [first, last). One
+// tile reads a stream; several share the fetching of the next strip, which lies behind this one.
+template <class D, class Run>
+[[gnu::always_inline]] inline void tiles(const Place& place, int64_t first, int64_t last, int64_t begin, int64_t end,
+                                         Run run) {
+  const int64_t count = (last - first + D::kTileTokens - 1) / D::kTileTokens;
+  const uint8_t* ahead = place.weight + (count > 1 ? end / 8 * place.weight_stride : kFetchAhead);
+  const int64_t share = place.weight_stride / count;
+  int64_t m = first;
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t size = (last - m + count - index - 1) / (count - index);
+    const Fetch fetch{ahead + index * share * (end - begin) / 8, share};
+    using std::integral_constant;
+    switch (size) {
+      case 1: run(integral_constant<int, 1>(), m, fetch); break;
+      case 2: run(integral_constant<int, 2>(), m, fetch); break;
+      case 3: run(integral_constant<int, 3>(), m, fetch); break;
+      case 4: run(integral_constant<int, 4>(), m, fetch); break;
+      case 5: run(integral_constant<int, std::min(5, D::kTileTokens)>(), m, fetch); break;
+      case 6: run(integral_constant<int, std::min(6, D::kTileTokens)>(), m, fetch); break;
+    }
+    m += size;
   }
 }
 
 // `Blocks` blocks for tokens [first, last), at most kMostTokens, in tiles of like sizes.
-template <class D, int Blocks>
+template <class D, class Groups, int Blocks>
 inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   alignas(64) float out[kMostTokens * Blocks * kBlock];
   const Place place = place_of(c, block);
-  const int64_t count = (last - first + D::kTileTokens - 1) / D::kTileTokens;
-  const int64_t strip = count > 1 ? kStrip : c.channels;
+  const int64_t strip = last - first > D::kTileTokens ? kStrip : c.channels;
   for (int64_t begin = 0; begin < c.channels; begin += strip) {
     const int64_t end = std::min(begin + strip, c.channels);
-    // One tile reads a stream; several share the fetching of the next strip, which lies behind this one.
-    const uint8_t* ahead = place.weight + (count > 1 ? end / 8 * place.weight_stride : kFetchAhead);
-    const int64_t share = place.weight_stride / count;
-    int64_t m = first;
-    for (int64_t index = 0; index < count; ++index) {
-      const int64_t size = (last - m + count - index - 1) / (count - index);
-      const Fetch fetch{ahead + index * share * (end - begin) / 8, share};
-      float* sums = out + (m - first) * Blocks * kBlock;
-      switch (size) {
-        case 1: tile<D, 1, Blocks>(c, place, m, begin, end, fetch, sums); break;
-        case 2: tile<D, 2, Blocks>(c, place, m, begin, end, fetch, sums); break;
-        case 3: tile<D, 3, Blocks>(c, place, m, begin, end, fetch, sums); break;
-        case 4: tile<D, 4, Blocks>(c, place, m, begin, end, fetch, sums); break;
-        case 5: tile<D, D::kTileTokens == 6 ? 5 : 1, Blocks>(c, place, m, begin, end, fetch, sums); break;
-        case 6: tile<D, D::kTileTokens == 6 ? 6 : 1, Blocks>(c, place, m, begin, end, fetch, sums); break;
-      }
-      m += size;
-    }
+    tiles<D>(place, first, last, begin, end, [&](auto tokens, int64_t m, Fetch fetch) {
+      tile<D, Groups, tokens(), Blocks>(c, place, m, begin, end, fetch, out + (m - first) * Blocks * kBlock);
+    });
   }
   epilogue<Blocks>(c, block, first, last, out);
 }
 
-// This thread's share of the panels and of the chunks of tokens.
-template <class D, int Blocks>
-inline void panels(const Call& c, int64_t thread, int64_t threads) {
+// This thread's share of the panels and of the chunks of tokens, each by one(block, first token, last token) of a type
+// that takes `Blocks` blocks; the rest of a last panel by one of 1 block.
+template <int Blocks, class Wide, class Narrow>
+inline void panels(const Call& c, int64_t thread, int64_t threads, Wide wide_panel, Narrow narrow_panel) {
   const int64_t blocks = blocks_of(c);
   const int64_t wide = (blocks + Blocks - 1) / Blocks;
   const int64_t chunks = (c.tokens + kMostTokens - 1) / kMostTokens;
@@ -192,17 +226,22 @@ inline void panels(const Call& c, int64_t thread, int64_t threads) {
     int64_t block = unit / chunks * Blocks;
     if (first >= last) continue;
     if (block + Blocks <= blocks) {
-      panel<D, Blocks>(c, block, first, last);
+      wide_panel(c, block, first, last);
       continue;
     }
-    for (; block < blocks; ++block) panel<D, 1>(c, block, first, last);
+    for (; block < blocks; ++block) narrow_panel(c, block, first, last);
   }
 }
 
 // Panels, or single blocks where there are too few panels for the threads.
-inline void gemm(const Call& c, int64_t thread, int64_t threads) {
-  if (blocks_of(c) < 4 * Dot::kTileBlocks * threads) return panels<Dot, 1>(c, thread, threads);
-  panels<Dot, Dot::kTileBlocks>(c, thread, threads);
+inline bool few_panels(const Call& c, int64_t threads) { return blocks_of(c) < 4 * Dot::kTileBlocks * threads; }
+
+template <class Groups>
+inline void gemm_groups(const Call& c, int64_t thread, int64_t threads) {
+  constexpr int kBlocks = Dot::kTileBlocks;
+  const auto wide = panel<Dot, Groups, kBlocks>, narrow = panel<Dot, Groups, 1>;
+  if (few_panels(c, threads)) return panels<1>(c, thread, threads, narrow, narrow);
+  panels<kBlocks>(c, thread, threads, wide, narrow);
 }
 
 }  // namespace morphoquant

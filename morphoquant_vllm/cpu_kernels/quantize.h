@@ -53,6 +53,8 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
   int8_t* codes = c.codes + token * c.channels;
   const __m256 low = _mm256_set1_ps(-8), high = _mm256_set1_ps(7);
   const __m256 escape_low = _mm256_set1_ps(-128), escape_high = _mm256_set1_ps(127);
+  // Turns code into code + 128.
+  const __m128i flip = _mm_set1_epi8(static_cast<char>(c.unsigned_codes ? 0x80 : 0));
   const int64_t step = c.offset ? c.group_size : 32;
   for (int64_t group = begin; group < end; group += step) {
     __m256i sum = _mm256_setzero_si256();
@@ -72,7 +74,8 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
       const __m256i code = _mm256_cvtps_epi32(value);
       sum = _mm256_add_epi32(sum, code);
       const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), _mm_packs_epi16(words, words));
+      const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), flip);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), bytes);
     }
     if (c.offset) c.offset[token * (c.channels / step) + group / step] = -8 * sum_lanes(sum);
   }

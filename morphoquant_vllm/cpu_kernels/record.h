@@ -82,14 +82,20 @@ inline bool read_activation(const Request& r, Call& c) {
 
 // Fields of the weight record; false where the block is none for K channels and N outputs.
 inline bool read_weight(const Request& r, Call& c) {
-  const int64_t* head = header(r.weight, r.weight_bytes, kWeightMagic, 3);
+  const int64_t* head = header(r.weight, r.weight_bytes, kWeightMagic, 4);
   if (!head || head[2] != r.channels || head[3] != r.outputs || r.rows != c.rows) return false;
   c.group_size = head[4];
   if ((c.group_size != 32 && c.group_size != 64 && c.group_size != 128) || r.channels % c.group_size) return false;
   const int64_t blocks = (r.outputs + kBlock - 1) / kBlock;
   Parts parts{r.weight + kHeader * 8};
   c.weight = parts.next<uint8_t>(blocks * r.channels * 8);
-  c.scale = parts.next<uint16_t>(blocks * (r.channels / c.group_size) * kBlock);
+  c.two_level = head[5] != 0;
+  const int64_t scales = blocks * (r.channels / c.group_size) * kBlock;
+  c.scale = parts.next<uint8_t>(scales * (c.two_level ? 1 : 2));
+  if (c.two_level) {
+    c.channel_scale = parts.next<float>(blocks * kBlock);
+    c.level_start = parts.next<int32_t>(blocks * kBlock);
+  }
   return parts.at - r.weight == r.weight_bytes;
 }
 

@@ -27,24 +27,28 @@ SHAPES = (
     (33, 1056, 32),
     (146, 1152, 128),
 )
-# Every remainder of the tiles; past 2 tiles nibbles are unpacked.
+# Every remainder of the tiles; past 2 tiles two-level weights are unpacked to bytes.
 TOKENS = (1, 2, 3, 5, 7, 8, 13, 16)
 # More than a panel takes at a time, and more channels than one thread quantizes.
 MANY = ((40, 128, 64, 200), (18, 2304, 128, 3))
 ROWS = 4
 
 
-def case(outputs: int, channels: int, group_size: int) -> tuple[WeightRecord, ActivationRecord]:
+def case(
+    outputs: int, channels: int, group_size: int, two_level: bool = False
+) -> tuple[WeightRecord, ActivationRecord]:
     """Random canonical records; every fourth channel or so may escape, about 1 token in 16 is massive."""
     generator = torch.Generator().manual_seed(outputs * channels + group_size)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    groups = (outputs, channels // group_size)
     weight = weight_record(
         torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8),
-        (normal(outputs, channels // group_size) * 0.1).bfloat16(),
+        torch.randint(1, 17, groups, generator=generator).byte() if two_level else (normal(*groups) * 0.1).bfloat16(),
         normal(1, ROWS, outputs) * 30,
+        normal(outputs).abs() * 0.02 if two_level else None,
     )
     record = ActivationRecord(
         inverse=normal(ROWS, channels).abs() * 3 + 0.1,
@@ -87,20 +91,22 @@ def compare(
 
 
 def compare_shape(outputs: int, channels: int, group_size: int, library: Kernels) -> None:
-    """`compare` over TOKENS and dtypes, with a bias of the same or of another dtype, and without one."""
-    weight, record = case(outputs, channels, group_size)
+    """`compare` over schemes of scales, TOKENS and dtypes, with a bias of the same or another dtype, and without one."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for index, tokens in enumerate(TOKENS):
-        dtype, bias_dtype = dtypes[index % 3], (*dtypes, None)[(index + outputs) % 4]
-        bias = None if bias_dtype is None else torch.linspace(-1, 1, outputs).to(bias_dtype)
-        compare(weight, record, *tokens_of(tokens, channels, dtype), bias, library)
+    for two_level in (False, True):
+        weight, record = case(outputs, channels, group_size, two_level)
+        for index, tokens in enumerate(TOKENS):
+            dtype, bias_dtype = dtypes[index % 3], (*dtypes, None)[(index + outputs) % 4]
+            bias = None if bias_dtype is None else torch.linspace(-1, 1, outputs).to(bias_dtype)
+            compare(weight, record, *tokens_of(tokens, channels, dtype), bias, library)
 
 
 def compare_many(library: Kernels) -> None:
     """`compare` where one panel does not hold the tokens, and where threads share a token."""
     for outputs, channels, group_size, tokens in MANY:
-        weight, record = case(outputs, channels, group_size)
-        compare(weight, record, *tokens_of(tokens, channels, torch.bfloat16), None, library)
+        for two_level in (False, True):
+            weight, record = case(outputs, channels, group_size, two_level)
+            compare(weight, record, *tokens_of(tokens, channels, torch.bfloat16), None, library)
 
 
 def main() -> None:
