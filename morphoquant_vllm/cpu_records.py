@@ -50,10 +50,15 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     group_size = channels // max(groups, 1)
     _require(group_size in GROUP_SIZES and groups * group_size == channels, f"K = {channels} in {groups} groups")
     _require(weight.codes.dtype is torch.uint8 and half * 2 == channels, "weight codes must be uint8 [N, K/2]")
+    stored = torch.uint8 if weight.two_level else torch.bfloat16
     _require(
-        weight.scale.dtype is (torch.uint8 if weight.two_level else torch.bfloat16)
-        and weight.scale.shape[0] == outputs,
-        "scale must be bfloat16 or levels uint8 [N, K/G]",
+        weight.scale.dtype is stored and weight.scale.shape[0] == outputs,
+        "scale must be bfloat16, or levels uint8, [N, K/G]",
+    )
+    wanted = (outputs,) if weight.two_level else (0,)
+    _require(
+        weight.channel_scale.dtype is torch.float32 and weight.channel_scale.shape == wanted,
+        "channel_scale must be float32 [N] beside levels, [0] beside scales",
     )
     rows = activation.gain.numel()
     _require(

@@ -86,8 +86,11 @@ inline void byte_panel(const Call& c, int64_t block, int64_t first, int64_t last
   epilogue<Blocks>(c, block, first, last, out);
 }
 
+// Fewest tokens for which unpacking a strip pays.
+constexpr int64_t kByteTokens = 25;
+
 // Whether a call's products take bytes: then codes are stored as code + 128.
-inline bool takes_bytes(const Call& c) { return c.two_level && !Dot::kNarrowSums && c.tokens > 2 * Dot::kTileTokens; }
+inline bool takes_bytes(const Call& c) { return c.two_level && !Dot::kNarrowSums && c.tokens >= kByteTokens; }
 
 inline void gemm(const Call& c, int64_t thread, int64_t threads) {
   if constexpr (!Dot::kNarrowSums) {

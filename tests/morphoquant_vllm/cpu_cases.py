@@ -27,8 +27,8 @@ SHAPES = (
     (33, 1056, 32),
     (146, 1152, 128),
 )
-# Every remainder of the tiles; past 2 tiles two-level weights are unpacked to bytes.
-TOKENS = (1, 2, 3, 5, 7, 8, 13, 16)
+# Every remainder of the tiles; past 24 tokens two-level weights are unpacked to bytes.
+TOKENS = (1, 2, 3, 5, 7, 8, 13, 16, 26)
 # More than a panel takes at a time, and more channels than one thread quantizes.
 MANY = ((40, 128, 64, 200), (18, 2304, 128, 3))
 ROWS = 4
@@ -91,7 +91,7 @@ def compare(
 
 
 def compare_shape(outputs: int, channels: int, group_size: int, library: Kernels) -> None:
-    """`compare` over schemes of scales, TOKENS and dtypes, with a bias of the same or another dtype, and without one."""
+    """`compare` over schemes of scales, TOKENS, dtypes, with a bias of the same or another dtype, and without one."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for two_level in (False, True):
         weight, record = case(outputs, channels, group_size, two_level)

@@ -54,9 +54,10 @@ def test_group_sums_are_exact_at_the_extremes(library: Kernels, group_size: int)
         assert int(expected[1, 1]) == 128 * 8 * group_size and int(expected[1, 0]) == -128 * 7 * group_size
 
 
-def test_a_token_gets_the_same_output_in_every_batch(library: Kernels, threads: int) -> None:
-    """To the last bit: the order of additions depends on K and G alone."""
-    weight, record = case(70, 1152, 64)
+@pytest.mark.parametrize("two_level", [False, True])
+def test_a_token_gets_the_same_output_in_every_batch(library: Kernels, threads: int, two_level: bool) -> None:
+    """To the last bit: the order of additions depends on K and G alone, and with levels all are of integers."""
+    weight, record = case(70, 1152, 64, two_level)
     x, modality = tokens_of(30, 1152, torch.float32)
     packed, prepared = cpu.prepare(weight, record)
     together = cpu.linear(x, modality, packed, prepared, None, library)
@@ -90,11 +91,14 @@ def test_a_row_that_does_not_exist_is_refused_and_a_massive_token_needs_none(lib
         assert torch.equal(cpu.act_quant(massive, modality, prepared, library), expected)
 
 
-def test_the_repacked_weights_are_no_larger_than_the_canonical_ones() -> None:
-    weight, record = case(64, 1024, 64)
+@pytest.mark.parametrize("two_level", [False, True])
+def test_the_repacked_weights_are_no_larger_than_the_canonical_ones(two_level: bool) -> None:
+    weight, record = case(64, 1024, 64, two_level)
     packed, _ = cpu.prepare(weight, record)
     size = sum(part.numel() * part.element_size() for part in packed)
-    assert size == sum(part.numel() * part.element_size() for part in weight) + HEADER_BYTES
+    # With levels, what the sums of each output start at: an int32.
+    own = HEADER_BYTES + (4 * 64 if two_level else 0)
+    assert size == sum(part.numel() * part.element_size() for part in weight) + own
     assert not any(part.data_ptr() == weight.codes.data_ptr() for part in packed)
     codes = packed[0][HEADER_BYTES:][: weight.codes.numel()]
     nibbles = torch.cat((codes & 15, codes >> 4))
