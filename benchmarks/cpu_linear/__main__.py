@@ -56,6 +56,9 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
             "torch bf16": 4 * half,
             "oneDNN W8A8": 2 * half,
             "W4A16 cpu_gemm_wna16": half * (1 + 4 / 128),
+            "zentorch W8A8": 2 * half,
+            "zentorch W4A8": half * (1 + 4 / 128),
+            "zentorch W4A16": half * (1 + 4 / 128),
         }
         weight_bytes |= {f"MorphoQuant G={size}": half * (1 + 4 / size) for size in arguments.group_sizes}
         weight_bytes |= {f"MorphoQuant G={size} two-level": half * (1 + 2 / size) for size in arguments.group_sizes}

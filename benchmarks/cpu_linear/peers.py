@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.cpu_linear import zen
 from benchmarks.cpu_linear.layers import generated
 from morphoquant_vllm import cpu, ops
 from morphoquant_vllm.errors import MorphoQuantError
@@ -74,6 +75,9 @@ def linears(outputs: int, channels: int, group_sizes: list[int], tokens: int) ->
         "torch bf16": lambda: torch_bf16(outputs, channels),
         "oneDNN W8A8": lambda: onednn_w8a8(outputs, channels),
         "W4A16 cpu_gemm_wna16": lambda: w4a16(outputs, channels, 128),
+        "zentorch W8A8": lambda: zen.w8a8(outputs, channels),
+        "zentorch W4A8": lambda: zen.w4a8(outputs, channels, 128),
+        "zentorch W4A16": lambda: zen.w4a16(outputs, channels, 128),
     }
     for name, make in peers.items():
         try:

@@ -40,7 +40,7 @@ def test_each_way_gives_outputs_of_its_shape_or_a_reason_why_not() -> None:
     for way in ways.values():
         y = way(x)
         assert y.shape == (TOKENS, OUTPUTS) and y.dtype is torch.bfloat16 and bool(y.isfinite().all())
-    assert len(ways) + len(left_out) == 6
+    assert len(ways) + len(left_out) == 9
 
 
 def test_the_scales_that_onednn_reads_by_address_stay(monkeypatch: pytest.MonkeyPatch) -> None:
