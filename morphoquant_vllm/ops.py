@@ -119,7 +119,6 @@ BACKENDS = {
         gpu_backend.check,
         gpu_backend.warm,
         _triton_silu_mul_linear,
-        _lacks_two_level,
     ),
     "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
 }

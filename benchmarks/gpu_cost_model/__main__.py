@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--gpus", nargs="+", default=["L20", "A100", "H100"], choices=["L20", "A100", "H100"])
     top.add_argument("--group-size", type=int, default=32, choices=GROUP_SIZES)
     top.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="numbers of tokens")
-    top.add_argument("--two-level", action="store_true", help="as if groups had integer scales: no such kernel exists")
+    top.add_argument("--two-level", action="store_true", help="of layers with two-level scales")
     top.add_argument("--json", type=Path, help="write the estimates here, too")
     return top
 
@@ -56,9 +56,8 @@ def main() -> None:
     from rich.table import Table
 
     from benchmarks.gpu_cost_model.gpus import GPUS
-    from benchmarks.gpu_cost_model.model import estimate, with_two_level_scales
+    from benchmarks.gpu_cost_model.model import estimate, turn_channels
     from morphoquant_vllm.triton_kernels import tiles
-    from morphoquant_vllm.triton_kernels.layout import tile_channels
     from morphoquant_vllm.triton_kernels.occupancy import programs_per_unit
 
     console = Console(width=120)
@@ -66,19 +65,19 @@ def main() -> None:
     for gpu in (GPUS[name] for name in arguments.gpus):
         architecture = tiles.architectures()[gpu.architecture]
         title = f"ESTIMATES, nothing measured: {gpu.name}, G = {arguments.group_size}, times in microseconds"
-        table = Table(title=title + ", with two-level scales (not built)" * arguments.two_level)
+        table = Table(title=title + ", two-level scales" * arguments.two_level)
         for heading in ("layer", "N x K", "M", "splits", "bandwidth", "issue", "tensor cores", "limit", "waves"):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         table.add_column("estimate", justify="right")
         table.add_column("bf16 roofline", justify="right")
         for layer, (out_features, in_features) in SHAPES.items():
             for tokens in arguments.tokens:
-                tile = architecture.tile(tokens, arguments.group_size)
-                steps = -(-in_features // tile_channels(arguments.group_size))
+                tile = architecture.tile(tokens, arguments.group_size, arguments.two_level)
+                # An even number with two-level scales, which take two steps a turn.
+                width = 1 + arguments.two_level
+                steps = width * -(-in_features // turn_channels(arguments.group_size, arguments.two_level))
                 splits = tiles.splits_of(tile, tokens, out_features, steps, gpu.units)
                 used = compiled(gpu.architecture, tile, arguments.group_size, splits > 1)
-                if arguments.two_level:
-                    used = with_two_level_scales(used, tile, arguments.group_size)
                 fitting = programs_per_unit(used, architecture)
                 found = estimate(
                     gpu, tile, splits, used, fitting, tokens, out_features, in_features, arguments.group_size

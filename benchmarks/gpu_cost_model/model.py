@@ -12,7 +12,7 @@ less than full rate, clocks below boost, launches (two or three kernels of some 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.gpu_cost_model.gpus import ISSUES_PER_CYCLE, Gpu
 from morphoquant_vllm.triton_kernels.layout import tile_channels
@@ -38,19 +38,17 @@ class Estimate:
         return max(("bandwidth", "issue", "units"), key=lambda name: getattr(self, name))
 
 
-# What the loop does to each group's sums: to float32, times the scale.
-CONVERT_AND_SCALE = ("I2F", "FFMA")
+def scale_bytes(out_features: int, in_features: int, group_size: int, two_level: bool) -> int:
+    """Bytes of a layer's scales as the kernels read them."""
+    if two_level:
+        # A word for each two tiles whatever the group size, and the channel scales.
+        return out_features * (4 * _ceil(in_features, turn_channels(group_size, two_level)) + 4)
+    return out_features * 2 * in_features // group_size
 
 
-def with_two_level_scales(used: Resources, tile: Tile, group_size: int) -> Resources:
-    """What the kernel would use if groups had integer scales: sums stay int32 over the whole K, weights are multiplied.
-
-    Assumed, since there is no such kernel: one instruction for each unpacked weight of a thread (four for the four
-    that share a register: multiply, and three to take the offset off), and registers as before.
-    """
-    kept = tuple(opcode for opcode in used.loop if not opcode.startswith(CONVERT_AND_SCALE))
-    weights = tile.block_n * tile_channels(group_size) * tile.unroll // used.threads
-    return replace(used, loop=kept + ("two-level",) * weights)
+def turn_channels(group_size: int, two_level: bool) -> int:
+    """Channels of K that a turn of the loop takes."""
+    return tile_channels(group_size, two_level) * (1 + two_level)
 
 
 def _ceil(value: int, divisor: int) -> int:
@@ -82,13 +80,13 @@ def estimate(
     """One product of M x N x K at a group size, by a tile compiled to `used`, of which `fitting` share a unit."""
     tiles_m, tiles_n = _ceil(tokens, tile.block_m), _ceil(out_features, tile.block_n)
     programs = tiles_m * tiles_n * splits
-    weights = out_features * in_features // 2 + 2 * out_features * in_features // group_size
+    weights = out_features * in_features // 2 + scale_bytes(out_features, in_features, group_size, tile.two_level)
     moved = weights + tokens * in_features + 2 * tokens * out_features
     if splits > 1:
         moved += 2 * 4 * splits * tokens * out_features
-    steps = _ceil(in_features, tile_channels(group_size))
-    per_step = len(used.loop) / tile.unroll * (used.threads // 32)
-    instructions = tiles_m * tiles_n * steps * per_step
+    turns = _ceil(in_features, turn_channels(group_size, tile.two_level))
+    per_turn = len(used.loop) / tile.unroll * (used.threads // 32)
+    instructions = tiles_m * tiles_n * turns * per_turn
     # Multiprocessors without work lengthen compute; a few of them still use the whole bandwidth.
     uneven = stretch(programs, gpu.units, fitting)
     issue = instructions / (ISSUES_PER_CYCLE * gpu.units * gpu.clock) * uneven

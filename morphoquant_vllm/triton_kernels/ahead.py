@@ -26,6 +26,8 @@ TARGETS = {
 }
 # Names of 16-bit activations in Triton's signatures.
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
+# Types of the parts' sums of a split K, of group scales and of two-level ones.
+SUMS = {False: "*fp32", True: "*i32"}
 
 
 def build(
@@ -61,16 +63,17 @@ def build_gemm(
     pointers = {
         "codes_ptr": "*i8",
         "weight_ptr": "*i8",
-        "scale_ptr": "*bf16",
+        "scale_ptr": "*i32" if tile.two_level else "*bf16",
+        "channel_scale_ptr": "*fp32",
         "rows_ptr": "*i32",
         "gain_ptr": "*fp32",
         "absorbed_bias_ptr": "*fp32",
         "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
-        "out_ptr": "*fp32" if partial else TYPES[dtype],
+        "out_ptr": SUMS[tile.two_level] if partial else TYPES[dtype],
     }
     constants = {
         "G": group_size,
-        "P": tile_channels(group_size),
+        "P": tile_channels(group_size, tile.two_level),
         "TILE_N": TILE_N,
         "BLOCK_N": tile.block_n,
         "BLOCK_M": tile.block_m,
@@ -81,6 +84,7 @@ def build_gemm(
         "ASM": TARGETS[target].backend == "cuda",
         "STAGES": tile.stages,
         "UNROLL": tile.unroll,
+        "TWO_LEVEL": tile.two_level,
     }
     return build(
         int4_gemm,
@@ -120,10 +124,13 @@ def build_quantize(
     )
 
 
-def build_reduce(target: str, *, dtype: str = "bfloat16", has_bias: bool = False) -> CompiledKernel:
+def build_reduce(
+    target: str, *, dtype: str = "bfloat16", has_bias: bool = False, two_level: bool = False
+) -> CompiledKernel:
     """The kernel that adds the parts of a split K."""
     pointers = {
-        "part_ptr": "*fp32",
+        "part_ptr": SUMS[two_level],
+        "channel_scale_ptr": "*fp32",
         "rows_ptr": "*i32",
         "gain_ptr": "*fp32",
         "absorbed_bias_ptr": "*fp32",
@@ -133,7 +140,7 @@ def build_reduce(target: str, *, dtype: str = "bfloat16", has_bias: bool = False
     return build(
         reduce_splits,
         pointers | dict.fromkeys(("M", "N", "splits"), "i32"),
-        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias},
+        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level},
         (*pointers, "N"),
         target,
         num_warps=4,

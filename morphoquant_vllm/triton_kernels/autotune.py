@@ -34,12 +34,12 @@ MANY_TOKENS = 2048
 
 
 def candidates(tile: Tile, group_size: int) -> Iterator[Tile]:
-    """Tiles to try in the place of `tile`, at one group size."""
+    """Tiles to try in the place of `tile`, at one group size; with two-level scales, for all of them."""
     rows = (128, 256) if tile.max_tokens is None else (tile.block_m,)
     for block_n, block_m, warps, stages, unroll in itertools.product((32, 64, 128), rows, (4, 8), (2, 3, 4, 6), (1, 2)):
         yield replace(
             tile,
-            group_sizes=(group_size,),
+            group_sizes=GROUP_SIZES if tile.two_level else (group_size,),
             block_n=block_n,
             block_m=block_m,
             warps=warps,
@@ -49,14 +49,20 @@ def candidates(tile: Tile, group_size: int) -> Iterator[Tile]:
         )
 
 
-def random_weight(out_features: int, in_features: int, group_size: int, device: torch.device) -> GpuWeight:
+def random_weight(
+    out_features: int, in_features: int, group_size: int, two_level: bool, device: torch.device
+) -> GpuWeight:
     """A weight record in the kernels' layout, of random codes."""
-    channels = tile_channels(group_size)
+    channels = tile_channels(group_size, two_level)
     blocks = -(-out_features // TILE_N)
     codes = torch.randint(256, (blocks, in_features // channels, TILE_N, channels // 2), device=device)
-    scale = torch.rand((in_features // group_size, blocks * TILE_N), device=device) / 100
     bias = torch.zeros((2, out_features), device=device)
-    return GpuWeight(codes.to(torch.uint8), scale.bfloat16(), bias)
+    if two_level:
+        words = torch.full((in_features // (2 * channels), blocks * TILE_N), 0x04030201, device=device).int()
+        channel_scale = torch.full((out_features,), 0.01, device=device)
+        return GpuWeight(codes.to(torch.uint8), words, channel_scale, bias)
+    scale = torch.rand((in_features // group_size, blocks * TILE_N), device=device) / 100
+    return GpuWeight(codes.to(torch.uint8), scale.bfloat16(), bias.new_empty(0), bias)
 
 
 def milliseconds(tile: Tile, tokens: int, weight: GpuWeight, profile: Profile) -> float:
@@ -87,17 +93,23 @@ def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Ti
     """The tile with each number of programs per multiprocessor worth trying; none where its binary fails a proof."""
     from . import ahead, occupancy, proof, resources
 
-    used = resources.resources(ahead.build_gemm(target, tile, group_size))
+    kernel = ahead.build_gemm(target, tile, group_size)
+    used = resources.resources(kernel)
     if proof.gemm_problems(used, profile.architecture, tile):
+        return []
+    if tile.two_level and profile.inline_assembly and proof.level_problems(kernel):
         return []
     fitting = occupancy.programs_per_unit(used, profile.architecture)
     return [replace(tile, programs_per_unit=programs) for programs in sorted({1, min(2, fitting), min(4, fitting)})]
 
 
 def best_tile(tile: Tile, group_size: int, target: str, profile: Profile, device: torch.device) -> Tile:
-    """The fastest sound candidate for one range of tokens and one group size, with its times as the reason."""
+    """The fastest sound candidate for one range of tokens and one group size, with its times as the reason.
+
+    Of two-level scales for every group size: their kernels and layout do not depend on it.
+    """
     tokens = tile.max_tokens or MANY_TOKENS
-    weights = [random_weight(*shape, group_size, device) for shape in SHAPES]
+    weights = [random_weight(*shape, group_size, tile.two_level, device) for shape in SHAPES]
     best, least, times = tile, math.inf, [0.0]
     for candidate in candidates(tile, group_size):
         for variant in sound(candidate, group_size, target, profile):
@@ -131,12 +143,13 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
     profile = profile_of(device)
     name = device_name(device)
     target = f"sm_{name.replace('.', '')}" if profile.architecture.vendor == "nvidia" else name
-    ranges = {tile.max_tokens: tile for tile in profile.architecture.tiles}
+    ranges = {(tile.two_level, tile.max_tokens): tile for tile in profile.architecture.tiles}
     found = []
     for tile in ranges.values():
-        for group_size in GROUP_SIZES:
+        for group_size in GROUP_SIZES[:1] if tile.two_level else GROUP_SIZES:
             found.append(best_tile(tile, group_size, target, profile, device))
-            print(f"M <= {tile.max_tokens} G = {group_size}: {found[-1].reason}", flush=True)
+            kind = "two-level scales" if tile.two_level else f"G = {group_size}"
+            print(f"M <= {tile.max_tokens} {kind}: {found[-1].reason}", flush=True)
     write_table(profile.architecture.name, found, output)
 
 

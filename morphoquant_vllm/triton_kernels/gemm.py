@@ -1,5 +1,7 @@
 """Kernel: int8 codes x int4 weights, in exact int32 per group, scaled and added up over groups in float32.
 
+With two-level scales in exact int32 over all of K: see two_level.py.
+
 Weights are the left operand of the matrix units and tokens the right one: a register holds unpacked weights where the
 units want their left operand, and a few tokens waste less of the narrow side. So the accumulator is [N, M].
 """
@@ -7,6 +9,10 @@ units want their left operand, and a few tokens waste less of the narrow side. S
 import triton
 import triton.language as tl
 
+from .two_level import two_level_sums
+
+# Tokens whose outputs are finished at a time, with two-level scales.
+TWO_LEVEL_PART_M = tl.constexpr(32)
 # Both nibbles of four bytes in place, as 16 * q in int8: two instructions and one, for four weights each.
 _LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
 _HIGH = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
@@ -28,63 +34,29 @@ def unpack_high(packed, ASM: tl.constexpr):
     return packed & -16
 
 
-@triton.jit(do_not_specialize=["M", "splits"])
-def int4_gemm(
-    codes_ptr,  # int8 [M, K]
-    weight_ptr,  # int8 [N/TILE_N, K/P, TILE_N, P/2]
-    scale_ptr,  # bfloat16 [K/G, N rounded up to TILE_N]
-    rows_ptr,  # int32 [M]
-    gain_ptr,  # float32 [R], divided by 16
-    absorbed_bias_ptr,  # float32 [R, N]
-    bias_ptr,  # [N] or unused
-    out_ptr,  # y [M, N], or with PARTIAL the parts' sums, float32 [splits, M, N]
-    M,
-    N,
+@triton.jit
+def group_sums(
+    weight_ptrs,  # int8 [BLOCK_N, P/2], of the first step
+    scale_ptrs,  # bfloat16 [BLOCK_N], of the first group
+    code_ptrs,  # int8 [P/2, BLOCK_M], of the first step
+    token_exists,  # [BLOCK_M]
+    first,
+    last,
+    padded_n,
     K,
-    splits,
     G: tl.constexpr,
     P: tl.constexpr,
     TILE_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One tile [BLOCK_N, BLOCK_M] of the output, over one of `splits` parts of K; grid (tiles, splits).
-
-    PARTIAL: write the sum as it is, for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K.
-    """
+    """The sums of each group of steps `first` to `last`, scaled and added up, float32 [BLOCK_N, BLOCK_M]."""
     HALF: tl.constexpr = P // 2
-    token_tiles = tl.cdiv(M, BLOCK_M)
-    channel_tiles = tl.cdiv(N, BLOCK_N)
-    # GROUP_M token tiles share a tile of weights before the next one is read.
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * channel_tiles)
-    group_tokens = min(token_tiles - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * channel_tiles)
-    tile_m = group * GROUP_M + within % group_tokens
-    tile_n = within // group_tokens
-
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     half = tl.arange(0, HALF)
-    token_exists = m < M
-    steps = tl.cdiv(K, P)
-    per_split = tl.cdiv(steps, splits)
-    first = tl.program_id(1) * per_split
-    last = min(first + per_split, steps)
-
-    padded_n = tl.cdiv(N, TILE_N) * TILE_N
-    row_offset = (n // TILE_N).to(tl.int64) * (steps * TILE_N * HALF) + (n % TILE_N) * HALF
-    weight_ptrs = weight_ptr + row_offset[:, None] + half[None, :]
-    code_ptrs = codes_ptr + m[None, :].to(tl.int64) * K + half[:, None]
-    scale_ptrs = scale_ptr + n
-
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         packed = tl.load(weight_ptrs + step * (TILE_N * HALF))
@@ -106,17 +78,190 @@ def int4_gemm(
             sums = tl.dot(low, low_codes, out_dtype=tl.int32)
             sums = tl.dot(high, high_codes, acc=sums, out_dtype=tl.int32)
             acc += sums.to(tl.float32) * scale[:, None]
+    return acc
 
-    n_exists = n < N
-    exists = n_exists[:, None] & token_exists[None, :]
-    out_ptrs = out_ptr + m[None, :].to(tl.int64) * N + n[:, None]
-    if PARTIAL:
-        tl.store(out_ptrs + tl.program_id(1).to(tl.int64) * M * N, acc, mask=exists)
+
+@triton.jit
+def write_output(
+    acc,  # [BLOCK_N, BLOCK_M]
+    first_m,
+    n,  # [BLOCK_N]
+    channel_scale_ptr,
+    rows_ptr,
+    gain_ptr,
+    absorbed_bias_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PART_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
+):
+    """Sums of tokens `first_m` and after to outputs; PART_M tokens at a time, which bounds the registers it takes."""
+    if BLOCK_M > PART_M:
+        # Halves of a thread's own registers: nothing moves.
+        low, high = tl.split(acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1))
+        for second in tl.static_range(2):
+            write_output(
+                high if second else low,
+                first_m + second * (BLOCK_M // 2),
+                n,
+                channel_scale_ptr,
+                rows_ptr,
+                gain_ptr,
+                absorbed_bias_ptr,
+                bias_ptr,
+                out_ptr,
+                M,
+                N,
+                BLOCK_N,
+                BLOCK_M // 2,
+                PART_M,
+                HAS_BIAS,
+                TWO_LEVEL,
+            )
     else:
+        m = first_m + tl.arange(0, BLOCK_M)
+        token_exists, n_exists = m < M, n < N
+        exists = n_exists[:, None] & token_exists[None, :]
         rows = tl.load(rows_ptr + m, mask=token_exists, other=0)
         gain = tl.load(gain_ptr + rows, mask=token_exists, other=0.0)
+        if TWO_LEVEL:
+            acc = acc.to(tl.float32) * tl.load(channel_scale_ptr + n, mask=n_exists, other=0.0)[:, None]
         constant = tl.load(absorbed_bias_ptr + rows[None, :] * N + n[:, None], mask=exists, other=0.0)
         y = acc * gain[None, :] + constant
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, mask=n_exists, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=exists)
+        tl.store(out_ptr + m[None, :].to(tl.int64) * N + n[:, None], y.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def int4_gemm(
+    codes_ptr,  # int8 [M, K]
+    weight_ptr,  # int8 [N/TILE_N, K/P, TILE_N, P/2]
+    scale_ptr,  # bfloat16 [K/G, N rounded up to TILE_N]; TWO_LEVEL: words of levels, int32 [K/2P, same]
+    channel_scale_ptr,  # float32 [N], times 16; with TWO_LEVEL
+    rows_ptr,  # int32 [M]
+    gain_ptr,  # float32 [R], divided by 16
+    absorbed_bias_ptr,  # float32 [R, N]
+    bias_ptr,  # [N] or unused
+    out_ptr,  # y [M, N], or with PARTIAL the parts' sums, float32 (TWO_LEVEL: int32) [splits, M, N]
+    M,
+    N,
+    K,
+    splits,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
+):
+    """One tile [BLOCK_N, BLOCK_M] of the output, over one of `splits` parts of K; grid (tiles, splits).
+
+    PARTIAL: write the sum as it is, for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K; TWO_LEVEL: 2P does.
+    """
+    HALF: tl.constexpr = P // 2
+    token_tiles = tl.cdiv(M, BLOCK_M)
+    channel_tiles = tl.cdiv(N, BLOCK_N)
+    # GROUP_M token tiles share a tile of weights before the next one is read.
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * channel_tiles)
+    group_tokens = min(token_tiles - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * channel_tiles)
+    tile_m = group * GROUP_M + within % group_tokens
+    tile_n = within // group_tokens
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    half = tl.arange(0, HALF)
+    token_exists = m < M
+    # Two-level scales take two steps at a time.
+    WIDTH: tl.constexpr = 2 if TWO_LEVEL else 1
+    turns = tl.cdiv(K, P * WIDTH)
+    steps = turns * WIDTH
+    per_split = tl.cdiv(turns, splits)
+    first = tl.program_id(1) * per_split
+    last = min(first + per_split, turns)
+
+    padded_n = tl.cdiv(N, TILE_N) * TILE_N
+    row_offset = (n // TILE_N).to(tl.int64) * (steps * TILE_N * HALF) + (n % TILE_N) * HALF
+    weight_ptrs = weight_ptr + row_offset[:, None] + half[None, :]
+    code_ptrs = codes_ptr + m[None, :].to(tl.int64) * K + half[:, None]
+    scale_ptrs = scale_ptr + n
+
+    if TWO_LEVEL:
+        acc = two_level_sums(
+            weight_ptrs,
+            scale_ptrs,
+            code_ptrs,
+            token_exists,
+            first,
+            last,
+            padded_n,
+            K,
+            P,
+            TILE_N,
+            BLOCK_N,
+            BLOCK_M,
+            EVEN_K,
+            ASM,
+            STAGES,
+            UNROLL,
+        )
+    else:
+        acc = group_sums(
+            weight_ptrs,
+            scale_ptrs,
+            code_ptrs,
+            token_exists,
+            first,
+            last,
+            padded_n,
+            K,
+            G,
+            P,
+            TILE_N,
+            BLOCK_N,
+            BLOCK_M,
+            EVEN_K,
+            ASM,
+            STAGES,
+            UNROLL,
+        )
+
+    if PARTIAL:
+        exists = (n < N)[:, None] & token_exists[None, :]
+        out_ptrs = out_ptr + m[None, :].to(tl.int64) * N + n[:, None]
+        tl.store(out_ptrs + tl.program_id(1).to(tl.int64) * M * N, acc, mask=exists)
+    else:
+        # Without a second accumulator in the loop the ending would need the most registers.
+        PART_M: tl.constexpr = min(BLOCK_M, TWO_LEVEL_PART_M) if TWO_LEVEL else BLOCK_M
+        write_output(
+            acc,
+            tile_m * BLOCK_M,
+            n,
+            channel_scale_ptr,
+            rows_ptr,
+            gain_ptr,
+            absorbed_bias_ptr,
+            bias_ptr,
+            out_ptr,
+            M,
+            N,
+            BLOCK_N,
+            BLOCK_M,
+            PART_M,
+            HAS_BIAS,
+            TWO_LEVEL,
+        )

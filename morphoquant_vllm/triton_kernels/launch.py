@@ -85,14 +85,17 @@ def matmul(
     if not tokens:
         return y
     partial = splits > 1
-    out = torch.empty((splits, tokens, out_features), dtype=torch.float32, device=codes.device) if partial else y
+    sums = torch.int32 if weight.two_level else torch.float32
+    out = torch.empty((splits, tokens, out_features), dtype=sums, device=codes.device) if partial else y
     # A pointer that is not read must still be one.
     unread = weight.absorbed_bias
+    channel_scale = weight.channel_scale if weight.two_level else unread
     programs = triton.cdiv(tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     int4_gemm[(programs, splits)](
         codes,
         weight.codes.view(torch.int8),
         weight.scale,
+        channel_scale,
         rows,
         gain,
         weight.absorbed_bias,
@@ -109,17 +112,19 @@ def matmul(
         BLOCK_M=tile.block_m,
         PARTIAL=partial,
         GROUP_M=GROUP_M,
-        EVEN_K=in_features % channels == 0,
+        EVEN_K=in_features % (channels * (1 + weight.two_level)) == 0,
         HAS_BIAS=bias is not None,
         ASM=inline_assembly,
         STAGES=tile.stages,
         UNROLL=tile.unroll,
+        TWO_LEVEL=weight.two_level,
         num_warps=tile.warps,
         enable_fp_fusion=True,
     )
     if partial:
         reduce_splits[(tokens, triton.cdiv(out_features, REDUCE_BLOCK_N))](
             out,
+            channel_scale,
             rows,
             gain,
             weight.absorbed_bias,
@@ -130,6 +135,7 @@ def matmul(
             splits,
             BLOCK_N=REDUCE_BLOCK_N,
             HAS_BIAS=bias is not None,
+            TWO_LEVEL=weight.two_level,
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -150,7 +156,7 @@ def linear(
     `silu_mul`: the input of the layer is silu(gate) * up of x [M, 2K].
     """
     codes, rows = quantize(x, modality, activation, silu_mul)
-    tile = profile.architecture.tile(x.shape[0], group_size_of(weight))
+    tile = profile.architecture.tile(x.shape[0], group_size_of(weight), weight.two_level)
     splits = splits_of(tile, max(1, x.shape[0]), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
     return matmul(codes, rows, weight, activation.gain, bias, x.dtype, tile, splits, profile.inline_assembly)
 
@@ -165,7 +171,7 @@ def warm(
     quantize(gate_up, modality, activation, silu_mul=True)
     codes, rows = quantize(gate_up[:, ::2].contiguous(), modality, activation)
     for tile in profile.architecture.tiles:
-        if group_size_of(weight) in tile.group_sizes:
+        if tile.serves(group_size_of(weight), weight.two_level):
             for splits in {1, min(tile.max_splits, 2)}:
                 # A layer with a bias may be called without it.
                 for term in {None, bias}:

@@ -6,6 +6,11 @@ Each half then is one operand of the int8 matrix units, which take 32 channels a
 (G = 64, 128), or two groups (G = 32). N is rounded up to 128 and K to P with weights of 0.
 
 Unpacked in place, a nibble is 16 * q. The kernels divide by 16 where they multiply by the gain.
+
+With two-level scales P is 64, and nibbles are q + 8. K is rounded up to 2P with levels of 0, which make any weight 0.
+A word of 32 bits holds the levels of two tiles: of the first one's low and high nibbles, then of the second's, from the
+lowest byte up. So a level is there once at G = 32, twice at 64, four times at 128. Channel scales are multiplied by 16,
+as the gain is divided.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from torch.nn.functional import pad
 
 from ..numerics.activation import CODE_MAX, ESCAPE_MAX, ActivationRecord
 from ..numerics.linear import WeightRecord
-from ..numerics.weights import unpack
+from ..numerics.weights import INT4_MIN, unpack
 
 TILE_N = 128
 # Channels of K that one instruction of the int8 matrix units multiplies.
@@ -31,8 +36,14 @@ class GpuWeight(NamedTuple):
     """A weight record as the kernels read it; the last tensor is absorbed_bias, as the ops demand."""
 
     codes: Tensor  # uint8 [N/128, K/P, 128, P/2]
-    scale: Tensor  # bfloat16 [K/G, N], both rounded up
+    scale: Tensor  # bfloat16 [K/G, N], both rounded up; two-level: words of levels, int32 [K/2P, N]
+    channel_scale: Tensor  # float32 [N], times 16, with two-level scales, else [0]
     absorbed_bias: Tensor  # float32 [R, N]
+
+    @property
+    def two_level(self) -> bool:
+        """Whether the layer has two-level scales."""
+        return self.scale.dtype is torch.int32
 
 
 class GpuActivation(NamedTuple):
@@ -48,13 +59,15 @@ class GpuActivation(NamedTuple):
     massive_high: Tensor  # float32 [B, J]
 
 
-def tile_channels(group_size: int) -> int:
+def tile_channels(group_size: int, two_level: bool = False) -> int:
     """P, the channels that one tile holds along K."""
-    return max(group_size, 2 * UNIT_K)
+    return 2 * UNIT_K if two_level else max(group_size, 2 * UNIT_K)
 
 
 def group_size_of(weight: GpuWeight) -> int:
-    """G, from the shapes."""
+    """G, from the shapes; of two-level scales, whose layout does not depend on it, the smallest."""
+    if weight.two_level:
+        return UNIT_K
     _, tiles, _, half = weight.codes.shape
     return tiles * 2 * half // weight.scale.shape[0]
 
@@ -63,11 +76,14 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _tiles(packed: Tensor, channels: int) -> Tensor:
-    """Canonical bytes uint8 [rows, K/2], rows a multiple of 128, as tiles uint8 [rows/128, K/P, 128, P/2]."""
-    codes = unpack(packed)
-    codes = pad(codes, (0, _round_up(codes.shape[1], channels) - codes.shape[1]))
-    nibbles = (codes.view(-1, TILE_N, codes.shape[1] // channels, 2, channels // 2) & 0xF).to(torch.uint8)
+def _tiles(packed: Tensor, channels: int, steps: int, zero: int) -> Tensor:
+    """Canonical bytes uint8 [rows, K/2], rows a multiple of 128, as tiles uint8 [rows/128, K/P, 128, P/2].
+
+    There are `steps` tiles along K. The nibble of a weight 0 is `zero`.
+    """
+    codes = unpack(packed) + zero
+    codes = pad(codes, (0, steps * channels - codes.shape[1]))
+    nibbles = (codes.view(-1, TILE_N, steps, 2, channels // 2) & 0xF).to(torch.uint8)
     low, high = nibbles.unbind(3)
     return (low | (high << 4)).transpose(1, 2).contiguous()
 
@@ -75,19 +91,29 @@ def _tiles(packed: Tensor, channels: int) -> Tensor:
 def prepare_weight(weight: WeightRecord) -> GpuWeight:
     """The layout above, of a canonical record; on the record's device."""
     rows, half = weight.codes.shape
-    groups = weight.scale.shape[1]
-    channels = tile_channels(2 * half // groups)
+    group_size = 2 * half // weight.scale.shape[1]
+    channels = tile_channels(group_size, weight.two_level)
+    steps = _round_up(2 * half, channels * (1 + weight.two_level)) // channels
     padded = _round_up(rows, TILE_N)
-    tiles = weight.codes.new_empty((padded // TILE_N, _round_up(2 * half, channels) // channels, TILE_N, channels // 2))
+    tiles = weight.codes.new_empty((padded // TILE_N, steps, TILE_N, channels // 2))
+    zero = -INT4_MIN if weight.two_level else 0
     for start in range(0, padded, REPACK_ROWS):
         part = weight.codes[start : start + REPACK_ROWS]
         # 0x88 is a pair of weights 0.
         part = pad(part, (0, 0, 0, _round_up(part.shape[0], TILE_N) - part.shape[0]), value=0x88)
-        tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels)
-    group_size = 2 * half // groups
-    padded_groups = tiles.shape[1] * channels // group_size
-    scale = pad(weight.scale, (0, padded_groups - groups, 0, padded - rows)).T.contiguous()
-    return GpuWeight(tiles, scale, weight.absorbed_bias.contiguous())
+        tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels, steps, zero)
+    scale = _words(weight.scale, group_size) if weight.two_level else weight.scale
+    rounded_up = steps // 2 if weight.two_level else steps * channels // group_size
+    scale = pad(scale, (0, rounded_up - scale.shape[1], 0, padded - rows)).T.contiguous()
+    return GpuWeight(tiles, scale, weight.channel_scale * 16, weight.absorbed_bias.contiguous())
+
+
+def _words(level: Tensor, group_size: int) -> Tensor:
+    """Levels uint8 [N, K/G] as words int32 [N, ceil(K/2P)]: a byte for each 32 channels, the first one lowest."""
+    halves = level.repeat_interleave(group_size // UNIT_K, dim=1)
+    halves = pad(halves, (0, -halves.shape[1] % 4)).unflatten(1, (-1, 4)).int()
+    first, second, third, fourth = halves.unbind(2)
+    return first | second << 8 | third << 16 | fourth << 24
 
 
 def prepare_activation(activation: ActivationRecord) -> GpuActivation:

@@ -12,6 +12,8 @@ from .tiles import Architecture, Tile
 
 # Of the result: once for the output, once for what is read beside it. More would lie in the loop.
 MAX_LAYOUT_CONVERSIONS = 2
+# With two-level scales the output is written so many tokens at a time, each part converted once.
+PART_M = 32
 # Output channels from which Triton uses the matrix instructions of warp groups and of tensor memory.
 WIDE_BLOCK_N = 64
 SYNCHRONOUS = re.compile(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32")
@@ -54,13 +56,28 @@ def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> li
     wanted = matrix_instruction(architecture, tile)
     if len(used.matrix) != 1 or not wanted.fullmatch(next(iter(used.matrix))):
         problems.append(f"matrix instruction: {sorted(used.matrix)}, not {wanted.pattern}")
-    # Weights and both halves of the codes, at least one copy each for every step in flight.
-    copies = 3 * tile.stages * tile.unroll
+    # Weights and both halves of the codes, at least one copy each for every step in flight; with two-level scales
+    # of two steps a turn, and of their levels.
+    copies = (7 if tile.two_level else 3) * tile.stages * tile.unroll
     if architecture.vendor == "nvidia" and used.asynchronous_copies < copies:
         problems.append(f"asynchronous copies: {used.asynchronous_copies}, fewer than {copies}")
-    if used.layout_conversions > MAX_LAYOUT_CONVERSIONS:
-        problems.append(f"layout conversions: {used.layout_conversions}, over {MAX_LAYOUT_CONVERSIONS}")
+    conversions = max(MAX_LAYOUT_CONVERSIONS, tile.block_m // PART_M if tile.two_level else 0)
+    if used.layout_conversions > conversions:
+        problems.append(f"layout conversions: {used.layout_conversions}, over {conversions}")
     return problems
+
+
+def level_problems(kernel: CompiledKernel) -> list[str]:
+    """Whether instructions that multiply four weights by one level are given four of one level (NVIDIA's assembly).
+
+    They are where a thread's bytes lie four in a row along K, which the layouts of Triton's choice must give.
+    """
+    calls = re.findall(r"asm \"[^\"]*mad\.lo\.u32[^\"]*\", \"[^\"]*\"\(([^)]*)\)", kernel.asm["llir"])
+    operands = [[operand.split()[-1] for operand in call.split(", ")][-8:] for call in calls]
+    if not operands:
+        return ["levels: nothing multiplies weights by them"]
+    mixed = sum(len(set(one[:4])) + len(set(one[4:])) != 2 for one in operands)
+    return [f"levels: {mixed} of {len(operands)} products mix rows"] if mixed else []
 
 
 def rounding_problems(kernel: CompiledKernel) -> list[str]:

@@ -6,7 +6,8 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def reduce_splits(
-    part_ptr,  # float32 [splits, M, N]
+    part_ptr,  # float32 (TWO_LEVEL: int32) [splits, M, N]
+    channel_scale_ptr,  # float32 [N], times 16; with TWO_LEVEL
     rows_ptr,  # int32 [M]
     gain_ptr,  # float32 [R], divided by 16
     absorbed_bias_ptr,  # float32 [R, N]
@@ -17,14 +18,17 @@ def reduce_splits(
     splits,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
 ):
     """BLOCK_N outputs of one token; grid (M, tiles of N). No atomics: the same bits in every run."""
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < N
-    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N,), dtype=part_ptr.dtype.element_ty)
     for part in range(splits):
-        acc += tl.load(part_ptr + (part * M + m) * N + n, mask=exists, other=0.0)
+        acc += tl.load(part_ptr + (part * M + m) * N + n, mask=exists, other=0)
+    if TWO_LEVEL:
+        acc = acc.to(tl.float32) * tl.load(channel_scale_ptr + n, mask=exists, other=0.0)
     row = tl.load(rows_ptr + m)
     y = acc * tl.load(gain_ptr + row) + tl.load(absorbed_bias_ptr + row * N + n, mask=exists, other=0.0)
     if HAS_BIAS:

@@ -17,7 +17,8 @@ from ..errors import MorphoQuantError
 
 TABLE_VARIABLE = "MORPHOQUANT_TILES"
 DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
-TABLE_VERSION = 1
+TABLE_VERSION = 2
+GROUP_SIZES = (32, 64, 128)
 # Output channels of a program lie in one tile of packed weights, of 128.
 BLOCK_SIZES = {"block_n": (16, 32, 64, 128), "block_m": (8, 16, 32, 64, 128, 256)}
 
@@ -28,12 +29,14 @@ class Tile:
 
     max_tokens: int | None
     group_sizes: tuple[int, ...]
+    # For layers with two-level scales, of any group size, or for those with group scales.
+    two_level: bool
     block_n: int
     block_m: int
     warps: int
     # Tiles of K in flight at once, through asynchronous copies.
     stages: int
-    # Steps of K per iteration of the loop.
+    # Turns of the loop in one iteration: steps of K, or with two-level scales pairs of steps.
     unroll: int
     # Programs that must fit one multiprocessor at a time; registers and shared memory are asserted to allow it.
     programs_per_unit: int
@@ -41,12 +44,18 @@ class Tile:
     max_splits: int
     reason: str
 
+    def serves(self, group_size: int, two_level: bool) -> bool:
+        """Whether it is for layers of this group size and kind of scales."""
+        return group_size in self.group_sizes and self.two_level == two_level
+
     def check(self, where: str) -> None:
         """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
         for name, sizes in BLOCK_SIZES.items():
             if getattr(self, name) not in sizes:
                 size = getattr(self, name)
                 raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; mend the tile table")
+        if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
+            raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
         if self.warps not in (1, 2, 4, 8, 16):
             raise MorphoQuantError(f"{where}: warps = {self.warps} is no power of two up to 16; mend the tile table")
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
@@ -69,13 +78,14 @@ class Architecture:
     tiles: tuple[Tile, ...]
     reason: str
 
-    def tile(self, tokens: int, group_size: int) -> Tile:
-        """The first tile of the table that takes `tokens` tokens at `group_size`."""
+    def tile(self, tokens: int, group_size: int, two_level: bool = False) -> Tile:
+        """The first tile of the table that takes `tokens` tokens at `group_size`, with two-level scales or others."""
         for tile in self.tiles:
-            if group_size in tile.group_sizes and (tile.max_tokens is None or tokens <= tile.max_tokens):
+            if tile.serves(group_size, two_level) and (tile.max_tokens is None or tokens <= tile.max_tokens):
                 return tile
         raise MorphoQuantError(
-            f"{self.name}: the tile table has no entry for {tokens} tokens at group_size {group_size}; "
+            f"{self.name}: the tile table has no entry for {tokens} tokens at group_size {group_size}"
+            f"{' with two-level scales' * two_level}; "
             f"unset {TABLE_VARIABLE} or write the table anew with `python -m morphoquant_vllm.triton_kernels.autotune`"
         )
 
@@ -89,8 +99,9 @@ def splits_of(tile: Tile, tokens: int, out_features: int, steps: int, units: int
     programs = -(-tokens // tile.block_m) * -(-out_features // tile.block_n)
     wanted = -(-units * tile.programs_per_unit // programs)
     splits = max(1, min(wanted, tile.max_splits, steps // MIN_STEPS_PER_SPLIT))
-    # Parts are equal but for the last: fewer of them may be as long.
-    return -(-steps // -(-steps // splits))
+    # Turns of the loop. Parts are equal but for the last: fewer of them may be as long.
+    turns = steps // 2 if tile.two_level else steps
+    return -(-turns // -(-turns // splits))
 
 
 def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
@@ -120,7 +131,7 @@ def _tile(entry: Mapping[str, Any]) -> Tile:
     for field in fields(Tile):
         value, wanted = (
             entry[field.name],
-            list if field.name == "group_sizes" else str if field.name == "reason" else int,
+            {"group_sizes": list, "reason": str, "two_level": bool}.get(field.name, int),
         )
         if not isinstance(value, wanted) and not (field.name == "max_tokens" and value is None):
             raise TypeError(f"{field.name} must be {wanted.__name__}, got {value!r}")

@@ -14,7 +14,7 @@ from morphoquant_vllm.triton_kernels.tiles import Tile
 model = pytest.importorskip("benchmarks.gpu_cost_model.model", reason="needs triton")
 resources = pytest.importorskip("morphoquant_vllm.triton_kernels.resources", reason="needs triton")
 
-TILE = Tile(None, (128,), 64, 16, 4, 4, 2, 4, 16, "test")
+TILE = Tile(None, (128,), False, 64, 16, 4, 4, 2, 4, 16, "test")
 USED = resources.Resources(80, 0, 0, 36864, 128, frozenset(), 24, 2, (), ("IMMA",) * 200)
 
 
@@ -34,12 +34,15 @@ def test_split_k_pays_for_its_partial_sums() -> None:
     assert split.issue < whole.issue, "56 programs leave most of 132 multiprocessors idle"
 
 
-def test_two_level_scales_drop_the_conversions_and_multiply_the_weights() -> None:
-    """Of a real loop's kinds of instructions; 64 x 128 weights a step, two steps a turn, 128 threads."""
-    used = dataclasses.replace(USED, loop=("IMMA.16832.S8.S8", "I2FP.F32.S32", "FFMA", "IMAD", "I2F.S32") * 3)
-    changed = model.with_two_level_scales(used, TILE, 128)
-    assert changed.loop == ("IMMA.16832.S8.S8", "IMAD") * 3 + ("two-level",) * (64 * 128 * 2 // 128)
-    assert dataclasses.replace(changed, loop=used.loop) == used
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_two_level_scales_are_a_word_for_128_channels_in_two_steps_a_turn(group_size: int) -> None:
+    two_level = dataclasses.replace(TILE, two_level=True)
+    grouped = model.estimate(GPUS["H100"], TILE, 1, USED, 4, 16, 3584, 18944, 128)
+    found = model.estimate(GPUS["H100"], two_level, 1, USED, 4, 16, 3584, 18944, group_size)
+    # A channel scale of four bytes for each output.
+    saved = 3584 * (18944 // 128 * (2 - 4) - 4)
+    assert (grouped.bandwidth - found.bandwidth) * 3350e9 == pytest.approx(saved)
+    assert found.issue == pytest.approx(grouped.issue), "both loops take 128 channels a turn"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,8 @@ def test_uneven_work_stretches_compute(programs: int, expected: float) -> None:
     assert model.stretch(programs, 132, 4) == pytest.approx(expected)
 
 
-def test_the_command_marks_everything_as_an_estimate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--two-level"]])
+def test_the_command_marks_everything_as_an_estimate(tmp_path: Path, options: list[str]) -> None:
     path = tmp_path / "estimates.json"
     command = [
         sys.executable,
@@ -61,9 +65,11 @@ def test_the_command_marks_everything_as_an_estimate(tmp_path: Path) -> None:
         "1",
         "--json",
         str(path),
+        *options,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "ESTIMATES, nothing measured: H100" in done.stdout
+    assert ("two-level scales" in done.stdout) == bool(options)
     assert "no speed is claimed" in " ".join(done.stdout.split())
     written = json.loads(path.read_text())
     assert written["estimates_only"] is True

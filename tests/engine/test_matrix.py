@@ -30,20 +30,29 @@ MODELS: dict[str, tuple[Any, str, Any, str, str, str]] = {
         "language_model.model.",
     ),
 }
-# (group_size, engine settings); K / 2 = 64 of o_proj leaves no whole group of 128 to each of two ranks.
-MODES: dict[str, tuple[int, dict[str, Any]]] = {
-    "G32": (32, {}),
-    "G64": (64, {}),
-    "G128": (128, {}),
-    "G64 compiled": (64, {"enforce_eager": False}),
-    "G32 two ranks": (32, {"tensor_parallel_size": 2}),
-    "G64 two ranks compiled": (64, {"tensor_parallel_size": 2, "enforce_eager": False}),
+# Flags of calibration, by name of the checkpoint.
+CHECKPOINTS = {
+    "G32": ("--group-size", "32"),
+    "G64": ("--group-size", "64"),
+    "G128": ("--group-size", "128"),
+    "two-level": ("--group-size", "32", "--scale-levels", "16"),
+}
+# (checkpoint, engine settings); K / 2 = 64 of o_proj leaves no whole group of 128 to each of two ranks.
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "G32": ("G32", {}),
+    "G64": ("G64", {}),
+    "G128": ("G128", {}),
+    "G64 compiled": ("G64", {"enforce_eager": False}),
+    "G32 two ranks": ("G32", {"tensor_parallel_size": 2}),
+    "G64 two ranks compiled": ("G64", {"tensor_parallel_size": 2, "enforce_eager": False}),
+    "two-level two ranks compiled": ("two-level", {"tensor_parallel_size": 2, "enforce_eager": False}),
 }
 # 16-bit engines round every layer's output, which flips codes: they are compared layer by layer, on captured inputs.
 SIXTEEN_BIT_MODES = {
-    "G32 bfloat16": (32, "bfloat16"),
-    "G128 bfloat16": (128, "bfloat16"),
-    "G64 float16": (64, "float16"),
+    "G32 bfloat16": ("G32", "bfloat16"),
+    "G128 bfloat16": ("G128", "bfloat16"),
+    "G64 float16": ("G64", "float16"),
+    "two-level bfloat16": ("two-level", "bfloat16"),
 }
 # Another order of float32 sums, as in test_serve.
 TOLERANCE = 1e-3
@@ -55,23 +64,23 @@ def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     directory = tmp_path_factory.mktemp(request.param)
     source = build(directory / "source")
     data = write_calibration_data(directory / "data", kind)
-    checkpoints = {
-        size: calibrate(source, data, directory / f"G{size}", "--group-size", str(size)) for size in (32, 64, 128)
-    }
+    checkpoints = {name: calibrate(source, data, directory / name, *flags) for name, flags in CHECKPOINTS.items()}
+    schemes = {layer.scale_scheme for layer in Checkpoint(checkpoints["two-level"]).spec.layers.values()}
+    assert schemes == {"two_level"}
     started = Engines(directory)
     prompts = [{"prompt_token_ids": TEXT_PROMPT}]
     jobs = {
-        mode: {"model": str(checkpoints[size]), "prompts": prompts, "engine": {**ENGINE, **settings}}
-        for mode, (size, settings) in MODES.items()
+        mode: {"model": str(checkpoints[made]), "prompts": prompts, "engine": {**ENGINE, **settings}}
+        for mode, (made, settings) in MODES.items()
     }
     jobs |= {
         mode: {
-            "model": str(checkpoints[size]),
+            "model": str(checkpoints[made]),
             "prompts": prompts,
             "engine": {**ENGINE, "dtype": dtype},
             "capture": str(directory / f"{mode}.safetensors"),
         }
-        for mode, (size, dtype) in SIXTEEN_BIT_MODES.items()
+        for mode, (made, dtype) in SIXTEEN_BIT_MODES.items()
     }
     started.run(jobs, timeout=1200)
     return request.param, source, checkpoints, started
@@ -93,6 +102,6 @@ def test_served_logprobs_are_the_reference_models(matrix: tuple[str, Path, dict,
 @pytest.mark.parametrize("mode", list(SIXTEEN_BIT_MODES))
 def test_sixteen_bit_layers_are_the_reference(matrix: tuple[str, Path, dict, Engines], mode: str) -> None:
     name, _, checkpoints, started = matrix
-    size, dtype = SIXTEEN_BIT_MODES[mode]
+    made, dtype = SIXTEEN_BIT_MODES[mode]
     prefix = (MODELS[name][5], MODELS[name][3])
-    assert_layers_are_the_reference(started.results[mode], Checkpoint(checkpoints[size]), getattr(torch, dtype), prefix)
+    assert_layers_are_the_reference(started.results[mode], Checkpoint(checkpoints[made]), getattr(torch, dtype), prefix)

@@ -14,7 +14,7 @@ from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.schema import GROUP_SCHEME, MAX_LEVEL, TWO_LEVEL_SCHEME, LayerSpec, QuantizationSpec
 from morphoquant_vllm.triton_kernels import layout
 from morphoquant_vllm.triton_kernels.tiles import Tile
 from tests.checkpoints import random_group
@@ -37,16 +37,17 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     bias: bool = False
     blocks: int = 1
+    two_level: bool = False
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         tile = f"{self.block_n}x{self.block_m}x{self.splits}"
         shape = f"M{self.tokens}-N{self.out_features}-K{self.in_features}-G{self.group_size}"
-        return f"{shape}-{tile}-{kind}-B{self.blocks}" + "-bias" * self.bias
+        return f"{shape}-{tile}-{kind}-B{self.blocks}" + "-bias" * self.bias + "-two-level" * self.two_level
 
     @property
     def tile(self) -> Tile:
-        return Tile(None, (32, 64, 128), self.block_n, self.block_m, 4, 2, 1, 1, 16, "test")
+        return Tile(None, (32, 64, 128), self.two_level, self.block_n, self.block_m, 4, 2, 1, 1, 16, "test")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Agreement:
 
 def layer(case: Case) -> tuple[WeightRecord, ActivationRecord]:
     """Canonical records of a random layer, of `blocks` blocks of K."""
-    spec_layer = LayerSpec(case.in_features, case.out_features, case.group_size, "row", "layer")
+    scheme = TWO_LEVEL_SCHEME if case.two_level else GROUP_SCHEME
+    settings = (case.in_features, case.out_features, case.group_size, "row", "layer")
+    spec_layer = LayerSpec(*settings, scale_scheme=scheme)
     spec = QuantizationSpec(layers={"layer": spec_layer}, tensor_parallel=case.blocks)
     generator = torch.Generator().manual_seed(case.in_features + case.out_features)
     weight = torch.randn(case.out_features, case.in_features, generator=generator)
@@ -133,6 +136,29 @@ def group_sums_equal(case: Case) -> list[bool]:
         y = launch.matmul(codes, rows, prepared, gain, None, torch.float32, case.tile, case.splits, False)
         equal.append(torch.equal(y, expected[:, :, group].float()))
     return equal
+
+
+def level_sums_equal(case: Case) -> bool:
+    """Whether the level-weighted sums over the whole K are the reference's integers, of random levels; K <= 1024.
+
+    The largest there is among them: every product is -128 * -8 * 16. Up to 2^24 a float32 holds them all.
+    """
+    from morphoquant_vllm.triton_kernels import launch
+
+    generator = torch.Generator().manual_seed(case.tokens)
+    codes = torch.randint(-128, 128, (case.tokens, case.in_features), generator=generator, dtype=torch.int8)
+    weight, _ = layer(case)
+    level = torch.randint(1, MAX_LEVEL + 1, weight.scale.shape, generator=generator).to(torch.uint8)
+    codes[0] = -128
+    weight.codes[0], level[0] = 0, MAX_LEVEL
+    expected = (linear_numerics.group_sums(codes, weight).long() * level.long()).sum(-1)
+    assert int(expected[0, 0]) == 2**14 * case.in_features <= 2**24
+    ones, zeros = torch.ones(case.out_features), torch.zeros(1, case.out_features)
+    prepared = layout.prepare_weight(weight._replace(scale=level, channel_scale=ones, absorbed_bias=zeros))
+    rows = torch.zeros(case.tokens, dtype=torch.int32)
+    gain = torch.full((1,), 1 / 16)
+    y = launch.matmul(codes, rows, prepared, gain, None, torch.float32, case.tile, case.splits, False)
+    return torch.equal(y.long(), expected)
 
 
 def edges_agree(dtype: torch.dtype) -> tuple[list[int], list[int]]:

@@ -1,6 +1,7 @@
 """Each assertion on compiled kernels fails on a configuration made to break it, and says why."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,9 +16,10 @@ TABLE = tiles.load(tiles.DEFAULT_TABLE)
 
 
 def problems(name: str, group_size: int, *, aligned: bool = True, index: int = 0, **changes: int) -> str:
-    """What is wrong with a tile of the table after `changes`."""
+    """What is wrong with a tile of the table, for group scales unless `changes` say otherwise, after them."""
     architecture = TABLE[name]
-    tile: Tile = replace(architecture.tiles[index], **changes)
+    group_tiles = [tile for tile in architecture.tiles if not tile.two_level]
+    tile: Tile = replace(group_tiles[index], **changes)
     used = resources.resources(ahead.build_gemm(name, tile, group_size, aligned=aligned))
     return "; ".join(proof.gemm_problems(used, architecture, tile))
 
@@ -58,3 +60,23 @@ def test_four_warps_on_128_outputs_convert_layouts_in_the_loop() -> None:
 
 def test_fused_operations_are_seen() -> None:
     assert "rounding: fma" in "; ".join(proof.rounding_problems(ahead.build_reduce("sm_80")))
+
+
+def test_two_level_scales_without_their_own_tiles() -> None:
+    """Two turns an iteration leave a remainder, whose levels change layout; its weights are not copied ahead."""
+    assert "layout conversions: 3" in problems("sm_80", 32, two_level=True, unroll=2)
+
+
+def test_levels_of_several_rows_are_seen() -> None:
+    """By what the check reads: the operands of the instruction."""
+    tile = next(tile for tile in TABLE["sm_80"].tiles if tile.two_level)
+    kernel = ahead.build_gemm("sm_80", tile, 32)
+    assert proof.level_problems(kernel) == []
+    first = next(line for line in kernel.asm["llir"].splitlines() if "mad.lo.u32" in line)
+    level = first[first.index("(<4 x i8>") :].split(", ")[1]
+    mixed = first.replace(f"{level}, {level}, {level}, {level},", f"{level}, {level}, {level}, i32 %other,")
+    assert mixed != first
+    changed = SimpleNamespace(asm={"llir": kernel.asm["llir"].replace(first, mixed)})
+    assert "1 of " in "; ".join(proof.level_problems(changed)) and "mix rows" in proof.level_problems(changed)[0]
+    grouped = ahead.build_gemm("sm_80", TABLE["sm_80"].tiles[0], 32)
+    assert proof.level_problems(grouped) == ["levels: nothing multiplies weights by them"]

@@ -3,9 +3,12 @@
 They prove no speed. That each assertion can fail is in test_aot_bad_tiles.py.
 """
 
+import itertools
+
 import pytest
 
 from morphoquant_vllm.triton_kernels import tiles
+from morphoquant_vllm.triton_kernels.tiles import Tile
 
 ahead = pytest.importorskip("morphoquant_vllm.triton_kernels.ahead", reason="needs triton")
 proof = pytest.importorskip("morphoquant_vllm.triton_kernels.proof", reason="needs triton")
@@ -23,21 +26,41 @@ VARIANTS = {
 }
 
 
-def gemm_problems(name: str, index: int, group_size: int, target: str | None = None, **variant: object) -> list[str]:
+def gemm_problems(name: str, tile: Tile, group_size: int, target: str | None = None, **variant: object) -> list[str]:
     architecture = TABLE[name]
-    tile = architecture.tiles[index]
-    used = resources.resources(ahead.build_gemm(target or name, tile, group_size, **variant))
-    return proof.gemm_problems(used, architecture, tile)
+    kernel = ahead.build_gemm(target or name, tile, group_size, **variant)
+    problems = proof.gemm_problems(resources.resources(kernel), architecture, tile)
+    if tile.two_level and architecture.vendor == "nvidia":
+        problems += proof.level_problems(kernel)
+    return problems
+
+
+def tiles_of(name: str, two_level: bool = False) -> list[Tile]:
+    return [tile for tile in TABLE[name].tiles if tile.two_level == two_level]
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_the_decode_kernel(name: str) -> None:
-    assert gemm_problems(name, 0, 32, partial=True) == []
+    assert gemm_problems(name, tiles_of(name)[0], 32, partial=True) == []
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_the_prefill_kernel(name: str) -> None:
-    assert gemm_problems(name, -1, 128) == []
+    assert gemm_problems(name, tiles_of(name)[-1], 128) == []
+
+
+@pytest.mark.parametrize(("name", "index"), [("sm_80", 0), ("sm_90", -1), ("gfx942", -1)])
+def test_the_kernel_of_two_level_scales(name: str, index: int) -> None:
+    assert gemm_problems(name, tiles_of(name, two_level=True)[index], 32, partial=index == 0) == []
+
+
+def test_two_level_scales_need_no_conversion_in_the_loop() -> None:
+    """What they are for: no sum becomes a float there."""
+    loops = []
+    for two_level in (False, True):
+        used = resources.resources(ahead.build_gemm("sm_90", tiles_of("sm_90", two_level)[-1], 32))
+        loops.append(sum(opcode.startswith(("I2F", "FFMA")) for opcode in used.loop))
+    assert loops == [2 * 128, 0]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
@@ -56,7 +79,8 @@ def test_the_activation_quantizer_with_silu_and_mul(target: str) -> None:
 
 
 def test_the_reduction() -> None:
-    assert proof.spill_problems(resources.resources(ahead.build_reduce("sm_90"))) == []
+    for two_level in (False, True):
+        assert proof.spill_problems(resources.resources(ahead.build_reduce("sm_90", two_level=two_level))) == []
 
 
 @pytest.mark.full
@@ -72,9 +96,12 @@ def test_the_reduction() -> None:
     ],
 )
 def test_every_tile_of_the_table(name: str, target: str, index: int, group_size: int, variant: str) -> None:
+    tile = TABLE[name].tiles[index]
+    if tile.two_level and group_size > 32:
+        pytest.skip("kernels of two-level scales do not depend on the group size")
     if variant == "half a tile of K left" and group_size > 32:
         pytest.skip("only groups of 32 leave half a tile")
-    assert gemm_problems(name, index, group_size, target, **VARIANTS[variant]) == []
+    assert gemm_problems(name, tile, group_size, target, **VARIANTS[variant]) == []
 
 
 @pytest.mark.full
@@ -87,6 +114,6 @@ def test_the_small_kernels_everywhere(target: str, dtype: str) -> None:
         with_silu = ahead.build_quantize(target, dtype=dtype, blocks=blocks, silu_mul=True)
         assert proof.spill_problems(resources.resources(with_silu)) == []
         assert proof.rounding_problems(kernel) == []
-    for has_bias in (False, True):
-        used = resources.resources(ahead.build_reduce(target, dtype=dtype, has_bias=has_bias))
+    for has_bias, two_level in itertools.product((False, True), repeat=2):
+        used = resources.resources(ahead.build_reduce(target, dtype=dtype, has_bias=has_bias, two_level=two_level))
         assert proof.spill_problems(used) == []

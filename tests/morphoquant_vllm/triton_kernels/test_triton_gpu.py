@@ -3,6 +3,8 @@
 Not run yet: no GPU was at hand when they were written.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ CASES = [
     for n, k, g in ((200, 96, 32), (3584, 3584, 32), (1152, 896, 64), (896, 4864, 128))
     for dtype, bias in ((torch.bfloat16, True), (torch.float16, False))
 ]
+CASES += [replace(case, two_level=True) for case in CASES]
 
 
 def on_gpu(case: Case) -> tuple[WeightRecord, ActivationRecord, torch.Tensor, torch.Tensor]:

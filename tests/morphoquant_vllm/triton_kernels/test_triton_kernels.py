@@ -1,5 +1,7 @@
 """The kernels, interpreted on the CPU, against the torch reference: equal codes and sums, outputs within the bound."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +29,22 @@ SAMPLE = [
     Case(129, 136, 128, 128, block_n=128, block_m=128, dtype=torch.float16),
     Case(512, 72, 64, 64, block_n=128, block_m=256, dtype=torch.float32, bias=True),
 ]
+# K that leaves a half (32), a whole tile and more (96, 160, 320, 640) of a turn of 128 channels; M of several parts.
+TWO_LEVEL = [
+    Case(1, 48, 64, 32, two_level=True),
+    Case(2, 33, 96, 32, splits=1, block_n=16, bias=True, two_level=True),
+    Case(5, 130, 288, 32, splits=2, dtype=torch.float16, two_level=True),
+    Case(7, 64, 192, 64, splits=2, dtype=torch.float16, bias=True, blocks=3, two_level=True),
+    Case(15, 40, 384, 128, splits=3, blocks=3, two_level=True),
+    Case(65, 129, 128, 64, block_n=64, block_m=64, two_level=True),
+    Case(129, 136, 160, 32, block_n=128, block_m=128, dtype=torch.float32, bias=True, two_level=True),
+]
+TWO_LEVEL_SUMS = [
+    Case(3, 20, 96, 32, two_level=True),
+    Case(18, 140, 1024, 32, splits=3, two_level=True),
+    Case(3, 20, 320, 64, two_level=True),
+    Case(3, 20, 640, 128, splits=2, block_n=64, two_level=True),
+]
 SUMS = [
     Case(3, 20, 96, 32),
     Case(3, 20, 128, 32, splits=2),
@@ -43,6 +61,8 @@ MATRIX = [
     for g, k in ((32, 96), (32, 512), (64, 320), (128, 640))
     for splits, dtype, bias, blocks in ((1, torch.bfloat16, True, 1), (3, torch.float16, False, k // g))
 ]
+# The same of two-level scales, whose turns are 128 channels: fewer parts of a small K.
+MATRIX += [replace(case, two_level=True, splits=min(case.splits, -(-case.in_features // 128))) for case in MATRIX]
 
 
 def assert_agrees(interpreter: Interpreter, case: Case) -> None:
@@ -57,7 +77,7 @@ def assert_agrees(interpreter: Interpreter, case: Case) -> None:
         assert found.escapes > 0
 
 
-@pytest.mark.parametrize("case", SAMPLE, ids=str)
+@pytest.mark.parametrize("case", SAMPLE + TWO_LEVEL, ids=str)
 def test_kernels_agree_with_the_reference(interpreter: Interpreter, case: Case) -> None:
     assert_agrees(interpreter, case)
 
@@ -66,6 +86,11 @@ def test_kernels_agree_with_the_reference(interpreter: Interpreter, case: Case) 
 def test_group_sums_are_the_reference_integers(interpreter: Interpreter, case: Case) -> None:
     equal = interpreter(cases.group_sums_equal, case)
     assert equal == [True] * (case.in_features // case.group_size)
+
+
+@pytest.mark.parametrize("case", TWO_LEVEL_SUMS, ids=str)
+def test_level_weighted_sums_are_the_reference_integers(interpreter: Interpreter, case: Case) -> None:
+    assert interpreter(cases.level_sums_equal, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

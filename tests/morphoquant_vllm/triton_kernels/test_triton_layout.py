@@ -10,15 +10,17 @@ from tests.morphoquant_vllm.triton_kernels.cases import Case, layer
 
 
 def read_back(weight: layout.GpuWeight, out_features: int, in_features: int) -> Tensor:
-    """int4 codes int8 [N, K], nibble by nibble."""
+    """int4 codes int8 [N, K], nibble by nibble; what is filled up has weight 0, or with two-level scales level 0."""
     tiles, steps, rows, half = weight.codes.shape
     codes = torch.zeros(tiles * rows, steps * 2 * half, dtype=torch.int8)
     for p in range(half):
         byte = weight.codes[..., p].transpose(1, 2).reshape(tiles * rows, steps)
         for first, nibble in ((p, byte & 0xF), (p + half, byte >> 4)):
-            codes[:, first :: 2 * half] = torch.where(nibble > 7, nibble.int() - 16, nibble.int()).to(torch.int8)
-    assert not bool(codes[out_features:].any()), "what is filled up has weight 0"
-    assert not bool(codes[:, in_features:].any())
+            signed = nibble.int() - 8 if weight.two_level else torch.where(nibble > 7, nibble.int() - 16, nibble.int())
+            codes[:, first :: 2 * half] = signed.to(torch.int8)
+    if not weight.two_level:
+        assert not bool(codes[out_features:].any())
+        assert not bool(codes[:, in_features:].any())
     return codes[:out_features, :in_features]
 
 
@@ -32,6 +34,29 @@ def test_every_weight_and_scale_is_where_the_kernels_look(case: Case) -> None:
     assert layout.group_size_of(prepared) == case.group_size
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 33, 96, 32, two_level=True),
+        Case(1, 300, 192, 64, two_level=True),
+        Case(1, 128, 384, 128, two_level=True),
+    ],
+    ids=str,
+)
+def test_every_weight_and_level_is_where_the_kernels_look(case: Case) -> None:
+    weight, _ = layer(case)
+    prepared = layout.prepare_weight(weight)
+    assert prepared.two_level and prepared.codes.shape[3] == 32, "tiles of 64 channels"
+    assert torch.equal(read_back(prepared, case.out_features, case.in_features), unpack(weight.codes))
+    # A byte for each 32 channels, the lowest first.
+    found = prepared.scale.T.contiguous().view(torch.uint8)
+    assert found.shape[1] == 4 * -(-case.in_features // 128)
+    expected = weight.scale.repeat_interleave(case.group_size // 32, 1)
+    assert torch.equal(found[: case.out_features, : expected.shape[1]], expected)
+    assert not bool(found[case.out_features :].any()) and not bool(found[:, expected.shape[1] :].any())
+    assert torch.equal(prepared.channel_scale, weight.channel_scale * 16)
+
+
 def test_repacking_in_parts_gives_the_same_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = layer(Case(1, 400, 128, 32))
     whole = layout.prepare_weight(weight)
@@ -39,12 +64,14 @@ def test_repacking_in_parts_gives_the_same_tiles(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(layout.prepare_weight(weight).codes, whole.codes)
 
 
-def test_weights_are_held_once() -> None:
-    """4 bits a weight and no more, where N and K need no filling up."""
-    case = Case(1, 256, 512, 64)
+@pytest.mark.parametrize("two_level", [False, True])
+def test_weights_are_held_once(two_level: bool) -> None:
+    """4 bits a weight and no more, where N and K need no filling up; levels take a byte for 32 of them."""
+    case = Case(1, 256, 512, 64, two_level=two_level)
     prepared = layout.prepare_weight(layer(case)[0])
-    assert prepared.codes.numel() == case.out_features * case.in_features // 2
-    assert prepared.scale.numel() == case.out_features * case.in_features // case.group_size
+    weights = case.out_features * case.in_features
+    assert prepared.codes.numel() == weights // 2
+    assert prepared.scale.nbytes == (weights // 32 if two_level else 2 * weights // case.group_size)
 
 
 def test_filled_up_sets_of_intervals_hold_no_token() -> None:

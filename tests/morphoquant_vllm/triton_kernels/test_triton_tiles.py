@@ -1,5 +1,6 @@
 """The tile table: what ships, what a malformed one gets, and how K is split."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def test_every_architecture_serves_every_number_of_tokens_and_group_size() -> No
     for architecture in tiles.load(tiles.DEFAULT_TABLE).values():
         for group_size in (32, 64, 128):
             for tokens in (1, 16, 17, 64, 65, 100_000):
-                assert architecture.tile(tokens, group_size).block_n
+                for two_level in (False, True):
+                    assert architecture.tile(tokens, group_size, two_level).two_level == two_level
         assert architecture.reason
         assert all(tile.reason for tile in architecture.tiles)
 
@@ -46,6 +48,11 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
         (lambda table: table["architectures"]["sm_80"].pop("vendor"), "vendor"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(block_n=48), "block_n = 48 is not one of"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(warps=3), "warps = 3"),
+        (
+            lambda table: table["architectures"]["sm_80"]["tiles"][0].update(two_level=True, group_sizes=[32]),
+            "a two-level tile serves all of [32, 64, 128]",
+        ),
+        (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(two_level=1), "two_level must be bool"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages=0), "stages must be at least 1"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages="4"), "stages must be int, got '4'"),
     ],
@@ -76,6 +83,9 @@ def test_a_table_without_the_shape_says_what_to_do() -> None:
     architecture = tiles.parse(TABLE, "test")["sm_80"]
     with pytest.raises(MorphoQuantError, match="no entry for 3 tokens at group_size 48; unset MORPHOQUANT_TILES"):
         architecture.tile(3, 48)
+    only_groups = dataclasses.replace(architecture, tiles=tuple(t for t in architecture.tiles if not t.two_level))
+    with pytest.raises(MorphoQuantError, match="no entry for 3 tokens at group_size 32 with two-level scales; unset"):
+        only_groups.tile(3, 32, two_level=True)
 
 
 @given(
@@ -84,15 +94,20 @@ def test_a_table_without_the_shape_says_what_to_do() -> None:
     steps=st.integers(1, 600),
     units=st.integers(1, 304),
     most=st.integers(1, 16),
+    two_level=st.booleans(),
 )
-def test_every_split_has_work(tokens: int, out_features: int, steps: int, units: int, most: int) -> None:
-    tile = tiles.Tile(None, (64,), 64, 16, 4, 4, 1, 4, most, "test")
-    splits = tiles.splits_of(tile, tokens, out_features, steps, units)
+def test_every_split_has_work(
+    tokens: int, out_features: int, steps: int, units: int, most: int, two_level: bool
+) -> None:
+    tile = tiles.Tile(None, (64,), two_level, 64, 16, 4, 4, 1, 4, most, "test")
+    # Two-level layers have an even number of steps, two a turn.
+    width = 1 + two_level
+    splits = tiles.splits_of(tile, tokens, out_features, width * steps, units)
     assert 1 <= splits <= most
-    # The kernel's parts: ceil(steps / splits) each, the last one perhaps shorter but never empty.
+    # The kernel's parts: ceil(turns / splits) each, the last one perhaps shorter but never empty.
     length = -(-steps // splits)
     assert (splits - 1) * length < steps
-    assert splits == 1 or length >= tiles.MIN_STEPS_PER_SPLIT
+    assert splits == 1 or width * length >= tiles.MIN_STEPS_PER_SPLIT
 
 
 def test_decode_splits_k_where_outputs_are_few() -> None:
