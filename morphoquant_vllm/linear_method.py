@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     MergedColumnParallelLinear,
@@ -33,9 +32,6 @@ from .schema import (
     check_values,
     input_blocks,
 )
-
-# vLLM writes the messages of loggers below its own.
-logger = init_logger(f"vllm.{__name__}")
 
 
 @register_weight_loader_v2_supported_method
@@ -132,9 +128,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
         weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
         device = weight.codes.device
-        self.backend, reason = ops.backend_of_layer(device, weight)
-        if reason:
-            logger.warning_once("MorphoQuant: the slow torch reference serves layers of this model: %s", reason)
+        self.backend = ops.select_backend(device)
         backend = ops.BACKENDS[self.backend]
         backend.check(self.name, weight, activation, self.activation_dtype)
         prepared = backend.prepare(weight, activation)

@@ -45,16 +45,6 @@ def _takes_any_layer(name: str, weight: WeightRecord, activation: ActivationReco
     """The check of a backend that serves every layer."""
 
 
-def _lacks_nothing(weight: WeightRecord) -> str | None:
-    """What a backend lacks that serves layers of every scale scheme."""
-    return None
-
-
-def _lacks_two_level(weight: WeightRecord) -> str | None:
-    """What a backend lacks that serves layers of group scales alone."""
-    return "its kernels know no two-level weight scales yet" if weight.two_level else None
-
-
 def _needs_no_warming(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
     """The warm-up of a backend that compiles nothing."""
 
@@ -74,8 +64,6 @@ class Backend:
     warm: Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], None] = _needs_no_warming
     # The layer with silu(gate) * up before it, where that costs the backend less than two steps do.
     silu_mul_linear: Linear | None = None
-    # Why the backend does not serve a layer of these weights, which the torch reference then does; None: it does.
-    lacks: Callable[[WeightRecord], str | None] = _lacks_nothing
 
 
 def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,13 +120,6 @@ def select_backend(device: torch.device) -> str:
     if device.type == "cpu" and cpu.available():
         return "cpu"
     return BACKEND_OF_DEVICE.get(device.type, "reference")
-
-
-def backend_of_layer(device: torch.device, weight: WeightRecord) -> tuple[str, str | None]:
-    """Key of the backend that serves a layer on `device`; and why, where it is not the device's own."""
-    own = select_backend(device)
-    lack = BACKENDS[own].lacks(weight)
-    return ("reference", f"backend '{own}': {lack}") if lack else (own, None)
 
 
 def _check_inputs(x: Tensor, modality: Tensor) -> None:

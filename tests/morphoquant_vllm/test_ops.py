@@ -6,7 +6,7 @@ from torch import Tensor
 
 from morphoquant_vllm import cpu, ops
 from morphoquant_vllm.numerics import activation, linear
-from morphoquant_vllm.schema import OUTPUT_TENSORS, LayerSpec, QuantizationSpec
+from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of
 
@@ -68,17 +68,6 @@ def test_every_backend_agrees_with_the_reference(records, backend: str, dtype: t
     assert y.dtype is dtype and y.shape == (tokens, N)
     bound = linear.output_bound(expected_codes, rows, weight, record.gain, expected)
     assert bool(((y.double() - expected.double()).abs() <= bound).all())
-
-
-def test_only_backends_that_serve_a_layer_get_it() -> None:
-    """On a CPU, two-level layers go to the reference, with the reason where its kernels would run."""
-    device = torch.device("cpu")
-    own = ops.select_backend(device)
-    assert ops.backend_of_layer(device, record_of("group")[0]) == (own, None)
-    backend, reason = ops.backend_of_layer(device, record_of("two_level")[0])
-    assert backend == "reference" and (reason is None) == (own == "reference")
-    gpu = torch.device("cuda")
-    assert {ops.backend_of_layer(gpu, record_of(scheme)[0]) for scheme in OUTPUT_TENSORS} == {("triton", None)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
