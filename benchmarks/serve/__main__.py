@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptq": ("gptq", ()),
     "w8a8": ("w8a8", ()),
     "morphoquant-g32": ("morphoquant-g32", ()),
+    "morphoquant-g32-two-level": ("morphoquant-g32-two-level", ()),
     "morphoquant-g64": ("morphoquant-g64", ()),
     "morphoquant-g128": ("morphoquant-g128", ()),
     "morphoquant-g32-head8": ("morphoquant-g32", HEAD_8_BIT),

@@ -23,12 +23,26 @@ ACTIVATION_STEP = 0.3
 # No token is massive.
 NEVER = (1e30, 2e30)
 
-FORMATS = ("bf16", "gptq", "w8a8", "morphoquant-g32", "morphoquant-g64", "morphoquant-g128")
+TWO_LEVEL = "-two-level"
+FORMATS = (
+    "bf16",
+    "gptq",
+    "w8a8",
+    "morphoquant-g32",
+    f"morphoquant-g32{TWO_LEVEL}",
+    "morphoquant-g64",
+    "morphoquant-g128",
+)
 
 
 def group_size(kind: str) -> int:
     """G of a MorphoQuant format."""
-    return int(kind.removeprefix("morphoquant-g"))
+    return int(kind.removeprefix("morphoquant-g").removesuffix(TWO_LEVEL))
+
+
+def scale_scheme(kind: str) -> str:
+    """How a MorphoQuant format stores its scales."""
+    return "two_level" if kind.endswith(TWO_LEVEL) else "group"
 
 
 def tensors(kind: str, linear: Linear, generator: torch.Generator) -> dict[str, Tensor]:
@@ -45,7 +59,7 @@ def tensors(kind: str, linear: Linear, generator: torch.Generator) -> dict[str, 
             "weight_scale": torch.full((linear.outputs, 1), linear.channels**-0.5 / INT8_DEVIATION),
         }
     else:
-        made = _morphoquant(linear, group_size(kind), generator)
+        made = _morphoquant(linear, kind, generator)
     if linear.bias:
         made["bias"] = torch.zeros(linear.outputs, dtype=torch.bfloat16)
     return made
@@ -67,9 +81,9 @@ def _gptq(linear: Linear, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def _morphoquant(linear: Linear, group: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _morphoquant(linear: Linear, kind: str, generator: torch.Generator) -> dict[str, Tensor]:
     """The tensors that the schema names; those of the input depend on K alone, so that fused shards share them."""
-    spec = specification([linear], [f"layer.{linear.name}"], group)
+    spec = specification([linear], [f"layer.{linear.name}"], kind)
     (layer,) = spec.layers.values()
     made = {
         name: torch.zeros(want.shape, dtype=want.dtype)
@@ -77,7 +91,12 @@ def _morphoquant(linear: Linear, group: int, generator: torch.Generator) -> dict
     }
     own = torch.Generator().manual_seed(linear.channels)
     made["weight_codes"].random_(0, 256, generator=generator)
-    made["weight_scale"].fill_(linear.channels**-0.5 / INT4_DEVIATION * ACTIVATION_STEP)
+    scale = linear.channels**-0.5 / INT4_DEVIATION * ACTIVATION_STEP
+    if layer.scale_scheme == "two_level":
+        made["weight_level"].fill_(8)
+        made["weight_channel_scale"].fill_(scale / 8)
+    else:
+        made["weight_scale"].fill_(scale)
     made["activation_step"].fill_(ACTIVATION_STEP)
     made["gain"].fill_(1)
     made["channel_order"] = torch.randperm(linear.channels, generator=own).int()
@@ -90,7 +109,7 @@ def _morphoquant(linear: Linear, group: int, generator: torch.Generator) -> dict
     return made
 
 
-def specification(layers: list[Linear], names: list[str], group: int) -> QuantizationSpec:
+def specification(layers: list[Linear], names: list[str], kind: str) -> QuantizationSpec:
     """MorphoQuant settings of `layers` under their full `names`."""
     specs = {}
     for linear, name in zip(layers, names, strict=True):
@@ -98,7 +117,8 @@ def specification(layers: list[Linear], names: list[str], group: int) -> Quantiz
         specs[name] = LayerSpec(
             in_features=linear.channels,
             out_features=linear.outputs,
-            group_size=group,
+            group_size=group_size(kind),
+            scale_scheme=scale_scheme(kind),
             parallel="column" if linear.fused else "row",
             shared_input=stem + (linear.fused or linear.name),
             bias=linear.bias,
@@ -139,4 +159,4 @@ def quantization_config(kind: str, model: str) -> dict[str, Any] | None:
         for linear in linears(model):
             layers.append(linear)
             names.append(f"model.layers.{index}.{linear.name}")
-    return specification(layers, names, group_size(kind)).to_dict()
+    return specification(layers, names, kind).to_dict()

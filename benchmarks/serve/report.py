@@ -50,12 +50,14 @@ def _columns(methods: dict[str, Any]) -> list[str]:
 
 def markdown(summary: dict[str, Any]) -> str:
     """A table for each model, with the command, the machine and its load, and what was left out."""
+    done = [len(found["samples"]) for found in summary["models"].values()]
     parts = [
         "# Whole engines",
         f"`{summary['command']}`, {summary['seconds']:.0f} s. {summary['machine']}; MorphoQuant serves with "
         f"{summary['backend']}. Load average at start {summary['load']:.1f}"
         f"{', a contended machine' if summary['contended'] else ''}.",
-        f"Generated weights. `vllm bench serve` and `vllm bench throughput`, {summary['rounds']} round(s), in each of "
+        f"Generated weights. `vllm bench serve` and `vllm bench throughput`, {max(done, default=0)} of "
+        f"{summary['rounds']} rounds, in each of "
         "which every engine is started and asked once, in random order. Figures are medians over rounds (least to "
         "greatest); ratios are taken within rounds, and greater than 1 is better. Memory is the engine process's: "
         '"held" after all requests, without file pages; "at most" with the pages of files that are read; both with '

@@ -47,7 +47,8 @@ def test_a_checkpoint_has_the_tensors_of_its_format(work: Path, kind: str) -> No
         assert layer[f"{up}.weight"].dtype is torch.int8 and layer[f"{up}.weight_scale"].shape == (256, 1)
     else:
         assert verify_checkpoint(directory) == 14
-        assert layer[f"{up}.weight_scale"].shape == (256, 128 // formats.group_size(kind))
+        scale = {"group": "weight_scale", "two_level": "weight_level"}[formats.scale_scheme(kind)]
+        assert layer[f"{up}.{scale}"].shape == (256, 128 // formats.group_size(kind))
 
 
 def test_a_checkpoint_is_written_once(work: Path) -> None:
