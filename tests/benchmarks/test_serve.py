@@ -212,13 +212,15 @@ def test_ratios_are_taken_within_rounds_and_greater_is_better() -> None:
 def test_the_files_hold_what_was_measured(tmp_path: Path) -> None:
     entry = {"methods": summarize(ROUNDS), "samples": ROUNDS, "left_out": {"gptq": "no kernel"}}
     summary = {"command": "c", "machine": "m", "backend": "b", "load": 0.1, "contended": False, "rounds": 3}
-    summary |= {"seconds": 1.0, "models": {"tiny": entry, "Qwen2.5-7B": {"methods": {}, "left_out": {"bf16": "large"}}}}
+    empty = {"methods": {}, "samples": [], "left_out": {"bf16": "large"}}
+    summary |= {"seconds": 1.0, "models": {"tiny": entry, "Qwen2.5-7B": empty}}
     files = write(summary, tmp_path, "serve")
     assert [path.name for path in files] == ["serve.json", "serve.md", "serve.png"]
     assert json.loads(files[0].read_text()) == summary
     text = files[1].read_text()
     assert "| morphoquant-g32 | 40 (30-50) | 60 (50-80) | 1 (1-1) |" in text
     assert "| morphoquant-g32 | 2.75x (2.5-3) | 2.25x (2-2.5) | 4x (4-4) |" in text
+    assert f"{len(ROUNDS)} of 3 rounds" in text
     assert "- gptq: no kernel" in text and "- bf16: large" in text
 
 
