@@ -28,6 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Exit status of a run that a signal ended, less the signal's number.
+_SIGNALLED = 128
+_TERMINATED = _SIGNALLED + signal.SIGTERM
+
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A MorphoQuant checkpoint.")]
 
 
@@ -196,6 +200,10 @@ def _one_word_of_failure(processes: Processes) -> Iterator[None]:
             _say(str(error))
         processes.part()
         raise typer.Exit(1) from error
+    except SystemExit as stop:
+        if processes.size > 1 and processes.first and stop.code == _TERMINATED:
+            _say("ended by SIGTERM, which torchrun sends where another process has died; the same command goes on")
+        raise
 
 
 @app.command()
@@ -245,7 +253,7 @@ def _number_or_word(value: str | None) -> int | str | None:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    raise SystemExit(_SIGNALLED + number)
 
 
 def main() -> None:
@@ -265,6 +273,8 @@ def main() -> None:
 
 
 def _say(message: str) -> None:
+    # What comes now is the end, into which torchrun's own signal to end must not break.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 

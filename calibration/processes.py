@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -152,8 +153,9 @@ class Group(Processes):
             raise
 
     def part(self) -> None:
+        # No barrier: where there are GPUs, that would be NCCL's.
         with suppress(RuntimeError):
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))
 
     @contextmanager
     def _meeting(self, call: str, failure: str = "") -> Iterator[None]:
@@ -175,10 +177,9 @@ class Group(Processes):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = (str(error).splitlines() or [""])[0]
             raise MorphoQuantError(
-                f"process {self.rank}: another process of this calibration has died, or has not answered for "
-                f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({reason}); run the same command again"
+                f"process {self.rank}: another process of this calibration has died or does not answer "
+                f"({_reason(error)}); the same command goes on after the last finished block"
             ) from error
         self._busy = False
 
@@ -205,6 +206,12 @@ class Group(Processes):
         return storage if place == "cpu" else storage.cuda(self.local_rank)
 
 
+def _reason(error: Exception) -> str:
+    """The first sentence of what a backend says, without the place in its source."""
+    first, *_ = re.sub(r"^\[[^\]]*\] *", "", str(error)).split(". ")
+    return " ".join(first.split())
+
+
 def _packed(value: object) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
@@ -224,8 +231,7 @@ def open_processes(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise MorphoQuantError(f"the processes that torchrun started cannot be joined ({reason})") from error
+        raise MorphoQuantError(f"the processes that torchrun started cannot be joined ({_reason(error)})") from error
     processes = Group(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         with processes.failing_together():
