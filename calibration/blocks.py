@@ -124,10 +124,7 @@ def _run_16bit(
         after = entry.hidden = _run(block, index, entry, before, targets, entry.modality)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in inputs)])
-    # Outlying is what stands out of all processes' tokens.
-    all_norms, all_modality = zip(*processes.gather((torch.cat(norms), modality)), strict=True)
-    found = candidates(torch.cat(all_norms), torch.cat(all_modality)).split([part.numel() for part in all_norms])
-    rows = torch.where(found[processes.rank], massive_row, modality)
+    rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
     return list(rows.split([entry.modality.numel() for entry in inputs]))
 
 

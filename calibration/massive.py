@@ -37,8 +37,17 @@ class MassiveIntervals(NamedTuple):
     high: Tensor
 
 
-def candidates(norms: Tensor, modality: Tensor) -> Tensor:
-    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T]."""
+def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
+    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T].
+
+    Each process has some of the tokens; outlying is what stands out of all.
+    """
+    parts = processes.gather((norms, modality))
+    found = _candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return found.split([part.numel() for part, _ in parts])[processes.rank]
+
+
+def _candidates(norms: Tensor, modality: Tensor) -> Tensor:
     found = torch.zeros_like(norms, dtype=torch.bool)
     for row in modality.unique():
         own = modality == row

@@ -10,9 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from calibration.processes import TIMEOUT, Processes, open_processes
+from calibration.processes import Processes, open_processes
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.killing import kill_at
+
+# A test of processes that wait for each other in vain fails, and does not hang.
+TIMEOUT = timedelta(minutes=1)
 
 
 def free_port() -> int:
