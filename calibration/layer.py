@@ -219,7 +219,7 @@ def _any_means(
     """
     weight = weight[chosen]
     total = processes.reduce(weight.sum(), "SUM")
-    code_mean, value_mean = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    code_mean, value_mean = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     for part, token_weight in zip(chunks(chosen, x.shape[1]), chunks(weight, x.shape[1]), strict=True):
         rows = torch.full_like(part, row, dtype=torch.int32)
         codes = activation.act_quant(x[part], rows, record).float() * record.gain[rows.long()][:, None]

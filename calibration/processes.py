@@ -196,11 +196,7 @@ class Group(Processes):
 
     def _unpacked(self, data: bytes) -> Any:
         """What `_packed` packed: tensors of another process's GPU come onto this one's."""
-        return torch.load(
-            io.BytesIO(data),
-            map_location=self._local,
-            weights_only=False,
-        )
+        return torch.load(io.BytesIO(data), map_location=self._local, weights_only=False)
 
     def _local(self, storage: Any, place: str) -> Any:
         return storage if place == "cpu" else storage.cuda(self.local_rank)
@@ -224,7 +220,7 @@ def open_processes(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
 
     gloo joins them for what is on the CPU, NCCL for what is on GPUs.
     """
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

@@ -15,12 +15,12 @@ from torch import Tensor
 from calibration.collect import InputCollector
 from calibration.distributions import observe
 from calibration.layer import InputSample, QuantizedLayer, quantize_input
-from calibration.massive import candidates
+from calibration.massive import candidates, find_intervals
 from calibration.processes import ONE, Processes
 from calibration.recipe import Recipe
 from calibration.sampling import share_tokens
 from morphoquant_vllm.errors import MorphoQuantError
-from tests.calibration.inputs import MASSIVE, make_spec, matrix, with_massive
+from tests.calibration.inputs import AUDIO, MASSIVE, make_spec, matrix, with_massive
 from tests.calibration.joined import in_processes, messages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.bool)
@@ -171,6 +171,9 @@ class Made:
 def make(processes: Processes, recipe: Recipe) -> Made:
     """Two linears calibrated on 7 samples, of which each process has every size-th."""
     x, modality, outlying = with_massive()
+    # A modality that is better off with a row of its own.
+    modality[200:] = AUDIO
+    x[200:][~outlying[200:]] *= 0.2
     target = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     rows = torch.where(outlying, MASSIVE, modality)
     samples = list(enumerate(zip(*(value.tensor_split(SAMPLES) for value in (x, target, modality, rows)), strict=True)))
@@ -202,6 +205,7 @@ def test_processes_make_the_layer_that_one_makes(
         monkeypatch.setattr(f"calibration.{place}", 60)
     recipe = Recipe(sample_tokens=300, **settings)
     whole = make(ONE, recipe)
+    assert recipe.grid == "reference" or whole.layers["m.q"].record.modality_rows["audio"].own
     found = in_processes(tmp_path, lambda processes: make(processes, recipe), count)
     for made in found:
         assert all(torch.equal(*pair) for pair in zip(made.positions, whole.positions, strict=True))
@@ -244,3 +248,17 @@ def test_a_token_is_massive_among_those_of_all_processes(tmp_path: Path) -> None
         return found
 
     assert in_processes(tmp_path, work) == [[False] * 40, [True] * 3]
+
+
+def test_intervals_are_judged_on_the_tokens_of_all_processes(tmp_path: Path) -> None:
+    """By its own tokens the second would take channel 0 first; of all, fewer lie inside on channel 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, 8, generator=generator)
+    x[:, :6, :2] = 40 + torch.randn(2, 6, 2, generator=generator)
+    massive = torch.arange(300).expand(2, -1) < 6
+    x[0, 100:104, 0] = x[1, 100:102, 1] = 40.0
+    whole = find_intervals(x.flatten(0, 1), massive.flatten(), 1)
+    assert whole.channel[0, :2].tolist() == [1, 0]
+    work = lambda processes: find_intervals(x[processes.rank], massive[processes.rank], 1, processes)  # noqa: E731
+    for found in in_processes(tmp_path, work):
+        assert all(torch.equal(*pair) for pair in zip(found, whole, strict=True))
