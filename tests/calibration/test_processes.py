@@ -219,23 +219,23 @@ def test_processes_make_the_layer_that_one_makes(
             assert layer.record == first.record
             for tensor, value in layer.tensors.items():
                 assert torch.equal(value, first.tensors[tensor]), f"{tensor} differs between processes"
-                assert_close(tensor, value, expected.tensors[tensor])
+            assert_close(layer.tensors, expected.tensors)
             assert layer.record.escape_rate == pytest.approx(expected.record.escape_rate, rel=1e-5)
             assert layer.record.output_error == pytest.approx(expected.record.output_error, rel=1e-2)
             assert layer.record.modality_rows == expected.record.modality_rows
 
 
-def assert_close(name: str, value: Tensor, expected: Tensor) -> None:
-    """What rests on sums may differ by their last bits, and by what a code at a tie changes."""
-    if name == "weight_codes":
-        ours, theirs = (torch.cat((codes & 15, codes >> 4)) for codes in (value, expected))
-        assert float((ours != theirs).float().mean()) < 0.02
-    elif name == "weight_scale":
-        assert torch.allclose(value.float(), expected.float(), rtol=0.05)
-    elif name == "absorbed_bias":
-        assert torch.allclose(value, expected, rtol=1e-2, atol=1e-2)
-    else:
-        assert torch.equal(value, expected), name
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Output channels in which no code at a tie went the other way have the same codes and biases; few are not so."""
+    for name in found.keys() - {"weight_codes", "weight_scale", "absorbed_bias"}:
+        assert torch.equal(found[name], expected[name]), name
+    same = torch.ones(found["weight_codes"].shape[0], dtype=torch.bool)
+    for name in ("weight_codes", "weight_scale"):
+        same &= (found[name] == expected[name]).flatten(1).all(1)
+    assert float(same.float().mean()) > 0.7
+    ours, theirs = (tensors["absorbed_bias"][..., same] for tensors in (found, expected))
+    # float32 means of values up to some hundreds.
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_a_token_is_massive_among_those_of_all_processes(tmp_path: Path) -> None:
