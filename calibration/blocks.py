@@ -16,6 +16,7 @@ from calibration.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.massive import candidates
 from calibration.model import Blocks
 from calibration.plan import DecoderNames
+from calibration.processes import Processes
 from calibration.recipe import Recipe
 from calibration.sampling import TokenSample
 from calibration.served import ServedLinear, TokenRows
@@ -53,7 +54,8 @@ def calibrate_blocks(
 
     Two streams of hidden states go through the decoder: the 16-bit model's, whose layer outputs are aimed at, and that
     of the layers quantized so far, within the block too. `inputs` come as they are before block `first`, and at each
-    result hold what reaches the next block. One block at a time is in memory.
+    result hold what reaches the next block. One block at a time is in memory. `inputs` are this process's samples, and
+    `tokens` tell of all; every process yields the same.
     """
     serving = TokenRows(spec.any_row)
     for index in range(first, len(blocks)):
@@ -64,20 +66,26 @@ def calibrate_blocks(
             if names.layer(index, shared.shards[0]) in spec.layers
         }
         # Shards read the same input: it is enough to watch the first.
-        targets = {shards[0]: SampleCollector(layers[0]) for shards, layers in shards_of.items()}
-        rows = _run_16bit(block, index, inputs, targets, len(spec.rows) - 1)
+        device = next(block.parameters()).device
+        # Only where this process has no samples, for those have a width of their own.
+        none = {layers[0]: None if inputs else _no_tokens(spec, layers[0], device) for layers in shards_of.values()}
+        targets = {shards[0]: SampleCollector(layers[0], none[layers[0]]) for shards, layers in shards_of.items()}
+        rows = _run_16bit(block, index, inputs, targets, len(spec.rows) - 1, tokens.processes)
         outlying = torch.cat(
-            [row[entry.positions] == len(spec.rows) - 1 for row, entry in zip(rows, inputs, strict=True)]
+            [
+                torch.zeros(0, dtype=torch.bool),
+                *(row[entry.positions] == len(spec.rows) - 1 for row, entry in zip(rows, inputs, strict=True)),
+            ]
         )
         finished: dict[str, QuantizedLayer] = {}
         distributions = {}
         for shards, layers in shards_of.items():
             target = targets.pop(shards[0]).sample()
-            collector = InputCollector(layers[0])
+            collector = InputCollector(layers[0], none[layers[0]])
             for entry, row in zip(inputs, rows, strict=True):
                 serving.modality = entry.modality
                 _run(block, index, entry, entry.served, {shards[0]: collector}, row, stop=True)
-            sample = InputSample(collector.observation(), target, outlying)
+            sample = InputSample(collector.observation(tokens.processes), target, outlying)
             weights = {layer: _load_weight(source, layer) for layer in layers}
             quantized = quantize_input(sample, tokens, weights, spec, recipe)
             for shard, layer in zip(shards, layers, strict=True):
@@ -98,21 +106,25 @@ def calibrate_blocks(
 
 
 def _run_16bit(
-    block: nn.Module, index: int, inputs: Sequence[BlockInput], targets: Mapping[str, SampleCollector], massive_row: int
+    block: nn.Module,
+    index: int,
+    inputs: Sequence[BlockInput],
+    targets: Mapping[str, SampleCollector],
+    massive_row: int,
+    processes: Processes,
 ) -> list[Tensor]:
     """Carry the 16-bit hidden states through the block.
 
     Returns each sample's rows int [tokens]: `massive_row` where the residual stream is outlying before or after the
     block, the token's modality elsewhere.
     """
-    norms = []
+    norms = [torch.zeros(0)]
     for entry in inputs:
         before = entry.hidden
         after = entry.hidden = _run(block, index, entry, before, targets, entry.modality)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
-    modality = torch.cat([entry.modality.flatten() for entry in inputs])
-    outlying = candidates(torch.cat(norms), modality)
-    rows = torch.where(outlying, massive_row, modality)
+    modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in inputs)])
+    rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
     return list(rows.split([entry.modality.numel() for entry in inputs]))
 
 
@@ -138,6 +150,10 @@ def _run(
         stop=stop,
     )
     return hidden if output is None else output.cpu()
+
+
+def _no_tokens(spec: QuantizationSpec, layer: str, device: torch.device) -> Tensor:
+    return torch.zeros(0, spec.layers[layer].in_features, device=device)
 
 
 def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, serving: TokenRows) -> None:

@@ -17,6 +17,7 @@ from calibration.holding import clear_work, open_work
 from calibration.identity import identity
 from calibration.model import choose_device
 from calibration.plan import decoder_names, plan
+from calibration.processes import ONE, Processes
 from calibration.recipe import Recipe
 from calibration.report import PACKAGE, REPORT_FILE, package_version
 from calibration.source import open_source
@@ -40,6 +41,7 @@ def calibrate(
     skip_bad: bool = False,
     memory_budget: int | None = None,
     on_block: Callable[[BlockResult], None] | None = None,
+    processes: Processes = ONE,
 ) -> dict[str, Any]:
     """Make a MorphoQuant checkpoint of the model directory `model` in the directory `output`.
 
@@ -49,32 +51,48 @@ def calibrate(
     whatever way, goes on from there when the same call is made again, unless `restart`. `memory_budget` is in bytes:
     to keep it, towers and hidden states are read from disk where need be; it changes no byte of the result.
 
+    Of several `processes` (processes.open_processes), each makes the same call and takes its share of the samples;
+    `memory_budget` is then what those of a machine may use together.
+
     `on_block` is called after each decoder block. Returns the report that is also written to
     morphoquant_calibration.json. Raises MorphoQuantError for whatever the user can mend; then, as after any other
     failure, `output` is as it was before.
     """
     recipe, output = recipe or Recipe(), Path(output)
-    device = choose_device(recipe.device)
+    device = choose_device(recipe.device, processes)
     source = open_source(model)
     architecture = find_architecture(source.config)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
-    job = Job(source, architecture, names, spec, recipe, memory_budget)
-    conversations = load_conversations(data, skip_bad=skip_bad)
-    begun_with = identity(recipe, device, source, conversations, skip_bad=skip_bad)
+    job = Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
+    conversations = processes.decide(lambda: load_conversations(data, skip_bad=skip_bad))
+    begun_with = (
+        identity(recipe, device, source, conversations, skip_bad=skip_bad, processes=processes.size)
+        if processes.first
+        else {}
+    )
     place = Path(work) if work is not None else default_work(output)
     check_work(place, output, source.directory)
     # The checkpoint may already be there, where only the end of its run was cut off.
-    if not place.exists():
+    if processes.first and not place.exists():
         check_output(output, source.directory, overwrite=overwrite)
     with (
-        open_work(place, begun_with, device, names.blocks, output, restart=restart) as kept,
+        open_work(place, begun_with, device, names.blocks, output, restart=restart, processes=processes) as kept,
         _threads(kept.threads),
     ):
-        if kept.exported:
+
+        def finish() -> dict[str, Any]:
+            report = (
+                read_json(output / REPORT_FILE)
+                if kept.exported
+                else export(job, kept, tokens, output, overwrite=overwrite)
+            )
             clear_work(place)
-            return read_json(output / REPORT_FILE)
-        check_output(output, source.directory, overwrite=overwrite)
+            return report
+
+        if kept.exported:
+            return processes.decide(finish)
+        processes.decide(lambda: check_output(output, source.directory, overwrite=overwrite))
         try:
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
             quantize(job, kept, tokens, on_block)
@@ -83,9 +101,7 @@ def calibrate(
                 f"{source.directory}: the GPU has too little free memory for it with dtype {recipe.dtype}; "
                 "pass --dtype bfloat16 or --device cpu, or use fewer or shorter samples"
             ) from error
-        report = export(job, kept, tokens, output, overwrite=overwrite)
-        clear_work(place)
-        return report
+        return processes.decide(finish)
 
 
 def default_work(output: Path) -> Path:

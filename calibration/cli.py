@@ -7,14 +7,19 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from morphoquant_vllm.errors import MorphoQuantError
+
+if TYPE_CHECKING:
+    from calibration.processes import Processes
 
 app = typer.Typer(
     help="Make, show and check MorphoQuant checkpoints (4-bit weights, 4-bit activations).",
@@ -22,6 +27,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# Exit status of a run that a signal ended, less the signal's number.
+_SIGNALLED = 128
+_TERMINATED = _SIGNALLED + signal.SIGTERM
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A MorphoQuant checkpoint.")]
 
@@ -108,7 +117,12 @@ def calibrate(
     device: Annotated[str | None, _setting("--device", "auto (default), cpu or cuda.")] = None,
     shard_size: Annotated[str | None, _setting("--shard-size", "Largest weight file (4GB).")] = None,
 ) -> None:
-    """Calibrate MODEL on example data and write a W4A4 checkpoint that vLLM serves."""
+    """Calibrate MODEL on example data and write a W4A4 checkpoint that vLLM serves.
+
+    Under torchrun, its processes share the work: torchrun --nproc-per-node 4 -m calibration calibrate ...
+    """
+    from calibration.processes import open_processes
+    from calibration.progress import BlockProgress
     from calibration.recipe import read_recipe, read_size
 
     flags = {
@@ -141,35 +155,55 @@ def calibrate(
         "device": device,
         "shard_size": shard_size,
     }
-    settings = read_recipe(recipe, flags)
-    budget = None if memory_budget is None else read_size("--memory-budget", memory_budget)
+    with open_processes() as processes, _one_word_of_failure(processes):
+        settings = read_recipe(recipe, flags)
+        budget = None if memory_budget is None else read_size("--memory-budget", memory_budget)
 
-    from transformers.utils import logging as transformers_logging
+        from transformers.utils import logging as transformers_logging
 
-    from calibration.calibrate import calibrate as run
-    from calibration.progress import BlockProgress
+        from calibration.calibrate import calibrate as run
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("calibration").setLevel(logging.INFO)
-    # It warns that weights stay in their files, which is what we ask of it.
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console(stderr=True)
-    with BlockProgress(console) as progress:
-        report = run(
-            model,
-            data,
-            output,
-            recipe=settings,
-            overwrite=overwrite,
-            work=work,
-            restart=restart,
-            skip_bad=skip_bad,
-            memory_budget=budget,
-            on_block=progress,
-        )
-    typer.echo(f"{output}: {len(report['layers'])} layers quantized, escape rate {report['escape_rate']:.2%}")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("calibration").setLevel(logging.INFO if processes.first else logging.WARNING)
+        # It warns that weights stay in their files, which is what we ask of it.
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        with BlockProgress(Console(stderr=True, quiet=not processes.first)) as progress:
+            report = run(
+                model,
+                data,
+                output,
+                recipe=settings,
+                overwrite=overwrite,
+                work=work,
+                restart=restart,
+                skip_bad=skip_bad,
+                memory_budget=budget,
+                on_block=progress,
+                processes=processes,
+            )
+        if processes.first:
+            typer.echo(f"{output}: {len(report['layers'])} layers quantized, escape rate {report['escape_rate']:.2%}")
+
+
+@contextmanager
+def _one_word_of_failure(processes: Processes) -> Iterator[None]:
+    """Where several processes fail together, the first one says why, before any of them ends."""
+    try:
+        with processes.failing_together():
+            yield
+    except MorphoQuantError as error:
+        if not processes.told:
+            raise
+        if processes.first:
+            _say(str(error))
+        processes.part()
+        raise typer.Exit(1) from error
+    except SystemExit as stop:
+        if processes.size > 1 and processes.first and stop.code == _TERMINATED:
+            _say("ended by SIGTERM, which torchrun sends where another process has died; the same command goes on")
+        raise
 
 
 @app.command()
@@ -219,7 +253,7 @@ def _number_or_word(value: str | None) -> int | str | None:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    raise SystemExit(_SIGNALLED + number)
 
 
 def main() -> None:
@@ -238,6 +272,12 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
+def _say(message: str) -> None:
+    # What comes now is the end, into which torchrun's own signal to end must not break.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    _say(message)
     sys.exit(1)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calibration.processes import ONE, Processes
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.statistics import ChannelStatistics
+from morphoquant_vllm.numerics.statistics import REDUCTIONS, ChannelStatistics
 
 
 @dataclass(frozen=True)
 class Observation:
     """One linear input as calibration saw it."""
 
-    # By row (a modality's, or the massive one): only rows that had tokens.
+    # By row (a modality's, or the massive one), over all processes: only rows that had tokens.
     statistics: dict[int, ChannelStatistics]
-    # The sampled tokens' activations, float32 [T, K], in the order of TokenSample.
+    # The sampled tokens' activations, float32 [own T, K], in the order of TokenSample.
     sample: Tensor
 
 
@@ -29,11 +30,14 @@ class InputReached(Exception):
 
 
 class SampleCollector:
-    """Keeps the sampled tokens of one linear input, on the device on which the model runs."""
+    """Keeps the sampled tokens of one linear input, on the device on which the model runs.
 
-    def __init__(self, name: str) -> None:
+    `none`, [0, K] on that device, is what a process without samples has to show.
+    """
+
+    def __init__(self, name: str, none: Tensor | None = None) -> None:
         self.name = name
-        self._chosen: list[Tensor] = []
+        self._chosen: list[Tensor] = [] if none is None else [none]
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Take in one sample: x [M, K], the rows of its tokens int [M] and its sampled positions int64."""
@@ -57,8 +61,8 @@ class SampleCollector:
 class InputCollector(SampleCollector):
     """Gathers statistics besides."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, none: Tensor | None = None) -> None:
+        super().__init__(name, none)
         self._statistics: dict[int, ChannelStatistics] = {}
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
@@ -78,9 +82,26 @@ class InputCollector(SampleCollector):
             self._statistics[row] = new if old is None else old.merge(new)
         super().add(x, rows, positions)
 
-    def observation(self) -> Observation:
-        """Everything gathered so far."""
-        return Observation(dict(sorted(self._statistics.items())), self.sample())
+    def observation(self, processes: Processes = ONE) -> Observation:
+        """Everything gathered so far, the statistics in all processes."""
+        sample = self.sample()
+        found = {}
+        for row in sorted(set().union(*processes.gather(set(self._statistics)))):
+            own = self._statistics.get(row) or _no_tokens(sample)
+            found[row] = ChannelStatistics(
+                **{
+                    field.name: processes.reduce(getattr(own, field.name), REDUCTIONS[field.name])
+                    for field in fields(own)
+                }
+            )
+        return Observation(found, sample)
+
+
+def _no_tokens(like: Tensor) -> ChannelStatistics:
+    """Statistics of no token of an input [T, K], where those of its tokens lie."""
+    empty = ChannelStatistics.empty(like.shape[1])
+    places = {field.name: like.device for field in fields(empty)} | {"count": empty.count.device}
+    return ChannelStatistics(**{name: getattr(empty, name).to(place) for name, place in places.items()})
 
 
 def run_observed(

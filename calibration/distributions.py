@@ -47,16 +47,18 @@ def observe(
     `tensors` are a quantized layer's on that input.
     """
     statistics = inputs.observation.statistics
-    x = inputs.observation.sample
-    stride = max(1, x.shape[0] // TOKENS)
-    x, modality = x[::stride], tokens.modality[::stride].to(x.device)
+    x, processes = inputs.observation.sample, tokens.processes
+    stride = max(1, tokens.modality.numel() // TOKENS)
+    modality = tokens.modality[::stride].to(x.device)
+    x, own_modality = tokens.every(x, stride), tokens.every(tokens.own(tokens.modality), stride).to(x.device)
     record = activation_record(*(tensors[name].to(x.device) for name in INPUT_TENSORS))
-    rows = token_rows(x, modality, record)
-    codes = act_quant(x, rows, record)
+    own_rows = token_rows(x, own_modality, record)
+    codes = act_quant(x, own_rows, record)
     pooled = reduce(ChannelStatistics.merge, statistics.values())
-    channels = kept_channels(dispersion_score(pooled).cpu())
+    channels = processes.decide(lambda: kept_channels(dispersion_score(pooled).cpu()))
     found = {"channels": channels.int()}
-    gathered = x[:, channels.to(x.device)]
+    owners = tokens.token_owners[::stride]
+    rows, gathered = (processes.merge(part, owners) for part in (own_rows, x[:, channels.to(x.device)]))
     quantiles = torch.tensor(QUANTILES, device=x.device)
     massive_row = len(spec.rows) - 1
     # Massive by the block's residual stream in the statistics, by the quantizer's intervals among sampled tokens.
@@ -65,11 +67,15 @@ def observe(
         found[f"{name}.minimum"] = seen.minimum.cpu()[channels].bfloat16()
         found[f"{name}.maximum"] = seen.maximum.cpu()[channels].bfloat16()
         found[f"{name}.dispersion"] = dispersion_score(seen).cpu().bfloat16()
-        own = rows == massive_row if row == massive_row else (modality == row) & (rows != massive_row)
-        if bool(own.any()):
-            low, high = torch.quantile(gathered[own], quantiles, dim=0).cpu().bfloat16()
+        taken, own = (
+            served == massive_row if row == massive_row else (of == row) & (served != massive_row)
+            for served, of in ((rows, modality), (own_rows, own_modality))
+        )
+        if bool(taken.any()):
+            low, high = torch.quantile(gathered[taken], quantiles, dim=0).cpu().bfloat16()
             found[f"{name}.low"], found[f"{name}.high"] = low.clone(), high.clone()
-        found[f"{name}.codes"] = torch.bincount(codes[own].flatten().long().cpu() - ESCAPE_MIN, minlength=CODE_BINS)
+        counted = torch.bincount(codes[own].flatten().long().cpu() - ESCAPE_MIN, minlength=CODE_BINS)
+        found[f"{name}.codes"] = processes.reduce(counted, "SUM")
     return found
 
 

@@ -14,7 +14,8 @@ from calibration.collect import Observation
 from calibration.massive import MassiveIntervals
 from calibration.recipe import Recipe
 from calibration.reference_grid import reference_grid
-from calibration.rows import ModalityRow, choose_row
+from calibration.rows import ModalityRow, RowTokens, choose_row, row_tokens
+from calibration.sampling import TokenSample
 from morphoquant_vllm.numerics import activation
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 
@@ -38,51 +39,80 @@ class InputGrids:
         return [row for row, found in self.rows.items() if found.choice.own]
 
 
-def find_grids(
-    observation: Observation,
-    modality: Tensor,
-    massive: Tensor,
-    weight: Tensor,
-    massive_row: int,
-    matrix: Tensor,
-    recipe: Recipe,
-    *,
-    full_mask: bool,
-) -> InputGrids:
-    """Grids of one input's ordinary tokens, on the device of the sample.
+@dataclass(frozen=True)
+class Evidence:
+    """What the ordinary tokens of all processes say about an input's grids; every process has the same."""
 
-    modality int [T], massive bool [T] and weight float32 [T] are those of the sampled tokens; matrix [N, K].
+    # Of every token that the common grid serves, and of every token that a modality's row would serve.
+    pooled: ChannelStatistics
+    by_modality: dict[int, ChannelStatistics]
+    # Some of the sampled tokens, as they stand for all: [t, K], [t] and [t]. None where the grid is the reference's.
+    sample: tuple[Tensor, Tensor, Tensor] | None
+    # By modality; empty where none shall have a row.
+    rows: dict[int, RowTokens] = field(default_factory=dict)
+    # The reference's mask and grid.
+    reference: tuple[Tensor, activation.Grid] | None = None
+
+
+def gather_evidence(
+    observation: Observation, tokens: TokenSample, massive: Tensor, recipe: Recipe, massive_row: int, *, full_mask: bool
+) -> Evidence:
+    """What grids are found from, on the device of the sample.
+
+    `observation` and massive, bool [own T], are of this process's sampled tokens.
     """
-    ordinary = (~massive).nonzero().flatten()
-    sample, weight, modality = observation.sample[ordinary], weight[ordinary], modality[ordinary]
+    x = observation.sample
+    # Which of all sampled tokens are ordinary.
+    all_massive = tokens.merge(massive).cpu()
+    ordinary = (~all_massive).nonzero().flatten()
     by_modality = {row: statistics for row, statistics in observation.statistics.items() if row != massive_row}
     # Where no interval tells massive tokens, this grid serves them too.
-    together_with = [] if bool(massive.any()) else [s for r, s in observation.statistics.items() if r == massive_row]
+    together_with = (
+        [] if bool(all_massive.any()) else [s for r, s in observation.statistics.items() if r == massive_row]
+    )
     pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *together_with])
     if recipe.grid == "reference":
-        parts = together(sample, weight)
-        return InputGrids(*reference_grid(list(by_modality.values()), pooled, parts, recipe, full_mask=full_mask))
+        own = (~massive).nonzero().flatten()
+        parts = together(x[own], tokens.own(tokens.weight).to(x.device)[own])
+        found = reference_grid(
+            list(by_modality.values()), pooled, parts, recipe, full_mask=full_mask, processes=tokens.processes
+        )
+        return Evidence(pooled, by_modality, None, reference=found)
+    weight, modality = (value[ordinary].to(x.device) for value in (tokens.weight, tokens.modality))
     # Every n-th token: a modality's share stays what its weights make it.
-    stride = max(1, sample.shape[0] // SEARCH_TOKENS)
-    part, part_weight = sample[::stride], weight[::stride] / weight[::stride].sum()
+    stride = max(1, ordinary.numel() // SEARCH_TOKENS)
+    sample = tokens.merge(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
+    present = modality.unique().tolist()
+    if not recipe.modality_rows or len(present) < 2:
+        return Evidence(pooled, by_modality, sample)
+    reach, rows = {}, {}
+    for row in present:
+        reach[row] = reduce(ChannelStatistics.merge, [by_modality[row], *together_with])
+        chosen = ordinary[modality.cpu() == row]
+        rows[row] = RowTokens(chosen.numel(), *(tokens.merge(x, part) for part in row_tokens(chosen)))
+    return Evidence(pooled, reach, sample, rows)
+
+
+def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids:
+    """Grids of one input's ordinary tokens; matrix [N, K] on their device."""
+    if evidence.reference is not None:
+        return InputGrids(*evidence.reference)
+    assert evidence.sample is not None
+    part, part_weight, modality = evidence.sample
     grid = steps.budget_grid(
-        together(part, part_weight, _modality_shares(modality[::stride], part_weight)),
+        together(part, part_weight, _modality_shares(modality, part_weight)),
         steps.centres(part),
-        pooled.minimum,
-        pooled.maximum,
+        evidence.pooled.minimum,
+        evidence.pooled.maximum,
         matrix.square().sum(0),
         recipe.escape_budget,
     )
     mask = torch.full_like(grid.step, recipe.escape_budget > 0, dtype=torch.bool)
-    present = modality.unique().tolist()
-    if not recipe.modality_rows or len(present) < 2:
-        return InputGrids(mask, grid)
     rows = {}
-    for row in present:
-        reach = reduce(ChannelStatistics.merge, [by_modality[row], *together_with])
-        own = sample[modality == row]
+    for row, found in evidence.rows.items():
+        reach = evidence.by_modality[row]
         rows[row] = choose_row(
-            own, reach.minimum, reach.maximum, grid, mask, matrix, recipe.escape_budget, recipe.row_margin
+            found, reach.minimum, reach.maximum, grid, mask, matrix, recipe.escape_budget, recipe.row_margin
         )
     return InputGrids(mask, grid, rows)
 

@@ -22,40 +22,55 @@ def sample_file(directory: Path, index: int) -> Path:
     return directory / f"sample-{index:05}.safetensors"
 
 
-def states_file(directory: Path, stream: str, generation: int) -> Path:
-    """One stream's hidden states of all samples before the block `generation`."""
-    return directory / f"{stream}-{generation:05}.safetensors"
+def states_file(directory: Path, stream: str, generation: int, process: int = 0) -> Path:
+    """One stream's hidden states of all samples of a process before the block `generation`."""
+    of_process = f"-process{process}" if process else ""
+    return directory / f"{stream}-{generation:05}{of_process}.safetensors"
 
 
 class Stream:
     """One stream's hidden states before the block `generation`, in the model's own dtype, bit for bit.
 
     What comes before the first block lies in the samples' files: one state for both streams, unless towers are
-    quantized too, of which `apart` tells.
+    quantized too, of which `apart` tells. `samples` and `shapes` are of the samples of a process, in order.
     """
 
     def __init__(
-        self, directory: Path, name: str, generation: int, shapes: Sequence[Sequence[int]], *, apart: bool = False
+        self,
+        directory: Path,
+        name: str,
+        generation: int,
+        samples: Sequence[int],
+        shapes: Sequence[Sequence[int]],
+        process: int = 0,
+        *,
+        apart: bool = False,
     ) -> None:
         self.generation = generation
         self._first = name if apart else "hidden"
-        self._directory, self._name, self._shapes = directory, name, shapes
+        self._directory, self._name, self._samples, self._shapes = directory, name, samples, shapes
+        self._process = process
         self._writer: StatesWriter | None = None
 
     def read(self, index: int) -> Tensor:
-        """A sample's states, [1, M, hidden]; MorphoQuantError where the file is gone or damaged."""
+        """States [1, M, hidden] of the process's sample `index`; MorphoQuantError where the file is gone or damaged."""
         if self.generation == 0:
-            path, name = sample_file(self._directory, index), self._first
+            path, name = sample_file(self._directory, self._samples[index]), self._first
         else:
-            path, name = states_file(self._directory, self._name, self.generation), str(index)
+            path, name = self.file, str(index)
         return read_tensors(path, (name,))[name]
 
     def write(self, index: int, value: Tensor) -> None:
         """Write a sample's states of the next generation; samples come in order."""
         if self._writer is None:
-            path = states_file(self._directory, self._name, self.generation + 1)
+            path = states_file(self._directory, self._name, self.generation + 1, self._process)
             self._writer = StatesWriter(path, self._shapes, value.dtype)
         self._writer.write(index, value)
+
+    @property
+    def file(self) -> Path:
+        """What is read, but before the first block."""
+        return states_file(self._directory, self._name, self.generation, self._process)
 
     @property
     def writing(self) -> bool:
@@ -68,7 +83,7 @@ class Stream:
         record = self._writer.finish()
         self._writer = None
         self.generation += 1
-        return states_file(self._directory, self._name, self.generation), record
+        return self.file, record
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from calibration.files import PARTIAL, damaged, hash_file, read_manifest, write_json_durably
 from calibration.identity import refuse_changes
 from calibration.lock import LOCK_FILE, locked
+from calibration.processes import ONE, Processes
 from calibration.staging import clear_write_errors
 from calibration.work import RUN_FILE, SAMPLES_FILE, WorkDirectory
 from morphoquant_vllm.errors import MorphoQuantError
@@ -30,7 +31,7 @@ _FILES = tuple(
         r"block-\d+\.json",
         r"samples\.json",
         r"towers\.safetensors",
-        r"(block|sample|hidden|served)-\d+\.safetensors",
+        r"(block|sample|hidden|served)-\d+(-process\d+)?\.safetensors",
         r"run\.json",
         r"exported\.json",
     )
@@ -39,16 +40,41 @@ _FILES = tuple(
 
 @contextmanager
 def open_work(
-    path: Path, begun_with: Mapping[str, Any], device: torch.device, blocks: int, output: Path, *, restart: bool = False
+    path: Path,
+    begun_with: Mapping[str, Any],
+    device: torch.device,
+    blocks: int,
+    output: Path,
+    *,
+    restart: bool = False,
+    processes: Processes = ONE,
 ) -> Iterator[WorkDirectory]:
     """Hold the work directory `path`, made where there is none, for a run over so many blocks that ends in `output`.
 
     `begun_with` is what calibration.identity tells of the run. Where the directory holds finished work, it must have
     been begun with the same. With `restart` it is dropped. Where nothing is finished when the run ends, nothing stays.
+    Of several processes the first holds it for all; they leave the block together.
 
     Raises MorphoQuantError where another run holds the directory, it is no work directory, it was begun with other
     settings or data, or a file of it is gone or damaged; then it stays as it is.
     """
+    if not processes.first:
+        work = WorkDirectory(path, device, processes=processes, **processes.decide(dict))
+        with processes.failing_together():
+            yield work
+        return
+    with _held(path, begun_with, device, blocks, output, restart=restart) as work:
+        work.processes = processes
+        names = ("begun_with", "threads", "settings", "finished", "exported")
+        processes.decide(lambda: {name: getattr(work, name) for name in names})
+        with processes.failing_together():
+            yield work
+
+
+@contextmanager
+def _held(
+    path: Path, begun_with: Mapping[str, Any], device: torch.device, blocks: int, output: Path, *, restart: bool
+) -> Iterator[WorkDirectory]:
     with clear_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     others = [found.name for found in path.iterdir() if found.name != LOCK_FILE and not _is_ours(found)]

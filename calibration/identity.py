@@ -34,14 +34,18 @@ def identity(
     data: Sequence[Conversation | PlainText],
     *,
     skip_bad: bool = False,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Everything that the checkpoint's bytes depend on, as a JSON object: settings, versions, model and data.
 
     Files are known by the SHA-256 of their content, but weight files by size and time of change: hashing them would
     take as long as reading the model. The number of threads is not part of it: a run goes on with the recorded one.
+    That of processes is.
     """
     settings = recipe.model_dump(mode="json") | {
-        "device": str(device),
+        # Of several processes, each has a GPU of its own.
+        "device": str(device) if processes == 1 else device.type,
+        "processes": processes,
         "skip_bad": skip_bad,
     }
     return {

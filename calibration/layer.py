@@ -12,8 +12,9 @@ from calibration import massive as massive_tokens
 from calibration import moments as second_moments
 from calibration.chunks import chunks, together
 from calibration.collect import Observation
-from calibration.grids import find_grids, input_tensors
+from calibration.grids import InputGrids, find_grids, gather_evidence, input_tensors
 from calibration.plan import matches
+from calibration.processes import Processes
 from calibration.recipe import Recipe
 from calibration.record import ERROR_TOKENS, LayerRecord, escape_rates, output_error
 from calibration.rounding import quantize_compensated, quantize_two_level
@@ -47,13 +48,13 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class InputSample:
-    """The sampled tokens of one input, in the order of TokenSample."""
+    """This process's sampled tokens of one input, in the order of TokenSample."""
 
     # As the quantized layers before give it: what is quantized.
     observation: Observation
-    # As the 16-bit model has it, float32 [T, K]: whose outputs are aimed at.
+    # As the 16-bit model has it, float32 [own T, K]: whose outputs are aimed at.
     target: Tensor
-    # Tokens with an outlying residual stream, bool [T].
+    # Tokens with an outlying residual stream, bool [own T].
     outlying: Tensor
 
 
@@ -68,25 +69,35 @@ def quantize_input(
 
     Computes on the device of the sample. A modality has a centre, a gain and a bias of its own where that pays, else
     those for any token; the massive row always has.
+
+    Each process has some of the tokens and fits some of the output channels; all have the same result. What is found by
+    sums of floats that need not come out the same everywhere is found by one of them.
     """
-    x = inputs.observation.sample
+    x, processes = inputs.observation.sample, tokens.processes
     device = x.device
     first = spec.layers[next(iter(shards))]
     blocks = input_blocks(first, spec.tensor_parallel)
     matrix = torch.cat([weight.to(device, torch.float32) for weight in shards.values()])
-    weight, modality = tokens.weight.to(device), tokens.modality.to(device)
+    weight, modality = (tokens.own(value).to(device) for value in (tokens.weight, tokens.modality))
     intervals = (
-        massive_tokens.find_intervals(x, inputs.outlying.to(device), blocks)
+        massive_tokens.find_intervals(x, inputs.outlying.to(device), blocks, processes)
         if recipe.massive_row
         else massive_tokens.no_intervals(x.shape[1], blocks)
     )
     massive = massive_tokens.holds(x, intervals)
     massive_row = len(spec.rows) - 1
-    full_mask = _full_mask(first, shards, recipe)
-    grids = find_grids(inputs.observation, modality, massive, weight, massive_row, matrix, recipe, full_mask=full_mask)
-    step = grids.grid.step
-    order = weights.channel_order(weights.absorb(matrix, step).cpu(), blocks)
-    natural = input_tensors(x[massive], grids, order, intervals, len(spec.rows), spec.any_row)
+    all_massive = tokens.merge(massive).cpu()
+    grids, natural = _find_input(
+        inputs.observation,
+        tokens,
+        massive,
+        intervals,
+        matrix,
+        spec,
+        recipe,
+        full_mask=_full_mask(first, shards, recipe),
+    )
+    step, order = grids.grid.step, natural["channel_order"]
     record = activation.activation_record(*(natural[name].to(device) for name in INPUT_TENSORS))
     # Sets of tokens that have a bias of their own: of any modality, of those with a row, massive ones.
     set_of_row = torch.zeros(len(spec.rows), dtype=torch.int64, device=device)
@@ -104,33 +115,45 @@ def quantize_input(
         in_features=x.shape[1],
         device=device,
     )
+    moments.reduce(processes)
     matrix = matrix[:, gathered]
     code_mean, value_mean = moments.means()
-    int4, *scales = _round_weights(matrix, step[gathered.to(step.device)].to(device), moments, first, recipe)
+    channels = processes.share(matrix.shape[0])
+    int4, *scales = _round_weights(matrix[channels], step[gathered.to(step.device)].to(device), moments, first, recipe)
     del moments
+    owners = processes.owners(matrix.shape[0])
+    int4, *scales = (processes.merge(part, owners) for part in (int4, *scales))
     packed = weights.pack(int4)
     served = weights.dequantize_weight(packed, *scales)
     if grids.own:
         # Any token may have to be served by the row for any.
         ordinary = (~massive).nonzero().flatten()
-        code_mean[0], value_mean[0] = _any_means(x, inputs.target, gathered, ordinary, weight, record, spec.any_row)
+        code_mean[0], value_mean[0] = _any_means(
+            x, inputs.target, gathered, ordinary, weight, record, spec.any_row, processes
+        )
     set_rows = torch.tensor([spec.any_row, *grids.own, massive_row], device=device)
-    bias = weights.absorbed_bias(matrix, record.centre[set_rows], blocks)
-    bias += second_moments.output_bias(code_mean, value_mean, matrix, served, blocks)
-    if not bool(massive.any()):
-        bias[:, -1] = bias[:, 0]
+
+    def find_bias() -> Tensor:
+        bias = weights.absorbed_bias(matrix, record.centre[set_rows], blocks)
+        bias += second_moments.output_bias(code_mean, value_mean, matrix, served, blocks)
+        if not bool(all_massive.any()):
+            bias[:, -1] = bias[:, 0]
+        return bias
+
+    bias = processes.decide(find_bias)
     common = LayerRecord(
-        escape_rate=escape_rates(codes, tokens, massive, spec.rows),
+        escape_rate=escape_rates(codes, tokens, all_massive, spec.rows),
         output_error=0.0,
         masked_channels=dict(zip(spec.rows, natural["modality_mask"].sum(1).tolist(), strict=True)),
         guard_raised_channels=int((grids.grid.guard_raise > 1).sum()),
         guard_largest_raise=float(grids.grid.guard_raise.max()),
-        massive_tokens=int(massive.sum()),
+        massive_tokens=int(all_massive.sum()),
         modality_rows={spec.rows[row]: found.choice for row, found in grids.rows.items()},
     )
-    stride = max(1, codes.shape[0] // ERROR_TOKENS)
-    judged = codes[::stride].float() * record.gain[rows[::stride].long()][:, None]
-    aimed = inputs.target[::stride].index_select(1, gathered)
+    stride = max(1, all_massive.numel() // ERROR_TOKENS)
+    judged = tokens.every(codes, stride).float() * record.gain[tokens.every(rows, stride).long()][:, None]
+    aimed = tokens.every(inputs.target, stride).index_select(1, gathered)
+    judged_set, judged_weight = tokens.every(token_set, stride), tokens.every(weight, stride)
     quantized = {}
     sizes = [value.shape[0] for value in shards.values()]
     stored = dict(zip(_STORED[first.scale_scheme], (packed, *scales), strict=True))
@@ -140,7 +163,7 @@ def quantize_input(
     ):
         dequantized, full, own_bias = parts
         bias_of_set = own_bias.sum(0)
-        error = output_error(judged, aimed, token_set[::stride], weight[::stride], full, dequantized, bias_of_set)
+        error = output_error(judged, aimed, judged_set, judged_weight, full, dequantized, bias_of_set, processes)
         quantized[name] = QuantizedLayer(
             tensors={
                 **natural,
@@ -150,6 +173,28 @@ def quantize_input(
             record=replace(common, output_error=error),
         )
     return quantized
+
+
+def _find_input(
+    observation: Observation,
+    tokens: TokenSample,
+    massive: Tensor,
+    intervals: massive_tokens.MassiveIntervals,
+    matrix: Tensor,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    full_mask: bool,
+) -> tuple[InputGrids, dict[str, Tensor]]:
+    """Grids of an input, and its tensors, in natural channel order; massive, bool [own T], and matrix [N, K]."""
+    evidence = gather_evidence(observation, tokens, massive, recipe, len(spec.rows) - 1, full_mask=full_mask)
+    massive_x = tokens.merge(observation.sample, tokens.merge(massive).nonzero().flatten())
+
+    def find() -> tuple[InputGrids, dict[str, Tensor]]:
+        grids = find_grids(evidence, matrix, recipe)
+        order = weights.channel_order(weights.absorb(matrix, grids.grid.step).cpu(), intervals.channel.shape[0])
+        return grids, input_tensors(massive_x, grids, order, intervals, len(spec.rows), spec.any_row)
+
+    return tokens.processes.decide(find)
 
 
 def _contributions(
@@ -179,20 +224,21 @@ def _any_means(
     weight: Tensor,
     record: activation.ActivationRecord,
     row: int,
+    processes: Processes,
 ) -> tuple[Tensor, Tensor]:
-    """Mean code times gain and mean 16-bit value less the centre, [K] each, of the tokens `chosen` of x [T, K].
+    """Mean code times gain and mean 16-bit value less the centre, [K] each, of the tokens `chosen` of x [own T, K].
 
     All of them in `row`. The means are in channel order, x and target in the natural one.
     """
     weight = weight[chosen]
-    total = weight.sum()
-    code_mean, value_mean = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    total = processes.reduce(weight.sum(), "SUM")
+    code_mean, value_mean = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     for part, token_weight in zip(chunks(chosen, x.shape[1]), chunks(weight, x.shape[1]), strict=True):
         rows = torch.full_like(part, row, dtype=torch.int32)
         codes = activation.act_quant(x[part], rows, record).float() * record.gain[rows.long()][:, None]
         code_mean += token_weight @ codes / total
         value_mean += token_weight @ (target[part].index_select(1, order) - record.centre[rows.long()]) / total
-    return code_mean, value_mean
+    return processes.reduce(code_mean, "SUM"), processes.reduce(value_mean, "SUM")
 
 
 def _full_mask(first: LayerSpec, shards: Mapping[str, Tensor], recipe: Recipe) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calibration.processes import ONE, Processes
 from morphoquant_vllm.numerics.activation import is_massive
 from morphoquant_vllm.schema import MASSIVE_CHANNELS
 
@@ -36,8 +37,17 @@ class MassiveIntervals(NamedTuple):
     high: Tensor
 
 
-def candidates(norms: Tensor, modality: Tensor) -> Tensor:
-    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T]."""
+def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
+    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T].
+
+    Each process has some of the tokens; outlying is what stands out of all.
+    """
+    parts = processes.gather((norms, modality))
+    found = _candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return found.split([part.numel() for part, _ in parts])[processes.rank]
+
+
+def _candidates(norms: Tensor, modality: Tensor) -> Tensor:
     found = torch.zeros_like(norms, dtype=torch.bool)
     for row in modality.unique():
         own = modality == row
@@ -54,19 +64,21 @@ def no_intervals(in_features: int, blocks: int) -> MassiveIntervals:
     return MassiveIntervals(channel, torch.full(shape, LARGEST), torch.full(shape, -LARGEST))
 
 
-def find_intervals(x: Tensor, massive: Tensor, blocks: int) -> MassiveIntervals:
+def find_intervals(x: Tensor, massive: Tensor, blocks: int, processes: Processes = ONE) -> MassiveIntervals:
     """Intervals of a few channels of x float32 [T, K] that tell the tokens in `massive`, bool [T], from the others.
 
     One set for each of `blocks` equal blocks of K, from that block's channels alone (a tensor-parallel rank sees no
-    others). A block whose channels cannot tell gets intervals that hold no token.
+    others). A block whose channels cannot tell gets intervals that hold no token. Each process has some of the tokens.
     """
     intervals = no_intervals(x.shape[1], blocks)
-    if int(massive.sum()) < MIN_TOKENS or bool(massive.all()):
+    inside, outside = (_count(int(which.sum()), processes) for which in (massive, ~massive))
+    if inside < MIN_TOKENS or not outside:
         return intervals
     width = x.shape[1] // blocks
     for block in range(blocks):
         start = block * width
-        found = _separate(x[massive, start : start + width], x[~massive, start : start + width])
+        inner, others = (x[which, start : start + width] for which in (massive, ~massive))
+        found = _separate(inner, others, MAX_FALSE_SHARE * outside, processes)
         if found is not None:
             channel, low, high = found
             intervals.channel[block] = channel + start
@@ -74,15 +86,31 @@ def find_intervals(x: Tensor, massive: Tensor, blocks: int) -> MassiveIntervals:
     return intervals
 
 
-def _separate(massive: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None where no J channels tell."""
+def _count(tokens: int, processes: Processes) -> int:
+    return int(processes.reduce(torch.tensor(tokens), "SUM"))
+
+
+def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
+    """The MIN or MAX of all processes' values [tokens, K], by channel; of no tokens, infinite."""
+    least = operation == "MIN"
+    none = values.new_full(values.shape[1:], float("inf") if least else -float("inf"))
+    own = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
+    return processes.reduce(own, operation)
+
+
+def _separate(
+    massive: Tensor, others: Tensor, allowed: float, processes: Processes
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None where no J channels tell.
+
+    So many of the others may lie inside. Minima, maxima and counts are exact: all processes find the same.
+    """
     channel = torch.zeros(MASSIVE_CHANNELS, dtype=torch.int32)
     low, high = torch.full((MASSIVE_CHANNELS,), -LARGEST), torch.full((MASSIVE_CHANNELS,), LARGEST)
-    allowed = MAX_FALSE_SHARE * others.shape[0]
-    lowest, highest = massive.amin(0), massive.amax(0)
+    lowest, highest = (_extreme(massive, operation, processes) for operation in ("MIN", "MAX"))
     for index in range(MASSIVE_CHANNELS):
-        inside = ((others >= lowest) & (others <= highest)).sum(0)
-        below, above = _nearest(others, lowest, highest)
+        inside = processes.reduce(((others >= lowest) & (others <= highest)).sum(0), "SUM")
+        below, above = _nearest(others, lowest, highest, processes)
         # Of the channels that tell most tokens apart, the one with the widest empty margin for its values' spread.
         spread = (highest - lowest) + 1e-3 * torch.maximum(lowest.abs(), highest.abs()) + 1e-30
         margin = torch.where(inside == inside.min(), torch.minimum(below, above).clamp(max=LARGEST) / spread, -1.0)
@@ -91,17 +119,17 @@ def _separate(massive: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor] 
         low[index] = (lowest[best] - ROOM * below[best]).clamp(min=-LARGEST)
         high[index] = (highest[best] + ROOM * above[best]).clamp(max=LARGEST)
         others = others[(others[:, best] >= low[index]) & (others[:, best] <= high[index])]
-        if others.shape[0] <= allowed:
+        if _count(others.shape[0], processes) <= allowed:
             return channel, low, high
     return None
 
 
-def _nearest(others: Tensor, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
     """How far the nearest other value lies below `lowest` and above `highest`, by channel; infinite where none does."""
     infinity = torch.tensor(float("inf"), device=others.device)
-    below = torch.where(others < lowest, lowest - others, infinity).amin(0)
-    above = torch.where(others > highest, others - highest, infinity).amin(0)
-    return below, above
+    below = torch.where(others < lowest, lowest - others, infinity)
+    above = torch.where(others > highest, others - highest, infinity)
+    return _extreme(below, "MIN", processes), _extreme(above, "MIN", processes)
 
 
 def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:

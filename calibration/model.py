@@ -16,6 +16,7 @@ from torch import nn
 
 from calibration.architectures import Architecture
 from calibration.plan import DecoderNames
+from calibration.processes import ONE, Processes
 from calibration.recipe import Recipe
 from calibration.source import Source
 from morphoquant_vllm.errors import MorphoQuantError
@@ -27,10 +28,13 @@ _LOADING_ERRORS = (
 )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a recipe; "auto" is cuda where there is one. MorphoQuantError where torch does not know it."""
+def choose_device(name: str, processes: Processes = ONE) -> torch.device:
+    """The device of a recipe; "auto" is cuda where there is one, and of several processes each takes a GPU of its own.
+
+    MorphoQuantError where torch does not know it, or where there are fewer GPUs than processes.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -39,7 +43,17 @@ def choose_device(name: str) -> torch.device:
         raise MorphoQuantError(f"device = '{name}' is not usable here; use cpu, or leave it at auto") from error
     if device.type not in ("cpu", "cuda"):
         raise MorphoQuantError(f"device = '{name}' is not supported; use cpu or cuda")
-    return device
+    if device.type == "cpu" or processes.size == 1:
+        return device
+    if device.index is not None:
+        raise MorphoQuantError(f"device = '{name}' is one GPU, for {processes.size} processes; use cuda")
+    if processes.local_size > torch.cuda.device_count():
+        raise MorphoQuantError(
+            f"{processes.local_size} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+            "start one for each GPU"
+        )
+    torch.cuda.set_device(processes.local_rank)
+    return torch.device("cuda", processes.local_rank)
 
 
 class Blocks(Protocol):
@@ -62,12 +76,19 @@ def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> A
             return model_class._from_config(config, dtype=getattr(torch, recipe.dtype)).eval()
 
 
-def load_front(architecture: Architecture, source: Source, recipe: Recipe, *, stream_towers: bool = False) -> Any:
+def load_front(
+    architecture: Architecture,
+    source: Source,
+    recipe: Recipe,
+    *,
+    stream_towers: bool = False,
+    device: torch.device | None = None,
+) -> Any:
     """The source model without the weights of its decoder blocks and lm_head: embedding, towers, final norm.
 
     With `stream_towers` the towers' weights stay in their files too, and each of their modules reads its own whenever
-    it runs: slower, and next to nothing of them is in memory. Raises MorphoQuantError where transformers cannot load
-    the model, or where any weight is missing, the blocks' too.
+    it runs: slower, and next to nothing of them is in memory. `device`: None, the recipe's. Raises MorphoQuantError
+    where transformers cannot load the model, or where any weight is missing, the blocks' too.
     """
     model_class = getattr(transformers, architecture.model_class)
     empty = empty_model(architecture, source, recipe)
@@ -78,7 +99,7 @@ def load_front(architecture: Architecture, source: Source, recipe: Recipe, *, st
         model, loading = model_class.from_pretrained(
             str(source.directory),
             dtype=getattr(torch, recipe.dtype),
-            device_map=_places(empty, absent, str(choose_device(recipe.device))),
+            device_map=_places(empty, absent, str(device or choose_device(recipe.device))),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -113,10 +134,20 @@ def _places(model: nn.Module, absent: Sequence[str], device: str, prefix: str = 
 class BlockLoader:
     """The decoder blocks of a source model, whose weights are read from its files when a block is asked for."""
 
-    def __init__(self, architecture: Architecture, source: Source, names: DecoderNames, recipe: Recipe) -> None:
-        """Raises MorphoQuantError naming the first tensor that the files lack, or that has another shape."""
+    def __init__(
+        self,
+        architecture: Architecture,
+        source: Source,
+        names: DecoderNames,
+        recipe: Recipe,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: None, the recipe's.
+
+        Raises MorphoQuantError naming the first tensor that the files lack, or that has another shape.
+        """
         self._source, self._names = source, names
-        self._device = choose_device(recipe.device)
+        self._device = device or choose_device(recipe.device)
         model = empty_model(architecture, source, recipe)
         self._blocks = list(model.get_submodule(architecture.block_module).children())
         for index, block in enumerate(self._blocks):

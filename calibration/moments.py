@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibration.processes import Processes
+
 # How each field merges over chunks and over processes alike (the names are those of torch.distributed.ReduceOp).
 REDUCTIONS = {"weight": "SUM", "code_sum": "SUM", "value_sum": "SUM", "code_code": "SUM", "code_value": "SUM"}
 
@@ -41,6 +43,11 @@ class Moments:
         weighted = codes * weight[:, None]
         self.code_code.addmm_(weighted.T, codes)
         self.code_value.addmm_(weighted.T, values)
+
+    def reduce(self, processes: Processes) -> None:
+        """Take in what the other processes have seen, too."""
+        for field, operation in REDUCTIONS.items():
+            setattr(self, field, processes.reduce(getattr(self, field), operation))
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """code_code and code_value about each set's own means, [K, K]: what a bias per set leaves to do."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibration.chunks import chunks, together
+from calibration.processes import ONE, Processes
 from calibration.rows import RowChoice
 from calibration.sampling import TokenSample
 from morphoquant_vllm.numerics import activation
@@ -36,8 +37,12 @@ class LayerRecord:
 
 
 def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
-    """Escapes as a fraction of codes [T, K], as LayerRecord holds them; massive, bool [T], took the last row."""
-    per_token = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)]).cpu()
+    """Escapes as a fraction of codes [own T, K], as LayerRecord holds them.
+
+    massive, bool [T], of all processes' tokens: those that took the last row.
+    """
+    own = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
+    per_token = tokens.merge(own).cpu()
     rates = {row: float(per_token[tokens.modality == row].mean()) for row in tokens.counts}
     total = sum(tokens.counts.values())
     overall = sum(rates[row] * count / total for row, count in tokens.counts.items())
@@ -48,16 +53,24 @@ def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names:
 
 
 def output_error(
-    codes: Tensor, target: Tensor, token_set: Tensor, weight: Tensor, matrix: Tensor, served: Tensor, bias: Tensor
+    codes: Tensor,
+    target: Tensor,
+    token_set: Tensor,
+    weight: Tensor,
+    matrix: Tensor,
+    served: Tensor,
+    bias: Tensor,
+    processes: Processes = ONE,
 ) -> float:
-    """Weighted relative error of the served layer's output against target @ matrix.T; bias [S, N] by set of tokens."""
-    stride = max(1, codes.shape[0] // ERROR_TOKENS)
+    """Weighted relative error of the served layer's output against target @ matrix.T; bias [S, N] by set of tokens.
+
+    Each process has some of the tokens.
+    """
     error = power = 0.0
-    for part, values, which, token_weight in together(
-        *(value[::stride] for value in (codes, target, token_set, weight))
-    ):
+    for part, values, which, token_weight in together(codes, target, token_set, weight):
         expected = values @ matrix.T
         found = part @ served.T + bias[which]
         error += float(token_weight @ (found - expected).square().sum(1))
         power += float(token_weight @ expected.square().sum(1))
+    error, power = processes.reduce(torch.tensor([error, power], dtype=torch.float64), "SUM").tolist()
     return (error / power) ** 0.5 if power > 0 else 0.0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from calibration.processes import ONE, Processes
 from calibration.recipe import Recipe
 from morphoquant_vllm.numerics import activation, reference
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
@@ -23,14 +24,16 @@ def reference_grid(
     recipe: Recipe,
     *,
     full_mask: bool,
+    processes: Processes = ONE,
 ) -> tuple[Tensor, activation.Grid]:
     """Mask bool [K] and grid of one input, from chunks (x [T, K], weight [T]) and statistics.
 
-    `modalities`: of each, massive tokens apart; `pooled`: of every token that the grid serves.
+    `modalities`: of each, massive tokens apart; `pooled`: of every token that the grid serves. Each process has some of
+    the chunks, and all have the same statistics.
     """
     mask = torch.ones_like(pooled.minimum, dtype=torch.bool) if full_mask else _mask(modalities, pooled, recipe.tau)
     low, high = reference.base_range(pooled.minimum, pooled.maximum, mask)
-    ratio = _search(parts, low, high, mask, recipe)
+    ratio = _search(parts, low, high, mask, recipe, processes)
     return mask, activation.served_grid(ratio * low, ratio * high, pooled.minimum, pooled.maximum, mask)
 
 
@@ -46,7 +49,14 @@ def _mask(modalities: Sequence[ChannelStatistics], pooled: ChannelStatistics, ta
     return mask
 
 
-def _search(parts: Iterable[tuple[Tensor, Tensor]], low: Tensor, high: Tensor, mask: Tensor, recipe: Recipe) -> Tensor:
+def _search(
+    parts: Iterable[tuple[Tensor, Tensor]],
+    low: Tensor,
+    high: Tensor,
+    mask: Tensor,
+    recipe: Recipe,
+    processes: Processes,
+) -> Tensor:
     """The winning ratio of each channel, [K].
 
     One weighted mean over all sampled tokens takes the place of the reference's moving average over batches: with
@@ -57,4 +67,4 @@ def _search(parts: Iterable[tuple[Tensor, Tensor]], low: Tensor, high: Tensor, m
         scores += reference.search_scores(
             x, low, high, mask, lower=recipe.lower, lam=recipe.lam, lp_norm=recipe.lp_norm, token_weight=weight
         )
-    return reference.best_ratio(scores.cpu(), recipe.lower).to(low.device)
+    return reference.best_ratio(processes.reduce(scores, "SUM").cpu(), recipe.lower).to(low.device)

@@ -41,6 +41,28 @@ class RowChoice:
 
 
 @dataclass(frozen=True)
+class RowTokens:
+    """A modality's ordinary tokens: how many there are, and those [T, K] that a row is sought on and judged on."""
+
+    count: int
+    sought: Tensor
+    held: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> RowTokens:
+        """From all of them, x [T, K]."""
+        sought, held = (x[index] for index in row_tokens(torch.arange(x.shape[0])))
+        return RowTokens(x.shape[0], sought, held)
+
+
+def row_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a modality's ordinary tokens [T], in order, those that a row is sought on and those that it is judged on."""
+    runs = tokens.tensor_split(RUNS)
+    sought, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
+    return sought, held
+
+
+@dataclass(frozen=True)
 class ModalityRow:
     """Centre float32 [K] of the row that serves a modality, and the choice that led to it, its gain included."""
 
@@ -49,7 +71,7 @@ class ModalityRow:
 
 
 def choose_row(
-    x: Tensor,
+    tokens: RowTokens,
     minimum: Tensor,
     maximum: Tensor,
     grid: Grid,
@@ -58,17 +80,16 @@ def choose_row(
     budget: float,
     margin: float,
 ) -> ModalityRow:
-    """The row of one modality, from its ordinary tokens x [T, K] of the sample.
+    """The row of one modality, from its ordinary tokens of the sample.
 
     minimum, maximum [K]: of every token that the row serves. grid, mask [K]: of the row that serves any token; the
-    modality keeps it unless a row of its own lowers the error of the outputs x @ matrix.T on held-back tokens by the
+    modality keeps it unless a row of its own lowers the error of the outputs x @ matrix.T on held-back tokens x by the
     part `margin`, with at most `budget` of its codes escaping where it is sought.
     """
-    if x.shape[0] < MIN_TOKENS:
-        reason = f"{x.shape[0]} ordinary tokens, fewer than {MIN_TOKENS}"
+    if tokens.count < MIN_TOKENS:
+        reason = f"{tokens.count} ordinary tokens, fewer than {MIN_TOKENS}"
         return ModalityRow(grid.centre, RowChoice(False, reason, 1.0))
-    runs = x.tensor_split(RUNS)
-    sought, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
+    sought, held = tokens.sought, tokens.held
     share = matrix.square().sum(0)
     # A heavy-tailed channel may be better off with the common centre than with the middle of its own quantiles.
     _, gain, centre = min(

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from calibration.data import BadMediaError, Conversation, Media, Message, PlainText, Text
 from calibration.media import decode_audio, decode_image, decode_video
 from calibration.placeholders import check_placeholders, check_text, media_tokens
+from calibration.processes import ONE, Processes
 from calibration.processor import load_processor
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.token_table import token_rows
@@ -29,12 +30,14 @@ class Sample:
     """One sequence for the model.
 
     `inputs`: keyword arguments of the model's forward, a batch of one without padding. `modality`: int32 [M], for
-    each token the number of its row. `source`: the file, or "file:line".
+    each token the number of its row. `source`: the file, or "file:line". `place`: in the order of the data, among those
+    of all processes.
     """
 
     inputs: dict[str, torch.Tensor]
     modality: torch.Tensor
     source: str
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,13 @@ def build_samples(
     placeholder_token_ids: Mapping[str, Sequence[int]],
     rows: Sequence[str],
     skip_bad: bool = False,
+    processes: Processes = ONE,
 ) -> list[Sample]:
-    """Render calibration data into model inputs, in the order of the data.
+    """Render this process's share of the calibration data into model inputs, in the order of the data.
 
     Each conversation makes one sample, each plain text as many windows of `window_tokens` tokens (None: `max_tokens`)
     as it fills. Where that is more than `max_samples`, evenly spaced ones are taken. Text-only conversations are cut
-    at `max_tokens`.
+    at `max_tokens`. Of several processes each renders every size-th: neighbours are much alike.
 
     `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens; a modality
     that is not there is one the model does not take. `rows` names the rows in order, see token_rows. With `skip_bad`,
@@ -84,11 +88,12 @@ def build_samples(
     if not items:
         raise MorphoQuantError("there is no calibration data; give at least one conversation or text")
     if max_samples is not None and len(items) > max_samples:
-        logger.info("taking %d of %d calibration samples, evenly spaced", max_samples, len(items))
+        if processes.first:
+            logger.info("taking %d of %d calibration samples, evenly spaced", max_samples, len(items))
         items = [items[i * len(items) // max_samples] for i in range(max_samples)]
 
     samples, cut, skipped = [], 0, 0
-    for item in items:
+    for place, item in list(enumerate(items))[processes.rank :: processes.size]:
         if isinstance(item, _Window):
             inputs = _text_inputs(processor, item.token_ids)
             check_placeholders(item.source, inputs["input_ids"], {}, placeholder_token_ids)
@@ -104,16 +109,21 @@ def build_samples(
             inputs, was_cut = _fit(item, inputs, max_tokens)
             cut += was_cut
         modality = token_rows(inputs["input_ids"][0], placeholder_token_ids, rows)
-        samples.append(Sample(inputs, modality, item.source))
-    if skipped:
+        samples.append(Sample(inputs, modality, item.source, place))
+    own = Counter({"cut": cut, "skipped": skipped, "samples": len(samples)})
+    total = sum(processes.gather(own), Counter[str]())
+    cut, skipped = total["cut"], total["skipped"]
+    if skipped and processes.first:
         logger.warning("%d of %d samples were skipped, their media are broken", skipped, len(items))
-    if not samples:
+    if not total["samples"]:
         raise MorphoQuantError("no calibration sample is left: the media of all are broken; replace them")
-    if cut:
-        logger.warning("%d of %d samples were cut to max_tokens=%d tokens", cut, len(samples), max_tokens)
-    counts = sum((Counter(sample.modality.tolist()) for sample in samples), Counter[int]())
+    if cut and processes.first:
+        logger.warning("%d of %d samples were cut to max_tokens=%d tokens", cut, total["samples"], max_tokens)
+    own_counts = sum((Counter(sample.modality.tolist()) for sample in samples), Counter[int]())
+    counts = sum(processes.gather(own_counts), Counter[int]())
     described = ", ".join(f"{rows[row]} {count}" for row, count in sorted(counts.items()))
-    logger.info("calibration data: %d samples, tokens: %s", len(samples), described)
+    if processes.first:
+        logger.info("calibration data: %d samples, tokens: %s", total["samples"], described)
     return samples
 
 

@@ -1,19 +1,23 @@
-"""Which tokens the search looks at, and how much each counts. Pure, and the same for the same seed."""
+"""Which tokens the search looks at, and how much each counts: the same for the same seed, however many processes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from calibration.processes import ONE, Processes
 from morphoquant_vllm.errors import MorphoQuantError
 
 
 @dataclass(frozen=True)
 class TokenSample:
-    """T tokens chosen from all samples; their activations are kept in this order, sample after sample."""
+    """T tokens chosen from all samples; their activations are kept in this order, sample after sample.
+
+    Every process knows the whole choice, and holds the activations of the tokens of its own samples.
+    """
 
     # Positions in each sample, ascending, int64.
     positions: tuple[Tensor, ...]
@@ -23,6 +27,50 @@ class TokenSample:
     weight: Tensor
     # Tokens of each row in all samples, by row index: present rows only.
     counts: dict[int, int]
+    processes: Processes = ONE
+    # The process of each sample; one process has them all.
+    owners: tuple[int, ...] = ()
+
+    def spread(self, processes: Processes, owners: Sequence[int]) -> TokenSample:
+        """The same tokens, with the samples shared out: `owners` is the process of each sample."""
+        return replace(self, processes=processes, owners=tuple(owners))
+
+    @property
+    def samples(self) -> list[int]:
+        """Indices of this process's samples."""
+        if self.processes.size == 1:
+            return list(range(len(self.positions)))
+        return [index for index, owner in enumerate(self.owners) if owner == self.processes.rank]
+
+    @property
+    def token_owners(self) -> Tensor:
+        """The process of each token, int64 [T]."""
+        lengths = torch.tensor([positions.numel() for positions in self.positions])
+        owners = torch.tensor(self.owners or (0,) * len(self.positions))
+        return owners.repeat_interleave(lengths)
+
+    def own(self, value: Tensor) -> Tensor:
+        """Of value [T, ...] on the CPU, this process's tokens."""
+        return value if self.processes.size == 1 else value[self.token_owners == self.processes.rank]
+
+    def every(self, value: Tensor, stride: int) -> Tensor:
+        """Of every `stride`-th token of all, those of this process: from value [own T, ...]."""
+        if self.processes.size == 1:
+            return value[::stride]
+        chosen = (self.token_owners == self.processes.rank).nonzero().flatten() % stride == 0
+        return value[chosen.to(value.device)]
+
+    def merge(self, value: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """All processes' values of the tokens `wanted` (indices int64 [n], None: all T), from value [own T, ...]."""
+        if self.processes.size == 1:
+            return value if wanted is None else value[wanted.to(value.device)]
+        owners = self.token_owners
+        if wanted is None:
+            return self.processes.merge(value, owners)
+        wanted = wanted.cpu()
+        own = owners == self.processes.rank
+        places = (own.cumsum(0) - 1)[wanted[own[wanted]]]
+        return self.processes.merge(value[places.to(value.device)], owners[wanted])
 
 
 def water_fill(counts: Mapping[int, int], budget: int) -> dict[int, int]:
@@ -73,3 +121,16 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
         weight=weight[chosen].float(),
         counts=counts,
     )
+
+
+def share_tokens(
+    processes: Processes, modalities: Mapping[int, Tensor], budget: int, balance: float, seed: int
+) -> TokenSample:
+    """As `choose_tokens`, where each process has some samples: its modality ids, by their place in the order of all."""
+    found = sorted(
+        (place, rank, ids)
+        for rank, theirs in enumerate(processes.gather(dict(modalities)))
+        for place, ids in theirs.items()
+    )
+    tokens = choose_tokens([ids for _, _, ids in found], budget, balance, seed)
+    return tokens.spread(processes, [rank for _, rank, _ in found])

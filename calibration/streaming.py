@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from calibration.blocks import BlockResult, calibrate_blocks
 from calibration.capture import MemoryInput, capture_block_inputs
 from calibration.data import Conversation, PlainText
 from calibration.export import checkpoint_size, quantized_size, write_checkpoint
+from calibration.grids import SEARCH_TOKENS
 from calibration.memory import MemoryNeed, check_budget, memory_need
 from calibration.model import BlockLoader, load_front
 from calibration.plan import DecoderNames
+from calibration.processes import Processes
 from calibration.recipe import Recipe
 from calibration.report import make_report
 from calibration.samples import build_samples
-from calibration.sampling import TokenSample, choose_tokens
+from calibration.sampling import TokenSample, share_tokens
 from calibration.source import Source
 from calibration.staging import check_free_space, clear_write_errors, staged_directory
 from calibration.towers import calibrate_towers, check_media
@@ -40,28 +42,38 @@ class Job:
     names: DecoderNames
     spec: QuantizationSpec
     recipe: Recipe
-    # In bytes; None: what is free.
+    # In bytes, of all processes on this machine together; None: what is free.
     memory_budget: int | None
+    device: torch.device
+    processes: Processes
 
-    def memory_need(self, sampled_tokens: int) -> MemoryNeed:
-        """The peaks of this calibration; MorphoQuantError where they are above a stated budget."""
-        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled_tokens)
+    def memory_need(self, tokens: TokenSample | None = None) -> MemoryNeed:
+        """The peaks of one process of this calibration; MorphoQuantError where they are above a stated budget."""
+        sampled = 0
+        if tokens is not None:
+            owners = tokens.token_owners
+            sampled = int(owners.bincount().max())
+            if self.processes.size > 1:
+                # Some of the others' tokens come besides, for the search.
+                sampled = min(owners.numel(), sampled + 2 * SEARCH_TOKENS)
+        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
         if self.recipe.towers:
             # What is quantized of a tower is computed with right away.
             need = replace(need, front_streamed=need.front)
         if self.memory_budget is not None:
-            check_budget(need, self.memory_budget, self.source.directory)
+            check_budget(need, self.memory_limit, self.source.directory)
         return need
 
     @property
     def memory_limit(self) -> int:
-        """Bytes that may be used."""
-        return psutil.virtual_memory().available if self.memory_budget is None else self.memory_budget
+        """Bytes that this process may use."""
+        together = psutil.virtual_memory().available if self.memory_budget is None else self.memory_budget
+        return together // self.processes.local_size
 
-    def choose_tokens(self, modalities: Sequence[Tensor]) -> TokenSample:
-        """The tokens that are looked at, from the samples' rows."""
+    def choose_tokens(self, modalities: Mapping[int, Tensor]) -> TokenSample:
+        """The tokens that are looked at, from the rows of this process's samples by their places among all."""
         recipe = self.recipe
-        return choose_tokens(modalities, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
+        return share_tokens(self.processes, modalities, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
 
 
 def capture(
@@ -72,7 +84,7 @@ def capture(
         return job.choose_tokens(work.modalities())
     source, recipe, spec = job.source, job.recipe, job.spec
     # What can be told before the data are rendered: rendering can take long.
-    job.memory_need(0)
+    job.memory_need()
     samples = build_samples(
         source.directory,
         data,
@@ -82,27 +94,38 @@ def capture(
         placeholder_token_ids=spec.placeholder_token_ids,
         rows=spec.rows,
         skip_bad=skip_bad,
+        processes=job.processes,
     )
-    check_media(samples, recipe)
-    tokens = job.choose_tokens([sample.modality for sample in samples])
-    need = job.memory_need(tokens.modality.numel())
+    check_media(samples, recipe, job.processes)
+    tokens = job.choose_tokens({sample.place: sample.modality for sample in samples})
+    need = job.memory_need(tokens)
     # The states that reach the first block, and two generations of both streams.
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
     states = sum(tokens.counts.values()) * hidden_size * getattr(torch, recipe.dtype).itemsize
     check_free_space(work.path, quantized_size(source, spec) + 5 * states, "the work directory", "--work")
     stream = need.front > job.memory_limit and not recipe.towers
-    model = load_front(job.architecture, source, recipe, stream_towers=stream)
+    model = load_front(job.architecture, source, recipe, stream_towers=stream, device=job.device)
     blocks = list(model.get_submodule(job.architecture.block_module).children())
-    captured: Iterable[MemoryInput] = capture_block_inputs(model, blocks, samples, tokens.positions)
+    positions = [tokens.positions[index] for index in tokens.samples]
+    captured: Iterable[MemoryInput] = capture_block_inputs(model, blocks, samples, positions)
     if recipe.towers:
         captured = list(captured)
         work.keep_towers(
-            calibrate_towers(model, samples, architecture=job.architecture, source=source, spec=spec, recipe=recipe)
+            calibrate_towers(
+                model,
+                samples,
+                architecture=job.architecture,
+                source=source,
+                spec=spec,
+                recipe=recipe,
+                processes=job.processes,
+            )
         )
         # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
-        for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, tokens.positions), strict=True):
+        for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
             entry.served = again.hidden
-    work.keep_samples([sample.source for sample in samples], captured)
+    sources = {index: sample.source for index, sample in zip(tokens.samples, samples, strict=True)}
+    work.keep_samples(sources, captured)
     return tokens
 
 
@@ -113,10 +136,10 @@ def quantize(
     assert work.finished is not None
     if work.finished == job.names.blocks:
         return
-    need = job.memory_need(tokens.modality.numel())
+    need = job.memory_need(tokens)
     inputs = work.inputs(in_memory=need.block + work.states_size() <= job.memory_limit)
     for result in calibrate_blocks(
-        BlockLoader(job.architecture, job.source, job.names, job.recipe),
+        BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device),
         inputs,
         tokens,
         architecture=job.architecture,

@@ -17,9 +17,10 @@ from calibration.architectures import Architecture, Tower
 from calibration.blocks import BlockResult, calibrate_blocks
 from calibration.capture import MemoryInput, skipped_blocks
 from calibration.plan import tower_names, unfit_linears
+from calibration.processes import ONE, Processes
 from calibration.recipe import Recipe
 from calibration.samples import Sample
-from calibration.sampling import choose_tokens
+from calibration.sampling import share_tokens
 from calibration.served import ServedLinear, TokenRows
 from calibration.source import Source
 from morphoquant_vllm.errors import MorphoQuantError
@@ -39,6 +40,8 @@ class _Medium:
     row: str
     patches: Tensor
     grid: Tensor
+    # In the order of the data, among those of all processes.
+    place: int
 
 
 class _InModel:
@@ -54,10 +57,10 @@ class _InModel:
         return self._blocks[index]
 
 
-def check_media(samples: Sequence[Sample], recipe: Recipe) -> None:
+def check_media(samples: Sequence[Sample], recipe: Recipe, processes: Processes = ONE) -> None:
     """MorphoQuantError where a tower is to be quantized and the data hold nothing that goes through it."""
     for name in recipe.towers:
-        if not _media(samples):
+        if not any(processes.gather(bool(_media(samples)))):
             raise MorphoQuantError(
                 f"towers: the calibration data have no image and no video for the {name} tower; add some, or leave the "
                 "tower out"
@@ -72,23 +75,26 @@ def calibrate_towers(
     source: Source,
     spec: QuantizationSpec,
     recipe: Recipe,
+    processes: Processes = ONE,
 ) -> list[BlockResult]:
     """Quantize the towers that the recipe names; their blocks' results, none where it names none.
 
-    Afterwards the model's own towers compute what will be served.
+    Afterwards the model's own towers compute what will be served. `samples` are this process's.
     """
     return [
         result
         for name in recipe.towers
-        for result in _calibrate_tower(model, samples, architecture.tower(name), architecture, source, spec, recipe)
+        for result in _calibrate_tower(
+            model, samples, architecture.tower(name), architecture, source, spec, recipe, processes
+        )
     ]
 
 
 def _media(samples: Sequence[Sample]) -> list[_Medium]:
     return [
-        _Medium(row, sample.inputs[patches], sample.inputs[grid])
+        _Medium(row, sample.inputs[patches], sample.inputs[grid], len(_PATCHES) * sample.place + index)
         for sample in samples
-        for row, (patches, grid) in _PATCHES.items()
+        for index, (row, (patches, grid)) in enumerate(_PATCHES.items())
         if patches in sample.inputs
     ]
 
@@ -101,17 +107,22 @@ def _calibrate_tower(
     source: Source,
     spec: QuantizationSpec,
     recipe: Recipe,
+    processes: Processes,
 ) -> list[BlockResult]:
     """Quantize one tower, in the model too."""
-    _say_what_stays(tower, source, recipe)
+    if processes.first:
+        _say_what_stays(tower, source, recipe)
     module = model.get_submodule(tower.module)
     media = _media(samples)
-    rows = [torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int() for medium in media]
-    patches = choose_tokens(rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
+    rows = {
+        medium.place: torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int()
+        for medium in media
+    }
+    patches = share_tokens(processes, rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
     blocks = list(model.get_submodule(tower.block_module).children())
     inputs = []
-    for medium, modality, chosen in zip(media, rows, patches.positions, strict=True):
-        entry = MemoryInput(modality, chosen)
+    for medium, own in zip(media, patches.samples, strict=True):
+        entry = MemoryInput(rows[medium.place], patches.positions[own])
         _capture(module, blocks, medium, entry)
         inputs.append(entry)
     # A patch has no row of its own modality to take.
@@ -128,7 +139,8 @@ def _calibrate_tower(
         recipe=settings,
     ):
         loss = "-" if result.loss is None else f"{result.loss:.4f}"
-        logger.info("%s tower: block %d/%d  loss %s", tower.name, result.index + 1, result.count, loss)
+        if processes.first:
+            logger.info("%s tower: block %d/%d  loss %s", tower.name, result.index + 1, result.count, loss)
         results.append(result)
     serving = TokenRows(spec.rows.index(tower.name))
     for layer in module.modules():

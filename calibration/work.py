@@ -9,17 +9,19 @@
     block-00000.json            its record, and the hashes of all files that came of it: written last
     hidden-00001.safetensors    hidden states before the next block, of the 16-bit model
     served-00001.safetensors    the same, after the quantized blocks
+    hidden-00001-process1.safetensors, ...  those of the samples of other processes than the first
     exported.json               hashes by which the finished checkpoint is known: written before it takes its place
 
 Every file gets its name when it is complete and has reached the disk; a block is finished when its .json is there.
+Of several processes, each writes what comes of its own samples; the first one writes all else, and holds the lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,11 +41,15 @@ from calibration.files import (
     write_tensors_durably,
 )
 from calibration.hidden_states import STREAMS, DiskInput, Stream, read_arguments, sample_file, states_file
+from calibration.processes import ONE, Processes
 from calibration.record import LayerRecord
 from calibration.report import REPORT_FILE
 from calibration.rows import RowChoice
 from morphoquant_vllm.checkpoint import CONFIG_FILE
 from morphoquant_vllm.schema import stored_name
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.json"
@@ -62,13 +68,13 @@ def block_file(directory: Path, index: int) -> Path:
 
 @dataclass
 class WorkDirectory:
-    """A work directory that this run holds."""
+    """A work directory that this run holds; all its processes have one, and make the same calls."""
 
     path: Path
     device: torch.device
     # Hash of what the run was begun with.
     begun_with: str
-    # On which the run computes, from its beginning to its end.
+    # On which each process computes, from the run's beginning to its end.
     threads: int
     # Hash of its RUN_FILE, which every manifest repeats.
     settings: str = ""
@@ -76,6 +82,7 @@ class WorkDirectory:
     finished: int | None = None
     # Whether the checkpoint is in its place, and only removing the work is left to do.
     exported: bool = False
+    processes: Processes = ONE
     _streams: dict[str, Stream] = field(default_factory=dict)
     # What samples.json will tell of quantized towers.
     _towers: dict[str, Any] = field(default_factory=dict)
@@ -83,14 +90,14 @@ class WorkDirectory:
     def keep_towers(self, results: Sequence[BlockResult]) -> None:
         """Write the quantized towers; they count as finished when the samples do."""
         tensors = {name: value for result in results for name, value in _packed(result).items()}
-        record = write_tensors_durably(self.path / TOWERS_FILE, tensors)
+        record = self.processes.decide(lambda: write_tensors_durably(self.path / TOWERS_FILE, tensors))
         layers = {name: asdict(layer.record) for result in results for name, layer in result.layers.items()}
         self._towers = {"towers": {"layers": layers, **asdict(record)}}
 
-    def keep_samples(self, samples: Sequence[str], captured: Iterable[MemoryInput]) -> None:
-        """Write what reaches the decoder, one sample at a time; `samples` tells where each comes from."""
-        entries = []
-        for index, entry in enumerate(captured):
+    def keep_samples(self, sources: Mapping[int, str], captured: Iterable[MemoryInput]) -> None:
+        """Write what reaches the decoder, one of this process's samples at a time; where each comes from, by index."""
+        own: dict[int, dict[str, Any]] = {}
+        for (index, source), entry in zip(sources.items(), captured, strict=True):
             arguments, layout = pack(entry.arguments)
             tensors = {"modality": entry.modality, "positions": entry.positions, "hidden": entry.hidden, **arguments}
             if self._towers:
@@ -98,21 +105,28 @@ class WorkDirectory:
             path = sample_file(self.path, index)
             record = write_tensors_durably(path, tensors, {"arguments": layout})
             shape = {"states": list(entry.hidden.shape), "states_nbytes": entry.hidden.nbytes}
-            entries.append({"source": samples[index], **shape, **asdict(record)})
+            own[index] = {"source": source, "process": self.processes.rank, **shape, **asdict(record)}
         sync_directory(self.path)
-        write_json_durably(self.path / SAMPLES_FILE, {"settings": self.settings, "samples": entries, **self._towers})
+        entries = _united(self.processes.gather(own))
+        manifest = {"settings": self.settings, "samples": [entries[index] for index in sorted(entries)], **self._towers}
+        self.processes.decide(lambda: write_json_durably(self.path / SAMPLES_FILE, manifest))
         self.finished = 0
 
     def inputs(self, *, in_memory: bool) -> list[BlockInput]:
-        """The samples as they reach the first unfinished block, held in memory or read whenever they are needed."""
+        """This process's samples as they reach the first unfinished block.
+
+        They are held in memory, or read whenever they are needed.
+        """
         assert self.finished is not None
-        manifest = _manifest(self.path / SAMPLES_FILE, self.settings)
-        samples, apart = manifest["samples"], "towers" in manifest
-        shapes = [sample["states"] for sample in samples]
-        self._streams = {name: Stream(self.path, name, self.finished, shapes, apart=apart) for name in STREAMS}
+        apart = "towers" in _manifest(self.path / SAMPLES_FILE, self.settings)
+        samples, rank = self._own_samples(), self.processes.rank
+        shapes = [sample["states"] for sample in samples.values()]
+        self._streams = {
+            name: Stream(self.path, name, self.finished, list(samples), shapes, rank, apart=apart) for name in STREAMS
+        }
         found: list[BlockInput] = []
-        for index in range(len(samples)):
-            path = sample_file(self.path, index)
+        for index, sample in enumerate(samples):
+            path = sample_file(self.path, sample)
             tokens = read_tensors(path, ("modality", "positions"))
             if in_memory:
                 states = {name: stream.read(index) for name, stream in self._streams.items()}
@@ -124,26 +138,34 @@ class WorkDirectory:
     def finish_block(self, result: BlockResult, inputs: Sequence[BlockInput]) -> None:
         """Keep a finished block and the hidden states that reach the next; from now on the run goes on from there."""
         assert self.finished == result.index
-        path = block_file(self.path, result.index)
-        files = {path.name: write_tensors_durably(path, _packed(result))}
-        for name, stream in self._streams.items():
+        own: dict[str, FileRecord] = {}
+        if self.processes.first:
+            path = block_file(self.path, result.index)
+            own[path.name] = write_tensors_durably(path, _packed(result))
+        # A process without samples has no states.
+        for name, stream in self._streams.items() if inputs else ():
             if not stream.writing:
                 for index, entry in enumerate(inputs):
                     stream.write(index, getattr(entry, name))
             states, record = stream.finish()
-            files[states.name] = record
+            own[states.name] = record
         sync_directory(self.path)
-        manifest = {
-            "settings": self.settings,
-            "inputs": hash_file(self._before(result.index)),
-            "loss": result.loss,
-            "layers": {name: asdict(layer.record) for name, layer in result.layers.items()},
-            "files": {name: asdict(record) for name, record in files.items()},
-        }
-        write_json_durably(self._manifest_file(result.index), manifest)
+        files = _united(self.processes.gather(own))
+
+        def note() -> None:
+            manifest = {
+                "settings": self.settings,
+                "inputs": hash_file(self._before(result.index)),
+                "loss": result.loss,
+                "layers": {name: asdict(layer.record) for name, layer in result.layers.items()},
+                "files": {name: asdict(record) for name, record in files.items()},
+            }
+            write_json_durably(self._manifest_file(result.index), manifest)
+
+        self.processes.decide(note)
         self.finished += 1
         for name in STREAMS:
-            states_file(self.path, name, result.index).unlink(missing_ok=True)
+            states_file(self.path, name, result.index, self.processes.rank).unlink(missing_ok=True)
 
     def records(self) -> dict[str, LayerRecord]:
         """The records of all finished layers, towers' first."""
@@ -174,16 +196,19 @@ class WorkDirectory:
         file = self.path / TOWERS_FILE if block is None else block_file(self.path, block)
         return read_tensors(file, (name,))[name]
 
-    def modalities(self) -> list[Tensor]:
-        """The row of each token of each sample, int32 [M]."""
-        samples = _manifest(self.path / SAMPLES_FILE, self.settings)["samples"]
+    def modalities(self) -> dict[int, Tensor]:
+        """The row of each token of each of this process's samples, int32 [M], by index."""
         names = ("modality",)
-        return [read_tensors(sample_file(self.path, i), names)["modality"] for i in range(len(samples))]
+        return {index: read_tensors(sample_file(self.path, index), names)["modality"] for index in self._own_samples()}
 
     def states_size(self) -> int:
-        """Bytes that the samples take in memory: both streams, and what the blocks are given besides."""
-        samples = _manifest(self.path / SAMPLES_FILE, self.settings)["samples"]
-        return sum(sample["nbytes"] + sample["states_nbytes"] for sample in samples)
+        """Bytes that this process's samples take in memory: both streams, and what the blocks are given besides."""
+        return sum(sample["nbytes"] + sample["states_nbytes"] for sample in self._own_samples().values())
+
+    def _own_samples(self) -> dict[int, dict[str, Any]]:
+        """What the manifest tells of this process's samples, by index."""
+        samples = enumerate(_manifest(self.path / SAMPLES_FILE, self.settings)["samples"])
+        return {index: sample for index, sample in samples if sample["process"] == self.processes.rank}
 
     def note_export(self, directory: Path) -> None:
         """Note the complete checkpoint in `directory`, which is about to take its place."""
@@ -225,12 +250,16 @@ class WorkDirectory:
             if manifest["inputs"] != hash_file(self._before(index)):
                 raise damaged(path, "it does not follow from the manifest before it")
             # Hidden states are kept only of the newest generation, and needed only while there are blocks to come.
-            needed = [block_file(self.path, index).name]
+            needed: list[str] = [block_file(self.path, index).name]
             if index == len(manifests) - 1 and len(manifests) < blocks:
-                needed += [states_file(self.path, name, index + 1).name for name in STREAMS]
+                needed = list(manifest["files"])
             for name in needed:
                 check_file(self.path / name, FileRecord(**manifest["files"][name]))
         self.finished = len(manifests)
+
+
+def _united(parts: Iterable[Mapping[K, V]]) -> dict[K, V]:
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _packed(result: BlockResult) -> dict[str, Tensor]:

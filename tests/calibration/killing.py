@@ -21,7 +21,7 @@ def in_child(work: Callable[[], object], *, at_step: int | None = None, after: f
     if child == 0:
         try:
             if at_step is not None:
-                _kill_at(at_step)
+                kill_at(at_step)
             work()
         except BaseException:
             traceback.print_exc()
@@ -38,7 +38,8 @@ def in_child(work: Callable[[], object], *, at_step: int | None = None, after: f
     return _ended(os.waitpid(child, 0)[1])
 
 
-def _kill_at(step: int) -> None:
+def kill_at(step: int) -> None:
+    """Kill this process before its `step`-th step on the file system from now on."""
     left = step
 
     def count(event: str, arguments: tuple[object, ...]) -> None:

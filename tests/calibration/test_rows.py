@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.rows import MIN_TOKENS, ModalityRow, choose_row
+from calibration.rows import MIN_TOKENS, ModalityRow, RowTokens, choose_row
 from morphoquant_vllm.numerics.activation import GUARD_CODES, Grid, escapes
 
 K, TOKENS = 48, 800
@@ -18,7 +18,7 @@ def values(scale: float, offset: float = 0.0, tokens: int = TOKENS) -> Tensor:
 
 def choose(x: Tensor, budget: float = 0.04, margin: float = 0.02, grid: Grid = GRID) -> ModalityRow:
     mask = torch.full((K,), budget > 0)
-    return choose_row(x, x.amin(0), x.amax(0), grid, mask, MATRIX, budget, margin)
+    return choose_row(RowTokens.of(x), x.amin(0), x.amax(0), grid, mask, MATRIX, budget, margin)
 
 
 def codes_of(x: Tensor, row: ModalityRow) -> Tensor:
