@@ -24,7 +24,8 @@ def zero_bytes(count: int) -> Tensor:
     """
     if count < LARGE:
         return torch.zeros(count, dtype=torch.uint8)
-    pages = mmap.mmap(-1, count)
+    # Private: Python's default is shared memory, for which large pages have a switch of their own, mostly off.
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None:
         # A kernel without transparent large pages refuses: small ones serve.

@@ -82,7 +82,7 @@ def rows_cost(outputs: int, channels: int, group_size: int, tokens: int, pairs: 
 def pages_cost(outputs: int, channels: int, group_size: int, tokens: int, pairs: int) -> dict[str, float]:
     """What weights in pages of 4 KiB cost against the kernels' own large pages: medians (s) of alternating calls."""
     (block, bias), activation = cpu.prepare(*generated(outputs, channels, group_size, 1))
-    own = mmap.mmap(-1, block.numel())
+    own = mmap.mmap(-1, block.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     own.madvise(mmap.MADV_NOHUGEPAGE)
     small = torch.frombuffer(own, dtype=torch.uint8).copy_(block)
     x, modality = torch.randn(tokens, channels).bfloat16(), torch.zeros(tokens, dtype=torch.int32)
