@@ -285,6 +285,17 @@ def test_regression_and_compensation_lower_the_output_error() -> None:
     assert error() < min(regressed, compensated)
 
 
+def test_two_level_scales_cost_a_few_percent_of_the_error() -> None:
+    x, modality, outlying = with_massive()
+    layers = [
+        quantize(x, modality, {"m.q": matrix()}, balance=0.0, outlying=outlying, scale_levels=levels)["m.q"]
+        for levels in (0, 16)
+    ]
+    # Two groups of K = 64: whole levels are off by up to a sixteenth of the larger scale.
+    ordinary = [relative(serve(x, layer.tensors)[1][~outlying], x[~outlying] @ matrix().T) for layer in layers]
+    assert ordinary[1] < 1.1 * ordinary[0]
+
+
 def test_the_output_aims_at_the_16_bit_input() -> None:
     """A served input that is off by a constant and by a factor: both are made up for."""
     x, modality = activations()
