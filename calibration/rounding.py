@@ -7,6 +7,9 @@ free (bfloat16), or two-level: level times a scale of the output channel, in flo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -138,8 +141,24 @@ def _solve_scales(damped: Tensor, grouped: Tensor, right: Tensor, scale: Tensor)
     energy = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     ridge = (SCALE_DAMPING * energy).expand(-1, groups)
     diagonal += ridge
-    fitted = torch.linalg.solve(system, right + ridge * scale.float()).to(scale.dtype)
+    with _one_thread():
+        fitted = torch.linalg.solve(system, right + ridge * scale.float()).to(scale.dtype)
     return torch.where((fitted > 0) & fitted.isfinite(), fitted, scale)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one CPU thread.
+
+    torch deals a batch of systems out to its threads. Once a process has called torch.set_num_threads, MKL factorises
+    the larger of these (344 unknowns) wrongly, on as many threads again: pivots that are none (torch 2.13.0+cpu).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fit_codes(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from calibration.rounding import (
     _fit_codes,
     _fit_scales,
     _inverse_factor,
+    _solve_scales,
     quantize_compensated,
     quantize_two_level,
 )
@@ -191,3 +192,22 @@ def test_scales_do_not_depend_on_how_many_rows_are_solved_at_once(monkeypatch: p
     expected = _fit_scales(target, _damped(x.T @ x), codes, scale)
     monkeypatch.setattr("calibration.rounding.SYSTEM_ELEMENTS", 7 * 4**2)
     assert torch.equal(_fit_scales(target, _damped(x.T @ x), codes, scale), expected)
+
+
+def test_many_groups_are_solved_where_threads_were_set() -> None:
+    """As many as down_proj of a 3B has: MKL's own threads got them wrong (see rounding._one_thread)."""
+    rows, groups, size = 4, 344, 2
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * groups * size, groups * size, generator=generator)
+    grouped = torch.randint(1, 8, (rows, groups, size), generator=generator).float()
+    wanted = torch.rand(rows, groups, generator=generator) + 0.5
+    damped = _damped(x.T @ x)
+    right = ((grouped * wanted[..., None]).flatten(1) @ damped).unflatten(1, (groups, size)).mul(grouped).sum(-1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = _solve_scales(damped, grouped, right, wanted)
+    finally:
+        torch.set_num_threads(before)
+    # Float32, and systems of a condition below 1000.
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
