@@ -151,7 +151,8 @@ def _one_thread() -> Iterator[None]:
     """Compute on one CPU thread.
 
     torch deals a batch of systems out to its threads. Once a process has called torch.set_num_threads, MKL factorises
-    the larger of these (344 unknowns) wrongly, on as many threads again: pivots that are none (torch 2.13.0+cpu).
+    the larger of these (160 unknowns and more) wrongly, on as many threads again, and says so of the largest alone
+    (torch 2.13.0+cpu on AVX512).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
 namespace morphoquant {
 
@@ -27,12 +26,6 @@ struct DotAvx2 {
 
   static Ints zero_ints() { return _mm256_setzero_si256(); }
   static Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-  static Ints quad(const int8_t* codes) {
-    int32_t four;
-    std::memcpy(&four, codes, 4);
-    return broadcast(four);
-  }
-
   // vpmaddubsw adds two products in 16 bits: |15 * 128 * 2| = 3840, and 8 of these still fit 32767.
   static Ints dot(Ints part, Ints weights, Ints codes) {
     return _mm256_add_epi16(part, _mm256_maddubs_epi16(weights, codes));

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
 namespace morphoquant {
 
@@ -25,11 +24,6 @@ struct DotAvx512Vnni {
 
   static Ints zero_ints() { return _mm512_setzero_si512(); }
   static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-  static Ints quad(const int8_t* codes) {
-    int32_t four;
-    std::memcpy(&four, codes, 4);
-    return broadcast(four);
-  }
   static Ints dot(Ints part, Ints weights, Ints codes) {
 #if !defined(__AVX512VNNI__) || defined(__SANITIZE_ADDRESS__)
     return _mm512_dpbusd_epi32(part, weights, codes);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "dot.h"
@@ -48,6 +49,14 @@ struct Fetch {
   int64_t bytes;
 };
 
+// Four codes of a token, for every output.
+template <class D>
+[[gnu::always_inline]] inline typename D::Ints quad(const int8_t* codes) {
+  int32_t four;
+  std::memcpy(&four, codes, 4);
+  return D::broadcast(four);
+}
+
 // Dot products of 8 channels of `Tokens` tokens and `Vectors` vectors of outputs: those of the first 4 are added to
 // sums, of the others to more_sums, which may be the same.
 template <class D, int Tokens, int Vectors>
@@ -63,15 +72,15 @@ template <class D, int Tokens, int Vectors>
   }
 #pragma GCC unroll 16
   for (int m = 0; m < Tokens; ++m) {
-    const auto quad = D::quad(codes + m * codes_stride);
+    const auto four = quad<D>(codes + m * codes_stride);
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) sums[m][v] = D::dot(sums[m][v], low[v], quad);
+    for (int v = 0; v < Vectors; ++v) sums[m][v] = D::dot(sums[m][v], low[v], four);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < Tokens; ++m) {
-    const auto quad = D::quad(codes + m * codes_stride + 4);
+    const auto four = quad<D>(codes + m * codes_stride + 4);
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) more_sums[m][v] = D::dot(more_sums[m][v], high[v], quad);
+    for (int v = 0; v < Vectors; ++v) more_sums[m][v] = D::dot(more_sums[m][v], high[v], four);
   }
 }
 

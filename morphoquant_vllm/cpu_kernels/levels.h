@@ -43,7 +43,7 @@ inline void byte_tile(const uint8_t* codes, int64_t stride, const int8_t* bytes,
     __builtin_prefetch(fetch.at);
     fetch.at += fetch.bytes;
 #pragma GCC unroll 2
-    for (int quad = 0; quad < 2; ++quad, bytes += Blocks * 64) {
+    for (int half = 0; half < 2; ++half, bytes += Blocks * 64) {
       typename D::Ints weights[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
@@ -51,7 +51,7 @@ inline void byte_tile(const uint8_t* codes, int64_t stride, const int8_t* bytes,
       }
 #pragma GCC unroll 16
       for (int m = 0; m < Tokens; ++m) {
-        const auto four = D::quad(reinterpret_cast<const int8_t*>(codes) + m * stride + k + quad * 4);
+        const auto four = quad<D>(reinterpret_cast<const int8_t*>(codes) + m * stride + k + half * 4);
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sums[m][v] = D::dot(sums[m][v], four, weights[v]);
       }

@@ -194,9 +194,10 @@ def test_scales_do_not_depend_on_how_many_rows_are_solved_at_once(monkeypatch: p
     assert torch.equal(_fit_scales(target, _damped(x.T @ x), codes, scale), expected)
 
 
-def test_many_groups_are_solved_where_threads_were_set() -> None:
-    """As many as down_proj of a 3B has: MKL's own threads got them wrong (see rounding._one_thread)."""
-    rows, groups, size = 4, 344, 2
+@pytest.mark.parametrize("groups", [64, 160, 344])
+def test_many_groups_are_solved_where_threads_were_set(groups: int) -> None:
+    """The last as many as down_proj of a 3B has: MKL's own threads got it and 160 wrong (see rounding._one_thread)."""
+    rows, size = 4, 2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * groups * size, groups * size, generator=generator)
     grouped = torch.randint(1, 8, (rows, groups, size), generator=generator).float()
