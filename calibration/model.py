@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -167,6 +168,9 @@ class BlockLoader:
 
     def load(self, index: int) -> nn.Module:
         """One block with its weights; MorphoQuantError where a file is damaged."""
+        # The block before, and the model that ran up to the first, refer to themselves (accelerate's hooks): Python
+        # would free gigabytes only when it next happens to look for cycles.
+        gc.collect()
         block = self._blocks[index]
         weights = {
             # A copy in memory of its own: what lies in a mapped file is aligned as the file has it, and products of
