@@ -110,7 +110,13 @@ def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "k", "n", "measured"),
-    [(1024, 4096, 128, 382), (16384, 1024, 128, 291), (2048, 1024, 4096, 220), (4096, 3072, 512, 313)],
+    [
+        (1024, 4096, 128, 382),
+        (16384, 1024, 128, 291),
+        (2048, 1024, 4096, 220),
+        (4096, 3072, 512, 313),
+        (16384, 11008, 2048, 4526),
+    ],
 )
 def test_the_formula_covers_what_was_measured(tokens: int, k: int, n: int, measured: int) -> None:
     """MiB by which resident memory rose, tokens included, when one input was quantized (G = 32, two modalities)."""
