@@ -180,8 +180,8 @@ inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin
   }
 }
 
-// Calls run(index, first token, size, what to fetch) for every tile of channels [begin, end) of tokens [first, last). One
-// tile reads a stream; several share the fetching of the next strip, which lies behind this one.
+// Calls run(size, first token, what to fetch) for every tile of tokens [first, last) on channels [begin, end). One tile
+// reads a stream; several share the fetching of the next strip, which lies behind this one.
 template <class D, class Run>
 [[gnu::always_inline]] inline void tiles(const Place& place, int64_t first, int64_t last, int64_t begin, int64_t end,
                                          Run run) {
@@ -220,8 +220,8 @@ inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   epilogue<Blocks>(c, block, first, last, out);
 }
 
-// This thread's share of the panels and of the chunks of tokens, each by one(block, first token, last token) of a type
-// that takes `Blocks` blocks; the rest of a last panel by one of 1 block.
+// This thread's share of the panels and of the chunks of tokens: wide_panel(c, block, first token, last token) takes
+// `Blocks` blocks, narrow_panel one, for the rest of a last panel.
 template <int Blocks, class Wide, class Narrow>
 inline void panels(const Call& c, int64_t thread, int64_t threads, Wide wide_panel, Narrow narrow_panel) {
   const int64_t blocks = blocks_of(c);
