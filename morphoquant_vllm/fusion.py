@@ -33,7 +33,7 @@ RECORD_SIZES = {"triton": (len(GpuWeight._fields), len(GpuActivation._fields))}
 def install(config: VllmConfig, backend: str) -> None:
     """Let vLLM's compiler run the pass for layers of `backend`, where the environment asks for it.
 
-    Off by default: it has not run on a GPU. A pass that the user named for its place stays there.
+    Off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named stays in its place.
     """
     if backend in RECORD_SIZES and os.environ.get(CHOICE) == "1":
         passes = config.compilation_config.inductor_compile_config

@@ -132,7 +132,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         backend = ops.BACKENDS[self.backend]
         backend.check(self.name, weight, activation, self.activation_dtype)
         prepared = backend.prepare(weight, activation)
-        backend.warm(*prepared, getattr(layer, "bias", None), self.activation_dtype)
+        try:
+            backend.warm(*prepared, getattr(layer, "bias", None), self.activation_dtype)
+        except MorphoQuantError as problem:
+            raise MorphoQuantError(f"{self.name}: {problem}") from None
         self.weight_size, self.activation_size = (len(record) for record in prepared)
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
             for index, part in enumerate(record):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.command import one_line_errors
 from benchmarks.gpu_cost_model.__main__ import GROUP_SIZES, SHAPES, TOKENS
 from benchmarks.machine import versions
 from morphoquant_vllm.errors import MorphoQuantError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-METHODS = ("bf16", "morphoquant", "marlin-w4a16", "marlin-w4a8", "humming-w4a4")
+OURS = ("morphoquant", "morphoquant-two-level")
+PEERS = ("marlin-w4a16", "marlin-w4a8", "humming-w4a4")
+METHODS = ("bf16", *OURS, *PEERS)
 # Rounds over all methods: a clock that falls under load then falls for each of them.
 ROUNDS = 5
 
@@ -32,35 +32,58 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def microseconds(call: Any, x: Tensor) -> float:
-    """Median time of one call inside a CUDA graph."""
-    import torch
-    from triton.testing import do_bench_cudagraph
+def vllm_context() -> AbstractContextManager[Any] | str:
+    """What vLLM's kernels expect around them, or why they cannot run here."""
+    try:
+        from vllm.config import VllmConfig, set_current_vllm_config
+    except ImportError as problem:
+        return f"vLLM does not load: {problem}"
+    return set_current_vllm_config(VllmConfig())
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return 1000 * float(do_bench_cudagraph(lambda: call(x), return_mode="median"))
 
+def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dict[str, Any]]:
+    """Times of every method on one layer, interleaved; a method that cannot serve it carries the reason instead.
 
-def measure(layer: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of every method on one layer, interleaved; a method that cannot serve it carries the reason instead."""
+    `refused`: why no peer can; empty where they can.
+    """
     import torch
 
     from benchmarks.gpu_linear.layers import LAYERS
+    from morphoquant_vllm.triton_kernels.timing import cold_copies, graph_of, microseconds
 
     out_features, in_features = SHAPES[layer]
-    built = {name: LAYERS[name](out_features, in_features, arguments.group_size) for name in arguments.methods}
+    # Of the smallest weights: of 4 bit.
+    copies = cold_copies(out_features * in_features // 2)
+    built: dict[str, list[Any]] = {}
+    reasons = {name: refused for name in PEERS if refused}
+    for name in arguments.methods:
+        if name in reasons:
+            continue
+        calls = [LAYERS[name](out_features, in_features, arguments.group_size) for _ in range(copies)]
+        if isinstance(calls[0], str):
+            reasons[name] = calls[0]
+        else:
+            built[name] = calls
     rows = []
     for tokens in arguments.tokens:
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+        graphs = {name: graph_of(calls, x) for name, calls in built.items()}
         times: dict[str, list[float]] = {name: [] for name in built}
         for _ in range(ROUNDS):
-            for name, call in built.items():
-                if not isinstance(call, str):
-                    times[name].append(microseconds(call, x))
-        for name, call in built.items():
+            for name, graph in graphs.items():
+                times[name].append(microseconds(graph, copies))
+        for name in arguments.methods:
             row = {"layer": layer, "N": out_features, "K": in_features, "M": tokens, "method": name}
-            rows.append(row | ({"skipped": call} if isinstance(call, str) else {"us": statistics.median(times[name])}))
+            if name in reasons:
+                rows.append(row | {"skipped": reasons[name]})
+            else:
+                rows.append(row | {"us": statistics.median(times[name]), "spread": spread(times[name])})
     return rows
+
+
+def spread(times: list[float]) -> float:
+    """Largest over smallest time of the rounds."""
+    return max(times) / min(times)
 
 
 def main() -> None:
@@ -72,7 +95,6 @@ def main() -> None:
         raise MorphoQuantError("no GPU is at hand: this benchmark measures on one; see benchmarks.gpu_cost_model")
     from rich.console import Console
     from rich.table import Table
-    from vllm.config import VllmConfig, set_current_vllm_config
 
     device = torch.cuda.get_device_name()
     table = Table(title=f"{device}, G = {arguments.group_size}: microseconds (x over bf16)")
@@ -81,9 +103,12 @@ def main() -> None:
     rows = []
     arguments.results.mkdir(parents=True, exist_ok=True)
     output = arguments.results / f"{device.replace(' ', '-')}-G{arguments.group_size}.json"
-    with set_current_vllm_config(VllmConfig()):
+    # Ours run without vLLM.
+    context = vllm_context() if set(arguments.methods) & set(PEERS) else nullcontext()
+    refused = context if isinstance(context, str) else ""
+    with nullcontext() if isinstance(context, str) else context:
         for layer in arguments.layers:
-            rows += measure(layer, arguments)
+            rows += measure(layer, arguments, refused)
             # After each layer: a later failure loses nothing.
             result = {"device": device, "group_size": arguments.group_size, "versions": versions(), "rows": rows}
             output.write_text(json.dumps(result, indent=2) + "\n")

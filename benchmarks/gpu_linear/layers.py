@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from morphoquant_vllm import ops
+from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
+
 Call = Callable[[Tensor], Tensor]
 # A call, or the reason why there is none.
 Built = Call | str
@@ -25,19 +29,10 @@ def bfloat16(out_features: int, in_features: int, group_size: int) -> Built:
     return lambda x: torch.nn.functional.linear(x, weight)
 
 
-def morphoquant(out_features: int, in_features: int, group_size: int) -> Built:
-    """Both of our ops: quantizer, product and, where K is split, the reduction."""
-    from morphoquant_vllm import ops
-    from morphoquant_vllm.numerics.activation import ActivationRecord
-    from morphoquant_vllm.numerics.linear import weight_record
-
+def _activation(in_features: int) -> ActivationRecord:
+    """An activation record with an escape mask that keeps every channel and one set of massive intervals."""
     device = "cuda"
-    weight = weight_record(
-        torch.randint(256, (out_features, in_features // 2), device=device).to(torch.uint8),
-        (torch.rand(out_features, in_features // group_size, device=device) / 100 + 0.001).bfloat16(),
-        torch.zeros(1, ROWS, out_features, device=device),
-    )
-    activation = ActivationRecord(
+    return ActivationRecord(
         inverse=torch.full((ROWS, in_features), 3.0, device=device),
         centre=torch.zeros(ROWS, in_features, device=device),
         mask=torch.ones(ROWS, in_features, dtype=torch.bool, device=device),
@@ -47,12 +42,38 @@ def morphoquant(out_features: int, in_features: int, group_size: int) -> Built:
         massive_low=torch.full((1, 4), 1e3, device=device),
         massive_high=torch.full((1, 4), 2e3, device=device),
     )
+
+
+def _ours(weight: WeightRecord, in_features: int) -> Call:
+    """Both of our ops: quantizer, product and, where K is split, the reduction."""
+    activation = _activation(in_features)
     backend = ops.BACKENDS["triton"]
     backend.check("benchmark", weight, activation, torch.bfloat16)
     prepared, prepared_activation = backend.prepare(weight, activation)
     backend.warm(prepared, prepared_activation, None, torch.bfloat16)
-    modality = torch.full((65536,), ROWS - 2, dtype=torch.int32, device=device)
+    modality = torch.full((65536,), ROWS - 2, dtype=torch.int32, device="cuda")
     return lambda x: ops.linear(x, modality, prepared, prepared_activation, None, "triton")
+
+
+def morphoquant(out_features: int, in_features: int, group_size: int) -> Built:
+    """Ours with group scales."""
+    weight = weight_record(
+        torch.randint(256, (out_features, in_features // 2), device="cuda").to(torch.uint8),
+        (torch.rand(out_features, in_features // group_size, device="cuda") / 100 + 0.001).bfloat16(),
+        torch.zeros(1, ROWS, out_features, device="cuda"),
+    )
+    return _ours(weight, in_features)
+
+
+def morphoquant_two_level(out_features: int, in_features: int, group_size: int) -> Built:
+    """Ours with two-level scales."""
+    weight = WeightRecord(
+        torch.randint(256, (out_features, in_features // 2), device="cuda").to(torch.uint8),
+        torch.randint(1, 17, (out_features, in_features // group_size), device="cuda").to(torch.uint8),
+        torch.rand(out_features, device="cuda") / 1000 + 0.0001,
+        torch.zeros(ROWS, out_features, device="cuda"),
+    )
+    return _ours(weight, in_features)
 
 
 def _vllm_kernel(
@@ -122,6 +143,7 @@ HUMMING_INT4_INPUT = {
 LAYERS: dict[str, Callable[[int, int, int], Built]] = {
     "bf16": bfloat16,
     "morphoquant": morphoquant,
+    "morphoquant-two-level": morphoquant_two_level,
     "marlin-w4a16": _vllm_kernel("marlin", "MarlinLinearKernel", torch.bfloat16),
     "marlin-w4a8": _vllm_kernel("marlin", "MarlinLinearKernel", torch.int8),
     "humming-w4a4": _vllm_kernel("humming", "HummingLinearKernel", torch.bfloat16, HUMMING_INT4_INPUT),

@@ -9,7 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from . import launch
-from .act_quant import quantize_activation
+from .act_quant import quantize_activation, quantize_tokens
+from .device import OLDEST_PDL
 from .gemm import int4_gemm
 from .layout import TILE_N, tile_channels
 from .reduce import reduce_splits
@@ -30,6 +31,12 @@ TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
 SUMS = {False: "*fp32", True: "*i32"}
 
 
+def pdl(target: str) -> bool:
+    """Whether kernels are launched there while the one before ends."""
+    found = TARGETS[target]
+    return found.backend == "cuda" and int(found.arch) >= 10 * OLDEST_PDL
+
+
 def build(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...], target: str, **options: Any
 ) -> CompiledKernel:
@@ -45,7 +52,8 @@ def build(
         constexprs=constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=TARGETS[target], options=options)
+    dependent = {"launch_pdl": True} if pdl(target) and kernel not in (quantize_activation, quantize_tokens) else {}
+    return triton.compile(source, target=TARGETS[target], options=options | dependent)
 
 
 def build_gemm(
@@ -63,7 +71,7 @@ def build_gemm(
     pointers = {
         "codes_ptr": "*i8",
         "weight_ptr": "*i8",
-        "scale_ptr": "*i32" if tile.two_level else "*bf16",
+        "scale_ptr": "*i32" if tile.two_level or group_size < tile_channels(group_size) else "*fp32",
         "channel_scale_ptr": "*fp32",
         "rows_ptr": "*i32",
         "gain_ptr": "*fp32",
@@ -85,6 +93,7 @@ def build_gemm(
         "STAGES": tile.stages,
         "UNROLL": tile.unroll,
         "TWO_LEVEL": tile.two_level,
+        "PDL": pdl(target),
     }
     return build(
         int4_gemm,
@@ -98,9 +107,18 @@ def build_gemm(
 
 
 def build_quantize(
-    target: str, *, dtype: str = "bfloat16", blocks: int = 1, fusion: bool = False, silu_mul: bool = False
+    target: str,
+    *,
+    dtype: str = "bfloat16",
+    blocks: int = 1,
+    fusion: bool = False,
+    silu_mul: bool = False,
+    width: int = 0,
 ) -> CompiledKernel:
-    """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched."""
+    """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched.
+
+    `width`: the one of whole tokens of up to so many channels, else that of parts of a token.
+    """
     aligned = {
         "inverse_ptr": "*fp32",
         "centre_ptr": "*fp32",
@@ -113,13 +131,16 @@ def build_quantize(
         "rows_ptr": "*i32",
     }
     types = {"x_ptr": TYPES[dtype], "modality_ptr": "*i32"} | aligned
+    constants = {"B": blocks, "J": 4, "SILU_MUL": silu_mul, "PDL": pdl(target)}
+    whole = {"WIDTH": width, "BLOCK_K": launch.gather_block(width)} if width else {"BLOCK_K": launch.QUANTIZE_BLOCK_K}
+    sizes = ("x_stride", "K", "R", *(("M", "tokens") if width else ()))
     return build(
-        quantize_activation,
-        types | dict.fromkeys(("x_stride", "K", "R"), "i32"),
-        {"B": blocks, "J": 4, "BLOCK_K": launch.QUANTIZE_BLOCK_K, "SILU_MUL": silu_mul},
+        quantize_tokens if width else quantize_activation,
+        types | dict.fromkeys(sizes, "i32"),
+        constants | whole,
         (*aligned, "K"),
         target,
-        num_warps=launch.QUANTIZE_WARPS,
+        num_warps=launch.GATHER_WARPS if width else launch.QUANTIZE_WARPS,
         enable_fp_fusion=fusion,
     )
 
@@ -140,7 +161,7 @@ def build_reduce(
     return build(
         reduce_splits,
         pointers | dict.fromkeys(("M", "N", "splits"), "i32"),
-        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level},
+        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level, "PDL": pdl(target)},
         (*pointers, "N"),
         target,
         num_warps=4,

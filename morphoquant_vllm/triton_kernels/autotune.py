@@ -1,8 +1,9 @@
 """Measure tiles on the GPU at hand and write a tile table: `python -m morphoquant_vllm.triton_kernels.autotune OUT`.
 
-For every range of tokens and group size of the shipped table, the tile with the least geometric mean of times over the
-shapes wins. Only tiles whose binaries pass `proof` are measured. Serve with MORPHOQUANT_TILES=OUT to use the table.
-Nothing in serving measures anything.
+For every range of tokens, and group size or two-level scales, the tile wins with which a layer's linears take least in
+all, each with its quantizer. Weights are not in the cache when they are used, as in a server. Only tiles whose binaries
+pass `proof` are measured; they are compiled on all cores. Serve with MORPHOQUANT_TILES=OUT to use the table. Nothing in
+serving measures anything.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,30 +25,44 @@ import typer
 from ..errors import MorphoQuantError
 from . import tiles
 from .device import Profile, device_name, profile_of
-from .layout import TILE_N, GpuWeight, tile_channels
+from .layout import TILE_N, GpuActivation, GpuWeight, scale_words, tile_channels
 from .tiles import Tile
 
 # N, K of a 7B model's linears: qkv, o, gate_up, down.
 SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 GROUP_SIZES = (32, 64, 128)
-# Tokens at which a range without an upper end is measured.
+# Most tokens of each range, at which it is measured; the last has no upper end.
+RANGES = (1, 4, 16, 32, 64, 256, None)
 MANY_TOKENS = 2048
+MAX_SPLITS = 16
 
 
-def candidates(tile: Tile, group_size: int) -> Iterator[Tile]:
-    """Tiles to try in the place of `tile`, at one group size; with two-level scales, for all of them."""
-    rows = (128, 256) if tile.max_tokens is None else (tile.block_m,)
-    for block_n, block_m, warps, stages, unroll in itertools.product((32, 64, 128), rows, (4, 8), (2, 3, 4, 6), (1, 2)):
-        yield replace(
-            tile,
-            group_sizes=GROUP_SIZES if tile.two_level else (group_size,),
-            block_n=block_n,
-            block_m=block_m,
-            warps=warps,
-            stages=stages,
-            unroll=unroll,
-            programs_per_unit=1,
-        )
+@dataclass(frozen=True)
+class Search:
+    """What is tried for up to `tokens` tokens."""
+
+    tokens: int
+    shapes: tuple[tuple[int, int], ...]  # block_n and warps
+    block_m: tuple[int, ...]
+    depths: tuple[tuple[int, int], ...]  # stages and unroll
+
+
+SEARCHES = (
+    Search(16, ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8)), (16,), ((3, 1), (4, 1), (6, 1), (3, 2), (4, 2))),
+    Search(32, ((32, 4), (64, 4), (128, 4), (128, 8)), (32,), ((3, 1), (4, 1))),
+    Search(64, ((32, 4), (64, 4), (128, 4), (128, 8)), (32, 64), ((3, 1), (4, 1))),
+    Search(MANY_TOKENS, ((64, 4), (128, 4), (128, 8)), (64, 128, 256), ((3, 1), (4, 1))),
+)
+
+
+def candidates(max_tokens: int | None, group_size: int, two_level: bool) -> Iterator[Tile]:
+    """Tiles to try for one range of tokens, at one group size; with two-level scales, for all of them."""
+    tokens = max_tokens or MANY_TOKENS
+    search = next(search for search in SEARCHES if tokens <= search.tokens)
+    group_sizes = GROUP_SIZES if two_level else (group_size,)
+    for (block_n, warps), block_m, (stages, unroll) in itertools.product(search.shapes, search.block_m, search.depths):
+        sizes = (block_n, block_m, warps, stages, unroll)
+        yield Tile(max_tokens, group_sizes, two_level, *sizes, programs_per_unit=1, max_splits=MAX_SPLITS, reason="")
 
 
 def random_weight(
@@ -61,32 +77,45 @@ def random_weight(
         words = torch.full((in_features // (2 * channels), blocks * TILE_N), 0x04030201, device=device).int()
         channel_scale = torch.full((out_features,), 0.01, device=device)
         return GpuWeight(codes.to(torch.uint8), words, channel_scale, bias)
-    scale = torch.rand((in_features // group_size, blocks * TILE_N), device=device) / 100
-    return GpuWeight(codes.to(torch.uint8), scale.bfloat16(), bias.new_empty(0), bias)
+    scale = (torch.rand((blocks * TILE_N, in_features // group_size), device=device) / 100).bfloat16()
+    words = scale_words(scale, group_size).T.contiguous()
+    return GpuWeight(codes.to(torch.uint8), words, bias.new_empty(0), bias)
 
 
-def milliseconds(tile: Tile, tokens: int, weight: GpuWeight, profile: Profile) -> float:
-    """Median time of one product inside a CUDA graph."""
-    from triton.testing import do_bench_cudagraph
+def plain_activation(in_features: int, device: torch.device) -> GpuActivation:
+    """The quantizer's tables: one row beside that of massive tokens, of which there are none; channels shuffled."""
+    rows = torch.ones((2, in_features), device=device)
+    return GpuActivation(
+        inverse=rows,
+        centre=torch.zeros_like(rows),
+        limit=rows.to(torch.int8) * 7,
+        gain=rows[:, 0].contiguous(),
+        channel_order=torch.randperm(in_features, device=device).int(),
+        massive_channel=torch.arange(4, device=device).int()[None],
+        massive_low=rows[:1, :4] * 1e3,
+        massive_high=rows[:1, :4] * 2e3,
+    )
 
-    from . import launch
 
-    device = weight.codes.device
-    out_features, steps = weight.absorbed_bias.shape[1], weight.codes.shape[1]
-    in_features = steps * 2 * weight.codes.shape[3]
-    codes = torch.randint(-8, 8, (tokens, in_features), dtype=torch.int8, device=device)
-    rows = torch.zeros(tokens, dtype=torch.int32, device=device)
-    gain = torch.ones(2, device=device)
+def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Profile) -> float:
+    """Median time of quantizer and product, in a CUDA graph that uses each of the `weights` once."""
+    from . import launch, timing
+
+    device = weights[0].codes.device
+    out_features, steps = weights[0].absorbed_bias.shape[1], weights[0].codes.shape[1]
+    in_features = steps * 2 * weights[0].codes.shape[3]
+    activation = plain_activation(in_features, device)
+    x = torch.randn((tokens, in_features), dtype=torch.bfloat16, device=device)
+    modality = torch.zeros(tokens, dtype=torch.int32, device=device)
     splits = tiles.splits_of(tile, tokens, out_features, steps, profile.units)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        return float(
-            do_bench_cudagraph(
-                lambda: launch.matmul(
-                    codes, rows, weight, gain, None, torch.bfloat16, tile, splits, profile.inline_assembly
-                ),
-                return_mode="median",
-            )
-        )
+
+    def linear(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
+        codes, rows = launch.quantize(x, modality, activation, False, profile.pdl, profile.units)
+        settings = (tile, splits, profile.inline_assembly, profile.pdl)
+        return launch.matmul(codes, rows, weight, activation.gain, None, torch.bfloat16, *settings)
+
+    calls = [lambda x, weight=weight: linear(x, weight) for weight in weights]
+    return timing.microseconds(timing.graph_of(calls, x), len(calls)) / 1000
 
 
 def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Tile]:
@@ -103,20 +132,41 @@ def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Ti
     return [replace(tile, programs_per_unit=programs) for programs in sorted({1, min(2, fitting), min(4, fitting)})]
 
 
-def best_tile(tile: Tile, group_size: int, target: str, profile: Profile, device: torch.device) -> Tile:
-    """The fastest sound candidate for one range of tokens and one group size, with its times as the reason.
+def compiled(job: tuple[Tile, int, str]) -> list[Tile]:
+    """What `sound` gives, compiled into Triton's cache for launches on the GPU at hand; run in a process of its own."""
+    tile, group_size, target = job
+    torch.set_num_threads(1)
+    device = torch.device("cuda", torch.cuda.current_device())
+    profile = profile_of(device)
+    found = sound(tile, group_size, target, profile)
+    if found:
+        weight = random_weight(2 * TILE_N, 8 * TILE_N, group_size, tile.two_level, device)
+        for splits in (1, 2):
+            launch_once(replace(tile, max_splits=splits, programs_per_unit=splits), weight, profile)
+    return found
 
-    Of two-level scales for every group size: their kernels and layout do not depend on it.
-    """
-    tokens = tile.max_tokens or MANY_TOKENS
-    weights = [random_weight(*shape, group_size, tile.two_level, device) for shape in SHAPES]
-    best, least, times = tile, math.inf, [0.0]
-    for candidate in candidates(tile, group_size):
-        for variant in sound(candidate, group_size, target, profile):
-            measured = [milliseconds(variant, tokens, weight, profile) for weight in weights]
-            mean = math.exp(sum(map(math.log, measured)) / len(measured))
-            if mean < least:
-                best, least, times = variant, mean, measured
+
+def launch_once(tile: Tile, weight: GpuWeight, profile: Profile) -> None:
+    """Launch a tile's kernel on one token, which compiles it; with max_splits 2 the one of partial sums."""
+    from . import launch
+
+    device = weight.codes.device
+    codes = torch.zeros((1, 8 * TILE_N), dtype=torch.int8, device=device)
+    rows = torch.zeros(1, dtype=torch.int32, device=device)
+    gain = torch.ones(2, device=device)
+    settings = (tile, tile.max_splits, profile.inline_assembly, profile.pdl)
+    launch.matmul(codes, rows, weight, gain, None, torch.bfloat16, *settings)
+    torch.cuda.synchronize()
+
+
+def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Profile, device: torch.device) -> Tile:
+    """The fastest of the sound candidates for one range of tokens, with its times as the reason; `weights` by shape."""
+    tokens = variants[0].max_tokens or MANY_TOKENS
+    best, least, times = variants[0], math.inf, [0.0]
+    for variant in variants:
+        measured = [milliseconds(variant, tokens, copies, profile) for copies in weights]
+        if sum(measured) < least:
+            best, least, times = variant, sum(measured), measured
     found = ", ".join(f"{shape[0]}x{shape[1]} {1000 * time:.1f} us" for shape, time in zip(SHAPES, times, strict=False))
     return replace(best, reason=f"measured on {torch.cuda.get_device_name(device)} at M = {tokens}: {found}")
 
@@ -139,17 +189,35 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
         raise MorphoQuantError("no GPU is at hand: tiles can only be measured on one")
     if not output.absolute().parent.is_dir():
         raise MorphoQuantError(f"{output}: the directory does not exist; make it first")
+    from .timing import cold_copies
+
     device = torch.device("cuda", torch.cuda.current_device())
     profile = profile_of(device)
     name = device_name(device)
     target = f"sm_{name.replace('.', '')}" if profile.architecture.vendor == "nvidia" else name
-    ranges = {(tile.two_level, tile.max_tokens): tile for tile in profile.architecture.tiles}
+    kinds = [(group_size, False) for group_size in GROUP_SIZES] + [(GROUP_SIZES[0], True)]
+    jobs = [(tile, kind[0], target) for kind in kinds for tokens in RANGES for tile in candidates(tokens, *kind)]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        sounds = pool.map(compiled, jobs, chunksize=1)
+    print(f"{len(jobs)} tiles compiled, {sum(map(bool, sounds))} pass the proof", flush=True)
     found = []
-    for tile in ranges.values():
-        for group_size in GROUP_SIZES[:1] if tile.two_level else GROUP_SIZES:
-            found.append(best_tile(tile, group_size, target, profile, device))
-            kind = "two-level scales" if tile.two_level else f"G = {group_size}"
-            print(f"M <= {tile.max_tokens} {kind}: {found[-1].reason}", flush=True)
+    for group_size, two_level in kinds:
+        weights = [
+            [random_weight(*shape, group_size, two_level, device) for _ in range(cold_copies(shape[0] * shape[1] // 2))]
+            for shape in SHAPES
+        ]
+        for tokens in RANGES:
+            variants = [
+                variant
+                for (tile, size, _), passed in zip(jobs, sounds, strict=True)
+                if (tile.max_tokens, size, tile.two_level) == (tokens, group_size, two_level)
+                for variant in passed
+            ]
+            if not variants:
+                raise MorphoQuantError(f"no tile for up to {tokens} tokens passes the proof on {name}; keep the table")
+            found.append(best_tile(variants, weights, profile, device))
+            kind = "two-level scales" if two_level else f"G = {group_size}"
+            print(f"M <= {tokens} {kind}: {found[-1].reason}", flush=True)
     write_table(profile.architecture.name, found, output)
 
 

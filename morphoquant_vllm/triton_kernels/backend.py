@@ -22,11 +22,13 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
 
 
 def warm(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
-    """Compile every kernel that the layer can need."""
-    from . import launch
+    """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU."""
+    from . import launch, selfcheck
 
     profile = device.profile_of(weight[0].device)
-    launch.warm(layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, dtype, profile)
+    prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
+    launch.warm(*prepared, bias, dtype, profile)
+    selfcheck.check(*prepared, dtype, profile)
 
 
 def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:

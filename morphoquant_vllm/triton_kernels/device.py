@@ -10,6 +10,9 @@ import torch
 from ..errors import MorphoQuantError
 from .tiles import Architecture, architecture_of, architectures
 
+# Compute capability from which kernels can be launched so.
+OLDEST_PDL = 9.0
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -19,6 +22,8 @@ class Profile:
     units: int  # multiprocessors
     # Whether unpacking may use NVIDIA instructions; the interpreter and AMD take the plain twin.
     inline_assembly: bool
+    # Whether kernels may start while the one before ends; see dependent.py.
+    pdl: bool
 
 
 def device_name(device: torch.device) -> str:
@@ -37,7 +42,8 @@ def profile_of(device: torch.device) -> Profile:
     if architecture is None:
         raise MorphoQuantError(f"GPU {name} is not served; {supported()}")
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    return Profile(architecture, units, inline_assembly=architecture.vendor == "nvidia")
+    nvidia = architecture.vendor == "nvidia"
+    return Profile(architecture, units, nvidia, pdl=nvidia and float(name) >= OLDEST_PDL)
 
 
 def supported() -> str:

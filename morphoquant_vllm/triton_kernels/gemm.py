@@ -9,10 +9,15 @@ units want their left operand, and a few tokens waste less of the narrow side. S
 import triton
 import triton.language as tl
 
+from .dependent import let_next_start, wait_for_previous
+from .output import output_terms, write_output, write_parts
 from .two_level import two_level_sums
 
 # Tokens whose outputs are finished at a time, with two-level scales.
 TWO_LEVEL_PART_M = tl.constexpr(32)
+# Tokens up to which a tile's gains and absorbed biases are read before the loop: of few they fit in registers, and at
+# decode the loop is so short that reading them after it would be felt.
+EARLY_M = tl.constexpr(16)
 # Both nibbles of four bytes in place, as 16 * q in int8: two instructions and one, for four weights each.
 _LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
 _HIGH = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
@@ -37,7 +42,7 @@ def unpack_high(packed, ASM: tl.constexpr):
 @triton.jit
 def group_sums(
     weight_ptrs,  # int8 [BLOCK_N, P/2], of the first step
-    scale_ptrs,  # bfloat16 [BLOCK_N], of the first group
+    scale_ptrs,  # [BLOCK_N], of the first step
     code_ptrs,  # int8 [P/2, BLOCK_M], of the first step
     token_exists,  # [BLOCK_M]
     first,
@@ -67,82 +72,25 @@ def group_sums(
         high_codes = tl.load(code_ptrs + (step * P + HALF), mask=high_exists, other=0)
         low = unpack_low(packed, ASM)
         high = unpack_high(packed, ASM)
+        scale = tl.load(scale_ptrs + step * padded_n)
         if G < P:
-            # The nibbles of a byte belong to two groups.
-            low_scale = tl.load(scale_ptrs + (2 * step) * padded_n).to(tl.float32)
-            high_scale = tl.load(scale_ptrs + (2 * step + 1) * padded_n).to(tl.float32)
+            # The nibbles of a byte belong to two groups, whose scales share a word.
+            low_scale = (scale << 16).to(tl.float32, bitcast=True)
+            high_scale = (scale & -65536).to(tl.float32, bitcast=True)
             acc += tl.dot(low, low_codes, out_dtype=tl.int32).to(tl.float32) * low_scale[:, None]
             acc += tl.dot(high, high_codes, out_dtype=tl.int32).to(tl.float32) * high_scale[:, None]
         else:
-            scale = tl.load(scale_ptrs + step * padded_n).to(tl.float32)
             sums = tl.dot(low, low_codes, out_dtype=tl.int32)
             sums = tl.dot(high, high_codes, acc=sums, out_dtype=tl.int32)
             acc += sums.to(tl.float32) * scale[:, None]
     return acc
 
 
-@triton.jit
-def write_output(
-    acc,  # [BLOCK_N, BLOCK_M]
-    first_m,
-    n,  # [BLOCK_N]
-    channel_scale_ptr,
-    rows_ptr,
-    gain_ptr,
-    absorbed_bias_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PART_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TWO_LEVEL: tl.constexpr,
-):
-    """Sums of tokens `first_m` and after to outputs; PART_M tokens at a time, which bounds the registers it takes."""
-    if BLOCK_M > PART_M:
-        # Halves of a thread's own registers: nothing moves.
-        low, high = tl.split(acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1))
-        for second in tl.static_range(2):
-            write_output(
-                high if second else low,
-                first_m + second * (BLOCK_M // 2),
-                n,
-                channel_scale_ptr,
-                rows_ptr,
-                gain_ptr,
-                absorbed_bias_ptr,
-                bias_ptr,
-                out_ptr,
-                M,
-                N,
-                BLOCK_N,
-                BLOCK_M // 2,
-                PART_M,
-                HAS_BIAS,
-                TWO_LEVEL,
-            )
-    else:
-        m = first_m + tl.arange(0, BLOCK_M)
-        token_exists, n_exists = m < M, n < N
-        exists = n_exists[:, None] & token_exists[None, :]
-        rows = tl.load(rows_ptr + m, mask=token_exists, other=0)
-        gain = tl.load(gain_ptr + rows, mask=token_exists, other=0.0)
-        if TWO_LEVEL:
-            acc = acc.to(tl.float32) * tl.load(channel_scale_ptr + n, mask=n_exists, other=0.0)[:, None]
-        constant = tl.load(absorbed_bias_ptr + rows[None, :] * N + n[:, None], mask=exists, other=0.0)
-        y = acc * gain[None, :] + constant
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + n, mask=n_exists, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + m[None, :].to(tl.int64) * N + n[:, None], y.to(out_ptr.dtype.element_ty), mask=exists)
-
-
 @triton.jit(do_not_specialize=["M", "splits"])
 def int4_gemm(
     codes_ptr,  # int8 [M, K]
     weight_ptr,  # int8 [N/TILE_N, K/P, TILE_N, P/2]
-    scale_ptr,  # bfloat16 [K/G, N rounded up to TILE_N]; TWO_LEVEL: words of levels, int32 [K/2P, same]
+    scale_ptr,  # int32 or float32 [K/P, N rounded up to TILE_N]; TWO_LEVEL: int32 [K/2P, same]; see layout.py
     channel_scale_ptr,  # float32 [N], times 16; with TWO_LEVEL
     rows_ptr,  # int32 [M]
     gain_ptr,  # float32 [R], divided by 16
@@ -166,11 +114,13 @@ def int4_gemm(
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One tile [BLOCK_N, BLOCK_M] of the output, over one of `splits` parts of K; grid (tiles, splits).
 
     PARTIAL: write the sum as it is, for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K; TWO_LEVEL: 2P does.
     """
+    let_next_start(PDL)
     HALF: tl.constexpr = P // 2
     token_tiles = tl.cdiv(M, BLOCK_M)
     channel_tiles = tl.cdiv(N, BLOCK_N)
@@ -200,6 +150,10 @@ def int4_gemm(
     code_ptrs = codes_ptr + m[None, :].to(tl.int64) * K + half[:, None]
     scale_ptrs = scale_ptr + n
 
+    wait_for_previous(PDL)
+    EARLY: tl.constexpr = not PARTIAL and BLOCK_M <= EARLY_M
+    if EARLY:
+        gain, constant = output_terms(m, n, rows_ptr, gain_ptr, absorbed_bias_ptr, M, N)
     if TWO_LEVEL:
         acc = two_level_sums(
             weight_ptrs,
@@ -244,10 +198,12 @@ def int4_gemm(
         exists = (n < N)[:, None] & token_exists[None, :]
         out_ptrs = out_ptr + m[None, :].to(tl.int64) * N + n[:, None]
         tl.store(out_ptrs + tl.program_id(1).to(tl.int64) * M * N, acc, mask=exists)
+    elif EARLY:
+        write_output(acc, gain, constant, m, n, channel_scale_ptr, bias_ptr, out_ptr, M, N, HAS_BIAS, TWO_LEVEL)
     else:
         # Without a second accumulator in the loop the ending would need the most registers.
         PART_M: tl.constexpr = min(BLOCK_M, TWO_LEVEL_PART_M) if TWO_LEVEL else BLOCK_M
-        write_output(
+        write_parts(
             acc,
             tile_m * BLOCK_M,
             n,

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .act_quant import quantize_activation
+from .act_quant import quantize_activation, quantize_tokens
 from .device import Profile
 from .gemm import int4_gemm
 from .layout import TILE_N, GpuActivation, GpuWeight, group_size_of
@@ -20,15 +20,33 @@ from .tiles import Tile, splits_of
 # Codes per program: enough programs at M = 1 to spread a row over the device, enough work in each to hide its start.
 QUANTIZE_BLOCK_K = 1024
 QUANTIZE_WARPS = 4
+# Tokens from which a program quantizes whole ones, and so many programs for each multiprocessor then, if there are.
+WHOLE_TOKENS = 128
+QUANTIZE_PROGRAMS = 4
+# The widest row that such a program holds, in 16 bit: 64 KiB of shared memory. Wider ones are quantized in parts.
+WIDEST_TOKEN = 32768
+# With silu(gate) * up before it: registers would not hold more.
+WIDEST_SILU_TOKEN = 16384
+# Its warps, and the channels that each of its threads gathers at a time.
+GATHER_WARPS = 16
+GATHER_ELEMENTS = 16
 REDUCE_BLOCK_N = 256
 # Tiles of tokens that pass over one tile of weights before the next: 8 * 128 tokens' codes stay in L2 beside it.
 GROUP_M = 8
 
 
-def quantize(x: Tensor, modality: Tensor, activation: GpuActivation, silu_mul: bool = False) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor,
+    modality: Tensor,
+    activation: GpuActivation,
+    silu_mul: bool = False,
+    pdl: bool = False,
+    units: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] of x [M, K], and the row of each token, int32 [M]; modality int32 [M].
 
-    `silu_mul`: of silu(gate) * up, where x [M, 2K] holds gate and up side by side.
+    `silu_mul`: of silu(gate) * up, where x [M, 2K] holds gate and up side by side. `pdl`: let the next kernel start
+    while this one ends. `units`: multiprocessors of the device.
     """
     tokens, width = x.shape
     in_features = activation.channel_order.numel()
@@ -40,7 +58,8 @@ def quantize(x: Tensor, modality: Tensor, activation: GpuActivation, silu_mul: b
     rows = torch.empty((tokens,), dtype=torch.int32, device=x.device)
     if tokens:
         blocks, intervals = activation.massive_channel.shape
-        quantize_activation[(tokens, triton.cdiv(in_features, QUANTIZE_BLOCK_K))](
+        width = triton.next_power_of_2(in_features)
+        arguments = (
             x,
             modality,
             activation.inverse,
@@ -55,15 +74,24 @@ def quantize(x: Tensor, modality: Tensor, activation: GpuActivation, silu_mul: b
             x.stride(0),
             in_features,
             activation.gain.numel(),
-            B=blocks,
-            J=intervals,
-            BLOCK_K=QUANTIZE_BLOCK_K,
-            SILU_MUL=silu_mul,
-            num_warps=QUANTIZE_WARPS,
-            # Subtract and multiply must each round, as in the reference.
-            enable_fp_fusion=False,
         )
+        # Subtract and multiply must each round, as in the reference.
+        settings = {"B": blocks, "J": intervals, "SILU_MUL": silu_mul, "PDL": pdl, "enable_fp_fusion": False}
+        if tokens < WHOLE_TOKENS or width > (WIDEST_SILU_TOKEN if silu_mul else WIDEST_TOKEN):
+            quantize_activation[(tokens * triton.cdiv(in_features, QUANTIZE_BLOCK_K),)](
+                *arguments, BLOCK_K=QUANTIZE_BLOCK_K, num_warps=QUANTIZE_WARPS, **settings
+            )
+        else:
+            each = triton.cdiv(tokens, QUANTIZE_PROGRAMS * units)
+            quantize_tokens[(triton.cdiv(tokens, each),)](
+                *arguments, tokens, each, WIDTH=width, BLOCK_K=gather_block(width), num_warps=GATHER_WARPS, **settings
+            )
     return codes, rows
+
+
+def gather_block(width: int) -> int:
+    """Channels that a program gathers at a time, of whole tokens of up to `width` channels."""
+    return min(width, 32 * GATHER_WARPS * GATHER_ELEMENTS)
 
 
 def matmul(
@@ -76,8 +104,12 @@ def matmul(
     tile: Tile,
     splits: int,
     inline_assembly: bool,
+    pdl: bool = False,
 ) -> Tensor:
-    """y [M, N] in `dtype` from codes int8 [M, K] and rows int32 [M], with a given tile and split of K."""
+    """y [M, N] in `dtype` from codes int8 [M, K] and rows int32 [M], with a given tile and split of K.
+
+    `pdl`: start each kernel while the one before ends; see dependent.py.
+    """
     tokens, in_features = codes.shape
     out_features = weight.absorbed_bias.shape[1]
     group_size, channels = group_size_of(weight), 2 * weight.codes.shape[3]
@@ -90,6 +122,7 @@ def matmul(
     # A pointer that is not read must still be one.
     unread = weight.absorbed_bias
     channel_scale = weight.channel_scale if weight.two_level else unread
+    launched = {"launch_pdl": True} if pdl else {}
     programs = triton.cdiv(tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     int4_gemm[(programs, splits)](
         codes,
@@ -118,6 +151,8 @@ def matmul(
         STAGES=tile.stages,
         UNROLL=tile.unroll,
         TWO_LEVEL=weight.two_level,
+        PDL=pdl,
+        **launched,
         num_warps=tile.warps,
         enable_fp_fusion=True,
     )
@@ -136,6 +171,8 @@ def matmul(
             BLOCK_N=REDUCE_BLOCK_N,
             HAS_BIAS=bias is not None,
             TWO_LEVEL=weight.two_level,
+            PDL=pdl,
+            **launched,
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -155,10 +192,12 @@ def linear(
 
     `silu_mul`: the input of the layer is silu(gate) * up of x [M, 2K].
     """
-    codes, rows = quantize(x, modality, activation, silu_mul)
+    codes, rows = quantize(x, modality, activation, silu_mul, profile.pdl, profile.units)
     tile = profile.architecture.tile(x.shape[0], group_size_of(weight), weight.two_level)
     splits = splits_of(tile, max(1, x.shape[0]), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
-    return matmul(codes, rows, weight, activation.gain, bias, x.dtype, tile, splits, profile.inline_assembly)
+    return matmul(
+        codes, rows, weight, activation.gain, bias, x.dtype, tile, splits, profile.inline_assembly, profile.pdl
+    )
 
 
 def warm(
@@ -166,13 +205,26 @@ def warm(
 ) -> None:
     """Compile, by running them on one token, all kernels that this layer can need with activations of `dtype`."""
     device = weight.codes.device
-    gate_up = torch.zeros((1, 2 * activation.channel_order.numel()), dtype=dtype, device=device)
-    modality = torch.zeros(1, dtype=torch.int32, device=device)
-    quantize(gate_up, modality, activation, silu_mul=True)
-    codes, rows = quantize(gate_up[:, ::2].contiguous(), modality, activation)
+    for tokens in (1, WHOLE_TOKENS):
+        gate_up = torch.zeros((tokens, 2 * activation.channel_order.numel()), dtype=dtype, device=device)
+        modality = torch.zeros(tokens, dtype=torch.int32, device=device)
+        quantize(gate_up, modality, activation, True, profile.pdl, profile.units)
+        codes, rows = quantize(gate_up[:, ::2].contiguous(), modality, activation, False, profile.pdl, profile.units)
+    codes, rows = codes[:1], rows[:1]
     for tile in profile.architecture.tiles:
         if tile.serves(group_size_of(weight), weight.two_level):
             for splits in {1, min(tile.max_splits, 2)}:
                 # A layer with a bias may be called without it.
                 for term in {None, bias}:
-                    matmul(codes, rows, weight, activation.gain, term, dtype, tile, splits, profile.inline_assembly)
+                    matmul(
+                        codes,
+                        rows,
+                        weight,
+                        activation.gain,
+                        term,
+                        dtype,
+                        tile,
+                        splits,
+                        profile.inline_assembly,
+                        profile.pdl,
+                    )

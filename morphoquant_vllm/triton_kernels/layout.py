@@ -7,6 +7,10 @@ Each half then is one operand of the int8 matrix units, which take 32 channels a
 
 Unpacked in place, a nibble is 16 * q. The kernels divide by 16 where they multiply by the gain.
 
+Scales take 32 bits for each tile and output channel, wide enough for an asynchronous copy: at G = 32 the two bfloat16
+scales of the tile's low and high nibbles, from the lower bits up, at G = 64 and 128 its one scale in float32. (bfloat16
+by itself is not: on an H100 each turn of the loop then waited for memory.)
+
 With two-level scales P is 64, and nibbles are q + 8. K is rounded up to 2P with levels of 0, which make any weight 0.
 A word of 32 bits holds the levels of two tiles: of the first one's low and high nibbles, then of the second's, from the
 lowest byte up. So a level is there once at G = 32, twice at 64, four times at 128. Channel scales are multiplied by 16,
@@ -36,14 +40,16 @@ class GpuWeight(NamedTuple):
     """A weight record as the kernels read it; the last tensor is absorbed_bias, as the ops demand."""
 
     codes: Tensor  # uint8 [N/128, K/P, 128, P/2]
-    scale: Tensor  # bfloat16 [K/G, N], both rounded up; two-level: words of levels, int32 [K/2P, N]
+    # Both sizes rounded up: G = 32, pairs of bfloat16 as int32 [K/P, N]; G = 64 or 128, float32 [K/P, N]; two-level,
+    # words of levels, int32 [K/2P, N].
+    scale: Tensor
     channel_scale: Tensor  # float32 [N], times 16, with two-level scales, else [0]
     absorbed_bias: Tensor  # float32 [R, N]
 
     @property
     def two_level(self) -> bool:
         """Whether the layer has two-level scales."""
-        return self.scale.dtype is torch.int32
+        return self.channel_scale.numel() > 0
 
 
 class GpuActivation(NamedTuple):
@@ -68,8 +74,8 @@ def group_size_of(weight: GpuWeight) -> int:
     """G, from the shapes; of two-level scales, whose layout does not depend on it, the smallest."""
     if weight.two_level:
         return UNIT_K
-    _, tiles, _, half = weight.codes.shape
-    return tiles * 2 * half // weight.scale.shape[0]
+    channels = 2 * weight.codes.shape[3]
+    return channels if weight.scale.dtype is torch.float32 else channels // 2
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -102,10 +108,18 @@ def prepare_weight(weight: WeightRecord) -> GpuWeight:
         # 0x88 is a pair of weights 0.
         part = pad(part, (0, 0, 0, _round_up(part.shape[0], TILE_N) - part.shape[0]), value=0x88)
         tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels, steps, zero)
-    scale = _words(weight.scale, group_size) if weight.two_level else weight.scale
-    rounded_up = steps // 2 if weight.two_level else steps * channels // group_size
+    scale = _words(weight.scale, group_size) if weight.two_level else scale_words(weight.scale, group_size)
+    rounded_up = steps // 2 if weight.two_level else steps
     scale = pad(scale, (0, rounded_up - scale.shape[1], 0, padded - rows)).T.contiguous()
     return GpuWeight(tiles, scale, weight.channel_scale * 16, weight.absorbed_bias.contiguous())
+
+
+def scale_words(scale: Tensor, group_size: int) -> Tensor:
+    """bfloat16 [N, K/G] as 32 bits for each tile along K: pairs of them as int32, or float32; see the module."""
+    if group_size == tile_channels(group_size):
+        return scale.float()
+    bits = pad(scale, (0, -scale.shape[1] % 2)).view(torch.int16).int()
+    return bits[:, 0::2] & 0xFFFF | bits[:, 1::2] << 16
 
 
 def _words(level: Tensor, group_size: int) -> Tensor:

@@ -10,12 +10,10 @@ from .occupancy import programs_per_unit
 from .resources import Resources
 from .tiles import Architecture, Tile
 
-# Of the result: once for the output, once for what is read beside it. More would lie in the loop.
-MAX_LAYOUT_CONVERSIONS = 2
-# With two-level scales the output is written so many tokens at a time, each part converted once.
-PART_M = 32
-# Output channels from which Triton uses the matrix instructions of warp groups and of tensor memory.
-WIDE_BLOCK_N = 64
+# Where accumulators are in tensor memory, scales need another layout each turn; nothing else may in a loop.
+TENSOR_MEMORY = "tcgen05"
+# Output channels and warps from which Triton uses the matrix instructions of warp groups and of tensor memory.
+WIDE_BLOCK_N, WIDE_WARPS = 64, 4
 SYNCHRONOUS = re.compile(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32")
 WIDE = {
     "sm_90": re.compile(r"wgmma\.mma_async\S*k32\.s32\.s8\.s8"),
@@ -29,7 +27,8 @@ def matrix_instruction(architecture: Architecture, tile: Tile) -> re.Pattern[str
     """The int8 matrix instruction that a tile must be compiled to."""
     if architecture.vendor == "amd":
         return AMD
-    return WIDE.get(architecture.name, SYNCHRONOUS) if tile.block_n >= WIDE_BLOCK_N else SYNCHRONOUS
+    wide = tile.block_n >= WIDE_BLOCK_N and tile.warps >= WIDE_WARPS
+    return WIDE.get(architecture.name, SYNCHRONOUS) if wide else SYNCHRONOUS
 
 
 def spill_problems(used: Resources) -> list[str]:
@@ -61,9 +60,9 @@ def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> li
     copies = (7 if tile.two_level else 3) * tile.stages * tile.unroll
     if architecture.vendor == "nvidia" and used.asynchronous_copies < copies:
         problems.append(f"asynchronous copies: {used.asynchronous_copies}, fewer than {copies}")
-    conversions = max(MAX_LAYOUT_CONVERSIONS, tile.block_m // PART_M if tile.two_level else 0)
+    conversions = any(name.startswith(TENSOR_MEMORY) for name in used.matrix)
     if used.layout_conversions > conversions:
-        problems.append(f"layout conversions: {used.layout_conversions}, over {conversions}")
+        problems.append(f"layout conversions in the loop: {used.layout_conversions}, over {int(conversions)}")
     return problems
 
 

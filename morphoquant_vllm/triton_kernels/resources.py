@@ -31,7 +31,7 @@ class Resources:
     # Matrix instructions as they are called in PTX or AMD's assembly.
     matrix: frozenset[str]
     asynchronous_copies: int  # cp.async of 16 bytes or less, in the PTX
-    layout_conversions: int  # convert_layout in Triton's GPU IR: passes through shared memory
+    layout_conversions: int  # convert_layout in loops of Triton's GPU IR: passes through shared memory, turn by turn
     instructions: tuple[str, ...]  # opcodes of the binary, in order
     loop: tuple[str, ...]  # opcodes of the innermost loop that holds matrix instructions; empty if none, and on AMD
 
@@ -48,6 +48,20 @@ def _cuobjdump(option: str, path: str) -> str:
 def resources(kernel: CompiledKernel) -> Resources:
     """Read what `kernel` uses; NVIDIA cubins through cuobjdump, AMD's from their own metadata."""
     return _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel)
+
+
+def _loop_conversions(text: str) -> int:
+    """Lines with convert_layout between a `scf.for` and the brace that ends it."""
+    count = 0
+    ends: list[int] = []
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if ends and line.lstrip().startswith("}") and indent == ends[-1]:
+            ends.pop()
+        count += bool(ends) and "ttg.convert_layout" in line
+        if "scf.for" in line and line.rstrip().endswith("{"):
+            ends.append(indent)
+    return count
 
 
 def _nvidia(kernel: CompiledKernel) -> Resources:
@@ -70,7 +84,7 @@ def _nvidia(kernel: CompiledKernel) -> Resources:
         threads=kernel.metadata.num_warps * 32,
         matrix=frozenset(MATRIX_SOURCE.findall(ptx)),
         asynchronous_copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
-        layout_conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
+        layout_conversions=_loop_conversions(kernel.asm["ttgir"]),
         instructions=opcodes,
         loop=_matrix_loop([(int(address, 16), opcode, operands) for address, opcode, operands in lines]),
     )
@@ -105,7 +119,7 @@ def _amd(kernel: CompiledKernel) -> Resources:
         threads=kernel.metadata.num_warps * 64,
         matrix=frozenset(MATRIX_SOURCE.findall(assembly)),
         asynchronous_copies=len(re.findall(r"global_load_lds|buffer_load_\w+ .*\blds\b", assembly)),
-        layout_conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
+        layout_conversions=_loop_conversions(kernel.asm["ttgir"]),
         instructions=tuple(re.findall(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+)", assembly, re.MULTILINE)),
         loop=(),
     )

@@ -14,7 +14,7 @@ from morphoquant_vllm.numerics import linear as linear_numerics
 from tests.morphoquant_vllm.triton_kernels.cases import Case, layer, tokens
 
 # Everything that launch.py launches.
-KERNELS = ("quantize_activation", "int4_gemm", "reduce_splits")
+KERNELS = ("quantize_activation", "quantize_tokens", "int4_gemm", "reduce_splits")
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class Served:
 
 def _pretend(architecture: str, units: int) -> None:
     """Let a CPU pass for a GPU of this architecture, as far as the choice of tiles goes."""
-    from morphoquant_vllm.triton_kernels import device, tiles
+    from morphoquant_vllm.triton_kernels import device, selfcheck, tiles
 
-    profile = device.Profile(tiles.architectures()[architecture], units, inline_assembly=False)
+    # Tested by itself; interpreted it takes seconds for each layer.
+    selfcheck.check = lambda *_: None
+    profile = device.Profile(tiles.architectures()[architecture], units, inline_assembly=False, pdl=False)
     device.profile_of = lambda _: profile
 
 
@@ -118,3 +120,49 @@ def fused(case: Case, architecture: str) -> bool:
     y = ops.silu_mul_linear(torch.cat((gate, up), 1), modality, prepared, prepared_activation, None, "triton")
     x = torch.nn.functional.silu(gate) * up
     return torch.equal(y, ops.linear(x, modality, prepared, prepared_activation, None, "triton"))
+
+
+def self_check(two_level: bool) -> tuple[list[str], str]:
+    """What `selfcheck` says of sound kernels, each tile of a table and both quantizers, and of one that is not."""
+    from morphoquant_vllm.triton_kernels import device, launch, selfcheck, tiles
+
+    profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    found = [
+        selfcheck.problem_of_quantizer(288, tokens, silu_mul, dtype, cpu, profile)
+        for tokens in (3, launch.WHOLE_TOKENS)
+        for silu_mul in (False, True)
+    ]
+    tile = profile.architecture.tile(16, 32, two_level)
+    found += [selfcheck.problem_of_tile(tile, 32, splits, dtype, cpu, profile) for splits in (1, 2)]
+    sound = launch.matmul
+
+    def wrong(codes: Tensor, *arguments: Any) -> Tensor:
+        y = sound(codes, *arguments)
+        y[-1, -1] += 1 + y[-1, -1].abs() / 16
+        return y
+
+    launch.matmul = wrong
+    try:
+        return found, selfcheck.problem_of_tile(tile, 32, 1, torch.float16, cpu, profile)
+    finally:
+        launch.matmul = sound
+
+
+def self_check_of_the_quantizer() -> str:
+    """What `selfcheck` says of a quantizer of which one code is wrong."""
+    from morphoquant_vllm.triton_kernels import device, launch, selfcheck, tiles
+
+    profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
+    sound = launch.quantize
+
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        codes, rows = sound(*arguments)
+        codes[1, 1] ^= 1
+        return codes, rows
+
+    launch.quantize = wrong
+    try:
+        return selfcheck.problem_of_quantizer(96, 3, False, torch.float16, torch.device("cpu"), profile)
+    finally:
+        launch.quantize = sound

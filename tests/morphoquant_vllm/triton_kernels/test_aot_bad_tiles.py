@@ -31,7 +31,7 @@ def test_rows_of_256_tokens_spill() -> None:
 
 
 def test_eight_stages_exceed_the_shared_memory() -> None:
-    assert "shared memory: 172032 bytes, the limit is 101376" in problems("sm_89", 128, index=-1, stages=8)
+    assert "shared memory: 175616 bytes, the limit is 101376" in problems("sm_89", 128, index=-1, stages=8)
 
 
 def test_four_stages_leave_no_room_for_the_programs() -> None:
@@ -51,11 +51,12 @@ def test_a_narrow_tile_is_not_compiled_to_wgmma() -> None:
 
 
 def test_unaligned_pointers_are_copied_synchronously() -> None:
-    assert "asynchronous copies: 0" in problems("sm_80", 64, aligned=False)
+    """All but the scales, of which each thread reads whole words."""
+    assert "asynchronous copies: 8, fewer than 24" in problems("sm_80", 64, aligned=False)
 
 
 def test_four_warps_on_128_outputs_convert_layouts_in_the_loop() -> None:
-    assert "layout conversions: 8" in problems("sm_80", 32, block_n=128)
+    assert "layout conversions in the loop: 2, over 0" in problems("sm_80", 32, block_n=128)
 
 
 def test_fused_operations_are_seen() -> None:
@@ -64,7 +65,7 @@ def test_fused_operations_are_seen() -> None:
 
 def test_two_level_scales_without_their_own_tiles() -> None:
     """Two turns an iteration leave a remainder, whose levels change layout; its weights are not copied ahead."""
-    assert "layout conversions: 3" in problems("sm_80", 32, two_level=True, unroll=2)
+    assert "layout conversions in the loop: 1" in problems("sm_80", 32, two_level=True, unroll=2)
 
 
 def test_levels_of_several_rows_are_seen() -> None:

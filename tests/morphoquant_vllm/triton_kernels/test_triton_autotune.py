@@ -12,14 +12,16 @@ import torch
 from morphoquant_vllm.triton_kernels import autotune, tiles
 
 
-def test_every_candidate_is_a_tile_that_the_table_takes() -> None:
-    for architecture in tiles.load(tiles.DEFAULT_TABLE).values():
-        for tile in architecture.tiles:
-            tried = list(autotune.candidates(tile, 32))
-            assert len(tried) == len(set(tried)) > 40
-            for candidate in tried:
-                candidate.check("candidate")
-                assert candidate.max_tokens == tile.max_tokens
+@pytest.mark.parametrize("two_level", [False, True])
+def test_every_candidate_is_a_tile_that_the_table_takes(two_level: bool) -> None:
+    for tokens in autotune.RANGES:
+        tried = list(autotune.candidates(tokens, 64, two_level))
+        assert len(tried) == len(set(tried)) >= 8
+        for candidate in tried:
+            candidate.check("candidate")
+            assert candidate.max_tokens == tokens
+            assert candidate.serves(64, two_level)
+            assert candidate.serves(128, two_level) == two_level
 
 
 def test_the_written_table_serves_the_found_tiles_and_keeps_the_rest(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.morphoquant_vllm.triton_kernels.interpreter import Interpreter
         Case(17, 32, 1088, 64),
         Case(16, 32, 384, 128, blocks=3),
         Case(5, 32, 96, 32, dtype=torch.float32),
+        Case(131, 32, 96, 32, blocks=2),
     ],
     ids=str,
 )
@@ -43,7 +44,7 @@ def test_the_fused_op_gives_the_bits_of_the_two_steps(interpreter: Interpreter, 
 def test_launches_of_a_layer(interpreter: Interpreter, silu_mul: bool, units: int, reductions: int) -> None:
     """The fused op launches what the plain one does: the kernel of silu(gate) * up is what goes."""
     found = interpreter(served.launches, Case(1, 256, 1024, 64), "sm_90", units, silu_mul)
-    assert found == {"quantize_activation": 1, "int4_gemm": 1, "reduce_splits": reductions}
+    assert found == {"quantize_activation": 1, "quantize_tokens": 0, "int4_gemm": 1, "reduce_splits": reductions}
 
 
 def test_no_kernel_is_launched_but_those_that_are_counted() -> None:

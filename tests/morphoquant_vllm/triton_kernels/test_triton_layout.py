@@ -29,8 +29,13 @@ def test_every_weight_and_scale_is_where_the_kernels_look(case: Case) -> None:
     weight, _ = layer(case)
     prepared = layout.prepare_weight(weight)
     assert torch.equal(read_back(prepared, case.out_features, case.in_features), unpack(weight.codes))
+    # 32 bits for each tile of K: two scales of G = 32, the first one lower, or one of a larger G.
+    found = prepared.scale.T.contiguous()
+    if case.group_size == 32:
+        found = found.view(torch.bfloat16)
     groups = case.in_features // case.group_size
-    assert torch.equal(prepared.scale[:groups, : case.out_features].T, weight.scale)
+    assert torch.equal(found[: case.out_features, :groups].float(), weight.scale.float())
+    assert not bool(found[case.out_features :].any()) and not bool(found[:, groups:].any())
     assert layout.group_size_of(prepared) == case.group_size
 
 
@@ -64,14 +69,14 @@ def test_repacking_in_parts_gives_the_same_tiles(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(layout.prepare_weight(weight).codes, whole.codes)
 
 
-@pytest.mark.parametrize("two_level", [False, True])
-def test_weights_are_held_once(two_level: bool) -> None:
+@pytest.mark.parametrize(("group_size", "two_level"), [(32, False), (64, False), (128, False), (64, True)])
+def test_weights_are_held_once(group_size: int, two_level: bool) -> None:
     """4 bits a weight and no more, where N and K need no filling up; levels take a byte for 32 of them."""
-    case = Case(1, 256, 512, 64, two_level=two_level)
+    case = Case(1, 256, 512, group_size, two_level=two_level)
     prepared = layout.prepare_weight(layer(case)[0])
     weights = case.out_features * case.in_features
     assert prepared.codes.numel() == weights // 2
-    assert prepared.scale.nbytes == (weights // 32 if two_level else 2 * weights // case.group_size)
+    assert prepared.scale.nbytes == (weights // 32 if two_level else 4 * weights // max(64, group_size))
 
 
 def test_filled_up_sets_of_intervals_hold_no_token() -> None:

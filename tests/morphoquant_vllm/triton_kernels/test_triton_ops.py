@@ -48,3 +48,15 @@ def test_every_bucket_of_the_table(
     found = interpreter(served.run, case, architecture, 108)
     assert found.codes_equal
     assert found.output_error <= 1
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_a_kernel_that_is_wrong_is_found_while_loading(interpreter: Interpreter, two_level: bool) -> None:
+    sound, wrong = interpreter(served.self_check, two_level)
+    assert sound == [""] * 6
+    assert "is off by" in wrong
+    assert "MORPHOQUANT_TILES" in wrong
+
+
+def test_a_quantizer_that_is_wrong_is_found_while_loading(interpreter: Interpreter) -> None:
+    assert "the quantizer of 96 channels gives other codes" in interpreter(served.self_check_of_the_quantizer)

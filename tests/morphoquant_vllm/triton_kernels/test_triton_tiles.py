@@ -37,7 +37,7 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(changed))
     monkeypatch.setenv(tiles.TABLE_VARIABLE, str(path))
-    assert tiles.architecture_of("9.0").tile(1, 64).stages == 7
+    assert tiles.architecture_of("9.0").tile(1, 32).stages == 7
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Times of layers as a server finds them: inside one CUDA graph, with weights that are not in the cache."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# A server reads all other layers between two uses of one: so many times the cache lie between two uses here.
+COLD_CACHES = 4
+REPLAYS = 20
+
+
+def cold_copies(weight_bytes: int) -> int:
+    """Copies of a layer of so many bytes, used in turn, of which none is in the cache any more when its turn comes."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(2, -(-COLD_CACHES * cache // weight_bytes))
+
+
+def graph_of(calls: Sequence[Callable[[Tensor], object]], x: Tensor) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that makes each of `calls` once, warmed up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in (*calls[:1], *calls):
+            call(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call(x)
+    return graph
+
+
+def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    """Median time of one of the `calls` in a graph."""
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+    return 1000 * statistics.median(times) / calls
