@@ -15,6 +15,7 @@ import morphoquant_vllm
 from calibration.data import Conversation, Media, PlainText
 from calibration.export import copied_files
 from calibration.files import hash_file
+from calibration.integers import has_exact_products
 from calibration.recipe import Recipe
 from calibration.report import PACKAGE, package_version
 from calibration.source import Source
@@ -58,7 +59,7 @@ def identity(
                 name: package_version(name)
                 for name in ("torch", "transformers", "safetensors", "numpy", "pillow", "av")
             },
-            "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' VNNI' * has_exact_products()}",
         },
         "model": _model_files(source),
         "data": [[item.source, _content_hash(item)] for item in data],
