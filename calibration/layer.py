@@ -19,6 +19,7 @@ from calibration.recipe import Recipe
 from calibration.record import ERROR_TOKENS, LayerRecord, escape_rates, output_error
 from calibration.rounding import quantize_compensated, quantize_two_level
 from calibration.sampling import TokenSample
+from morphoquant_vllm.heap import release_freed_memory
 from morphoquant_vllm.numerics import activation, weights
 from morphoquant_vllm.schema import (
     GROUP_SCHEME,
@@ -122,6 +123,8 @@ def quantize_input(
     code_mean, value_mean = moments.means()
     channels = processes.share(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step[gathered.to(step.device)].to(device))
+    # What the runs of tokens had; the squares come next.
+    release_freed_memory()
     int4, *scales = _round_weights(absorbed, moments.take_centred(channels), first, recipe)
     del moments, absorbed
     owners = processes.owners(matrix.shape[0])
