@@ -132,10 +132,7 @@ def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Process
     """
     infinity = torch.tensor(float("inf"), device=others.device)
     found = []
-    for part, low, high in zip(
-        *(value.split(CHANNELS, -1) for value in (others, lowest, highest)),
-        strict=True,
-    ):
+    for part, low, high in zip(*(value.split(CHANNELS, -1) for value in (others, lowest, highest)), strict=True):
         below = torch.where(part < low, low - part, infinity)
         above = torch.where(part > high, part - high, infinity)
         none = infinity.expand(1, part.shape[1])

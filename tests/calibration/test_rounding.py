@@ -198,7 +198,7 @@ def test_scales_do_not_depend_on_how_many_rows_are_solved_at_once(monkeypatch: p
 
 @pytest.mark.parametrize("groups", [64, 160, 344])
 def test_many_groups_are_solved_where_threads_were_set(groups: int) -> None:
-    """The last as many as down_proj of a 3B has: MKL's own threads got it and 160 wrong (see rounding._one_thread)."""
+    """The last as many as down_proj of a 3B has: MKL's LU on its own threads got it and 160 wrong."""
     rows, size = 4, 2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * groups * size, groups * size, generator=generator)
