@@ -15,14 +15,16 @@ import morphoquant_vllm
 from calibration.data import Conversation, Media, PlainText
 from calibration.export import copied_files
 from calibration.files import hash_file
+from calibration.integers import has_exact_products
 from calibration.recipe import Recipe
 from calibration.report import PACKAGE, package_version
 from calibration.source import Source
 from morphoquant_vllm.checkpoint import CONFIG_FILE
+from morphoquant_vllm.cpu_build import kernels
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Of the plugin, what calibration computes with.
-_NUMERICS = ("numerics/*.py", "schema.py", "token_table.py", "checkpoint.py")
+_NUMERICS = ("numerics/*.py", "schema.py", "token_table.py", "checkpoint.py", "cpu*.py", "cpu_kernels/*")
 # Differences that an error message tells.
 _SHOWN = 6
 
@@ -58,11 +60,17 @@ def identity(
                 name: package_version(name)
                 for name in ("torch", "transformers", "safetensors", "numpy", "pillow", "av")
             },
-            "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "cpu": " ".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *_instructions())),
         },
         "model": _model_files(source),
         "data": [[item.source, _content_hash(item)] for item in data],
     }
+
+
+def _instructions() -> list[str]:
+    """With which this machine multiplies codes; none where it does so in float32."""
+    served = kernels()
+    return ["int8 products"] * has_exact_products() + ([f"{served.instructions} kernels"] if served else [])
 
 
 def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

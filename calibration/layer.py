@@ -19,6 +19,7 @@ from calibration.recipe import Recipe
 from calibration.record import ERROR_TOKENS, LayerRecord, escape_rates, output_error
 from calibration.rounding import quantize_compensated, quantize_two_level
 from calibration.sampling import TokenSample
+from morphoquant_vllm.heap import release_freed_memory
 from morphoquant_vllm.numerics import activation, weights
 from morphoquant_vllm.schema import (
     GROUP_SCHEME,
@@ -31,6 +32,8 @@ from morphoquant_vllm.schema import (
 
 # A channel whose codes were all 0 in calibration still counts this part of the mean, so that its weights stay sane.
 IMPORTANCE_FLOOR = 1e-4
+# Tokens whose values are multiplied by their codes at once: enough that the sums are seldom read and written.
+MOMENT_TOKENS = 512
 # Names under which codes and scales are stored, in the order in which rounding gives them.
 _STORED = {
     GROUP_SCHEME: ("weight_codes", "weight_scale"),
@@ -108,19 +111,22 @@ def quantize_input(
     token_set = set_of_row[rows.long()]
     codes = torch.cat([activation.act_quant(part, row, record) for part, row in together(x, rows)])
     gathered = order.long().to(device)
+    matrix = matrix[:, gathered]
     # Values in channel order are made a run of tokens at a time: whole copies of [T, K] are the most that memory holds.
     moments = second_moments.gather(
         _contributions(codes, inputs.target, gathered, rows, token_set, weight, record),
-        sets=len(grids.own) + 2,
-        in_features=x.shape[1],
-        device=device,
+        codes,
+        weight * record.gain[rows.long()].square(),
+        second_moments.Moments.zeros(len(grids.own) + 2, matrix),
     )
     moments.reduce(processes)
-    matrix = matrix[:, gathered]
     code_mean, value_mean = moments.means()
     channels = processes.share(matrix.shape[0])
-    int4, *scales = _round_weights(matrix[channels], step[gathered.to(step.device)].to(device), moments, first, recipe)
-    del moments
+    absorbed = weights.absorb(matrix[channels], step[gathered.to(step.device)].to(device))
+    # What the runs of tokens had; the squares come next.
+    release_freed_memory()
+    int4, *scales = _round_weights(absorbed, moments.take_centred(channels), first, recipe)
+    del moments, absorbed
     owners = processes.owners(matrix.shape[0])
     int4, *scales = (processes.merge(part, owners) for part in (int4, *scales))
     packed = weights.pack(int4)
@@ -205,15 +211,16 @@ def _contributions(
     token_set: Tensor,
     weight: Tensor,
     record: activation.ActivationRecord,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What Moments takes in: codes times gain, 16-bit values less the centre, set and weight of runs of tokens.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """What Moments.add takes in: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
 
     codes [T, K] are in channel order, target [T, K] is put in it: `order` [K] are the natural channels.
     """
-    gain = record.gain[rows.long()][:, None]
-    for part, part_gain, values, row, which, token_weight in together(codes, gain, target, rows, token_set, weight):
+    gain = record.gain[rows.long()]
+    each = (field.split(MOMENT_TOKENS) for field in (codes, gain, target, rows, token_set, weight))
+    for part, part_gain, values, row, which, token_weight in zip(*each, strict=True):
         ordered = values.index_select(1, order)
-        yield part.float() * part_gain, ordered - record.centre[row.long()], which, token_weight
+        yield part, part_gain, ordered.sub_(record.centre[row.long()]), which, token_weight
 
 
 def _any_means(
@@ -246,19 +253,16 @@ def _full_mask(first: LayerSpec, shards: Mapping[str, Tensor], recipe: Recipe) -
 
 
 def _round_weights(
-    matrix: Tensor, step: Tensor, moments: second_moments.Moments, layer: LayerSpec, recipe: Recipe
+    absorbed: Tensor, centred: tuple[Tensor, Tensor], layer: LayerSpec, recipe: Recipe
 ) -> tuple[Tensor, ...]:
-    """int4 codes int8 [N, K] of the 16-bit `matrix` and their scales, all in channel order.
+    """int4 codes int8 [N, K] of the 16-bit weights times steps, `absorbed`, and their scales, all in channel order.
 
-    Scales are bfloat16 [N, K/G], or by the layer's scheme levels uint8 [N, K/G] and channel scale float32 [N]. Uses the
-    moments' [K, K] up.
+    `centred` as from Moments.take_centred, which it uses up. Scales are bfloat16 [N, K/G], or by the layer's scheme
+    levels uint8 [N, K/G] and channel scale float32 [N].
     """
-    absorbed = weights.absorb(matrix, step)
-    target = absorbed
-    hessian, code_value = moments.take_centred()
-    if recipe.regression:
-        target = second_moments.regress((hessian, code_value), matrix, absorbed, recipe.shrinkage)
-    del code_value
+    hessian, code_output = centred
+    target = second_moments.regress(hessian, code_output, absorbed, recipe.shrinkage) if recipe.regression else absorbed
+    del code_output, centred
     if layer.scale_scheme == TWO_LEVEL_SCHEME:
         return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels)
     if recipe.rounding == "compensated":

@@ -26,6 +26,8 @@ MIN_TOKENS = 4
 ROOM = 0.5
 # Intervals that hold more of the other tokens than this do not tell massive tokens apart.
 MAX_FALSE_SHARE = 1e-3
+# Channels that are looked at together.
+CHANNELS = 64
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -109,8 +111,7 @@ def _separate(
     low, high = torch.full((MASSIVE_CHANNELS,), -LARGEST), torch.full((MASSIVE_CHANNELS,), LARGEST)
     lowest, highest = (_extreme(massive, operation, processes) for operation in ("MIN", "MAX"))
     for index in range(MASSIVE_CHANNELS):
-        inside = processes.reduce(((others >= lowest) & (others <= highest)).sum(0), "SUM")
-        below, above = _nearest(others, lowest, highest, processes)
+        inside, below, above = _nearest(others, lowest, highest, processes)
         # Of the channels that tell most tokens apart, the one with the widest empty margin for its values' spread.
         spread = (highest - lowest) + 1e-3 * torch.maximum(lowest.abs(), highest.abs()) + 1e-30
         margin = torch.where(inside == inside.min(), torch.minimum(below, above).clamp(max=LARGEST) / spread, -1.0)
@@ -124,12 +125,21 @@ def _separate(
     return None
 
 
-def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
-    """How far the nearest other value lies below `lowest` and above `highest`, by channel; infinite where none does."""
+def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Processes) -> tuple[Tensor, Tensor, Tensor]:
+    """How many other values lie between `lowest` and `highest` of each channel, and how far the nearest lies outside.
+
+    Below and above; infinite where none does. A few channels at a time: tokens are the most that memory holds.
+    """
     infinity = torch.tensor(float("inf"), device=others.device)
-    below = torch.where(others < lowest, lowest - others, infinity)
-    above = torch.where(others > highest, others - highest, infinity)
-    return _extreme(below, "MIN", processes), _extreme(above, "MIN", processes)
+    found = []
+    for part, low, high in zip(*(value.split(CHANNELS, -1) for value in (others, lowest, highest)), strict=True):
+        below = torch.where(part < low, low - part, infinity)
+        above = torch.where(part > high, part - high, infinity)
+        none = infinity.expand(1, part.shape[1])
+        inside = ((part >= low) & (part <= high)).sum(0)
+        found.append((inside, *(torch.cat((value, none)).amin(0) for value in (below, above))))
+    inside, below, above = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return processes.reduce(inside, "SUM"), processes.reduce(below, "MIN"), processes.reduce(above, "MIN")
 
 
 def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:

@@ -22,10 +22,12 @@ from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 BASE = 3 * 2**28
 # What one input takes at once, in its three phases. The counts were measured (peaks of quantize_input over T, K and N)
 # and rounded up: of float32 [T, K], [K, K] and [N, K], and of the systems that the scales are solved from.
-SEARCH_COPIES = 4.75
+SEARCH_COPIES = 3.75
 KEPT_COPIES = 2.25  # as they are and as they should be, and their codes, a byte each
-FACTOR_SQUARES, FACTOR_MATRICES = 6, 5
-FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 11, 3
+FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
+FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
+# What lies between tensors in the C library's heap.
+HEAP = 2**26
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def input_peak(tokens: int, k: int, n: int, group_size: int) -> int:
     groups = k // group_size
     rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
-    return 4 * round(
+    return HEAP + 4 * round(
         max(
             SEARCH_COPIES * tokens * k + n * k,
             kept + FACTOR_SQUARES * k * k + FACTOR_MATRICES * n * k,

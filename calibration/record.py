@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from calibration.chunks import chunks, together
+from calibration.chunks import chunks
 from calibration.processes import ONE, Processes
 from calibration.rows import RowChoice
 from calibration.sampling import TokenSample
@@ -15,6 +15,8 @@ from morphoquant_vllm.numerics import activation
 
 # The output error is measured on about this many tokens.
 ERROR_TOKENS = 2048
+# So many tokens are multiplied at once: enough that weights are seldom read.
+RUN_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def output_error(
     Each process has some of the tokens.
     """
     error = power = 0.0
-    for part, values, which, token_weight in together(codes, target, token_set, weight):
+    runs = (value.split(RUN_TOKENS) for value in (codes, target, token_set, weight))
+    for part, values, which, token_weight in zip(*runs, strict=True):
         expected = values @ matrix.T
         found = part @ served.T + bias[which]
         error += float(token_weight @ (found - expected).square().sum(1))

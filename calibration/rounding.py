@@ -26,6 +26,8 @@ SCALE_DAMPING = 1e-4
 # Rows whose scales are fitted at once, and elements of their systems [rows, K/G, K/G] at once: bounds their memory.
 SCALE_ROWS = 2048
 SYSTEM_ELEMENTS = 2**25
+# Channels by which those of a group are multiplied at once for them: what comes of it stays in the cache.
+SYSTEM_CHANNELS = 1024
 
 
 def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -35,8 +37,8 @@ def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int) -> tu
     a group: what matters most is rounded while most columns are left to make up for it.
     """
     target, damped = target.float(), _damped(hessian)
-    codes, scale = _in_turns(target, damped, group_size, None, 0)
-    return codes.to(torch.int8), _fit_scales(target, damped, codes, scale)
+    codes, scale, aimed = _in_turns(target, damped, group_size, None, 0)
+    return codes.to(torch.int8), _fit_scales(aimed, damped, codes, scale)
 
 
 def quantize_two_level(target: Tensor, hessian: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,20 +48,21 @@ def quantize_two_level(target: Tensor, hessian: Tensor, group_size: int, levels:
     """
     target, damped = target.float(), _damped(hessian)
     unit = _unit(target, damped, group_size, levels)
-    codes, scale = _in_turns(target, damped, group_size, unit, levels)
+    codes, scale, _ = _in_turns(target, damped, group_size, unit, levels)
     # Division gives the whole number back: either rounding errs by 2^-24 of it at most.
     return codes.to(torch.int8), (scale / unit).round().to(torch.uint8), unit[:, 0].contiguous()
 
 
 def _in_turns(
     target: Tensor, damped: Tensor, group_size: int, unit: Tensor | None, levels: int
-) -> tuple[Tensor, Tensor]:
-    """Codes as floats [N, K] that suit scales [N, K/G], both found in turns."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes as floats [N, K] that suit scales [N, K/G], both found in turns; and target @ damped [N, K]."""
     codes, scale = _gptq(target, damped, group_size, unit, levels)
+    aimed = target @ damped
     for _ in range(TURNS):
-        scale = _multiples(_fit_scales(target, damped, codes, scale), unit, levels)
+        scale = _multiples(_fit_scales(aimed, damped, codes, scale), unit, levels)
         codes = _fit_codes(target, damped, codes, scale)
-    return codes, scale
+    return codes, scale, aimed
 
 
 def _unit(target: Tensor, damped: Tensor, group_size: int, levels: int) -> Tensor:
@@ -93,66 +96,83 @@ def _gptq(target: Tensor, damped: Tensor, group_size: int, unit: Tensor | None, 
     order = (group_order[:, None] * group_size + inner_order).flatten()
     upper = _inverse_factor(damped[order][:, order])
     energy = damped.diagonal()[order].view(groups, group_size)
-    remaining = target[:, order].contiguous()
+    # Rows of memory are columns of the weights: one is worked on at a time.
+    remaining = target.T[order].contiguous()
     codes = torch.empty_like(remaining)
     dtype = torch.bfloat16 if unit is None else torch.float32
     scale = torch.empty(out_features, groups, dtype=dtype, device=target.device)
     for index in range(groups):
         start, end = index * group_size, (index + 1) * group_size
-        group = remaining[:, start:end].clone()
-        group_scale = _multiples(weights.group_scales(group[:, None], energy[index : index + 1]), unit, levels)[:, 0]
-        scale[:, group_order[index]] = group_scale
-        factor = upper[start:end, start:end]
+        group, factor = remaining[start:end], upper[start:end, start:end]
+        found = weights.group_scales(group.T.contiguous()[:, None], energy[index : index + 1])
+        scale[:, group_order[index]] = group_scale = _multiples(found, unit, levels)[:, 0]
         errors = torch.empty_like(group)
         step = group_scale.float()
         for column in range(group_size):
-            code = weights.round_int4(group[:, column], step)
-            codes[:, start + column] = code
-            errors[:, column] = (group[:, column] - code * step) / factor[column, column]
-            group[:, column + 1 :].addr_(errors[:, column], factor[column, column + 1 :], alpha=-1)
-        remaining[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
-    natural = torch.empty_like(codes)
-    natural[:, order] = codes
-    return natural, scale
+            code = weights.round_int4(group[column], step)
+            codes[start + column] = code
+            errors[column] = (group[column] - code * step) / factor[column, column]
+            group[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+        remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    natural = remaining
+    natural[order] = codes
+    return natural.T.contiguous(), scale
 
 
-def _fit_scales(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """The scales [N, K/G], in their dtype, of least loss for codes [N, K]; a scale that would not be positive stays."""
-    parts = (field.split(SCALE_ROWS) for field in (target, codes, scale))
+def _fit_scales(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The scales [N, K/G], in their dtype, of least loss for codes [N, K]; a scale that would not be positive stays.
+
+    aimed [N, K] = target @ damped.
+    """
+    groups = scale.shape[1]
+    rows = min(SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
+    parts = (field.split(rows) for field in (aimed, codes, scale))
     return torch.cat([_fit_rows(own, damped, *rest) for own, *rest in zip(*parts, strict=True)])
 
 
-def _fit_rows(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def _fit_rows(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     groups = scale.shape[1]
-    grouped = codes.unflatten(1, (groups, -1))
-    right = ((target @ damped).unflatten(1, (groups, -1)) * grouped).sum(-1)
-    rows = max(1, SYSTEM_ELEMENTS // groups**2)
-    parts = zip(grouped.split(rows), right.split(rows), scale.split(rows), strict=True)
-    return torch.cat([_solve_scales(damped, *part) for part in parts])
+    right = (aimed * codes).unflatten(1, (groups, -1)).sum(-1)
+    return _solve_scales(damped, codes.unflatten(1, (groups, -1)), right, scale)
 
 
 def _solve_scales(damped: Tensor, grouped: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """The scales [rows, groups] for codes `grouped` [rows, groups, G] and right-hand sides `right` [rows, groups]."""
-    out_features, groups = scale.shape
-    system = torch.empty(out_features, groups, groups, device=damped.device)
-    for group, columns in enumerate(damped.unflatten(0, (groups, -1))):
-        system[:, group] = ((grouped[:, group] @ columns).unflatten(1, (groups, -1)) * grouped).sum(-1)
+    groups, group_size = grouped.shape[1:]
+    codes = grouped.flatten(1).T.contiguous()
+    system = torch.empty(scale.shape[0], groups, groups, device=damped.device)
+    columns = SYSTEM_CHANNELS // group_size * group_size
+    # Systems are symmetric: of each row what begins at the diagonal.
+    for group in range(groups):
+        start = group * group_size
+        own = slice(start, start + group_size)
+        for first in range(start, codes.shape[0], columns):
+            others = slice(first, first + columns)
+            product = (damped[others, own] @ codes[own]).mul_(codes[others]).unflatten(0, (-1, group_size)).sum(1)
+            found = slice(first // group_size, first // group_size + product.shape[0])
+            system[:, group, found] = product.T
     diagonal = system.diagonal(dim1=1, dim2=2)
     energy = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     ridge = (SCALE_DAMPING * energy).expand(-1, groups)
     diagonal += ridge
     with _one_thread():
-        fitted = torch.linalg.solve(system, right + ridge * scale.float()).to(scale.dtype)
-    return torch.where((fitted > 0) & fitted.isfinite(), fitted, scale)
+        # Transposed it has the layout of LAPACK, and its lower triangle is what was computed.
+        factor, failed = torch.linalg.cholesky_ex(system.mT)
+        del system, diagonal
+        # Not cholesky_solve: it copies the factors, which takes longer than solving.
+        half = torch.linalg.solve_triangular(factor, (right + ridge * scale.float())[..., None], upper=False)
+        fitted = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0].to(scale.dtype)
+    solved = (failed == 0)[:, None] & (fitted > 0) & fitted.isfinite()
+    return torch.where(solved, fitted, scale)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Compute on one CPU thread.
 
-    torch deals a batch of systems out to its threads. Once a process has called torch.set_num_threads, MKL factorises
-    the larger of these (160 unknowns and more) wrongly, on as many threads again, and says so of the largest alone
-    (torch 2.13.0+cpu on AVX512).
+    torch deals a batch of systems out to its threads. Once a process has called torch.set_num_threads, MKL's LU
+    factorises the larger of these (160 unknowns and more) wrongly, on as many threads again, and says so of the largest
+    alone (torch 2.13.0+cpu on AVX512). Cholesky's was not seen to; it is not left to chance.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -164,27 +184,31 @@ def _one_thread() -> Iterator[None]:
 
 def _fit_codes(target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """One pass over the columns: each takes the codes of least loss, the other columns [N, K] as they stand."""
-    codes = codes.clone()
     group_size = codes.shape[1] // scale.shape[1]
-    step = scale.float().repeat_interleave(group_size, dim=1)
-    gradient = (target - codes * step) @ damped
+    # Rows of memory are columns of the weights: one is worked on at a time.
+    codes = codes.T.contiguous()
+    step = scale.float().T.repeat_interleave(group_size, dim=0)
+    gradient = damped @ (target.T - codes * step)
     energy = damped.diagonal()
-    for start in range(0, codes.shape[1], BLOCK_COLUMNS):
-        columns = slice(start, start + BLOCK_COLUMNS)
-        near, local = gradient[:, columns].clone(), damped[columns, columns]
-        changes = torch.zeros_like(near)
-        for offset in range(near.shape[1]):
-            column = start + offset
-            wanted = codes[:, column] * step[:, column] + near[:, offset] / energy[column]
-            better = weights.round_int4(wanted, step[:, column])
-            changes[:, offset] = (better - codes[:, column]) * step[:, column]
-            codes[:, column] = better
-            near.addr_(changes[:, offset], local[offset], alpha=-1)
-        gradient.addmm_(changes, damped[columns], alpha=-1)
-    return codes
+    for start in range(0, codes.shape[0], BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, codes.shape[0])
+        near, local = gradient[start:end], damped[start:end, start:end]
+        changes = torch.empty_like(near)
+        for offset in range(end - start):
+            own, own_step = codes[start + offset], step[start + offset]
+            better = weights.round_int4(own * own_step + near[offset] / energy[start + offset], own_step)
+            changes[offset] = (better - own) * own_step
+            codes[start + offset] = better
+            near[offset + 1 :].addr_(local[offset, offset + 1 :], changes[offset], alpha=-1)
+        gradient[end:].addmm_(damped[start:end, end:].T, changes, alpha=-1)
+    return codes.T.contiguous()
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with U^T U = hessian^-1, float32 [K, K]."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(hessian)
+    # Each is [K, K]: three at once are enough.
+    del hessian
+    inverse = torch.cholesky_inverse(factor)
+    del factor
     return torch.linalg.cholesky(inverse, upper=True)

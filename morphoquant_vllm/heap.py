@@ -1,4 +1,4 @@
-"""Memory of what is served on a CPU: large records in large pages, and what was freed given back."""
+"""Memory on a CPU: large records in large pages, and what was freed given back."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def _malloc_trim() -> Callable[[int], int] | None:
 def release_freed_memory() -> None:
     """Return the pages of what was freed inside the heap.
 
-    glibc keeps them: tensors below 32 MB lie in its heap, and canonical tensors that were freed between repacked ones
-    would stay resident as holes (1.45 times the checkpoint was seen instead of 1.05).
+    glibc keeps them: tensors below 32 MB lie in its heap, and what was freed between others stays resident as holes:
+    canonical tensors between repacked ones (1.45 times the checkpoint was seen instead of 1.05), and in calibration
+    what forwards and collectors had.
     """
     trim = _malloc_trim()
     if trim is not None:

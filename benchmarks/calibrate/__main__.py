@@ -168,9 +168,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
 
 
 def run_quick(arguments: argparse.Namespace) -> None:
-    """A cheaply calibrated checkpoint of a generated model."""
-    import tempfile
-
+    """A cheaply calibrated checkpoint of a generated model; the same command goes on after one that was cut short."""
     from transformers.utils import logging as transformers_logging
 
     from benchmarks.calibrate.data import write_data
@@ -180,16 +178,18 @@ def run_quick(arguments: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     recipe = read_recipe(overrides={**QUICK, **settings(arguments.set)})
-    with tempfile.TemporaryDirectory() as directory:
-        data = write_data(Path(directory), arguments.model, recipe.max_samples, recipe.window_tokens, 0)
-        calibrate(
-            arguments.model,
-            data,
-            arguments.output,
-            recipe=recipe,
-            overwrite=arguments.overwrite,
-            on_block=lambda result: say(f"block {result.index + 1}/{result.count}"),
-        )
+    # Beside the output, as the work: a run goes on with data of the same names alone.
+    output = arguments.output.resolve()
+    directory = output.with_name(f"{output.name}.data")
+    calibrate(
+        arguments.model,
+        write_data(directory, arguments.model, recipe.max_samples, recipe.window_tokens, 0),
+        arguments.output,
+        recipe=recipe,
+        overwrite=arguments.overwrite,
+        on_block=lambda result: say(f"block {result.index + 1}/{result.count}"),
+    )
+    shutil.rmtree(directory)
     say(arguments.output)
 
 

@@ -110,9 +110,11 @@ def test_the_model_may_run_in_16_bit(tiny: TinyModels, tmp_path: Path, dtype: st
         for name in (dtype, "float32")
     ]
     assert verify_checkpoint(tmp_path / dtype) == 14
-    for low, high in zip(*(report["layers"].values() for report in reports), strict=True):
-        # bfloat16 keeps 8 bits of an activation: codes move by one here and there, errors by a few per cent.
-        assert low["output_error"] == pytest.approx(high["output_error"], rel=0.15)
+    errors = [[layer["output_error"] for layer in report["layers"].values()] for report in reports]
+    # bfloat16 keeps 8 bits of an activation: codes move by one here and there, errors by a few per cent. So few tokens
+    # make single layers differ by up to a quarter, as another number of sampled tokens shows.
+    assert errors[0] == pytest.approx(errors[1], rel=0.3)
+    assert sum(errors[0]) == pytest.approx(sum(errors[1]), rel=0.15)
 
 
 def test_text_files_and_ignored_layers(tiny: TinyModels, tmp_path: Path) -> None:

@@ -156,3 +156,19 @@ def test_no_intervals_are_legal_and_hold_nothing(blocks: int) -> None:
     assert all(bool(field.isfinite().all()) for field in intervals)
     extreme = torch.tensor([0.0, torch.finfo(torch.float32).max, -torch.inf, torch.inf, torch.nan])
     assert not bool(holds(extreme[:, None].expand(5, K), intervals).any())
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_intervals_do_not_depend_on_how_many_channels_are_looked_at_together(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 24, generator=generator)
+    massive = torch.arange(500) % 50 == 0
+    x[massive, 3] += 5
+    x[massive, 17] -= 4
+    found = find_intervals(x, massive, blocks)
+    assert bool((found.low <= found.high).all()), "or nothing would be told apart"
+    monkeypatch.setattr("calibration.massive.CHANNELS", 5)
+    for ours, theirs in zip(find_intervals(x, massive, blocks), found, strict=True):
+        assert torch.equal(ours, theirs)

@@ -62,7 +62,7 @@ def test_every_turn_lowers_the_loss(group_size: int) -> None:
     codes = codes.float()
     losses = [loss(damped, weight, codes, scale)]
     for _ in range(2):
-        scale = _fit_scales(weight, damped, codes, scale)
+        scale = _fit_scales(weight @ damped, damped, codes, scale)
         losses.append(loss(damped, weight, codes, scale))
         codes = _fit_codes(weight, damped, codes, scale)
         assert float(codes.min()) >= -8 and float(codes.max()) <= 7
@@ -189,14 +189,16 @@ def test_scales_do_not_depend_on_how_many_rows_are_solved_at_once(monkeypatch: p
     codes = torch.randint(-8, 8, (50, 128), generator=generator).float()
     target, x = torch.randn(50, 128, generator=generator), torch.randn(300, 128, generator=generator)
     scale = torch.full((50, 4), 0.1).bfloat16()
-    expected = _fit_scales(target, _damped(x.T @ x), codes, scale)
+    damped = _damped(x.T @ x)
+    expected = _fit_scales(target @ damped, damped, codes, scale)
     monkeypatch.setattr("calibration.rounding.SYSTEM_ELEMENTS", 7 * 4**2)
-    assert torch.equal(_fit_scales(target, _damped(x.T @ x), codes, scale), expected)
+    monkeypatch.setattr("calibration.rounding.SYSTEM_CHANNELS", 64)
+    assert torch.equal(_fit_scales(target @ damped, damped, codes, scale), expected)
 
 
 @pytest.mark.parametrize("groups", [64, 160, 344])
 def test_many_groups_are_solved_where_threads_were_set(groups: int) -> None:
-    """The last as many as down_proj of a 3B has: MKL's own threads got it and 160 wrong (see rounding._one_thread)."""
+    """The last as many as down_proj of a 3B has: MKL's LU on its own threads got it and 160 wrong."""
     rows, size = 4, 2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * groups * size, groups * size, generator=generator)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from calibration.served import ServedLinear, TokenRows
+from morphoquant_vllm import cpu
 from morphoquant_vllm.numerics.activation import is_massive
 from morphoquant_vllm.numerics.linear import linear
 from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
@@ -24,14 +25,24 @@ def stored(parallel: str, scheme: str = "group") -> tuple[dict[str, Tensor], Qua
 @pytest.mark.parametrize(("parallel", "scheme"), [("column", "group"), ("row", "group"), ("row", "two_level")])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_computes_the_definition(parallel: str, scheme: str, with_bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_it_computes_the_definition(
+    parallel: str, scheme: str, with_bias: bool, dtype: torch.dtype, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
+        pytest.skip("the kernels do not run here")
     tensors, spec = stored(parallel, scheme)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(3)).to(dtype) if with_bias else None
     x = torch.randn(60, K, generator=torch.Generator().manual_seed(4)).to(dtype)
     massive = is_massive(x, *(tensors[f"massive_{name}"] for name in ("channel", "low", "high")))
     assert 5 < int(massive.sum()) < 55
-    served = ServedLinear(tensors, bias, TokenRows(spec.any_row), torch.device("cpu"))
-    rows = torch.full((60,), spec.any_row, dtype=torch.int32)
+    # Of known modality and not.
+    modality = (torch.arange(60) % 3).int() if with_bias else None
+    served = ServedLinear(tensors, bias, TokenRows(spec.any_row, modality), torch.device("cpu"))
+    assert (served.prepared is not None) == kernels
+    rows = torch.full((60,), spec.any_row, dtype=torch.int32) if modality is None else modality
     expected = linear(x, rows, weight_of(tensors), activation_of(tensors), bias)
     y = served(x)
     assert y.dtype is dtype

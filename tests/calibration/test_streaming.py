@@ -111,11 +111,12 @@ def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
 @pytest.mark.parametrize(
     ("tokens", "k", "n", "measured"),
     [
-        (1024, 4096, 128, 382),
-        (16384, 1024, 128, 291),
-        (2048, 1024, 4096, 220),
-        (4096, 3072, 512, 313),
-        (16384, 11008, 2048, 4526),
+        (1024, 4096, 128, 307),
+        (16384, 1024, 128, 297),
+        (2048, 1024, 4096, 297),
+        (4096, 3072, 512, 348),
+        (4096, 2048, 8192, 850),
+        (16384, 11008, 2048, 3758),
     ],
 )
 def test_the_formula_covers_what_was_measured(tokens: int, k: int, n: int, measured: int) -> None:

@@ -6,7 +6,30 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.calibrate import __main__ as command
 from benchmarks.calibrate.__main__ import main
+
+
+def test_a_quick_calibration_that_was_cut_short_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, places = tmp_path / "checkpoint", list[str]()
+    monkeypatch.setattr(sys, "argv", ["calibrate", "quick", str(model), "--output", str(checkpoint)])
+
+    def stop(line: object) -> None:
+        places.extend(sorted(path.name for path in tmp_path.iterdir()))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "say", stop)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main()
+    assert places == ["checkpoint.data", "checkpoint.work"]
+    capsys.readouterr()
+    main()
+    printed = capsys.readouterr().out
+    assert "block 2/" in printed and "block 1/" not in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.full
