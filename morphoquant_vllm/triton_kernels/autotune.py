@@ -2,8 +2,8 @@
 
 For every range of tokens, and group size or two-level scales, the tile wins with which a layer's linears take least in
 all, each with its quantizer. Weights are not in the cache when they are used, as in a server. Only tiles whose binaries
-pass `proof` are measured; they are compiled on all cores. Serve with MORPHOQUANT_TILES=OUT to use the table. Nothing in
-serving measures anything.
+pass `proof` and whose results are the reference's are measured; they are compiled on all cores. Serve with
+MORPHOQUANT_TILES=OUT to use the table. Nothing in serving measures anything.
 """
 
 from __future__ import annotations
@@ -129,34 +129,25 @@ def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Ti
     if tile.two_level and profile.inline_assembly and proof.level_problems(kernel):
         return []
     fitting = occupancy.programs_per_unit(used, profile.architecture)
-    return [replace(tile, programs_per_unit=programs) for programs in sorted({1, min(2, fitting), min(4, fitting)})]
+    return [replace(tile, programs_per_unit=count) for count in sorted({min(count, fitting) for count in (1, 2, 4, 8)})]
 
 
 def compiled(job: tuple[Tile, int, str]) -> list[Tile]:
-    """What `sound` gives, compiled into Triton's cache for launches on the GPU at hand; run in a process of its own."""
+    """What `sound` gives, if its results are right on the GPU at hand; run in a process of its own.
+
+    Which also compiles the kernels into Triton's cache, where the measuring process finds them.
+    """
+    from . import selfcheck
+
     tile, group_size, target = job
     torch.set_num_threads(1)
     device = torch.device("cuda", torch.cuda.current_device())
     profile = profile_of(device)
     found = sound(tile, group_size, target, profile)
-    if found:
-        weight = random_weight(2 * TILE_N, 8 * TILE_N, group_size, tile.two_level, device)
-        for splits in (1, 2):
-            launch_once(replace(tile, max_splits=splits, programs_per_unit=splits), weight, profile)
+    settings = (torch.bfloat16, device, profile)
+    if any(selfcheck.problem_of_tile(tile, group_size, splits, *settings) for splits in (1, 2) if found):
+        return []
     return found
-
-
-def launch_once(tile: Tile, weight: GpuWeight, profile: Profile) -> None:
-    """Launch a tile's kernel on one token, which compiles it; with max_splits 2 the one of partial sums."""
-    from . import launch
-
-    device = weight.codes.device
-    codes = torch.zeros((1, 8 * TILE_N), dtype=torch.int8, device=device)
-    rows = torch.zeros(1, dtype=torch.int32, device=device)
-    gain = torch.ones(2, device=device)
-    settings = (tile, tile.max_splits, profile.inline_assembly, profile.pdl)
-    launch.matmul(codes, rows, weight, gain, None, torch.bfloat16, *settings)
-    torch.cuda.synchronize()
 
 
 def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Profile, device: torch.device) -> Tile:
@@ -199,7 +190,7 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
     jobs = [(tile, kind[0], target) for kind in kinds for tokens in RANGES for tile in candidates(tokens, *kind)]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         sounds = pool.map(compiled, jobs, chunksize=1)
-    print(f"{len(jobs)} tiles compiled, {sum(map(bool, sounds))} pass the proof", flush=True)
+    print(f"{len(jobs)} tiles compiled, {sum(map(bool, sounds))} pass the proofs", flush=True)
     found = []
     for group_size, two_level in kinds:
         weights = [
@@ -214,7 +205,7 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
                 for variant in passed
             ]
             if not variants:
-                raise MorphoQuantError(f"no tile for up to {tokens} tokens passes the proof on {name}; keep the table")
+                raise MorphoQuantError(f"no tile for up to {tokens} tokens passes the proofs on {name}; keep the table")
             found.append(best_tile(variants, weights, profile, device))
             kind = "two-level scales" if two_level else f"G = {group_size}"
             print(f"M <= {tokens} {kind}: {found[-1].reason}", flush=True)

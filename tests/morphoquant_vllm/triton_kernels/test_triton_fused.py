@@ -21,7 +21,7 @@ from tests.morphoquant_vllm.triton_kernels.interpreter import Interpreter
         Case(17, 32, 1088, 64),
         Case(16, 32, 384, 128, blocks=3),
         Case(5, 32, 96, 32, dtype=torch.float32),
-        Case(131, 32, 96, 32, blocks=2),
+        Case(131, 32, 128, 32, blocks=2),
     ],
     ids=str,
 )
