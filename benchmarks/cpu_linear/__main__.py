@@ -7,7 +7,8 @@ import os
 import shlex
 import sys
 import time
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) -> list[dict[str, Any]]:
     """One entry for each layer and number of threads."""
-    import torch
-
-    from benchmarks.cpu_linear.measure import interleaved
-    from benchmarks.cpu_linear.peers import linears
+    from benchmarks.cpu_linear.linears import measure
 
     chosen = {
         f"{model} {name}": shape
@@ -48,41 +46,18 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
         for name, shape in MODELS[model].items()
         if not arguments.layers or name in arguments.layers
     }
+    settings = (chosen, arguments.group_sizes, arguments.tokens, arguments.seconds)
     found = []
-    for name, (outputs, channels) in chosen.items():
-        half = outputs * channels / 2
-        weight_bytes = {
-            "oneDNN bf16": 4 * half,
-            "torch bf16": 4 * half,
-            "oneDNN W8A8": 2 * half,
-            "W4A16 cpu_gemm_wna16": half * (1 + 4 / 128),
-            "zentorch W8A8": 2 * half,
-            "zentorch W4A8": half * (1 + 4 / 128),
-            "zentorch W4A16": half * (1 + 4 / 128),
-        }
-        weight_bytes |= {f"MorphoQuant G={size}": half * (1 + 4 / size) for size in arguments.group_sizes}
-        weight_bytes |= {f"MorphoQuant G={size} two-level": half * (1 + 2 / size) for size in arguments.group_sizes}
-        for threads in arguments.threads:
-            torch.set_num_threads(threads)
-            # Made anew: vLLM's oneDNN keeps its plan for each M, made for the number of threads of the first call.
-            ways, reasons = linears(outputs, channels, arguments.group_sizes, max(arguments.tokens))
-            left_out.update(dict.fromkeys(reasons))
-            points = []
-            for tokens in arguments.tokens:
-                x = torch.randn(tokens, channels).bfloat16()
-                times = interleaved({way: partial(run, x) for way, run in ways.items()}, arguments.seconds)
-                points.append(
-                    {"tokens": tokens, "times": times, "weight_bytes": {way: weight_bytes[way] for way in ways}}
-                )
-                print(f"{name} M={tokens} threads={threads}: " + _line(times), flush=True)
-            found.append(
-                {"layer": name, "outputs": outputs, "channels": channels, "threads": threads, "points": points}
-            )
+    for threads in arguments.threads:
+        if len(arguments.threads) == 1:
+            cases, reasons = measure(threads, *settings)
+        else:
+            # oneDNN keeps the number of threads of its first call, for layers made later, too.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                cases, reasons = process.submit(measure, threads, *settings).result()
+        found += cases
+        left_out.update(dict.fromkeys(reasons))
     return found
-
-
-def _line(times: dict[str, dict[str, float]]) -> str:
-    return ", ".join(f"{name} {taken['median'] * 1e6:.0f} µs" for name, taken in times.items())
 
 
 def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -90,3 +90,17 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     assert f"{summary['rows'][0]['ratio']:.3f}" in text and "10 |" in text
     assert f"| {summary['pages'][0]['ratio']:.2f} |" in text
     assert all(ceiling["gb_s"] > 0 and ceiling["gmac_s"] > 0 for ceiling in summary["ceilings"].values())
+
+
+@pytest.mark.full
+def test_each_number_of_threads_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process oneDNN stays with the threads of its first call: at 2 it was measured on 1."""
+    monkeypatch.setitem(MODELS, "bars", {"small": (OUTPUTS, CHANNELS)})
+    monkeypatch.setattr("benchmarks.cpu_linear.peak.READ_BYTES", 1 << 20)
+    monkeypatch.setattr("benchmarks.cpu_linear.peak.DOT_ROUNDS", 1000)
+    before = torch.get_num_threads()
+    assert before == 1
+    settings = ["--tokens", "1", "--threads", "1", "2", "--group-sizes", "64", "--seconds", "0"]
+    summary = run(parser().parse_args(["linears", *settings]), "command")
+    assert [case["threads"] for case in summary["linears"]] == [1, 2]
+    assert torch.get_num_threads() == before, "nothing was measured here"

@@ -1,0 +1,54 @@
+"""Times of linear layers on one number of threads, every way in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.cpu_linear.measure import interleaved
+from benchmarks.cpu_linear.peers import linears
+
+
+def weight_bytes(outputs: int, channels: int, group_sizes: Sequence[int]) -> dict[str, float]:
+    """Bytes of a layer's weights and scales, by way."""
+    half = outputs * channels / 2
+    found = {
+        "oneDNN bf16": 4 * half,
+        "torch bf16": 4 * half,
+        "oneDNN W8A8": 2 * half,
+        "W4A16 cpu_gemm_wna16": half * (1 + 4 / 128),
+        "zentorch W8A8": 2 * half,
+        "zentorch W4A8": half * (1 + 4 / 128),
+        "zentorch W4A16": half * (1 + 4 / 128),
+    }
+    found |= {f"MorphoQuant G={size}": half * (1 + 4 / size) for size in group_sizes}
+    return found | {f"MorphoQuant G={size} two-level": half * (1 + 2 / size) for size in group_sizes}
+
+
+def measure(
+    threads: int,
+    layers: Mapping[str, tuple[int, int]],
+    group_sizes: Sequence[int],
+    tokens: Sequence[int],
+    seconds: float,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One entry for each of `layers`, [N, K] by name, and why a way is left out. Sets torch's number of threads."""
+    torch.set_num_threads(threads)
+    found: list[dict[str, Any]] = []
+    left_out: dict[str, None] = {}
+    for name, (outputs, channels) in layers.items():
+        taken = weight_bytes(outputs, channels, group_sizes)
+        ways, reasons = linears(outputs, channels, group_sizes, max(tokens))
+        left_out.update(dict.fromkeys(reasons))
+        points = []
+        for count in tokens:
+            x = torch.randn(count, channels).bfloat16()
+            times = interleaved({way: partial(run, x) for way, run in ways.items()}, seconds)
+            points.append({"tokens": count, "times": times, "weight_bytes": {way: taken[way] for way in ways}})
+            line = ", ".join(f"{way} {time['median'] * 1e6:.0f} µs" for way, time in times.items())
+            print(f"{name} M={count} threads={threads}: {line}", flush=True)
+        found.append({"layer": name, "outputs": outputs, "channels": channels, "threads": threads, "points": points})
+    return found, list(left_out)
