@@ -77,9 +77,10 @@ def problem_of_quantizer(
         mask=torch.rand((ROWS, in_features), generator=generator) < 0.5,
         gain=torch.ones(ROWS),
         channel_order=torch.randperm(in_features, generator=generator).int(),
-        massive_channel=torch.tensor([[0, 1]], dtype=torch.int32),
-        massive_low=torch.tensor([[0.0, -0.5]]),
-        massive_high=torch.tensor([[4.0, 8.0]]),
+        # As many intervals as layers have: Triton compiles a kernel for their number. Half the tokens are massive.
+        massive_channel=torch.arange(4, dtype=torch.int32)[None],
+        massive_low=torch.full((1, 4), -4.0),
+        massive_high=torch.full((1, 4), 8.0),
     )
     x = (torch.randn((tokens, in_features * (1 + silu_mul)), generator=generator) * 4).to(dtype)
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
