@@ -7,32 +7,69 @@
 
 namespace morphoquant {
 
+// Tokens whose absorbed biases and outputs are fetched before a panel is computed; of more, while they are written.
+constexpr int64_t kFetchTokens = 24;
+
+inline int64_t element_size(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// What token m of a panel reads and writes at its end: it was not used since the last layer, or ever.
+template <int Blocks>
+inline void fetch_outputs(const Call& c, int64_t block, int64_t m) {
+  const int64_t n = block * kBlock;
+  const auto* absorbed = reinterpret_cast<const char*>(c.absorbed_bias + c.token_row[m] * c.outputs + n);
+  auto* y = static_cast<char*>(c.y) + (m * c.outputs + n) * element_size(c.dtype);
+  for (int64_t byte = 0; byte < Blocks * kBlock * 4; byte += 64) __builtin_prefetch(absorbed + byte);
+  for (int64_t byte = 0; byte < Blocks * kBlock * element_size(c.dtype); byte += 64) __builtin_prefetch(y + byte, 1);
+}
+
+template <int Blocks>
+inline void fetch_for_epilogue(const Call& c, int64_t block, int64_t first, int64_t last) {
+  for (int64_t m = first; m < std::min(first + kFetchTokens, last); ++m) fetch_outputs<Blocks>(c, block, m);
+}
+
+// The layer's own bias of outputs [n, n + 8) as float32.
+inline __m256 own_bias(const Call& c, int64_t n, int64_t count) {
+  if (!c.bias) return _mm256_setzero_ps();
+  if (c.bias_dtype == kFloat32) return load_part<kFloat32>(static_cast<const float*>(c.bias) + n, count);
+  const auto* bias = static_cast<const uint16_t*>(c.bias) + n;
+  return c.bias_dtype == kBFloat16 ? load_part<kBFloat16>(bias, count) : load_part<kFloat16>(bias, count);
+}
+
 // gain * sum + absorbed_bias (+ bias), cast to the dtype of y, for tokens [first, last) and `Blocks` blocks.
 template <int64_t T, int Blocks>
 inline void epilogue_as(const Call& c, int64_t block, int64_t first, int64_t last, const float* out) {
+  constexpr int kEights = Blocks * kBlock / 8;
   const int64_t n0 = block * kBlock;
-  for (int64_t v = 0; v < Blocks * kBlock && n0 + v < c.outputs; v += 8) {
-    const int64_t n = n0 + v, count = std::min<int64_t>(8, c.outputs - n);
-    __m256 bias = _mm256_setzero_ps();
-    if (c.bias) {
-      if (c.bias_dtype == kFloat32) {
-        bias = load_part<kFloat32>(static_cast<const float*>(c.bias) + n, count);
-      } else if (c.bias_dtype == kBFloat16) {
-        bias = load_part<kBFloat16>(static_cast<const uint16_t*>(c.bias) + n, count);
-      } else {
-        bias = load_part<kFloat16>(static_cast<const uint16_t*>(c.bias) + n, count);
-      }
-    }
-    for (int64_t m = first; m < last; ++m) {
-      const int64_t row = c.token_row[m];
-      __m256 sum = _mm256_loadu_ps(out + (m - first) * Blocks * kBlock + v);
+  const bool whole = n0 + Blocks * kBlock <= c.outputs;
+  __m256 bias[kEights], scale[kEights];
+  for (int i = 0; i < kEights; ++i) {
+    const int64_t n = n0 + i * 8;
+    bias[i] = n < c.outputs ? own_bias(c, n, c.outputs - n) : _mm256_setzero_ps();
+    scale[i] = c.two_level ? _mm256_loadu_ps(c.channel_scale + n) : _mm256_setzero_ps();
+  }
+  for (int64_t m = first; m < last; ++m, out += Blocks * kBlock) {
+    if (m + kFetchTokens < last) fetch_outputs<Blocks>(c, block, m + kFetchTokens);
+    const int64_t row = c.token_row[m];
+    const __m256 gain = _mm256_set1_ps(c.gain[row]);
+    const float* absorbed = c.absorbed_bias + row * c.outputs + n0;
+    auto* y = static_cast<typename Element<T>::Type*>(c.y) + m * c.outputs + n0;
+    const auto value = [&](int i, __m256 own_absorbed) {
+      __m256 sum = _mm256_loadu_ps(out + i * 8);
       // With two-level scales the sums are integers.
-      if (c.two_level) {
-        sum = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(sum)), _mm256_loadu_ps(c.channel_scale + n));
+      if (c.two_level) sum = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(sum)), scale[i]);
+      return _mm256_add_ps(_mm256_fmadd_ps(gain, sum, own_absorbed), bias[i]);
+    };
+    if (whole) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kEights; i += 2) {
+        Element<T>::store(y + i * 8, value(i, _mm256_loadu_ps(absorbed + i * 8)),
+                          value(i + 1, _mm256_loadu_ps(absorbed + i * 8 + 8)));
       }
-      const __m256 absorbed = load_part<kFloat32>(c.absorbed_bias + row * c.outputs + n, count);
-      const __m256 value = _mm256_add_ps(_mm256_fmadd_ps(_mm256_set1_ps(c.gain[row]), sum, absorbed), bias);
-      store_part<T>(static_cast<typename Element<T>::Type*>(c.y) + m * c.outputs + n, value, count);
+      continue;
+    }
+    for (int64_t n = 0; n0 + n < c.outputs && n < Blocks * kBlock; n += 8) {
+      const int64_t count = c.outputs - n0 - n;
+      store_part<T>(y + n, value(static_cast<int>(n / 8), load_part<kFloat32>(absorbed + n, count)), count);
     }
   }
 }

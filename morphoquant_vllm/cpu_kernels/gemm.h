@@ -19,12 +19,15 @@
 
 namespace morphoquant {
 
-// A strip's channels: a multiple of every G. 512 of 32 outputs are 8 KiB.
-constexpr int64_t kStrip = 512;
+// A strip's channels: a multiple of every G. 512 of 32 outputs are 8 KiB. Two tiles wait less for a shorter one, in
+// which the first fetches less of the next at a time.
+constexpr int64_t kStrip = 512, kStripOfTwo = 256;
 // Most tokens for which a panel keeps its float sums (24 KiB for 32 outputs).
 constexpr int64_t kMostTokens = 192;
-// How far ahead weights are fetched where each is used once (bytes).
-constexpr int64_t kFetchAhead = 4096;
+// How far ahead weights are fetched where each is used once (bytes), and scales (groups).
+constexpr int64_t kFetchNear = 4096, kFetchFar = 8192, kFetchGroups = 16;
+// Tokens up to which the first-level cache keeps up with one tile that reads a stream.
+constexpr int64_t kNearTokens = 2;
 
 inline int64_t blocks_of(const Call& c) { return (c.outputs + kBlock - 1) / kBlock; }
 
@@ -43,10 +46,23 @@ inline Place place_of(const Call& c, int64_t block) {
           c.scale + (first * (c.channels / c.group_size) + block - first) * bytes, width * bytes};
 }
 
-// What is fetched for later while a tile is computed: `bytes` from `at` on for every 8 channels.
+// What is fetched for later while a tile is computed: `bytes` from `at` on for every 8 channels. Into the first-level
+// cache where that leaves time; else into the second, which has room for more requests at a time.
 struct Fetch {
   const uint8_t* at;
   int64_t bytes;
+  bool near;
+
+  [[gnu::always_inline]] inline void next() {
+    if (near) {
+      __builtin_prefetch(at);
+      if (bytes > 64) __builtin_prefetch(at + 64);
+    } else {
+      __builtin_prefetch(at, 0, 2);
+      if (bytes > 64) __builtin_prefetch(at + 64, 0, 2);
+    }
+    at += bytes;
+  }
 };
 
 // Four codes of a token, for every output.
@@ -122,8 +138,9 @@ inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin
       sums[m][v] = begin ? Groups::load(out + (m * kVectors + v) * D::kWidth) : Groups::zero();
     }
   }
-  for (int64_t first = begin; first < end; first += c.group_size) {
-    const int64_t group = first / c.group_size;
+  int64_t group = begin / c.group_size;
+  for (int64_t first = begin; first < end; first += c.group_size, ++group) {
+    __builtin_prefetch(place.scale + (group + kFetchGroups) * place.scale_stride, 0, 2);
     typename D::Ints ints[Tokens][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < Tokens; ++m) {
@@ -156,9 +173,7 @@ inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) more[0][v] = D::zero_ints();
       for (int64_t k = first; k < first + c.group_size; k += 8, weights += place.weight_stride) {
-        __builtin_prefetch(fetch.at);
-        if (fetch.bytes > 64) __builtin_prefetch(fetch.at + 64);
-        fetch.at += fetch.bytes;
+        fetch.next();
         octet<D, Tokens, kVectors>(weights, codes + k, c.channels, ints, kTwice ? more : ints);
       }
       if constexpr (kTwice) {
@@ -186,12 +201,13 @@ template <class D, class Run>
 [[gnu::always_inline]] inline void tiles(const Place& place, int64_t first, int64_t last, int64_t begin, int64_t end,
                                          Run run) {
   const int64_t count = (last - first + D::kTileTokens - 1) / D::kTileTokens;
-  const uint8_t* ahead = place.weight + (count > 1 ? end / 8 * place.weight_stride : kFetchAhead);
+  const bool near = count > 2 || last - first <= kNearTokens;
+  const uint8_t* ahead = place.weight + (count > 1 ? end / 8 * place.weight_stride : near ? kFetchNear : kFetchFar);
   const int64_t share = place.weight_stride / count;
   int64_t m = first;
   for (int64_t index = 0; index < count; ++index) {
     const int64_t size = (last - m + count - index - 1) / (count - index);
-    const Fetch fetch{ahead + index * share * (end - begin) / 8, share};
+    const Fetch fetch{ahead + index * share * (end - begin) / 8, share, near};
     using std::integral_constant;
     switch (size) {
       case 1: run(integral_constant<int, 1>(), m, fetch); break;
@@ -210,7 +226,9 @@ template <class D, class Groups, int Blocks>
 inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   alignas(64) float out[kMostTokens * Blocks * kBlock];
   const Place place = place_of(c, block);
-  const int64_t strip = last - first > D::kTileTokens ? kStrip : c.channels;
+  const int64_t count = (last - first + D::kTileTokens - 1) / D::kTileTokens;
+  const int64_t strip = count > 2 ? kStrip : count == 2 ? kStripOfTwo : c.channels;
+  fetch_for_epilogue<Blocks>(c, block, first, last);
   for (int64_t begin = 0; begin < c.channels; begin += strip) {
     const int64_t end = std::min(begin + strip, c.channels);
     tiles<D>(place, first, last, begin, end, [&](auto tokens, int64_t m, Fetch fetch) {

@@ -40,8 +40,7 @@ inline void byte_tile(const uint8_t* codes, int64_t stride, const int8_t* bytes,
     }
   }
   for (int64_t k = 0; k < channels; k += 8) {
-    __builtin_prefetch(fetch.at);
-    fetch.at += fetch.bytes;
+    fetch.next();
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, bytes += Blocks * 64) {
       typename D::Ints weights[kVectors];
@@ -75,6 +74,7 @@ inline void byte_panel(const Call& c, int64_t block, int64_t first, int64_t last
   for (int64_t m = 0; m < last - first; ++m) {
     std::memcpy(sums + m * Blocks * kBlock, c.level_start + block * kBlock, Blocks * kBlock * sizeof(int32_t));
   }
+  fetch_for_epilogue<Blocks>(c, block, first, last);
   for (int64_t begin = 0; begin < c.channels; begin += kStrip) {
     const int64_t end = std::min(begin + kStrip, c.channels);
     unpack<D, Blocks>(c, place, begin, end, bytes);

@@ -43,6 +43,21 @@ inline int64_t token_row(const Call& c, const typename Element<D>::Type* x, int6
   return row >= 0 && row < c.rows ? row : -1;
 }
 
+// 8 channels of a token. There is no 16-bit gather, AVX2's own gathers are no faster, and a vector load waits for
+// narrower stores: each channel is put into its place in a register.
+template <int64_t D>
+inline __m256 gathered(const typename Element<D>::Type* x, const int32_t* at) {
+  if constexpr (D == kFloat32) {
+    return _mm256_setr_ps(x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]]);
+  } else {
+    __m128i low = _mm_cvtsi32_si128(x[at[0]]), high = _mm_cvtsi32_si128(x[at[4]]);
+    low = _mm_insert_epi16(low, x[at[1]], 1), high = _mm_insert_epi16(high, x[at[5]], 1);
+    low = _mm_insert_epi16(low, x[at[2]], 2), high = _mm_insert_epi16(high, x[at[6]], 2);
+    low = _mm_insert_epi16(low, x[at[3]], 3), high = _mm_insert_epi16(high, x[at[7]], 3);
+    return Element<D>::widened(_mm_unpacklo_epi64(low, high));
+  }
+}
+
 // Codes of channels [begin, end) of one token, and -8 * their sum per group.
 template <int64_t D>
 inline void quantize_channels(const Call& c, const typename Element<D>::Type* x, int64_t token, int64_t row,
@@ -56,13 +71,13 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
   // Turns code into code + 128.
   const __m128i flip = _mm_set1_epi8(static_cast<char>(c.unsigned_codes ? 0x80 : 0));
   const int64_t step = c.offset ? c.group_size : 32;
+  // The next token's channels, fetched in order before they are gathered in another.
+  const auto* next = reinterpret_cast<const char*>(x + c.x_stride + begin);
   for (int64_t group = begin; group < end; group += step) {
+    for (int64_t bytes = step * sizeof(*x); bytes > 0; bytes -= 64, next += 64) __builtin_prefetch(next);
     __m256i sum = _mm256_setzero_si256();
     for (int64_t k = group; k < group + step; k += 8) {
-      // Plain loads: there is no 16-bit gather, and AVX2's own gathers are no faster.
-      alignas(32) typename Element<D>::Type gathered[8];
-      for (int i = 0; i < 8; ++i) gathered[i] = x[c.channel_order[k + i]];
-      __m256 value = Element<D>::load(gathered);
+      __m256 value = gathered<D>(x, c.channel_order + k);
       value = _mm256_mul_ps(_mm256_sub_ps(value, _mm256_loadu_ps(centre + k)), _mm256_loadu_ps(inverse + k));
       value = _mm256_and_ps(value, _mm256_cmp_ps(value, value, _CMP_ORD_Q));
       const __m128i flags = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + k));
