@@ -89,7 +89,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from .linear_method import MorphoQuantLinearMethod
-        from .lm_head import EightBitHeadMethod, wants_eight_bits
+        from .lm_head import EightBitHeadMethod, SixteenBitHeadMethod, wants_eight_bits
         from .modality import ModalityEmbeddingMethod
 
         if isinstance(layer, RoutedExperts):
@@ -101,7 +101,7 @@ class MorphoQuantConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             config = get_current_vllm_config_or_none()
             wanted = config is not None and wants_eight_bits(config.additional_config)
-            return EightBitHeadMethod(config) if wanted else None
+            return EightBitHeadMethod(config) if wanted else SixteenBitHeadMethod()
         if not isinstance(layer, LinearBase):
             return None  # attention stays as it is
         shards = self.shard_names(prefix)

@@ -51,9 +51,10 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library: functions of a packed Request (cpu_kernels/record.h), or HeadCall (head.h).
+    """The loaded library: functions of a packed Request (cpu_kernels/record.h), HeadCall (head.h) or HeadBFloat16Call.
 
-    They return 0, 1 for a bad row, 2 for a bad record, 3 without memory.
+    They return 0, 1 for a bad row, 2 for a bad record, 3 without memory. `head_bfloat16` is None where the processor
+    has no AVX512-BF16.
     """
 
     act_quant: Callable[[bytes], int]
@@ -61,6 +62,7 @@ class Kernels:
     head: Callable[[bytes], int]
     request_size: int
     instructions: str
+    head_bfloat16: Callable[[bytes], int] | None = None
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
@@ -175,10 +177,16 @@ def load(path: Path, instructions: str) -> Kernels:
     except OSError as error:
         raise BuildError(f"{path} does not load ({error}); remove it, and set CXX to g++ if it is another") from error
     functions = (library.morphoquant_act_quant, library.morphoquant_linear, library.morphoquant_head)
-    for function in functions:
+    head_bfloat16 = library.morphoquant_head_bfloat16
+    for function in (*functions, head_bfloat16):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     library.morphoquant_request_size.restype = ctypes.c_int64
-    return Kernels(*functions, request_size=library.morphoquant_request_size(), instructions=instructions)
+    return Kernels(
+        *functions,
+        request_size=library.morphoquant_request_size(),
+        instructions=instructions,
+        head_bfloat16=head_bfloat16 if library.morphoquant_has_head_bfloat16() else None,
+    )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The 8-bit lm_head on a CPU: checked calls of the compiled function (cpu_kernels/head.h).
+"""lm_head on a CPU, 8-bit or bfloat16: checked calls of the compiled functions (cpu_kernels/head.h, head_bfloat16.h).
 
 M tokens, K channels, N outputs. Everything that native code relies on is checked at each call.
 """
@@ -10,13 +10,13 @@ import struct
 import torch
 from torch import Tensor
 
-from .cpu_build import Kernels, kernels
+from .cpu_build import Kernels, cpu_flags, kernels
 
-# K must be a multiple of what one vector holds on any of the instruction sets.
-CHANNEL_MULTIPLE = 16
+# K must be a multiple of what one vector holds on any of the instruction sets, of bfloat16 in the second place.
+CHANNEL_MULTIPLE, BFLOAT16_MULTIPLE = 16, 32
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# The fields of HeadCall in cpu_kernels/head.h.
-_CALL = struct.Struct("=11q")
+# The fields of HeadCall in cpu_kernels/head.h, and of HeadBFloat16Call.
+_CALL, _BFLOAT16_CALL = struct.Struct("=11q"), struct.Struct("=8q")
 
 
 def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None) -> Tensor:
@@ -53,6 +53,51 @@ def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None
             y.data_ptr(),
         )
         (library or _loaded()).head(call)
+    return y
+
+
+def serves_bfloat16(weight: Tensor) -> bool:
+    """Whether `head_bfloat16` takes `weight` on this machine, and is the best that it has.
+
+    A processor with AMX multiplies many tokens' bfloat16 several times as fast: there vLLM's own head stays.
+    """
+    library = kernels() if weight.device.type == "cpu" else None
+    fits = weight.dtype is torch.bfloat16 and weight.dim() == 2 and weight.shape[1] % BFLOAT16_MULTIPLE == 0
+    return fits and library is not None and library.head_bfloat16 is not None and "amx_bf16" not in cpu_flags()
+
+
+def head_bfloat16(x: Tensor, weight: Tensor, library: Kernels | None = None) -> Tensor:
+    """y [M, N] = x [M, K] times weight [N, K], all bfloat16: sums in float32, cast once.
+
+    Raises ValueError for wrong dtypes, shapes, layouts or devices, before native code runs, and RuntimeError on a
+    processor without AVX512-BF16.
+    """
+    for name, part in (("x", x), ("weight", weight)):
+        if part.dim() != 2 or part.dtype is not torch.bfloat16 or part.device.type != "cpu":
+            raise ValueError(f"{name} must be bfloat16 and 2-D on the CPU, got {part.dtype} {list(part.shape)}")
+    tokens, channels = x.shape
+    outputs = weight.shape[0]
+    if weight.shape[1] != channels or channels % BFLOAT16_MULTIPLE or not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous [N, {channels}], K a multiple of 32; got {list(weight.shape)}")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = x.new_empty((tokens, outputs))
+    if tokens and outputs:
+        run = (library or _loaded()).head_bfloat16
+        if run is None:
+            raise RuntimeError("the bfloat16 head needs AVX512-BF16; leave lm_head to vLLM")
+        run(
+            _BFLOAT16_CALL.pack(
+                x.data_ptr(),
+                x.stride(0),
+                tokens,
+                channels,
+                weight.data_ptr(),
+                outputs,
+                torch.get_num_threads(),
+                y.data_ptr(),
+            )
+        )
     return y
 
 

@@ -34,6 +34,14 @@ def zero_bytes(count: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
+def move_to_large_pages(parameter: torch.nn.Parameter) -> None:
+    """Give a parameter on the CPU, not yet loaded, memory as `zero_bytes` makes it; small ones stay where they are."""
+    data = parameter.data
+    size = data.numel() * data.element_size()
+    if data.device.type == "cpu" and size >= LARGE:
+        parameter.data = zero_bytes(size).view(data.dtype).view(data.shape)
+
+
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
     """glibc's function, or None with another C library."""

@@ -1,4 +1,6 @@
-"""The optional 8-bit lm_head: made from the 16-bit one while the model is loaded, where the user asks for it.
+"""lm_head: the 16-bit one, read in place where the CPU allows, and the optional 8-bit one.
+
+The latter is made from the 16-bit one while the model is loaded, where the user asks for it:
 
     vllm serve OUT --additional-config '{"morphoquant": {"lm_head": "int8"}}'
 
@@ -18,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from . import cpu, cpu_head, ops
 from .errors import MorphoQuantError
+from .heap import move_to_large_pages
 from .numerics.head import quantize_rows
 
 # vLLM writes the messages of loggers below its own.
@@ -46,7 +49,36 @@ def megabytes(*tensors: Tensor) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
-class EightBitHeadMethod(UnquantizedEmbeddingMethod):
+class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
+    """vLLM's 16-bit head; on a CPU with AVX512-BF16 (and no AMX) logits are made from the loaded weight itself.
+
+    vLLM's own product keeps a second, packed copy of the weight, and reads it more slowly.
+    """
+
+    in_place = False
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        move_to_large_pages(layer.weight)  # type: ignore[arg-type]
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.in_place = cpu_head.serves_bfloat16(layer.weight)  # type: ignore[arg-type]
+        if not self.in_place:
+            super().process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self.in_place:
+            return super().apply(layer, x, bias)
+        return _logits(ops.head_bfloat16(x.reshape(-1, x.shape[-1]), layer.weight), x, bias)
+
+
+def _logits(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """y [M, N] in the shape of x [..., K], with the head's own bias."""
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class EightBitHeadMethod(SixteenBitHeadMethod):
     """vLLM's 16-bit head while it is loaded, then codes int8 [N, K] and scale float32 [N]; N is this rank's vocabulary.
 
     The weight of an untied head is freed. A tied one is the embedding's and stays: the codes are an extra copy.
@@ -99,7 +131,4 @@ class EightBitHeadMethod(UnquantizedEmbeddingMethod):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.eight_bit:
             return super().apply(layer, x, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = ops.head(flat, layer.head_codes, layer.head_scale)
-        y = y if bias is None else y + bias
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _logits(ops.head(x.reshape(-1, x.shape[-1]), layer.head_codes, layer.head_scale), x, bias)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from .lm_head import SixteenBitHeadMethod
 from .schema import ANY_ROW, QuantizationSpec
 from .token_table import row_table, untold_media
 
@@ -129,7 +129,7 @@ def warn_of_long_step(tokens: int, held: int) -> None:
     logger.warning_once("MorphoQuant: row '%s' serves a step of %d tokens; %d were announced", ANY_ROW, tokens, held)
 
 
-class ModalityEmbeddingMethod(UnquantizedEmbeddingMethod):
+class ModalityEmbeddingMethod(SixteenBitHeadMethod):
     """vLLM's own 16-bit embedding, which also tells the bus the tokens that it embeds."""
 
     def __init__(self, bus: ModalityBus) -> None:

@@ -13,9 +13,10 @@
     backend     a key of BACKENDS; its `prepare` made the records
     gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
 
-The optional 8-bit lm_head has one of its own, which runs on a CPU alone:
+lm_head has its own, which run on a CPU alone:
 
-    morphoquant::head(x, codes, scale)  -> y [M, N], dtype of x; see numerics/head.py
+    morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit one, see numerics/head.py
+    morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit one where the processor has AVX512-BF16
 
 The other signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
 out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
@@ -169,6 +170,10 @@ def _head_fake(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
+def _head_bfloat16_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 # The operators live as long as this object does.
 _LIBRARY = torch.library.Library("morphoquant", "DEF")
 for _name, _schema, _implementation, _fake in (
@@ -191,6 +196,7 @@ for _name, _schema, _implementation, _fake in (
         _linear_fake,
     ),
     ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", cpu_head.head, _head_fake),
+    ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", cpu_head.head_bfloat16, _head_bfloat16_fake),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -200,3 +206,4 @@ act_quant = torch.ops.morphoquant.act_quant
 linear = torch.ops.morphoquant.linear
 silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
 head = torch.ops.morphoquant.head
+head_bfloat16 = torch.ops.morphoquant.head_bfloat16

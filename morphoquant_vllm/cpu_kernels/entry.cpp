@@ -7,6 +7,7 @@
 #include <new>
 
 #include "head.h"
+#include "head_bfloat16.h"
 #include "levels.h"
 #include "quantize.h"
 #include "record.h"
@@ -57,6 +58,12 @@ extern "C" int morphoquant_head(const morphoquant::HeadCall* call) {
   } else {
     morphoquant::run_head<morphoquant::kFloat16>(*call);
   }
+  return 0;
+}
+// Whether this build and this processor have morphoquant_head_bfloat16.
+extern "C" int morphoquant_has_head_bfloat16() { return morphoquant::has_head_bfloat16(); }
+extern "C" int morphoquant_head_bfloat16(const morphoquant::HeadBFloat16Call* call) {
+  morphoquant::run_head_bfloat16(*call);
   return 0;
 }
 extern "C" int64_t morphoquant_request_size() { return sizeof(Request); }

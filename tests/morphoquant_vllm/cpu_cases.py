@@ -15,7 +15,7 @@ from morphoquant_vllm.cpu_build import Kernels, load
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
-from tests.morphoquant_vllm.head_cases import compare_heads
+from tests.morphoquant_vllm.head_cases import compare_bfloat16_heads, compare_heads
 
 # N, K, G: every group size; N below, at and past blocks of 16 and panels; K within, at and past a strip of 512.
 SHAPES = (
@@ -118,6 +118,8 @@ def main() -> None:
             compare_shape(*shape, library)
         compare_many(library)
         compare_heads(library)
+        if library.head_bfloat16 is not None:
+            compare_bfloat16_heads(library)
     print("all cases agree")
 
 

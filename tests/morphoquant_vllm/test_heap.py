@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from morphoquant_vllm.heap import LARGE, zero_bytes
+from morphoquant_vllm.heap import LARGE, move_to_large_pages, zero_bytes
 
 SMAPS, ENABLED = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -32,3 +33,19 @@ def test_a_large_block_asks_for_large_pages() -> None:
             assert "hg" in flags and "sh" not in flags
             return
     raise AssertionError("the block is in no mapping")
+
+
+def test_a_large_parameter_moves_and_a_small_one_stays() -> None:
+    """Shape, dtype and attributes stay; the memory is new, and begins at a page."""
+    for rows, moves in ((LARGE // 64, True), (LARGE // 64 - 1, False)):
+        parameter = torch.nn.Parameter(torch.ones(rows, 32, dtype=torch.bfloat16), requires_grad=False)
+        parameter.weight_loader = "kept"  # type: ignore[attr-defined]
+        before = parameter.data_ptr()
+        move_to_large_pages(parameter)
+        assert parameter.shape == (rows, 32) and parameter.dtype is torch.bfloat16
+        assert parameter.weight_loader == "kept"  # type: ignore[attr-defined]
+        assert (parameter.data_ptr() != before) == moves
+        parameter.data[-1, -1] = 3
+        assert float(parameter[-1, -1]) == 3
+        if moves:
+            assert parameter.data_ptr() % 4096 == 0 and not bool(parameter[0].any())

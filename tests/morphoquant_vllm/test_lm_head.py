@@ -1,4 +1,4 @@
-"""The optional 8-bit head in vLLM's own layers: asked for or not, tied or not."""
+"""The head in vLLM's own layers: 8-bit where asked for, else 16-bit and read in place where the CPU allows."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import cpu
+from morphoquant_vllm import cpu, cpu_head
 from morphoquant_vllm.config import MorphoQuantConfig
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.lm_head import wants_eight_bits
+from morphoquant_vllm.lm_head import SixteenBitHeadMethod, wants_eight_bits
 from morphoquant_vllm.numerics.head import quantize_rows, rounding_bound
 from tests.checkpoints import layer_specs
 
@@ -58,8 +58,21 @@ def assert_eight_bit(layer: torch.nn.Module, weight: Tensor) -> None:
     torch.testing.assert_close(biased, y[0] + 1)
 
 
+def assert_sixteen_bit(layer: torch.nn.Module, weight: Tensor) -> None:
+    """Logits are those of the 16-bit weight, summed in float32, and no packed copy is kept where they need none."""
+    in_place = cpu_head.serves_bfloat16(weight)
+    x = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(5)).to(weight.dtype)
+    y = layer.quant_method.apply(layer, x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
+    biased = layer.quant_method.apply(layer, x[0], torch.ones(layer.num_embeddings_padded, dtype=x.dtype))
+    # Where the product adds the bias itself, it casts once: half a unit more for y, and for its sum with 1.
+    allowed = float(y.abs().max() + 1) * torch.finfo(y.dtype).eps
+    torch.testing.assert_close(biased, y[0] + 1, rtol=0, atol=allowed)
+    assert hasattr(layer, "cpu_linear") != in_place
+
+
 def test_a_head_of_its_own_is_replaced_where_asked_for(asked: bool) -> None:
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     if not cpu.available():
         pytest.skip("the CPU kernels do not run on this machine")
@@ -70,7 +83,8 @@ def test_a_head_of_its_own_is_replaced_where_asked_for(asked: bool) -> None:
         assert_eight_bit(layer, weight)
         assert layer.weight.numel() == 0, "the 16-bit head is gone"
     else:
-        assert type(layer.quant_method) is UnquantizedEmbeddingMethod
+        assert type(layer.quant_method) is SixteenBitHeadMethod
+        assert_sixteen_bit(layer, weight)
         assert torch.equal(layer.weight, weight)
         assert not list(layer.buffers())
 
@@ -87,13 +101,22 @@ def test_a_tied_head_leaves_the_embedding_untouched(asked: bool) -> None:
     weight = loaded(embedding)
     process(embedding, layer)
     assert torch.equal(embedding.weight, weight) and layer.weight is embedding.weight
-    x = torch.randn(3, K).bfloat16()
     if asked:
         assert_eight_bit(layer, weight)
     else:
-        torch.testing.assert_close(layer.quant_method.apply(layer, x), torch.nn.functional.linear(x, weight))
+        assert_sixteen_bit(layer, weight)
     ids = torch.tensor([0, 99])
     assert torch.equal(embedding(ids), weight[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_another_dtype_than_bfloat16_is_left_to_vllm(dtype: torch.dtype, engine_context: None) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    layer = ParallelLMHead(VOCABULARY, K, params_dtype=dtype, quant_config=quantization(), prefix="lm_head")
+    weight = loaded(layer, dtype)
+    process(layer)
+    assert_sixteen_bit(layer, weight)
 
 
 def test_an_embedding_that_is_the_head_itself_still_gives_logits(engine_context: None) -> None:
@@ -104,8 +127,7 @@ def test_an_embedding_that_is_the_head_itself_still_gives_logits(engine_context:
     weight = loaded(embedding)
     process(embedding)
     assert not hasattr(embedding, "cpu_linear")
-    x = torch.randn(3, K).bfloat16()
-    torch.testing.assert_close(embedding.quant_method.apply(embedding, x), torch.nn.functional.linear(x, weight))
+    assert_sixteen_bit(embedding, weight)
 
 
 @pytest.mark.parametrize("asked", [True], indirect=True)

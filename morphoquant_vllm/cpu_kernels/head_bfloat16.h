@@ -1,0 +1,146 @@
+// lm_head in bfloat16, read where the embedding lies: y[m, n] = sum_k weight[n, k] * x[m, k] in float32, cast once.
+//
+// vdpbf16ps multiplies pairs of bfloat16, so that up to 8 tokens take about as long as reading the weights, each of which
+// is read from memory once for a chunk of tokens. The order of additions depends on K alone: not on M, nor on the number
+// of threads. The instruction takes subnormal numbers for 0.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "vector.h"
+
+namespace morphoquant {
+
+// M tokens, K channels (a multiple of 32), N outputs. Checked by cpu_head.py.
+struct HeadBFloat16Call {
+  const uint16_t* x;       // [M, K]; rows x_stride elements apart
+  int64_t x_stride;
+  int64_t tokens;          // M
+  int64_t channels;        // K
+  const uint16_t* weight;  // [N, K]
+  int64_t outputs;         // N
+  int64_t threads;
+  uint16_t* y;             // [M, N], contiguous
+};
+static_assert(sizeof(HeadBFloat16Call) == 8 * 8, "as cpu_head.py packs it");
+
+// Compiled into every AVX512 build, and called where the processor has the instruction.
+#if defined(__AVX512VNNI__)
+inline bool has_head_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+
+// Outputs whose sums are kept before they are cast: a multiple of the outputs of every tile.
+constexpr int kHeadStep = 24;
+// Most tokens of a tile, and of a chunk for which weights are read from memory once.
+constexpr int kHeadTileTokens = 8, kHeadChunk = 128;
+
+// Sums of 16 lanes of 8 vectors.
+inline __m256 sums_of_lanes(const __m512 (&v)[8]) {
+  __m256 half[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// Sums of `Tokens` tokens x `Outputs` outputs, to out [kHeadStep, 8]. The next tile's weights are fetched meanwhile.
+template <int Tokens, int Outputs>
+inline void head_bfloat16_tile(const HeadBFloat16Call& c, int64_t token, int64_t output, float* out) {
+  const uint16_t* weight = c.weight + output * c.channels;
+  const uint16_t* x = c.x + token * c.x_stride;
+  __m512 sums[Outputs][Tokens];
+#pragma GCC unroll 16
+  for (int n = 0; n < Outputs; ++n) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Tokens; ++m) sums[n][m] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < c.channels; k += 32) {
+    __m512bh rows[Outputs];
+#pragma GCC unroll 16
+    for (int n = 0; n < Outputs; ++n) {
+      const uint16_t* at = weight + n * c.channels + k;
+      rows[n] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(at));
+      __builtin_prefetch(at + Outputs * c.channels, 0, 2);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < Tokens; ++m) {
+      const auto values = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + m * c.x_stride + k));
+#pragma GCC unroll 16
+      for (int n = 0; n < Outputs; ++n) sums[n][m] = _mm512_dpbf16_ps(sums[n][m], rows[n], values);
+    }
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < Outputs; ++n) {
+    __m512 padded[8];
+#pragma GCC unroll 16
+    for (int m = 0; m < 8; ++m) padded[m] = m < Tokens ? sums[n][m < Tokens ? m : 0] : _mm512_setzero_ps();
+    _mm256_storeu_ps(out + n * 8, sums_of_lanes(padded));
+  }
+}
+
+// kHeadStep outputs, or `count` single ones, for `Tokens` tokens.
+template <int Tokens>
+inline void head_bfloat16_step(const HeadBFloat16Call& c, int64_t token, int64_t output, int64_t count) {
+  constexpr int kOutputs = Tokens > 3 ? 3 : 8;
+  float out[kHeadStep * 8];
+  if (count == kHeadStep) {
+    for (int n = 0; n < kHeadStep; n += kOutputs) head_bfloat16_tile<Tokens, kOutputs>(c, token, output + n, out + n * 8);
+  } else {
+    for (int64_t n = 0; n < count; ++n) head_bfloat16_tile<Tokens, 1>(c, token, output + n, out + n * 8);
+  }
+  for (int m = 0; m < Tokens; ++m) {
+    uint16_t* y = c.y + (token + m) * c.outputs + output;
+    for (int64_t n = 0; n < count; n += 8) {
+      float eight[8] = {};
+      for (int64_t i = n; i < std::min<int64_t>(n + 8, count); ++i) eight[i - n] = out[i * 8 + m];
+      store_part<kBFloat16>(y + n, _mm256_loadu_ps(eight), count - n);
+    }
+  }
+}
+
+// This thread's share of the outputs.
+inline void head_bfloat16(const HeadBFloat16Call& c, int64_t thread, int64_t threads) {
+  const int64_t steps = (c.outputs + kHeadStep - 1) / kHeadStep;
+  const int64_t begin = steps * thread / threads * kHeadStep;
+  const int64_t end = std::min(steps * (thread + 1) / threads * kHeadStep, c.outputs);
+  for (int64_t first = 0; first < c.tokens; first += kHeadChunk) {
+    const int64_t last = std::min(first + kHeadChunk, c.tokens);
+    for (int64_t output = begin; output < end; output += kHeadStep) {
+      const int64_t count = std::min<int64_t>(kHeadStep, end - output);
+      const int64_t tiles = (last - first + kHeadTileTokens - 1) / kHeadTileTokens;
+      int64_t m = first;
+      for (int64_t index = 0; index < tiles; ++index) {
+        const int64_t size = (last - m + tiles - index - 1) / (tiles - index);
+        switch (size) {
+          case 1: head_bfloat16_step<1>(c, m, output, count); break;
+          case 2: head_bfloat16_step<2>(c, m, output, count); break;
+          case 3: head_bfloat16_step<3>(c, m, output, count); break;
+          case 4: head_bfloat16_step<4>(c, m, output, count); break;
+          case 5: head_bfloat16_step<5>(c, m, output, count); break;
+          case 6: head_bfloat16_step<6>(c, m, output, count); break;
+          case 7: head_bfloat16_step<7>(c, m, output, count); break;
+          case 8: head_bfloat16_step<8>(c, m, output, count); break;
+        }
+        m += size;
+      }
+    }
+  }
+}
+
+inline void run_head_bfloat16(const HeadBFloat16Call& c) {
+#pragma omp parallel num_threads(static_cast<int>(c.threads))
+  head_bfloat16(c, omp_get_thread_num(), omp_get_num_threads());
+}
+
+#pragma GCC pop_options
+#else
+inline bool has_head_bfloat16() { return false; }
+inline void run_head_bfloat16(const HeadBFloat16Call&) {}
+#endif
+
+}  // namespace morphoquant
