@@ -32,13 +32,14 @@ int run(const Request& request, bool multiply) {
   }
   c.unsigned_codes = multiply && morphoquant::takes_bytes(c);
   std::atomic<bool> valid{true};
+  morphoquant::Share share(multiply ? morphoquant::gemm_units(c) : 0, c.threads);
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     if (!morphoquant::quantize(c, thread, threads)) valid.store(false, std::memory_order_relaxed);
     if (multiply) {
 #pragma omp barrier
-      if (valid.load(std::memory_order_relaxed)) morphoquant::gemm(c, thread, threads);
+      if (valid.load(std::memory_order_relaxed)) morphoquant::gemm(c, share);
     }
   }
   return valid.load() ? 0 : 1;

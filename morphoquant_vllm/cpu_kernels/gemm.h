@@ -16,6 +16,7 @@
 
 #include "dot.h"
 #include "epilogue.h"
+#include "share.h"
 
 namespace morphoquant {
 
@@ -238,37 +239,43 @@ inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   epilogue<Blocks>(c, block, first, last, out);
 }
 
-// This thread's share of the panels and of the chunks of tokens: wide_panel(c, block, first token, last token) takes
-// `Blocks` blocks, narrow_panel one, for the rest of a last panel.
-template <int Blocks, class Wide, class Narrow>
-inline void panels(const Call& c, int64_t thread, int64_t threads, Wide wide_panel, Narrow narrow_panel) {
-  const int64_t blocks = blocks_of(c);
-  const int64_t wide = (blocks + Blocks - 1) / Blocks;
-  const int64_t chunks = (c.tokens + kMostTokens - 1) / kMostTokens;
+// Blocks that a unit of work takes: a tile's, or one where there are too few for the threads.
+inline int64_t unit_blocks(const Call& c) {
+  return blocks_of(c) < 4 * Dot::kTileBlocks * c.threads ? 1 : Dot::kTileBlocks;
+}
+
+// Chunks of tokens that panels take, and units of work: panels times chunks.
+inline int64_t token_chunks(const Call& c) { return (c.tokens + kMostTokens - 1) / kMostTokens; }
+inline int64_t gemm_units(const Call& c) {
+  return (blocks_of(c) + unit_blocks(c) - 1) / unit_blocks(c) * token_chunks(c);
+}
+
+// What a thread takes of the `gemm_units`: wide_panel(c, block, first token, last token) computes a tile's blocks,
+// narrow_panel one.
+template <class Panel>
+inline void panels(const Call& c, Share& share, Panel wide_panel, Panel narrow_panel) {
+  const int64_t blocks = blocks_of(c), width = unit_blocks(c), chunks = token_chunks(c);
   // Chunks of one size, a multiple of every tile.
   const int64_t chunk = ((c.tokens + chunks - 1) / chunks + 11) / 12 * 12;
-  const int64_t units = wide * chunks;
-  for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) {
-    const int64_t first = unit % chunks * chunk, last = std::min(first + chunk, c.tokens);
-    int64_t block = unit / chunks * Blocks;
-    if (first >= last) continue;
-    if (block + Blocks <= blocks) {
-      wide_panel(c, block, first, last);
-      continue;
+  for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) {
+    for (int64_t unit = taken.begin; unit < taken.end; ++unit) {
+      const int64_t first = unit % chunks * chunk, last = std::min(first + chunk, c.tokens);
+      int64_t block = unit / chunks * width;
+      if (first >= last) continue;
+      if (width == Dot::kTileBlocks && block + width <= blocks) {
+        wide_panel(c, block, first, last);
+        continue;
+      }
+      for (const int64_t end = std::min(block + width, blocks); block < end; ++block) {
+        narrow_panel(c, block, first, last);
+      }
     }
-    for (; block < blocks; ++block) narrow_panel(c, block, first, last);
   }
 }
 
-// Panels, or single blocks where there are too few panels for the threads.
-inline bool few_panels(const Call& c, int64_t threads) { return blocks_of(c) < 4 * Dot::kTileBlocks * threads; }
-
 template <class Groups>
-inline void gemm_groups(const Call& c, int64_t thread, int64_t threads) {
-  constexpr int kBlocks = Dot::kTileBlocks;
-  const auto wide = panel<Dot, Groups, kBlocks>, narrow = panel<Dot, Groups, 1>;
-  if (few_panels(c, threads)) return panels<1>(c, thread, threads, narrow, narrow);
-  panels<kBlocks>(c, thread, threads, wide, narrow);
+inline void gemm_groups(const Call& c, Share& share) {
+  panels(c, share, panel<Dot, Groups, Dot::kTileBlocks>, panel<Dot, Groups, 1>);
 }
 
 }  // namespace morphoquant

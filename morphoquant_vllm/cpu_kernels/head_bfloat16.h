@@ -5,10 +5,9 @@
 // of threads. The instruction takes subnormal numbers for 0.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 
+#include "share.h"
 #include "vector.h"
 
 namespace morphoquant {
@@ -103,11 +102,8 @@ inline void head_bfloat16_step(const HeadBFloat16Call& c, int64_t token, int64_t
   }
 }
 
-// This thread's share of the outputs.
-inline void head_bfloat16(const HeadBFloat16Call& c, int64_t thread, int64_t threads) {
-  const int64_t steps = (c.outputs + kHeadStep - 1) / kHeadStep;
-  const int64_t begin = steps * thread / threads * kHeadStep;
-  const int64_t end = std::min(steps * (thread + 1) / threads * kHeadStep, c.outputs);
+// Outputs [begin, end) for all tokens; `begin` is a multiple of kHeadStep.
+inline void head_bfloat16(const HeadBFloat16Call& c, int64_t begin, int64_t end) {
   for (int64_t first = 0; first < c.tokens; first += kHeadChunk) {
     const int64_t last = std::min(first + kHeadChunk, c.tokens);
     for (int64_t output = begin; output < end; output += kHeadStep) {
@@ -133,8 +129,11 @@ inline void head_bfloat16(const HeadBFloat16Call& c, int64_t thread, int64_t thr
 }
 
 inline void run_head_bfloat16(const HeadBFloat16Call& c) {
+  Share share((c.outputs + kHeadStep - 1) / kHeadStep, c.threads);
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
-  head_bfloat16(c, omp_get_thread_num(), omp_get_num_threads());
+  for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) {
+    head_bfloat16(c, taken.begin * kHeadStep, std::min(taken.end * kHeadStep, c.outputs));
+  }
 }
 
 #pragma GCC pop_options

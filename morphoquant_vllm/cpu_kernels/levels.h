@@ -92,16 +92,12 @@ constexpr int64_t kByteTokens = 25;
 // Whether a call's products take bytes: then codes are stored as code + 128.
 inline bool takes_bytes(const Call& c) { return c.two_level && !Dot::kNarrowSums && c.tokens >= kByteTokens; }
 
-inline void gemm(const Call& c, int64_t thread, int64_t threads) {
+inline void gemm(const Call& c, Share& share) {
   if constexpr (!Dot::kNarrowSums) {
-    if (takes_bytes(c)) {
-      const auto wide = byte_panel<Dot, Dot::kTileBlocks>, narrow = byte_panel<Dot, 1>;
-      if (few_panels(c, threads)) return panels<1>(c, thread, threads, narrow, narrow);
-      return panels<Dot::kTileBlocks>(c, thread, threads, wide, narrow);
-    }
+    if (takes_bytes(c)) return panels(c, share, byte_panel<Dot, Dot::kTileBlocks>, byte_panel<Dot, 1>);
   }
-  if (c.two_level) return gemm_groups<Levelled<Dot>>(c, thread, threads);
-  gemm_groups<Scaled<Dot>>(c, thread, threads);
+  if (c.two_level) return gemm_groups<Levelled<Dot>>(c, share);
+  gemm_groups<Scaled<Dot>>(c, share);
 }
 
 }  // namespace morphoquant

@@ -1,0 +1,37 @@
+// How threads share out work: whoever has time takes the next part.
+//
+// A server's other processes take a core away for a while. With equal shares the others would wait for its thread.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace morphoquant {
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Units of work that no thread has taken yet.
+class Share {
+ public:
+  Share(int64_t units, int64_t threads) : units_(units), threads_(threads) {}
+
+  // The next part, empty where nothing is left: large ones first, since a part is read as one stream; small ones last,
+  // so that threads end together.
+  Range take() {
+    int64_t begin = next_.load(std::memory_order_relaxed);
+    int64_t size;
+    do {
+      size = std::min(units_ - begin, std::max<int64_t>(1, (units_ - begin) / (2 * threads_)));
+    } while (size > 0 && !next_.compare_exchange_weak(begin, begin + size, std::memory_order_relaxed));
+    return {begin, begin + std::max<int64_t>(size, 0)};
+  }
+
+ private:
+  const int64_t units_, threads_;
+  std::atomic<int64_t> next_{0};
+};
+
+}  // namespace morphoquant
