@@ -6,6 +6,7 @@ M tokens, K channels, N outputs. Everything that native code relies on is checke
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from .cpu_build import Kernels, cpu_flags, kernels
 # K must be a multiple of what one vector holds on any of the instruction sets, of bfloat16 in the second place.
 CHANNEL_MULTIPLE, BFLOAT16_MULTIPLE = 16, 32
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# The fields of HeadCall in cpu_kernels/head.h, and of HeadBFloat16Call.
-_CALL, _BFLOAT16_CALL = struct.Struct("=11q"), struct.Struct("=8q")
+# The fields of HeadCall in cpu_kernels/head.h, and of HeadBFloat16Call in head_bfloat16.h.
+_CALL, _BFLOAT16_CALL = struct.Struct("=11q"), struct.Struct("=9q")
 
 
 def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None) -> Tensor:
@@ -37,7 +38,11 @@ def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty((tokens, outputs))
-    if tokens and outputs:
+    library = library or _loaded()
+    if library.head_bfloat16 is not None and x.dtype is torch.bfloat16 and channels % BFLOAT16_MULTIPLE == 0:
+        # Whatever M is, so that a token's logits are the same in every batch.
+        _run_bfloat16(library.head_bfloat16, x, codes, scale, y)
+    elif tokens and outputs:
         floats = torch.empty((tokens, channels), dtype=torch.float32)
         call = _CALL.pack(
             x.data_ptr(),
@@ -52,8 +57,25 @@ def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None
             torch.get_num_threads(),
             y.data_ptr(),
         )
-        (library or _loaded()).head(call)
+        library.head(call)
     return y
+
+
+def _run_bfloat16(run: Callable[[bytes], int], x: Tensor, weight: Tensor, scale: Tensor | None, y: Tensor) -> None:
+    if y.numel():
+        run(
+            _BFLOAT16_CALL.pack(
+                x.data_ptr(),
+                x.stride(0),
+                x.shape[0],
+                x.shape[1],
+                weight.data_ptr(),
+                0 if scale is None else scale.data_ptr(),
+                weight.shape[0],
+                torch.get_num_threads(),
+                y.data_ptr(),
+            )
+        )
 
 
 def serves_bfloat16(weight: Tensor) -> bool:
@@ -76,28 +98,15 @@ def head_bfloat16(x: Tensor, weight: Tensor, library: Kernels | None = None) -> 
         if part.dim() != 2 or part.dtype is not torch.bfloat16 or part.device.type != "cpu":
             raise ValueError(f"{name} must be bfloat16 and 2-D on the CPU, got {part.dtype} {list(part.shape)}")
     tokens, channels = x.shape
-    outputs = weight.shape[0]
     if weight.shape[1] != channels or channels % BFLOAT16_MULTIPLE or not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous [N, {channels}], K a multiple of 32; got {list(weight.shape)}")
     if x.stride(1) != 1:
         x = x.contiguous()
-    y = x.new_empty((tokens, outputs))
-    if tokens and outputs:
-        run = (library or _loaded()).head_bfloat16
-        if run is None:
-            raise RuntimeError("the bfloat16 head needs AVX512-BF16; leave lm_head to vLLM")
-        run(
-            _BFLOAT16_CALL.pack(
-                x.data_ptr(),
-                x.stride(0),
-                tokens,
-                channels,
-                weight.data_ptr(),
-                outputs,
-                torch.get_num_threads(),
-                y.data_ptr(),
-            )
-        )
+    run = (library or _loaded()).head_bfloat16
+    if run is None:
+        raise RuntimeError("the bfloat16 head needs AVX512-BF16; leave lm_head to vLLM")
+    y = x.new_empty((tokens, weight.shape[0]))
+    _run_bfloat16(run, x, weight, None, y)
     return y
 
 

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from . import cpu, cpu_head, ops
 from .errors import MorphoQuantError
-from .heap import move_to_large_pages
+from .heap import move_to_large_pages, zero_bytes
 from .numerics.head import quantize_rows
 
 # vLLM writes the messages of loggers below its own.
@@ -104,7 +104,7 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
             logger.warning_once("MorphoQuant: lm_head stays in 16 bit: %s", reason)
             super().process_weights_after_loading(layer)
             return
-        codes, scale = quantize_rows(weight)
+        codes, scale = quantize_rows(weight, zero_bytes(weight.numel()).view(torch.int8).view(weight.shape))
         if not bool(scale.isfinite().all()):
             raise MorphoQuantError("lm_head.weight: holds NaN or infinite values; the file is damaged")
         layer.register_buffer("head_codes", codes, persistent=False)

@@ -1,4 +1,4 @@
-"""python -m benchmarks.cpu_linear: the CPU kernels against vLLM's linears; cost of modality rows, of pages."""
+"""python -m benchmarks.cpu_linear: the CPU kernels against vLLM's linears and head; cost of modality rows, of pages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,10 +24,10 @@ ROWS_SHAPE, ROWS_TOKENS = (18944, 3584), (1, 128)
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.cpu_linear", description=__doc__)
-    top.add_argument("what", nargs="?", choices=("linears", "rows", "pages", "all"), default="all")
+    top.add_argument("what", nargs="?", choices=("linears", "heads", "rows", "pages", "all"), default="all")
     top.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["bars"])
     top.add_argument("--layers", nargs="+", help="only layers with these names, such as down")
-    top.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="M")
+    top.add_argument("--tokens", nargs="+", type=int, metavar="M", help="several numbers each by default")
     top.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     top.add_argument("--group-sizes", nargs="+", type=int, choices=(32, 64, 128), default=[32, 128])
     top.add_argument("--seconds", type=float, default=1.0, help="for each layer, M and number of threads")
@@ -46,15 +47,32 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
         for name, shape in MODELS[model].items()
         if not arguments.layers or name in arguments.layers
     }
-    settings = (chosen, arguments.group_sizes, arguments.tokens, arguments.seconds)
+    settings = (chosen, arguments.group_sizes, arguments.tokens or TOKENS, arguments.seconds)
+    return _on_threads(arguments.threads, left_out, measure, settings)
+
+
+def measure_heads(arguments: argparse.Namespace, left_out: dict[str, None]) -> list[dict[str, Any]]:
+    """One entry for each head and number of threads."""
+    from benchmarks.cpu_linear.heads import TOKENS as HEAD_TOKENS
+    from benchmarks.cpu_linear.linears import measure_heads as measure
+
+    return _on_threads(arguments.threads, left_out, measure, (arguments.tokens or HEAD_TOKENS, arguments.seconds))
+
+
+def _on_threads(
+    threads: list[int],
+    left_out: dict[str, None],
+    measure: Callable[..., tuple[list[dict[str, Any]], list[str]]],
+    settings: tuple[Any, ...],
+) -> list[dict[str, Any]]:
     found = []
-    for threads in arguments.threads:
-        if len(arguments.threads) == 1:
-            cases, reasons = measure(threads, *settings)
+    for number in threads:
+        if len(threads) == 1:
+            cases, reasons = measure(number, *settings)
         else:
             # oneDNN keeps the number of threads of its first call, for layers made later, too.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                cases, reasons = process.submit(measure, threads, *settings).result()
+                cases, reasons = process.submit(measure, number, *settings).result()
         found += cases
         left_out.update(dict.fromkeys(reasons))
     return found
@@ -119,6 +137,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
         "contended": load > 0.5,
         "ceilings": {str(threads): ceilings(threads) for threads in arguments.threads},
         "linears": measure_linears(arguments, left_out) if arguments.what in ("linears", "all") else [],
+        "heads": measure_heads(arguments, left_out) if arguments.what in ("heads", "all") else [],
         "rows": measure_rows(arguments) if arguments.what in ("rows", "all") else [],
         "pages": measure_pages(arguments) if arguments.what in ("pages", "all") else [],
         "left_out": list(left_out),

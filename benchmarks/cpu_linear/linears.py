@@ -1,4 +1,4 @@
-"""Times of linear layers on one number of threads, every way in turn."""
+"""Times of linear layers and of heads on one number of threads, every way in turn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.cpu_linear.heads import HEADS, head_bytes, heads
 from benchmarks.cpu_linear.measure import interleaved
-from benchmarks.cpu_linear.peers import linears
+from benchmarks.cpu_linear.peers import Linear, linears
 
 
 def weight_bytes(outputs: int, channels: int, group_sizes: Sequence[int]) -> dict[str, float]:
@@ -40,15 +41,35 @@ def measure(
     found: list[dict[str, Any]] = []
     left_out: dict[str, None] = {}
     for name, (outputs, channels) in layers.items():
-        taken = weight_bytes(outputs, channels, group_sizes)
         ways, reasons = linears(outputs, channels, group_sizes, max(tokens))
         left_out.update(dict.fromkeys(reasons))
-        points = []
-        for count in tokens:
-            x = torch.randn(count, channels).bfloat16()
-            times = interleaved({way: partial(run, x) for way, run in ways.items()}, seconds)
-            points.append({"tokens": count, "times": times, "weight_bytes": {way: taken[way] for way in ways}})
-            line = ", ".join(f"{way} {time['median'] * 1e6:.0f} µs" for way, time in times.items())
-            print(f"{name} M={count} threads={threads}: {line}", flush=True)
-        found.append({"layer": name, "outputs": outputs, "channels": channels, "threads": threads, "points": points})
+        shape = {"layer": name, "outputs": outputs, "channels": channels, "threads": threads}
+        found.append(_timed(shape, ways, weight_bytes(outputs, channels, group_sizes), tokens, seconds))
     return found, list(left_out)
+
+
+def measure_heads(threads: int, tokens: Sequence[int], seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """One entry for each of HEADS, and why a way is left out. Sets torch's number of threads."""
+    torch.set_num_threads(threads)
+    found: list[dict[str, Any]] = []
+    left_out: dict[str, None] = {}
+    for name, (outputs, channels) in HEADS.items():
+        ways, reasons = heads(outputs, channels)
+        left_out.update(dict.fromkeys(reasons))
+        shape = {"layer": name, "outputs": outputs, "channels": channels, "threads": threads}
+        found.append(_timed(shape, ways, head_bytes(outputs, channels), tokens, seconds))
+    return found, list(left_out)
+
+
+def _timed(
+    shape: dict[str, Any], ways: Mapping[str, Linear], taken: Mapping[str, float], tokens: Sequence[int], seconds: float
+) -> dict[str, Any]:
+    """`shape` with the times of every way at each number of tokens."""
+    points = []
+    for count in tokens:
+        x = torch.randn(count, shape["channels"]).bfloat16()
+        times = interleaved({way: partial(run, x) for way, run in ways.items()}, seconds)
+        points.append({"tokens": count, "times": times, "weight_bytes": {way: taken[way] for way in ways}})
+        line = ", ".join(f"{way} {time['median'] * 1e6:.0f} µs" for way, time in times.items())
+        print(f"{shape['layer']} M={count} threads={shape['threads']}: {line}", flush=True)
+    return shape | {"points": points}

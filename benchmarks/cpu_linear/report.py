@@ -14,14 +14,14 @@ BASE, INTEGER_BASE = "oneDNN bf16", "oneDNN W8A8"
 
 
 def write(summary: dict[str, Any], directory: Path, name: str) -> list[Path]:
-    """Write NAME.json, NAME.md and, for linears, NAME.png; return their paths."""
+    """Write NAME.json, NAME.md and, for linears and heads, NAME.png; return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.json", directory / f"{name}.md"]
     write_atomically(paths[0], json.dumps(summary, indent=1) + "\n")
     write_atomically(paths[1], markdown(summary))
-    if summary["linears"]:
+    if cases := summary["linears"] + summary["heads"]:
         paths.append(directory / f"{name}.png")
-        paths[2].write_bytes(plot(summary["linears"]))
+        paths[2].write_bytes(plot(cases))
     return paths
 
 
@@ -39,7 +39,7 @@ def markdown(summary: dict[str, Any]) -> str:
             f"Ceilings with {threads} thread(s): memory read {ceiling['gb_s']:.1f} GB/s, byte dot products "
             f"{ceiling['gmac_s']:.0f} G multiply-adds/s."
         )
-    for case in summary["linears"]:
+    for case in summary["linears"] + summary["heads"]:
         parts.append(f"## {case['layer']}, N = {case['outputs']}, K = {case['channels']}, {case['threads']} thread(s)")
         parts += [f"M = {point['tokens']}\n\n{_table(case, point)}" for point in case["points"]]
     if summary["rows"]:

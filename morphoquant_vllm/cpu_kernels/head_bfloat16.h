@@ -1,4 +1,5 @@
-// lm_head in bfloat16, read where the embedding lies: y[m, n] = sum_k weight[n, k] * x[m, k] in float32, cast once.
+// lm_head of tokens in bfloat16: y[m, n] = scale[n] * sum_k weight[n, k] * x[m, k] in float32, cast once. Weights are
+// bfloat16, read where the embedding lies, their scale is 1; or int8, which bfloat16 holds exactly.
 //
 // vdpbf16ps multiplies pairs of bfloat16, so that up to 8 tokens take about as long as reading the weights, each of which
 // is read from memory once for a chunk of tokens. The order of additions depends on K alone: not on M, nor on the number
@@ -14,16 +15,17 @@ namespace morphoquant {
 
 // M tokens, K channels (a multiple of 32), N outputs. Checked by cpu_head.py.
 struct HeadBFloat16Call {
-  const uint16_t* x;       // [M, K]; rows x_stride elements apart
+  const uint16_t* x;   // [M, K]; rows x_stride elements apart
   int64_t x_stride;
-  int64_t tokens;          // M
-  int64_t channels;        // K
-  const uint16_t* weight;  // [N, K]
-  int64_t outputs;         // N
+  int64_t tokens;      // M
+  int64_t channels;    // K
+  const void* weight;  // [N, K], int8 with scales, else bfloat16
+  const float* scale;  // [N], or null
+  int64_t outputs;     // N
   int64_t threads;
-  uint16_t* y;             // [M, N], contiguous
+  uint16_t* y;         // [M, N], contiguous
 };
-static_assert(sizeof(HeadBFloat16Call) == 8 * 8, "as cpu_head.py packs it");
+static_assert(sizeof(HeadBFloat16Call) == 9 * 8, "as cpu_head.py packs it");
 
 // Compiled into every AVX512 build, and called where the processor has the instruction.
 #if defined(__AVX512VNNI__)
@@ -37,6 +39,14 @@ constexpr int kHeadStep = 24;
 // Most tokens of a tile, and of a chunk for which weights are read from memory once.
 constexpr int kHeadTileTokens = 8, kHeadChunk = 128;
 
+// 32 weights as bfloat16.
+inline __m512bh head_weights(const uint16_t* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+inline __m512bh head_weights(const int8_t* p) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const auto floats = [](__m128i eight_bit) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight_bit)); };
+  return _mm512_cvtne2ps_pbh(floats(_mm256_extracti128_si256(codes, 1)), floats(_mm256_castsi256_si128(codes)));
+}
+
 // Sums of 16 lanes of 8 vectors.
 inline __m256 sums_of_lanes(const __m512 (&v)[8]) {
   __m256 half[8];
@@ -48,9 +58,9 @@ inline __m256 sums_of_lanes(const __m512 (&v)[8]) {
 }
 
 // Sums of `Tokens` tokens x `Outputs` outputs, to out [kHeadStep, 8]. The next tile's weights are fetched meanwhile.
-template <int Tokens, int Outputs>
+template <class Weight, int Tokens, int Outputs>
 inline void head_bfloat16_tile(const HeadBFloat16Call& c, int64_t token, int64_t output, float* out) {
-  const uint16_t* weight = c.weight + output * c.channels;
+  const auto* weight = static_cast<const Weight*>(c.weight) + output * c.channels;
   const uint16_t* x = c.x + token * c.x_stride;
   __m512 sums[Outputs][Tokens];
 #pragma GCC unroll 16
@@ -62,8 +72,8 @@ inline void head_bfloat16_tile(const HeadBFloat16Call& c, int64_t token, int64_t
     __m512bh rows[Outputs];
 #pragma GCC unroll 16
     for (int n = 0; n < Outputs; ++n) {
-      const uint16_t* at = weight + n * c.channels + k;
-      rows[n] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(at));
+      const Weight* at = weight + n * c.channels + k;
+      rows[n] = head_weights(at);
       __builtin_prefetch(at + Outputs * c.channels, 0, 2);
     }
 #pragma GCC unroll 16
@@ -78,19 +88,22 @@ inline void head_bfloat16_tile(const HeadBFloat16Call& c, int64_t token, int64_t
     __m512 padded[8];
 #pragma GCC unroll 16
     for (int m = 0; m < 8; ++m) padded[m] = m < Tokens ? sums[n][m < Tokens ? m : 0] : _mm512_setzero_ps();
-    _mm256_storeu_ps(out + n * 8, sums_of_lanes(padded));
+    const __m256 sum = sums_of_lanes(padded);
+    _mm256_storeu_ps(out + n * 8, c.scale ? _mm256_mul_ps(sum, _mm256_set1_ps(c.scale[output + n])) : sum);
   }
 }
 
 // kHeadStep outputs, or `count` single ones, for `Tokens` tokens.
-template <int Tokens>
+template <class Weight, int Tokens>
 inline void head_bfloat16_step(const HeadBFloat16Call& c, int64_t token, int64_t output, int64_t count) {
   constexpr int kOutputs = Tokens > 3 ? 3 : 8;
   float out[kHeadStep * 8];
   if (count == kHeadStep) {
-    for (int n = 0; n < kHeadStep; n += kOutputs) head_bfloat16_tile<Tokens, kOutputs>(c, token, output + n, out + n * 8);
+    for (int n = 0; n < kHeadStep; n += kOutputs) {
+      head_bfloat16_tile<Weight, Tokens, kOutputs>(c, token, output + n, out + n * 8);
+    }
   } else {
-    for (int64_t n = 0; n < count; ++n) head_bfloat16_tile<Tokens, 1>(c, token, output + n, out + n * 8);
+    for (int64_t n = 0; n < count; ++n) head_bfloat16_tile<Weight, Tokens, 1>(c, token, output + n, out + n * 8);
   }
   for (int m = 0; m < Tokens; ++m) {
     uint16_t* y = c.y + (token + m) * c.outputs + output;
@@ -103,6 +116,7 @@ inline void head_bfloat16_step(const HeadBFloat16Call& c, int64_t token, int64_t
 }
 
 // Outputs [begin, end) for all tokens; `begin` is a multiple of kHeadStep.
+template <class Weight>
 inline void head_bfloat16(const HeadBFloat16Call& c, int64_t begin, int64_t end) {
   for (int64_t first = 0; first < c.tokens; first += kHeadChunk) {
     const int64_t last = std::min(first + kHeadChunk, c.tokens);
@@ -113,14 +127,14 @@ inline void head_bfloat16(const HeadBFloat16Call& c, int64_t begin, int64_t end)
       for (int64_t index = 0; index < tiles; ++index) {
         const int64_t size = (last - m + tiles - index - 1) / (tiles - index);
         switch (size) {
-          case 1: head_bfloat16_step<1>(c, m, output, count); break;
-          case 2: head_bfloat16_step<2>(c, m, output, count); break;
-          case 3: head_bfloat16_step<3>(c, m, output, count); break;
-          case 4: head_bfloat16_step<4>(c, m, output, count); break;
-          case 5: head_bfloat16_step<5>(c, m, output, count); break;
-          case 6: head_bfloat16_step<6>(c, m, output, count); break;
-          case 7: head_bfloat16_step<7>(c, m, output, count); break;
-          case 8: head_bfloat16_step<8>(c, m, output, count); break;
+          case 1: head_bfloat16_step<Weight, 1>(c, m, output, count); break;
+          case 2: head_bfloat16_step<Weight, 2>(c, m, output, count); break;
+          case 3: head_bfloat16_step<Weight, 3>(c, m, output, count); break;
+          case 4: head_bfloat16_step<Weight, 4>(c, m, output, count); break;
+          case 5: head_bfloat16_step<Weight, 5>(c, m, output, count); break;
+          case 6: head_bfloat16_step<Weight, 6>(c, m, output, count); break;
+          case 7: head_bfloat16_step<Weight, 7>(c, m, output, count); break;
+          case 8: head_bfloat16_step<Weight, 8>(c, m, output, count); break;
         }
         m += size;
       }
@@ -132,7 +146,8 @@ inline void run_head_bfloat16(const HeadBFloat16Call& c) {
   Share share((c.outputs + kHeadStep - 1) / kHeadStep, c.threads);
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
   for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) {
-    head_bfloat16(c, taken.begin * kHeadStep, std::min(taken.end * kHeadStep, c.outputs));
+    const auto outputs = c.scale ? head_bfloat16<int8_t> : head_bfloat16<uint16_t>;
+    outputs(c, taken.begin * kHeadStep, std::min(taken.end * kHeadStep, c.outputs));
   }
 }
 

@@ -16,9 +16,12 @@ LARGEST_CODE = 127
 _ROWS = 4096
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and scale float32 [N] of a float weight [N, K]; a row of zeros has scale 0."""
-    codes = weight.new_empty(weight.shape, dtype=torch.int8)
+def quantize_rows(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 [N, K] and scale float32 [N] of a float weight [N, K]; a row of zeros has scale 0.
+
+    `codes` is where they go, if not to memory of their own.
+    """
+    codes = weight.new_empty(weight.shape, dtype=torch.int8) if codes is None else codes
     scale = weight.new_empty(weight.shape[:1], dtype=torch.float32)
     for first in range(0, weight.shape[0], _ROWS):
         rows = weight[first : first + _ROWS].float()

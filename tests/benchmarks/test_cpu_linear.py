@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.cpu_linear.__main__ import parser, run
+from benchmarks.cpu_linear.heads import HEADS, head_bytes, heads
 from benchmarks.cpu_linear.layers import MODELS, generated
 from benchmarks.cpu_linear.measure import interleaved
 from benchmarks.cpu_linear.peers import linears
@@ -43,6 +44,17 @@ def test_each_way_gives_outputs_of_its_shape_or_a_reason_why_not() -> None:
     assert len(ways) + len(left_out) == 9
 
 
+def test_each_way_of_a_head_is_the_same_product_or_left_out() -> None:
+    ways, left_out = heads(OUTPUTS, CHANNELS)
+    assert ways.keys() <= head_bytes(OUTPUTS, CHANNELS).keys() and len(ways) + len(left_out) == 3
+    x = torch.randn(TOKENS, CHANNELS).bfloat16()
+    made = {name: way(x) for name, way in ways.items()}
+    assert all(y.shape == (TOKENS, OUTPUTS) and y.dtype is torch.bfloat16 for y in made.values())
+    if "MorphoQuant bf16" in made:
+        # 8-bit codes: a few thousandths of the outputs' size, which is about 16.
+        torch.testing.assert_close(made["MorphoQuant bf16"], made["MorphoQuant int8"], rtol=0.02, atol=1.0)
+
+
 def test_the_scales_that_onednn_reads_by_address_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import _custom_ops
 
@@ -74,6 +86,8 @@ def test_every_layer_takes_every_group_size() -> None:
 
 def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(MODELS, "bars", {"small": (OUTPUTS, CHANNELS)})
+    for name in list(HEADS):
+        monkeypatch.setitem(HEADS, name, (OUTPUTS, CHANNELS))
     monkeypatch.setattr("benchmarks.cpu_linear.__main__.ROWS_SHAPE", (OUTPUTS, CHANNELS))
     monkeypatch.setattr("benchmarks.cpu_linear.peak.READ_BYTES", 1 << 20)
     monkeypatch.setattr("benchmarks.cpu_linear.peak.DOT_ROUNDS", 1000)
@@ -87,6 +101,8 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     text = files[1].read_text()
     for point in summary["linears"][0]["points"]:
         assert f"| MorphoQuant G=32 | {point['times']['MorphoQuant G=32']['median'] * 1e6:.0f} (" in text
+    for point in summary["heads"][0]["points"]:
+        assert f"| MorphoQuant int8 | {point['times']['MorphoQuant int8']['median'] * 1e6:.0f} (" in text
     assert f"{summary['rows'][0]['ratio']:.3f}" in text and "10 |" in text
     assert f"| {summary['pages'][0]['ratio']:.2f} |" in text
     assert all(ceiling["gb_s"] > 0 and ceiling["gmac_s"] > 0 for ceiling in summary["ceilings"].values())

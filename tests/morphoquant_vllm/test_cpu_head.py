@@ -108,9 +108,10 @@ def test_amx_and_what_the_kernel_does_not_take_are_left_to_vllm(monkeypatch: pyt
 
 
 def test_no_tokens_need_no_native_code() -> None:
-    library = Kernels(_native_code, _native_code, _native_code, 0, "none")
-    x, codes, scale = head_case(12, 64, 3, torch.float32)
-    assert cpu_head.head(x[:0], codes, scale, library).shape == (0, 12)
+    library = Kernels(_native_code, _native_code, _native_code, 0, "none", _native_code)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, codes, scale = head_case(12, 64, 3, dtype)
+        assert cpu_head.head(x[:0], codes, scale, library).shape == (0, 12)
     x, weight = bfloat16_case(12, 64, 3)
     assert cpu_head.head_bfloat16(x[:0], weight, library).shape == (0, 12)
 
