@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "share.h"
 #include "vector.h"
@@ -38,6 +39,9 @@ inline bool has_head_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 constexpr int kHeadStep = 24;
 // Most tokens of a tile, and of a chunk for which weights are read from memory once.
 constexpr int kHeadTileTokens = 8, kHeadChunk = 128;
+// Elements of x, tokens times channels, that stay in the first-level cache while they meet a step's weights; more are
+// taken in strips of kHeadStrip, whose sums are put aside. Not with int8: half as many bytes leave time for x.
+constexpr int64_t kHeadWhole = 12288, kHeadStrip = 8192;
 
 // 32 weights as bfloat16.
 inline __m512bh head_weights(const uint16_t* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
@@ -57,53 +61,68 @@ inline __m256 sums_of_lanes(const __m512 (&v)[8]) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-// Sums of `Tokens` tokens x `Outputs` outputs, to out [kHeadStep, 8]. The next tile's weights are fetched meanwhile.
+// Adds `channels` channels of `Outputs` outputs and `Tokens` tokens to the lanes of sums, which begin at zero. `next` is
+// where the next tile's weights begin, which are fetched meanwhile; `row` is how far apart outputs are.
 template <class Weight, int Tokens, int Outputs>
-inline void head_bfloat16_tile(const HeadBFloat16Call& c, int64_t token, int64_t output, float* out) {
-  const auto* weight = static_cast<const Weight*>(c.weight) + output * c.channels;
-  const uint16_t* x = c.x + token * c.x_stride;
+inline void head_bfloat16_tile(const Weight* weight, const Weight* next, int64_t row, const uint16_t* x,
+                               int64_t x_stride, int64_t channels, bool first, __m512 (*all)[Tokens]) {
   __m512 sums[Outputs][Tokens];
 #pragma GCC unroll 16
   for (int n = 0; n < Outputs; ++n) {
 #pragma GCC unroll 16
-    for (int m = 0; m < Tokens; ++m) sums[n][m] = _mm512_setzero_ps();
+    for (int m = 0; m < Tokens; ++m) sums[n][m] = first ? _mm512_setzero_ps() : all[n][m];
   }
-  for (int64_t k = 0; k < c.channels; k += 32) {
+  for (int64_t k = 0; k < channels; k += 32) {
     __m512bh rows[Outputs];
 #pragma GCC unroll 16
     for (int n = 0; n < Outputs; ++n) {
-      const Weight* at = weight + n * c.channels + k;
-      rows[n] = head_weights(at);
-      __builtin_prefetch(at + Outputs * c.channels, 0, 2);
+      rows[n] = head_weights(weight + n * row + k);
+      __builtin_prefetch(next + n * row + k, 0, 2);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < Tokens; ++m) {
-      const auto values = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + m * c.x_stride + k));
+      const auto values = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + m * x_stride + k));
 #pragma GCC unroll 16
       for (int n = 0; n < Outputs; ++n) sums[n][m] = _mm512_dpbf16_ps(sums[n][m], rows[n], values);
     }
   }
 #pragma GCC unroll 16
   for (int n = 0; n < Outputs; ++n) {
-    __m512 padded[8];
 #pragma GCC unroll 16
-    for (int m = 0; m < 8; ++m) padded[m] = m < Tokens ? sums[n][m < Tokens ? m : 0] : _mm512_setzero_ps();
-    const __m256 sum = sums_of_lanes(padded);
-    _mm256_storeu_ps(out + n * 8, c.scale ? _mm256_mul_ps(sum, _mm256_set1_ps(c.scale[output + n])) : sum);
+    for (int m = 0; m < Tokens; ++m) all[n][m] = sums[n][m];
   }
 }
 
-// kHeadStep outputs, or `count` single ones, for `Tokens` tokens.
+// `count` outputs, at most kHeadStep, for `Tokens` tokens.
 template <class Weight, int Tokens>
 inline void head_bfloat16_step(const HeadBFloat16Call& c, int64_t token, int64_t output, int64_t count) {
   constexpr int kOutputs = Tokens > 3 ? 3 : 8;
+  const auto* weight = static_cast<const Weight*>(c.weight) + output * c.channels;
+  const uint16_t* x = c.x + token * c.x_stride;
+  __m512 all[kHeadStep][Tokens];
+  const bool whole = sizeof(Weight) == 1 || Tokens * c.channels <= kHeadWhole;
+  const int64_t strip = whole ? c.channels : kHeadStrip / Tokens / 32 * 32;
+  for (int64_t begin = 0; begin < c.channels; begin += strip) {
+    const int64_t channels = std::min(strip, c.channels - begin);
+    const auto tile = [&](auto outputs, int64_t n) {
+      const Weight* at = weight + n * c.channels + begin;
+      // After a strip's last tile: the next strip, or the next step, whose first follows.
+      const bool last = n + outputs() == count;
+      const Weight* next = last && begin + strip < c.channels ? weight + begin + strip : at + outputs() * c.channels;
+      head_bfloat16_tile<Weight, Tokens, outputs()>(at, next, c.channels, x + begin, c.x_stride, channels, begin == 0,
+                                                    all + n);
+    };
+    int64_t n = 0;
+    for (; n + kOutputs <= count; n += kOutputs) tile(std::integral_constant<int, kOutputs>(), n);
+    for (; n < count; ++n) tile(std::integral_constant<int, 1>(), n);
+  }
   float out[kHeadStep * 8];
-  if (count == kHeadStep) {
-    for (int n = 0; n < kHeadStep; n += kOutputs) {
-      head_bfloat16_tile<Weight, Tokens, kOutputs>(c, token, output + n, out + n * 8);
-    }
-  } else {
-    for (int64_t n = 0; n < count; ++n) head_bfloat16_tile<Weight, Tokens, 1>(c, token, output + n, out + n * 8);
+  for (int64_t n = 0; n < count; ++n) {
+    __m512 padded[8];
+#pragma GCC unroll 16
+    for (int m = 0; m < 8; ++m) padded[m] = m < Tokens ? all[n][m < Tokens ? m : 0] : _mm512_setzero_ps();
+    const __m256 sum = sums_of_lanes(padded);
+    _mm256_storeu_ps(out + n * 8, c.scale ? _mm256_mul_ps(sum, _mm256_set1_ps(c.scale[output + n])) : sum);
   }
   for (int m = 0; m < Tokens; ++m) {
     uint16_t* y = c.y + (token + m) * c.outputs + output;
