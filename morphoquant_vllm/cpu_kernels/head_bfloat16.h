@@ -28,8 +28,9 @@ struct HeadBFloat16Call {
 };
 static_assert(sizeof(HeadBFloat16Call) == 9 * 8, "as cpu_head.py packs it");
 
-// Compiled into every AVX512 build, and called where the processor has the instruction.
-#if defined(__AVX512VNNI__)
+// Compiled into every AVX512 build of a compiler that knows the instruction and the pragma (clang ignores it), and called
+// where the processor has it.
+#if defined(__AVX512VNNI__) && __GNUC__ >= 10 && !defined(__clang__)
 inline bool has_head_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
 #pragma GCC push_options
