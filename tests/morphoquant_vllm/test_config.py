@@ -74,17 +74,16 @@ def test_fused_experts_are_refused_by_name(config: MorphoQuantConfig) -> None:
 
 
 def test_embeddings_stay_16_bit_and_tell_the_bus_their_tokens(config: MorphoQuantConfig) -> None:
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        ParallelLMHead,
-        UnquantizedEmbeddingMethod,
-        VocabParallelEmbedding,
-    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    from morphoquant_vllm.lm_head import SixteenBitHeadMethod
+    from morphoquant_vllm.modality import ModalityEmbeddingMethod
 
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "") is None
     # lm_head never switches; it is dispatched by type, since its prefix may be empty.
-    assert config.get_quant_method(ParallelLMHead.__new__(ParallelLMHead), "") is None
+    assert type(config.get_quant_method(ParallelLMHead.__new__(ParallelLMHead), "")) is SixteenBitHeadMethod
     method = config.get_quant_method(VocabParallelEmbedding.__new__(VocabParallelEmbedding), "")
-    assert isinstance(method, UnquantizedEmbeddingMethod)
+    assert isinstance(method, ModalityEmbeddingMethod)
     assert method.bus is config.modality_bus()
 
 
