@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,27 +37,37 @@ def measure(
     seconds: float,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One entry for each of `layers`, [N, K] by name, and why a way is left out. Sets torch's number of threads."""
+    return _measured(
+        threads,
+        layers,
+        lambda outputs, channels: linears(outputs, channels, list(group_sizes), max(tokens)),
+        lambda outputs, channels: weight_bytes(outputs, channels, group_sizes),
+        tokens,
+        seconds,
+    )
+
+
+def measure_heads(threads: int, tokens: Sequence[int], seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """One entry for each of HEADS, as `measure`."""
+    return _measured(threads, HEADS, heads, head_bytes, tokens, seconds)
+
+
+def _measured(
+    threads: int,
+    layers: Mapping[str, tuple[int, int]],
+    make: Callable[[int, int], tuple[dict[str, Linear], list[str]]],
+    size: Callable[[int, int], dict[str, float]],
+    tokens: Sequence[int],
+    seconds: float,
+) -> tuple[list[dict[str, Any]], list[str]]:
     torch.set_num_threads(threads)
     found: list[dict[str, Any]] = []
     left_out: dict[str, None] = {}
     for name, (outputs, channels) in layers.items():
-        ways, reasons = linears(outputs, channels, group_sizes, max(tokens))
+        ways, reasons = make(outputs, channels)
         left_out.update(dict.fromkeys(reasons))
         shape = {"layer": name, "outputs": outputs, "channels": channels, "threads": threads}
-        found.append(_timed(shape, ways, weight_bytes(outputs, channels, group_sizes), tokens, seconds))
-    return found, list(left_out)
-
-
-def measure_heads(threads: int, tokens: Sequence[int], seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """One entry for each of HEADS, and why a way is left out. Sets torch's number of threads."""
-    torch.set_num_threads(threads)
-    found: list[dict[str, Any]] = []
-    left_out: dict[str, None] = {}
-    for name, (outputs, channels) in HEADS.items():
-        ways, reasons = heads(outputs, channels)
-        left_out.update(dict.fromkeys(reasons))
-        shape = {"layer": name, "outputs": outputs, "channels": channels, "threads": threads}
-        found.append(_timed(shape, ways, head_bytes(outputs, channels), tokens, seconds))
+        found.append(_timed(shape, ways, size(outputs, channels), tokens, seconds))
     return found, list(left_out)
 
 
