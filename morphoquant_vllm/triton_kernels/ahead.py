@@ -92,6 +92,7 @@ def build_gemm(
         "ASM": TARGETS[target].backend == "cuda",
         "STAGES": tile.stages,
         "UNROLL": tile.unroll,
+        "JOINED": tile.joined,
         "TWO_LEVEL": tile.two_level,
         "PDL": pdl(target),
     }

@@ -35,6 +35,8 @@ GROUP_SIZES = (32, 64, 128)
 RANGES = (1, 4, 16, 32, 64, 256, None)
 MANY_TOKENS = 2048
 MAX_SPLITS = 16
+# Fewer tokens are not multiplied by the instructions that joined operands are for.
+JOINED_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,11 @@ def candidates(max_tokens: int | None, group_size: int, two_level: bool) -> Iter
     tokens = max_tokens or MANY_TOKENS
     search = next(search for search in SEARCHES if tokens <= search.tokens)
     group_sizes = GROUP_SIZES if two_level else (group_size,)
-    for (block_n, warps), block_m, (stages, unroll) in itertools.product(search.shapes, search.block_m, search.depths):
-        sizes = (block_n, block_m, warps, stages, unroll)
+    joinable = tokens > JOINED_FROM and (two_level or group_size != tiles.UNJOINABLE)
+    for (block_n, warps), block_m, (stages, unroll), joined in itertools.product(
+        search.shapes, search.block_m, search.depths, (False, True)[: 1 + joinable]
+    ):
+        sizes = (block_n, block_m, warps, stages, unroll, joined)
         yield Tile(max_tokens, group_sizes, two_level, *sizes, programs_per_unit=1, max_splits=MAX_SPLITS, reason="")
 
 

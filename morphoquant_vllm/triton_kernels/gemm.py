@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .dependent import let_next_start, wait_for_previous
 from .output import output_terms, write_output, write_parts
-from .two_level import two_level_sums
+from .two_level import joined_two_level_sums, two_level_sums
 
 # Tokens whose outputs are finished at a time, with two-level scales.
 TWO_LEVEL_PART_M = tl.constexpr(32)
@@ -43,7 +43,7 @@ def unpack_high(packed, ASM: tl.constexpr):
 def group_sums(
     weight_ptrs,  # int8 [BLOCK_N, P/2], of the first step
     scale_ptrs,  # [BLOCK_N], of the first step
-    code_ptrs,  # int8 [P/2, BLOCK_M], of the first step
+    code_ptrs,  # int8 [P/2, BLOCK_M], of the first step; JOINED: [P, BLOCK_M]
     token_exists,  # [BLOCK_M]
     first,
     last,
@@ -58,22 +58,32 @@ def group_sums(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
-    """The sums of each group of steps `first` to `last`, scaled and added up, float32 [BLOCK_N, BLOCK_M]."""
+    """The sums of each group of steps `first` to `last`, scaled and added up, float32 [BLOCK_N, BLOCK_M].
+
+    JOINED: both halves of a step as one operand; see `joined_two_level_sums`. Only where P is G.
+    """
+    tl.static_assert(not JOINED or G == P, "halves of two groups cannot be joined")
     HALF: tl.constexpr = P // 2
     half = tl.arange(0, HALF)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         packed = tl.load(weight_ptrs + step * (TILE_N * HALF))
+        # Of both halves if they are joined.
         low_codes = tl.load(code_ptrs + step * P, mask=token_exists[None, :], other=0)
-        high_exists = token_exists[None, :]
-        if not EVEN_K:
-            high_exists = high_exists & (step * P + HALF + half < K)[:, None]
-        high_codes = tl.load(code_ptrs + (step * P + HALF), mask=high_exists, other=0)
+        if not JOINED:
+            high_exists = token_exists[None, :]
+            if not EVEN_K:
+                high_exists = high_exists & (step * P + HALF + half < K)[:, None]
+            high_codes = tl.load(code_ptrs + (step * P + HALF), mask=high_exists, other=0)
         low = unpack_low(packed, ASM)
         high = unpack_high(packed, ASM)
         scale = tl.load(scale_ptrs + step * padded_n)
-        if G < P:
+        if JOINED:
+            weights = tl.join(low, high).permute(0, 2, 1).reshape(BLOCK_N, P)
+            acc += tl.dot(weights, low_codes, out_dtype=tl.int32).to(tl.float32) * scale[:, None]
+        elif G < P:
             # The nibbles of a byte belong to two groups, whose scales share a word.
             low_scale = (scale << 16).to(tl.float32, bitcast=True)
             high_scale = (scale & -65536).to(tl.float32, bitcast=True)
@@ -113,12 +123,14 @@ def int4_gemm(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
+    JOINED: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile [BLOCK_N, BLOCK_M] of the output, over one of `splits` parts of K; grid (tiles, splits).
 
     PARTIAL: write the sum as it is, for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K; TWO_LEVEL: 2P does.
+    JOINED: a turn of the loop multiplies once; see two_level.py.
     """
     let_next_start(PDL)
     HALF: tl.constexpr = P // 2
@@ -147,14 +159,34 @@ def int4_gemm(
     padded_n = tl.cdiv(N, TILE_N) * TILE_N
     row_offset = (n // TILE_N).to(tl.int64) * (steps * TILE_N * HALF) + (n % TILE_N) * HALF
     weight_ptrs = weight_ptr + row_offset[:, None] + half[None, :]
-    code_ptrs = codes_ptr + m[None, :].to(tl.int64) * K + half[:, None]
+    together = tl.arange(0, P * WIDTH if JOINED else HALF)
+    code_ptrs = codes_ptr + m[None, :].to(tl.int64) * K + together[:, None]
     scale_ptrs = scale_ptr + n
 
     wait_for_previous(PDL)
     EARLY: tl.constexpr = not PARTIAL and BLOCK_M <= EARLY_M
     if EARLY:
         gain, constant = output_terms(m, n, rows_ptr, gain_ptr, absorbed_bias_ptr, M, N)
-    if TWO_LEVEL:
+    if TWO_LEVEL and JOINED:
+        acc = joined_two_level_sums(
+            weight_ptrs,
+            scale_ptrs,
+            code_ptrs,
+            token_exists,
+            first,
+            last,
+            padded_n,
+            K,
+            P,
+            TILE_N,
+            BLOCK_N,
+            BLOCK_M,
+            EVEN_K,
+            ASM,
+            STAGES,
+            UNROLL,
+        )
+    elif TWO_LEVEL:
         acc = two_level_sums(
             weight_ptrs,
             scale_ptrs,
@@ -192,6 +224,7 @@ def int4_gemm(
             ASM,
             STAGES,
             UNROLL,
+            JOINED,
         )
 
     if PARTIAL:

@@ -150,6 +150,7 @@ def matmul(
         ASM=inline_assembly,
         STAGES=tile.stages,
         UNROLL=tile.unroll,
+        JOINED=tile.joined,
         TWO_LEVEL=weight.two_level,
         PDL=pdl,
         **launched,

@@ -56,10 +56,13 @@ def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> li
     if len(used.matrix) != 1 or not wanted.fullmatch(next(iter(used.matrix))):
         problems.append(f"matrix instruction: {sorted(used.matrix)}, not {wanted.pattern}")
     # Weights and both halves of the codes, at least one copy each for every step in flight; with two-level scales
-    # of two steps a turn, and of their levels.
-    copies = (7 if tile.two_level else 3) * tile.stages * tile.unroll
+    # of two steps a turn, and of their levels. Codes of joined operands are one copy.
+    copies = (7 - 3 * tile.joined if tile.two_level else 3 - tile.joined) * tile.stages * tile.unroll
     if architecture.vendor == "nvidia" and used.asynchronous_copies < copies:
         problems.append(f"asynchronous copies: {used.asynchronous_copies}, fewer than {copies}")
+    products = (1 if tile.joined else 4 if tile.two_level else 2) * tile.unroll
+    if used.waits > products:
+        problems.append(f"waits for matrix instructions in the loop: {used.waits}, over {products}")
     conversions = any(name.startswith(TENSOR_MEMORY) for name in used.matrix)
     if used.layout_conversions > conversions:
         problems.append(f"layout conversions in the loop: {used.layout_conversions}, over {int(conversions)}")

@@ -31,6 +31,7 @@ class Resources:
     # Matrix instructions as they are called in PTX or AMD's assembly.
     matrix: frozenset[str]
     asynchronous_copies: int  # cp.async of 16 bytes or less, in the PTX
+    waits: int  # for matrix instructions of warp groups, in the loop below
     layout_conversions: int  # convert_layout in loops of Triton's GPU IR: passes through shared memory, turn by turn
     instructions: tuple[str, ...]  # opcodes of the binary, in order
     loop: tuple[str, ...]  # opcodes of the innermost loop that holds matrix instructions; empty if none, and on AMD
@@ -76,6 +77,7 @@ def _nvidia(kernel: CompiledKernel) -> Resources:
     ptx = kernel.asm["ptx"]
     lines = SASS_LINE.findall(sass)
     opcodes = tuple(opcode for _, opcode, _ in lines)
+    loop = _matrix_loop([(int(address, 16), opcode, operands) for address, opcode, operands in lines])
     return Resources(
         registers=int(counts[1]),
         stack=int(counts[2]),
@@ -84,9 +86,10 @@ def _nvidia(kernel: CompiledKernel) -> Resources:
         threads=kernel.metadata.num_warps * 32,
         matrix=frozenset(MATRIX_SOURCE.findall(ptx)),
         asynchronous_copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+        waits=sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in loop),
         layout_conversions=_loop_conversions(kernel.asm["ttgir"]),
         instructions=opcodes,
-        loop=_matrix_loop([(int(address, 16), opcode, operands) for address, opcode, operands in lines]),
+        loop=loop,
     )
 
 
@@ -119,6 +122,7 @@ def _amd(kernel: CompiledKernel) -> Resources:
         threads=kernel.metadata.num_warps * 64,
         matrix=frozenset(MATRIX_SOURCE.findall(assembly)),
         asynchronous_copies=len(re.findall(r"global_load_lds|buffer_load_\w+ .*\blds\b", assembly)),
+        waits=0,
         layout_conversions=_loop_conversions(kernel.asm["ttgir"]),
         instructions=tuple(re.findall(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+)", assembly, re.MULTILINE)),
         loop=(),

@@ -17,8 +17,10 @@ from ..errors import MorphoQuantError
 
 TABLE_VARIABLE = "MORPHOQUANT_TILES"
 DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 GROUP_SIZES = (32, 64, 128)
+# The group size of which a tile along K holds two groups, each with a scale of its own.
+UNJOINABLE = 32
 # Output channels of a program lie in one tile of packed weights, of 128.
 BLOCK_SIZES = {"block_n": (16, 32, 64, 128), "block_m": (8, 16, 32, 64, 128, 256)}
 
@@ -38,6 +40,8 @@ class Tile:
     stages: int
     # Turns of the loop in one iteration: steps of K, or with two-level scales pairs of steps.
     unroll: int
+    # Whether the operands of a turn are joined into one; not for G = 32 of group scales, whose turn is two groups.
+    joined: bool
     # Programs that must fit one multiprocessor at a time; registers and shared memory are asserted to allow it.
     programs_per_unit: int
     # Into how many parts K may be split where there are fewer programs than that; 1 never splits.
@@ -56,6 +60,8 @@ class Tile:
                 raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; mend the tile table")
         if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
             raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
+        if self.joined and not self.two_level and UNJOINABLE in self.group_sizes:
+            raise MorphoQuantError(f"{where}: joined operands need groups of 64 or 128; mend the tile table")
         if self.warps not in (1, 2, 4, 8, 16):
             raise MorphoQuantError(f"{where}: warps = {self.warps} is no power of two up to 16; mend the tile table")
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
@@ -131,7 +137,7 @@ def _tile(entry: Mapping[str, Any]) -> Tile:
     for field in fields(Tile):
         value, wanted = (
             entry[field.name],
-            {"group_sizes": list, "reason": str, "two_level": bool}.get(field.name, int),
+            {"group_sizes": list, "reason": str, "two_level": bool, "joined": bool}.get(field.name, int),
         )
         if not isinstance(value, wanted) and not (field.name == "max_tokens" and value is None):
             raise TypeError(f"{field.name} must be {wanted.__name__}, got {value!r}")

@@ -14,8 +14,8 @@ from morphoquant_vllm.triton_kernels.tiles import Tile
 model = pytest.importorskip("benchmarks.gpu_cost_model.model", reason="needs triton")
 resources = pytest.importorskip("morphoquant_vllm.triton_kernels.resources", reason="needs triton")
 
-TILE = Tile(None, (128,), False, 64, 16, 4, 4, 2, 4, 16, "test")
-USED = resources.Resources(80, 0, 0, 36864, 128, frozenset(), 24, 2, (), ("IMMA",) * 200)
+TILE = Tile(None, (128,), False, 64, 16, 4, 4, 2, False, 4, 16, "test")
+USED = resources.Resources(80, 0, 0, 36864, 128, frozenset(), 24, 0, 2, (), ("IMMA",) * 200)
 
 
 def test_decode_is_bounded_by_the_bytes_it_reads() -> None:

@@ -38,16 +38,19 @@ class Case:
     bias: bool = False
     blocks: int = 1
     two_level: bool = False
+    joined: bool = False
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         tile = f"{self.block_n}x{self.block_m}x{self.splits}"
         shape = f"M{self.tokens}-N{self.out_features}-K{self.in_features}-G{self.group_size}"
-        return f"{shape}-{tile}-{kind}-B{self.blocks}" + "-bias" * self.bias + "-two-level" * self.two_level
+        kinds = "-bias" * self.bias + "-two-level" * self.two_level + "-joined" * self.joined
+        return f"{shape}-{tile}-{kind}-B{self.blocks}{kinds}"
 
     @property
     def tile(self) -> Tile:
-        return Tile(None, (32, 64, 128), self.two_level, self.block_n, self.block_m, 4, 2, 1, 1, 16, "test")
+        sizes = (self.block_n, self.block_m, 4, 2, 1, self.joined)
+        return Tile(None, (32, 64, 128), self.two_level, *sizes, programs_per_unit=1, max_splits=16, reason="test")
 
 
 @dataclass(frozen=True)

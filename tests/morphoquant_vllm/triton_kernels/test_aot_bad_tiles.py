@@ -68,6 +68,16 @@ def test_two_level_scales_without_their_own_tiles() -> None:
     assert "layout conversions in the loop: 1" in problems("sm_80", 32, two_level=True, unroll=2)
 
 
+def test_operands_that_are_not_joined_wait_more_often() -> None:
+    """The waits are counted in the binary: shown by judging one as if its operands were joined."""
+    architecture = TABLE["sm_90"]
+    joined = next(tile for tile in architecture.tiles[::-1] if tile.two_level)
+    assert joined.joined
+    used = resources.resources(ahead.build_gemm("sm_90", replace(joined, joined=False), 32))
+    assert proof.gemm_problems(used, architecture, replace(joined, joined=False)) == []
+    assert proof.gemm_problems(used, architecture, joined) == ["waits for matrix instructions in the loop: 4, over 1"]
+
+
 def test_levels_of_several_rows_are_seen() -> None:
     """By what the check reads: the operands of the instruction."""
     tile = next(tile for tile in TABLE["sm_80"].tiles if tile.two_level)

@@ -58,9 +58,19 @@ def test_two_level_scales_need_no_conversion_in_the_loop() -> None:
     """What they are for: no sum becomes a float there."""
     loops = []
     for two_level in (False, True):
-        used = resources.resources(ahead.build_gemm("sm_90", tiles_of("sm_90", two_level)[-1], 32))
+        tile = TABLE["sm_90"].tile(2048, 32, two_level)
+        used = resources.resources(ahead.build_gemm("sm_90", tile, 32))
         loops.append(sum(opcode.startswith(("I2F", "FFMA")) for opcode in used.loop))
     assert loops == [2 * 128, 0]
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_joined_operands_wait_once_a_turn(two_level: bool) -> None:
+    """What they are for: all four products of 128 channels are issued before the one wait, and nothing moves for it."""
+    used = resources.resources(ahead.build_gemm("sm_90", TABLE["sm_90"].tile(2048, 128, two_level), 128))
+    assert sum(opcode.startswith("IGMMA") for opcode in used.loop) == 4
+    assert used.waits == 1
+    assert not any(opcode.startswith(("STS", "SHFL")) for opcode in used.loop)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

@@ -22,6 +22,8 @@ def test_every_candidate_is_a_tile_that_the_table_takes(two_level: bool) -> None
             assert candidate.max_tokens == tokens
             assert candidate.serves(64, two_level)
             assert candidate.serves(128, two_level) == two_level
+        assert any(candidate.joined for candidate in tried) == (tokens is None or tokens > 16)
+    assert not any(tile.joined for tile in autotune.candidates(None, 32, False)), "its halves are two groups"
 
 
 def test_the_written_table_serves_the_found_tiles_and_keeps_the_rest(tmp_path: Path) -> None:

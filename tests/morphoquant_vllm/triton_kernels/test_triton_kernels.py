@@ -39,11 +39,23 @@ TWO_LEVEL = [
     Case(65, 129, 128, 64, block_n=64, block_m=64, two_level=True),
     Case(129, 136, 160, 32, block_n=128, block_m=128, dtype=torch.float32, bias=True, two_level=True),
 ]
+# One product a turn: G that fills a tile, and two-level scales at every G, with and without K left for half a turn.
+JOINED = [
+    Case(7, 64, 192, 64, splits=3, dtype=torch.float16, bias=True, blocks=3, joined=True),
+    Case(65, 130, 384, 128, block_n=64, block_m=64, bias=True, joined=True),
+    Case(129, 136, 256, 128, block_n=128, block_m=128, splits=2, joined=True),
+    Case(2, 33, 96, 32, block_n=16, bias=True, two_level=True, joined=True),
+    Case(65, 129, 320, 64, block_n=64, block_m=64, splits=3, dtype=torch.float16, two_level=True, joined=True),
+    Case(129, 136, 160, 32, block_n=128, block_m=128, dtype=torch.float32, bias=True, two_level=True, joined=True),
+    Case(40, 40, 384, 128, block_n=128, block_m=64, splits=3, blocks=3, two_level=True, joined=True),
+]
 TWO_LEVEL_SUMS = [
     Case(3, 20, 96, 32, two_level=True),
     Case(18, 140, 1024, 32, splits=3, two_level=True),
     Case(3, 20, 320, 64, two_level=True),
     Case(3, 20, 640, 128, splits=2, block_n=64, two_level=True),
+    Case(18, 140, 1024, 32, splits=3, two_level=True, joined=True),
+    Case(3, 20, 288, 32, two_level=True, joined=True),
 ]
 SUMS = [
     Case(3, 20, 96, 32),
@@ -52,6 +64,8 @@ SUMS = [
     Case(18, 20, 256, 64, splits=3),
     Case(3, 20, 256, 128, block_n=64),
     Case(3, 20, 384, 128, splits=3),
+    Case(3, 140, 192, 64, joined=True),
+    Case(18, 20, 384, 128, splits=3, block_n=64, joined=True),
 ]
 # Every tail of M against every group size and split, and the largest tiles.
 MATRIX = [
@@ -63,6 +77,9 @@ MATRIX = [
 ]
 # The same of two-level scales, whose turns are 128 channels: fewer parts of a small K.
 MATRIX += [replace(case, two_level=True, splits=min(case.splits, -(-case.in_features // 128))) for case in MATRIX]
+MATRIX += [
+    replace(case, joined=True) for case in MATRIX if case.block_m > 16 and (case.two_level or case.group_size > 32)
+]
 
 
 def assert_agrees(interpreter: Interpreter, case: Case) -> None:
@@ -77,7 +94,7 @@ def assert_agrees(interpreter: Interpreter, case: Case) -> None:
         assert found.escapes > 0
 
 
-@pytest.mark.parametrize("case", SAMPLE + TWO_LEVEL, ids=str)
+@pytest.mark.parametrize("case", SAMPLE + TWO_LEVEL + JOINED, ids=str)
 def test_kernels_agree_with_the_reference(interpreter: Interpreter, case: Case) -> None:
     assert_agrees(interpreter, case)
 

@@ -53,6 +53,10 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
             "a two-level tile serves all of [32, 64, 128]",
         ),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(two_level=1), "two_level must be bool"),
+        (
+            lambda table: table["architectures"]["sm_80"]["tiles"][0].update(joined=True),
+            "joined operands need groups of 64 or 128",
+        ),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages=0), "stages must be at least 1"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages="4"), "stages must be int, got '4'"),
     ],
@@ -99,7 +103,7 @@ def test_a_table_without_the_shape_says_what_to_do() -> None:
 def test_every_split_has_work(
     tokens: int, out_features: int, steps: int, units: int, most: int, two_level: bool
 ) -> None:
-    tile = tiles.Tile(None, (64,), two_level, 64, 16, 4, 4, 1, 4, most, "test")
+    tile = tiles.Tile(None, (64,), two_level, 64, 16, 4, 4, 1, False, 4, most, "test")
     # Two-level layers have an even number of steps, two a turn.
     width = 1 + two_level
     splits = tiles.splits_of(tile, tokens, out_features, width * steps, units)
