@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
+    from .intermediate import Intermediate
     from .modality import ModalityBus
 
 # vLLM writes the messages of loggers below its own.
@@ -36,11 +37,12 @@ class MorphoQuantConfig(QuantizationConfig):
         self.spec = spec
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
-        # Made with the first layer of a model, in the process that has it.
+        # Made with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
+        self._mlps: dict[str, Intermediate] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bus": None}
+        return {**self.__dict__, "_bus": None, "_mlps": {}}
 
     def __repr__(self) -> str:
         return f"MorphoQuantConfig({len(self.layers)} layers)"
@@ -114,7 +116,28 @@ class MorphoQuantConfig(QuantizationConfig):
                 f"{prefix}: shards of a fused layer must all be quantized or none; not quantized: {missing}"
             )
         bus = self.modality_bus()
-        return MorphoQuantLinearMethod(bus.spec, {name: self.layers[name] for name in shards}, bus)
+        settings = {name: self.layers[name] for name in shards}
+        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix))
+
+    def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> Intermediate | None:
+        """What the quantized gate_up_proj and down_proj of one MLP share, where its channels may be renumbered."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        from .intermediate import DOWN, GATE_UP, MODEL_TYPES, Intermediate
+
+        if prefix.endswith(GATE_UP):
+            config = get_current_vllm_config_or_none()
+            if config is None or config.model_config is None or config.lora_config is not None:
+                return None
+            if getattr(config.model_config.hf_config, "model_type", None) not in MODEL_TYPES:
+                return None
+            mlp = self._mlps[prefix.removesuffix(GATE_UP)] = Intermediate()
+            return mlp
+        # Taken out of the dictionary: no layer of another model of this process finds it.
+        found = self._mlps.pop(prefix.removesuffix(DOWN), None) if prefix.endswith(DOWN) else None
+        if found is not None:
+            found.down = layer
+        return found
 
     def modality_bus(self) -> ModalityBus:
         """What tells this model's linears their tokens' rows: one for all layers of the process."""

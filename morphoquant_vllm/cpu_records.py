@@ -109,8 +109,12 @@ def _check_activation(activation: ActivationRecord, channels: int, rows: int) ->
 
 def _activation_block(activation: ActivationRecord, channels: int, rows: int) -> Tensor:
     names = ("inverse", "centre", "mask", "gain", "channel_order", "massive_channel", "massive_low", "massive_high")
+    order = activation.channel_order
+    in_order = torch.equal(order, torch.arange(channels, dtype=order.dtype))
+    if in_order:
+        activation = activation._replace(channel_order=order[:0])
     parts: list[Tensor] = [getattr(activation, name) for name in names]
-    sizes = (channels, rows, *activation.massive_channel.shape)
+    sizes = (channels, rows, *activation.massive_channel.shape, int(in_order))
     made, places = _block(ACTIVATION_MAGIC, sizes, [(tuple(part.shape), part.dtype) for part in parts])
     for place, part in zip(places, parts, strict=True):
         place.copy_(part)

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from . import fusion, ops
+from . import fusion, intermediate, ops
 from .errors import MorphoQuantError
 from .heap import release_freed_memory
 from .modality import ModalityBus, warn_of_long_step
@@ -39,12 +39,19 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     """Quantization method of one (fused) linear layer.
 
     `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output; `bus` knows the
-    rows of the model's tokens.
+    rows of the model's tokens; gate_up_proj and down_proj share an `mlp` where its channels may be renumbered.
     """
 
-    def __init__(self, spec: QuantizationSpec, shards: dict[str, LayerSpec], bus: ModalityBus) -> None:
+    def __init__(
+        self,
+        spec: QuantizationSpec,
+        shards: dict[str, LayerSpec],
+        bus: ModalityBus,
+        mlp: intermediate.Intermediate | None = None,
+    ) -> None:
         self.spec = spec
         self.bus = bus
+        self.mlp = mlp
         self.shards = shards
         self.layer_spec = next(iter(shards.values()))
         self.name = next(iter(shards))
@@ -125,6 +132,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             parallel=self.layer_spec.parallel,
             blocks=self.spec.tensor_parallel // size,
         )
+        tensors = self._in_order(layer, tensors)
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
         weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
         device = weight.codes.device
@@ -145,6 +153,21 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         if device.type == "cpu":
             del tensors, weight, activation, parameter
             release_freed_memory()
+
+    def _in_order(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, with the channels between gate_up_proj and down_proj in the latter's order."""
+        if self.mlp is None:
+            return tensors
+        if isinstance(layer, RowParallelLinear):
+            self.mlp.down = None
+            return tensors if self.mlp.order is None else intermediate.reorder_inputs(tensors, self.mlp.order)
+        rows = self.mlp.take_order(tensors["weight_codes"].shape[0])
+        if rows is None:
+            return tensors
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            bias.data = bias.data[rows]
+        return intermediate.reorder_outputs(tensors, rows)
 
     def _check_bias(self, layer: torch.nn.Module) -> None:
         """The layer's own bias: vLLM allocates it uninitialised and does not report that nothing was loaded."""

@@ -23,7 +23,7 @@ struct Call {
   const uint8_t* mask;           // [R, K], 0 or 1
   const float* gain;             // [R]
   int64_t rows;                  // R
-  const int32_t* channel_order;  // [K]
+  const int32_t* channel_order;  // [K], or null where channels come in order
   const int32_t* massive_channel;  // [B, J]
   const float* massive_low;        // [B, J]
   const float* massive_high;       // [B, J]

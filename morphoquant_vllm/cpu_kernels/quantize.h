@@ -59,7 +59,7 @@ inline __m256 gathered(const typename Element<D>::Type* x, const int32_t* at) {
 }
 
 // Codes of channels [begin, end) of one token, and -8 * their sum per group.
-template <int64_t D>
+template <int64_t D, bool in_order>
 inline void quantize_channels(const Call& c, const typename Element<D>::Type* x, int64_t token, int64_t row,
                               int64_t begin, int64_t end) {
   const float* inverse = c.inverse + row * c.channels;
@@ -77,7 +77,12 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
     for (int64_t bytes = step * sizeof(*x); bytes > 0; bytes -= 64, next += 64) __builtin_prefetch(next);
     __m256i sum = _mm256_setzero_si256();
     for (int64_t k = group; k < group + step; k += 8) {
-      __m256 value = gathered<D>(x, c.channel_order + k);
+      __m256 value;
+      if constexpr (in_order) {
+        value = Element<D>::load(x + k);
+      } else {
+        value = gathered<D>(x, c.channel_order + k);
+      }
       value = _mm256_mul_ps(_mm256_sub_ps(value, _mm256_loadu_ps(centre + k)), _mm256_loadu_ps(inverse + k));
       value = _mm256_and_ps(value, _mm256_cmp_ps(value, value, _CMP_ORD_Q));
       const __m128i flags = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + k));
@@ -111,7 +116,12 @@ inline bool quantize(const Call& c, int64_t thread, int64_t threads) {
       continue;
     }
     if (begin == 0) c.token_row[token] = static_cast<int32_t>(row);
-    quantize_channels<D>(c, x, token, row, begin, std::min(begin + kQuantizeChannels, c.channels));
+    const int64_t end = std::min(begin + kQuantizeChannels, c.channels);
+    if (c.channel_order) {
+      quantize_channels<D, false>(c, x, token, row, begin, end);
+    } else {
+      quantize_channels<D, true>(c, x, token, row, begin, end);
+    }
   }
   return valid;
 }

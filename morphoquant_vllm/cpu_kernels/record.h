@@ -63,7 +63,7 @@ inline const int64_t* header(const uint8_t* block, int64_t bytes, int64_t magic,
 
 // Fields of the activation record; false where the block is none for K channels.
 inline bool read_activation(const Request& r, Call& c) {
-  const int64_t* head = header(r.activation, r.activation_bytes, kActivationMagic, 4);
+  const int64_t* head = header(r.activation, r.activation_bytes, kActivationMagic, 5);
   if (!head || head[2] != r.channels || r.channels < 32 || r.channels % 32 || head[3] < 1) return false;
   c.rows = head[3];
   c.massive_sets = head[4];
@@ -73,7 +73,7 @@ inline bool read_activation(const Request& r, Call& c) {
   c.centre = parts.next<float>(c.rows * c.channels);
   c.mask = parts.next<uint8_t>(c.rows * c.channels);
   c.gain = parts.next<float>(c.rows);
-  c.channel_order = parts.next<int32_t>(c.channels);
+  c.channel_order = head[6] ? nullptr : parts.next<int32_t>(c.channels);
   c.massive_channel = parts.next<int32_t>(c.massive_sets * c.massive_channels);
   c.massive_low = parts.next<float>(c.massive_sets * c.massive_channels);
   c.massive_high = parts.next<float>(c.massive_sets * c.massive_channels);

@@ -1,8 +1,10 @@
 """Kernels: activation -> int8 codes in permuted channel order, and the row that serves each token.
 
-Two of them, with the same result. `quantize_activation` gives a program a part of a token's channels, so that few
+Three of them, with the same result. `quantize_activation` gives a program a part of a token's channels, so that few
 tokens fill the device, and gathers them from memory. `quantize_tokens` gives it a whole token, which is read in order
-and gathered in shared memory: each gathered load from memory takes a sector of 32 bytes for two.
+and gathered in shared memory: each gathered load from memory takes a sector of 32 bytes for two. `quantize_in_order`
+serves many tokens whose channels come in channel order (intermediate.py): a program quantizes the same channels of
+several tokens, whose tables then lie in the cache of its multiprocessor.
 
 The order of float32 operations is that of numerics.activation: subtract, multiply, round half to even, clamp.
 Clamping first gives the same codes, since the limits are integers, and keeps the rounding constant valid.
@@ -95,9 +97,13 @@ def quantize_activation(
     J: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SILU_MUL: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_K codes of one token; grid (M * tiles of K). Each program decides by itself whether it is massive."""
+    """BLOCK_K codes of one token; grid (M * tiles of K). Each program decides by itself whether it is massive.
+
+    IN_ORDER: channels come in channel order; `order_ptr` is not read.
+    """
     let_next_start(PDL)
     # A token's programs follow each other: they gather from the same row of x, which then lies in a cache.
     tiles = tl.cdiv(K, BLOCK_K)
@@ -107,7 +113,7 @@ def quantize_activation(
     x_row = x_ptr + m * x_stride
     # What the token's row needs is read for both rows it may have, and so does not wait for that decision.
     modality = tl.load(modality_ptr + m)
-    channel = tl.load(order_ptr + k, mask=exists, other=0)
+    channel = k if IN_ORDER else tl.load(order_ptr + k, mask=exists, other=0)
     table, last = modality * K + k, (R - 1) * K + k
     centre = tl.load(centre_ptr + table, mask=exists, other=0.0)
     inverse = tl.load(inverse_ptr + table, mask=exists, other=0.0)
@@ -180,3 +186,53 @@ def quantize_tokens(
                 tl.load(limit_ptr + table, mask=exists, other=0),
             )
             tl.store(codes_ptr + m * K + k, codes.to(tl.int8), mask=exists)
+
+
+@triton.jit(do_not_specialize=["M", "tokens"], do_not_specialize_on_alignment=["modality_ptr"])
+def quantize_in_order(
+    x_ptr,
+    modality_ptr,
+    inverse_ptr,
+    centre_ptr,
+    limit_ptr,
+    massive_channel_ptr,
+    massive_low_ptr,
+    massive_high_ptr,
+    codes_ptr,
+    rows_ptr,
+    x_stride,
+    K,
+    R,
+    M,
+    tokens,
+    B: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_K codes of each of `tokens` tokens; arguments as above; grid (M / tokens * tiles of K).
+
+    Tokens begin on 16 bytes, unlike those of the other quantizers: they are read 16 bytes at a time.
+    """
+    let_next_start(PDL)
+    tiles = tl.cdiv(K, BLOCK_K)
+    first = (tl.program_id(0) // tiles) * tokens
+    k = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    exists = k < K
+    for token in tl.range(0, min(tokens, M - first), num_stages=1):
+        m = (first + token).to(tl.int64)
+        x_row = x_ptr + m * x_stride
+        x = load_activation(x_row, k, exists, K, SILU_MUL)
+        massive = is_massive(x_row, massive_channel_ptr, massive_low_ptr, massive_high_ptr, K, B, J, SILU_MUL)
+        row = tl.where(massive > 0, R - 1, tl.load(modality_ptr + m))
+        if tl.program_id(0) % tiles == 0:
+            tl.store(rows_ptr + m, row)
+        table = row * K + k
+        codes = codes_of(
+            x,
+            tl.load(centre_ptr + table, mask=exists, other=0.0),
+            tl.load(inverse_ptr + table, mask=exists, other=0.0),
+            tl.load(limit_ptr + table, mask=exists, other=0),
+        )
+        tl.store(codes_ptr + m * K + k, codes.to(tl.int8), mask=exists)

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from . import launch
-from .act_quant import quantize_activation, quantize_tokens
+from .act_quant import quantize_activation, quantize_in_order, quantize_tokens
 from .device import OLDEST_PDL
 from .gemm import int4_gemm
 from .layout import TILE_N, tile_channels
@@ -27,6 +27,8 @@ TARGETS = {
 }
 # Names of 16-bit activations in Triton's signatures.
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
+# Kernels that wait for none before them.
+QUANTIZERS = (quantize_activation, quantize_in_order, quantize_tokens)
 # Types of the parts' sums of a split K, of group scales and of two-level ones.
 SUMS = {False: "*fp32", True: "*i32"}
 
@@ -52,7 +54,7 @@ def build(
         constexprs=constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    dependent = {"launch_pdl": True} if pdl(target) and kernel not in (quantize_activation, quantize_tokens) else {}
+    dependent = {"launch_pdl": True} if pdl(target) and kernel not in QUANTIZERS else {}
     return triton.compile(source, target=TARGETS[target], options=options | dependent)
 
 
@@ -115,10 +117,13 @@ def build_quantize(
     fusion: bool = False,
     silu_mul: bool = False,
     width: int = 0,
+    in_order: bool = False,
+    many: bool = False,
 ) -> CompiledKernel:
     """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched.
 
-    `width`: the one of whole tokens of up to so many channels, else that of parts of a token.
+    `width`: the one of whole tokens of up to so many channels, else that of parts of a token. `in_order`: for channels
+    that come in order; with `many` of the same channels of several tokens.
     """
     aligned = {
         "inverse_ptr": "*fp32",
@@ -131,15 +136,21 @@ def build_quantize(
         "codes_ptr": "*i8",
         "rows_ptr": "*i32",
     }
+    kernel = quantize_in_order if many else quantize_tokens if width else quantize_activation
+    if many:
+        aligned = {"x_ptr": TYPES[dtype]} | aligned
+        del aligned["order_ptr"]
     types = {"x_ptr": TYPES[dtype], "modality_ptr": "*i32"} | aligned
     constants = {"B": blocks, "J": 4, "SILU_MUL": silu_mul, "PDL": pdl(target)}
+    if kernel is quantize_activation:
+        constants["IN_ORDER"] = in_order
     whole = {"WIDTH": width, "BLOCK_K": launch.gather_block(width)} if width else {"BLOCK_K": launch.QUANTIZE_BLOCK_K}
-    sizes = ("x_stride", "K", "R", *(("M", "tokens") if width else ()))
+    sizes = ("x_stride", "K", "R", *(("M", "tokens") if width or many else ()))
     return build(
-        quantize_tokens if width else quantize_activation,
+        kernel,
         types | dict.fromkeys(sizes, "i32"),
         constants | whole,
-        (*aligned, "K"),
+        (*aligned, "K", *(("x_stride",) if many else ())),
         target,
         num_warps=launch.GATHER_WARPS if width else launch.QUANTIZE_WARPS,
         enable_fp_fusion=fusion,

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .act_quant import quantize_activation, quantize_tokens
+from .act_quant import quantize_activation, quantize_in_order, quantize_tokens
 from .device import Profile
 from .gemm import int4_gemm
 from .layout import TILE_N, GpuActivation, GpuWeight, group_size_of
@@ -30,6 +30,9 @@ WIDEST_SILU_TOKEN = 16384
 # Its warps, and the channels that each of its threads gathers at a time.
 GATHER_WARPS = 16
 GATHER_ELEMENTS = 16
+# Tokens of which a program quantizes the same channels, where they come in order, and what their rows must divide by.
+IN_ORDER_TOKENS = 8
+IN_ORDER_ALIGNMENT = 16
 REDUCE_BLOCK_N = 256
 # Tiles of tokens that pass over one tile of weights before the next: 8 * 128 tokens' codes stay in L2 beside it.
 GROUP_M = 8
@@ -49,7 +52,7 @@ def quantize(
     while this one ends. `units`: multiprocessors of the device.
     """
     tokens, width = x.shape
-    in_features = activation.channel_order.numel()
+    in_features = activation.in_features
     if width != in_features * (1 + silu_mul):
         raise ValueError(f"the quantizer needs x as [M, {in_features * (1 + silu_mul)}], got {list(x.shape)}")
     if x.stride(1) != 1:
@@ -59,13 +62,13 @@ def quantize(
     if tokens:
         blocks, intervals = activation.massive_channel.shape
         width = triton.next_power_of_2(in_features)
-        arguments = (
-            x,
-            modality,
-            activation.inverse,
-            activation.centre,
-            activation.limit,
-            activation.channel_order,
+        many = tokens >= WHOLE_TOKENS
+        if many and activation.in_order and (x.stride(0) % IN_ORDER_ALIGNMENT or x.data_ptr() % IN_ORDER_ALIGNMENT):
+            x = x.clone(memory_format=torch.contiguous_format)
+        tables = (activation.inverse, activation.centre, activation.limit)
+        # A pointer that is not read must still be one.
+        order = (activation.massive_channel if activation.in_order else activation.channel_order,)
+        rest = (
             activation.massive_channel,
             activation.massive_low,
             activation.massive_high,
@@ -77,14 +80,30 @@ def quantize(
         )
         # Subtract and multiply must each round, as in the reference.
         settings = {"B": blocks, "J": intervals, "SILU_MUL": silu_mul, "PDL": pdl, "enable_fp_fusion": False}
-        if tokens < WHOLE_TOKENS or width > (WIDEST_SILU_TOKEN if silu_mul else WIDEST_TOKEN):
-            quantize_activation[(tokens * triton.cdiv(in_features, QUANTIZE_BLOCK_K),)](
-                *arguments, BLOCK_K=QUANTIZE_BLOCK_K, num_warps=QUANTIZE_WARPS, **settings
+        parts = triton.cdiv(in_features, QUANTIZE_BLOCK_K)
+        if many and activation.in_order:
+            quantize_in_order[(triton.cdiv(tokens, IN_ORDER_TOKENS) * parts,)](
+                *(x, modality, *tables, *rest, tokens, IN_ORDER_TOKENS),
+                BLOCK_K=QUANTIZE_BLOCK_K,
+                num_warps=QUANTIZE_WARPS,
+                **settings,
+            )
+        elif not many or width > (WIDEST_SILU_TOKEN if silu_mul else WIDEST_TOKEN):
+            quantize_activation[(tokens * parts,)](
+                *(x, modality, *tables, *order, *rest),
+                BLOCK_K=QUANTIZE_BLOCK_K,
+                IN_ORDER=activation.in_order,
+                num_warps=QUANTIZE_WARPS,
+                **settings,
             )
         else:
             each = triton.cdiv(tokens, QUANTIZE_PROGRAMS * units)
             quantize_tokens[(triton.cdiv(tokens, each),)](
-                *arguments, tokens, each, WIDTH=width, BLOCK_K=gather_block(width), num_warps=GATHER_WARPS, **settings
+                *(x, modality, *tables, *order, *rest, tokens, each),
+                WIDTH=width,
+                BLOCK_K=gather_block(width),
+                num_warps=GATHER_WARPS,
+                **settings,
             )
     return codes, rows
 
@@ -207,7 +226,7 @@ def warm(
     """Compile, by running them on one token, all kernels that this layer can need with activations of `dtype`."""
     device = weight.codes.device
     for tokens in (1, WHOLE_TOKENS):
-        gate_up = torch.zeros((tokens, 2 * activation.channel_order.numel()), dtype=dtype, device=device)
+        gate_up = torch.zeros((tokens, 2 * activation.in_features), dtype=dtype, device=device)
         modality = torch.zeros(tokens, dtype=torch.int32, device=device)
         quantize(gate_up, modality, activation, True, profile.pdl, profile.units)
         codes, rows = quantize(gate_up[:, ::2].contiguous(), modality, activation, False, profile.pdl, profile.units)

@@ -59,10 +59,20 @@ class GpuActivation(NamedTuple):
     centre: Tensor  # float32 [R, K]
     limit: Tensor  # int8 [R, K]: 127 where a code may escape, else 7
     gain: Tensor  # float32 [R], divided by 16
-    channel_order: Tensor  # int32 [K]
+    channel_order: Tensor  # int32 [K]; [0] where channels come in order
     massive_channel: Tensor  # int32 [B, J], both rounded up to powers of two
     massive_low: Tensor  # float32 [B, J]
     massive_high: Tensor  # float32 [B, J]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.centre.shape[1]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the channels of the input come in channel order."""
+        return not self.channel_order.numel()
 
 
 def tile_channels(group_size: int, two_level: bool = False) -> int:
@@ -131,8 +141,13 @@ def _words(level: Tensor, group_size: int) -> Tensor:
 
 
 def prepare_activation(activation: ActivationRecord) -> GpuActivation:
-    """Mask as limits, gain divided by 16, sets of massive intervals filled up with intervals that hold nothing."""
+    """Mask as limits, gain divided by 16; no order where channels are in order; sets of massive intervals filled up.
+
+    They are filled up with intervals that hold nothing.
+    """
     blocks, intervals = activation.massive_channel.shape
+    order = activation.channel_order
+    in_order = torch.equal(order, torch.arange(order.numel(), dtype=order.dtype, device=order.device))
     # Triton's blocks are powers of two. A set that is filled up repeats its last interval; a further set is empty.
     wide = _power_of_two(intervals) - intervals
     tall = _power_of_two(blocks) - blocks
@@ -146,7 +161,7 @@ def prepare_activation(activation: ActivationRecord) -> GpuActivation:
         centre=activation.centre,
         limit=torch.where(activation.mask, ESCAPE_MAX, CODE_MAX).to(torch.int8),
         gain=activation.gain / 16,
-        channel_order=activation.channel_order,
+        channel_order=order.new_empty(0) if in_order else order,
         massive_channel=fill(activation.massive_channel, 0),
         massive_low=fill(activation.massive_low, 1.0),
         massive_high=fill(activation.massive_high, 0.0),

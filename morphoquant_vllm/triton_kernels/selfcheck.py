@@ -63,7 +63,13 @@ def problem_of_tile(
 
 @cache
 def problem_of_quantizer(
-    in_features: int, tokens: int, silu_mul: bool, dtype: torch.dtype, device: torch.device, profile: Profile
+    in_features: int,
+    in_order: bool,
+    tokens: int,
+    silu_mul: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    profile: Profile,
 ) -> str:
     """What is wrong with the quantizer of so many tokens and channels, empty if nothing: codes and rows are equal.
 
@@ -76,7 +82,9 @@ def problem_of_quantizer(
         centre=torch.randn((ROWS, in_features), generator=generator) / 4,
         mask=torch.rand((ROWS, in_features), generator=generator) < 0.5,
         gain=torch.ones(ROWS),
-        channel_order=torch.randperm(in_features, generator=generator).int(),
+        channel_order=(
+            torch.arange(in_features) if in_order else torch.randperm(in_features, generator=generator)
+        ).int(),
         # As many intervals as layers have: Triton compiles a kernel for their number. Half the tokens are massive.
         massive_channel=torch.arange(4, dtype=torch.int32)[None],
         massive_low=torch.full((1, 4), -4.0),
@@ -105,7 +113,7 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
     device = weight.codes.device
     group_size, two_level = layout.group_size_of(weight), weight.two_level
     problems = [
-        problem_of_quantizer(activation.channel_order.numel(), tokens, silu_mul, dtype, device, profile)
+        problem_of_quantizer(activation.in_features, activation.in_order, tokens, silu_mul, dtype, device, profile)
         for tokens in (3, launch.WHOLE_TOKENS)
         for silu_mul in (False, True)
     ]

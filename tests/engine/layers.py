@@ -25,6 +25,17 @@ def stored_shards(layer: str, prefix: tuple[str, str]) -> list[str]:
     return [f"{stem}.{shard}" for shard in FUSED.get(last, (last,))]
 
 
+def seen(result: dict[str, Any], layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input, codes and output of a captured layer; input and output with the checkpoint's numbers of channels."""
+    x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
+    order = result["captured"].get(f"{layer}.order")
+    if order is not None and layer.endswith("down_proj"):
+        x = torch.empty_like(x).index_copy_(1, order, x)
+    elif order is not None:
+        y = torch.empty_like(y).index_copy_(1, torch.cat((order, order + order.numel())), y)
+    return x, codes, y
+
+
 def assert_layers_are_the_reference(
     result: dict[str, Any], checkpoint: Checkpoint, dtype: torch.dtype, prefix: tuple[str, str]
 ) -> None:
@@ -32,7 +43,7 @@ def assert_layers_are_the_reference(
     layers = captured_layers(result)
     assert {name for layer in layers for name in stored_shards(layer, prefix)} == set(checkpoint.spec.layers)
     for layer in layers:
-        x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
+        x, codes, y = seen(result, layer)
         modality = result["captured"][f"{layer}.modality"]
         assert x.dtype is y.dtype is dtype
         shards = [checkpoint.layer(name) for name in stored_shards(layer, prefix)]

@@ -16,7 +16,7 @@ from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.activation import escapes
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, Engines
-from tests.engine.layers import assert_layers_are_the_reference, captured_layers, stored_shards
+from tests.engine.layers import assert_layers_are_the_reference, captured_layers, seen, stored_shards
 from tests.records import activation_of, weight_of
 from tests.reference_model import Checkpoint
 
@@ -39,10 +39,22 @@ def test_codes_and_outputs_inside_the_layers_equal_the_reference(
     assert_layers_are_the_reference(engines.results[job], checkpoint, getattr(torch, dtype), STORED_PREFIX)
 
 
+def test_the_input_of_down_proj_comes_in_its_channel_order(engines: Engines, checkpoint: Checkpoint) -> None:
+    captured = engines.results["eager"]["captured"]
+    down = [layer for layer in captured_layers(engines.results["eager"]) if layer.endswith("down_proj")]
+    assert down
+    for layer in down:
+        (name,) = stored_shards(layer, STORED_PREFIX)
+        order = checkpoint.layer(name)["channel_order"].long()
+        assert not torch.equal(order, torch.arange(order.numel()))
+        assert torch.equal(captured[f"{layer}.order"], order)
+        assert torch.equal(captured[f"{layer.replace('down', 'gate_up')}.order"], order)
+
+
 def test_activations_really_are_four_bit(engines: Engines, checkpoint: Checkpoint) -> None:
     result = engines.results["bfloat16"]
     for layer in captured_layers(result):
-        x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
+        x, codes, y = seen(result, layer)
         shards = [checkpoint.layer(name) for name in stored_shards(layer, STORED_PREFIX)]
         activation, weight = activation_of(shards[0]), weight_of(*shards)
         # On a prompt that calibration did not see; the budget there is 4 %, and the bar of a layer 20 %.

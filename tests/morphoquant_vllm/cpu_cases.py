@@ -109,6 +109,16 @@ def compare_many(library: Kernels) -> None:
             compare(weight, record, *tokens_of(tokens, channels, torch.bfloat16), None, library)
 
 
+def compare_in_order(library: Kernels) -> None:
+    """`compare` where channels come in channel order, of every dtype."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for (outputs, channels, group_size), dtype in zip(SHAPES[1:4], dtypes, strict=True):
+        weight, record = case(outputs, channels, group_size)
+        record = record._replace(channel_order=torch.arange(channels, dtype=torch.int32))
+        for tokens in TOKENS:
+            compare(weight, record, *tokens_of(tokens, channels, dtype), None, library)
+
+
 def main() -> None:
     """Every case with 1 and 2 threads on the library named on the command line."""
     library = load(Path(sys.argv[1]), sys.argv[2])
@@ -117,6 +127,7 @@ def main() -> None:
         for shape in SHAPES:
             compare_shape(*shape, library)
         compare_many(library)
+        compare_in_order(library)
         compare_heads(library)
         if library.head_bfloat16 is not None:
             compare_bfloat16_heads(library)

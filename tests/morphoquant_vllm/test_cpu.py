@@ -13,7 +13,16 @@ from morphoquant_vllm.cpu_records import HEADER_BYTES
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.weights import pack, unpack
 from tests.morphoquant_vllm import cpu_libraries
-from tests.morphoquant_vllm.cpu_cases import ROWS, SHAPES, case, compare, compare_many, compare_shape, tokens_of
+from tests.morphoquant_vllm.cpu_cases import (
+    ROWS,
+    SHAPES,
+    case,
+    compare,
+    compare_in_order,
+    compare_many,
+    compare_shape,
+    tokens_of,
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -23,6 +32,10 @@ def test_codes_are_equal_and_outputs_within_the_bound(library: Kernels, threads:
 
 def test_many_tokens_and_many_channels(library: Kernels, threads: int) -> None:
     compare_many(library)
+
+
+def test_channels_that_come_in_order(library: Kernels, threads: int) -> None:
+    compare_in_order(library)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -163,6 +176,7 @@ def _header(block: torch.Tensor, place: int, value: int) -> torch.Tensor:
         pytest.param(*_changed(2, lambda t: _header(t, 3, 5)), id="another number of rows"),
         pytest.param(*_changed(2, lambda t: _header(t, 3, 0)), id="no rows"),
         pytest.param(*_changed(2, lambda t: _header(t, 5, 1 << 40)), id="huge intervals"),
+        pytest.param(*_changed(2, lambda t: _header(t, 6, 1)), id="said to be in order"),
         pytest.param(*_changed(2, lambda t: _header(t, 4, -1)), id="negative sets"),
     ],
 )

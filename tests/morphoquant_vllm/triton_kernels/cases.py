@@ -39,12 +39,14 @@ class Case:
     blocks: int = 1
     two_level: bool = False
     joined: bool = False
+    in_order: bool = False
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         tile = f"{self.block_n}x{self.block_m}x{self.splits}"
         shape = f"M{self.tokens}-N{self.out_features}-K{self.in_features}-G{self.group_size}"
         kinds = "-bias" * self.bias + "-two-level" * self.two_level + "-joined" * self.joined
+        kinds += "-in-order" * self.in_order
         return f"{shape}-{tile}-{kind}-B{self.blocks}{kinds}"
 
     @property
@@ -74,6 +76,8 @@ def layer(case: Case) -> tuple[WeightRecord, ActivationRecord]:
     generator = torch.Generator().manual_seed(case.in_features + case.out_features)
     weight = torch.randn(case.out_features, case.in_features, generator=generator)
     (tensors,) = random_group([weight], spec_layer, spec, torch.tensor(case.group_size))
+    if case.in_order:
+        tensors["channel_order"] = torch.arange(case.in_features, dtype=torch.int32)
     return weight_of(tensors), activation_of(tensors)
 
 
@@ -197,14 +201,13 @@ def ties_agree() -> bool:
     return torch.equal(codes, activation_numerics.act_quant(x, modality, record))
 
 
-def strided_input_agrees() -> bool:
+def strided_input_agrees(case: Case) -> bool:
     """Codes of a slice of a wider tensor, whose rows do not follow each other."""
     from morphoquant_vllm.triton_kernels import launch
 
-    case = Case(5, 32, 64, 32)
     _, record = layer(case)
     x, modality = tokens(case, record)
-    wide = torch.cat((x, x), 1)[:, 3 : 3 + 64]
+    wide = torch.cat((x, x), 1)[:, 3 : 3 + case.in_features]
     rows = activation_numerics.token_rows(wide, modality, record)
     codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
     return torch.equal(codes, activation_numerics.act_quant(wide, rows, record))

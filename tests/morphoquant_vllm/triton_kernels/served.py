@@ -14,7 +14,7 @@ from morphoquant_vllm.numerics import linear as linear_numerics
 from tests.morphoquant_vllm.triton_kernels.cases import Case, layer, tokens
 
 # Everything that launch.py launches.
-KERNELS = ("quantize_activation", "quantize_tokens", "int4_gemm", "reduce_splits")
+KERNELS = ("quantize_activation", "quantize_in_order", "quantize_tokens", "int4_gemm", "reduce_splits")
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,14 @@ def fused(case: Case, architecture: str) -> bool:
 
 
 def self_check(two_level: bool) -> tuple[list[str], str]:
-    """What `selfcheck` says of sound kernels, each tile of a table and both quantizers, and of one that is not."""
+    """What `selfcheck` says of sound kernels, tiles of a table and all quantizers, and of one that is not."""
     from morphoquant_vllm.triton_kernels import device, launch, selfcheck, tiles
 
     profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     found = [
-        selfcheck.problem_of_quantizer(288, tokens, silu_mul, dtype, cpu, profile)
+        selfcheck.problem_of_quantizer(288, in_order, tokens, silu_mul, dtype, cpu, profile)
+        for in_order in (False, True)
         for tokens in (3, launch.WHOLE_TOKENS)
         for silu_mul in (False, True)
     ]
@@ -163,6 +164,6 @@ def self_check_of_the_quantizer() -> str:
 
     launch.quantize = wrong
     try:
-        return selfcheck.problem_of_quantizer(96, 3, False, torch.float16, torch.device("cpu"), profile)
+        return selfcheck.problem_of_quantizer(96, False, 3, False, torch.float16, torch.device("cpu"), profile)
     finally:
         launch.quantize = sound

@@ -4,6 +4,7 @@ They prove no speed. That each assertion can fail is in test_aot_bad_tiles.py.
 """
 
 import itertools
+import re
 
 import pytest
 
@@ -91,6 +92,17 @@ def test_the_quantizer_of_whole_tokens(target: str, width: int, silu_mul: bool) 
     assert used.shared_memory == 2 * width, "the tokens' values, once, in 16 bit"
 
 
+@pytest.mark.parametrize(("target", "silu_mul"), [("sm_80", True), ("sm_90", False), ("gfx942", False)])
+def test_the_quantizer_of_channels_in_order(target: str, silu_mul: bool) -> None:
+    kernel = ahead.build_quantize(target, in_order=True, many=True, silu_mul=silu_mul)
+    assert proof.spill_problems(resources.resources(kernel)) == []
+    assert proof.rounding_problems(kernel) == []
+    if target != "gfx942":
+        # Tokens and tables 16 bytes at a time, nothing through shared memory; the rest is the massive intervals'.
+        assert len(re.findall(r"ld\.global\.v4\.b32", kernel.asm["ptx"])) == 5 + silu_mul
+        assert kernel.asm["ttgir"].count("ttg.convert_layout") <= 1
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_activation_quantizer_with_silu_and_mul(target: str) -> None:
     kernel = ahead.build_quantize(target, silu_mul=True)
@@ -134,6 +146,9 @@ def test_the_small_kernels_everywhere(target: str, dtype: str) -> None:
     for blocks in (1, 4):
         kernel = ahead.build_quantize(target, dtype=dtype, blocks=blocks)
         assert proof.spill_problems(resources.resources(kernel)) == []
+        in_order = ahead.build_quantize(target, dtype=dtype, blocks=blocks, in_order=True, many=True)
+        assert proof.spill_problems(resources.resources(in_order)) == []
+        assert proof.rounding_problems(in_order) == []
         with_silu = ahead.build_quantize(target, dtype=dtype, blocks=blocks, silu_mul=True)
         assert proof.spill_problems(resources.resources(with_silu)) == []
         assert proof.rounding_problems(kernel) == []

@@ -22,6 +22,8 @@ from tests.morphoquant_vllm.triton_kernels.interpreter import Interpreter
         Case(16, 32, 384, 128, blocks=3),
         Case(5, 32, 96, 32, dtype=torch.float32),
         Case(131, 32, 128, 32, blocks=2),
+        Case(3, 32, 96, 32, in_order=True),
+        Case(131, 32, 1152, 32, in_order=True),
     ],
     ids=str,
 )
@@ -44,7 +46,26 @@ def test_the_fused_op_gives_the_bits_of_the_two_steps(interpreter: Interpreter, 
 def test_launches_of_a_layer(interpreter: Interpreter, silu_mul: bool, units: int, reductions: int) -> None:
     """The fused op launches what the plain one does: the kernel of silu(gate) * up is what goes."""
     found = interpreter(served.launches, Case(1, 256, 1024, 64), "sm_90", units, silu_mul)
-    assert found == {"quantize_activation": 1, "quantize_tokens": 0, "int4_gemm": 1, "reduce_splits": reductions}
+    assert found == dict.fromkeys(served.KERNELS, 0) | {
+        "quantize_activation": 1,
+        "int4_gemm": 1,
+        "reduce_splits": reductions,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "in_order", "kernel"),
+    [
+        (127, True, "quantize_activation"),
+        (128, True, "quantize_in_order"),
+        (127, False, "quantize_activation"),
+        (128, False, "quantize_tokens"),
+    ],
+)
+def test_which_quantizer_is_launched(interpreter: Interpreter, tokens: int, in_order: bool, kernel: str) -> None:
+    case = Case(tokens, 32, 64, 64, in_order=in_order)
+    found = interpreter(served.launches, case, "sm_90", 1, False)
+    assert [name for name, count in found.items() if name.startswith("quantize") and count] == [kernel]
 
 
 def test_no_kernel_is_launched_but_those_that_are_counted() -> None:

@@ -27,6 +27,7 @@ CASES = [
     for dtype, bias in ((torch.bfloat16, True), (torch.float16, False))
 ]
 CASES += [replace(case, two_level=True) for case in CASES]
+CASES += [replace(case, in_order=True) for case in CASES if case.tokens in (1, 300) and not case.two_level]
 
 
 def on_gpu(case: Case) -> tuple[WeightRecord, ActivationRecord, torch.Tensor, torch.Tensor]:

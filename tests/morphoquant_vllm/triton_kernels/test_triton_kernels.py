@@ -49,6 +49,14 @@ JOINED = [
     Case(129, 136, 160, 32, block_n=128, block_m=128, dtype=torch.float32, bias=True, two_level=True, joined=True),
     Case(40, 40, 384, 128, block_n=128, block_m=64, splits=3, blocks=3, two_level=True, joined=True),
 ]
+# Channels that come in order: few and many tokens, channels that fill no block, several blocks of massive intervals.
+IN_ORDER = [
+    Case(1, 32, 64, 32, in_order=True),
+    Case(7, 32, 1152, 64, dtype=torch.float16, blocks=3, in_order=True),
+    Case(128, 32, 1056, 32, in_order=True),
+    Case(131, 32, 96, 32, dtype=torch.float16, in_order=True),
+    Case(150, 32, 256, 64, dtype=torch.float32, blocks=4, in_order=True),
+]
 TWO_LEVEL_SUMS = [
     Case(3, 20, 96, 32, two_level=True),
     Case(18, 140, 1024, 32, splits=3, two_level=True),
@@ -94,7 +102,7 @@ def assert_agrees(interpreter: Interpreter, case: Case) -> None:
         assert found.escapes > 0
 
 
-@pytest.mark.parametrize("case", SAMPLE + TWO_LEVEL + JOINED, ids=str)
+@pytest.mark.parametrize("case", SAMPLE + TWO_LEVEL + JOINED + IN_ORDER, ids=str)
 def test_kernels_agree_with_the_reference(interpreter: Interpreter, case: Case) -> None:
     assert_agrees(interpreter, case)
 
@@ -120,8 +128,10 @@ def test_ties_round_to_even_and_limits_hold(interpreter: Interpreter) -> None:
     assert interpreter(cases.ties_agree)
 
 
-def test_rows_of_the_input_may_lie_apart(interpreter: Interpreter) -> None:
-    assert interpreter(cases.strided_input_agrees)
+@pytest.mark.parametrize(("tokens", "in_order"), [(5, False), (130, False), (5, True), (130, True)])
+def test_rows_of_the_input_may_lie_apart(interpreter: Interpreter, tokens: int, in_order: bool) -> None:
+    """And anywhere: those that begin on no 16 bytes are copied for the quantizer that reads 16 bytes at a time."""
+    assert interpreter(cases.strided_input_agrees, Case(tokens, 32, 64, 32, in_order=in_order))
 
 
 @pytest.mark.full

@@ -79,6 +79,13 @@ def test_weights_are_held_once(group_size: int, two_level: bool) -> None:
     assert prepared.scale.nbytes == (weights // 32 if two_level else 4 * weights // max(64, group_size))
 
 
+def test_the_order_of_channels_that_are_in_order_is_not_kept() -> None:
+    shuffled, in_order = (layout.prepare_activation(layer(Case(1, 32, 96, 32, in_order=flag))[1]) for flag in (0, 1))
+    assert shuffled.channel_order.numel() == 96 and not shuffled.in_order
+    assert in_order.channel_order.numel() == 0 and in_order.in_order
+    assert shuffled.in_features == in_order.in_features == 96
+
+
 def test_filled_up_sets_of_intervals_hold_no_token() -> None:
     case = Case(1, 32, 96, 32, blocks=3)
     prepared = layout.prepare_activation(layer(case)[1])
