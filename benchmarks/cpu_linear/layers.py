@@ -21,7 +21,10 @@ ROWS = 6
 def generated(
     outputs: int, channels: int, group_size: int, seed: int, two_level: bool = False
 ) -> tuple[WeightRecord, ActivationRecord]:
-    """Canonical records of a layer: what is random takes as long as what is calibrated. No token is massive."""
+    """Canonical records of a layer: what is random takes as long as what is calibrated. No token is massive.
+
+    A layer with more inputs than outputs is a down_proj, whose input comes in channel order when a model is served.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = weight_record(
         torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8),
@@ -36,7 +39,9 @@ def generated(
         centre=torch.zeros(ROWS, channels),
         mask=torch.rand(ROWS, channels, generator=generator) < 0.5,
         gain=torch.ones(ROWS),
-        channel_order=torch.randperm(channels, generator=generator).int(),
+        channel_order=(
+            torch.arange(channels) if channels > outputs else torch.randperm(channels, generator=generator)
+        ).int(),
         massive_channel=torch.arange(4, dtype=torch.int32)[None],
         massive_low=torch.full((1, 4), 1e30),
         massive_high=torch.full((1, 4), 2e30),

@@ -29,24 +29,28 @@ def bfloat16(out_features: int, in_features: int, group_size: int) -> Built:
     return lambda x: torch.nn.functional.linear(x, weight)
 
 
-def _activation(in_features: int) -> ActivationRecord:
-    """An activation record with an escape mask that keeps every channel and one set of massive intervals."""
+def _activation(out_features: int, in_features: int) -> ActivationRecord:
+    """An activation record with an escape mask that keeps every channel and one set of massive intervals.
+
+    A layer with more inputs than outputs is a down_proj, whose input comes in channel order when a model is served.
+    """
     device = "cuda"
+    order = torch.arange if in_features > out_features else torch.randperm
     return ActivationRecord(
         inverse=torch.full((ROWS, in_features), 3.0, device=device),
         centre=torch.zeros(ROWS, in_features, device=device),
         mask=torch.ones(ROWS, in_features, dtype=torch.bool, device=device),
         gain=torch.ones(ROWS, device=device),
-        channel_order=torch.randperm(in_features, device=device).int(),
+        channel_order=order(in_features, device=device).int(),
         massive_channel=torch.arange(4, device=device).int()[None],
         massive_low=torch.full((1, 4), 1e3, device=device),
         massive_high=torch.full((1, 4), 2e3, device=device),
     )
 
 
-def _ours(weight: WeightRecord, in_features: int) -> Call:
+def _ours(weight: WeightRecord, out_features: int, in_features: int) -> Call:
     """Both of our ops: quantizer, product and, where K is split, the reduction."""
-    activation = _activation(in_features)
+    activation = _activation(out_features, in_features)
     backend = ops.BACKENDS["triton"]
     backend.check("benchmark", weight, activation, torch.bfloat16)
     prepared, prepared_activation = backend.prepare(weight, activation)
@@ -62,7 +66,7 @@ def morphoquant(out_features: int, in_features: int, group_size: int) -> Built:
         (torch.rand(out_features, in_features // group_size, device="cuda") / 100 + 0.001).bfloat16(),
         torch.zeros(1, ROWS, out_features, device="cuda"),
     )
-    return _ours(weight, in_features)
+    return _ours(weight, out_features, in_features)
 
 
 def morphoquant_two_level(out_features: int, in_features: int, group_size: int) -> Built:
@@ -73,7 +77,7 @@ def morphoquant_two_level(out_features: int, in_features: int, group_size: int) 
         torch.rand(out_features, device="cuda") / 1000 + 0.0001,
         torch.zeros(ROWS, out_features, device="cuda"),
     )
-    return _ours(weight, in_features)
+    return _ours(weight, out_features, in_features)
 
 
 def _vllm_kernel(

@@ -87,15 +87,19 @@ def random_weight(
     return GpuWeight(codes.to(torch.uint8), words, bias.new_empty(0), bias)
 
 
-def plain_activation(in_features: int, device: torch.device) -> GpuActivation:
-    """The quantizer's tables: one row beside that of massive tokens, of which there are none; channels shuffled."""
+def plain_activation(out_features: int, in_features: int, device: torch.device) -> GpuActivation:
+    """The quantizer's tables: one row beside that of massive tokens, of which there are none; channels shuffled.
+
+    Those of a layer with more inputs than outputs, a down_proj, come in order; see intermediate.py.
+    """
     rows = torch.ones((2, in_features), device=device)
+    order = torch.randperm(0 if in_features > out_features else in_features, device=device).int()
     return GpuActivation(
         inverse=rows,
         centre=torch.zeros_like(rows),
         limit=rows.to(torch.int8) * 7,
         gain=rows[:, 0].contiguous(),
-        channel_order=torch.randperm(in_features, device=device).int(),
+        channel_order=order,
         massive_channel=torch.arange(4, device=device).int()[None],
         massive_low=rows[:1, :4] * 1e3,
         massive_high=rows[:1, :4] * 2e3,
@@ -109,7 +113,7 @@ def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Pro
     device = weights[0].codes.device
     out_features, steps = weights[0].absorbed_bias.shape[1], weights[0].codes.shape[1]
     in_features = steps * 2 * weights[0].codes.shape[3]
-    activation = plain_activation(in_features, device)
+    activation = plain_activation(out_features, in_features, device)
     x = torch.randn((tokens, in_features), dtype=torch.bfloat16, device=device)
     modality = torch.zeros(tokens, dtype=torch.int32, device=device)
     splits = tiles.splits_of(tile, tokens, out_features, steps, profile.units)
