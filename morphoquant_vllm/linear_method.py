@@ -158,12 +158,15 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         """The tensors, with the channels between gate_up_proj and down_proj in the latter's order."""
         if self.mlp is None:
             return tensors
+        # The other layer's tensors may wait on another device (CPU offload).
+        device = tensors["weight_codes"].device
         if isinstance(layer, RowParallelLinear):
-            self.mlp.down = None
-            return tensors if self.mlp.order is None else intermediate.reorder_inputs(tensors, self.mlp.order)
+            order = self.mlp.order
+            return tensors if order is None else intermediate.reorder_inputs(tensors, order.to(device))
         rows = self.mlp.take_order(tensors["weight_codes"].shape[0])
         if rows is None:
             return tensors
+        rows = rows.to(device)
         bias = getattr(layer, "bias", None)
         if bias is not None:
             bias.data = bias.data[rows]

@@ -45,15 +45,16 @@ def engine_of(model_type: str = "qwen2", adapters: bool = False) -> SimpleNamesp
 
 
 def mlp_layers(
-    monkeypatch: pytest.MonkeyPatch, spec: QuantizationSpec, engine: SimpleNamespace | None, rank: int = 0
+    monkeypatch: pytest.MonkeyPatch, config: MorphoQuantConfig, engine: SimpleNamespace | None, rank: int = 0
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """vLLM's own gate_up_proj and down_proj, of one rank of the checkpoint's, before loading."""
     from vllm.model_executor.layers import linear
 
     monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: engine)
+    spec = config.spec
+    assert spec is not None
     monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: spec.tensor_parallel)
     monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
-    config = MorphoQuantConfig(spec)
     config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     bias = spec.layers[STEM + SHARDS[0]].bias
     gate_up = linear.MergedColumnParallelLinear(
@@ -101,7 +102,7 @@ class TestLoading:
         x = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(5)) * 2
         found = []
         for engine in (engine_of(), engine_of(adapters=True)):
-            layers = mlp_layers(monkeypatch, spec, engine, rank)
+            layers = mlp_layers(monkeypatch, MorphoQuantConfig(spec), engine, rank)
             fill(layers[0], shards)
             fill(layers[1], [down])
             process(*layers)
@@ -122,7 +123,7 @@ class TestLoading:
         self, monkeypatch: pytest.MonkeyPatch, engine: SimpleNamespace | None
     ) -> None:
         """Between their two layers may lie what does not treat every channel alike."""
-        gate_up, down = mlp_layers(monkeypatch, specification(), engine)
+        gate_up, down = mlp_layers(monkeypatch, MorphoQuantConfig(specification()), engine)
         assert gate_up.quant_method.mlp is None and down.quant_method.mlp is None
 
     def test_nothing_moves_when_down_proj_was_processed_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +132,7 @@ class TestLoading:
         x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(6))
         found = []
         for engine, backwards in ((engine_of(), True), (engine_of(adapters=True), False)):
-            layers = mlp_layers(monkeypatch, spec, engine)
+            layers = mlp_layers(monkeypatch, MorphoQuantConfig(spec), engine)
             fill(layers[0], shards)
             fill(layers[1], [tensors])
             process(*(layers[::-1] if backwards else layers))
@@ -142,7 +143,7 @@ class TestLoading:
         spec = specification()
         shards, tensors = stored(spec)
         tensors["channel_order"] = tensors["channel_order"].clone().fill_(WIDTH + 7)
-        gate_up, down = mlp_layers(monkeypatch, spec, engine_of())
+        gate_up, down = mlp_layers(monkeypatch, MorphoQuantConfig(spec), engine_of())
         fill(gate_up, shards)
         fill(down, [tensors])
         process(gate_up)
@@ -150,15 +151,16 @@ class TestLoading:
             process(down)
 
     def test_layers_of_two_models_do_not_meet(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A draft model may have the same names, in a copy of the configuration or in the same one."""
-        spec = specification()
-        first, second = (mlp_layers(monkeypatch, spec, engine_of()) for _ in range(2))
-        assert first[0].quant_method.mlp is first[1].quant_method.mlp is not None
-        assert first[0].quant_method.mlp is not second[0].quant_method.mlp
-        config = MorphoQuantConfig(spec)
-        config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
-        config._mlps["left"] = intermediate.Intermediate()
-        assert pickle.loads(pickle.dumps(config))._mlps == {}
+        """A draft model may have the same names in the same configuration, and have layers that are not quantized."""
+        config = MorphoQuantConfig(specification())
+        whole = [mlp_layers(monkeypatch, config, engine_of()) for _ in range(2)]
+        for gate_up, down in whole:
+            assert gate_up.quant_method.mlp is down.quant_method.mlp is not None
+        first, second = (config.get_quant_method(whole[0][0], STEM + intermediate.GATE_UP).mlp for _ in range(2))
+        assert (
+            len({id(mlp) for mlp in (whole[0][0].quant_method.mlp, whole[1][0].quant_method.mlp, first, second)}) == 4
+        )
+        assert config._mlps and pickle.loads(pickle.dumps(config))._mlps == {}
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
