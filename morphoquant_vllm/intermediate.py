@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .schema import INPUT_TENSORS
 
-GATE_UP, DOWN = "mlp.gate_up_proj", "mlp.down_proj"
+GATE_UP, DOWN = ".mlp.gate_up_proj", ".mlp.down_proj"
 # Models whose MLP, in vLLM, is gate_up_proj, silu(gate) * up and down_proj, with nothing else between them; the
 # decoders of the multimodal ones under their own names, as vLLM passes their part of config.json on.
 MODEL_TYPES = frozenset(
@@ -28,15 +28,15 @@ class Intermediate:
     """What gate_up_proj and down_proj of one MLP know of each other while they are loaded, on one rank."""
 
     def __init__(self) -> None:
-        # vLLM's layer, until its weights have been processed.
+        # vLLM's layer, until gate_up_proj has been processed.
         self.down: torch.nn.Module | None = None
-        # down_proj's channel order on this rank, int64 [K], once gate_up_proj has taken it.
-        self.order: Tensor | None = None
+        # down_proj's channel order on this rank, int64 [K], from when gate_up_proj takes it until down_proj follows.
+        self._order: Tensor | None = None
 
-    def take_order(self, out_features: int) -> Tensor | None:
+    def rows(self, out_features: int) -> Tensor | None:
         """The order of rows for gate_up_proj with `out_features` outputs, int64; None where they stay.
 
-        From now on down_proj is in that order too. Where its tensors are gone or are no permutation (which its own
+        down_proj must follow, by `columns`. Where its tensors are gone or are no permutation (which its own
         checks refuse) nothing is moved.
         """
         down, self.down = self.down, None
@@ -46,8 +46,13 @@ class Intermediate:
         order = stored.data.long() - int(down.tp_rank) * stored.numel()  # type: ignore[arg-type]
         if not torch.equal(order.sort().values, torch.arange(order.numel(), device=order.device)):
             return None
-        self.order = order
+        self._order = order
         return torch.cat((order, order + order.numel()))
+
+    def columns(self) -> Tensor | None:
+        """The order in which down_proj's input comes, int64 [K]; None where it is the source's. Asked for once."""
+        order, self._order = self._order, None
+        return order
 
 
 def reorder_outputs(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

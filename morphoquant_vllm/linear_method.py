@@ -52,6 +52,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.spec = spec
         self.bus = bus
         self.mlp = mlp
+        # Whether the channels that this layer and its neighbour have in common are.
+        self.renumbered = False
         self.shards = shards
         self.layer_spec = next(iter(shards.values()))
         self.name = next(iter(shards))
@@ -158,19 +160,20 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         """The tensors, with the channels between gate_up_proj and down_proj in the latter's order."""
         if self.mlp is None:
             return tensors
-        # The other layer's tensors may wait on another device (CPU offload).
-        device = tensors["weight_codes"].device
-        if isinstance(layer, RowParallelLinear):
-            order = self.mlp.order
-            return tensors if order is None else intermediate.reorder_inputs(tensors, order.to(device))
-        rows = self.mlp.take_order(tensors["weight_codes"].shape[0])
-        if rows is None:
+        codes = tensors["weight_codes"]
+        is_down = isinstance(layer, RowParallelLinear)
+        order = self.mlp.columns() if is_down else self.mlp.rows(codes.shape[0])
+        self.renumbered = order is not None
+        if order is None:
             return tensors
-        rows = rows.to(device)
+        # The other layer's tensors may have been on another device (CPU offload).
+        order = order.to(codes.device)
+        if is_down:
+            return intermediate.reorder_inputs(tensors, order)
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            bias.data = bias.data[rows]
-        return intermediate.reorder_outputs(tensors, rows)
+            bias.data.copy_(bias.data[order])
+        return intermediate.reorder_outputs(tensors, order)
 
     def _check_bias(self, layer: torch.nn.Module) -> None:
         """The layer's own bias: vLLM allocates it uninitialised and does not report that nothing was loaded."""

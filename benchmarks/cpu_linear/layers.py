@@ -23,7 +23,7 @@ def generated(
 ) -> tuple[WeightRecord, ActivationRecord]:
     """Canonical records of a layer: what is random takes as long as what is calibrated. No token is massive.
 
-    A layer with more inputs than outputs is a down_proj, whose input comes in channel order when a model is served.
+    Of the layers here, that with more inputs than outputs is down_proj; served, its input comes in channel order.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = weight_record(

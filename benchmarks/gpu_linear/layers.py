@@ -32,7 +32,7 @@ def bfloat16(out_features: int, in_features: int, group_size: int) -> Built:
 def _activation(out_features: int, in_features: int) -> ActivationRecord:
     """An activation record with an escape mask that keeps every channel and one set of massive intervals.
 
-    A layer with more inputs than outputs is a down_proj, whose input comes in channel order when a model is served.
+    Of the layers measured, that with more inputs than outputs is down; served, its input comes in channel order.
     """
     device = "cuda"
     order = torch.arange if in_features > out_features else torch.randperm

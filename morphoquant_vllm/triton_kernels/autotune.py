@@ -36,7 +36,7 @@ RANGES = (1, 4, 16, 32, 64, 256, None)
 MANY_TOKENS = 2048
 MAX_SPLITS = 16
 # Fewer tokens are not multiplied by the instructions that joined operands are for.
-JOINED_FROM = 16
+JOINED_FROM = 17
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def candidates(max_tokens: int | None, group_size: int, two_level: bool) -> Iter
     tokens = max_tokens or MANY_TOKENS
     search = next(search for search in SEARCHES if tokens <= search.tokens)
     group_sizes = GROUP_SIZES if two_level else (group_size,)
-    joinable = tokens > JOINED_FROM and (two_level or group_size != tiles.UNJOINABLE)
+    joinable = tokens >= JOINED_FROM and (two_level or group_size != tiles.UNJOINABLE)
     for (block_n, warps), block_m, (stages, unroll), joined in itertools.product(
         search.shapes, search.block_m, search.depths, (False, True)[: 1 + joinable]
     ):
@@ -90,7 +90,7 @@ def random_weight(
 def plain_activation(out_features: int, in_features: int, device: torch.device) -> GpuActivation:
     """The quantizer's tables: one row beside that of massive tokens, of which there are none; channels shuffled.
 
-    Those of a layer with more inputs than outputs, a down_proj, come in order; see intermediate.py.
+    Those of the layer of SHAPES with more inputs than outputs, down, come in order; see intermediate.py.
     """
     rows = torch.ones((2, in_features), device=device)
     order = torch.randperm(0 if in_features > out_features else in_features, device=device).int()

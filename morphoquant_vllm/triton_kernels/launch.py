@@ -1,7 +1,8 @@
 """The two ops on a GPU: allocate, choose tiles, launch. No host synchronisation, and nothing is measured here.
 
-What is allocated depends on shapes alone, so that a captured CUDA graph replays into the same memory. The kernels are
-not specialised on M, so that a new number of tokens compiles nothing; `warm` compiles what a layer can need.
+What is allocated depends on shapes, strides and addresses alone, so that a captured CUDA graph replays into the same
+memory. The kernels are not specialised on M, so that a new number of tokens compiles nothing; `warm` compiles what a
+layer can need.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ WIDEST_SILU_TOKEN = 16384
 # Its warps, and the channels that each of its threads gathers at a time.
 GATHER_WARPS = 16
 GATHER_ELEMENTS = 16
-# Tokens of which a program quantizes the same channels, where they come in order, and what their rows must divide by.
+# Tokens of which a program quantizes the same channels, where they come in order. They must begin on so many bytes and
+# lie a multiple of so many elements apart: what Triton wants to know before it loads 16 bytes at a time.
 IN_ORDER_TOKENS = 8
 IN_ORDER_ALIGNMENT = 16
 REDUCE_BLOCK_N = 256

@@ -52,8 +52,7 @@ def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callabl
         x, method = inputs[0], layer.quant_method
         rows = method.token_rows(layer, x)[: x.shape[0]]
         captured[f"{name}.x"], captured[f"{name}.modality"] = x.clone(), rows.clone()
-        if method.mlp is not None and method.mlp.order is not None:
-            captured[f"{name}.order"] = method.mlp.order.clone()
+        captured[f"{name}.renumbered"] = torch.tensor(method.renumbered)
         captured[f"{name}.codes"] = ops.act_quant(x, rows, method.records(layer)[1], method.backend)
 
     def after(name: str, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:

@@ -25,14 +25,18 @@ def stored_shards(layer: str, prefix: tuple[str, str]) -> list[str]:
     return [f"{stem}.{shard}" for shard in FUSED.get(last, (last,))]
 
 
-def seen(result: dict[str, Any], layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def seen(
+    result: dict[str, Any], layer: str, checkpoint: Checkpoint, prefix: tuple[str, str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Input, codes and output of a captured layer; input and output with the checkpoint's numbers of channels."""
     x, codes, y = (result["captured"][f"{layer}.{part}"] for part in ("x", "codes", "y"))
-    order = result["captured"].get(f"{layer}.order")
-    if order is not None and layer.endswith("down_proj"):
-        x = torch.empty_like(x).index_copy_(1, order, x)
-    elif order is not None:
-        y = torch.empty_like(y).index_copy_(1, torch.cat((order, order + order.numel())), y)
+    if bool(result["captured"][f"{layer}.renumbered"]):
+        (down,) = stored_shards(layer.replace("gate_up_proj", "down_proj"), prefix)
+        order = checkpoint.layer(down)["channel_order"].long()
+        if layer.endswith("down_proj"):
+            x = torch.empty_like(x).index_copy_(1, order, x)
+        else:
+            y = torch.empty_like(y).index_copy_(1, torch.cat((order, order + order.numel())), y)
     return x, codes, y
 
 
@@ -43,7 +47,7 @@ def assert_layers_are_the_reference(
     layers = captured_layers(result)
     assert {name for layer in layers for name in stored_shards(layer, prefix)} == set(checkpoint.spec.layers)
     for layer in layers:
-        x, codes, y = seen(result, layer)
+        x, codes, y = seen(result, layer, checkpoint, prefix)
         modality = result["captured"][f"{layer}.modality"]
         assert x.dtype is y.dtype is dtype
         shards = [checkpoint.layer(name) for name in stored_shards(layer, prefix)]

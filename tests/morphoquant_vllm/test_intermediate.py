@@ -126,6 +126,17 @@ class TestLoading:
         gate_up, down = mlp_layers(monkeypatch, MorphoQuantConfig(specification()), engine)
         assert gate_up.quant_method.mlp is None and down.quant_method.mlp is None
 
+    def test_a_second_load_that_cannot_move_gate_up_does_not_move_down(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec = specification()
+        shards, tensors = stored(spec)
+        layers = mlp_layers(monkeypatch, MorphoQuantConfig(spec), engine_of())
+        fill(layers[0], shards)
+        fill(layers[1], [tensors])
+        process(*layers)
+        mlp = layers[0].quant_method.mlp
+        assert all(layer.quant_method.renumbered for layer in layers)
+        assert mlp.rows(2 * WIDTH) is None and mlp.columns() is None
+
     def test_nothing_moves_when_down_proj_was_processed_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = specification()
         shards, tensors = stored(spec)
@@ -156,7 +167,9 @@ class TestLoading:
         whole = [mlp_layers(monkeypatch, config, engine_of()) for _ in range(2)]
         for gate_up, down in whole:
             assert gate_up.quant_method.mlp is down.quant_method.mlp is not None
-        first, second = (config.get_quant_method(whole[0][0], STEM + intermediate.GATE_UP).mlp for _ in range(2))
+            # Nothing is left for the down_proj of another model, whose gate_up_proj may not be quantized.
+            assert config.get_quant_method(down, STEM[:-1] + intermediate.DOWN).mlp is None
+        first, second = (config.get_quant_method(whole[0][0], STEM[:-1] + intermediate.GATE_UP).mlp for _ in range(2))
         assert (
             len({id(mlp) for mlp in (whole[0][0].quant_method.mlp, whole[1][0].quant_method.mlp, first, second)}) == 4
         )

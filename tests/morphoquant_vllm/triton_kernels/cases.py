@@ -203,28 +203,28 @@ def ties_agree() -> bool:
 
 
 class AlignedTokens:
-    """The quantizer of channels in order, which is only launched on tokens that begin on 16 bytes."""
+    """The quantizer of channels in order, launched only on tokens that begin on 16 bytes, multiples of 16 apart."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Any:
         def run(x: Tensor, *arguments: Any, **settings: Any) -> Any:
-            assert x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+            assert x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
             return self.kernel[grid](x, *arguments, **settings)
 
         return run
 
 
-def strided_input_agrees(case: Case) -> bool:
-    """Codes of a slice of a wider tensor, whose rows do not follow each other."""
+def strided_input_agrees(case: Case, first: int, width: int) -> bool:
+    """Codes of a slice from channel `first` on of wider tokens: its rows do not follow each other."""
     from morphoquant_vllm.triton_kernels import launch
 
     if not isinstance(launch.quantize_in_order, AlignedTokens):
         launch.quantize_in_order = AlignedTokens(launch.quantize_in_order)
     _, record = layer(case)
     x, modality = tokens(case, record)
-    wide = torch.cat((x, x), 1)[:, 3 : 3 + case.in_features]
+    wide = torch.cat((x, x), 1)[:, :width].contiguous()[:, first : first + case.in_features]
     rows = activation_numerics.token_rows(wide, modality, record)
     codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
     return torch.equal(codes, activation_numerics.act_quant(wide, rows, record))

@@ -67,7 +67,7 @@ def test_two_level_scales_need_no_conversion_in_the_loop() -> None:
 
 @pytest.mark.parametrize("two_level", [False, True])
 def test_joined_operands_wait_once_a_turn(two_level: bool) -> None:
-    """What they are for: all four products of 128 channels are issued before the one wait, and nothing moves for it."""
+    """What they are for: four products of 128 channels and one wait in the loop, and nothing moves for it."""
     used = resources.resources(ahead.build_gemm("sm_90", TABLE["sm_90"].tile(2048, 128, two_level), 128))
     assert sum(opcode.startswith("IGMMA") for opcode in used.loop) == 4
     assert used.waits == 1
@@ -94,6 +94,8 @@ def test_the_quantizer_of_whole_tokens(target: str, width: int, silu_mul: bool) 
 
 @pytest.mark.parametrize(("target", "silu_mul"), [("sm_80", True), ("sm_90", False), ("gfx942", False)])
 def test_the_quantizer_of_channels_in_order(target: str, silu_mul: bool) -> None:
+    few = ahead.build_quantize(target, in_order=True, silu_mul=silu_mul)
+    assert proof.spill_problems(resources.resources(few)) == []
     kernel = ahead.build_quantize(target, in_order=True, many=True, silu_mul=silu_mul)
     assert proof.spill_problems(resources.resources(kernel)) == []
     assert proof.rounding_problems(kernel) == []
@@ -146,9 +148,10 @@ def test_the_small_kernels_everywhere(target: str, dtype: str) -> None:
     for blocks in (1, 4):
         kernel = ahead.build_quantize(target, dtype=dtype, blocks=blocks)
         assert proof.spill_problems(resources.resources(kernel)) == []
-        in_order = ahead.build_quantize(target, dtype=dtype, blocks=blocks, in_order=True, many=True)
-        assert proof.spill_problems(resources.resources(in_order)) == []
-        assert proof.rounding_problems(in_order) == []
+        for many in (False, True):
+            in_order = ahead.build_quantize(target, dtype=dtype, blocks=blocks, in_order=True, many=many)
+            assert proof.spill_problems(resources.resources(in_order)) == []
+            assert proof.rounding_problems(in_order) == []
         with_silu = ahead.build_quantize(target, dtype=dtype, blocks=blocks, silu_mul=True)
         assert proof.spill_problems(resources.resources(with_silu)) == []
         assert proof.rounding_problems(kernel) == []

@@ -128,10 +128,13 @@ def test_ties_round_to_even_and_limits_hold(interpreter: Interpreter) -> None:
     assert interpreter(cases.ties_agree)
 
 
+@pytest.mark.parametrize(("first", "width"), [(3, 128), (0, 72), (0, 128)])
 @pytest.mark.parametrize(("tokens", "in_order"), [(5, False), (130, False), (5, True), (130, True)])
-def test_rows_of_the_input_may_lie_apart(interpreter: Interpreter, tokens: int, in_order: bool) -> None:
+def test_rows_of_the_input_may_lie_apart(
+    interpreter: Interpreter, tokens: int, in_order: bool, first: int, width: int
+) -> None:
     """And anywhere: those that begin on no 16 bytes are copied for the quantizer that reads 16 bytes at a time."""
-    assert interpreter(cases.strided_input_agrees, Case(tokens, 32, 64, 32, in_order=in_order))
+    assert interpreter(cases.strided_input_agrees, Case(tokens, 32, 64, 32, in_order=in_order), first, width)
 
 
 @pytest.mark.full
