@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .dependent import let_next_start, wait_for_previous
 from .output import output_terms, write_output, write_parts
-from .two_level import joined_two_level_sums, two_level_sums
+from .two_level import two_level_sums
 
 # Tokens whose outputs are finished at a time, with two-level scales.
 TWO_LEVEL_PART_M = tl.constexpr(32)
@@ -62,7 +62,7 @@ def group_sums(
 ):
     """The sums of each group of steps `first` to `last`, scaled and added up, float32 [BLOCK_N, BLOCK_M].
 
-    JOINED: both halves of a step as one operand; see `joined_two_level_sums`. Only where P is G.
+    JOINED: both halves of a step as one operand; see `two_level_sums`. Only where P is G.
     """
     tl.static_assert(not JOINED or G == P, "halves of two groups cannot be joined")
     HALF: tl.constexpr = P // 2
@@ -167,26 +167,7 @@ def int4_gemm(
     EARLY: tl.constexpr = not PARTIAL and BLOCK_M <= EARLY_M
     if EARLY:
         gain, constant = output_terms(m, n, rows_ptr, gain_ptr, absorbed_bias_ptr, M, N)
-    if TWO_LEVEL and JOINED:
-        acc = joined_two_level_sums(
-            weight_ptrs,
-            scale_ptrs,
-            code_ptrs,
-            token_exists,
-            first,
-            last,
-            padded_n,
-            K,
-            P,
-            TILE_N,
-            BLOCK_N,
-            BLOCK_M,
-            EVEN_K,
-            ASM,
-            STAGES,
-            UNROLL,
-        )
-    elif TWO_LEVEL:
+    if TWO_LEVEL:
         acc = two_level_sums(
             weight_ptrs,
             scale_ptrs,
@@ -204,6 +185,7 @@ def int4_gemm(
             ASM,
             STAGES,
             UNROLL,
+            JOINED,
         )
     else:
         acc = group_sums(

@@ -53,7 +53,7 @@ def high_times_level(packed, level, ASM: tl.constexpr):
 def two_level_sums(
     weight_ptrs,  # int8 [BLOCK_N, P/2], of the first step
     level_ptrs,  # int32 [BLOCK_N], of the first two steps
-    code_ptrs,  # int8 [P/2, BLOCK_M], of the first channels
+    code_ptrs,  # int8 [P/2, BLOCK_M], of the first channels; JOINED: [2P, BLOCK_M]
     token_exists,  # [BLOCK_M]
     first,
     last,
@@ -67,71 +67,50 @@ def two_level_sums(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
-    """The sums of code * q * level over pairs of steps `first` to `last`, int32 [BLOCK_N, BLOCK_M]."""
-    HALF: tl.constexpr = P // 2
-    half = tl.arange(0, HALF)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-    for pair in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        levels = tl.load(level_ptrs + pair * padded_n)
-        for odd in tl.static_range(2):
-            step = 2 * pair + odd
-            packed = tl.load(weight_ptrs + step * (TILE_N * HALF))
-            low_exists = token_exists[None, :]
-            high_exists = token_exists[None, :]
-            if not EVEN_K:
-                low_exists = low_exists & (step * P + half < K)[:, None]
-                high_exists = high_exists & (step * P + HALF + half < K)[:, None]
-            low_codes = tl.load(code_ptrs + step * P, mask=low_exists, other=0)
-            high_codes = tl.load(code_ptrs + (step * P + HALF), mask=high_exists, other=0)
-            low_level = (levels >> (16 * odd)) & 0xFF
-            high_level = (levels >> (16 * odd + 8)) & 0xFF
-            acc = tl.dot(low_times_level(packed, low_level, ASM), low_codes, acc=acc, out_dtype=tl.int32)
-            acc = tl.dot(high_times_level(packed, high_level, ASM), high_codes, acc=acc, out_dtype=tl.int32)
-    return acc
+    """The sums of code * q * level over pairs of steps `first` to `last`, int32 [BLOCK_N, BLOCK_M].
 
-
-@triton.jit
-def joined_two_level_sums(
-    weight_ptrs,  # int8 [BLOCK_N, P/2], of the first step
-    level_ptrs,  # int32 [BLOCK_N], of the first two steps
-    code_ptrs,  # int8 [2P, BLOCK_M], of the first two steps
-    token_exists,  # [BLOCK_M]
-    first,
-    last,
-    padded_n,
-    K,
-    P: tl.constexpr,
-    TILE_N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ASM: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """As `two_level_sums`, with the four parts of a turn joined into one operand of 2P channels.
-
-    The parts already lie in registers as that operand wants them: no value moves. Triton waits for a product of warp
-    groups that has an integer accumulator before it goes on (its rule 2.1 for asynchronous products), so on compute
-    capability 9.0 four products are four waits a turn, and one is one.
+    JOINED: the four parts of a turn are joined into one operand of 2P channels. They already lie in registers as that
+    operand wants them: no value moves. Triton waits for a product of warp groups that has an integer accumulator before
+    it goes on (its rule 2.1 for asynchronous products), so on compute capability 9.0 four products are four waits a
+    turn, and one is one.
     """
     HALF: tl.constexpr = P // 2
+    half = tl.arange(0, HALF)
     turn = tl.arange(0, 2 * P)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for pair in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         levels = tl.load(level_ptrs + pair * padded_n)
-        exists = token_exists[None, :]
-        if not EVEN_K:
-            exists = exists & (pair * (2 * P) + turn < K)[:, None]
-        codes = tl.load(code_ptrs + pair * (2 * P), mask=exists, other=0)
-        packed = tl.load(weight_ptrs + 2 * pair * (TILE_N * HALF))
-        odd_packed = tl.load(weight_ptrs + (2 * pair + 1) * (TILE_N * HALF))
-        even = tl.join(low_times_level(packed, levels & 0xFF, ASM), high_times_level(packed, (levels >> 8) & 0xFF, ASM))
-        odd = tl.join(
-            low_times_level(odd_packed, (levels >> 16) & 0xFF, ASM),
-            high_times_level(odd_packed, (levels >> 24) & 0xFF, ASM),
-        )
-        weights = tl.join(even, odd).permute(0, 3, 2, 1).reshape(BLOCK_N, 2 * P)
-        acc = tl.dot(weights, codes, acc=acc, out_dtype=tl.int32)
+        if JOINED:
+            exists = token_exists[None, :]
+            if not EVEN_K:
+                exists = exists & (pair * (2 * P) + turn < K)[:, None]
+            codes = tl.load(code_ptrs + pair * (2 * P), mask=exists, other=0)
+            packed = tl.load(weight_ptrs + 2 * pair * (TILE_N * HALF))
+            odd_packed = tl.load(weight_ptrs + (2 * pair + 1) * (TILE_N * HALF))
+            even_parts = tl.join(
+                low_times_level(packed, levels & 0xFF, ASM), high_times_level(packed, (levels >> 8) & 0xFF, ASM)
+            )
+            odd_parts = tl.join(
+                low_times_level(odd_packed, (levels >> 16) & 0xFF, ASM),
+                high_times_level(odd_packed, (levels >> 24) & 0xFF, ASM),
+            )
+            weights = tl.join(even_parts, odd_parts).permute(0, 3, 2, 1).reshape(BLOCK_N, 2 * P)
+            acc = tl.dot(weights, codes, acc=acc, out_dtype=tl.int32)
+        else:
+            for odd in tl.static_range(2):
+                step = 2 * pair + odd
+                packed = tl.load(weight_ptrs + step * (TILE_N * HALF))
+                low_exists = token_exists[None, :]
+                high_exists = token_exists[None, :]
+                if not EVEN_K:
+                    low_exists = low_exists & (step * P + half < K)[:, None]
+                    high_exists = high_exists & (step * P + HALF + half < K)[:, None]
+                low_codes = tl.load(code_ptrs + step * P, mask=low_exists, other=0)
+                high_codes = tl.load(code_ptrs + (step * P + HALF), mask=high_exists, other=0)
+                low_level = (levels >> (16 * odd)) & 0xFF
+                high_level = (levels >> (16 * odd + 8)) & 0xFF
+                acc = tl.dot(low_times_level(packed, low_level, ASM), low_codes, acc=acc, out_dtype=tl.int32)
+                acc = tl.dot(high_times_level(packed, high_level, ASM), high_codes, acc=acc, out_dtype=tl.int32)
     return acc
