@@ -122,8 +122,8 @@ def build_quantize(
 ) -> CompiledKernel:
     """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched.
 
-    `width`: the one of whole tokens of up to so many channels, else that of parts of a token. `in_order`: for channels
-    that come in order; with `many` of the same channels of several tokens.
+    `width`: the one of whole tokens of up to so many channels, else that of parts of a token. `in_order`: the latter
+    for channels that come in order. `many`: the one for such channels of many tokens.
     """
     aligned = {
         "inverse_ptr": "*fp32",

@@ -220,13 +220,16 @@ def strided_input_agrees(case: Case, first: int, width: int) -> bool:
     """Codes of a slice from channel `first` on of wider tokens: its rows do not follow each other."""
     from morphoquant_vllm.triton_kernels import launch
 
-    if not isinstance(launch.quantize_in_order, AlignedTokens):
-        launch.quantize_in_order = AlignedTokens(launch.quantize_in_order)
     _, record = layer(case)
     x, modality = tokens(case, record)
     wide = torch.cat((x, x), 1)[:, :width].contiguous()[:, first : first + case.in_features]
     rows = activation_numerics.token_rows(wide, modality, record)
-    codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
+    kernel = launch.quantize_in_order
+    launch.quantize_in_order = AlignedTokens(kernel)
+    try:
+        codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
+    finally:
+        launch.quantize_in_order = kernel
     return torch.equal(codes, activation_numerics.act_quant(wide, rows, record))
 
 

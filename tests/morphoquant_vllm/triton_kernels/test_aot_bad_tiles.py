@@ -78,6 +78,17 @@ def test_operands_that_are_not_joined_wait_more_often() -> None:
     assert proof.gemm_problems(used, architecture, joined) == ["waits for matrix instructions in the loop: 4, over 1"]
 
 
+def test_joined_operands_leave_no_room_for_two_programs_on_sm_80() -> None:
+    """Why the table joins them on sm_90 alone."""
+    architecture = TABLE["sm_80"]
+    tile = architecture.tile(2048, 32, two_level=True)
+    joined = replace(tile, joined=True)
+    for tried, fits in ((tile, True), (joined, False)):
+        used = resources.resources(ahead.build_gemm("sm_80", tried, 32))
+        assert (proof.gemm_problems(used, architecture, tried) == []) == fits
+    assert "occupancy: 1 programs fit, the tile needs 2" in proof.gemm_problems(used, architecture, joined)[0]
+
+
 def test_levels_of_several_rows_are_seen() -> None:
     """By what the check reads: the operands of the instruction."""
     tile = next(tile for tile in TABLE["sm_80"].tiles if tile.two_level)

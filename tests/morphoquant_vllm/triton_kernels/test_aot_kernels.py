@@ -96,7 +96,7 @@ def test_the_quantizer_of_whole_tokens(target: str, width: int, silu_mul: bool) 
 def test_the_quantizer_of_channels_in_order(target: str, silu_mul: bool) -> None:
     few = ahead.build_quantize(target, in_order=True, silu_mul=silu_mul)
     assert proof.spill_problems(resources.resources(few)) == []
-    kernel = ahead.build_quantize(target, in_order=True, many=True, silu_mul=silu_mul)
+    kernel = ahead.build_quantize(target, many=True, silu_mul=silu_mul)
     assert proof.spill_problems(resources.resources(kernel)) == []
     assert proof.rounding_problems(kernel) == []
     if target != "gfx942":
