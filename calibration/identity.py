@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-import morphoquant_vllm
+import calibration
+from calibration.code_files import code_files
 from calibration.data import Conversation, Media, PlainText
 from calibration.export import copied_files
 from calibration.files import hash_file
@@ -23,8 +24,6 @@ from morphoquant_vllm.checkpoint import CONFIG_FILE
 from morphoquant_vllm.cpu_build import kernels
 from morphoquant_vllm.errors import MorphoQuantError
 
-# Of the plugin, what calibration computes with.
-_NUMERICS = ("numerics/*.py", "schema.py", "token_table.py", "checkpoint.py", "cpu*.py", "cpu_kernels/*")
 # Differences that an error message tells.
 _SHOWN = 6
 
@@ -117,11 +116,9 @@ def _shown(value: Any) -> str:
 
 
 def _code_hash() -> str:
-    calibration, plugin = Path(__file__).parent, Path(str(morphoquant_vllm.__file__)).parent
-    files = [*calibration.rglob("*.py"), *(path for pattern in _NUMERICS for path in plugin.glob(pattern))]
     found = hashlib.sha256()
-    for path in sorted(files):
-        found.update(f"{path.name} {hash_file(path)}\n".encode())
+    for name, path in code_files(Path(calibration.__file__).parent.parent).items():
+        found.update(f"{name} {hash_file(path)}\n".encode())
     return found.hexdigest()
 
 
