@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import find_architecture
-from calibration.blocks import BlockResult
-from calibration.data import load_conversations
-from calibration.holding import clear_work, open_work
-from calibration.identity import identity
-from calibration.model import choose_device
-from calibration.plan import decoder_names, plan
+from calibration.blocks.loop import BlockResult
+from calibration.data.conversations import load_conversations
+from calibration.model.architectures import find_architecture
+from calibration.model.loading import choose_device
+from calibration.model.plan import decoder_names, plan
+from calibration.model.source import open_source
+from calibration.output.report import PACKAGE, REPORT_FILE, package_version
+from calibration.output.staging import check_output
 from calibration.processes import ONE, Processes
 from calibration.recipe import Recipe
-from calibration.report import PACKAGE, REPORT_FILE, package_version
-from calibration.source import open_source
-from calibration.staging import check_output
-from calibration.streaming import Job, capture, export, quantize
-from morphoquant_vllm.checkpoint import read_json
+from calibration.stages import Job, capture, export, quantize
+from calibration.work.identity import identity
+from calibration.work.opening import clear_work, open_work
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -212,7 +212,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Show a checkpoint's layers: shapes, group, masked channels, escape rate, sizes against 16 bit."""
-    from calibration.inspection import inspect_data, inspect_table
+    from calibration.output.inspection import inspect_data, inspect_table
 
     if as_json:
         typer.echo(json.dumps(inspect_data(directory), indent=2))
@@ -233,7 +233,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write one self-contained HTML page: distributions, grids, escapes, errors, sizes, settings."""
-    from calibration.page.render import write_page
+    from calibration.output.page.render import write_page
 
     place = output or Path(f"{directory.resolve().name}-report.html")
     content = write_page(directory, place, layer or (), overwrite=overwrite)
@@ -243,7 +243,7 @@ def report(
 @app.command()
 def verify(directory: Directory) -> None:
     """Check a checkpoint: names, shapes, code ranges, finite values, shards of fused layers, tensor-parallel rules."""
-    from morphoquant_vllm.checkpoint import verify_checkpoint
+    from morphoquant_vllm.format.checkpoint import verify_checkpoint
 
     typer.echo(f"{directory}: {verify_checkpoint(directory)} quantized layers, all in order")
 

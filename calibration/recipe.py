@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.schema import GROUP_SCHEME, MAX_LEVEL, TWO_LEVEL_SCHEME
+from morphoquant_vllm.format.schema import GROUP_SCHEME, MAX_LEVEL, TWO_LEVEL_SCHEME
 
 Patterns = tuple[str, ...]
 

@@ -1,18 +1,16 @@
 """MorphoQuant for vLLM: 4-bit weights and 4-bit static activations for omni-modal models.
 
-Importing this package imports nothing else: the schema (`schema`, `checkpoint`), the numerics (`numerics`) and the
-operators (`ops`) need torch and safetensors only; `config`, `linear_method`, `modality` and `parameters` are the vLLM
-plugin.
+    format       the checkpoint as files (torch and safetensors only)
+    numerics     the one definition of the numbers (torch only)
+    ops          the operators that the plugin calls, and the choice of a backend
+    cpu, gpu     the backends
+    plugin       what vLLM calls; the only room that imports vLLM
+    hf           loading a checkpoint with transformers
+    compat       command: whether the vLLM at hand has the interfaces that the plugin needs
+    host_memory  gives freed memory back, large pages
+    errors       the one error type for what a user can mend
+
+Importing this package imports nothing else.
 """
 
 __version__ = "0.1.0"
-
-
-def register() -> None:
-    """Entry point of vLLM's general plugins: make `--quantization morphoquant` known. Runs in every vLLM process."""
-    from vllm.model_executor.layers.quantization import register_quantization_config
-
-    from .config import MorphoQuantConfig
-    from .schema import QUANT_METHOD
-
-    register_quantization_config(QUANT_METHOD)(MorphoQuantConfig)

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from . import cpu, cpu_head
-from .numerics import activation as activation_numerics
-from .numerics import linear as linear_numerics
-from .numerics.activation import ActivationRecord
-from .numerics.linear import WeightRecord
-from .triton_kernels import backend as gpu_backend
+from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.cpu import head as cpu_head
+from morphoquant_vllm.gpu import backend as gpu_backend
+from morphoquant_vllm.numerics import activation as activation_numerics
+from morphoquant_vllm.numerics import linear as linear_numerics
+from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord
 
 Linear = Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
 Prepare = Callable[[WeightRecord, ActivationRecord], tuple[list[Tensor], list[Tensor]]]

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from morphoquant_vllm.numerics import weights
-from morphoquant_vllm.schema import (
+from morphoquant_vllm.format.schema import (
     DEFAULT_ROWS,
     GROUP_SCHEME,
     MASSIVE_CHANNELS,
@@ -22,6 +21,7 @@ from morphoquant_vllm.schema import (
     input_blocks,
     stored_name,
 )
+from morphoquant_vllm.numerics import weights
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 64, 128, 32, 16
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.schema import QuantizationSpec, input_blocks, stored_name
 from morphoquant_vllm.numerics import weights
-from morphoquant_vllm.schema import QuantizationSpec, input_blocks, stored_name
 from tests.checkpoints import edit_tensors, file_of
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from morphoquant_vllm.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.token_table import token_rows
 from morphoquant_vllm.numerics.linear import linear
-from morphoquant_vllm.schema import QuantizationSpec
-from morphoquant_vllm.token_table import token_rows
 from tests.records import activation_of, weight_of
 
 

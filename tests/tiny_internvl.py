@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from benchmarks.omni.processor import write_tokenizer
-from morphoquant_vllm.checkpoint import CONFIG_FILE, INDEX_FILE, read_json
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec, stored_name
+from benchmarks.models.tiny_omni.processor import write_tokenizer
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_json
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, stored_name
 from tests.checkpoints import edit_tensors, random_group
 from tests.tiny_models import DECODER, write_model
 

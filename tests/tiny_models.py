@@ -26,8 +26,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from benchmarks.omni.config import mrope, omni_config, stored_dtype, write_config, write_speakers
-from benchmarks.omni.processor import VOCAB_SIZE, write_processor, write_tokenizer
+from benchmarks.models.tiny_omni.config import mrope, omni_config, stored_dtype, write_config, write_speakers
+from benchmarks.models.tiny_omni.processor import VOCAB_SIZE, write_processor, write_tokenizer
 
 # Every row-parallel linear keeps whole groups of 32 on two ranks: K/2 is 64 (o_proj) and 128 (down_proj).
 # head_dim is 32, the smallest that vLLM's CPU attention takes.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.command import one_line_errors
-from benchmarks.server import exit_on_signals
+from benchmarks.common.command import one_line_errors
+from benchmarks.common.server import exit_on_signals
 
 # Columns where there is no terminal that has any.
 LOG_WIDTH = 200
@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     windows = ",".join(f"{domain}={count}" for domain, count in CALIBRATION_WINDOWS.items())
     language.add_argument("--calibration", help=f"windows per domain (default {windows})")
     omni = commands.add_parser("omni", parents=[shared, running], help="questions over images, speech, clips and text")
-    omni.add_argument("--omni-work", type=Path, default=defaults.omni_work, help="work directory of benchmarks.omni")
+    omni.add_argument(
+        "--omni-work", type=Path, default=defaults.omni_work, help="work directory of benchmarks.models.tiny_omni"
+    )
     omni.add_argument("--questions", type=int, default=defaults.questions, help="per kind")
     omni.add_argument("--batch-size", type=int, default=defaults.batch_size, help="of the simulated methods")
     commands.add_parser("report", parents=[shared], help="tables and plots of the results that are there")

@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from calibration.architectures import Architecture, find_architecture
-from calibration.data import load_conversations
-from calibration.samples import build_samples
-from morphoquant_vllm.schema import DEFAULT_ROWS
+from calibration.data.conversations import load_conversations
+from calibration.data.rendering import build_samples
+from calibration.model.architectures import Architecture, find_architecture
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
 
 # No conversation of the benchmarks is longer.
 MAX_TOKENS = 4096

@@ -19,7 +19,7 @@ class EscapeCounter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from morphoquant_vllm.linear_method import MorphoQuantLinearMethod
+        from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
         self.counts: dict[str, list[int]] = {}
         for name, layer in model.named_modules():

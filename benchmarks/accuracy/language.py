@@ -12,7 +12,7 @@ from benchmarks.accuracy import corpus, texts
 from benchmarks.accuracy.cache import digest, file_digest
 from benchmarks.accuracy.job import Job
 from benchmarks.accuracy.settings import Settings
-from benchmarks.demo import smollm2
+from benchmarks.models import smollm2
 
 
 def prepare(settings: Settings) -> Job:

@@ -22,9 +22,9 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
     """Train the model unless that is done, telling `progress`, and make the questions."""
     from transformers import AutoProcessor
 
-    from benchmarks.omni.evaluate import answers_transformers
-    from benchmarks.omni.questions import calibration_file, test_questions
-    from benchmarks.omni.train import trained_model
+    from benchmarks.models.tiny_omni.evaluate import answers_transformers
+    from benchmarks.models.tiny_omni.questions import calibration_file, test_questions
+    from benchmarks.models.tiny_omni.train import trained_model
 
     work = settings.omni_work
     work.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
 
 
 def outcome(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, Any]:
-    """Right (1) or not (0) for every question, by kind, as benchmarks.omni scores it."""
-    from benchmarks.omni.evaluate import accuracy
+    """Right (1) or not (0) for every question, by kind, as benchmarks.models.tiny_omni scores it."""
+    from benchmarks.models.tiny_omni.evaluate import accuracy
 
     right: dict[str, list[int]] = {}
     for question, answer in zip(questions, answers, strict=True):

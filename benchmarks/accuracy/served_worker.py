@@ -54,8 +54,8 @@ def run_task(benchmark: str, task: dict[str, Any], llm: Any) -> dict[str, Any]:
     """The result of one evaluation set."""
     if benchmark == "language":
         return language.outcome(window_losses(llm, task["windows"]), task["windows"])
-    from benchmarks.omni.evaluate import answers_vllm
-    from benchmarks.omni.questions import test_questions
+    from benchmarks.models.tiny_omni.evaluate import answers_vllm
+    from benchmarks.models.tiny_omni.questions import test_questions
 
     questions = test_questions(Path(task["work"]), task["questions"], task["seed"])
     return omni.outcome(questions, answers_vllm(llm, questions))

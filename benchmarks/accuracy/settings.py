@@ -30,7 +30,7 @@ class Settings:
     calibration: Mapping[str, int] = field(default_factory=lambda: dict(CALIBRATION_WINDOWS))
     # In which vLLM serves. float32 by default: bfloat16 is much slower on CPUs that have no instructions for it.
     dtype: str = "float32"
-    # Where benchmarks.omni keeps its model and media.
+    # Where benchmarks.models.tiny_omni keeps its model and media.
     omni_work: Path = Path(".cache/omni")
     # Questions per kind and batch size of the omni benchmark.
     questions: int = 300

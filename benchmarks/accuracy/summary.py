@@ -13,7 +13,7 @@ from benchmarks.accuracy.job import Job, calibration_report, results
 from benchmarks.accuracy.methods import METHODS, Served
 from benchmarks.accuracy.omni import QUESTIONS
 from benchmarks.accuracy.served import data_digest
-from benchmarks.machine import processor, versions
+from benchmarks.common.machine import processor, versions
 
 # Where served in 16 bit was not measured, transformers in float32 takes its place.
 SERVED_REFERENCE, REFERENCE = "served-16bit", "16bit"

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from benchmarks.calibrate.layouts import LAYOUTS
-from benchmarks.command import one_line_errors
+from benchmarks.common.command import one_line_errors
 
 RESULTS = Path("benchmarks/results/calibrate")
 WORK = Path(".cache/calibrate")
@@ -120,7 +120,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     from benchmarks.calibrate.report import write
     from benchmarks.calibrate.summary import summarise
     from benchmarks.calibrate.worker import Job
-    from benchmarks.machine import machine, versions
+    from benchmarks.common.machine import machine, versions
     from calibration.recipe import read_recipe
 
     sizes = {"max_samples": arguments.samples, "max_tokens": arguments.tokens, "window_tokens": arguments.tokens}
@@ -197,8 +197,8 @@ def run_serve(arguments: argparse.Namespace, command: str) -> None:
     """Ask, write the files."""
     from benchmarks.accuracy.cache import write_atomically
     from benchmarks.calibrate.serve import ask, markdown
-    from benchmarks.machine import machine, versions
-    from benchmarks.server import ServerError
+    from benchmarks.common.machine import machine, versions
+    from benchmarks.common.server import ServerError
     from morphoquant_vllm.errors import MorphoQuantError
 
     try:
@@ -240,7 +240,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks.server import exit_on_signals
+    from benchmarks.common.server import exit_on_signals
 
     # Ended by a signal too, no server and no calibration may stay behind.
     exit_on_signals()

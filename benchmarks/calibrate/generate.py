@@ -18,9 +18,9 @@ from benchmarks.calibrate.files import write_safetensors
 from benchmarks.calibrate.layouts import GENERATED_FILE, layout_config
 from benchmarks.calibrate.tokenizer import write_files
 from benchmarks.calibrate.weights import draw
-from benchmarks.omni.config import stored_dtype, write_speakers
-from morphoquant_vllm.checkpoint import CONFIG_FILE, INDEX_FILE
+from benchmarks.models.tiny_omni.config import stored_dtype, write_speakers
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 
 # The published files were cut so.
 SHARD_SIZE = "5GB"

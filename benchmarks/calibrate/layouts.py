@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.calibrate.published import OMNI_3B
-from benchmarks.omni.config import SMALL_TOKEN2WAV
+from benchmarks.models.tiny_omni.config import SMALL_TOKEN2WAV
 from morphoquant_vllm.errors import MorphoQuantError
 
 

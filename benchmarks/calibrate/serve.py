@@ -13,8 +13,8 @@ import openai
 from benchmarks.calibrate.data import image_bytes, sound_bytes
 from benchmarks.calibrate.layouts import GENERATED_FILE
 from benchmarks.calibrate.memory import MemoryWatch
-from benchmarks.server import serve
-from calibration.report import REPORT_FILE
+from benchmarks.common.server import serve
+from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 
 ARGUMENTS = (

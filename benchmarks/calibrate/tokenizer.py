@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from benchmarks.omni.processor import ProcessorSettings, write_processor
+from benchmarks.models.tiny_omni.processor import ProcessorSettings, write_processor
 
 # As in the published tokenizer: the first special token's id, and that of "user", which config.json names.
 FIRST_SPECIAL = 151643

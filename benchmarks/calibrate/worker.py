@@ -23,8 +23,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.calibrate.rates import product_rate
-from benchmarks.command import one_line_errors
-from calibration.blocks import BlockResult
+from benchmarks.common.command import one_line_errors
+from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate
 from calibration.recipe import read_recipe
 

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import one_line_errors
+from benchmarks.common.command import one_line_errors
 from benchmarks.cpu_linear.layers import MODELS
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -117,9 +117,9 @@ def measure_pages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure; the JSON object."""
+    from benchmarks.common.machine import machine, versions
     from benchmarks.cpu_linear.peak import ceilings
-    from benchmarks.machine import machine, versions
-    from morphoquant_vllm import cpu_build
+    from morphoquant_vllm.cpu import build as cpu_build
     from morphoquant_vllm.errors import MorphoQuantError
 
     kernels = cpu_build.kernels()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cpu_linear.peers import Linear, onednn_bf16
-from morphoquant_vllm import cpu_head, ops
-from morphoquant_vllm.heap import zero_bytes
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import head as cpu_head
+from morphoquant_vllm.host_memory import zero_bytes
 from morphoquant_vllm.numerics.head import quantize_rows
 
 # N x K of the heads of Qwen2.5-1.5B (its embedding) and of Qwen2.5-Omni-7B.

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.cpu_linear.layers import ROWS, generated
-from morphoquant_vllm import cpu, ops
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import backend as cpu
 
 
 def timed(run: Callable[[], Any]) -> float:

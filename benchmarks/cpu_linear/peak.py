@@ -7,9 +7,9 @@ import os
 import time
 from pathlib import Path
 
-from morphoquant_vllm import cpu_build
+from morphoquant_vllm.cpu import build as cpu_build
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.heap import zero_bytes
+from morphoquant_vllm.host_memory import zero_bytes
 
 # Larger than any cache of these machines.
 READ_BYTES = 1 << 29

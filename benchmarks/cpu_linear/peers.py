@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.cpu_linear import zen
 from benchmarks.cpu_linear.layers import generated
-from morphoquant_vllm import cpu, ops
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.errors import MorphoQuantError
 
 Linear = Callable[[Tensor], Tensor]

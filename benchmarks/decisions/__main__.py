@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import one_line_errors
+from benchmarks.common.command import one_line_errors
 
 BLOCKS = (4, 14, 24)
 # Blocks of which the first token is massive: the row is compared there.
@@ -58,12 +58,12 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from benchmarks.accuracy import corpus
+    from benchmarks.common.machine import machine, versions
     from benchmarks.decisions import layers, sizes, summary
     from benchmarks.decisions.cost import measure_cost
     from benchmarks.decisions.inputs import generated_input, real_inputs
-    from benchmarks.demo import smollm2
-    from benchmarks.machine import machine, versions
-    from morphoquant_vllm.schema import GROUP_SIZES
+    from benchmarks.models import smollm2
+    from morphoquant_vllm.format.schema import GROUP_SIZES
 
     started = time.monotonic()
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy.decoder import architecture_of, blocks_of, linears_of, load
-from calibration.architectures import SharedInput
-from calibration.collect import InputReached
-from calibration.massive import candidates
+from calibration.model.architectures import SharedInput
+from calibration.quantize.massive_tokens import candidates
+from calibration.quantize.observation import InputReached
 from morphoquant_vllm.errors import MorphoQuantError
 
 # The generated input: correlated channels (few directions, falling strength) plus noise, each of its own size.

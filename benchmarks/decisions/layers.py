@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.decisions.inputs import LinearInput
-from calibration import steps
-from calibration.collect import InputCollector
-from calibration.layer import InputSample, quantize_input
+from calibration.blocks.served_linear import ServedLinear, TokenRows
+from calibration.data.token_choice import choose_tokens
+from calibration.quantize import step_search as steps
+from calibration.quantize.layer import InputSample, quantize_input
+from calibration.quantize.observation import InputCollector
 from calibration.recipe import read_recipe
-from calibration.sampling import choose_tokens
-from calibration.served import ServedLinear, TokenRows
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import GROUP_SIZES, LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics.activation import Grid, escapes
-from morphoquant_vllm.schema import GROUP_SIZES, LayerSpec, QuantizationSpec
 
 CENTRES = ("real", "integer", "none")
 

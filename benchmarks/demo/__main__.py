@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.demo import smollm2, texts
+from benchmarks.common.machine import machine
+from benchmarks.common.server import ServerError, exit_on_signals, serve
+from benchmarks.demo import texts
 from benchmarks.demo.perplexity import perplexity, windows
-from benchmarks.machine import machine
-from benchmarks.server import ServerError, exit_on_signals, serve
+from benchmarks.models import smollm2
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 WINDOW_TOKENS, WINDOWS = 512, 3

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import one_line_errors
+from benchmarks.common.command import one_line_errors
 
 if TYPE_CHECKING:
-    from morphoquant_vllm.triton_kernels.resources import Resources
-    from morphoquant_vllm.triton_kernels.tiles import Tile
+    from morphoquant_vllm.gpu.tiles import Tile
+    from morphoquant_vllm.gpu.tools.binary_resources import Resources
 
 # N, K of a 7B model's linears: qkv, o, gate_up, down; and the single MLP projection that the roofline is quoted for.
 SHAPES = {
@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
 @cache
 def compiled(architecture: str, tile: Tile, group_size: int, partial: bool) -> Resources:
     """What the matrix kernel uses, compiled for a tile."""
-    from morphoquant_vllm.triton_kernels import ahead
-    from morphoquant_vllm.triton_kernels.resources import resources
+    from morphoquant_vllm.gpu.tools import aot_compile as ahead
+    from morphoquant_vllm.gpu.tools.binary_resources import resources
 
     return resources(ahead.build_gemm(architecture, tile, group_size, partial=partial))
 
@@ -57,8 +57,8 @@ def main() -> None:
 
     from benchmarks.gpu_cost_model.gpus import GPUS
     from benchmarks.gpu_cost_model.model import estimate, turn_channels
-    from morphoquant_vllm.triton_kernels import tiles
-    from morphoquant_vllm.triton_kernels.occupancy import programs_per_unit
+    from morphoquant_vllm.gpu import tiles
+    from morphoquant_vllm.gpu.tools.occupancy import programs_per_unit
 
     console = Console(width=120)
     rows = []

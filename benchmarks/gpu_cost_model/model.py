@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.gpu_cost_model.gpus import ISSUES_PER_CYCLE, Gpu
-from morphoquant_vllm.triton_kernels.layout import tile_channels
-from morphoquant_vllm.triton_kernels.resources import Resources
-from morphoquant_vllm.triton_kernels.tiles import Tile
+from morphoquant_vllm.gpu.layout import tile_channels
+from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.tools.binary_resources import Resources
 
 
 @dataclass(frozen=True)

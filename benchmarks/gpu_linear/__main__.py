@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import one_line_errors
+from benchmarks.common.command import one_line_errors
+from benchmarks.common.machine import versions
 from benchmarks.gpu_cost_model.__main__ import GROUP_SIZES, SHAPES, TOKENS
-from benchmarks.machine import versions
 from morphoquant_vllm.errors import MorphoQuantError
 
 OURS = ("morphoquant", "morphoquant-two-level")
@@ -49,7 +49,7 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
     import torch
 
     from benchmarks.gpu_linear.layers import LAYERS
-    from morphoquant_vllm.triton_kernels.timing import cold_copies, graph_of, microseconds
+    from morphoquant_vllm.gpu.tools.timing import cold_copies, graph_of, microseconds
 
     out_features, in_features = SHAPES[layer]
     # Of the smallest weights: of 4 bit.

@@ -16,7 +16,7 @@ import openai
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.command import one_line_errors
+from benchmarks.common.command import one_line_errors
 from benchmarks.omni_eval import air_bench, air_bench_chat, mmmu, scienceqa, video_mme
 from benchmarks.omni_eval.answers import Answers
 from benchmarks.omni_eval.ask import ask_all

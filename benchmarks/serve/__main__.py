@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import one_line_errors
+from benchmarks.common.command import one_line_errors
 from benchmarks.serve.shapes import MODELS, sixteen_bit_bytes
 
 # Ways to serve: the format of the checkpoint, and what vLLM is told besides.
@@ -117,7 +117,7 @@ def backend(on_gpu: bool) -> str:
         import torch
 
         return f"the Triton kernels on {torch.cuda.get_device_name()}"
-    from morphoquant_vllm import cpu_build
+    from morphoquant_vllm.cpu import build as cpu_build
 
     kernels = cpu_build.kernels()
     return "the torch reference" if kernels is None else f"the CPU kernels, {kernels.instructions}"
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
     """Measure; write the files after every round, so that an interrupted run leaves what it measured."""
     import torch
 
-    from benchmarks.machine import machine, versions
+    from benchmarks.common.machine import machine, versions
     from benchmarks.serve import memory
     from benchmarks.serve.checkpoints import weight_bytes, write_checkpoint
     from benchmarks.serve.engine import Settings, measure
@@ -187,7 +187,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
 
 def main() -> None:
     """Measure, write the files, say where they are."""
-    from benchmarks.server import exit_on_signals
+    from benchmarks.common.server import exit_on_signals
 
     arguments = parser().parse_args()
     exit_on_signals()

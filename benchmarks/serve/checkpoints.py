@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.omni.processor import write_tokenizer
+from benchmarks.models.tiny_omni.processor import write_tokenizer
 from benchmarks.serve import formats
 from benchmarks.serve.shapes import MODELS, linears
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.server import Server, ServerError, serve, stop
 from benchmarks.serve import memory
-from benchmarks.server import Server, ServerError, serve, stop
 
 # A failing engine's last complaints, which follow from an earlier one.
 _CONSEQUENCE = (

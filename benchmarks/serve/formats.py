@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.serve.shapes import MODELS, Linear, linears
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec, tensor_specs
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, tensor_specs
 
 # Standard deviation of uniform integers in [-8, 7] and in [-127, 127].
 INT4_DEVIATION, INT8_DEVIATION = math.sqrt((16**2 - 1) / 12), math.sqrt((255**2 - 1) / 12)

@@ -2,6 +2,10 @@
 
 The quantized linears run on the torch reference (`numerics`): the served numbers, or the exact mode. For studies and
 evaluation, not for speed. Imports neither vLLM nor calibration.
+
+    linear     a quantized linear as a module of transformers
+    quantizer  what `from_pretrained` runs
+    settings   served numbers or exact mode, and which row serves which token
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ except ModuleNotFoundError as error:
         "morphoquant_vllm.hf needs the Python package 'transformers'; install morphoquant-vllm[hf]"
     ) from error
 
-from .linear import MorphoQuantLinear
-from .quantizer import MorphoQuantHfConfig, MorphoQuantHfQuantizer
-from .settings import configure
+from morphoquant_vllm.hf.linear import MorphoQuantLinear
+from morphoquant_vllm.hf.quantizer import MorphoQuantHfConfig, MorphoQuantHfQuantizer
+from morphoquant_vllm.hf.settings import configure
 
 __all__ = ["MorphoQuantHfConfig", "MorphoQuantHfQuantizer", "MorphoQuantLinear", "configure"]

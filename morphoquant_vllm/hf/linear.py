@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..numerics.activation import activation_record
-from ..numerics.exact import linear_exact
-from ..numerics.linear import linear, weight_record
-from ..schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, check_values, tensor_specs
+from morphoquant_vllm.format.schema import (
+    INPUT_TENSORS,
+    OUTPUT_TENSORS,
+    LayerSpec,
+    QuantizationSpec,
+    check_values,
+    tensor_specs,
+)
+from morphoquant_vllm.numerics.activation import activation_record
+from morphoquant_vllm.numerics.exact import linear_exact
+from morphoquant_vllm.numerics.linear import linear, weight_record
 
 
 @dataclass

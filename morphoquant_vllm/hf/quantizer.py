@@ -14,11 +14,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import check_headers
-from ..errors import MorphoQuantError
-from ..schema import QUANT_METHOD, QuantizationSpec, stored_name
-from .linear import Mode, MorphoQuantLinear
-from .settings import TOKEN_ROWS, configure
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import check_headers
+from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec, stored_name
+from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
+from morphoquant_vllm.hf.settings import TOKEN_ROWS, configure
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..errors import MorphoQuantError
-from ..schema import QuantizationSpec
-from ..token_table import token_rows
-from .linear import Mode, MorphoQuantLinear
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 
 # Of `configure`: each token takes the row of its own modality.
 TOKEN_ROWS = "token"

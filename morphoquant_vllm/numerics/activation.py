@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import CODE_MAX, CODE_MIN
+from morphoquant_vllm.numerics import reference
+from morphoquant_vllm.numerics.reference import CODE_MAX, CODE_MIN
 
 ESCAPE_MIN, ESCAPE_MAX = -128, 127
 # Codes that the largest value seen in calibration may use: leaves room for slightly larger ones when serving.

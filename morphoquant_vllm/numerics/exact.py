@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activation import ActivationRecord, act_quant, escapes, token_rows
-from .linear import WeightRecord, matmul
+from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, escapes, token_rows
+from morphoquant_vllm.numerics.linear import WeightRecord, matmul
 
 
 def exact_codes(x: Tensor, rows: Tensor, record: ActivationRecord) -> Tensor:

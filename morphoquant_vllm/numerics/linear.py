@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .activation import ActivationRecord, act_quant, token_rows
-from .weights import dequantize_weight, times_group, unpack
+from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, token_rows
+from morphoquant_vllm.numerics.weights import dequantize_weight, times_group, unpack
 
 
 class WeightRecord(NamedTuple):

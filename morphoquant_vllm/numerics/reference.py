@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .statistics import ChannelStatistics
+from morphoquant_vllm.numerics.statistics import ChannelStatistics
 
 CODE_MIN, CODE_MAX = -8, 7
 LEVELS = CODE_MAX - CODE_MIN

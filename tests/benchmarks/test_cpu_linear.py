@@ -13,7 +13,7 @@ from benchmarks.cpu_linear.layers import MODELS, generated
 from benchmarks.cpu_linear.measure import interleaved
 from benchmarks.cpu_linear.peers import linears
 from benchmarks.cpu_linear.report import write
-from morphoquant_vllm import cpu
+from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.numerics import linear
 
 OUTPUTS, CHANNELS, TOKENS = 64, 256, 6

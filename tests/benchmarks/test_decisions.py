@@ -10,10 +10,10 @@ from benchmarks.decisions import cost, layers, report, sizes, summary
 from benchmarks.decisions import inputs as inputs_module
 from benchmarks.decisions.inputs import LinearInput, generated_input, real_inputs
 from benchmarks.decisions.layers import Variant, measure
-from calibration import steps
+from calibration.quantize import step_search as steps
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, tensor_specs
 from morphoquant_vllm.numerics.activation import act_quant, token_rows
-from morphoquant_vllm.schema import DEFAULT_ROWS, LayerSpec, tensor_specs
 from tests.tiny_models import build_tiny_llama
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_cost_model.gpus import GPUS
-from morphoquant_vllm.triton_kernels.tiles import Tile
+from morphoquant_vllm.gpu.tiles import Tile
 
 model = pytest.importorskip("benchmarks.gpu_cost_model.model", reason="needs triton")
-resources = pytest.importorskip("morphoquant_vllm.triton_kernels.resources", reason="needs triton")
+resources = pytest.importorskip("morphoquant_vllm.gpu.tools.binary_resources", reason="needs triton")
 
 TILE = Tile(None, (128,), False, 64, 16, 4, 4, 2, False, 4, 16, "test")
 USED = resources.Resources(80, 0, 0, 36864, 128, frozenset(), 24, 0, 2, (), ("IMMA",) * 200)

@@ -17,9 +17,9 @@ from benchmarks.serve.engine import RunError, Settings
 from benchmarks.serve.report import write
 from benchmarks.serve.shapes import MODELS, linears, sixteen_bit_bytes
 from benchmarks.serve.summary import summarize
-from morphoquant_vllm import cpu
-from morphoquant_vllm.checkpoint import verify_checkpoint
+from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import verify_checkpoint
 
 
 @pytest.fixture(scope="module")

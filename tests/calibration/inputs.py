@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from calibration.collect import Observation
-from calibration.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.data.token_choice import TokenSample, choose_tokens
+from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.quantize.observation import Observation
 from calibration.recipe import Recipe
-from calibration.sampling import TokenSample, choose_tokens
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.records import activation_of, weight_of
 
 K = 64

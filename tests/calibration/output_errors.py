@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from calibration.samples import Sample
-from calibration.served import TokenRows
+from calibration.blocks.served_linear import TokenRows
+from calibration.data.rendering import Sample
 
 
 class OutputErrors:

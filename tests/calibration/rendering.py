@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from calibration.data import Conversation, PlainText, load_conversations
-from calibration.samples import Sample, build_samples
+from calibration.data.conversations import Conversation, PlainText, load_conversations
+from calibration.data.rendering import Sample, build_samples
 from morphoquant_vllm.errors import MorphoQuantError
 
 ROWS = ("text", "image", "video", "audio", "any")

@@ -10,14 +10,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from calibration.blocks import BlockResult
+from calibration.blocks.loop import BlockResult
+from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.calibrate import calibrate
-from calibration.data import load_conversations
+from calibration.data.conversations import load_conversations
+from calibration.data.rendering import build_samples
 from calibration.recipe import Recipe
-from calibration.samples import build_samples
-from calibration.served import ServedLinear, TokenRows
-from morphoquant_vllm.checkpoint import read_spec, verify_checkpoint
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import read_spec, verify_checkpoint
 from tests.calibration.built_models import TinyModels
 from tests.calibration.output_errors import OutputErrors
 from tests.reference_model import Checkpoint, swap_linears
@@ -166,7 +166,7 @@ def test_a_gpu_that_is_too_small_is_one_line(tiny: TinyModels, tmp_path: Path, m
     def fill(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("calibration.streaming.load_front", fill)
+    monkeypatch.setattr("calibration.stages.load_front", fill)
     with pytest.raises(MorphoQuantError, match=r"llama: the GPU has too little free memory .*--dtype bfloat16 or"):
         calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", recipe=Recipe(device="cpu"))
     assert list(tmp_path.iterdir()) == []

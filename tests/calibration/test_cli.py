@@ -18,7 +18,7 @@ import pytest
 import typer.main
 
 from calibration import cli
-from calibration.inspection import inspect_data
+from calibration.output.inspection import inspect_data
 from calibration.recipe import Recipe
 from tests.calibration.built_models import TinyModels
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.collect import InputCollector
-from calibration.distributions import observe
-from calibration.layer import InputSample, QuantizedLayer, quantize_input
-from calibration.massive import candidates, find_intervals
+from calibration.data.token_choice import share_tokens
+from calibration.output.distributions import observe
 from calibration.processes import ONE, Processes
+from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.quantize.massive_tokens import candidates, find_intervals
+from calibration.quantize.observation import InputCollector
 from calibration.recipe import Recipe
-from calibration.sampling import share_tokens
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.inputs import AUDIO, MASSIVE, make_spec, matrix, with_massive
 from tests.calibration.joined import in_processes, messages

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from calibration.blocks import BlockResult
+from calibration.blocks.loop import BlockResult
 from calibration.progress import BlockProgress
 
 

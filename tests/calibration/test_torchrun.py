@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calibration.blocks import BlockResult
+from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate
-from calibration.hidden_states import DiskInput
 from calibration.processes import Processes
 from calibration.recipe import Recipe
-from calibration.work import WorkDirectory
-from morphoquant_vllm.checkpoint import verify_checkpoint
+from calibration.work.directory import WorkDirectory
+from calibration.work.hidden_states import DiskInput
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import verify_checkpoint
 from tests.calibration.built_models import TinyModels
 from tests.calibration.joined import free_port, in_processes, messages
 from tests.calibration.killing import content

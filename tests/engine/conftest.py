@@ -16,7 +16,7 @@ from openai import OpenAI
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from benchmarks.server import Server, serve
+from benchmarks.common.server import Server, serve
 from tests import tiny_models
 from tests.differing_rows import write_differing_rows
 from tests.engine.rows import AUDIO, IMAGE, QUESTION, REPOSITORY, VIDEO, reference_logprobs

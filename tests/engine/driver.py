@@ -38,7 +38,7 @@ def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callabl
     Codes are those of the backend's own quantizer on the layer's prepared record.
     """
     from morphoquant_vllm import ops
-    from morphoquant_vllm.linear_method import MorphoQuantLinearMethod
+    from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
     layers = {
         name: module

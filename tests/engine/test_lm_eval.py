@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
 
 import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
-from benchmarks.server import Server
+from benchmarks.common.server import Server
 from tests import harness
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 # 215M parameters in 4-bit linears: 120 MB, beside which an allocator's slack is small.
 MIDDLE = shapes.qwen2(1024, 4096, 12, 16, 16, 512, tied=False)
 # The bar, in sizes of the checkpoint; and what may stay: repacked records are as large as those of the file. Without
-# `heap.release_freed_memory` 1.48 were taken and 1.48 stayed.
+# `host_memory.release_freed_memory` 1.48 were taken and 1.48 stayed.
 PEAK, STAYS = 1.3, 1.1
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.server import Server
 from benchmarks.omni_eval.__main__ import main
-from benchmarks.server import Server
 from tests.benchmarks.omni_eval.miniature import WRITERS
 from tests.benchmarks.omni_eval.stub import serving
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from benchmarks.server import Server, ServerError, serve
+from benchmarks.common.server import Server, ServerError, serve
 from tests.engine.agreement import TIED_TOLERANCE, assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, media_messages
 from tests.reference_model import Checkpoint, reference_thinker

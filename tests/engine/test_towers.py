@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
 
 import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
-from morphoquant_vllm.checkpoint import read_spec
+from morphoquant_vllm.format.checkpoint import read_spec
 from tests import tiny_models
 from tests.engine.agreement import LOGPROB_TOLERANCE, assert_same_logprobs
 from tests.engine.conftest import ENGINE as ONE_STEP

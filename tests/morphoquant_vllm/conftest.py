@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from morphoquant_vllm.cpu_build import Kernels
+from morphoquant_vllm.cpu.build import Kernels
 from tests.checkpoints import write_random_checkpoint
-from tests.morphoquant_vllm import cpu_libraries
+from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
 
 
 @pytest.fixture(scope="session")

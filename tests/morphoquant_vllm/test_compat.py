@@ -14,7 +14,7 @@ from morphoquant_vllm import compat
 
 PACKAGE = Path(compat.__file__).parent
 # The modules that vLLM's classes are derived in.
-PLUGIN = ("config", "fusion", "linear_method", "lm_head", "modality", "parameters")
+PLUGIN = ("config", "silu_mul_pass", "linear_method", "lm_head", "modality_bus", "parameters")
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -36,7 +36,7 @@ def plugin_classes() -> list[type]:
     """Classes of the plugin that derive from one of vLLM's."""
     found = []
     for name in PLUGIN:
-        module = importlib.import_module(f"morphoquant_vllm.{name}")
+        module = importlib.import_module(f"morphoquant_vllm.plugin.{name}")
         classes = [thing for _, thing in inspect.getmembers(module, inspect.isclass)]
         found += [cls for cls in classes if cls.__module__ == module.__name__]
     return [cls for cls in found if any(base.__module__.startswith("vllm.") for base in cls.__mro__)]

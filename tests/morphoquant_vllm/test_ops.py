@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import cpu, ops
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics import activation, linear
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of
 
 K, N, G, ROWS = 64, 48, 32, 6
-# Triton's kernels run here interpreted, in a process of their own: triton_kernels/test_triton_ops.py.
+# Triton's kernels run here interpreted, in a process of their own: triton_kernels/test_gpu_ops.py.
 BACKENDS = sorted(set(ops.BACKENDS) - {"triton"})
 
 

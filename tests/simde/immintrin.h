@@ -1,4 +1,4 @@
-// Stands before the compiler's own header: emulates the AVX512 intrinsics of cpu_kernels/ by SIMDe, so that the
+// Stands before the compiler's own header: emulates the AVX512 intrinsics of cpu/kernels/ by SIMDe, so that the
 // AVX512-VNNI kernels' logic runs on any machine with AVX2.
 #pragma once
 #include_next <immintrin.h>

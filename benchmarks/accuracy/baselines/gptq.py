@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .weights import check_groups, clip_scale, nearest
+from benchmarks.accuracy.baselines.weights import check_groups, clip_scale, nearest
 
 # As in the authors' code: part of the mean diagonal that is added to it.
 DAMPING = 0.01

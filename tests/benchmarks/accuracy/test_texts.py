@@ -5,10 +5,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.accuracy import corpus, texts
 from benchmarks.accuracy.settings import CALIBRATION_WINDOWS, parse_calibration
-from calibration.data import load_conversations
-from calibration.samples import build_samples
+from calibration.data.conversations import load_conversations
+from calibration.data.rendering import build_samples
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.schema import DEFAULT_ROWS
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from tests.tiny_models import build_tiny_llama
 
 

@@ -4,11 +4,11 @@ import pytest
 
 from benchmarks.calibrate.data import AUDIO_TOKENS, IMAGE_TOKENS, write_data
 from benchmarks.calibrate.layouts import layout_config
-from calibration.architectures import find_architecture
-from calibration.data import load_conversations
-from calibration.samples import build_samples
+from calibration.data.conversations import load_conversations
+from calibration.data.rendering import build_samples
+from calibration.model.architectures import find_architecture
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.schema import DEFAULT_ROWS
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
 
 
 def test_every_sample_has_the_stated_number_of_tokens(model: Path, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import morphoquant_vllm.hf as hf
 from calibration.calibrate import calibrate
 from calibration.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.token_table import token_rows
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics.linear import linear
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
-from morphoquant_vllm.token_table import token_rows
 from tests.calibration.built_models import TinyModels
 from tests.checkpoints import edit, edit_tensors, file_of, random_group
 from tests.engine.conftest import REPOSITORY

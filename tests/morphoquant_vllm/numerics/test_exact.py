@@ -2,10 +2,10 @@
 
 import torch
 
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, dequantize, escapes
 from morphoquant_vllm.numerics.exact import exact_codes, linear_exact
 from morphoquant_vllm.numerics.linear import WeightRecord, linear
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of
 

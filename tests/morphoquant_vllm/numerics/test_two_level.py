@@ -4,19 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant
 from morphoquant_vllm.numerics.linear import WeightRecord, group_sums, linear, matmul, output_bound, weight_record
-from morphoquant_vllm.schema import LayerSpec, QuantizationSpec
 from tests.checkpoints import random_group
-from tests.morphoquant_vllm.numerics.test_linear import (
-    IN,
-    OUT,
-    TOKENS,
-    over_ranks,
-    random_layer,
-    rounding_of_constants,
-)
+from tests.morphoquant_vllm.numerics.test_linear import IN, OUT, TOKENS, over_ranks, random_layer, rounding_of_constants
 from tests.records import activation_of, weight_of
 
 

@@ -1,0 +1,6 @@
+"""What benchmarks share.
+
+command  errors in one line
+machine  processor and versions
+server   starts and stops `vllm serve`
+"""

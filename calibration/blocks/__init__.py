@@ -1,0 +1,7 @@
+"""Running the model: the loop over blocks, and what flows between them.
+
+capture        what reaches the decoder: embeddings and towers run once on every sample
+loop           observes each block, quantizes it, passes its outputs to the next
+towers         the same for the blocks of an encoder
+served_linear  a quantized linear in the place of the model's own
+"""

@@ -1,0 +1,109 @@
+"""What reaches the decoder blocks: embeddings and towers run once on every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from calibration.data.rendering import Sample
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+class BlockInput(Protocol):
+    """One sample on its way through the decoder, in memory (MemoryInput) or in files (work.DiskInput).
+
+    modality int32 [M]: the row of each token; positions int64: the sampled tokens. hidden and served, [1, M, hidden],
+    on the CPU: the hidden states before the next block, of the 16-bit model and after the quantized blocks.
+    """
+
+    modality: Tensor
+    positions: Tensor
+
+    @property
+    def hidden(self) -> Tensor: ...
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None: ...
+    @property
+    def served(self) -> Tensor: ...
+    @served.setter
+    def served(self, value: Tensor) -> None: ...
+    @property
+    def arguments(self) -> Sequence[Mapping[str, Any]]:
+        """What the model passes to each block besides the hidden states (positions, mask)."""
+
+
+@dataclass
+class MemoryInput:
+    """A BlockInput in memory; blocks that are given the same arguments share them."""
+
+    modality: Tensor
+    positions: Tensor
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    served: Tensor = field(default_factory=lambda: torch.empty(0))
+    arguments: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def capture_block_inputs(
+    model: Any, blocks: Sequence[nn.Module], samples: Sequence[Sample], positions: Sequence[Tensor]
+) -> Iterator[MemoryInput]:
+    """Run embeddings and towers on one sample after the other and yield what reaches the decoder blocks.
+
+    The blocks themselves are skipped (what they pass on does not change what else the next one is given), and so
+    is the lm_head: neither needs weights. `positions` are each sample's sampled tokens. Raises MorphoQuantError naming
+    the sample where a token id has no row in the embedding.
+    """
+    embedding = model.get_input_embeddings().weight
+    model.lm_head = nn.Identity()
+    _check_token_ids(samples, embedding.shape[0])
+    for sample, chosen in zip(samples, positions, strict=True):
+        entry = MemoryInput(sample.modality, chosen)
+        with skipped_blocks(blocks, entry):
+            model(**_to_model(sample.inputs, embedding.device, embedding.dtype), use_cache=False)
+        yield entry
+
+
+def _check_token_ids(samples: Sequence[Sample], rows: int) -> None:
+    for sample in samples:
+        largest = int(sample.inputs["input_ids"].max())
+        if largest >= rows:
+            raise MorphoQuantError(
+                f"{sample.source}: token id {largest}, but the model's embedding has {rows} rows; "
+                "the tokenizer belongs to another model: copy this model's own into its directory"
+            )
+
+
+@contextmanager
+def skipped_blocks(blocks: Sequence[nn.Module], entry: MemoryInput) -> Iterator[None]:
+    """Make the blocks record what they are given in `entry` and pass the hidden states on unchanged."""
+
+    def record(index: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
+            if index == 0:
+                entry.hidden = entry.served = hidden_states.cpu()
+            entry.arguments.append(arguments)
+            return hidden_states
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        # An attribute of the instance hides the class's method and leaves the module's hooks and flags alone.
+        block.forward = record(index)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _to_model(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Move inputs to the device; pixels and audio features also take the dtype, lists of seconds keep theirs."""
+    return {
+        name: value.to(device, dtype) if value.is_floating_point() and value.dim() > 1 else value.to(device)
+        for name, value in inputs.items()
+    }

@@ -1,0 +1,174 @@
+"""The loop over the decoder: each block is observed on every sample, quantized, and its outputs feed the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks.capture import BlockInput
+from calibration.blocks.served_linear import ServedLinear, TokenRows
+from calibration.data.token_choice import TokenSample
+from calibration.model.architectures import Architecture
+from calibration.model.loading import Blocks
+from calibration.model.plan import DecoderNames
+from calibration.model.source import Source
+from calibration.output.distributions import observe
+from calibration.processes import Processes
+from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.quantize.massive_tokens import candidates
+from calibration.quantize.observation import InputCollector, SampleCollector, run_observed
+from calibration.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.host_memory import release_freed_memory
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One finished block; `loss` is the mean output error of its layers (None where none is quantized)."""
+
+    index: int
+    count: int
+    layers: dict[str, QuantizedLayer]
+    loss: float | None
+    # What is kept of each input's distribution, by the input's name.
+    distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def calibrate_blocks(
+    blocks: Blocks,
+    inputs: Sequence[BlockInput],
+    tokens: TokenSample,
+    *,
+    architecture: Architecture,
+    names: DecoderNames,
+    source: Source,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    first: int = 0,
+) -> Iterator[BlockResult]:
+    """Yield the quantized layers of one block after the other, from block `first` on.
+
+    Two streams of hidden states go through the decoder: the 16-bit model's, whose layer outputs are aimed at, and that
+    of the layers quantized so far, within the block too. `inputs` come as they are before block `first`, and at each
+    result hold what reaches the next block. One block at a time is in memory. `inputs` are this process's samples, and
+    `tokens` tell of all; every process yields the same.
+    """
+    serving = TokenRows(spec.any_row)
+    for index in range(first, len(blocks)):
+        block = blocks.load(index)
+        shards_of = {
+            shared.shards: [names.layer(index, shard) for shard in shared.shards]
+            for shared in architecture.shared_inputs
+            if names.layer(index, shared.shards[0]) in spec.layers
+        }
+        # Shards read the same input: it is enough to watch the first.
+        device = next(block.parameters()).device
+        # Only where this process has no samples, for those have a width of their own.
+        none = {layers[0]: None if inputs else _no_tokens(spec, layers[0], device) for layers in shards_of.values()}
+        targets = {shards[0]: SampleCollector(layers[0], none[layers[0]]) for shards, layers in shards_of.items()}
+        rows = _run_16bit(block, index, inputs, targets, len(spec.rows) - 1, tokens.processes)
+        outlying = torch.cat(
+            [
+                torch.zeros(0, dtype=torch.bool),
+                *(row[entry.positions] == len(spec.rows) - 1 for row, entry in zip(rows, inputs, strict=True)),
+            ]
+        )
+        finished: dict[str, QuantizedLayer] = {}
+        distributions = {}
+        for shards, layers in shards_of.items():
+            target = targets.pop(shards[0]).sample()
+            collector = InputCollector(layers[0], none[layers[0]])
+            for entry, row in zip(inputs, rows, strict=True):
+                serving.modality = entry.modality
+                _run(block, index, entry, entry.served, {shards[0]: collector}, row, stop=True)
+            sample = InputSample(collector.observation(tokens.processes), target, outlying)
+            weights = {layer: _load_weight(source, layer) for layer in layers}
+            # Of what the forwards and the collectors freed, two gigabytes at K = 11008: most memory is needed next.
+            release_freed_memory()
+            quantized = quantize_input(sample, tokens, weights, spec, recipe)
+            for shard, layer in zip(shards, layers, strict=True):
+                _replace(block, shard, quantized[layer], serving)
+            finished |= quantized
+            distributions[spec.layers[layers[0]].shared_input] = observe(
+                sample, tokens, quantized[layers[0]].tensors, spec
+            )
+            # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
+            del collector, sample, target, weights
+        for entry, row in zip(inputs, rows, strict=True):
+            serving.modality = entry.modality
+            entry.served = _run(block, index, entry, entry.served, {}, row)
+        del block
+        errors = [layer.record.output_error for layer in finished.values()]
+        loss = sum(errors) / len(errors) if errors else None
+        yield BlockResult(index, len(blocks), finished, loss, distributions)
+
+
+def _run_16bit(
+    block: nn.Module,
+    index: int,
+    inputs: Sequence[BlockInput],
+    targets: Mapping[str, SampleCollector],
+    massive_row: int,
+    processes: Processes,
+) -> list[Tensor]:
+    """Carry the 16-bit hidden states through the block.
+
+    Returns each sample's rows int [tokens]: `massive_row` where the residual stream is outlying before or after the
+    block, the token's modality elsewhere.
+    """
+    norms = [torch.zeros(0)]
+    for entry in inputs:
+        before = entry.hidden
+        after = entry.hidden = _run(block, index, entry, before, targets, entry.modality)
+        norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
+    modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in inputs)])
+    rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
+    return list(rows.split([entry.modality.numel() for entry in inputs]))
+
+
+def _run(
+    block: nn.Module,
+    index: int,
+    entry: BlockInput,
+    hidden: Tensor,
+    collectors: Mapping[str, SampleCollector],
+    rows: Tensor,
+    *,
+    stop: bool = False,
+) -> Tensor:
+    """The block's output on one sample, on the CPU; what came in where the run stops early."""
+    device = next(block.parameters()).device
+    output = run_observed(
+        block,
+        hidden.to(device),
+        entry.arguments[index],
+        collectors,
+        rows.to(device),
+        entry.positions.to(device),
+        stop=stop,
+    )
+    return hidden if output is None else output.cpu()
+
+
+def _no_tokens(spec: QuantizationSpec, layer: str, device: torch.device) -> Tensor:
+    return torch.zeros(0, spec.layers[layer].in_features, device=device)
+
+
+def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, serving: TokenRows) -> None:
+    parent, _, name = shard.rpartition(".")
+    old = block.get_submodule(shard)
+    device = next(old.parameters()).device
+    bias = old.bias if isinstance(old.bias, Tensor) else None
+    setattr(block.get_submodule(parent), name, ServedLinear(layer.tensors, bias, serving, device))
+
+
+def _load_weight(source: Source, layer: str) -> Tensor:
+    weight = source.load(f"{layer}.weight")
+    if not bool(torch.isfinite(weight).all()):
+        raise MorphoQuantError(f"{layer}.weight: holds NaN or infinite values; the source model is damaged")
+    return weight

@@ -1,0 +1,76 @@
+"""A quantized linear in the place of a model's own, so that later layers are calibrated on what will be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
+from morphoquant_vllm.numerics.activation import act_quant, activation_record, token_rows
+from morphoquant_vllm.numerics.linear import weight_record
+
+
+@dataclass
+class TokenRows:
+    """What tells the linears of a block which modality each token of the running sample has, as a server knows it."""
+
+    any_row: int
+    # Row of each token, int [M]; None: not known.
+    modality: Tensor | None = None
+
+
+class ServedLinear(nn.Module):
+    """The integer layer of a checkpoint's tensors: the sums of numerics.linear in float32, for speed.
+
+    On a CPU the kernels that serve compute it, where they run: sums over a group are whole numbers there, and several
+    times as fast as a product with dequantized weights. `serving` says what row serves each token that is not massive.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], bias: Tensor | None, serving: TokenRows, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.record = activation_record(*(tensors[name].to(device) for name in INPUT_TENSORS))
+        weight = weight_record(*(tensors[name] for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
+        # What the kernels read, or else the weights that the codes stand for.
+        self.prepared, self.matrix = None, None
+        if device.type == "cpu" and cpu.available():
+            self.prepared = cpu.prepare(weight, self.record)
+        else:
+            self.matrix = weight.dequantized().to(device)
+        self.absorbed_bias = weight.absorbed_bias.to(device)
+        self.bias = bias
+        self.serving = serving
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K], in its dtype."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.prepared is not None:
+            return cpu.linear(flat, self._modality(flat), *self.prepared, self.bias).view(*x.shape[:-1], -1)
+        assert self.matrix is not None
+        codes, rows = self.codes(flat)
+        y = (codes.float() * self.record.gain[rows][:, None]) @ self.matrix.T + self.absorbed_bias[rows]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [M, K] and row int32 [M] of each token of x [M, K]."""
+        rows = token_rows(x, self._modality(x), self.record)
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        # One row for all its tokens is several times faster than a gathered row each.
+        for row in rows.unique().tolist():
+            per_row = {name: getattr(self.record, name)[row][None] for name in ("inverse", "centre", "mask", "gain")}
+            own = rows == row
+            codes[own] = act_quant(x[own], rows[own], self.record._replace(**per_row))
+        return codes, rows
+
+    def _modality(self, x: Tensor) -> Tensor:
+        """The row of each token of x [M, K] that is not massive, int32 [M]."""
+        if self.serving.modality is None:
+            return torch.full(x.shape[:1], self.serving.any_row, dtype=torch.int32, device=x.device)
+        return self.serving.modality.to(x.device, torch.int32)

@@ -1,0 +1,168 @@
+"""Towers that a recipe asks for: their blocks are quantized as the decoder's are, on the patches of the data's media.
+
+What goes through a tower has no token ids: one row, named by the layers' fixed_row, serves all of its patches. The
+image tower of Qwen's models sees pictures and the frames of videos, so its statistics are of both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks.capture import MemoryInput, skipped_blocks
+from calibration.blocks.loop import BlockResult, calibrate_blocks
+from calibration.blocks.served_linear import ServedLinear, TokenRows
+from calibration.data.rendering import Sample
+from calibration.data.token_choice import share_tokens
+from calibration.model.architectures import Architecture, Tower
+from calibration.model.plan import tower_names, unfit_linears
+from calibration.model.source import Source
+from calibration.processes import ONE, Processes
+from calibration.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import QuantizationSpec
+
+logger = logging.getLogger(__name__)
+
+# What the processor gives the image tower, by the row of the medium: patches, and [media, 3] patches in time, height
+# and width.
+_PATCHES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+@dataclass(frozen=True)
+class _Medium:
+    """The pictures, or the videos, of one sample: one run of the tower."""
+
+    row: str
+    patches: Tensor
+    grid: Tensor
+    # In the order of the data, among those of all processes.
+    place: int
+
+
+class _InModel:
+    """Blocks of a model that is in memory, in which what is quantized stays."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def load(self, index: int) -> nn.Module:
+        return self._blocks[index]
+
+
+def check_media(samples: Sequence[Sample], recipe: Recipe, processes: Processes = ONE) -> None:
+    """MorphoQuantError where a tower is to be quantized and the data hold nothing that goes through it."""
+    for name in recipe.towers:
+        if not any(processes.gather(bool(_media(samples)))):
+            raise MorphoQuantError(
+                f"towers: the calibration data have no image and no video for the {name} tower; add some, or leave the "
+                "tower out"
+            )
+
+
+def calibrate_towers(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    architecture: Architecture,
+    source: Source,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    processes: Processes = ONE,
+) -> list[BlockResult]:
+    """Quantize the towers that the recipe names; their blocks' results, none where it names none.
+
+    Afterwards the model's own towers compute what will be served. `samples` are this process's.
+    """
+    return [
+        result
+        for name in recipe.towers
+        for result in _calibrate_tower(
+            model, samples, architecture.tower(name), architecture, source, spec, recipe, processes
+        )
+    ]
+
+
+def _media(samples: Sequence[Sample]) -> list[_Medium]:
+    return [
+        _Medium(row, sample.inputs[patches], sample.inputs[grid], len(_PATCHES) * sample.place + index)
+        for sample in samples
+        for index, (row, (patches, grid)) in enumerate(_PATCHES.items())
+        if patches in sample.inputs
+    ]
+
+
+def _calibrate_tower(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    tower: Tower,
+    architecture: Architecture,
+    source: Source,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    processes: Processes,
+) -> list[BlockResult]:
+    """Quantize one tower, in the model too."""
+    if processes.first:
+        _say_what_stays(tower, source, recipe)
+    module = model.get_submodule(tower.module)
+    media = _media(samples)
+    rows = {
+        medium.place: torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int()
+        for medium in media
+    }
+    patches = share_tokens(processes, rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
+    blocks = list(model.get_submodule(tower.block_module).children())
+    inputs = []
+    for medium, own in zip(media, patches.samples, strict=True):
+        entry = MemoryInput(rows[medium.place], patches.positions[own])
+        _capture(module, blocks, medium, entry)
+        inputs.append(entry)
+    # A patch has no row of its own modality to take.
+    settings = recipe.model_copy(update={"modality_rows": False})
+    results = []
+    for result in calibrate_blocks(
+        _InModel(blocks),
+        inputs,
+        patches,
+        architecture=replace(architecture, shared_inputs=tower.shared_inputs),
+        names=tower_names(tower, source.tensors),
+        source=source,
+        spec=spec,
+        recipe=settings,
+    ):
+        loss = "-" if result.loss is None else f"{result.loss:.4f}"
+        if processes.first:
+            logger.info("%s tower: block %d/%d  loss %s", tower.name, result.index + 1, result.count, loss)
+        results.append(result)
+    serving = TokenRows(spec.rows.index(tower.name))
+    for layer in module.modules():
+        if isinstance(layer, ServedLinear):
+            layer.serving = serving
+    return results
+
+
+@torch.no_grad()
+def _capture(module: nn.Module, blocks: Sequence[nn.Module], medium: _Medium, entry: MemoryInput) -> None:
+    """Run the tower up to its first block and keep what reaches the blocks in `entry`."""
+    parameter = next(module.parameters())
+    with skipped_blocks(blocks, entry):
+        module(medium.patches.to(parameter.device, parameter.dtype), grid_thw=medium.grid.to(parameter.device))
+
+
+def _say_what_stays(tower: Tower, source: Source, recipe: Recipe) -> None:
+    for name, in_features in unfit_linears(tower, source.tensors, recipe.group_size).items():
+        logger.info(
+            "%s tower: %s stays in 16 bit: its K = %d is not divisible by group_size %d",
+            tower.name,
+            name,
+            in_features,
+            recipe.group_size,
+        )

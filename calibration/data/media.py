@@ -1,0 +1,114 @@
+"""Decoding of images, audio and video into what a Hugging Face processor takes."""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from transformers.video_utils import VideoMetadata
+
+from calibration.data.conversations import BadMediaError, Media
+
+
+def decode_image(media: Media) -> Image.Image:
+    """An RGB image, turned upright by its EXIF tag, transparency on white (as vLLM serves it).
+
+    Raises BadMediaError naming the media when it is not an image or is truncated.
+    """
+    try:
+        with Image.open(_open(media)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    # Pillow's decoders report broken files in all of these ways.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise _undecodable(media, error) from error
+
+
+def decode_audio(media: Media, sampling_rate: int) -> NDArray[np.float32]:
+    """The first audio stream, [samples], mixed to mono and resampled to `sampling_rate` Hz, in [-1, 1].
+
+    Raises BadMediaError naming the media when it has no audio or cannot be decoded.
+    """
+    # The file's own channels, averaged: FFmpeg's mix to mono is up to 3 dB louder than the mean vLLM takes.
+    resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
+    pieces: list[NDArray[np.float32]] = []
+    try:
+        with av.open(_open(media), mode="r") as container:
+            if not container.streams.audio:
+                raise ValueError("it has no audio stream")
+            for frame in container.decode(container.streams.audio[0]):
+                pieces.extend(out.to_ndarray().mean(axis=0) for out in resampler.resample(frame))
+            if pieces:
+                pieces.extend(out.to_ndarray().mean(axis=0) for out in resampler.resample(None))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _undecodable(media, error) from error
+    samples = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
+    if not samples.size:
+        raise _undecodable(media, ValueError("it holds no samples"))
+    return samples
+
+
+def decode_video(
+    media: Media, sample_frames: Callable[[VideoMetadata], Sequence[int]]
+) -> tuple[NDArray[np.uint8], VideoMetadata]:
+    """The frames that `sample_frames` picks, RGB uint8 [frames, height, width, 3], and their metadata.
+
+    `sample_frames` gets the metadata (frame count, frames per second, size) and returns frame numbers.
+    Only those frames are held in memory. Raises BadMediaError naming the media when it has no video or
+    cannot be decoded.
+    """
+    # transformers' own PyAV reader trusts the container's frame count: WebM has none, a cut file too many.
+    try:
+        total = sum(1 for _ in _video_frames(media))
+        if not total:
+            raise ValueError("it holds no frames")
+        with av.open(_open(media), mode="r") as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise ValueError("it states no frame rate")
+            metadata = VideoMetadata(
+                total_num_frames=total,
+                fps=float(rate),
+                duration=total / float(rate),
+                width=stream.width,
+                height=stream.height,
+                video_backend="pyav",
+            )
+        # The float steps of transformers' samplers can end one past the last frame.
+        indices = [min(int(index), total - 1) for index in sample_frames(metadata)]
+        wanted = set(indices)
+        frames = {
+            index: frame.to_ndarray(format="rgb24")
+            for index, frame in enumerate(_video_frames(media))
+            if index in wanted
+        }
+        metadata.frames_indices = indices
+        return np.stack([frames[index] for index in indices]), metadata
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _undecodable(media, error) from error
+
+
+def _open(media: Media) -> io.BytesIO | str:
+    return io.BytesIO(media.content) if isinstance(media.content, bytes) else str(media.content)
+
+
+def _video_frames(media: Media) -> Iterator[av.VideoFrame]:
+    with av.open(_open(media), mode="r") as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+        yield from container.decode(container.streams.video[0])
+
+
+def _undecodable(media: Media, error: Exception) -> BadMediaError:
+    reason = " ".join(str(error).split())
+    return BadMediaError(
+        f"{media.name}: not decodable as {media.kind} ({reason}); replace or re-encode it, or pass --skip-bad to leave "
+        "such conversations out"
+    )

@@ -1,0 +1,125 @@
+"""How much memory a calibration takes at its peak, from sizes alone, and whether it fits. Pure.
+
+The formula of docs/calibration.md. M tokens of all samples, T sampled tokens, K in, N out, G group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from calibration.model.architectures import Architecture
+from calibration.model.plan import DecoderNames
+from calibration.model.source import TensorInfo
+from calibration.quantize.rounding import SCALE_ROWS, SYSTEM_ELEMENTS
+from calibration.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+
+# Python with torch, transformers and a processor, before any model.
+BASE = 3 * 2**28
+# What one input takes at once, in its three phases. The counts were measured (peaks of quantize_input over T, K and N)
+# and rounded up: of float32 [T, K], [K, K] and [N, K], and of the systems that the scales are solved from.
+SEARCH_COPIES = 3.75
+KEPT_COPIES = 2.25  # as they are and as they should be, and their codes, a byte each
+FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
+FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
+# What lies between tensors in the C library's heap.
+HEAP = 2**26
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes at the peak of each phase, beside the hidden states."""
+
+    # Embeddings and towers, with the towers' weights in memory, and read module by module.
+    front: int
+    front_streamed: int
+    # The largest block, with one of its inputs being quantized.
+    block: int
+
+
+def memory_need(
+    architecture: Architecture,
+    tensors: Mapping[str, TensorInfo],
+    names: DecoderNames,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    sampled_tokens: int,
+) -> MemoryNeed:
+    """The peaks of a calibration of so many sampled tokens."""
+    width = getattr(torch, recipe.dtype).itemsize
+
+    def nbytes(infos: Iterable[TensorInfo]) -> int:
+        return sum(info.elements for info in infos) * width
+
+    own = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
+    towers = [info for name, info in own.items() if name.startswith(architecture.tower_prefixes)]
+    head = f"{architecture.model_prefix}lm_head.weight"
+    rest = [
+        info
+        for name, info in own.items()
+        if not name.startswith((*architecture.tower_prefixes, f"{names.prefix}.")) and name != head
+    ]
+    largest = max((info.elements for info in towers), default=0) * width
+    blocks = [
+        _block(
+            [info for name, info in own.items() if name.startswith(f"{names.prefix}.{index}.")],
+            [layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.{index}.")],
+            width,
+            sampled_tokens,
+        )
+        for index in range(names.blocks)
+    ]
+    return MemoryNeed(
+        front=BASE + nbytes(rest) + nbytes(towers),
+        front_streamed=BASE + nbytes(rest) + 2 * largest,
+        block=BASE + max(blocks),
+    )
+
+
+def _block(infos: Iterable[TensorInfo], layers: Iterable[LayerSpec], width: int, tokens: int) -> int:
+    """One block: its weights, and the most that one of its inputs takes."""
+    inputs: dict[str, list[LayerSpec]] = {}
+    for layer in layers:
+        inputs.setdefault(layer.shared_input, []).append(layer)
+    # As they are, or in float32 where they are served by now; of the linears at work, both.
+    weights = sum(info.elements for info in infos) * max(width, 4)
+    peaks = [0]
+    waiting = sum(shards[0].in_features for shards in inputs.values())
+    for shards in inputs.values():
+        k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
+        # The inputs of later linears, as the 16-bit model has them, wait for their turn.
+        waiting -= k
+        peaks.append(4 * tokens * waiting + input_peak(tokens, k, n, shards[0].group_size) + 4 * n * k)
+    return weights + max(peaks)
+
+
+def input_peak(tokens: int, k: int, n: int, group_size: int) -> int:
+    """Bytes that quantizing one input takes, its sampled tokens included: T tokens, K channels, N outputs in all."""
+    groups = k // group_size
+    rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
+    kept = KEPT_COPIES * tokens * k
+    return HEAP + 4 * round(
+        max(
+            SEARCH_COPIES * tokens * k + n * k,
+            kept + FACTOR_SQUARES * k * k + FACTOR_MATRICES * n * k,
+            kept + FIT_SQUARES * k * k + FIT_MATRICES * n * k + FIT_SYSTEMS * rows * groups**2,
+        )
+    )
+
+
+def check_budget(need: MemoryNeed, budget: int, model: object) -> None:
+    """MorphoQuantError with the sizes where a stated budget is too small, whatever is kept on disk."""
+    for what, nbytes in (("its embeddings and one tower layer", need.front_streamed), ("a decoder block", need.block)):
+        if nbytes > budget:
+            raise MorphoQuantError(
+                f"{model}: does not fit --memory-budget {_gib(budget)}: {what} and what calibration makes of it take "
+                f"{_gib(nbytes)}; raise the budget, lower --sample-tokens, or pass --dtype bfloat16"
+            )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f}GiB"

@@ -1,0 +1,194 @@
+"""The source model: what runs before its decoder blocks, and the blocks themselves, one at a time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import transformers
+from accelerate.hooks import remove_hook_from_module
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+
+from calibration.model.architectures import Architecture
+from calibration.model.plan import DecoderNames
+from calibration.model.source import Source
+from calibration.processes import ONE, Processes
+from calibration.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+
+# A config of the wrong types or sizes fails in any of these ways, deep inside transformers.
+_LOADING_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
+
+
+def choose_device(name: str, processes: Processes = ONE) -> torch.device:
+    """The device of a recipe; "auto" is cuda where there is one, and of several processes each takes a GPU of its own.
+
+    MorphoQuantError where torch does not know it, or where there are fewer GPUs than processes.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # torch built without CUDA reports it as an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise MorphoQuantError(f"device = '{name}' is not usable here; use cpu, or leave it at auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise MorphoQuantError(f"device = '{name}' is not supported; use cpu or cuda")
+    if device.type == "cpu" or processes.size == 1:
+        return device
+    if device.index is not None:
+        raise MorphoQuantError(f"device = '{name}' is one GPU, for {processes.size} processes; use cuda")
+    if processes.local_size > torch.cuda.device_count():
+        raise MorphoQuantError(
+            f"{processes.local_size} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+            "start one for each GPU"
+        )
+    torch.cuda.set_device(processes.local_rank)
+    return torch.device("cuda", processes.local_rank)
+
+
+class Blocks(Protocol):
+    """The decoder's blocks, each asked for once, in order."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> nn.Module:
+        """One block with its weights, on the device on which it runs; the caller alone holds it."""
+
+
+def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> Any:
+    """The source model on the meta device: its modules, and no weights. MorphoQuantError where transformers refuses."""
+    model_class = getattr(transformers, architecture.model_class)
+    with _clear_loading_errors(architecture, source):
+        config = model_class.config_class.from_pretrained(
+            str(source.directory), local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            return model_class._from_config(config, dtype=getattr(torch, recipe.dtype)).eval()
+
+
+def load_front(
+    architecture: Architecture,
+    source: Source,
+    recipe: Recipe,
+    *,
+    stream_towers: bool = False,
+    device: torch.device | None = None,
+) -> Any:
+    """The source model without the weights of its decoder blocks and lm_head: embedding, towers, final norm.
+
+    With `stream_towers` the towers' weights stay in their files too, and each of their modules reads its own whenever
+    it runs: slower, and next to nothing of them is in memory. `device`: None, the recipe's. Raises MorphoQuantError
+    where transformers cannot load the model, or where any weight is missing, the blocks' too.
+    """
+    model_class = getattr(transformers, architecture.model_class)
+    empty = empty_model(architecture, source, recipe)
+    absent = [architecture.block_module, *(architecture.towers if stream_towers else ())]
+    if "lm_head.weight" not in empty.all_tied_weights_keys:
+        absent.append("lm_head")
+    with _clear_loading_errors(architecture, source):
+        model, loading = model_class.from_pretrained(
+            str(source.directory),
+            dtype=getattr(torch, recipe.dtype),
+            device_map=_places(empty, absent, str(device or choose_device(recipe.device))),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if loading["missing_keys"]:
+        raise MorphoQuantError(
+            f"{source.directory}: the weights lack {min(loading['missing_keys'])}; download the model again"
+        )
+    # The blocks do not run here: what accelerate hung on them to read their weights goes.
+    remove_hook_from_module(model.get_submodule(architecture.block_module), recurse=True)
+    return model.eval()
+
+
+def _places(model: nn.Module, absent: Sequence[str], device: str, prefix: str = "") -> dict[str, str]:
+    """A device map: the modules `absent` stay in their files, which accelerate calls "disk", all others are loaded.
+
+    A module that holds an absent one is not named itself, only what is in it: accelerate would load it whole.
+    """
+    places: dict[str, str] = {}
+    for name, module in model.named_children():
+        full = prefix + name
+        if full in absent:
+            places[full] = "disk"
+        elif any(other.startswith(f"{full}.") for other in absent):
+            places |= _places(module, absent, device, f"{full}.")
+        else:
+            places[full] = device
+    return places
+
+
+class BlockLoader:
+    """The decoder blocks of a source model, whose weights are read from its files when a block is asked for."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        source: Source,
+        names: DecoderNames,
+        recipe: Recipe,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: None, the recipe's.
+
+        Raises MorphoQuantError naming the first tensor that the files lack, or that has another shape.
+        """
+        self._source, self._names = source, names
+        self._device = device or choose_device(recipe.device)
+        model = empty_model(architecture, source, recipe)
+        self._blocks = list(model.get_submodule(architecture.block_module).children())
+        for index, block in enumerate(self._blocks):
+            for name, parameter in block.named_parameters():
+                stored = names.layer(index, name)
+                info = source.tensors.get(stored)
+                if info is None:
+                    raise MorphoQuantError(f"{source.directory}: the weights lack {stored}; download the model again")
+                if info.shape != tuple(parameter.shape):
+                    raise MorphoQuantError(
+                        f"{source.directory}: transformers cannot load it as {architecture.model_class} ({stored} is "
+                        f"{list(info.shape)} in the files, but {list(parameter.shape)} by config.json)"
+                    )
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def load(self, index: int) -> nn.Module:
+        """One block with its weights; MorphoQuantError where a file is damaged."""
+        # The block before, and the model that ran up to the first, refer to themselves (accelerate's hooks): Python
+        # would free gigabytes only when it next happens to look for cycles.
+        gc.collect()
+        block = self._blocks[index]
+        weights = {
+            # A copy in memory of its own: what lies in a mapped file is aligned as the file has it, and products of
+            # other alignment can differ in their last bits.
+            name: self._source.load(self._names.layer(index, name)).to(self._device, parameter.dtype, copy=True)
+            for name, parameter in block.named_parameters()
+        }
+        filled = copy.deepcopy(block)
+        filled.load_state_dict(weights, assign=True)
+        return filled.requires_grad_(False)
+
+
+@contextmanager
+def _clear_loading_errors(architecture: Architecture, source: Source) -> Iterator[None]:
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MorphoQuantError(
+            f"{source.directory}: transformers cannot load it as {architecture.model_class} ({reason})"
+        ) from error

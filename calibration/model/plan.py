@@ -1,0 +1,247 @@
+"""Which linears are quantized and how: patterns and sizes become the checkpoint's quantization_config. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from calibration.model.architectures import Architecture, SharedInput, Tower
+from calibration.model.source import TensorInfo
+from calibration.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
+
+TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class DecoderNames:
+    """How the layers of the decoder, or of a tower, are named: in the weight files `prefix.<block>.<linear>`."""
+
+    prefix: str
+    blocks: int
+
+    def layer(self, block: int, linear: str) -> str:
+        """Name of a linear, or of a fused input, in the files."""
+        return f"{self.prefix}.{block}.{linear}"
+
+
+def decoder_names(
+    architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> DecoderNames:
+    """Find the decoder's prefix in the files; MorphoQuantError naming the first linear that is missing there."""
+    blocks = architecture.decoder_config(config)["num_hidden_layers"]
+    shards = [shard for shared in architecture.shared_inputs for shard in shared.shards]
+    prefixes = architecture.block_prefixes
+    prefix = next((p for p in prefixes if f"{p}.0.{shards[0]}.weight" in tensors), prefixes[0])
+    names = DecoderNames(prefix, blocks)
+    _check_linears(names, shards, tensors, architecture.model_type)
+    return names
+
+
+def tower_names(tower: Tower, tensors: Mapping[str, TensorInfo]) -> DecoderNames:
+    """Find a tower's prefix and the number of its blocks in the files; MorphoQuantError where a linear is missing."""
+    shards = [shard for shared in tower.shared_inputs for shard in shared.shards]
+    for prefix in tower.block_prefixes:
+        blocks = 0
+        while f"{prefix}.{blocks}.{shards[0]}.weight" in tensors:
+            blocks += 1
+        if blocks:
+            names = DecoderNames(prefix, blocks)
+            _check_linears(names, shards, tensors, f"{tower.name} tower")
+            return names
+    raise MorphoQuantError(
+        f"towers: the weights hold no {tower.block_prefixes[0]}.0.{shards[0]}, so no {tower.name} tower; leave it out"
+    )
+
+
+def _check_linears(names: DecoderNames, shards: Sequence[str], tensors: Mapping[str, TensorInfo], what: str) -> None:
+    for block in range(names.blocks):
+        for shard in shards:
+            name = f"{names.layer(block, shard)}.weight"
+            info = tensors.get(name)
+            if info is None or len(info.shape) != 2 or not info.is_float:
+                state = "missing" if info is None else f"{info.dtype} {list(info.shape)}, no float matrix"
+                raise MorphoQuantError(
+                    f"{name}: {state}; the weights do not fit config.json ({what}, {names.blocks} blocks)"
+                )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer name matches any pattern: fnmatch, or a full regular expression after `re:`."""
+    return any(_matches(name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise MorphoQuantError(f"pattern '{pattern}' is no regular expression: {error}") from error
+
+
+def plan(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    created_by: str = "",
+) -> QuantizationSpec:
+    """The quantization_config of the checkpoint to make, every rule of the format checked.
+
+    Raises MorphoQuantError naming the pattern, layer or fused group where targets match nothing, reach outside the
+    decoder or split a fused group, where K is not divisible by the group size, or tensor_parallel breaks a group; and
+    the tower, where one is asked for that the model lacks, or of which no layer would be quantized.
+    """
+    names = decoder_names(architecture, config, tensors)
+    chosen = _choose(names, architecture.shared_inputs, tensors, recipe)
+    layers = _layers(names, architecture.shared_inputs, tensors, chosen, recipe)
+    for tower in recipe.towers:
+        layers |= tower_layers(architecture.tower(tower), tensors, recipe)
+    for name, layer in layers.items():
+        layer.check(name)
+    decoder_config = architecture.decoder_config(config)
+    size = recipe.tensor_parallel
+    if not isinstance(size, int):
+        size = largest_tensor_parallel(layers.values(), decoder_config)
+    spec = QuantizationSpec(
+        layers=layers,
+        tensor_parallel=size,
+        placeholder_token_ids=architecture.placeholder_token_ids(config),
+        created_by=created_by,
+    )
+    if not divides_heads(size, decoder_config):
+        heads, kv_heads = _head_counts(decoder_config)
+        raise MorphoQuantError(
+            f"tensor_parallel = {size}: {heads} attention heads and {kv_heads} key-value heads cannot be shared out "
+            f"over {size} ranks; leave it at auto"
+        )
+    return spec
+
+
+def tower_layers(tower: Tower, tensors: Mapping[str, TensorInfo], recipe: Recipe) -> dict[str, LayerSpec]:
+    """Settings of a tower's linears: all but those that `ignore` matches and those that `unfit_linears` names."""
+    names = tower_names(tower, tensors)
+    unfit = unfit_linears(tower, tensors, recipe.group_size)
+    chosen = {
+        name
+        for block in range(names.blocks)
+        for shared in tower.shared_inputs
+        if shared.name not in unfit
+        for name in (names.layer(block, shard) for shard in shared.shards)
+        if not matches(name, recipe.ignore)
+    }
+    if not chosen:
+        raise MorphoQuantError(
+            f"towers: no linear of the {tower.name} tower is left to quantize: K must be divisible by group_size "
+            f"{recipe.group_size}, and 'ignore' must not match; leave the tower out"
+        )
+    return _layers(names, tower.shared_inputs, tensors, chosen, recipe, fixed_row=tower.name)
+
+
+def unfit_linears(tower: Tower, tensors: Mapping[str, TensorInfo], group_size: int) -> dict[str, int]:
+    """Inputs of a tower's blocks that stay in 16 bit since groups do not divide their K, by name: K.
+
+    3420 in mlp.down_proj of Qwen2.5-Omni and the small Qwen2.5-VLs.
+    """
+    names = tower_names(tower, tensors)
+    sizes = {shared.name: tensors[f"{names.layer(0, shared.shards[0])}.weight"].shape for shared in tower.shared_inputs}
+    return {name: shape[1] for name, shape in sizes.items() if shape[1] % group_size}
+
+
+def largest_tensor_parallel(layers: Iterable[LayerSpec], decoder_config: Mapping[str, Any]) -> int:
+    """The largest of 8, 4, 2, 1 that leaves groups of row-parallel layers whole and divides the attention heads."""
+    shapes = {(layer.in_features, layer.group_size) for layer in layers if layer.parallel == "row"}
+    for size in TENSOR_PARALLEL_CHOICES:
+        if divides_heads(size, decoder_config) and all(size in allowed_tensor_parallel(*shape) for shape in shapes):
+            return size
+    return 1
+
+
+def divides_heads(size: int, decoder_config: Mapping[str, Any]) -> bool:
+    """Whether `size` ranks get whole attention heads; key-value heads may be copied where there are fewer."""
+    heads, kv_heads = _head_counts(decoder_config)
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+
+def _head_counts(decoder_config: Mapping[str, Any]) -> tuple[int, int]:
+    heads = decoder_config["num_attention_heads"]
+    return heads, decoder_config.get("num_key_value_heads") or heads
+
+
+def _choose(
+    names: DecoderNames, shared_inputs: Sequence[SharedInput], tensors: Mapping[str, TensorInfo], recipe: Recipe
+) -> set[str]:
+    """The decoder linears that the recipe's patterns pick."""
+    decoder = {
+        names.layer(block, shard)
+        for block in range(names.blocks)
+        for shared in shared_inputs
+        for shard in shared.shards
+    }
+    # Whatever a pattern could mean: every stored weight matrix, the embeddings and towers included.
+    matrices = {
+        name.removesuffix(".weight")
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) >= 2
+    }
+    for setting, patterns in (("targets", recipe.targets or ()), ("ignore", recipe.ignore)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in matrices):
+                raise MorphoQuantError(
+                    f"{setting}: '{pattern}' matches no layer of the model; names look like {min(decoder)}"
+                )
+    wanted = decoder if recipe.targets is None else {name for name in matrices if matches(name, recipe.targets)}
+    chosen = {name for name in wanted if not matches(name, recipe.ignore)}
+    outside = chosen - decoder
+    if outside:
+        raise MorphoQuantError(
+            f"targets: {min(outside)} is outside the language model's decoder ({names.prefix}.*), and targets "
+            "are decoder linears: narrow the pattern; an image tower is quantized by towers: image"
+        )
+    if not chosen:
+        raise MorphoQuantError("targets: no layer is left to quantize after 'ignore'; narrow 'ignore'")
+    return chosen
+
+
+def _layers(
+    names: DecoderNames,
+    shared_inputs: Sequence[SharedInput],
+    tensors: Mapping[str, TensorInfo],
+    chosen: set[str],
+    recipe: Recipe,
+    fixed_row: str = "",
+) -> dict[str, LayerSpec]:
+    """Settings of the chosen linears of a run of blocks, in the order of the blocks."""
+    layers = {}
+    for block in range(names.blocks):
+        for shared in shared_inputs:
+            for shard in _whole_group(names, block, shared, chosen):
+                out_features, in_features = tensors[f"{shard}.weight"].shape
+                layers[shard] = LayerSpec(
+                    in_features=in_features,
+                    out_features=out_features,
+                    group_size=recipe.group_size,
+                    parallel=shared.parallel,
+                    shared_input=names.layer(block, shared.name),
+                    bias=f"{shard}.bias" in tensors,
+                    scale_scheme=recipe.scale_scheme,
+                    fixed_row=fixed_row,
+                )
+    return layers
+
+
+def _whole_group(names: DecoderNames, block: int, shared: SharedInput, chosen: set[str]) -> list[str]:
+    """The shards of one shared input: all of them, or none."""
+    shards = [names.layer(block, shard) for shard in shared.shards]
+    missing = [shard for shard in shards if shard not in chosen]
+    if missing and len(missing) < len(shards):
+        raise MorphoQuantError(
+            f"{names.layer(block, shared.name)}: its shards share one input and are quantized together or not at all, "
+            f"but targets and ignore leave out {', '.join(missing)}; name all of {', '.join(shards)}, or none"
+        )
+    return [] if missing else shards

@@ -1,0 +1,113 @@
+"""What calibration keeps of each input's distribution, for `morphoquant report`: a small file beside the weights.
+
+It lies in a folder of its own, since loaders take every safetensors file at the top for weights. Nothing that serves a
+checkpoint reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calibration.data.token_choice import TokenSample
+from calibration.quantize.layer import InputSample
+from morphoquant_vllm.format.checkpoint import open_file
+from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
+from morphoquant_vllm.numerics.activation import ESCAPE_MAX, ESCAPE_MIN, act_quant, activation_record, token_rows
+from morphoquant_vllm.numerics.reference import dispersion_score
+from morphoquant_vllm.numerics.statistics import ChannelStatistics
+
+DISTRIBUTIONS_FILE = "morphoquant_calibration/distributions.safetensors"
+# Channels whose ranges are kept: the most dispersed, and as many evenly spaced ones.
+MOST_DISPERSED = 128
+EVENLY_SPACED = 128
+# Tokens that are looked at once more.
+TOKENS = 2048
+# The inner range of a channel.
+QUANTILES = (0.01, 0.99)
+CODE_BINS = ESCAPE_MAX - ESCAPE_MIN + 1
+
+
+def observe(
+    inputs: InputSample, tokens: TokenSample, tensors: Mapping[str, Tensor], spec: QuantizationSpec
+) -> dict[str, Tensor]:
+    """The record of one input; C kept channels, `<row>` a modality's name or "massive", only where it had tokens.
+
+        channels                    int32 [C], ascending
+        <row>.minimum, .maximum     bfloat16 [C], over all tokens
+        <row>.low, .high            bfloat16 [C], the 1 % and 99 % quantiles over sampled tokens
+        <row>.dispersion            bfloat16 [K], over all tokens
+        <row>.codes                 int64 [256], how often sampled tokens had each served code, -128 first
+
+    `tensors` are a quantized layer's on that input.
+    """
+    statistics = inputs.observation.statistics
+    x, processes = inputs.observation.sample, tokens.processes
+    stride = max(1, tokens.modality.numel() // TOKENS)
+    modality = tokens.modality[::stride].to(x.device)
+    x, own_modality = tokens.every(x, stride), tokens.every(tokens.own(tokens.modality), stride).to(x.device)
+    record = activation_record(*(tensors[name].to(x.device) for name in INPUT_TENSORS))
+    own_rows = token_rows(x, own_modality, record)
+    codes = act_quant(x, own_rows, record)
+    pooled = reduce(ChannelStatistics.merge, statistics.values())
+    channels = processes.decide(lambda: kept_channels(dispersion_score(pooled).cpu()))
+    found = {"channels": channels.int()}
+    owners = tokens.token_owners[::stride]
+    rows, gathered = (processes.merge(part, owners) for part in (own_rows, x[:, channels.to(x.device)]))
+    quantiles = torch.tensor(QUANTILES, device=x.device)
+    massive_row = len(spec.rows) - 1
+    # Massive by the block's residual stream in the statistics, by the quantizer's intervals among sampled tokens.
+    for row, seen in statistics.items():
+        name = spec.rows[row]
+        found[f"{name}.minimum"] = seen.minimum.cpu()[channels].bfloat16()
+        found[f"{name}.maximum"] = seen.maximum.cpu()[channels].bfloat16()
+        found[f"{name}.dispersion"] = dispersion_score(seen).cpu().bfloat16()
+        taken, own = (
+            served == massive_row if row == massive_row else (of == row) & (served != massive_row)
+            for served, of in ((rows, modality), (own_rows, own_modality))
+        )
+        if bool(taken.any()):
+            low, high = torch.quantile(gathered[taken], quantiles, dim=0).cpu().bfloat16()
+            found[f"{name}.low"], found[f"{name}.high"] = low.clone(), high.clone()
+        counted = torch.bincount(codes[own].flatten().long().cpu() - ESCAPE_MIN, minlength=CODE_BINS)
+        found[f"{name}.codes"] = processes.reduce(counted, "SUM")
+    return found
+
+
+def kept_channels(dispersion: Tensor) -> Tensor:
+    """Indices of the channels to keep, int64, ascending, from the dispersion of all [K]."""
+    in_features = dispersion.numel()
+    most = dispersion.argsort(descending=True, stable=True)[:MOST_DISPERSED]
+    spaced = torch.linspace(0, in_features - 1, min(EVENLY_SPACED, in_features)).round().long()
+    return torch.cat((most, spaced)).unique()
+
+
+def write_distributions(directory: Path, distributions: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write the records, by input name, into a checkpoint directory."""
+    path = directory / DISTRIBUTIONS_FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file({f"{name}.{key}": value for name, found in distributions.items() for key, value in found.items()}, path)
+
+
+def read_distributions(directory: Path, spec: QuantizationSpec) -> dict[str, dict[str, Tensor]]:
+    """The records of a checkpoint by input name; empty where its calibration kept none.
+
+    Raises MorphoQuantError where the file is damaged.
+    """
+    path = directory / DISTRIBUTIONS_FILE
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, Tensor]] = {}
+    with open_file(path) as file:
+        names = list(file.keys())
+        for shared_input in spec.shared_inputs():
+            prefix = f"{shared_input}."
+            record = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+            if record:
+                found[shared_input] = record
+    return found

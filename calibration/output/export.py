@@ -1,0 +1,144 @@
+"""Writes a checkpoint: the source's files and tensors, with the quantized layers' weights replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calibration.model.source import Source
+from calibration.output.distributions import write_distributions
+from calibration.output.report import REPORT_FILE
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
+from morphoquant_vllm.format.schema import QuantizationSpec, stored_name, tensor_specs
+
+# Weights in other clothes: never copied, and never opened.
+WEIGHT_SUFFIXES = frozenset(
+    (
+        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl"),
+        *(".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".ot", ".tflite"),
+    )
+)
+# transformers refuses Qwen2.5-Omni without it; copied, not opened.
+COPIED_PICKLES = frozenset({"spk_dict.pt"})
+
+
+# A layer's tensor by the names of layer and tensor; each in memory of its own: a file may not hold the same twice.
+LoadQuantized = Callable[[str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: its size in bytes, and how to get it when its turn comes."""
+
+    name: str
+    nbytes: int
+    load: Callable[[], Tensor]
+
+
+def copied_files(directory: Path) -> list[Path]:
+    """Files of the source, relative to it, that go into a checkpoint byte for byte."""
+    found = []
+    for folder, subfolders, names in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
+    return [path for path in found if _is_copied(path)]
+
+
+def _is_copied(path: Path) -> bool:
+    if path.name.startswith(".") or path == Path(CONFIG_FILE) or path.name.endswith(".index.json"):
+        return False
+    return path.suffix.lower() not in WEIGHT_SUFFIXES or str(path) in COPIED_PICKLES
+
+
+def checkpoint_size(source: Source, spec: QuantizationSpec) -> int:
+    """Bytes that the checkpoint will take."""
+    copied = sum((source.directory / path).stat().st_size for path in copied_files(source.directory))
+    return copied + sum(tensor.nbytes for tensor in output_tensors(source, spec, _nothing))
+
+
+def quantized_size(source: Source, spec: QuantizationSpec) -> int:
+    """Bytes of the checkpoint's quantized layers alone."""
+    tensors = output_tensors(source, spec, _nothing)
+    return sum(tensor.nbytes for tensor in tensors if tensor.name not in source.tensors)
+
+
+def _nothing(layer: str, tensor: str) -> Tensor:
+    raise AssertionError(f"{layer}.{tensor}: only its size was asked for")
+
+
+def output_tensors(source: Source, spec: QuantizationSpec, quantized: LoadQuantized) -> Iterator[OutputTensor]:
+    """Every tensor of the checkpoint, in the order of the source's files.
+
+    `quantized` gives a layer's tensor by its name in schema.tensor_specs; it is called when the tensor is loaded.
+    """
+    weights = {stored_name(layer, "weight"): layer for layer in spec.layers}
+    for name, info in source.tensors.items():
+        layer = weights.get(name)
+        if layer is None:
+            yield OutputTensor(name, info.nbytes, partial(source.load, name))
+            continue
+        for tensor, want in tensor_specs(spec.layers[layer], len(spec.rows), spec.tensor_parallel).items():
+            yield OutputTensor(
+                stored_name(layer, tensor),
+                math.prod(want.shape) * want.dtype.itemsize,
+                partial(quantized, layer, tensor),
+            )
+
+
+def split_shards(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
+    """Cut into files of at most `limit` bytes of tensors; a larger tensor gets a file of its own."""
+    shards: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def write_checkpoint(
+    directory: Path,
+    source: Source,
+    spec: QuantizationSpec,
+    quantized: LoadQuantized,
+    shard_size: int,
+    report: Mapping[str, Any],
+    distributions: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write a whole checkpoint into an existing empty directory; holds one file's tensors at a time.
+
+    The config comes last: a directory in which writing was cut short does not load.
+    """
+    for path in copied_files(source.directory):
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.directory / path, directory / path)
+    shards = split_shards(list(output_tensors(source, spec, quantized)), shard_size)
+    names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    for file_name, shard in zip(names, shards, strict=True):
+        save_file({tensor.name: tensor.load() for tensor in shard}, directory / file_name, metadata={"format": "pt"})
+    # For a single file too: the index lists every tensor, so that a carried-over one that goes missing is noticed.
+    weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+    write_distributions(directory, distributions)
+    write_json(directory / REPORT_FILE, report)
+    write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": spec.to_dict()})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented; NaN, which JSON does not know, is a ValueError."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

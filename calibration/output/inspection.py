@@ -1,0 +1,193 @@
+"""What a checkpoint holds, as a table for people and as a dict for programs; reads headers and masks only."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from safetensors import safe_open
+
+from calibration.output.report import REPORT_FILE
+from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read_headers, read_json, read_spec
+from morphoquant_vllm.format.schema import TWO_LEVEL_SCHEME, QuantizationSpec, stored_name, tensor_specs
+
+# Bytes per element, by safetensors' names; carried-over tensors may have any of these.
+ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+ELEMENT_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+SIXTEEN_BIT = 2
+
+
+def inspect_data(directory: Path) -> dict[str, Any]:
+    """Layers, masked channels, escape rates and sizes of a checkpoint, as JSON holds them.
+
+    Sizes are in bytes; what calibration would have to tell is None where its report file is missing. Raises
+    MorphoQuantError where the directory is no MorphoQuant checkpoint.
+    """
+    directory = Path(directory)
+    spec = read_spec(directory)
+    files = check_headers(directory, spec)
+    stored = read_headers(directory)
+    sidecar_path = directory / REPORT_FILE
+    sidecar = read_json(sidecar_path) if sidecar_path.exists() else None
+    measured = _object(sidecar, "layers")
+    layers = [_layer_data(directory, name, spec, files, stored, _object(measured, name)) for name in spec.layers]
+    total = sum(_tensor_bytes(tensor) for tensor in stored.values())
+    quantized, quantized_16bit = (sum(layer[key] for layer in layers) for key in ("bytes", "bytes_16bit"))
+    rate = (sidecar or {}).get("escape_rate")
+    return {
+        "directory": str(directory),
+        "created_by": spec.created_by,
+        "rows": list(spec.rows),
+        "tensor_parallel": spec.tensor_parallel,
+        "calibration_report": REPORT_FILE if sidecar is not None else None,
+        "layers": layers,
+        "totals": {
+            "layers": len(layers),
+            "bytes": total,
+            "bytes_16bit": total - quantized + quantized_16bit,
+            "quantized_bytes": quantized,
+            "quantized_bytes_16bit": quantized_16bit,
+            "escape_rate": rate,
+            "effective_activation_bits": None if rate is None else effective_bits(rate),
+        },
+    }
+
+
+def effective_bits(escape_rate: float) -> float:
+    """Bits per activation code on average: an escape occupies 8 bits where the others need 4."""
+    return 4 + 4 * escape_rate
+
+
+def _object(parent: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
+    """A nested JSON object of the report file; empty where it is absent."""
+    value = (parent or {}).get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _tensor_bytes(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape) * ELEMENT_BYTES.get(tensor.dtype, SIXTEEN_BIT)
+
+
+def _layer_data(
+    directory: Path,
+    name: str,
+    spec: QuantizationSpec,
+    files: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
+    measured: Mapping[str, Any],
+) -> dict[str, Any]:
+    layer = spec.layers[name]
+    mask_name = stored_name(name, "modality_mask")
+    with safe_open(str(directory / files[mask_name]), "pt") as file:
+        masked: torch.Tensor = file.get_tensor(mask_name).sum(1)
+    names = [stored_name(name, tensor) for tensor in tensor_specs(layer, len(spec.rows), spec.tensor_parallel)]
+    bias_bytes = 0
+    if layer.bias:
+        bias_bytes = _tensor_bytes(stored[stored_name(name, "bias")])
+    rates, rows = measured.get("escape_rate"), _object(measured, "modality_rows")
+    return {
+        "name": name,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "group_size": layer.group_size,
+        "scale_scheme": layer.scale_scheme,
+        "parallel": layer.parallel,
+        "shared_input": layer.shared_input,
+        "masked_channels": dict(zip(spec.rows, masked.tolist(), strict=True)),
+        "escape_rate": rates if isinstance(rates, dict) else None,
+        "output_error": measured.get("output_error"),
+        "own_rows": [row for row, choice in rows.items() if isinstance(choice, dict) and choice.get("own") is True],
+        "bytes": sum(_tensor_bytes(stored[tensor]) for tensor in names) + bias_bytes,
+        "bytes_16bit": layer.out_features * layer.in_features * SIXTEEN_BIT + bias_bytes,
+    }
+
+
+def inspect_table(directory: Path) -> RenderableType:
+    """The same as a rich renderable: one line per layer, then the totals; layer names fold on narrow terminals."""
+    data = inspect_data(directory)
+    # Names of a model share a long beginning: shown once, it leaves room for the figures.
+    prefix = common_prefix([layer["name"] for layer in data["layers"]])
+    title = f"layers below {prefix}" if prefix else None
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
+    )
+    table.add_column("layer", overflow="fold")
+    for heading in ("NxK", "G", "masked", "escapes", "size", "of\n16 bit"):
+        # A figure broken in two lines is misread; a name is not.
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in data["layers"]:
+        table.add_row(
+            layer["name"].removeprefix(prefix),
+            f"{layer['out_features']}x{layer['in_features']}",
+            str(layer["group_size"]),
+            _masked(layer["masked_channels"]),
+            percent((layer["escape_rate"] or {}).get("all")),
+            size_text(layer["bytes"]),
+            percent(layer["bytes"] / layer["bytes_16bit"]),
+        )
+    return Group(table, Text("\n".join(_summary(data))))
+
+
+def _summary(data: Mapping[str, Any]) -> list[str]:
+    totals = data["totals"]
+    lines = [
+        f"masked: channels that may escape to 8 bits, in rows {'/'.join(data['rows'])} (one figure where all agree)",
+        f"quantized layers: {totals['layers']}, {size_text(totals['quantized_bytes'])}, "
+        f"{percent(totals['quantized_bytes'] / totals['quantized_bytes_16bit'])} of 16 bit",
+        f"whole checkpoint: {size_text(totals['bytes'])}, {percent(totals['bytes'] / totals['bytes_16bit'])} of "
+        f"{size_text(totals['bytes_16bit'])} with those layers in 16 bit",
+    ]
+    two_level = sum(layer["scale_scheme"] == TWO_LEVEL_SCHEME for layer in data["layers"])
+    if two_level:
+        lines.append(f"two-level weight scales: {two_level} of {totals['layers']} layers")
+    own = Counter(row for layer in data["layers"] for row in layer["own_rows"])
+    if own:
+        each = ", ".join(f"{row} {count}" for row, count in own.items())
+        lines.append(f"layers with a row of its own for a modality, of {totals['layers']}: {each}")
+    if totals["escape_rate"] is not None:
+        lines.append(
+            f"escape rate in calibration: {percent(totals['escape_rate'])}; "
+            f"effective activation bits: {totals['effective_activation_bits']:.2f} (4 + 4 * rate)"
+        )
+    elif data["calibration_report"] is None:
+        lines.append(f"escape rates: unknown, {REPORT_FILE} is missing")
+    else:
+        lines.append(f"escape rates: unknown, {REPORT_FILE} states none")
+    return lines
+
+
+def common_prefix(names: list[str]) -> str:
+    """The dotted beginning that every name shares, its last dot included; empty for a single name."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) != 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}." for part in shared)
+
+
+def _masked(channels: Mapping[str, int]) -> str:
+    counts = list(channels.values())
+    return str(counts[0]) if len(set(counts)) == 1 else "/".join(map(str, counts))
+
+
+def percent(fraction: float | None) -> str:
+    """A share for people; "-" where it is unknown."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}%"
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,112 @@
+"""What the page shows, gathered from a checkpoint directory; no model is loaded, and nothing is drawn here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calibration.model.plan import matches
+from calibration.output.distributions import read_distributions
+from calibration.output.inspection import inspect_data
+from calibration.output.report import REPORT_FILE
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_json, read_spec
+from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
+from morphoquant_vllm.numerics.reference import outlier_mask
+
+# Inputs that are drawn channel by channel where none is named.
+CHOSEN = 6
+
+
+@dataclass(frozen=True)
+class Input:
+    """One linear input: what was recorded of it, and its grid."""
+
+    name: str
+    # The linears that read it.
+    layers: tuple[str, ...]
+    # As `calibration.output.distributions.observe` describes.
+    record: dict[str, Tensor]
+    # The checkpoint's INPUT_TENSORS; filled for inputs that are drawn channel by channel.
+    grid: dict[str, Tensor]
+    output_error: float | None
+    escape_rate: dict[str, float]
+
+    def rows(self, known: Sequence[str]) -> list[str]:
+        """Rows that had tokens, in the order of the checkpoint's."""
+        return [row for row in known if f"{row}.dispersion" in self.record]
+
+    def dispersed_channels(self, row: str) -> int:
+        """Channels that the reference's rule (mean + 2 deviations) would let escape in a row."""
+        return int(outlier_mask(self.record[f"{row}.dispersion"].float()).sum())
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything on the page."""
+
+    name: str
+    spec: QuantizationSpec
+    # As `inspect_data` returns it.
+    inspected: dict[str, Any]
+    # morphoquant_calibration.json; empty where the file is missing.
+    report: dict[str, Any]
+    inputs: tuple[Input, ...]
+    chosen: tuple[Input, ...]
+
+
+def gather(directory: Path, patterns: Sequence[str] = ()) -> Content:
+    """Gather the page of a checkpoint; `patterns` choose the layers whose inputs are drawn channel by channel.
+
+    Raises MorphoQuantError where the directory is no MorphoQuant checkpoint, its calibration report is missing, or no
+    layer matches.
+    """
+    inspected = inspect_data(directory)
+    spec = read_spec(directory)
+    if inspected["calibration_report"] is None:
+        raise MorphoQuantError(
+            f"{directory / REPORT_FILE}: missing: there is nothing to report; copy it from the original checkpoint"
+        )
+    report = read_json(directory / REPORT_FILE)
+    records = read_distributions(directory, spec)
+    measured = {layer["name"]: layer for layer in inspected["layers"]}
+    inputs = tuple(
+        _input(name, layers, records.get(name, {}), measured) for name, layers in spec.shared_inputs().items()
+    )
+    files = check_headers(directory, spec)
+    chosen = []
+    for entry in _choose([entry for entry in inputs if entry.record], patterns):
+        tensors = load_layer(directory, files, entry.layers[0], spec)
+        grid = {tensor: tensors[tensor] for tensor in INPUT_TENSORS}
+        chosen.append(Input(entry.name, entry.layers, entry.record, grid, entry.output_error, entry.escape_rate))
+    if patterns and not any(matches(name, tuple(patterns)) for name in (*spec.layers, *spec.shared_inputs())):
+        raise MorphoQuantError(f"--layer {' '.join(patterns)!r} matches no layer; `morphoquant inspect` lists them")
+    return Content(directory.resolve().name, spec, inspected, report, inputs, tuple(chosen))
+
+
+def _input(
+    name: str, layers: Sequence[str], record: dict[str, Tensor], measured: Mapping[str, Mapping[str, Any]]
+) -> Input:
+    errors = [measured[layer]["output_error"] for layer in layers]
+    known = [error for error in errors if isinstance(error, float)]
+    rates = measured[layers[0]]["escape_rate"] or {}
+    return Input(name, tuple(layers), record, {}, max(known) if known else None, rates)
+
+
+def _choose(inputs: Sequence[Input], patterns: Sequence[str]) -> list[Input]:
+    """The inputs that match; without patterns the first and last ones, and those that lose or escape most."""
+    if patterns:
+        chosen = tuple(patterns)
+        return [entry for entry in inputs if any(matches(name, chosen) for name in (entry.name, *entry.layers))]
+    wanted = {entry.name for entry in (*inputs[:1], *inputs[-1:])}
+    by_error = sorted(inputs, key=lambda entry: -(entry.output_error or 0.0))
+    by_escapes = sorted(inputs, key=lambda entry: -entry.escape_rate.get("all", 0.0))
+    for pair in zip(by_error, by_escapes, strict=True):
+        for entry in pair:
+            if len(wanted) < CHOSEN:
+                wanted.add(entry.name)
+    return [entry for entry in inputs if entry.name in wanted]

@@ -1,0 +1,96 @@
+"""The page itself: pictures drawn, template filled, one file written."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from calibration.output.inspection import common_prefix, percent, size_text
+from calibration.output.page import figures
+from calibration.output.page.content import Content, gather
+from morphoquant_vllm.errors import MorphoQuantError
+
+CAPTIONS = {
+    "sizes": "Weights on disk: the quantized layers, and what is carried over as it was.",
+    "losses": "Above: error of each layer's output on the calibration sample, relative to the 16-bit layer's on "
+    "16-bit inputs. Below: share of its activation codes that leave the 4-bit range.",
+    "dispersion": "Dispersion of the channels of each input, (max - min) / log1p(mean|x|): largest channel (solid), "
+    "99th percentile (dashed), median (dotted). High means a long tail.",
+    "channels": "Values of each channel by modality, before quantization. The band is what 4-bit codes reach; red is "
+    "what reaches beyond it on channels that may escape, and takes 8-bit codes on the same grid. Ticks at 0 mark "
+    "channels that may escape. Half the channels shown are the most dispersed ones, the others are evenly spaced.",
+    "codes": "How often each code occurs, over all channels of the input.",
+}
+FIGURE = Markup(
+    '<figure id="{name}"><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption>'
+    "</figure>"
+)
+
+
+def write_page(directory: Path, output: Path, patterns: Sequence[str] = (), *, overwrite: bool = False) -> Content:
+    """Write the page about the checkpoint `directory` to the file `output`; what it shows is returned.
+
+    `patterns` choose the layers that are drawn channel by channel. Raises MorphoQuantError where the directory is no
+    checkpoint, no layer matches, or `output` exists and may not be replaced; then nothing is written.
+    """
+    if output.is_dir():
+        raise MorphoQuantError(f"{output}: is a directory; name a file with --output")
+    if output.exists() and not overwrite:
+        raise MorphoQuantError(f"{output}: exists; choose another --output, or pass --overwrite")
+    content = gather(directory, patterns)
+    page = render(content)
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return content
+
+
+def render(content: Content) -> str:
+    """The HTML, its pictures inside."""
+    drawn = draw(content)
+
+    def figure(name: str) -> Markup:
+        data = base64.b64encode(drawn[name]).decode()
+        return FIGURE.format(name=name, caption=CAPTIONS[name.split("-")[0]], data=data)
+
+    environment = Environment(
+        loader=PackageLoader("calibration.output.page", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    escape_rows = [
+        row
+        for row in (*content.spec.rows, "all")
+        if any(row in (layer["escape_rate"] or {}) for layer in content.inspected["layers"])
+    ]
+    return environment.get_template("page.html.j2").render(
+        content=content,
+        totals=content.inspected["totals"],
+        escape_rows=escape_rows,
+        prefix=common_prefix([layer["name"] for layer in content.inspected["layers"]]),
+        has_distributions=any(entry.record for entry in content.inputs),
+        figure=figure,
+        percent=percent,
+        size=size_text,
+    )
+
+
+def draw(content: Content) -> dict[str, bytes]:
+    """Every picture as PNG, by its name on the page."""
+    drawn: dict[str, Any] = {"sizes": figures.sizes(content), "losses": figures.losses(content)}
+    if any(entry.record for entry in content.inputs):
+        drawn["dispersion"] = figures.dispersion(content)
+    for number, entry in enumerate(content.chosen, start=1):
+        drawn[f"channels-{number}"] = figures.channels(entry, content.spec.rows)
+        drawn[f"codes-{number}"] = figures.codes(entry, content.spec.rows)
+    return drawn

@@ -1,0 +1,63 @@
+"""The report that lies beside the weights: settings, data, and what calibration saw in each layer."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from morphoquant_vllm.format.schema import QuantizationSpec
+
+if TYPE_CHECKING:
+    # `inspect` needs the file's name alone, and neither pydantic nor the numerics.
+    from calibration.quantize.layer_report import LayerRecord
+    from calibration.recipe import Recipe
+
+REPORT_FILE = "morphoquant_calibration.json"
+REPORT_FORMAT = 1
+PACKAGE = "morphoquant-vllm"
+
+
+def package_version(name: str = PACKAGE) -> str:
+    """Version of an installed package; "unknown" where it runs from a source tree."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def make_report(
+    recipe: Recipe,
+    spec: QuantizationSpec,
+    records: Mapping[str, LayerRecord],
+    samples: int,
+    token_counts: Mapping[int, int],
+) -> dict[str, Any]:
+    """The JSON object of REPORT_FILE, the same for the same run (no times, no paths)."""
+    # Without towers a checkpoint is, to the byte, what it was before there was a setting for them.
+    settings = recipe.model_dump(mode="json", exclude=None if recipe.towers else {"towers"})
+    return {
+        "format": REPORT_FORMAT,
+        "settings": {**settings, "tensor_parallel": spec.tensor_parallel},
+        "data": {"samples": samples, "tokens": {spec.rows[row]: count for row, count in token_counts.items()}},
+        "escape_rate": overall_escape_rate(spec, records),
+        "layers": {name: asdict(record) for name, record in records.items()},
+        "versions": {
+            PACKAGE: package_version(),
+            "python": platform.python_version(),
+            "torch": package_version("torch"),
+            "transformers": package_version("transformers"),
+        },
+    }
+
+
+def overall_escape_rate(spec: QuantizationSpec, records: Mapping[str, LayerRecord]) -> float:
+    """Codes outside [-8, 7] as a fraction of the decoder's; shards that share an input share its codes, counted once.
+
+    A tower's codes are not of these tokens: a picture has four patches to a token.
+    """
+    first = [names[0] for names in spec.shared_inputs().values() if not spec.layers[names[0]].fixed_row]
+    total = sum(spec.layers[name].in_features for name in first)
+    return sum(records[name].escape_rate["all"] * spec.layers[name].in_features for name in first) / total

@@ -1,0 +1,146 @@
+"""All or nothing: a checkpoint is written beside its place and renamed into it when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE
+
+
+@contextmanager
+def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | None = None) -> Iterator[Path]:
+    """A new directory beside `output` to write into; it becomes `output` on success and disappears on any failure.
+
+    What a killed run with the same `tag` (default: the process) left behind is tidied away first; the caller sees to it
+    that no other run has it.
+
+    Raises MorphoQuantError where `output` exists and may not be replaced (before the work, and again after it: it may
+    have been filled meanwhile), is a mount point, overlaps the source `model`, cannot be written, or the disk is full.
+    """
+    # "." and ".." have no name to build a sibling's from.
+    place = output.resolve()
+    tag = tag or str(os.getpid())
+    partial, old = (place.with_name(f"{place.name}.{kind}-{tag}") for kind in ("partial", "old"))
+    with clear_write_errors(output):
+        _tidy(partial, old, place)
+    check_output(output, model, overwrite=overwrite)
+    finished = False
+    try:
+        with clear_write_errors(output):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+        yield partial
+        # Hours may have passed: what others put there since then is theirs.
+        check_output(output, model, overwrite=overwrite)
+        with clear_write_errors(output):
+            _sync_files(partial)
+            _swap_in(partial, place, old, overwrite)
+        finished = True
+    finally:
+        if not finished:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free_space(directory: Path, needed: int, what: str = "the checkpoint", flag: str = "--output") -> None:
+    """MorphoQuantError where the disk that holds `directory` has fewer than `needed` bytes left for `what`."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise MorphoQuantError(
+            f"{directory.parent}: {what} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
+            f"make room, or choose another {flag}"
+        )
+
+
+def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
+    """MorphoQuantError where no checkpoint may be put at `output`."""
+    here, there = output.resolve(), model.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise MorphoQuantError(f"{output}: --output and the model directory {model} overlap; choose another --output")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir():
+        raise MorphoQuantError(f"{output}: exists and is no directory; choose another --output")
+    if os.path.ismount(output.resolve()):
+        # A finished checkpoint is renamed into its place, and nothing can be renamed onto a mount point.
+        raise MorphoQuantError(f"{output}: is a mount point, which cannot be replaced; choose a directory below it")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise MorphoQuantError(f"{output}: exists and is not empty; choose another --output, or pass --overwrite")
+    if output.is_symlink() or not (output / CONFIG_FILE).is_file():
+        # --overwrite replaces an older checkpoint, and must not delete what was never one.
+        raise MorphoQuantError(
+            f"{output}: holds no checkpoint ({CONFIG_FILE}), so it is not overwritten; remove it yourself"
+        )
+
+
+def _tidy(partial: Path, old: Path, output: Path) -> None:
+    """Undo what a run was at when it was killed: writing, or between the two renames of a replacement."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    if not old.exists():
+        return
+    if output.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(output)
+
+
+def _sync_files(directory: Path) -> None:
+    """Wait until every file has reached the disk: what it was made from is removed next."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _swap_in(partial: Path, output: Path, old: Path, overwrite: bool) -> None:
+    if not overwrite or not output.exists():
+        # Also onto an empty directory; the system refuses to rename onto one that holds anything.
+        partial.rename(output)
+        return
+    output.rename(old)
+    try:
+        partial.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def clear_write_errors(
+    output: Path,
+    model: Path | None = None,
+    remedy: str = "nothing was left there: make room or choose another --output",
+) -> Iterator[None]:
+    """Turn what the system says while writing below or beside `output` into a MorphoQuantError that ends in `remedy`.
+
+    An error about a file of the directory `model`, which is copied from, says that this file cannot be read.
+    """
+
+    def failed(reason: str) -> MorphoQuantError:
+        return MorphoQuantError(f"{output}: cannot be written ({reason}); {remedy}")
+
+    try:
+        yield
+    except SafetensorError as error:
+        # safetensors reports a full disk only in words.
+        full = f"os error {errno.ENOSPC})" in str(error)
+        raise failed(os.strerror(errno.ENOSPC) if full else str(error)) from error
+    except OSError as error:
+        # Where both files of a copy are named, reading had begun, and it is writing that failed.
+        if model is not None and error.filename and error.filename2 is None:
+            source = Path(os.fsdecode(error.filename))
+            if source.is_relative_to(model):
+                raise MorphoQuantError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
+        file = f"{Path(str(error.filename)).name}: " if error.filename else ""
+        raise failed(f"{file}{error.strerror or error}") from error

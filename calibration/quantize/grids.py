@@ -1,0 +1,148 @@
+"""Grids of one linear input: step and centre of each channel, and what each row of the checkpoint has. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from calibration.data.token_choice import TokenSample
+from calibration.quantize import step_search as steps
+from calibration.quantize.chunks import together
+from calibration.quantize.massive_tokens import MassiveIntervals
+from calibration.quantize.modality_rows import ModalityRow, RowTokens, choose_row, row_tokens
+from calibration.quantize.observation import Observation
+from calibration.quantize.reference_grid import reference_grid
+from calibration.recipe import Recipe
+from morphoquant_vllm.numerics import activation
+from morphoquant_vllm.numerics.statistics import ChannelStatistics
+
+# The step is searched on about this many tokens.
+SEARCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class InputGrids:
+    """The grid that serves any ordinary token, and the rows of modalities."""
+
+    # Channels that may escape, bool [K].
+    mask: Tensor
+    grid: activation.Grid
+    # By modality, where rows of their own were asked for.
+    rows: dict[int, ModalityRow] = field(default_factory=dict)
+
+    @property
+    def own(self) -> list[int]:
+        """The modalities that a row of their own serves."""
+        return [row for row, found in self.rows.items() if found.choice.own]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the ordinary tokens of all processes say about an input's grids; every process has the same."""
+
+    # Of every token that the common grid serves, and of every token that a modality's row would serve.
+    pooled: ChannelStatistics
+    by_modality: dict[int, ChannelStatistics]
+    # Some of the sampled tokens, as they stand for all: [t, K], [t] and [t]. None where the grid is the reference's.
+    sample: tuple[Tensor, Tensor, Tensor] | None
+    # By modality; empty where none shall have a row.
+    rows: dict[int, RowTokens] = field(default_factory=dict)
+    # The reference's mask and grid.
+    reference: tuple[Tensor, activation.Grid] | None = None
+
+
+def gather_evidence(
+    observation: Observation, tokens: TokenSample, massive: Tensor, recipe: Recipe, massive_row: int, *, full_mask: bool
+) -> Evidence:
+    """What grids are found from, on the device of the sample.
+
+    `observation` and massive, bool [own T], are of this process's sampled tokens.
+    """
+    x = observation.sample
+    # Which of all sampled tokens are ordinary.
+    all_massive = tokens.merge(massive).cpu()
+    ordinary = (~all_massive).nonzero().flatten()
+    by_modality = {row: statistics for row, statistics in observation.statistics.items() if row != massive_row}
+    # Where no interval tells massive tokens, this grid serves them too.
+    together_with = (
+        [] if bool(all_massive.any()) else [s for r, s in observation.statistics.items() if r == massive_row]
+    )
+    pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *together_with])
+    if recipe.grid == "reference":
+        own = (~massive).nonzero().flatten()
+        parts = together(x[own], tokens.own(tokens.weight).to(x.device)[own])
+        found = reference_grid(
+            list(by_modality.values()), pooled, parts, recipe, full_mask=full_mask, processes=tokens.processes
+        )
+        return Evidence(pooled, by_modality, None, reference=found)
+    weight, modality = (value[ordinary].to(x.device) for value in (tokens.weight, tokens.modality))
+    # Every n-th token: a modality's share stays what its weights make it.
+    stride = max(1, ordinary.numel() // SEARCH_TOKENS)
+    sample = tokens.merge(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
+    present = modality.unique().tolist()
+    if not recipe.modality_rows or len(present) < 2:
+        return Evidence(pooled, by_modality, sample)
+    reach, rows = {}, {}
+    for row in present:
+        reach[row] = reduce(ChannelStatistics.merge, [by_modality[row], *together_with])
+        chosen = ordinary[modality.cpu() == row]
+        rows[row] = RowTokens(chosen.numel(), *(tokens.merge(x, part) for part in row_tokens(chosen)))
+    return Evidence(pooled, reach, sample, rows)
+
+
+def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids:
+    """Grids of one input's ordinary tokens; matrix [N, K] on their device."""
+    if evidence.reference is not None:
+        return InputGrids(*evidence.reference)
+    assert evidence.sample is not None
+    part, part_weight, modality = evidence.sample
+    grid = steps.budget_grid(
+        together(part, part_weight, _modality_shares(modality, part_weight)),
+        steps.centres(part),
+        evidence.pooled.minimum,
+        evidence.pooled.maximum,
+        matrix.square().sum(0),
+        recipe.escape_budget,
+    )
+    mask = torch.full_like(grid.step, recipe.escape_budget > 0, dtype=torch.bool)
+    rows = {}
+    for row, found in evidence.rows.items():
+        reach = evidence.by_modality[row]
+        rows[row] = choose_row(
+            found, reach.minimum, reach.maximum, grid, mask, matrix, recipe.escape_budget, recipe.row_margin
+        )
+    return InputGrids(mask, grid, rows)
+
+
+def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
+    """Part of each token in the mean over its own modality's, float32 [T, modalities]."""
+    columns = [torch.where(modality == row, weight, 0.0) for row in modality.unique()]
+    return torch.stack([column / column.sum() for column in columns], 1)
+
+
+def input_tensors(
+    massive: Tensor, grids: InputGrids, order: Tensor, intervals: MassiveIntervals, rows: int, any_row: int
+) -> dict[str, Tensor]:
+    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive [T, K]: the massive tokens."""
+    grid, mask = grids.grid, grids.mask
+    centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
+    for row in grids.own:
+        centre[row], gain[row] = grids.rows[row].centre, grids.rows[row].choice.gain
+    if massive.shape[0]:
+        centre[-1] = massive.mean(0)
+        farthest = float(((massive - centre[-1]).abs() / grid.step).max())
+        gain[-1] = max(1.0, farthest / activation.GUARD_CODES)
+    return {
+        "activation_step": grid.step.cpu(),
+        "channel_order": order.cpu(),
+        # Every channel of a massive token may escape: there are few such tokens, and all others attend to them.
+        "modality_mask": torch.cat((mask.expand(rows - 1, -1), torch.ones_like(mask)[None])).cpu(),
+        "centre": centre.cpu(),
+        "gain": gain,
+        "massive_channel": intervals.channel.cpu(),
+        "massive_low": intervals.low.cpu(),
+        "massive_high": intervals.high.cpu(),
+    }

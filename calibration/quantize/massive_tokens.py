@@ -1,0 +1,147 @@
+"""Massive tokens: a few tokens whose activations are unlike all others', and how a quantizer knows them by value.
+
+The first token of a sequence, as a rule: some block gives its residual stream values hundreds of times larger than any
+other's, and from there on its normalised activations are nearly the same in every sequence (attention parks on it).
+Static ranges must not be set by such tokens. They get a row of their own, whose centre holds what they have in common.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calibration.processes import ONE, Processes
+from morphoquant_vllm.format.schema import MASSIVE_CHANNELS
+from morphoquant_vllm.numerics.activation import is_massive
+
+# A token is a candidate where its residual stream is this many times the median of its modality, ...
+NORM_RATIO = 8.0
+# ... unless that many tokens are: then they are no exception.
+MAX_SHARE = 0.1
+# From fewer tokens nothing can be learnt.
+MIN_TOKENS = 4
+# Room on either side of the values seen, as a part of the distance to the nearest other token's value.
+ROOM = 0.5
+# Intervals that hold more of the other tokens than this do not tell massive tokens apart.
+MAX_FALSE_SHARE = 1e-3
+# Channels that are looked at together.
+CHANNELS = 64
+LARGEST = torch.finfo(torch.float32).max
+
+
+class MassiveIntervals(NamedTuple):
+    """The format's massive_channel int32, massive_low and massive_high float32, each [B, J]."""
+
+    channel: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
+    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T].
+
+    Each process has some of the tokens; outlying is what stands out of all.
+    """
+    parts = processes.gather((norms, modality))
+    found = _candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return found.split([part.numel() for part, _ in parts])[processes.rank]
+
+
+def _candidates(norms: Tensor, modality: Tensor) -> Tensor:
+    found = torch.zeros_like(norms, dtype=torch.bool)
+    for row in modality.unique():
+        own = modality == row
+        outlying = own & (norms > NORM_RATIO * norms[own].median())
+        if int(outlying.sum()) <= MAX_SHARE * int(own.sum()):
+            found |= outlying
+    return found
+
+
+def no_intervals(in_features: int, blocks: int) -> MassiveIntervals:
+    """Intervals that hold no token."""
+    shape = (blocks, MASSIVE_CHANNELS)
+    channel = (torch.arange(blocks, dtype=torch.int32) * (in_features // blocks))[:, None].expand(shape).contiguous()
+    return MassiveIntervals(channel, torch.full(shape, LARGEST), torch.full(shape, -LARGEST))
+
+
+def find_intervals(x: Tensor, massive: Tensor, blocks: int, processes: Processes = ONE) -> MassiveIntervals:
+    """Intervals of a few channels of x float32 [T, K] that tell the tokens in `massive`, bool [T], from the others.
+
+    One set for each of `blocks` equal blocks of K, from that block's channels alone (a tensor-parallel rank sees no
+    others). A block whose channels cannot tell gets intervals that hold no token. Each process has some of the tokens.
+    """
+    intervals = no_intervals(x.shape[1], blocks)
+    inside, outside = (_count(int(which.sum()), processes) for which in (massive, ~massive))
+    if inside < MIN_TOKENS or not outside:
+        return intervals
+    width = x.shape[1] // blocks
+    for block in range(blocks):
+        start = block * width
+        inner, others = (x[which, start : start + width] for which in (massive, ~massive))
+        found = _separate(inner, others, MAX_FALSE_SHARE * outside, processes)
+        if found is not None:
+            channel, low, high = found
+            intervals.channel[block] = channel + start
+            intervals.low[block], intervals.high[block] = low, high
+    return intervals
+
+
+def _count(tokens: int, processes: Processes) -> int:
+    return int(processes.reduce(torch.tensor(tokens), "SUM"))
+
+
+def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
+    """The MIN or MAX of all processes' values [tokens, K], by channel; of no tokens, infinite."""
+    least = operation == "MIN"
+    none = values.new_full(values.shape[1:], float("inf") if least else -float("inf"))
+    own = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
+    return processes.reduce(own, operation)
+
+
+def _separate(
+    massive: Tensor, others: Tensor, allowed: float, processes: Processes
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None where no J channels tell.
+
+    So many of the others may lie inside. Minima, maxima and counts are exact: all processes find the same.
+    """
+    channel = torch.zeros(MASSIVE_CHANNELS, dtype=torch.int32)
+    low, high = torch.full((MASSIVE_CHANNELS,), -LARGEST), torch.full((MASSIVE_CHANNELS,), LARGEST)
+    lowest, highest = (_extreme(massive, operation, processes) for operation in ("MIN", "MAX"))
+    for index in range(MASSIVE_CHANNELS):
+        inside, below, above = _nearest(others, lowest, highest, processes)
+        # Of the channels that tell most tokens apart, the one with the widest empty margin for its values' spread.
+        spread = (highest - lowest) + 1e-3 * torch.maximum(lowest.abs(), highest.abs()) + 1e-30
+        margin = torch.where(inside == inside.min(), torch.minimum(below, above).clamp(max=LARGEST) / spread, -1.0)
+        best = int(margin.argmax())
+        channel[index] = best
+        low[index] = (lowest[best] - ROOM * below[best]).clamp(min=-LARGEST)
+        high[index] = (highest[best] + ROOM * above[best]).clamp(max=LARGEST)
+        others = others[(others[:, best] >= low[index]) & (others[:, best] <= high[index])]
+        if _count(others.shape[0], processes) <= allowed:
+            return channel, low, high
+    return None
+
+
+def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Processes) -> tuple[Tensor, Tensor, Tensor]:
+    """How many other values lie between `lowest` and `highest` of each channel, and how far the nearest lies outside.
+
+    Below and above; infinite where none does. A few channels at a time: tokens are the most that memory holds.
+    """
+    infinity = torch.tensor(float("inf"), device=others.device)
+    found = []
+    for part, low, high in zip(*(value.split(CHANNELS, -1) for value in (others, lowest, highest)), strict=True):
+        below = torch.where(part < low, low - part, infinity)
+        above = torch.where(part > high, part - high, infinity)
+        none = infinity.expand(1, part.shape[1])
+        inside = ((part >= low) & (part <= high)).sum(0)
+        found.append((inside, *(torch.cat((value, none)).amin(0) for value in (below, above))))
+    inside, below, above = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return processes.reduce(inside, "SUM"), processes.reduce(below, "MIN"), processes.reduce(above, "MIN")
+
+
+def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:
+    """Which tokens of x [T, K] the intervals take for massive, bool [T]."""
+    return is_massive(x, *(field.to(x.device) for field in intervals))

@@ -1,0 +1,144 @@
+"""Means and second moments of one input's codes and 16-bit values: what rounding the weights needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.processes import Processes
+from calibration.quantize.int8_products import products
+
+# How each field merges over chunks and over processes alike (the names are those of torch.distributed.ReduceOp).
+REDUCTIONS = {"weight": "SUM", "code_sum": "SUM", "value_sum": "SUM", "code_code": "SUM", "code_aim": "SUM"}
+# Tokens whose codes are multiplied with each other at once, and channels of the products: bounds their memory.
+CODE_TOKENS = 4096
+CODE_CHANNELS = 1024
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens, float32; K in any one order, S sets of tokens with a bias of their own."""
+
+    weight: Tensor  # [S]
+    code_sum: Tensor  # [S, K]
+    value_sum: Tensor  # [S, K]
+    code_code: Tensor  # [K, K]
+    # Codes by 16-bit values, [K, K], or by the 16-bit layer's outputs, [K, N]: what is smaller to sum up.
+    code_aim: Tensor
+    # The 16-bit layer's weights [N, K].
+    matrix: Tensor
+
+    @staticmethod
+    def zeros(sets: int, matrix: Tensor) -> Moments:
+        """Nothing seen yet, of the input of the 16-bit weights `matrix` [N, K]."""
+        out_features, in_features = matrix.shape
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=matrix.device)
+
+        # T tokens: N K^2 after T K^2 products, or twice T N K.
+        aims = out_features if 2 * out_features <= in_features else in_features
+        squares = zeros(in_features, in_features), zeros(in_features, aims)
+        return Moments(zeros(sets), zeros(sets, in_features), zeros(sets, in_features), *squares, matrix)
+
+    @property
+    def of_outputs(self) -> bool:
+        """Whether code_aim is of outputs."""
+        return 2 * self.matrix.shape[0] <= self.matrix.shape[1]
+
+    def add(self, codes: Tensor, gain: Tensor, values: Tensor, token_set: Tensor, weight: Tensor) -> None:
+        """Take in tokens: codes int8 and 16-bit values float32 [T, K]; gain, set int64 and weight of each [T]."""
+        scaled = codes.float() * gain[:, None]
+        selector = torch.nn.functional.one_hot(token_set, self.weight.numel()).float().T * weight
+        self.weight += selector.sum(1)
+        self.code_sum += selector @ scaled
+        self.value_sum += selector @ values
+        aims = values @ self.matrix.T if self.of_outputs else values
+        self.code_aim.addmm_((scaled * weight[:, None]).T, aims)
+
+    def add_codes(self, codes: Tensor, factor: Tensor) -> None:
+        """Take in products of codes int8 [T, K] with each other; factor [T]: weight times squared gain of each token.
+
+        Tokens of one factor are summed up as the whole numbers that they are, the upper triangle alone.
+        """
+        for value in factor.unique():
+            for which in (factor == value).nonzero().flatten().split(CODE_TOKENS):
+                own = codes[which]
+                for start in range(0, own.shape[1], CODE_CHANNELS):
+                    channels = slice(start, start + CODE_CHANNELS)
+                    self.code_code[channels, start:] += value * products(own[:, channels], own[:, start:])
+
+    def mirror(self) -> None:
+        """Make code_code whole: below its diagonal stands what is above."""
+        for start in range(0, self.code_code.shape[0], CODE_CHANNELS):
+            end = start + CODE_CHANNELS
+            self.code_code[end:, start:end] = self.code_code[start:end, end:].T
+
+    def reduce(self, processes: Processes) -> None:
+        """Take in what the other processes have seen, too."""
+        for field, operation in REDUCTIONS.items():
+            setattr(self, field, processes.reduce(getattr(self, field), operation))
+
+    def take_centred(self, channels: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Codes by codes [K, K], and by the outputs of these output channels [K, n], about each set's own means.
+
+        What a bias per set leaves to do. In the memory of code_code and code_aim, which are then gone.
+        """
+        scaled = self.code_sum / self._share()
+        code_code, code_aim, matrix = self.code_code, self.code_aim, self.matrix[channels]
+        self.code_code = self.code_aim = scaled.new_empty(0)
+        code_code -= scaled.T @ self.code_sum
+        if self.of_outputs:
+            return code_code, code_aim[:, channels].sub_(scaled.T @ (self.value_sum @ matrix.T))
+        code_aim -= scaled.T @ self.value_sum
+        return code_code, code_aim @ matrix.T
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean code and mean value of each set, [S, K] each; 0 for a set without tokens."""
+        return self.code_sum / self._share(), self.value_sum / self._share()
+
+    def _share(self) -> Tensor:
+        return self.weight.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+
+
+def gather(
+    parts: Iterable[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]], codes: Tensor, factor: Tensor, moments: Moments
+) -> Moments:
+    """`moments` of chunks as `Moments.add` takes them, and of all their codes and factors, as `add_codes` does."""
+    for part in parts:
+        moments.add(*part)
+    moments.add_codes(codes, factor)
+    moments.mirror()
+    return moments
+
+
+def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage: float) -> Tensor:
+    """Weights for the codes, float32 [N, K], whose outputs come nearest to the 16-bit layer's.
+
+    code_code [K, K] and code_output [K, N] are those of `Moments.take_centred`; the latter is used up. Least squares of
+    W x on the codes, drawn towards `absorbed` = W * step (what would be right if codes had no error) by `shrinkage` x
+    the mean energy of a channel. So the weights make up for what the rounding of activations and the layers before
+    lost, as far as it can be told from the codes.
+    """
+    ridge = shrinkage * code_code.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damped = code_code.clone()
+    damped.diagonal().add_(ridge)
+    right = code_output.add_(ridge * absorbed.T)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(damped)).T
+
+
+def output_bias(code_mean: Tensor, value_mean: Tensor, weight: Tensor, served: Tensor, blocks: int) -> Tensor:
+    """The bias of each set that makes its mean output that of the 16-bit layer, float32 [B, S, N].
+
+    code_mean, value_mean [S, K] as from `Moments.means`. weight [N, K] is the 16-bit layer's, served [N, K] what the
+    codes are multiplied by; split over B blocks of K.
+    """
+
+    def product(mean: Tensor, matrix: Tensor) -> Tensor:
+        left, right = mean.double().unflatten(1, (blocks, -1)), matrix.double().unflatten(1, (blocks, -1))
+        return torch.einsum("sbk,nbk->bsn", left, right)
+
+    return (product(value_mean, weight) - product(code_mean, served)).float()

@@ -1,0 +1,175 @@
+"""The three steps of a calibration, each of which goes on from what the work directory holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from calibration.blocks.capture import MemoryInput, capture_block_inputs
+from calibration.blocks.loop import BlockResult, calibrate_blocks
+from calibration.blocks.towers import calibrate_towers, check_media
+from calibration.data.conversations import Conversation, PlainText
+from calibration.data.rendering import build_samples
+from calibration.data.token_choice import TokenSample, share_tokens
+from calibration.memory_need import MemoryNeed, check_budget, memory_need
+from calibration.model.architectures import Architecture
+from calibration.model.loading import BlockLoader, load_front
+from calibration.model.plan import DecoderNames
+from calibration.model.source import Source
+from calibration.output.export import checkpoint_size, quantized_size, write_checkpoint
+from calibration.output.report import make_report
+from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
+from calibration.processes import Processes
+from calibration.quantize.grids import SEARCH_TOKENS
+from calibration.recipe import Recipe
+from calibration.work.directory import WorkDirectory
+from morphoquant_vllm.format.schema import QuantizationSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What does not change during a calibration."""
+
+    source: Source
+    architecture: Architecture
+    names: DecoderNames
+    spec: QuantizationSpec
+    recipe: Recipe
+    # In bytes, of all processes on this machine together; None: what is free.
+    memory_budget: int | None
+    device: torch.device
+    processes: Processes
+
+    def memory_need(self, tokens: TokenSample | None = None) -> MemoryNeed:
+        """The peaks of one process of this calibration; MorphoQuantError where they are above a stated budget."""
+        sampled = 0
+        if tokens is not None:
+            owners = tokens.token_owners
+            sampled = int(owners.bincount().max())
+            if self.processes.size > 1:
+                # Some of the others' tokens come besides, for the search.
+                sampled = min(owners.numel(), sampled + 2 * SEARCH_TOKENS)
+        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
+        if self.recipe.towers:
+            # What is quantized of a tower is computed with right away.
+            need = replace(need, front_streamed=need.front)
+        if self.memory_budget is not None:
+            check_budget(need, self.memory_limit, self.source.directory)
+        return need
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that this process may use."""
+        together = psutil.virtual_memory().available if self.memory_budget is None else self.memory_budget
+        return together // self.processes.local_size
+
+    def choose_tokens(self, modalities: Mapping[int, Tensor]) -> TokenSample:
+        """The tokens that are looked at, from the rows of this process's samples by their places among all."""
+        recipe = self.recipe
+        return share_tokens(self.processes, modalities, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
+
+
+def capture(
+    job: Job, work: WorkDirectory, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
+) -> TokenSample:
+    """Render the data, run embeddings and towers on them, and keep what reaches the decoder; the tokens to look at."""
+    if work.finished is not None:
+        return job.choose_tokens(work.modalities())
+    source, recipe, spec = job.source, job.recipe, job.spec
+    # What can be told before the data are rendered: rendering can take long.
+    job.memory_need()
+    samples = build_samples(
+        source.directory,
+        data,
+        max_tokens=recipe.max_tokens,
+        max_samples=recipe.max_samples,
+        window_tokens=recipe.window_tokens,
+        placeholder_token_ids=spec.placeholder_token_ids,
+        rows=spec.rows,
+        skip_bad=skip_bad,
+        processes=job.processes,
+    )
+    check_media(samples, recipe, job.processes)
+    tokens = job.choose_tokens({sample.place: sample.modality for sample in samples})
+    need = job.memory_need(tokens)
+    # The states that reach the first block, and two generations of both streams.
+    hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
+    states = sum(tokens.counts.values()) * hidden_size * getattr(torch, recipe.dtype).itemsize
+    check_free_space(work.path, quantized_size(source, spec) + 5 * states, "the work directory", "--work")
+    stream = need.front > job.memory_limit and not recipe.towers
+    model = load_front(job.architecture, source, recipe, stream_towers=stream, device=job.device)
+    blocks = list(model.get_submodule(job.architecture.block_module).children())
+    positions = [tokens.positions[index] for index in tokens.samples]
+    captured: Iterable[MemoryInput] = capture_block_inputs(model, blocks, samples, positions)
+    if recipe.towers:
+        captured = list(captured)
+        work.keep_towers(
+            calibrate_towers(
+                model,
+                samples,
+                architecture=job.architecture,
+                source=source,
+                spec=spec,
+                recipe=recipe,
+                processes=job.processes,
+            )
+        )
+        # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
+        for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
+            entry.served = again.hidden
+    sources = {index: sample.source for index, sample in zip(tokens.samples, samples, strict=True)}
+    work.keep_samples(sources, captured)
+    return tokens
+
+
+def quantize(
+    job: Job, work: WorkDirectory, tokens: TokenSample, on_block: Callable[[BlockResult], None] | None = None
+) -> None:
+    """Quantize the blocks that are not finished, one after the other, and keep each as soon as it is."""
+    assert work.finished is not None
+    if work.finished == job.names.blocks:
+        return
+    need = job.memory_need(tokens)
+    inputs = work.inputs(in_memory=need.block + work.states_size() <= job.memory_limit)
+    for result in calibrate_blocks(
+        BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device),
+        inputs,
+        tokens,
+        architecture=job.architecture,
+        names=job.names,
+        source=job.source,
+        spec=job.spec,
+        recipe=job.recipe,
+        first=work.finished,
+    ):
+        work.finish_block(result, inputs)
+        if on_block is not None:
+            on_block(result)
+
+
+def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Write the checkpoint from the finished blocks, and put it in its place; its report."""
+    source, spec, recipe = job.source, job.spec, job.recipe
+    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts)
+    block_of = {job.names.layer(block, ""): block for block in range(job.names.blocks)}
+
+    def load(layer: str, tensor: str) -> Tensor:
+        # A layer that is in none of the decoder's blocks is a tower's.
+        block = next((block for start, block in block_of.items() if layer.startswith(start)), None)
+        return work.tensor(block, layer, tensor)
+
+    # The directory to write into is this work's own, whatever process goes on with it.
+    tag = hashlib.sha256(str(work.path.resolve()).encode()).hexdigest()[:8]
+    with staged_directory(output, source.directory, overwrite=overwrite, tag=tag) as directory:
+        check_free_space(directory, checkpoint_size(source, spec))
+        with clear_write_errors(output, source.directory):
+            write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions())
+        work.note_export(directory)
+    return report

@@ -1,0 +1,185 @@
+"""Files that a crash leaves whole or not at all, and that are known again by size and hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calibration.output.staging import clear_write_errors
+from morphoquant_vllm.errors import MorphoQuantError
+
+# What a file is called until it is complete.
+PARTIAL = ".partial"
+# Where a JSON file holds the hash of all else in it.
+_OWN_HASH = "sha256_of_the_rest"
+_KEPT = "what is finished is kept: make room there and run the same command again"
+# The names that safetensors headers give to the dtypes in which a model runs.
+_HEADER_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """By what a file is known again: its size in bytes, and the SHA-256 of its content."""
+
+    nbytes: int
+    sha256: str
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory last: new, renamed and removed ones."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json_durably(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file, which gets its own hash, as one step: after a crash it is as it was, or as it shall be."""
+    content = {**content, _OWN_HASH: _json_hash(content)}
+    partial = path.with_name(path.name + PARTIAL)
+    with clear_write_errors(path.parent, remedy=_KEPT):
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        sync_directory(path.parent)
+
+
+def write_tensors_durably(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """Write a safetensors file as one step."""
+    partial = path.with_name(path.name + PARTIAL)
+    with clear_write_errors(path.parent, remedy=_KEPT):
+        save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
+        record = FileRecord(partial.stat().st_size, hash_file(partial))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    return record
+
+
+class StatesWriter:
+    """Writes one tensor after the other, of known shapes and one dtype, into a safetensors file named "0", "1", ...
+
+    So that all of a stream's hidden states need never be in memory; safetensors itself writes a file at once. The file
+    appears with `finish`.
+    """
+
+    def __init__(self, path: Path, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+        self._path, self._partial = path, path.with_name(path.name + PARTIAL)
+        self._shapes, self._dtype, self._written = [tuple(shape) for shape in shapes], dtype, 0
+        header: dict[str, Any] = {}
+        end = 0
+        for index, shape in enumerate(self._shapes):
+            start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            header[str(index)] = {"dtype": _HEADER_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        # The format wants the data at a multiple of 8 bytes.
+        text += b" " * (-len(text) % 8)
+        self._hash = hashlib.sha256()
+        with clear_write_errors(path.parent, remedy=_KEPT):
+            self._file = self._partial.open("wb")
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        with clear_write_errors(self._path.parent, remedy=_KEPT):
+            self._file.write(data)
+        self._hash.update(data)
+
+    def write(self, index: int, value: Tensor) -> None:
+        """Write the tensor `index`; they come in order, of the shapes and dtype that were announced."""
+        if index != self._written or tuple(value.shape) != self._shapes[index] or value.dtype != self._dtype:
+            raise ValueError(f"{self._path}: state {index} {value.dtype} {list(value.shape)} is not what comes next")
+        self._put(value.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._written += 1
+
+    def finish(self) -> FileRecord:
+        """Make the file last and give it its name."""
+        if self._written != len(self._shapes):
+            raise ValueError(f"{self._path}: {self._written} of {len(self._shapes)} states were written")
+        with clear_write_errors(self._path.parent, remedy=_KEPT):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            record = FileRecord(self._file.tell(), self._hash.hexdigest())
+            self._file.close()
+            self._partial.rename(self._path)
+        return record
+
+
+def read_tensors(path: Path, names: Sequence[str] | None = None, *, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of a safetensors file (None: all whose names begin so), each in memory of its own, on the CPU.
+
+    MorphoQuantError naming the file where it is gone, damaged, or lacks a tensor.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            wanted = [name for name in file.keys() if name.startswith(prefix)] if names is None else names  # noqa: SIM118
+            # A copy: the last bits of a product can depend on how its factors are aligned in memory.
+            return {name: file.get_tensor(name).clone() for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; MorphoQuantError naming it where it is gone or damaged."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A JSON object that write_json_durably wrote; MorphoQuantError naming the file where it is gone or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise damaged(path, f"no JSON: {error}") from error
+    if not isinstance(content, dict) or content.pop(_OWN_HASH, None) != _json_hash(content):
+        raise damaged(path, "its content is not what was written")
+    return content
+
+
+def _json_hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def check_file(path: Path, record: FileRecord) -> None:
+    """MorphoQuantError naming the file where it is gone or no longer what was written."""
+    try:
+        size = path.stat().st_size
+        if size != record.nbytes:
+            raise damaged(path, f"{size} bytes, {record.nbytes} were written")
+        if hash_file(path) != record.sha256:
+            raise damaged(path, "its content is not what was written")
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error)) from error
+
+
+def damaged(path: Path, reason: str) -> MorphoQuantError:
+    """What is said of a file of a work directory that cannot be used; nothing is removed."""
+    return MorphoQuantError(
+        f"{path}: cannot be used ({reason}); put the file back, or pass --restart to begin anew (which drops the "
+        "finished blocks)"
+    )

@@ -1,0 +1,152 @@
+"""What a calibration was begun with: a run may only go on with the same, or its bytes would be another's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import calibration
+from calibration.data.conversations import Conversation, Media, PlainText
+from calibration.model.source import Source
+from calibration.output.export import copied_files
+from calibration.output.report import PACKAGE, package_version
+from calibration.quantize.int8_products import has_exact_products
+from calibration.recipe import Recipe
+from calibration.work.code_files import code_files
+from calibration.work.durable_files import hash_file
+from morphoquant_vllm.cpu.build import kernels
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE
+
+# Differences that an error message tells.
+_SHOWN = 6
+
+
+def identity(
+    recipe: Recipe,
+    device: torch.device,
+    source: Source,
+    data: Sequence[Conversation | PlainText],
+    *,
+    skip_bad: bool = False,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Everything that the checkpoint's bytes depend on, as a JSON object: settings, versions, model and data.
+
+    Files are known by the SHA-256 of their content, but weight files by size and time of change: hashing them would
+    take as long as reading the model. The number of threads is not part of it: a run goes on with the recorded one.
+    That of processes is.
+    """
+    settings = recipe.model_dump(mode="json") | {
+        # Of several processes, each has a GPU of its own.
+        "device": str(device) if processes == 1 else device.type,
+        "processes": processes,
+        "skip_bad": skip_bad,
+    }
+    return {
+        "settings": settings,
+        "versions": {
+            PACKAGE: package_version(),
+            "code": _code_hash(),
+            "python": platform.python_version(),
+            **{
+                name: package_version(name)
+                for name in ("torch", "transformers", "safetensors", "numpy", "pillow", "av")
+            },
+            "cpu": " ".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *_instructions())),
+        },
+        "model": _model_files(source),
+        "data": [[item.source, _content_hash(item)] for item in data],
+    }
+
+
+def _instructions() -> list[str]:
+    """With which this machine multiplies codes; none where it does so in float32."""
+    served = kernels()
+    return ["int8 products"] * has_exact_products() + ([f"{served.instructions} kernels"] if served else [])
+
+
+def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when the work was begun, in words."""
+    found = []
+    for part in ("settings", "versions", "model"):
+        old, new = begun[part], now[part]
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) == new.get(name):
+                continue
+            if part == "model" or name == "code":
+                found.append(f"{'the package itself' if name == 'code' else name} has changed")
+            else:
+                found.append(f"{name} was {_shown(old.get(name))}, now {_shown(new.get(name))}")
+    return found + _data_differences(begun["data"], now["data"])
+
+
+def refuse_changes(work: Path, begun: Mapping[str, Any], now: Mapping[str, Any], finished: int) -> None:
+    """MorphoQuantError naming what differs, if anything does."""
+    found = differences(begun, now)
+    if found:
+        more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise MorphoQuantError(
+            f"{work}: was begun with other settings or data ({'; '.join(found[:_SHOWN])}{more}); give those again, "
+            f"choose another --work, or pass --restart, which drops its {finished} finished blocks"
+        )
+
+
+def _data_differences(old: Sequence[Sequence[str]], new: Sequence[Sequence[str]]) -> list[str]:
+    found: list[str] = []
+    for before, after in zip(old, new, strict=False):
+        if before[0] != after[0]:
+            # From here on everything is shifted, which need not be told item by item.
+            return [*found, f"where the data had {before[0]} it now has {after[0]}"]
+        if before[1] != after[1]:
+            found.append(f"{after[0]} or its media have changed")
+    if len(old) != len(new):
+        found.append(f"the data were {len(old)} conversations and texts, now {len(new)}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _code_hash() -> str:
+    found = hashlib.sha256()
+    for name, path in code_files(Path(calibration.__file__).parent.parent).items():
+        found.update(f"{name} {hash_file(path)}\n".encode())
+    return found.hexdigest()
+
+
+def _model_files(source: Source) -> dict[str, str]:
+    plain = [Path(CONFIG_FILE), *copied_files(source.directory)]
+    found = {str(path): hash_file(source.directory / path) for path in plain}
+    for path in sorted({info.file for info in source.tensors.values()}):
+        state = path.stat()
+        found[path.name] = f"{state.st_size} bytes, changed {state.st_mtime_ns}"
+    return found
+
+
+def _content_hash(item: Conversation | PlainText) -> str:
+    if isinstance(item, PlainText):
+        return hashlib.sha256(item.text.encode()).hexdigest()
+    found = hashlib.sha256()
+    for message in item.messages:
+        for part in message.parts:
+            content = _media_hash(part) if isinstance(part, Media) else part.text
+            kind = part.kind if isinstance(part, Media) else "text"
+            found.update(json.dumps([message.role, kind, content]).encode() + b"\n")
+    return found.hexdigest()
+
+
+def _media_hash(media: Media) -> str:
+    if isinstance(media.content, bytes):
+        return hashlib.sha256(media.content).hexdigest()
+    try:
+        return hash_file(media.content)
+    except OSError as error:
+        raise MorphoQuantError(f"{media.name}: cannot be read ({error.strerror}); check its permissions") from error

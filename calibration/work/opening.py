@@ -1,0 +1,137 @@
+"""Taking hold of a work directory: one run at a time, of the same settings, and nobody else's files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.output.staging import clear_write_errors
+from calibration.processes import ONE, Processes
+from calibration.work.directory import RUN_FILE, SAMPLES_FILE, WorkDirectory
+from calibration.work.durable_files import PARTIAL, damaged, hash_file, read_manifest, write_json_durably
+from calibration.work.identity import refuse_changes
+from calibration.work.lock import LOCK_FILE, locked
+from morphoquant_vllm.errors import MorphoQuantError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+# In the order in which they are removed: what tells of others goes before them, so that a crash leaves no lie.
+_FILES = tuple(
+    re.compile(rf"{pattern}({re.escape(PARTIAL)})?")
+    for pattern in (
+        r"block-\d+\.json",
+        r"samples\.json",
+        r"towers\.safetensors",
+        r"(block|sample|hidden|served)-\d+(-process\d+)?\.safetensors",
+        r"run\.json",
+        r"exported\.json",
+    )
+)
+
+
+@contextmanager
+def open_work(
+    path: Path,
+    begun_with: Mapping[str, Any],
+    device: torch.device,
+    blocks: int,
+    output: Path,
+    *,
+    restart: bool = False,
+    processes: Processes = ONE,
+) -> Iterator[WorkDirectory]:
+    """Hold the work directory `path`, made where there is none, for a run over so many blocks that ends in `output`.
+
+    `begun_with` is what work.identity tells of the run. Where the directory holds finished work, it must
+    have been begun with the same. With `restart` it is dropped. Where nothing is finished when the run ends, nothing
+    stays. Of several processes the first holds it for all; they leave the block together.
+
+    Raises MorphoQuantError where another run holds the directory, it is no work directory, it was begun with other
+    settings or data, or a file of it is gone or damaged; then it stays as it is.
+    """
+    if not processes.first:
+        work = WorkDirectory(path, device, processes=processes, **processes.decide(dict))
+        with processes.failing_together():
+            yield work
+        return
+    with _held(path, begun_with, device, blocks, output, restart=restart) as work:
+        work.processes = processes
+        names = ("begun_with", "threads", "settings", "finished", "exported")
+        processes.decide(lambda: {name: getattr(work, name) for name in names})
+        with processes.failing_together():
+            yield work
+
+
+@contextmanager
+def _held(
+    path: Path, begun_with: Mapping[str, Any], device: torch.device, blocks: int, output: Path, *, restart: bool
+) -> Iterator[WorkDirectory]:
+    with clear_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    others = [found.name for found in path.iterdir() if found.name != LOCK_FILE and not _is_ours(found)]
+    if others and not (path / RUN_FILE).exists():
+        raise MorphoQuantError(f"{path}: holds {min(others)}, but no calibration's work; choose another --work")
+    with locked(path):
+        _drop_files(path, partial_only=not restart)
+        work = WorkDirectory(path, device, _hash(begun_with), torch.get_num_threads())
+        work.exported = work.was_exported_to(output)
+        if not work.exported:
+            _begin(work, begun_with, blocks)
+        if work.finished is not None:
+            logger.info("%s: going on after %d of %d blocks", path, work.finished, blocks)
+        try:
+            yield work
+        finally:
+            if path.exists():
+                _drop_files(path, partial_only=True)
+                if work.finished is None:
+                    clear_work(path)
+
+
+def clear_work(path: Path) -> None:
+    """Remove a run's files, and the directory where it then is empty: what others put there stays."""
+    _drop_files(path)
+    (path / LOCK_FILE).unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
+
+
+def _begin(work: WorkDirectory, begun_with: Mapping[str, Any], blocks: int) -> None:
+    """Go on with what is finished, or begin anew where nothing is."""
+    run = work.path / RUN_FILE
+    manifests = list(work.path.glob("block-*.json"))
+    if run.exists() and (manifests or (work.path / SAMPLES_FILE).exists()):
+        begun = read_manifest(run)
+        if begun.get("format") != FORMAT:
+            raise damaged(run, f"format {begun.get('format')!r} is not {FORMAT}")
+        refuse_changes(work.path, begun["begun_with"], begun_with, len(manifests))
+        work.threads = begun["threads"]
+    else:
+        _drop_files(work.path)
+        write_json_durably(run, {"format": FORMAT, "threads": work.threads, "begun_with": begun_with})
+    work.settings = hash_file(run)
+    work.find_finished(blocks)
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_ours(path: Path) -> bool:
+    return any(pattern.fullmatch(path.name) for pattern in _FILES)
+
+
+def _drop_files(path: Path, *, partial_only: bool = False) -> None:
+    for pattern in _FILES:
+        for found in sorted(path.iterdir()):
+            if pattern.fullmatch(found.name) and (found.name.endswith(PARTIAL) or not partial_only):
+                found.unlink()

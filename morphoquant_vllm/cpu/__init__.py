@@ -1,0 +1,7 @@
+"""The backend for x86 CPUs: C++ kernels, compiled at first use. `kernels/` holds their source.
+
+backend  checked calls of the compiled linear layer
+head     checked calls of the compiled heads
+layout   how a layer lies in memory for the kernels
+build    compiles the kernels, keeps them in a cache, loads them
+"""

@@ -1,0 +1,281 @@
+// The integer GEMM: codes int8 [M, K] times int4 weights, in exact int32 per group, float32 over the groups.
+//
+// Weight record: panels of 2 blocks of 16 outputs; the last may have one. In each, 64 bytes hold 8 channels of a block:
+// byte 4 n + i has q + 8 of output n and channel 8 j + i in its low nibble, of channel 8 j + 4 + i in its high one. So a
+// load, a shift and two masks give the operands of two dot products over 4 channels, in ports that dot products do not
+// need. A panel's blocks lie side by side for each 8 channels: it is one stream of memory.
+//
+// A panel goes over K in strips that stay in the first-level cache, and over the tokens in tiles whose sums stay in
+// registers; meanwhile the next strip is fetched. The order of float additions depends on nothing but K and G: not on M,
+// nor on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "dot.h"
+#include "epilogue.h"
+#include "work_queue.h"
+
+namespace morphoquant {
+
+// A strip's channels: a multiple of every G. 512 of 32 outputs are 8 KiB. Two tiles wait less for a shorter one, in
+// which the first fetches less of the next at a time.
+constexpr int64_t kStrip = 512, kStripOfTwo = 256;
+// Most tokens for which a panel keeps its float sums (24 KiB for 32 outputs).
+constexpr int64_t kMostTokens = 192;
+// How far ahead weights are fetched where each is used once (bytes), and scales (groups).
+constexpr int64_t kFetchNear = 4096, kFetchFar = 8192, kFetchGroups = 16;
+// Tokens up to which the first-level cache keeps up with one tile that reads a stream.
+constexpr int64_t kNearTokens = 2;
+
+inline int64_t blocks_of(const Call& c) { return (c.outputs + kBlock - 1) / kBlock; }
+
+// Where a block's weights and scales lie in its panel, and how far apart the next 8 channels, the next group are.
+struct Place {
+  const uint8_t* weight;
+  int64_t weight_stride;
+  const uint8_t* scale;  // bfloat16, or levels
+  int64_t scale_stride;
+};
+
+inline Place place_of(const Call& c, int64_t block) {
+  const int64_t first = block / kPanel * kPanel, width = std::min(kPanel, blocks_of(c) - first);
+  const int64_t bytes = kBlock * (c.two_level ? 1 : 2);
+  return {c.weight + first * c.channels * 8 + (block - first) * 64, width * 64,
+          c.scale + (first * (c.channels / c.group_size) + block - first) * bytes, width * bytes};
+}
+
+// What is fetched for later while a tile is computed: `bytes` from `at` on for every 8 channels. Into the first-level
+// cache where that leaves time; else into the second, which has room for more requests at a time.
+struct Fetch {
+  const uint8_t* at;
+  int64_t bytes;
+  bool near;
+
+  [[gnu::always_inline]] inline void next() {
+    if (near) {
+      __builtin_prefetch(at);
+      if (bytes > 64) __builtin_prefetch(at + 64);
+    } else {
+      __builtin_prefetch(at, 0, 2);
+      if (bytes > 64) __builtin_prefetch(at + 64, 0, 2);
+    }
+    at += bytes;
+  }
+};
+
+// Four codes of a token, for every output.
+template <class D>
+[[gnu::always_inline]] inline typename D::Ints quad(const int8_t* codes) {
+  int32_t four;
+  std::memcpy(&four, codes, 4);
+  return D::broadcast(four);
+}
+
+// Dot products of 8 channels of `Tokens` tokens and `Vectors` vectors of outputs: those of the first 4 are added to
+// sums, of the others to more_sums, which may be the same.
+template <class D, int Tokens, int Vectors>
+[[gnu::always_inline]] inline void octet(const uint8_t* weights, const int8_t* codes, int64_t codes_stride,
+                                         typename D::Ints (&sums)[Tokens][Vectors],
+                                         typename D::Ints (&more_sums)[Tokens][Vectors]) {
+  typename D::Ints low[Vectors], high[Vectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < Vectors; ++v) {
+    const auto nibbles = D::load(weights + v * D::kWidth * 4);
+    low[v] = D::low_nibbles(nibbles);
+    high[v] = D::high_nibbles(nibbles);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Tokens; ++m) {
+    const auto four = quad<D>(codes + m * codes_stride);
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) sums[m][v] = D::dot(sums[m][v], low[v], four);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Tokens; ++m) {
+    const auto four = quad<D>(codes + m * codes_stride + 4);
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) more_sums[m][v] = D::dot(more_sums[m][v], high[v], four);
+  }
+}
+
+// How group sums are added up: float32 of sum * scale, or with levels exact int32 of sum * level.
+template <class D>
+struct Scaled {
+  using Sums = typename D::Floats;
+  static Sums zero() { return D::zero(); }
+  static Sums load(const float* p) { return D::load_floats(p); }
+  static void store(float* p, Sums v) { D::store_floats(p, v); }
+  static auto factor(const uint8_t* p, int v) {
+    return D::load_bfloat16(reinterpret_cast<const uint16_t*>(p) + v * D::kWidth);
+  }
+  static Sums add(Sums sum, typename D::Ints ints, typename D::Floats scale) { return D::scaled_add(sum, ints, scale); }
+};
+template <class D>
+struct Levelled {
+  using Sums = typename D::Ints;
+  static Sums zero() { return D::zero_ints(); }
+  static Sums load(const float* p) { return D::load(reinterpret_cast<const uint8_t*>(p)); }
+  static void store(float* p, Sums v) { D::store(reinterpret_cast<uint8_t*>(p), v); }
+  static auto factor(const uint8_t* p, int v) { return D::load_levels(p + v * D::kWidth); }
+  static Sums add(Sums sum, typename D::Ints ints, typename D::Ints level) { return D::levelled_add(sum, ints, level); }
+};
+
+// Sums of `Tokens` tokens x `Blocks` blocks over channels [begin, end), added to out [tokens, Blocks * 16].
+template <class D, class Groups, int Tokens, int Blocks>
+inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin, int64_t end, Fetch fetch, float* out) {
+  constexpr int kVectors = Blocks * kBlock / D::kWidth;
+  const int64_t groups = c.channels / c.group_size;
+  const int8_t* codes = c.codes + token * c.channels;
+  const int32_t* offset = c.offset + token * groups;
+  const uint8_t* weights = place.weight + begin / 8 * place.weight_stride;
+  typename Groups::Sums sums[Tokens][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      sums[m][v] = begin ? Groups::load(out + (m * kVectors + v) * D::kWidth) : Groups::zero();
+    }
+  }
+  int64_t group = begin / c.group_size;
+  for (int64_t first = begin; first < end; first += c.group_size, ++group) {
+    __builtin_prefetch(place.scale + (group + kFetchGroups) * place.scale_stride, 0, 2);
+    typename D::Ints ints[Tokens][kVectors];
+#pragma GCC unroll 16
+    for (int m = 0; m < Tokens; ++m) {
+      const auto start = D::broadcast(offset[m * groups + group]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) ints[m][v] = start;
+    }
+    if constexpr (D::kNarrowSums) {
+      for (int64_t chunk = first; chunk < first + c.group_size; chunk += 32) {
+        typename D::Ints part[Tokens][kVectors];
+#pragma GCC unroll 16
+        for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) part[m][v] = D::zero_ints();
+        }
+#pragma GCC unroll 4
+        for (int64_t k = chunk; k < chunk + 32; k += 8, weights += place.weight_stride) {
+          octet<D, Tokens, kVectors>(weights, codes + k, c.channels, part, part);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) ints[m][v] = D::widened_add(ints[m][v], part[m][v]);
+        }
+      }
+    } else {
+      // One token has few sums: twice as many, so that dot products do not wait for each other.
+      constexpr bool kTwice = Tokens == 1;
+      typename D::Ints more[Tokens][kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) more[0][v] = D::zero_ints();
+      for (int64_t k = first; k < first + c.group_size; k += 8, weights += place.weight_stride) {
+        fetch.next();
+        octet<D, Tokens, kVectors>(weights, codes + k, c.channels, ints, kTwice ? more : ints);
+      }
+      if constexpr (kTwice) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) ints[0][v] = D::add(ints[0][v], more[0][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const auto factor = Groups::factor(place.scale + group * place.scale_stride, v);
+#pragma GCC unroll 16
+      for (int m = 0; m < Tokens; ++m) sums[m][v] = Groups::add(sums[m][v], ints[m][v], factor);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) Groups::store(out + (m * kVectors + v) * D::kWidth, sums[m][v]);
+  }
+}
+
+// Calls run(size, first token, what to fetch) for every tile of tokens [first, last) on channels [begin, end). One tile
+// reads a stream; several share the fetching of the next strip, which lies behind this one.
+template <class D, class Run>
+[[gnu::always_inline]] inline void tiles(const Place& place, int64_t first, int64_t last, int64_t begin, int64_t end,
+                                         Run run) {
+  const int64_t count = (last - first + D::kTileTokens - 1) / D::kTileTokens;
+  const bool near = count > 2 || last - first <= kNearTokens;
+  const uint8_t* ahead = place.weight + (count > 1 ? end / 8 * place.weight_stride : near ? kFetchNear : kFetchFar);
+  const int64_t share = place.weight_stride / count;
+  int64_t m = first;
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t size = (last - m + count - index - 1) / (count - index);
+    const Fetch fetch{ahead + index * share * (end - begin) / 8, share, near};
+    using std::integral_constant;
+    switch (size) {
+      case 1: run(integral_constant<int, 1>(), m, fetch); break;
+      case 2: run(integral_constant<int, 2>(), m, fetch); break;
+      case 3: run(integral_constant<int, 3>(), m, fetch); break;
+      case 4: run(integral_constant<int, 4>(), m, fetch); break;
+      case 5: run(integral_constant<int, std::min(5, D::kTileTokens)>(), m, fetch); break;
+      case 6: run(integral_constant<int, std::min(6, D::kTileTokens)>(), m, fetch); break;
+    }
+    m += size;
+  }
+}
+
+// `Blocks` blocks for tokens [first, last), at most kMostTokens, in tiles of like sizes.
+template <class D, class Groups, int Blocks>
+inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
+  alignas(64) float out[kMostTokens * Blocks * kBlock];
+  const Place place = place_of(c, block);
+  const int64_t count = (last - first + D::kTileTokens - 1) / D::kTileTokens;
+  const int64_t strip = count > 2 ? kStrip : count == 2 ? kStripOfTwo : c.channels;
+  fetch_for_epilogue<Blocks>(c, block, first, last);
+  for (int64_t begin = 0; begin < c.channels; begin += strip) {
+    const int64_t end = std::min(begin + strip, c.channels);
+    tiles<D>(place, first, last, begin, end, [&](auto tokens, int64_t m, Fetch fetch) {
+      tile<D, Groups, tokens(), Blocks>(c, place, m, begin, end, fetch, out + (m - first) * Blocks * kBlock);
+    });
+  }
+  epilogue<Blocks>(c, block, first, last, out);
+}
+
+// Blocks that a unit of work takes: a tile's, or one where there are too few for the threads.
+inline int64_t unit_blocks(const Call& c) {
+  return blocks_of(c) < 4 * Dot::kTileBlocks * c.threads ? 1 : Dot::kTileBlocks;
+}
+
+// Chunks of tokens that panels take, and units of work: panels times chunks.
+inline int64_t token_chunks(const Call& c) { return (c.tokens + kMostTokens - 1) / kMostTokens; }
+inline int64_t gemm_units(const Call& c) {
+  return (blocks_of(c) + unit_blocks(c) - 1) / unit_blocks(c) * token_chunks(c);
+}
+
+// What a thread takes of the `gemm_units`: wide_panel(c, block, first token, last token) computes a tile's blocks,
+// narrow_panel one.
+template <class Panel>
+inline void panels(const Call& c, Share& share, Panel wide_panel, Panel narrow_panel) {
+  const int64_t blocks = blocks_of(c), width = unit_blocks(c), chunks = token_chunks(c);
+  // Chunks of one size, a multiple of every tile.
+  const int64_t chunk = ((c.tokens + chunks - 1) / chunks + 11) / 12 * 12;
+  for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) {
+    for (int64_t unit = taken.begin; unit < taken.end; ++unit) {
+      const int64_t first = unit % chunks * chunk, last = std::min(first + chunk, c.tokens);
+      int64_t block = unit / chunks * width;
+      if (first >= last) continue;
+      if (width == Dot::kTileBlocks && block + width <= blocks) {
+        wide_panel(c, block, first, last);
+        continue;
+      }
+      for (const int64_t end = std::min(block + width, blocks); block < end; ++block) {
+        narrow_panel(c, block, first, last);
+      }
+    }
+  }
+}
+
+template <class Groups>
+inline void gemm_groups(const Call& c, Share& share) {
+  panels(c, share, panel<Dot, Groups, Dot::kTileBlocks>, panel<Dot, Groups, 1>);
+}
+
+}  // namespace morphoquant

@@ -1,0 +1,164 @@
+"""Records as cpu/kernels/ reads them: each one block of bytes, so that a call passes and checks few tensors.
+
+Weight record      block uint8: header, codes, scale bfloat16: panels of 2 blocks of 16 outputs, the last
+                   narrower, [K/8, blocks, 64] and [K/G, blocks, 16] (see gemm.h); absorbed_bias float32 [R, N].
+                   With two-level scales the levels, uint8, in the place of scale, then channel_scale float32 and what
+                   sums start at (see gemm_two_level.h) int32, both [N rounded up to 16]
+Activation record  block uint8: header, then the canonical fields in an order of their own
+
+A header is 8 int64: a magic number, the block's bytes, and its sizes; cpu/kernels/record.h compares them with those of
+the tensors of each call. Each part begins at a multiple of 64 bytes. Together the records are as large as the canonical
+ones, which need not be kept. What else native code relies on, values that index others, is checked here.
+
+K input channels, N output channels, G group size along K, R modality rows, B sets of J massive intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.format.schema import GROUP_SIZES
+from morphoquant_vllm.host_memory import zero_bytes
+from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord
+from morphoquant_vllm.numerics.weights import unpack
+
+# Outputs of a block, channels in each of its rows of 64 bytes, blocks of a panel.
+BLOCK, OCTET, PANEL = 16, 8, 2
+HEADER_BYTES = 64
+ACTIVATION_MAGIC, WEIGHT_MAGIC = 0x314143514D, 0x315457514D
+# Two canonical bytes of q = 0.
+_ZERO_CODES = 0x88
+# Outputs repacked at a time: bounds what loading needs besides the records themselves.
+_REPACK_OUTPUTS = 1024
+_ACTIVATION_DTYPES = {
+    **dict.fromkeys(("inverse", "centre", "gain", "massive_low", "massive_high"), torch.float32),
+    **dict.fromkeys(("channel_order", "massive_channel"), torch.int32),
+    "mask": torch.bool,
+}
+
+
+def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
+    """Lay canonical records out for the kernels. Raises ValueError where they contradict each other."""
+    outputs, half = weight.codes.shape
+    channels = activation.channel_order.numel()
+    groups = weight.scale.shape[1]
+    group_size = channels // max(groups, 1)
+    _require(group_size in GROUP_SIZES and groups * group_size == channels, f"K = {channels} in {groups} groups")
+    _require(weight.codes.dtype is torch.uint8 and half * 2 == channels, "weight codes must be uint8 [N, K/2]")
+    stored = torch.uint8 if weight.two_level else torch.bfloat16
+    _require(
+        weight.scale.dtype is stored and weight.scale.shape[0] == outputs,
+        "scale must be bfloat16, or levels uint8, [N, K/G]",
+    )
+    wanted = (outputs,) if weight.two_level else (0,)
+    _require(
+        weight.channel_scale.dtype is torch.float32 and weight.channel_scale.shape == wanted,
+        "channel_scale must be float32 [N] beside levels, [0] beside scales",
+    )
+    rows = activation.gain.numel()
+    _require(
+        weight.absorbed_bias.dtype is torch.float32 and weight.absorbed_bias.shape == (rows, outputs),
+        f"absorbed_bias must be float32 [{rows}, {outputs}]",
+    )
+    _check_activation(activation, channels, rows)
+    blocks = -(-outputs // BLOCK)
+    parts: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((blocks * channels // OCTET * 64,), torch.uint8),
+        ((blocks * groups * BLOCK,), weight.scale.dtype),
+    ]
+    if weight.two_level:
+        parts += [((blocks * BLOCK,), torch.float32), ((blocks * BLOCK,), torch.int32)]
+    made, (codes, scale, *of_outputs) = _block(
+        WEIGHT_MAGIC, (channels, outputs, group_size, int(weight.two_level)), parts
+    )
+    for first in range(0, outputs, _REPACK_OUTPUTS):
+        part = slice(first, first + _REPACK_OUTPUTS)
+        _fill_panels(codes, first, _blocks_of_codes(weight.codes[part]))
+        _fill_panels(scale, first, _padded(weight.scale[part], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
+        if weight.two_level:
+            channel_scale, start = (whole[:outputs][part] for whole in of_outputs)
+            channel_scale.copy_(weight.channel_scale[part])
+            # What code + 128 in the place of code adds to a sum, taken back.
+            sums = unpack(weight.codes[part]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
+            start.copy_(-128 * (sums * weight.scale[part]).sum(1, dtype=torch.int32))
+    return [made, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
+
+
+def _check_activation(activation: ActivationRecord, channels: int, rows: int) -> None:
+    massive = activation.massive_channel.shape
+    _require(len(massive) == 2, f"massive channels must be [B, J], got {list(massive)}")
+    shapes = {
+        **dict.fromkeys(("inverse", "centre", "mask"), (rows, channels)),
+        **dict.fromkeys(("massive_channel", "massive_low", "massive_high"), tuple(massive)),
+        "gain": (rows,),
+        "channel_order": (channels,),
+    }
+    for name, dtype in _ACTIVATION_DTYPES.items():
+        part: Tensor = getattr(activation, name)
+        _require(part.dtype is dtype and part.shape == shapes[name], f"{name} must be {dtype} {list(shapes[name])}")
+    for name in ("channel_order", "massive_channel"):
+        index = getattr(activation, name)
+        inside = not index.numel() or (int(index.min()) >= 0 and int(index.max()) < channels)
+        _require(inside, f"{name} names a channel outside [0, {channels})")
+
+
+def _activation_block(activation: ActivationRecord, channels: int, rows: int) -> Tensor:
+    names = ("inverse", "centre", "mask", "gain", "channel_order", "massive_channel", "massive_low", "massive_high")
+    order = activation.channel_order
+    in_order = torch.equal(order, torch.arange(channels, dtype=order.dtype))
+    if in_order:
+        activation = activation._replace(channel_order=order[:0])
+    parts: list[Tensor] = [getattr(activation, name) for name in names]
+    sizes = (channels, rows, *activation.massive_channel.shape, int(in_order))
+    made, places = _block(ACTIVATION_MAGIC, sizes, [(tuple(part.shape), part.dtype) for part in parts])
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
+    return made
+
+
+def _block(
+    magic: int, sizes: Sequence[int], parts: Sequence[tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[Tensor, list[Tensor]]:
+    """A block with its header, and its parts, to be filled: views of shapes and dtypes."""
+    places, end = [], HEADER_BYTES
+    for shape, dtype in parts:
+        places.append(slice(end, end + math.prod(shape) * dtype.itemsize))
+        end = -(-places[-1].stop // 64) * 64
+    block = zero_bytes(end)
+    header = [magic, end, *sizes]
+    block[:HEADER_BYTES].view(torch.int64)[: len(header)] = torch.tensor(header)
+    return block, [block[at].view(dtype).view(shape) for at, (shape, dtype) in zip(places, parts, strict=True)]
+
+
+def _blocks_of_codes(codes: Tensor) -> Tensor:
+    """uint8 [N, K/2], as weights.pack makes them, as uint8 [ceil(N/16), K/8, 64]; outputs past N have q = 0."""
+    octets = codes.shape[1] * 2 // OCTET
+    part = _padded(codes, _ZERO_CODES)
+    # [..., byte, nibble] of 8 channels: channels 0-3 become the low nibbles of four bytes, 4-7 the high ones.
+    nibbles = torch.stack((part & 0xF, part >> 4), -1).view(-1, BLOCK, octets, 2, OCTET // 2)
+    merged = nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)
+    return merged.transpose(1, 2).flatten(2)
+
+
+def _fill_panels(panels: Tensor, first: int, blocks: Tensor) -> None:
+    """Blocks [count, rows, row] from output `first` on into the panels [rows, 2, row] that begin there."""
+    _, rows, row = blocks.shape
+    start = first // BLOCK * rows * row
+    for part in blocks.split(PANEL):
+        panels[start : start + part.numel()].view(rows, -1, row).copy_(part.transpose(0, 1))
+        start += part.numel()
+
+
+def _padded(rows: Tensor, value: int) -> Tensor:
+    missing = -rows.shape[0] % BLOCK
+    return torch.cat((rows, rows.new_full((missing, rows.shape[1]), value))) if missing else rows
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"the CPU kernels do not take these records: {what}")

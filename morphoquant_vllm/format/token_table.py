@@ -1,0 +1,119 @@
+"""From token ids to rows: the table that a checkpoint's placeholder ids make, and whether it fits model and tokenizer.
+
+Imports torch and the standard library only: `morphoquant verify` checks a table without vLLM and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import ANY_ROW, TEXT_ROW, QuantizationSpec
+
+# How configs of transformers name the token that stands for a medium.
+_MEDIA_KEY = re.compile(r"(image|video|audio)_token_(?:id|index)")
+_MEND = "calibrate again from this model's own files"
+
+
+def token_rows(token_ids: Tensor, placeholder_token_ids: Mapping[str, Sequence[int]], rows: Sequence[str]) -> Tensor:
+    """The row of each token, int32, shape and device of `token_ids`.
+
+    `placeholder_token_ids` maps "image", "video" and "audio" to token ids; every other token is text. `rows` names the
+    rows in order. A modality that has no row of its own gets row "any"; ValueError where that is missing too.
+    """
+    modality = torch.full_like(token_ids, _row(TEXT_ROW, rows), dtype=torch.int32)
+    for name, ids in placeholder_token_ids.items():
+        modality[torch.isin(token_ids, torch.tensor(ids, device=token_ids.device))] = _row(name, rows)
+    return modality
+
+
+def _row(name: str, rows: Sequence[str]) -> int:
+    return rows.index(name if name in rows else ANY_ROW)
+
+
+def row_table(spec: QuantizationSpec, vocabulary: int) -> Tensor:
+    """Row of every token id, int32 [vocabulary + 1]; the last entry is 'any', for ids outside the vocabulary.
+
+    Index it with `ids.clamp(-1, vocabulary)`: -1 is the last entry, too. Every id of the spec's placeholders must
+    lie in the vocabulary.
+    """
+    table = token_rows(torch.arange(vocabulary + 1), spec.placeholder_token_ids, spec.rows)
+    table[vocabulary] = spec.any_row
+    return table
+
+
+def check_token_table(directory: Path, config: Mapping[str, Any], spec: QuantizationSpec) -> None:
+    """Refuse placeholder ids that are not those of config.json, or that the tokenizer's files do not set apart.
+
+    A checkpoint without placeholder ids is served with row 'any' for every token: there is nothing to get wrong. Raises
+    MorphoQuantError naming the id.
+    """
+    if not spec.placeholder_token_ids:
+        return
+    row_of = {token: row for row, ids in spec.placeholder_token_ids.items() for token in ids}
+    media: dict[int, set[str]] = {}
+    for modality, token in _media_tokens(config):
+        media.setdefault(token, set()).add(modality)
+    for token, modalities in media.items():
+        # Where two media share a token, its row may be either's.
+        if row_of.get(token) not in {*modalities, "any"}:
+            found = f"has it under '{row_of[token]}'" if token in row_of else "has no such token"
+            raise MorphoQuantError(
+                f"{directory}: config.json has {'/'.join(sorted(modalities))} token {token}, but "
+                f"quantization_config.placeholder_token_ids {found}; {_MEND}"
+            )
+    added = added_token_ids(directory)
+    for token, row in row_of.items():
+        if added and token not in added:
+            raise MorphoQuantError(
+                f"{directory}: placeholder_token_ids has token {token} for {row}, but to the tokenizer it is no added "
+                f"token; {_MEND}"
+            )
+
+
+def untold_media(taken: Iterable[str], config: Mapping[str, Any], spec: QuantizationSpec) -> list[str]:
+    """Modalities of `taken` whose tokens the table does not list, sorted: they would pass for text.
+
+    One that config.json places under a token of another modality's row is listed there.
+    """
+    listed = {token for ids in spec.placeholder_token_ids.values() for token in ids}
+    told = {row for row, ids in spec.placeholder_token_ids.items() if ids}
+    told |= {modality for modality, token in _media_tokens(config) if token in listed}
+    return sorted(set(taken) - told)
+
+
+def _media_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every (modality, token id) that a config names, at whatever depth."""
+    for key, value in config.items():
+        match = _MEDIA_KEY.fullmatch(str(key))  # in memory, labels may have numbers for keys
+        if match and type(value) is int:
+            yield match[1], value
+        elif isinstance(value, Mapping) and key != "quantization_config":
+            yield from _media_tokens(value)
+
+
+def added_token_ids(directory: Path) -> set[int]:
+    """Ids of the tokens that were added to the tokenizer's vocabulary; empty where its files do not say."""
+    ids: set[int] = set()
+    fast = _read(directory / "tokenizer.json").get("added_tokens", [])
+    ids |= {entry["id"] for entry in fast if isinstance(entry, dict) and type(entry.get("id")) is int}
+    slow = _read(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
+    ids |= {int(token) for token in slow if str(token).isdecimal()}
+    return ids | {token for token in _read(directory / "added_tokens.json").values() if type(token) is int}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MorphoQuantError(f"{path}: cannot be read as JSON ({error}); copy it again") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,19 @@
+"""The integer linear layer on GPUs, in Triton.
+
+Notation
+    M  tokens                     N  output channels          K  input channels, in permuted order
+    G  group size along K         R  modality rows            P  channels that one tile of packed weights holds along K
+    m, n, k, g, r, p              an index along each of them
+
+    backend      the entry `triton` of ops.BACKENDS
+    layout       how packed weights, scales and the activation's tables lie in GPU memory (torch only)
+    launch       the two ops: allocates, chooses tiles, launches
+    tiles        which tile sizes serve which architecture and shape, read from tiles.json (neither torch nor Triton)
+    device       what the GPU at hand is
+    load_checks  what is refused when a layer is loaded
+    selfcheck    each kernel beside the torch reference, on the GPU at hand, before the first layer serves
+    kernels      the Triton kernels
+    tools        offline: tuning, compiling ahead of time, checks of binaries
+
+Importing this package imports none of its modules.
+"""

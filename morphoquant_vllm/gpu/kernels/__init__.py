@@ -1,0 +1,9 @@
+"""The Triton kernels. Only this package and what launches or compiles it import Triton.
+
+act_quant       activation -> int8 codes, and the row of each token
+gemm            codes x int4 weights, scaled per group
+gemm_two_level  the loop of gemm for two-level scales
+epilogue        from sums to outputs
+reduce_splits   adds the partial sums of a split K
+pdl             programmatic dependent launch: a kernel starts while the one before ends
+"""

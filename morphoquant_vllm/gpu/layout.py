@@ -1,0 +1,172 @@
+"""How a layer's records lie in GPU memory. Torch only; each tensor is laid out once, after loading.
+
+Weights: tiles [N/128, K/P, 128, P/2], so that a program reads whole tiles in a row. P = max(G, 64) channels share a
+tile: byte p holds channel p of the tile in its low nibble and channel p + P/2 in its high one, as two's complement.
+Each half then is one operand of the int8 matrix units, which take 32 channels at a time: two halves of one group
+(G = 64, 128), or two groups (G = 32). N is rounded up to 128 and K to P with weights of 0.
+
+Unpacked in place, a nibble is 16 * q. The kernels divide by 16 where they multiply by the gain.
+
+Scales take 32 bits for each tile and output channel, wide enough for an asynchronous copy: at G = 32 the two bfloat16
+scales of the tile's low and high nibbles, from the lower bits up, at G = 64 and 128 its one scale in float32. (bfloat16
+by itself is not: on an H100 each turn of the loop then waited for memory.)
+
+With two-level scales P is 64, and nibbles are q + 8. K is rounded up to 2P with levels of 0, which make any weight 0.
+A word of 32 bits holds the levels of two tiles: of the first one's low and high nibbles, then of the second's, from the
+lowest byte up. So a level is there once at G = 32, twice at 64, four times at 128. Channel scales are multiplied by 16,
+as the gain is divided.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from morphoquant_vllm.numerics.activation import CODE_MAX, ESCAPE_MAX, ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord
+from morphoquant_vllm.numerics.weights import INT4_MIN, unpack
+
+TILE_N = 128
+# Channels of K that one instruction of the int8 matrix units multiplies.
+UNIT_K = 32
+# Weights unpacked at a time while repacking, so that loading a layer needs little more memory than its packed codes.
+REPACK_ROWS = 4096
+
+
+class GpuWeight(NamedTuple):
+    """A weight record as the kernels read it; the last tensor is absorbed_bias, as the ops demand."""
+
+    codes: Tensor  # uint8 [N/128, K/P, 128, P/2]
+    # Both sizes rounded up: G = 32, pairs of bfloat16 as int32 [K/P, N]; G = 64 or 128, float32 [K/P, N]; two-level,
+    # words of levels, int32 [K/2P, N].
+    scale: Tensor
+    channel_scale: Tensor  # float32 [N], times 16, with two-level scales, else [0]
+    absorbed_bias: Tensor  # float32 [R, N]
+
+    @property
+    def two_level(self) -> bool:
+        """Whether the layer has two-level scales."""
+        return self.channel_scale.numel() > 0
+
+
+class GpuActivation(NamedTuple):
+    """An activation record as the kernels read it."""
+
+    inverse: Tensor  # float32 [R, K]
+    centre: Tensor  # float32 [R, K]
+    limit: Tensor  # int8 [R, K]: 127 where a code may escape, else 7
+    gain: Tensor  # float32 [R], divided by 16
+    channel_order: Tensor  # int32 [K]; [0] where channels come in order
+    massive_channel: Tensor  # int32 [B, J], both rounded up to powers of two
+    massive_low: Tensor  # float32 [B, J]
+    massive_high: Tensor  # float32 [B, J]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.centre.shape[1]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the channels of the input come in channel order."""
+        return not self.channel_order.numel()
+
+
+def tile_channels(group_size: int, two_level: bool = False) -> int:
+    """P, the channels that one tile holds along K."""
+    return 2 * UNIT_K if two_level else max(group_size, 2 * UNIT_K)
+
+
+def group_size_of(weight: GpuWeight) -> int:
+    """G, from the shapes; of two-level scales, whose layout does not depend on it, the smallest."""
+    if weight.two_level:
+        return UNIT_K
+    channels = 2 * weight.codes.shape[3]
+    return channels if weight.scale.dtype is torch.float32 else channels // 2
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _tiles(packed: Tensor, channels: int, steps: int, zero: int) -> Tensor:
+    """Canonical bytes uint8 [rows, K/2], rows a multiple of 128, as tiles uint8 [rows/128, K/P, 128, P/2].
+
+    There are `steps` tiles along K. The nibble of a weight 0 is `zero`.
+    """
+    codes = unpack(packed) + zero
+    codes = pad(codes, (0, steps * channels - codes.shape[1]))
+    nibbles = (codes.view(-1, TILE_N, steps, 2, channels // 2) & 0xF).to(torch.uint8)
+    low, high = nibbles.unbind(3)
+    return (low | (high << 4)).transpose(1, 2).contiguous()
+
+
+def prepare_weight(weight: WeightRecord) -> GpuWeight:
+    """The layout above, of a canonical record; on the record's device."""
+    rows, half = weight.codes.shape
+    group_size = 2 * half // weight.scale.shape[1]
+    channels = tile_channels(group_size, weight.two_level)
+    steps = _round_up(2 * half, channels * (1 + weight.two_level)) // channels
+    padded = _round_up(rows, TILE_N)
+    tiles = weight.codes.new_empty((padded // TILE_N, steps, TILE_N, channels // 2))
+    zero = -INT4_MIN if weight.two_level else 0
+    for start in range(0, padded, REPACK_ROWS):
+        part = weight.codes[start : start + REPACK_ROWS]
+        # 0x88 is a pair of weights 0.
+        part = pad(part, (0, 0, 0, _round_up(part.shape[0], TILE_N) - part.shape[0]), value=0x88)
+        tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels, steps, zero)
+    scale = _words(weight.scale, group_size) if weight.two_level else scale_words(weight.scale, group_size)
+    rounded_up = steps // 2 if weight.two_level else steps
+    scale = pad(scale, (0, rounded_up - scale.shape[1], 0, padded - rows)).T.contiguous()
+    return GpuWeight(tiles, scale, weight.channel_scale * 16, weight.absorbed_bias.contiguous())
+
+
+def scale_words(scale: Tensor, group_size: int) -> Tensor:
+    """bfloat16 [N, K/G] as 32 bits for each tile along K: pairs of them as int32, or float32; see the module."""
+    if group_size == tile_channels(group_size):
+        return scale.float()
+    bits = pad(scale, (0, -scale.shape[1] % 2)).view(torch.int16).int()
+    return bits[:, 0::2] & 0xFFFF | bits[:, 1::2] << 16
+
+
+def _words(level: Tensor, group_size: int) -> Tensor:
+    """Levels uint8 [N, K/G] as words int32 [N, ceil(K/2P)]: a byte for each 32 channels, the first one lowest."""
+    halves = level.repeat_interleave(group_size // UNIT_K, dim=1)
+    halves = pad(halves, (0, -halves.shape[1] % 4)).unflatten(1, (-1, 4)).int()
+    first, second, third, fourth = halves.unbind(2)
+    return first | second << 8 | third << 16 | fourth << 24
+
+
+def prepare_activation(activation: ActivationRecord) -> GpuActivation:
+    """Mask as limits, gain divided by 16; no order where channels are in order; sets of massive intervals filled up.
+
+    They are filled up with intervals that hold nothing.
+    """
+    blocks, intervals = activation.massive_channel.shape
+    order = activation.channel_order
+    in_order = torch.equal(order, torch.arange(order.numel(), dtype=order.dtype, device=order.device))
+    # Triton's blocks are powers of two. A set that is filled up repeats its last interval; a further set is empty.
+    wide = _power_of_two(intervals) - intervals
+    tall = _power_of_two(blocks) - blocks
+
+    def fill(values: Tensor, empty: float) -> Tensor:
+        values = torch.cat((values, values[:, -1:].expand(-1, wide)), 1)
+        return torch.cat((values, values.new_full((tall, values.shape[1]), empty))).contiguous()
+
+    return GpuActivation(
+        inverse=activation.inverse,
+        centre=activation.centre,
+        limit=torch.where(activation.mask, ESCAPE_MAX, CODE_MAX).to(torch.int8),
+        gain=activation.gain / 16,
+        channel_order=order.new_empty(0) if in_order else order,
+        massive_channel=fill(activation.massive_channel, 0),
+        massive_low=fill(activation.massive_low, 1.0),
+        massive_high=fill(activation.massive_high, 0.0),
+    )
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

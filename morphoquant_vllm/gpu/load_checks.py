@@ -1,0 +1,60 @@
+"""What the GPU backend refuses when a layer is loaded: one line with the layer, the rule and the remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.gpu.layout import TILE_N, UNIT_K
+from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord
+
+GROUP_SIZES = (32, 64, 128)
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
+# The kernels count within one tensor in int32.
+MAX_ELEMENTS = 2**31 - 1
+
+
+def check_layer(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
+    """Raise MorphoQuantError where the kernels do not take canonical records, or activations of `dtype`."""
+    if importlib.util.find_spec("triton") is None:
+        raise MorphoQuantError(f"{name}: the GPU backend needs Triton, which is not installed; pip install triton")
+    if dtype not in ACTIVATION_DTYPES:
+        raise MorphoQuantError(
+            f"{name}: activations in {dtype} are not served on a GPU; serve with --dtype bfloat16 or --dtype float16"
+        )
+    check_shape(name, weight.codes.shape[0], 2 * weight.codes.shape[1], weight.scale.shape[1])
+    rows, in_features = activation.inverse.shape
+    largest = max(
+        rows * in_features, weight.absorbed_bias.numel(), weight.scale.shape[1] * (weight.codes.shape[0] + TILE_N)
+    )
+    if largest > MAX_ELEMENTS:
+        raise MorphoQuantError(
+            f"{name}: a table of {largest} elements is over the kernels' limit of 2^31; leave this layer in 16 bit"
+        )
+
+
+def check_shape(name: str, out_features: int, in_features: int, groups: int) -> None:
+    """Refuse a group size that the kernels were not written for."""
+    if groups < 1 or in_features % groups or in_features // groups not in GROUP_SIZES:
+        raise MorphoQuantError(
+            f"{name}: {groups} groups of K = {in_features} are no groups of {list(GROUP_SIZES)}; "
+            "calibrate again with --group-size 32, 64 or 128"
+        )
+    if out_features < 1 or in_features % UNIT_K:
+        raise MorphoQuantError(
+            f"{name}: N = {out_features}, K = {in_features}: the matrix units need N >= 1 and K in steps of {UNIT_K}; "
+            "leave this layer in 16 bit"
+        )
+
+
+def check_device(name: str, device: torch.device) -> None:
+    """Refuse a GPU that the tile table does not know."""
+    from morphoquant_vllm.gpu.device import profile_of
+
+    try:
+        profile_of(device)
+    except MorphoQuantError as problem:
+        raise MorphoQuantError(f"{name}: {problem}") from None

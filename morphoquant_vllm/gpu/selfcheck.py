@@ -1,0 +1,128 @@
+"""Each kernel beside the torch reference on the GPU at hand, once in a process, while a first layer is loaded.
+
+Interpreter and binaries show much, but no GPU can be tested that is not at hand, and another release of Triton compiles
+another binary. A kernel that gives another result is refused with its layer instead of serving it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.gpu import launch, layout
+from morphoquant_vllm.gpu.device import Profile
+from morphoquant_vllm.gpu.tiles import TABLE_VARIABLE, Tile
+from morphoquant_vllm.numerics import activation as activation_numerics
+from morphoquant_vllm.numerics import linear as linear_numerics
+from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.linear import WeightRecord
+
+# No multiple of a tile but of 16, as sizes of layers are, for which Triton compiles a kernel of its own; several turns.
+OUT_FEATURES, IN_FEATURES = 176, 768
+ROWS = 3
+
+
+@cache
+def problem_of_tile(
+    tile: Tile, group_size: int, splits: int, dtype: torch.dtype, device: torch.device, profile: Profile
+) -> str:
+    """What is wrong with a tile's kernel on `device`, empty if nothing: outputs within the reference's bound."""
+    generator = torch.Generator().manual_seed(tile.block_n)
+    tokens = tile.block_m + 3
+    codes = torch.randint(-128, 128, (tokens, IN_FEATURES), generator=generator, dtype=torch.int8)
+    rows = torch.randint(ROWS, (tokens,), generator=generator, dtype=torch.int32)
+    packed = torch.randint(256, (OUT_FEATURES, IN_FEATURES // 2), generator=generator).to(torch.uint8)
+    groups = (OUT_FEATURES, IN_FEATURES // group_size)
+    channel_scale = torch.zeros(0)
+    if tile.two_level:
+        scale = torch.randint(1, 17, groups, generator=generator).to(torch.uint8)
+        channel_scale = torch.rand(OUT_FEATURES, generator=generator) + 0.5
+    else:
+        scale = (torch.rand(groups, generator=generator) + 0.5).bfloat16()
+    constant = torch.randn((ROWS, OUT_FEATURES), generator=generator)
+    weight = WeightRecord(packed, scale, channel_scale, constant)
+    gain = torch.rand(ROWS, generator=generator) / 256
+    expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
+    bound = linear_numerics.output_bound(codes, rows, weight, gain, expected)
+    prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
+    settings = (tile, splits, profile.inline_assembly, profile.pdl)
+    y = launch.matmul(codes.to(device), rows.to(device), prepared, gain.to(device) / 16, None, dtype, *settings)
+    error = float(((y.cpu().double() - expected.double()).abs() / bound).max())
+    if error <= 1:
+        return ""
+    kind = "two-level scales" if tile.two_level else f"group_size {group_size}"
+    return (
+        f"the kernel for {kind}, tile {tile.block_n}x{tile.block_m} (warps {tile.warps}, stages {tile.stages}, "
+        f"splits {splits}) is off by {error:.3g} of what rounding allows on this GPU; "
+        f"name another tile table with {TABLE_VARIABLE}, or serve on a CPU, and report it with the versions of GPU, "
+        "driver and Triton"
+    )
+
+
+@cache
+def problem_of_quantizer(
+    in_features: int,
+    in_order: bool,
+    tokens: int,
+    silu_mul: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    profile: Profile,
+) -> str:
+    """What is wrong with the quantizer of so many tokens and channels, empty if nothing: codes and rows are equal.
+
+    Of silu(gate) * up, of which two exponentials may differ in the last bits, all but 1 code in 1000.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+    inverse = torch.rand((ROWS, in_features), generator=generator) * 4 + 0.5
+    record = ActivationRecord(
+        inverse=inverse,
+        centre=torch.randn((ROWS, in_features), generator=generator) / 4,
+        mask=torch.rand((ROWS, in_features), generator=generator) < 0.5,
+        gain=torch.ones(ROWS),
+        channel_order=(
+            torch.arange(in_features) if in_order else torch.randperm(in_features, generator=generator)
+        ).int(),
+        # As many intervals as layers have: Triton compiles a kernel for their number. Half the tokens are massive.
+        massive_channel=torch.arange(4, dtype=torch.int32)[None],
+        massive_low=torch.full((1, 4), -4.0),
+        massive_high=torch.full((1, 4), 8.0),
+    )
+    x = (torch.randn((tokens, in_features * (1 + silu_mul)), generator=generator) * 4).to(dtype)
+    modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
+    prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
+    found = launch.quantize(x.to(device), modality.to(device), prepared, silu_mul, profile.pdl, profile.units)
+    if silu_mul:
+        gate, up = x.chunk(2, dim=1)
+        x = torch.nn.functional.silu(gate) * up
+    rows = activation_numerics.token_rows(x, modality, record)
+    expected = activation_numerics.act_quant(x, rows, record)
+    differing = float((found[0].cpu() != expected).float().mean())
+    if torch.equal(found[1].cpu(), rows) and differing <= (1e-3 if silu_mul else 0):
+        return ""
+    return (
+        f"the quantizer of {in_features} channels gives other codes than the reference on this GPU "
+        f"({100 * differing:.3g} % of them); serve on a CPU, and report it with the versions of GPU, driver and Triton"
+    )
+
+
+def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: torch.dtype, profile: Profile) -> None:
+    """Raise MorphoQuantError where a kernel that a layer can need gives a wrong result; each is tried once."""
+    device = weight.codes.device
+    group_size, two_level = layout.group_size_of(weight), weight.two_level
+    problems = [
+        problem_of_quantizer(activation.in_features, activation.in_order, tokens, silu_mul, dtype, device, profile)
+        for tokens in (3, launch.WHOLE_TOKENS)
+        for silu_mul in (False, True)
+    ]
+    problems += [
+        problem_of_tile(tile, group_size, splits, dtype, device, profile)
+        for tile in profile.architecture.tiles
+        if tile.serves(group_size, two_level)
+        for splits in sorted({1, min(tile.max_splits, 2)})
+    ]
+    for problem in problems:
+        if problem:
+            raise MorphoQuantError(problem)

@@ -1,0 +1,166 @@
+"""Which tile sizes serve which GPU architecture and shape: data, read from tiles.json. Neither torch nor Triton.
+
+The environment variable MORPHOQUANT_TILES names another file of the same form, as `autotune` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+TABLE_VARIABLE = "MORPHOQUANT_TILES"
+DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
+TABLE_VERSION = 3
+GROUP_SIZES = (32, 64, 128)
+# The group size of which a tile along K holds two groups, each with a scale of its own.
+UNJOINABLE = 32
+# Output channels of a program lie in one tile of packed weights, of 128.
+BLOCK_SIZES = {"block_n": (16, 32, 64, 128), "block_m": (8, 16, 32, 64, 128, 256)}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of the matrix kernel for up to `max_tokens` tokens (null: any number)."""
+
+    max_tokens: int | None
+    group_sizes: tuple[int, ...]
+    # For layers with two-level scales, of any group size, or for those with group scales.
+    two_level: bool
+    block_n: int
+    block_m: int
+    warps: int
+    # Tiles of K in flight at once, through asynchronous copies.
+    stages: int
+    # Turns of the loop in one iteration: steps of K, or with two-level scales pairs of steps.
+    unroll: int
+    # Whether the operands of a turn are joined into one; not for G = 32 of group scales, whose turn is two groups.
+    joined: bool
+    # Programs that must fit one multiprocessor at a time; registers and shared memory are asserted to allow it.
+    programs_per_unit: int
+    # Into how many parts K may be split where there are fewer programs than that; 1 never splits.
+    max_splits: int
+    reason: str
+
+    def serves(self, group_size: int, two_level: bool) -> bool:
+        """Whether it is for layers of this group size and kind of scales."""
+        return group_size in self.group_sizes and self.two_level == two_level
+
+    def check(self, where: str) -> None:
+        """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
+        for name, sizes in BLOCK_SIZES.items():
+            if getattr(self, name) not in sizes:
+                size = getattr(self, name)
+                raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; mend the tile table")
+        if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
+            raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
+        if self.joined and not self.two_level and UNJOINABLE in self.group_sizes:
+            raise MorphoQuantError(f"{where}: joined operands need groups of 64 or 128; mend the tile table")
+        if self.warps not in (1, 2, 4, 8, 16):
+            raise MorphoQuantError(f"{where}: warps = {self.warps} is no power of two up to 16; mend the tile table")
+        for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
+            if getattr(self, name) < 1:
+                raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One GPU architecture: what its devices are called, the limits that its tiles are checked against, its tiles."""
+
+    name: str
+    vendor: str  # "nvidia" or "amd"
+    # Compute capabilities ("8.0") or names of AMD's targets ("gfx942") that it serves.
+    devices: tuple[str, ...]
+    shared_memory: int  # bytes that one program may use
+    unit_shared_memory: int  # bytes that the programs of one multiprocessor share
+    unit_registers: int  # of 32 bits, that they share
+    unit_threads: int  # that it holds at a time
+    tiles: tuple[Tile, ...]
+    reason: str
+
+    def tile(self, tokens: int, group_size: int, two_level: bool = False) -> Tile:
+        """The first tile of the table that takes `tokens` tokens at `group_size`, with two-level scales or others."""
+        for tile in self.tiles:
+            if tile.serves(group_size, two_level) and (tile.max_tokens is None or tokens <= tile.max_tokens):
+                return tile
+        raise MorphoQuantError(
+            f"{self.name}: the tile table has no entry for {tokens} tokens at group_size {group_size}"
+            f"{' with two-level scales' * two_level}; "
+            f"unset {TABLE_VARIABLE} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+        )
+
+
+# A part of K shorter than this many steps is not worth its partial sums.
+MIN_STEPS_PER_SPLIT = 4
+
+
+def splits_of(tile: Tile, tokens: int, out_features: int, steps: int, units: int) -> int:
+    """Parts of K: the fewest that give each of `units` multiprocessors its programs, within the tile's bounds."""
+    programs = -(-tokens // tile.block_m) * -(-out_features // tile.block_n)
+    wanted = -(-units * tile.programs_per_unit // programs)
+    splits = max(1, min(wanted, tile.max_splits, steps // MIN_STEPS_PER_SPLIT))
+    # Turns of the loop. Parts are equal but for the last: fewer of them may be as long.
+    turns = steps // 2 if tile.two_level else steps
+    return -(-turns // -(-turns // splits))
+
+
+def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
+    """The architectures of a table read from `source`, by name; raises MorphoQuantError where it is malformed."""
+    if table.get("version") != TABLE_VERSION:
+        raise MorphoQuantError(
+            f"{source}: tile table version {table.get('version')!r} is unknown, this release reads {TABLE_VERSION}; "
+            "write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+        )
+    architectures = {}
+    try:
+        for name, entry in table["architectures"].items():
+            tiles = tuple(_tile(tile) for tile in entry["tiles"])
+            rest: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+            }
+            architectures[name] = Architecture(name=name, **(rest | {"tiles": tiles}))
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise MorphoQuantError(f"{source}: malformed tile table ({problem}); compare it with {DEFAULT_TABLE}") from None
+    for architecture in architectures.values():
+        for index, tile in enumerate(architecture.tiles):
+            tile.check(f"{source}: {architecture.name}, tile {index}")
+    return architectures
+
+
+def _tile(entry: Mapping[str, Any]) -> Tile:
+    for field in fields(Tile):
+        value, wanted = (
+            entry[field.name],
+            {"group_sizes": list, "reason": str, "two_level": bool, "joined": bool}.get(field.name, int),
+        )
+        if not isinstance(value, wanted) and not (field.name == "max_tokens" and value is None):
+            raise TypeError(f"{field.name} must be {wanted.__name__}, got {value!r}")
+    return Tile(**{**entry, "group_sizes": tuple(entry["group_sizes"])})
+
+
+@cache
+def load(path: Path) -> dict[str, Architecture]:
+    """The table in a file, read once per process."""
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise MorphoQuantError(f"{path}: not a readable tile table ({problem}); unset {TABLE_VARIABLE}") from None
+    if not isinstance(table, dict):
+        raise MorphoQuantError(f"{path}: a tile table is a JSON object; unset {TABLE_VARIABLE}")
+    return parse(table, str(path))
+
+
+def architectures() -> dict[str, Architecture]:
+    """The table in force."""
+    return load(Path(os.environ.get(TABLE_VARIABLE) or DEFAULT_TABLE))
+
+
+def architecture_of(device_name: str) -> Architecture | None:
+    """The architecture that serves a compute capability ("8.9") or an AMD target ("gfx942"); None where none does."""
+    return next((item for item in architectures().values() if device_name in item.devices), None)

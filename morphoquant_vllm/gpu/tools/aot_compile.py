@@ -1,0 +1,181 @@
+"""Compile the kernels for a GPU that is not at hand, as a launch there would: for tests and the cost model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from morphoquant_vllm.gpu import launch
+from morphoquant_vllm.gpu.device import OLDEST_PDL
+from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
+from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
+from morphoquant_vllm.gpu.kernels.reduce_splits import reduce_splits
+from morphoquant_vllm.gpu.layout import TILE_N, tile_channels
+from morphoquant_vllm.gpu.tiles import Tile
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Names of 16-bit activations in Triton's signatures.
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
+# Kernels that wait for none before them.
+QUANTIZERS = (quantize_activation, quantize_in_order, quantize_tokens)
+# Types of the parts' sums of a split K, of group scales and of two-level ones.
+SUMS = {False: "*fp32", True: "*i32"}
+
+
+def pdl(target: str) -> bool:
+    """Whether kernels are launched there while the one before ends."""
+    found = TARGETS[target]
+    return found.backend == "cuda" and int(found.arch) >= 10 * OLDEST_PDL
+
+
+def build(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...], target: str, **options: Any
+) -> CompiledKernel:
+    """Compile `kernel` for a key of TARGETS.
+
+    `types` are those of its run-time arguments. `aligned` names the pointers and sizes known to be multiples of 16, as
+    a launch would find them: without that Triton builds another, slower kernel.
+    """
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    dependent = {"launch_pdl": True} if pdl(target) and kernel not in QUANTIZERS else {}
+    return triton.compile(source, target=TARGETS[target], options=options | dependent)
+
+
+def build_gemm(
+    target: str,
+    tile: Tile,
+    group_size: int,
+    *,
+    partial: bool = False,
+    dtype: str = "bfloat16",
+    has_bias: bool = False,
+    even_k: bool = True,
+    aligned: bool = True,
+) -> CompiledKernel:
+    """The matrix kernel with the constants that `launch.matmul` would give it. `aligned` False: as if none were."""
+    pointers = {
+        "codes_ptr": "*i8",
+        "weight_ptr": "*i8",
+        "scale_ptr": "*i32" if tile.two_level or group_size < tile_channels(group_size) else "*fp32",
+        "channel_scale_ptr": "*fp32",
+        "rows_ptr": "*i32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+        "out_ptr": SUMS[tile.two_level] if partial else TYPES[dtype],
+    }
+    constants = {
+        "G": group_size,
+        "P": tile_channels(group_size, tile.two_level),
+        "TILE_N": TILE_N,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "PARTIAL": partial,
+        "GROUP_M": launch.GROUP_M,
+        "EVEN_K": even_k,
+        "HAS_BIAS": has_bias,
+        "ASM": TARGETS[target].backend == "cuda",
+        "STAGES": tile.stages,
+        "UNROLL": tile.unroll,
+        "JOINED": tile.joined,
+        "TWO_LEVEL": tile.two_level,
+        "PDL": pdl(target),
+    }
+    return build(
+        int4_gemm,
+        pointers | dict.fromkeys(("M", "N", "K", "splits"), "i32"),
+        constants,
+        (*pointers, "N", "K") if aligned else (),
+        target,
+        num_warps=tile.warps,
+        enable_fp_fusion=True,
+    )
+
+
+def build_quantize(
+    target: str,
+    *,
+    dtype: str = "bfloat16",
+    blocks: int = 1,
+    fusion: bool = False,
+    silu_mul: bool = False,
+    width: int = 0,
+    in_order: bool = False,
+    many: bool = False,
+) -> CompiledKernel:
+    """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched.
+
+    `width`: the one of whole tokens of up to so many channels, else that of parts of a token. `in_order`: the latter
+    for channels that come in order. `many`: the one for such channels of many tokens.
+    """
+    aligned = {
+        "inverse_ptr": "*fp32",
+        "centre_ptr": "*fp32",
+        "limit_ptr": "*i8",
+        "order_ptr": "*i32",
+        "massive_channel_ptr": "*i32",
+        "massive_low_ptr": "*fp32",
+        "massive_high_ptr": "*fp32",
+        "codes_ptr": "*i8",
+        "rows_ptr": "*i32",
+    }
+    kernel = quantize_in_order if many else quantize_tokens if width else quantize_activation
+    if many:
+        aligned = {"x_ptr": TYPES[dtype]} | aligned
+        del aligned["order_ptr"]
+    types = {"x_ptr": TYPES[dtype], "modality_ptr": "*i32"} | aligned
+    constants = {"B": blocks, "J": 4, "SILU_MUL": silu_mul, "PDL": pdl(target)}
+    if kernel is quantize_activation:
+        constants["IN_ORDER"] = in_order
+    whole = {"WIDTH": width, "BLOCK_K": launch.gather_block(width)} if width else {"BLOCK_K": launch.QUANTIZE_BLOCK_K}
+    sizes = ("x_stride", "K", "R", *(("M", "tokens") if width or many else ()))
+    return build(
+        kernel,
+        types | dict.fromkeys(sizes, "i32"),
+        constants | whole,
+        (*aligned, "K", *(("x_stride",) if many else ())),
+        target,
+        num_warps=launch.GATHER_WARPS if width else launch.QUANTIZE_WARPS,
+        enable_fp_fusion=fusion,
+    )
+
+
+def build_reduce(
+    target: str, *, dtype: str = "bfloat16", has_bias: bool = False, two_level: bool = False
+) -> CompiledKernel:
+    """The kernel that adds the parts of a split K."""
+    pointers = {
+        "part_ptr": SUMS[two_level],
+        "channel_scale_ptr": "*fp32",
+        "rows_ptr": "*i32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+        "out_ptr": TYPES[dtype],
+    }
+    return build(
+        reduce_splits,
+        pointers | dict.fromkeys(("M", "N", "splits"), "i32"),
+        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level, "PDL": pdl(target)},
+        (*pointers, "N"),
+        target,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,89 @@
+"""What must hold of a compiled kernel before it may be shipped: read from the binary, and never a claim of speed."""
+
+from __future__ import annotations
+
+import re
+
+from triton.compiler import CompiledKernel
+
+from morphoquant_vllm.gpu.tiles import Architecture, Tile
+from morphoquant_vllm.gpu.tools.binary_resources import Resources
+from morphoquant_vllm.gpu.tools.occupancy import programs_per_unit
+
+# Where accumulators are in tensor memory, scales need another layout each turn; nothing else may in a loop.
+TENSOR_MEMORY = "tcgen05"
+# Output channels and warps from which Triton uses the matrix instructions of warp groups and of tensor memory.
+WIDE_BLOCK_N, WIDE_WARPS = 64, 4
+SYNCHRONOUS = re.compile(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32")
+WIDE = {
+    "sm_90": re.compile(r"wgmma\.mma_async\S*k32\.s32\.s8\.s8"),
+    "sm_100": re.compile(r"tcgen05\.mma\S*kind::i8"),
+}
+# Not 4x4x4: a sixteenth of the unit's throughput.
+AMD = re.compile(r"v_mfma_i32_(16x16x32|32x32x16)_i8")
+
+
+def matrix_instruction(architecture: Architecture, tile: Tile) -> re.Pattern[str]:
+    """The int8 matrix instruction that a tile must be compiled to."""
+    if architecture.vendor == "amd":
+        return AMD
+    wide = tile.block_n >= WIDE_BLOCK_N and tile.warps >= WIDE_WARPS
+    return WIDE.get(architecture.name, SYNCHRONOUS) if wide else SYNCHRONOUS
+
+
+def spill_problems(used: Resources) -> list[str]:
+    """Whether values leave the registers for memory."""
+    problems = []
+    if used.stack:
+        problems.append(f"stack: {used.stack} bytes per thread")
+    if used.local_accesses:
+        problems.append(f"local memory: {used.local_accesses} loads and stores")
+    return problems
+
+
+def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> list[str]:
+    """All that is wrong with the matrix kernel compiled for `tile`; empty if it may be shipped."""
+    problems = spill_problems(used)
+    if used.shared_memory > architecture.shared_memory:
+        problems.append(f"shared memory: {used.shared_memory} bytes, the limit is {architecture.shared_memory}")
+    fitting = programs_per_unit(used, architecture)
+    if fitting < tile.programs_per_unit:
+        problems.append(
+            f"occupancy: {fitting} programs fit, the tile needs {tile.programs_per_unit} "
+            f"({used.registers} registers, {used.shared_memory} bytes)"
+        )
+    wanted = matrix_instruction(architecture, tile)
+    if len(used.matrix) != 1 or not wanted.fullmatch(next(iter(used.matrix))):
+        problems.append(f"matrix instruction: {sorted(used.matrix)}, not {wanted.pattern}")
+    # Weights and both halves of the codes, at least one copy each for every step in flight; with two-level scales
+    # of two steps a turn, and of their levels. Codes of joined operands are one copy.
+    copies = (7 - 3 * tile.joined if tile.two_level else 3 - tile.joined) * tile.stages * tile.unroll
+    if architecture.vendor == "nvidia" and used.asynchronous_copies < copies:
+        problems.append(f"asynchronous copies: {used.asynchronous_copies}, fewer than {copies}")
+    products = (1 if tile.joined else 4 if tile.two_level else 2) * tile.unroll
+    if used.waits > products:
+        problems.append(f"waits for matrix instructions in the loop: {used.waits}, over {products}")
+    conversions = any(name.startswith(TENSOR_MEMORY) for name in used.matrix)
+    if used.layout_conversions > conversions:
+        problems.append(f"layout conversions in the loop: {used.layout_conversions}, over {int(conversions)}")
+    return problems
+
+
+def level_problems(kernel: CompiledKernel) -> list[str]:
+    """Whether instructions that multiply four weights by one level are given four of one level (NVIDIA's assembly).
+
+    They are where a thread's bytes lie four in a row along K, which the layouts of Triton's choice must give.
+    """
+    calls = re.findall(r"asm \"[^\"]*mad\.lo\.u32[^\"]*\", \"[^\"]*\"\(([^)]*)\)", kernel.asm["llir"])
+    operands = [[operand.split()[-1] for operand in call.split(", ")][-8:] for call in calls]
+    if not operands:
+        return ["levels: nothing multiplies weights by them"]
+    mixed = sum(len(set(one[:4])) + len(set(one[4:])) != 2 for one in operands)
+    return [f"levels: {mixed} of {len(operands)} products mix rows"] if mixed else []
+
+
+def rounding_problems(kernel: CompiledKernel) -> list[str]:
+    """Whether float32 operations are fused, or flush small numbers to zero: codes would differ from the reference."""
+    assembly = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+    found = sorted(set(re.findall(r"\bfma\.\S+|\bv_\w*(?:fma|mac)_f32\w*|\S+\.ftz\S*", assembly)))
+    return [f"rounding: {', '.join(found)}"] if found else []

@@ -1,0 +1,20 @@
+"""What vLLM calls: the one room that imports vLLM.
+
+config             which layers of a model are quantized, and what is checked before workers start
+linear_method      the quantized linear: parameters, checks after loading, the call of the op
+parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
+lm_head            the 16-bit head, and the optional 8-bit one
+modality_bus       the row of each token, from the embedding that sees its id to the linears
+mlp_channel_order  the channels between gate_up_proj and down_proj, in the order that down_proj reads
+silu_mul_pass      a pass of vLLM's compiler that joins silu(gate) * up with the quantizer after it
+"""
+
+
+def register() -> None:
+    """Entry point of vLLM's general plugins: make `--quantization morphoquant` known. Runs in every vLLM process."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from morphoquant_vllm.format.schema import QUANT_METHOD
+    from morphoquant_vllm.plugin.config import MorphoQuantConfig
+
+    register_quantization_config(QUANT_METHOD)(MorphoQuantConfig)

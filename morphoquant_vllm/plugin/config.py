@@ -1,0 +1,161 @@
+"""How vLLM finds out which of a model's layers are quantized.
+
+The config object is pickled to the engine and its workers; it holds plain data only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, check_headers, read_json
+from morphoquant_vllm.format.schema import QUANT_METHOD, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.token_table import check_token_table
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
+    from morphoquant_vllm.plugin.modality_bus import ModalityBus
+
+# vLLM writes the messages of loggers below its own.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class MorphoQuantConfig(QuantizationConfig):
+    """quantization_config of a MorphoQuant checkpoint, as vLLM wants it."""
+
+    def __init__(self, spec: QuantizationSpec | None = None) -> None:
+        super().__init__()
+        # None where the user named this method for a model that has no quantization_config.
+        self.spec = spec
+        # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
+        self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
+        # Made with the layers of a model, in the process that has them.
+        self._bus: ModalityBus | None = None
+        self._mlps: dict[str, Intermediate] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bus": None, "_mlps": {}}
+
+    def __repr__(self) -> str:
+        return f"MorphoQuantConfig({len(self.layers)} layers)"
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MorphoQuantConfig:
+        return cls(QuantizationSpec.from_dict(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Check the checkpoint's files before any worker starts: one clear line beats garbage weights."""
+        if self.spec is None:
+            raise MorphoQuantError(
+                f"{model_name}: is not a MorphoQuant checkpoint (config.json has no quantization_config); serve it "
+                "without --quantization morphoquant, or make a checkpoint of it with `morphoquant calibrate`"
+            )
+        directory = Path(model_name)
+        if directory.is_dir():
+            check_token_table(directory, read_json(directory / CONFIG_FILE), self.spec)
+            check_headers(directory, self.spec)
+        else:
+            logger.info("MorphoQuant: %s is not a local directory; its files are checked while loading", model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.config import get_current_vllm_config_or_none
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
+        from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod, wants_eight_bits
+        from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
+
+        if isinstance(layer, RoutedExperts):
+            raise MorphoQuantError(
+                f"{prefix}: fused experts are not supported by morphoquant; serve this model in 16 bit"
+            )
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            return ModalityEmbeddingMethod(self.modality_bus())
+        if isinstance(layer, ParallelLMHead):
+            config = get_current_vllm_config_or_none()
+            wanted = config is not None and wants_eight_bits(config.additional_config)
+            return EightBitHeadMethod(config) if wanted else SixteenBitHeadMethod()
+        if not isinstance(layer, LinearBase):
+            return None  # attention stays as it is
+        shards = self.shard_names(prefix)
+        quantized = [name for name in shards if name in self.layers]
+        if not quantized:
+            return UnquantizedLinearMethod()
+        if len(quantized) < len(shards):
+            missing = [name for name in shards if name not in self.layers]
+            raise MorphoQuantError(
+                f"{prefix}: shards of a fused layer must all be quantized or none; not quantized: {missing}"
+            )
+        bus = self.modality_bus()
+        settings = {name: self.layers[name] for name in shards}
+        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix))
+
+    def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> Intermediate | None:
+        """What the quantized gate_up_proj and down_proj of one MLP share, where its channels may be renumbered."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        from morphoquant_vllm.plugin.mlp_channel_order import DOWN, GATE_UP, MODEL_TYPES, Intermediate
+
+        if prefix.endswith(GATE_UP):
+            config = get_current_vllm_config_or_none()
+            if config is None or config.model_config is None or config.lora_config is not None:
+                return None
+            if getattr(config.model_config.hf_config, "model_type", None) not in MODEL_TYPES:
+                return None
+            mlp = self._mlps[prefix.removesuffix(GATE_UP)] = Intermediate()
+            return mlp
+        # Taken out of the dictionary: no layer of another model of this process finds it.
+        found = self._mlps.pop(prefix.removesuffix(DOWN), None) if prefix.endswith(DOWN) else None
+        if found is not None:
+            found.down = layer
+        return found
+
+    def modality_bus(self) -> ModalityBus:
+        """What tells this model's linears their tokens' rows: one for all layers of the process."""
+        from morphoquant_vllm.plugin.modality_bus import ModalityBus
+
+        assert self.spec is not None, "maybe_update_config refuses a model without a spec"
+        if self._bus is None:
+            self._bus = ModalityBus(self.spec)
+        return self._bus
+
+    def shard_names(self, prefix: str) -> list[str]:
+        """The unfused names behind a vLLM layer: ...qkv_proj -> q_proj, k_proj, v_proj; else the name itself.
+
+        The longest packed key wins: the towers have `attn.qkv` beside `qkv`.
+        """
+        packed = [key for key in self.packed_modules_mapping if prefix.endswith("." + key)]
+        if not packed:
+            return [prefix]
+        key = max(packed, key=len)
+        stem = prefix.removesuffix(key)
+        return [stem + shard for shard in self.packed_modules_mapping[key]]

@@ -1,0 +1,217 @@
+"""The quantized linear inside vLLM: create parameters, check what was loaded, call the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+
+from morphoquant_vllm import ops
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import (
+    INPUT_TENSORS,
+    OUTPUT_TENSORS,
+    LayerSpec,
+    QuantizationSpec,
+    check_tensor_parallel,
+    check_values,
+    input_blocks,
+)
+from morphoquant_vllm.host_memory import release_freed_memory
+from morphoquant_vllm.numerics.activation import activation_record
+from morphoquant_vllm.numerics.linear import weight_record
+from morphoquant_vllm.plugin import mlp_channel_order as intermediate
+from morphoquant_vllm.plugin import silu_mul_pass as fusion
+from morphoquant_vllm.plugin.modality_bus import ModalityBus, warn_of_long_step
+from morphoquant_vllm.plugin.parameters import LoadLog, make_parameters
+
+
+@register_weight_loader_v2_supported_method
+class MorphoQuantLinearMethod(LinearMethodBase):
+    """Quantization method of one (fused) linear layer.
+
+    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output; `bus` knows the
+    rows of the model's tokens; gate_up_proj and down_proj share an `mlp` where its channels may be renumbered.
+    """
+
+    def __init__(
+        self,
+        spec: QuantizationSpec,
+        shards: dict[str, LayerSpec],
+        bus: ModalityBus,
+        mlp: intermediate.Intermediate | None = None,
+    ) -> None:
+        self.spec = spec
+        self.bus = bus
+        self.mlp = mlp
+        # Whether the channels that this layer and its neighbour have in common are.
+        self.renumbered = False
+        self.shards = shards
+        self.layer_spec = next(iter(shards.values()))
+        self.name = next(iter(shards))
+        self.load_log = LoadLog()
+        self.weight_size = self.activation_size = 0
+        self.backend = ""
+        self.activation_dtype = torch.get_default_dtype()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self._check_shapes(layer, input_size)
+        self.activation_dtype = params_dtype
+        # Here, since vLLM copies the compiler's settings when a model has all its layers, before weights are loaded.
+        fusion.install(get_current_vllm_config(), ops.select_backend(torch.get_default_device()))
+        loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
+        fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
+        parameters = make_parameters(
+            self.name,
+            in_features=input_size_per_partition,
+            out_features=sum(output_partition_sizes),
+            groups=input_size_per_partition // self.layer_spec.group_size,
+            scale_scheme=self.layer_spec.scale_scheme,
+            rows=len(self.spec.rows),
+            blocks=input_blocks(self.layer_spec, self.spec.tensor_parallel) * input_size_per_partition // input_size,
+            watch=lambda tensor: self.load_log.watch(tensor, loader, fused),
+        )
+        for tensor, parameter in parameters.items():
+            layer.register_parameter(tensor, parameter)
+
+    def _check_shapes(self, layer: torch.nn.Module, input_size: int) -> None:
+        if input_size != self.layer_spec.in_features:
+            raise MorphoQuantError(
+                f"{self.name}: the model has K = {input_size}, the checkpoint {self.layer_spec.in_features}; "
+                "config.json does not belong to these weights"
+            )
+        row_parallel = isinstance(layer, RowParallelLinear)
+        if row_parallel != (self.layer_spec.parallel == "row"):
+            raise MorphoQuantError(
+                f"{self.name}: parallel '{self.layer_spec.parallel}' is not how vLLM splits this layer"
+            )
+        size = int(layer.tp_size)  # type: ignore[arg-type]
+        if row_parallel and size > 1:
+            check_tensor_parallel(self.name, input_size, self.layer_spec.group_size, size)
+            if self.spec.tensor_parallel % size:
+                allowed = [s for s in range(1, self.spec.tensor_parallel + 1) if self.spec.tensor_parallel % s == 0]
+                raise MorphoQuantError(
+                    f"{self.name}: tensor parallel size {size} breaks a group: the checkpoint was made for sizes "
+                    f"{allowed}; serve with one of these, or calibrate with --tensor-parallel {size}"
+                )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        tensors = {}
+        for tensor, parameter in list(layer.named_parameters(recurse=False)):
+            if tensor == "bias":
+                continue
+            self.load_log.check(self.name, tensor, len(self.shards))
+            tensors[tensor] = parameter.data
+            delattr(layer, tensor)
+        self._check_bias(layer)
+        row_parallel = self.layer_spec.parallel == "row"
+        rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
+        # Channels are counted over the whole K; this rank's part starts at rank * K / size.
+        first_channel = rank * tensors["channel_order"].numel()
+        for tensor in ("channel_order", "massive_channel"):
+            tensors[tensor] = tensors[tensor] - first_channel
+        check_values(
+            self.name,
+            tensors,
+            self.spec.any_row,
+            parallel=self.layer_spec.parallel,
+            blocks=self.spec.tensor_parallel // size,
+        )
+        tensors = self._in_order(layer, tensors)
+        activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
+        weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
+        device = weight.codes.device
+        self.backend = ops.select_backend(device)
+        backend = ops.BACKENDS[self.backend]
+        backend.check(self.name, weight, activation, self.activation_dtype)
+        prepared = backend.prepare(weight, activation)
+        try:
+            backend.warm(*prepared, getattr(layer, "bias", None), self.activation_dtype)
+        except MorphoQuantError as problem:
+            raise MorphoQuantError(f"{self.name}: {problem}") from None
+        self.weight_size, self.activation_size = (len(record) for record in prepared)
+        for kind, record in zip(("weight", "activation"), prepared, strict=True):
+            for index, part in enumerate(record):
+                layer.register_buffer(f"{kind}_record_{index}", part, persistent=False)
+        if not self.layer_spec.fixed_row:
+            layer.register_buffer("modality", self.bus.rows(device), persistent=False)
+        if device.type == "cpu":
+            del tensors, weight, activation, parameter
+            release_freed_memory()
+
+    def _in_order(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, with the channels between gate_up_proj and down_proj in the latter's order."""
+        if self.mlp is None:
+            return tensors
+        codes = tensors["weight_codes"]
+        is_down = isinstance(layer, RowParallelLinear)
+        order = self.mlp.columns() if is_down else self.mlp.rows(codes.shape[0])
+        self.renumbered = order is not None
+        if order is None:
+            return tensors
+        # The other layer's tensors may have been on another device (CPU offload).
+        order = order.to(codes.device)
+        if is_down:
+            return intermediate.reorder_inputs(tensors, order)
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            bias.data.copy_(bias.data[order])
+        return intermediate.reorder_outputs(tensors, order)
+
+    def _check_bias(self, layer: torch.nn.Module) -> None:
+        """The layer's own bias: vLLM allocates it uninitialised and does not report that nothing was loaded."""
+        bias = getattr(layer, "bias", None)
+        has = {False: "none", True: "a bias"}
+        for name, shard in self.shards.items():
+            if shard.bias != (bias is not None):
+                raise MorphoQuantError(
+                    f"{name}: the model has {has[bias is not None]}, the checkpoint has {has[shard.bias]}; "
+                    "config.json does not belong to these weights"
+                )
+        if bias is not None and not bool(torch.isfinite(bias).all()):
+            raise MorphoQuantError(f"{self.name}.bias: holds NaN or infinite values; the file is damaged")
+
+    def token_rows(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
+        """Row of each token of x [M, K], int32 [M or more], as the ops take it."""
+        if self.layer_spec.fixed_row:
+            row = self.spec.rows.index(self.layer_spec.fixed_row)
+        else:
+            modality: Tensor = layer.modality  # type: ignore[assignment]
+            # vLLM compiles for at most the buffer's tokens: the graph needs no second way.
+            if torch.compiler.is_compiling() or x.shape[0] <= modality.numel():
+                return modality
+            row = self.spec.any_row
+            warn_of_long_step(x.shape[0], modality.numel())
+        return torch.full(x.shape[:1], row, dtype=torch.int32, device=x.device)
+
+    def records(self, layer: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The weight and activation records that the ops take."""
+        weight = [getattr(layer, f"weight_record_{index}") for index in range(self.weight_size)]
+        activation = [getattr(layer, f"activation_record_{index}") for index in range(self.activation_size)]
+        return weight, activation
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight, activation = self.records(layer)
+        # No view where none is needed: it would hide what comes before from the pass of `fusion`.
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = ops.linear(flat, self.token_rows(layer, flat), weight, activation, bias, self.backend)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

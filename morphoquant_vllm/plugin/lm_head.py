@@ -1,0 +1,136 @@
+"""lm_head: the 16-bit one, read in place where the CPU allows, and the optional 8-bit one.
+
+The latter is made from the 16-bit one while the model is loaded, where the user asks for it:
+
+    vllm serve OUT --additional-config '{"morphoquant": {"lm_head": "int8"}}'
+
+vLLM hands `additional_config` to every worker. Each rank quantizes its own rows of the vocabulary by themselves, so
+that logits do not depend on the tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.cpu import head as cpu_head
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.host_memory import move_to_large_pages, zero_bytes
+from morphoquant_vllm.numerics.head import quantize_rows
+
+# vLLM writes the messages of loggers below its own.
+logger = init_logger(f"vllm.{__name__}")
+
+SETTINGS = "morphoquant"
+KINDS = ("16bit", "int8")
+
+
+def wants_eight_bits(additional_config: Any) -> bool:
+    """Whether vLLM's additional_config asks for an 8-bit head; MorphoQuantError where it asks for what is not known."""
+    settings = additional_config.get(SETTINGS, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(settings, dict) or not settings.keys() <= {"lm_head"}:
+        raise MorphoQuantError(
+            f"--additional-config: '{SETTINGS}' knows the one setting lm_head, got {settings!r}; "
+            'write {"morphoquant": {"lm_head": "int8"}}'
+        )
+    kind = settings.get("lm_head", KINDS[0])
+    if kind not in KINDS:
+        raise MorphoQuantError(f"--additional-config: lm_head is {kind!r}; it can be one of {list(KINDS)}")
+    return bool(kind == "int8")
+
+
+def megabytes(*tensors: Tensor) -> float:
+    """Size of tensors in MB."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+
+
+class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
+    """vLLM's 16-bit head; on a CPU with AVX512-BF16 (and no AMX) logits are made from the loaded weight itself.
+
+    vLLM's own product keeps a second, packed copy of the weight, and reads it more slowly.
+    """
+
+    in_place = False
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        move_to_large_pages(layer.weight)  # type: ignore[arg-type]
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.in_place = cpu_head.serves_bfloat16(layer.weight)  # type: ignore[arg-type]
+        if not self.in_place:
+            super().process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self.in_place:
+            return super().apply(layer, x, bias)
+        return _logits(ops.head_bfloat16(x.reshape(-1, x.shape[-1]), layer.weight), x, bias)
+
+
+def _logits(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """y [M, N] in the shape of x [..., K], with the head's own bias."""
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class EightBitHeadMethod(SixteenBitHeadMethod):
+    """vLLM's 16-bit head while it is loaded, then codes int8 [N, K] and scale float32 [N]; N is this rank's vocabulary.
+
+    The weight of an untied head is freed. A tied one is the embedding's and stays: the codes are an extra copy.
+    """
+
+    supports_pre_processed_weights = False
+
+    def __init__(self, config: VllmConfig) -> None:
+        model = config.model_config
+        # Another dtype of logits reads the weight itself.
+        self.head_dtype = model.head_dtype if model is not None else None
+        self.tied = self.eight_bit = False
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        self.tied = True
+        tied: torch.nn.Module = super().tie_weights(layer, embed_tokens)
+        return tied
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weight: Tensor = layer.weight.data  # type: ignore[assignment]
+        reason = self._refused(weight)
+        if reason:
+            logger.warning_once("MorphoQuant: lm_head stays in 16 bit: %s", reason)
+            super().process_weights_after_loading(layer)
+            return
+        codes, scale = quantize_rows(weight, zero_bytes(weight.numel()).view(torch.int8).view(weight.shape))
+        if not bool(scale.isfinite().all()):
+            raise MorphoQuantError("lm_head.weight: holds NaN or infinite values; the file is damaged")
+        layer.register_buffer("head_codes", codes, persistent=False)
+        layer.register_buffer("head_scale", scale, persistent=False)
+        self.eight_bit = True
+        made, before = megabytes(codes, scale), megabytes(weight)
+        if self.tied:
+            logger.info_once(
+                "MorphoQuant: lm_head in 8 bit takes %.1f MB more: the embedding that it is tied to stays", made
+            )
+            return
+        layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+        logger.info_once("MorphoQuant: lm_head in 8 bit takes %.1f MB instead of %.1f MB", made, before)
+
+    def _refused(self, weight: Tensor) -> str | None:
+        if weight.device.type != "cpu" or not cpu.available():
+            return "the 8-bit head needs the CPU kernels"
+        if weight.shape[1] % cpu_head.CHANNEL_MULTIPLE:
+            return f"K = {weight.shape[1]} is no multiple of {cpu_head.CHANNEL_MULTIPLE}"
+        if self.head_dtype not in (None, weight.dtype):
+            return f"head_dtype {self.head_dtype} needs the weights themselves"
+        return None
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self.eight_bit:
+            return super().apply(layer, x, bias)
+        return _logits(ops.head(x.reshape(-1, x.shape[-1]), layer.head_codes, layer.head_scale), x, bias)

@@ -1,0 +1,151 @@
+"""The modality bus: each token's row, from the embedding that sees its id to the linears that quantize it.
+
+One buffer per model and process holds the row of every token of the step. vLLM embeds the tokens of a step, eagerly,
+before it runs the decoder on them (prefill chunks, cached prefixes and decoded tokens alike); a hook on that embedding
+fills the buffer, and every quantized linear of the decoder reads it. It starts as 'any', and stays so where the hook
+would not see what the linears see.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+
+from morphoquant_vllm.format.schema import ANY_ROW, QuantizationSpec
+from morphoquant_vllm.format.token_table import row_table, untold_media
+from morphoquant_vllm.plugin.lm_head import SixteenBitHeadMethod
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+# vLLM writes the messages of loggers below its own.
+logger = init_logger(f"vllm.{__name__}")
+
+
+def off_reason(config: VllmConfig) -> str | None:
+    """Why the embedding does not see the tokens that the linears of this engine will get, or None where it does."""
+    model, parallel = config.model_config, config.parallel_config
+    reasons = {
+        # A text model's embedding is part of the compiled graph; it has no use for rows either.
+        "the engine takes no media": model is None or not model.supports_multimodal_inputs,
+        # Cross-attention reads the encoder's states, not the tokens.
+        "the model is an encoder-decoder": model is not None and model.is_encoder_decoder,
+        # Whatever was embedded elsewhere comes without ids.
+        "prompts may come as embeddings": model is not None and model.enable_prompt_embeds,
+        "pipeline parallelism: later ranks see no token ids": parallel.pipeline_parallel_size > 1,
+        "context parallelism: a rank's linears get a part of the tokens": (
+            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1
+        ),
+        "microbatching: linears get a part of the tokens": parallel.use_ubatching,
+        "LoRA: its embedding bypasses the hook": config.lora_config is not None,
+        "speculative decoding: drafts go through the same embedding": config.speculative_config is not None,
+        "fast prefill: later layers get a part of the tokens": config.cache_config.kv_sharing_fast_prefill,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def taken_media(config: VllmConfig) -> set[str]:
+    """Modalities that this engine of a multimodal model takes, by vLLM's names."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    limits = MULTIMODAL_REGISTRY.get_processing_info(config.model_config).allowed_mm_limits
+    return {modality for modality, limit in limits.items() if limit > 0}
+
+
+class ModalityBus:
+    """Row of each token of a step in a model of one process: int32 [max_num_batched_tokens]."""
+
+    def __init__(self, spec: QuantizationSpec) -> None:
+        self.spec = spec
+        self.buffer: Tensor | None = None
+        self._hooked: list[tuple[torch.nn.Module, RemovableHandle]] = []
+        self._table = torch.empty(0)
+
+    def attach(self, embedding: torch.nn.Module) -> None:
+        """Let this embedding of token ids fill the buffer. A model with two such embeddings is served with 'any'."""
+        self._hooked.append((embedding, embedding.register_forward_pre_hook(self._fill, with_kwargs=True)))
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The buffer. The first call, when all layers exist, decides whether it is filled, and logs that once."""
+        if self.buffer is None:
+            self._start(get_current_vllm_config(), device)
+        assert self.buffer is not None
+        return self.buffer
+
+    def _start(self, config: VllmConfig, device: torch.device) -> None:
+        tokens = config.scheduler_config.max_num_batched_tokens
+        self.buffer = torch.full((tokens,), self.spec.any_row, dtype=torch.int32, device=device)
+        reason = self._off_reason(config)
+        if reason is None:
+            vocabulary = int(self._hooked[0][0].num_embeddings)  # type: ignore[arg-type]
+            self._table = row_table(self.spec, vocabulary).to(device)
+            logger.info_once(
+                "MorphoQuant: every token is quantized by its modality's row; placeholder tokens %s",
+                str({row: list(ids) for row, ids in self.spec.placeholder_token_ids.items()}),
+            )
+            return
+        for _, handle in self._hooked:
+            handle.remove()
+        logger.info_once("MorphoQuant: row '%s' quantizes the tokens of every modality (%s)", ANY_ROW, reason)
+
+    def _off_reason(self, config: VllmConfig) -> str | None:
+        placeholders = [token for ids in self.spec.placeholder_token_ids.values() for token in ids]
+        if not placeholders:
+            return "the checkpoint names no placeholder tokens"
+        reason = off_reason(config)
+        if reason is not None:
+            return reason
+        if len(self._hooked) != 1:
+            return f"the model has {len(self._hooked)} token embeddings that know this method, not one"
+        untold = untold_media(taken_media(config), config.model_config.hf_config.to_dict(), self.spec)
+        if untold:
+            # As in vLLM's InternVL, whose config names the image token alone.
+            return f"the token table does not say which tokens are {' or '.join(untold)}"
+        vocabulary = int(self._hooked[0][0].num_embeddings)  # type: ignore[arg-type]
+        outside = [token for token in placeholders if token >= vocabulary]
+        if outside:
+            # vLLM masks the ids of all media before it embeds them.
+            return f"placeholder token {outside[0]} is outside the vocabulary of {vocabulary}"
+        return None
+
+    def _fill(self, embedding: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the embedding: ids [M] (any shape, any integer dtype) become rows; entries past M keep theirs."""
+        if self.buffer is None:
+            return
+        ids = (args[0] if args else kwargs["input_"]).reshape(-1)
+        if ids.numel() > self.buffer.numel():
+            self.buffer.fill_(self.spec.any_row)
+            warn_of_long_step(ids.numel(), self.buffer.numel())
+            return
+        self.buffer[: ids.numel()].copy_(self._table[ids.clamp(-1, self._table.numel() - 1)])
+
+
+def warn_of_long_step(tokens: int, held: int) -> None:
+    """Say once that a step has more tokens than the buffer: they are served with row 'any'."""
+    logger.warning_once("MorphoQuant: row '%s' serves a step of %d tokens; %d were announced", ANY_ROW, tokens, held)
+
+
+class ModalityEmbeddingMethod(SixteenBitHeadMethod):
+    """vLLM's own 16-bit embedding, which also tells the bus the tokens that it embeds."""
+
+    def __init__(self, bus: ModalityBus) -> None:
+        self.bus = bus
+        self.prepared = False
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        self.bus.attach(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing yet: on a CPU vLLM would keep a second, packed copy, for a product that few embeddings are asked."""
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        # A model whose head is the embedding itself.
+        if not self.prepared:
+            super().process_weights_after_loading(layer)
+            self.prepared = True
+        return super().apply(layer, x, bias)

@@ -1,0 +1,152 @@
+"""Parameters that know how one checkpoint tensor is cut for fused layers and tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import MASSIVE_CHANNELS, TWO_LEVEL_SCHEME
+
+
+class SharedInputParameter(BasevLLMParameter):
+    """A tensor of the layer's input: shards of a fused layer must bring the same values; row-parallel ranks cut K.
+
+    vLLM's own RowvLLMParameter would silently keep the last shard's. `cut` is the dimension that runs over K, or over
+    blocks of K; None where there is none, as in gain.
+    """
+
+    def __init__(self, *, data: Tensor, weight_loader: Callable[..., None], name: str, cut: int | None) -> None:
+        super().__init__(data=data, weight_loader=weight_loader)
+        self.name_in_messages = name
+        self.cut = cut
+        self.filled = False
+
+    def _fill(self, loaded_weight: Tensor, **_: Any) -> None:
+        if loaded_weight.shape != self.data.shape:
+            raise MorphoQuantError(
+                f"{self.name_in_messages}: has shape {list(loaded_weight.shape)}, expected {list(self.data.shape)}"
+            )
+        if self.filled and not torch.equal(self.data, loaded_weight.to(self.data.device)):
+            raise MorphoQuantError(
+                f"{self.name_in_messages}: differs between the shards of a fused layer; calibrate again"
+            )
+        self.data.copy_(loaded_weight)
+        self.filled = True
+
+    load_column_parallel_weight = _fill
+    load_merged_column_weight = _fill
+    load_qkv_weight = _fill
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        if self.cut is not None:
+            loaded_weight = _own_part(loaded_weight, self.cut, self.data.shape[self.cut], self.tp_rank)
+        self._fill(loaded_weight)
+
+
+class AbsorbedBiasParameter(ChannelQuantScaleParameter):
+    """absorbed_bias [B, R, N]: fused shards and column-parallel ranks cut N, row-parallel ranks the blocks of K."""
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        super().load_row_parallel_weight(_own_part(loaded_weight, 0, self.data.shape[0], self.tp_rank))
+
+
+def _own_part(loaded_weight: Tensor, dimension: int, size: int, rank: int) -> Tensor:
+    return loaded_weight.narrow(dimension, rank * size, size)
+
+
+class LoadLog:
+    """Which shards of which tensor were loaded: vLLM does not report what a quantized model misses."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, set[Any]] = {}
+
+    def watch(self, tensor: str, loader: Callable[..., None], fused: bool) -> Callable[..., None]:
+        """`loader` that also notes the shard it loaded; `fused` where vLLM's layer is one of several linears."""
+
+        def load(param: BasevLLMParameter, loaded_weight: Tensor, *shard: Any, **named_shard: Any) -> None:
+            part = tuple(value for value in (*shard, *named_shard.values()) if value is not None)
+            if fused and not part and isinstance(param, SharedInputParameter):
+                # Fused in the file already (attn.qkv of Qwen2.5-VL): vLLM would cut it along an output dimension.
+                param.load_column_parallel_weight(loaded_weight)
+            else:
+                loader(param, loaded_weight, *shard, **named_shard)
+            self._loaded.setdefault(tensor, set()).add(part)
+
+        return load
+
+    def check(self, name: str, tensor: str, shards: int) -> None:
+        """Raise MorphoQuantError unless `shards` shards of the tensor were loaded."""
+        found = len(self._loaded.get(tensor, ()))
+        if found != shards:
+            raise MorphoQuantError(
+                f"{name}.{tensor}: {found} of {shards} shards were loaded; the checkpoint is incomplete"
+            )
+
+
+def make_parameters(
+    name: str,
+    in_features: int,
+    out_features: int,
+    groups: int,
+    scale_scheme: str,
+    rows: int,
+    blocks: int,
+    watch: Callable[[str], Callable[..., None]],
+) -> dict[str, BasevLLMParameter]:
+    """One rank's parameters of one (fused) layer under the format's tensor names; `watch` gives each its loader.
+
+    `blocks`: how many of the blocks of K that the checkpoint stores are this rank's.
+    """
+
+    def shared(tensor: str, shape: tuple[int, ...], dtype: torch.dtype, cut: int | None) -> SharedInputParameter:
+        data = torch.zeros(shape, dtype=dtype)
+        return SharedInputParameter(data=data, weight_loader=watch(tensor), name=f"{name}.{tensor}", cut=cut)
+
+    def by_group(tensor: str, dtype: torch.dtype) -> GroupQuantScaleParameter:
+        data = torch.zeros(out_features, groups, dtype=dtype)
+        return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=watch(tensor))
+
+    scales: dict[str, BasevLLMParameter] = {}
+    if scale_scheme == TWO_LEVEL_SCHEME:
+        scales["weight_level"] = by_group("weight_level", torch.uint8)
+        scales["weight_channel_scale"] = ChannelQuantScaleParameter(
+            data=torch.zeros(out_features, dtype=torch.float32),
+            output_dim=0,
+            weight_loader=watch("weight_channel_scale"),
+        )
+    else:
+        scales["weight_scale"] = by_group("weight_scale", torch.bfloat16)
+    return {
+        "weight_codes": PackedvLLMParameter(
+            data=torch.zeros(out_features, in_features // 2, dtype=torch.uint8),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=2,
+            weight_loader=watch("weight_codes"),
+        ),
+        **scales,
+        "absorbed_bias": AbsorbedBiasParameter(
+            data=torch.zeros(blocks, rows, out_features, dtype=torch.float32),
+            output_dim=2,
+            weight_loader=watch("absorbed_bias"),
+        ),
+        "activation_step": shared("activation_step", (in_features,), torch.float32, cut=0),
+        "channel_order": shared("channel_order", (in_features,), torch.int32, cut=0),
+        "modality_mask": shared("modality_mask", (rows, in_features), torch.bool, cut=1),
+        "centre": shared("centre", (rows, in_features), torch.float32, cut=1),
+        "gain": shared("gain", (rows,), torch.float32, cut=None),
+        "massive_channel": shared("massive_channel", (blocks, MASSIVE_CHANNELS), torch.int32, cut=0),
+        "massive_low": shared("massive_low", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
+        "massive_high": shared("massive_high", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
+    }

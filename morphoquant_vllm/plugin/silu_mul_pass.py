@@ -1,0 +1,82 @@
+"""silu(gate) * up computed by the quantizer of the layer after it, in compiled models: one launch less for each MLP.
+
+vLLM runs graph passes of its own and one more, which its compilation config names. Its own fusions are tied to its FP8
+and FP4 operators; the pass here takes the free place. What it does not recognise stays as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import silu
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.platforms import current_platform
+
+from morphoquant_vllm import ops
+from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Environment variable that turns the pass on.
+CHOICE = "MORPHOQUANT_FUSION"
+# Tensors of a weight and an activation record, of the backends that have a fused operation.
+RECORD_SIZES = {"triton": (len(GpuWeight._fields), len(GpuActivation._fields))}
+
+
+def install(config: VllmConfig, backend: str) -> None:
+    """Let vLLM's compiler run the pass for layers of `backend`, where the environment asks for it.
+
+    Off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named stays in its place.
+    """
+    if backend in RECORD_SIZES and os.environ.get(CHOICE) == "1":
+        passes = config.compilation_config.inductor_compile_config
+        passes.setdefault(current_platform.pass_key, SiluMulFusion(backend, *RECORD_SIZES[backend]))
+
+
+class SiluMulFusion(InductorPass):
+    """Graph pass: linear(silu(gate_up[:, :K]) * gate_up[:, K:]) of one backend becomes silu_mul_linear(gate_up).
+
+    Holds plain data: vLLM copies it with its configuration.
+    """
+
+    def __init__(self, backend: str, weight_size: int, activation_size: int) -> None:
+        self.backend = backend
+        self.sizes = (weight_size, activation_size)
+        self.matched = 0
+
+    def uuid(self) -> str:
+        return self.hash_source(type(self), replacements.__wrapped__, f"{self.backend} {self.sizes}")
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.matched = replacements(self.backend, *self.sizes).apply(graph)
+
+
+@cache
+def replacements(backend: str, weight_size: int, activation_size: int) -> PatternMatcherPass:
+    """What is found and what takes its place; traced, as the compiler traces the model. Once: torch keeps a list."""
+
+    def found(gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor]) -> Tensor:
+        # As vLLM's SiluAndMul has it; down_proj has no bias of its own in the MLPs that use it.
+        half = gate_up.shape[-1] // 2
+        x = silu(gate_up[..., :half]) * gate_up[..., half:]
+        return ops.linear(x, modality, weight, activation, None, backend)
+
+    def instead(gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor]) -> Tensor:
+        return ops.silu_mul_linear(gate_up, modality, weight, activation, None, backend)
+
+    patterns = PatternMatcherPass(pass_name="morphoquant_silu_mul")
+    with FakeTensorMode():
+        # Shapes and dtypes are placeholders: torch traces again with those that it meets.
+        gate_up = torch.empty(5, 16, dtype=torch.bfloat16)
+        modality = torch.empty(5, dtype=torch.int32)
+        weight = [torch.empty(3, 4) for _ in range(weight_size)]
+        activation = [torch.empty(3, 4) for _ in range(activation_size)]
+        register_replacement(found, instead, [gate_up, modality, weight, activation], fwd_only, patterns)
+    return patterns

@@ -1,0 +1,291 @@
+"""Rendering of conversations and texts with the tiny models' own processors, up to a forward pass of the model."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniForConditionalGeneration,
+)
+
+from calibration.data.conversations import Conversation, Message, PlainText, Text
+from morphoquant_vllm.errors import MorphoQuantError
+from tests.calibration.media_files import encode_audio, encode_video, png, sine
+from tests.calibration.rendering import ROWS, build, conversations, copy_without_template, placeholders, refusal
+from tests.tiny_models import build_tiny_llama, build_tiny_omni, build_tiny_qwen2_5_vl
+
+IMAGE = {"type": "image_url", "image_url": {"url": "image.png"}}
+AUDIO = {"type": "audio_url", "audio_url": {"url": "long.wav"}}
+SHORT_AUDIO = {"type": "audio_url", "audio_url": {"url": "short.wav"}}
+VIDEO = {"type": "video_url", "video_url": {"url": "video.mp4"}}
+
+
+@pytest.fixture(scope="module")
+def omni(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_omni(tmp_path_factory.mktemp("omni"))
+
+
+@pytest.fixture(scope="module")
+def vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_qwen2_5_vl(tmp_path_factory.mktemp("vl"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of media: a 120 x 90 image, audio of 2.3 s and of 1 ms, and 25 frames at 8 frames per second."""
+    path = tmp_path_factory.mktemp("media")
+    (path / "image.png").write_bytes(png(Image.new("RGB", (120, 90), (10, 200, 30))))
+    (path / "long.wav").write_bytes(encode_audio([sine(2.3, 48000, 440)], 48000, "wav", "pcm_s16le"))
+    (path / "short.wav").write_bytes(encode_audio([sine(0.001, 16000, 440)], 16000, "wav", "pcm_s16le"))
+    (path / "video.mp4").write_bytes(encode_video(25, 8))
+    (path / "frame.mp4").write_bytes(encode_video(1, 8))
+    return path
+
+
+def test_omni_sample_of_every_modality_runs_through_the_thinker(omni: Path, folder: Path) -> None:
+    question = {"type": "text", "text": "What is this?"}
+    (sample,) = build(omni, conversations(folder, [IMAGE, AUDIO, VIDEO, question]))
+    inputs = sample.inputs
+    assert sample.source == f"{folder / 'data.jsonl'}:1"
+    assert sample.modality.dtype == torch.int32 and sample.modality.shape == inputs["input_ids"][0].shape
+    ids = placeholders(omni)
+    for row, kind in enumerate(ROWS[1:4], start=1):
+        assert torch.equal(sample.modality == row, inputs["input_ids"][0] == ids[kind][0])
+    # 112 x 84 pixels, 28 x 28 a token. Audio of 2.3 s: 230 frames of 10 ms, halved twice. 3.1 s at 2 fps: 6 frames.
+    assert int((sample.modality == 1).sum()) == 12
+    assert int((sample.modality == 3).sum()) == 57
+    assert inputs["video_grid_thw"][0, 0] == 3
+    model = Qwen2_5OmniForConditionalGeneration.from_pretrained(omni, dtype=torch.float32).thinker.eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        # Trimming the audio's padding must change nothing: the forward selects by the mask.
+        padded = dict(inputs)
+        for name in ("input_features", "feature_attention_mask"):
+            padded[name] = torch.nn.functional.pad(inputs[name], (0, 100))
+        assert torch.equal(model(**padded).logits, logits)
+        # ... and the media must count.
+        other = inputs | {"input_features": inputs["input_features"].flip(-1)}
+        assert not torch.equal(model(**other).logits, logits)
+    assert logits.shape == (1, sample.modality.numel(), 512) and logits.isfinite().all()
+
+
+def test_omni_takes_several_media_of_one_kind_and_text_only_lines(omni: Path, folder: Path) -> None:
+    samples = build(omni, conversations(folder, [AUDIO, IMAGE, AUDIO, IMAGE], "Say hello."))
+    assert [torch.bincount(s.modality, minlength=5).tolist()[1:] for s in samples] == [[24, 0, 114, 0], [0] * 4]
+    assert set(samples[1].inputs) == {"input_ids", "attention_mask"}
+
+
+def test_vl_sample_runs_through_the_model(vl: Path, folder: Path) -> None:
+    data = [*conversations(folder, [IMAGE, VIDEO, {"type": "text", "text": "?"}]), PlainText("t", "Two rivers meet.")]
+    samples = build(vl, data)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(vl, dtype=torch.float32).eval()
+    assert {1, 2} <= set(samples[0].modality.tolist()) and set(samples[1].modality.tolist()) == {0}
+    with torch.no_grad():
+        for sample in samples:
+            logits = model(**sample.inputs).logits
+            assert logits.shape[1] == sample.modality.numel() and logits.isfinite().all()
+    # 25 frames at 8 fps, of which 6 are taken, two to a grid step.
+    assert samples[0].inputs["second_per_grid_ts"].item() == pytest.approx(2 / (6 / 25 * 8))
+
+
+def test_vl_refuses_audio(vl: Path, folder: Path) -> None:
+    message = refusal(vl, conversations(folder, "fine", [AUDIO]))
+    assert "data.jsonl:2: the model does not take audio parts, only text, image, video; remove" in message
+
+
+def test_text_model_refuses_media(llama: Path, folder: Path) -> None:
+    assert "data.jsonl:1: the model does not take image parts, only text" in refusal(
+        llama, conversations(folder, [IMAGE])
+    )
+
+
+def test_text_model_renders_with_its_chat_template(llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    turns = [("user", "Hello"), ("assistant", "Hi there")]
+    for count, generation in ((1, True), (2, False)):
+        messages = [{"role": role, "content": content} for role, content in turns[:count]]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=generation)["input_ids"]
+        conversation = Conversation("c", tuple(Message(role, (Text(content),)) for role, content in turns[:count]))
+        (sample,) = build(llama, [conversation], rows=("any",))
+        assert sample.inputs["input_ids"][0].tolist() == expected
+        assert sample.modality.tolist() == [0] * len(expected)
+
+
+def test_text_parts_of_one_message_are_joined_for_text_models(llama: Path) -> None:
+    parts, joined = (
+        Conversation("c", (Message("user", texts),)) for texts in ((Text("one"), Text("two")), (Text("one\ntwo"),))
+    )
+    first, second = build(llama, [parts, joined])
+    assert torch.equal(first.inputs["input_ids"], second.inputs["input_ids"])
+
+
+def test_tokenizer_without_a_template_joins_with_newlines(llama: Path, tmp_path: Path) -> None:
+    copy_without_template(llama, tmp_path)
+    turns = (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hi"),)))
+    (sample,) = build(tmp_path, [Conversation("c", turns)])
+    assert AutoTokenizer.from_pretrained(tmp_path).decode(sample.inputs["input_ids"][0]) == "Hello\nHi"
+    empty = Conversation("file:3", (Message("user", (Text(""),)),))
+    assert "file:3: the conversation makes no tokens" in refusal(tmp_path, [empty])
+
+
+def test_processor_without_a_template_refuses_media(omni: Path, folder: Path, tmp_path: Path) -> None:
+    copy_without_template(omni, tmp_path)
+    assert "data.jsonl:1: the model has no chat template" in refusal(tmp_path, conversations(folder, [IMAGE]))
+
+
+def test_template_that_refuses_the_conversation(llama: Path, tmp_path: Path) -> None:
+    copy_without_template(llama, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must\nalternate') }}")
+    message = refusal(tmp_path, [Conversation("file:3", (Message("user", (Text("a"),)),))])
+    assert "file:3: the model's chat template refuses the conversation (roles must alternate)" in message
+
+
+@pytest.mark.parametrize(("placeholder", "parts"), [("<|IMAGE|>", []), ("<|AUDIO|>", [AUDIO])])
+def test_text_that_holds_a_placeholder(omni: Path, folder: Path, placeholder: str, parts: list[object]) -> None:
+    text = {"type": "text", "text": f"look: {placeholder}"}
+    message = refusal(omni, conversations(folder, "fine", [*parts, text]))
+    assert "data.jsonl:2: placeholders do not match media" in message and placeholder in message
+
+
+def test_plain_text_that_holds_a_placeholder(omni: Path) -> None:
+    message = refusal(omni, [PlainText("book.txt", "before <|VIDEO|> after")])
+    assert "book.txt: placeholders do not match media: 1 video placeholder tokens, but 0 video parts" in message
+
+
+@pytest.mark.parametrize("placeholder", ["", "<|IMAGE|><|IMAGE|>"])
+def test_template_that_writes_too_few_or_too_many_placeholders(
+    omni: Path, folder: Path, tmp_path: Path, placeholder: str
+) -> None:
+    copy_without_template(omni, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(f"user: {placeholder}")
+    message = refusal(tmp_path, conversations(folder, [IMAGE]))
+    problem = (
+        "refuses the conversation" if placeholder else "do not match media: 0 image placeholder tokens, but 1 image"
+    )
+    assert "data.jsonl:1: " in message and problem in message
+
+
+def test_audio_too_short_for_a_token(omni: Path, folder: Path) -> None:
+    message = refusal(omni, conversations(folder, [SHORT_AUDIO]))
+    assert "data.jsonl:1: " in message and "too short" in message
+
+
+def test_video_of_a_single_frame(omni: Path, folder: Path) -> None:
+    part = {"type": "video_url", "video_url": {"url": "frame.mp4"}}
+    (sample,) = build(omni, conversations(folder, [part]))
+    assert sample.inputs["video_grid_thw"][0, 0] == 1
+
+
+def test_undecodable_media_names_the_line(omni: Path, folder: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": "long.wav"}}
+    assert "data.jsonl:1: " in (message := refusal(omni, conversations(folder, [part]))) and "long.wav" in message
+
+
+def test_undecodable_media_are_left_out_only_on_request(
+    omni: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [{"type": "image_url", "image_url": {"url": "long.wav"}}]
+    data = conversations(folder, "fine", bad, [AUDIO])
+    assert "--skip-bad" in refusal(omni, data)
+    with caplog.at_level(logging.WARNING, logger="calibration.data.rendering"):
+        samples = build(omni, data, skip_bad=True)
+    assert [sample.source[-2:] for sample in samples] == [":1", ":3"]
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.startswith("skipped: ") and "data.jsonl:2: " in first and "long.wav" in first
+    assert last == "1 of 3 samples were skipped, their media are broken"
+    with pytest.raises(MorphoQuantError, match="no calibration sample is left"):
+        build(omni, data[1:2], skip_bad=True)
+
+
+def test_media_are_not_cut_but_refused(omni: Path, folder: Path) -> None:
+    data = conversations(folder, "fine", [AUDIO])
+    length = build(omni, data)[1].modality.numel()
+    assert len(build(omni, data, max_tokens=length)) == 2
+    message = refusal(omni, data, max_tokens=length - 1)
+    assert f"data.jsonl:2: {length} tokens with media, more than max_tokens={length - 1}; raise max_tokens" in message
+
+
+@pytest.mark.parametrize("model", ["vl", "llama"])
+def test_long_text_is_cut_and_the_count_logged(
+    model: str, folder: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    directory = request.getfixturevalue(model)
+    data = conversations(folder, "word " * 100, "ok")
+    whole = build(directory, data)
+    with caplog.at_level(logging.WARNING, logger="calibration.data.rendering"):
+        samples = build(directory, data, max_tokens=60)
+    assert [s.modality.numel() for s in samples] == [60, whole[1].modality.numel()]
+    assert all(value.shape == (1, 60) for value in samples[0].inputs.values())
+    assert torch.equal(samples[0].inputs["input_ids"], whole[0].inputs["input_ids"][:, :60])
+    assert [record.getMessage() for record in caplog.records] == ["1 of 2 samples were cut to max_tokens=60 tokens"]
+
+
+def test_plain_text_is_cut_into_windows_without_loss(llama: Path) -> None:
+    text = "Two rivers meet below the old town, where the market is held every week. " * 20
+    expected = AutoTokenizer.from_pretrained(llama)(text)["input_ids"]
+    samples = build(llama, [PlainText("book.txt", text)], max_tokens=100)
+    assert [s.modality.numel() for s in samples[:-1]] == [100] * (len(samples) - 1)
+    assert [number for s in samples for number in s.inputs["input_ids"][0].tolist()] == expected
+
+
+def test_every_window_starts_with_the_tokenizers_bos(llama: Path, tmp_path: Path) -> None:
+    copy_without_template(llama, tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    bos = {"id": "<|im_start|>", "type_id": 0}
+    sequence = [{"SpecialToken": bos}, {"Sequence": {"id": "A", "type_id": 0}}]
+    number = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == bos["id"])
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": sequence,
+        "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos["id"]: {"id": bos["id"], "ids": [number], "tokens": [bos["id"]]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos["id"], "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    samples = build(tmp_path, [PlainText("book.txt", "one two three four five six " * 20)], max_tokens=50)
+    assert len(samples) > 2
+    for sample in samples:
+        ids = sample.inputs["input_ids"][0].tolist()
+        assert ids[0] == number and number not in ids[1:] and len(ids) <= 50
+
+
+def test_max_samples_are_evenly_spaced_over_all_data(llama: Path, folder: Path) -> None:
+    data = conversations(folder, *(f"number {i}" for i in range(10)))
+    assert [s.source.rsplit(":", 1)[1] for s in build(llama, data, max_samples=4)] == ["1", "3", "6", "8"]
+    assert len(build(llama, data, max_samples=20)) == 10
+
+
+def test_conversations_and_windows_are_chosen_together_before_rendering(
+    llama: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = PlainText("book.txt", "one two three four five six " * 40)
+    data = [*conversations(folder, *(f"number {i}" for i in range(4))), text]
+    windows = len(build(llama, [text], max_tokens=32))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="calibration.data.rendering"):
+        samples = build(llama, data, max_tokens=2048, window_tokens=32, max_samples=4)
+    assert len(samples) == 4
+    assert sum(sample.source == "book.txt" for sample in samples) > 1
+    tokens = sum(sample.modality.numel() for sample in samples)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"taking 4 of {4 + windows} calibration samples, evenly spaced",
+        f"calibration data: 4 samples, tokens: text {tokens}",
+    ]
+
+
+def test_bad_settings(llama: Path) -> None:
+    text = [PlainText("t", "hello")]
+    assert "max_tokens=1" in refusal(llama, text, max_tokens=1)
+    assert "max_samples=0" in refusal(llama, text, max_samples=0)
+    assert "no calibration data" in refusal(llama, [])

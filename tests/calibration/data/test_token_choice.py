@@ -1,0 +1,84 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.data.token_choice import choose_tokens, modality_shares, water_fill
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+def test_small_modalities_are_taken_whole() -> None:
+    assert water_fill({0: 1000, 1: 10, 2: 500}, 210) == {0: 100, 1: 10, 2: 100}
+    assert water_fill({0: 5, 1: 3}, 100) == {0: 5, 1: 3}
+
+
+@given(st.dictionaries(st.integers(0, 5), st.integers(1, 1000), min_size=1), st.integers(6, 3000))
+def test_water_filling_uses_the_budget_and_favours_nobody(counts: dict[int, int], budget: int) -> None:
+    quota = water_fill(counts, budget)
+    assert sum(quota.values()) == min(budget, sum(counts.values()))
+    full = [row for row in counts if quota[row] == counts[row]]
+    cut = [quota[row] for row in counts if row not in full]
+    # Whoever was cut got as much as anyone else, but for the odd token.
+    assert max(cut, default=0) - min(cut, default=0) <= 1
+    assert all(quota[row] <= min(cut) + 1 for row in full) if cut else True
+
+
+def test_shares_follow_the_balance() -> None:
+    counts = {0: 900, 1: 100}
+    assert modality_shares(counts, 1.0) == {0: 0.5, 1: 0.5}
+    assert modality_shares(counts, 0.0) == {0: 0.9, 1: 0.1}
+    assert modality_shares(counts, 0.5) == {0: 0.75, 1: 0.25}
+
+
+def test_a_choice_of_tokens() -> None:
+    first = torch.tensor([0] * 50 + [2] * 4 + [0] * 46, dtype=torch.int32)
+    second = torch.tensor([0] * 30 + [3] * 70, dtype=torch.int32)
+    tokens = choose_tokens([first, second], budget=44, balance=1.0, seed=1)
+    assert tokens.counts == {0: 126, 2: 4, 3: 70}
+    # The chosen modalities are those of the chosen positions, sample after sample.
+    parts = [ids[positions] for ids, positions in zip((first, second), tokens.positions, strict=True)]
+    assert torch.equal(torch.cat(parts), tokens.modality)
+    drawn = [int((tokens.modality == row).sum()) for row in (0, 2, 3)]
+    # Two samples start with a text token, each of which may come on top of those drawn.
+    assert drawn[1:] == [4, 20] and 20 <= drawn[0] <= 22
+    for row in (0, 2, 3):
+        assert float(tokens.weight[tokens.modality == row].sum()) == pytest.approx(1 / 3, rel=1e-6)  # float32 sum
+    for positions in tokens.positions:
+        assert torch.equal(positions, positions.unique())
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any),
+    st.integers(1, 60),
+    st.integers(0, 5),
+)
+def test_the_first_token_of_every_sample_is_always_chosen(lengths: list[int], budget: int, seed: int) -> None:
+    ids = [torch.arange(length, dtype=torch.int32) // 7 for length in lengths]
+    tokens = choose_tokens(ids, budget, 1.0, seed)
+    for length, positions in zip(lengths, tokens.positions, strict=True):
+        assert positions.numel() == 0 if length == 0 else int(positions[0]) == 0
+    rows = len({int(row) for part in ids for row in part})
+    chosen = tokens.modality.numel()
+    assert min(sum(lengths), budget) <= chosen <= max(budget, rows) + len(lengths)
+    assert float(tokens.weight.sum()) == pytest.approx(1, rel=1e-5)  # float32 sum
+    for row in tokens.counts:
+        assert float(tokens.weight[tokens.modality == row].sum()) == pytest.approx(1 / rows, rel=1e-5)
+        assert tokens.weight[tokens.modality == row].unique().numel() == 1, "those taken besides weigh no more"
+
+
+def test_without_balance_every_token_counts_the_same_in_the_mean() -> None:
+    ids = torch.tensor([0] * 90 + [1] * 10)
+    tokens = choose_tokens([ids], budget=20, balance=0.0, seed=0)
+    assert float(tokens.weight[tokens.modality == 1].sum()) == pytest.approx(0.1, rel=1e-6)  # float32 sum
+
+
+def test_the_seed_decides() -> None:
+    ids = [torch.zeros(100, dtype=torch.int32)]
+    same = [choose_tokens(ids, 20, 1.0, 7).positions[0] for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(same[0], choose_tokens(ids, 20, 1.0, 8).positions[0])
+
+
+def test_no_tokens_are_refused() -> None:
+    with pytest.raises(MorphoQuantError, match="no tokens"):
+        choose_tokens([torch.empty(0, dtype=torch.int32)], 16, 1.0, 0)

@@ -1,0 +1,140 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calibration.model.architectures import find_architecture
+from calibration.model.plan import matches, plan
+from calibration.model.source import TensorInfo
+from calibration.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import QuantizationSpec
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def headers(hidden: int = 256, intermediate: int = 512, prefix: str = "model.layers") -> dict[str, TensorInfo]:
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden // 2, hidden),
+        "self_attn.v_proj": (hidden // 2, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    tensors = {"lm_head.weight": (64, hidden), "visual.blocks.0.mlp.down_proj.weight": (hidden, hidden)}
+    for block in range(2):
+        tensors |= {f"{prefix}.{block}.{name}.weight": shape for name, shape in shapes.items()}
+        tensors[f"{prefix}.{block}.self_attn.q_proj.bias"] = (hidden,)
+        tensors[f"{prefix}.{block}.input_layernorm.weight"] = (hidden,)
+    return {name: TensorInfo(Path("f"), "BF16", shape) for name, shape in tensors.items()}
+
+
+def make_plan(
+    tensors: dict[str, TensorInfo] | None = None, config: dict[str, Any] | None = None, **settings: Any
+) -> QuantizationSpec:
+    config = CONFIG | (config or {})
+    return plan(find_architecture(config), config, tensors or headers(), Recipe(**settings))
+
+
+def test_every_decoder_linear_is_planned_by_default() -> None:
+    spec = make_plan()
+    assert len(spec.layers) == 14
+    query, down = spec.layers["model.layers.1.self_attn.q_proj"], spec.layers["model.layers.0.mlp.down_proj"]
+    assert (query.in_features, query.out_features, query.parallel, query.bias) == (256, 256, "column", True)
+    assert query.shared_input == "model.layers.1.self_attn.qkv_proj"
+    assert (down.in_features, down.out_features, down.parallel, down.bias) == (512, 256, "row", False)
+    assert spec.layers["model.layers.0.mlp.up_proj"].shared_input == "model.layers.0.mlp.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "kv_heads", "group_size", "expected"),
+    [
+        (256, 8, 4, 32, 8),
+        (256, 8, 4, 64, 4),  # o_proj: K = 256 holds four groups of 64
+        (256, 8, 3, 32, 1),  # three KV heads neither divide nor are divided by 8, 4 or 2
+        (256, 12, 4, 32, 4),  # twelve heads
+        (576, 9, 3, 32, 1),  # SmolLM2-135M
+    ],
+)
+def test_automatic_tensor_parallel(hidden: int, heads: int, kv_heads: int, group_size: int, expected: int) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    spec = make_plan(headers(hidden, 1024), config, group_size=group_size)
+    assert spec.tensor_parallel == expected
+
+
+def test_a_chosen_tensor_parallel_is_checked() -> None:
+    assert make_plan(tensor_parallel=2).tensor_parallel == 2
+    with pytest.raises(MorphoQuantError, match="o_proj: tensor parallel size 3 breaks a group"):
+        make_plan(tensor_parallel=3)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (8, 3)])
+def test_a_chosen_tensor_parallel_must_divide_the_heads(heads: int, kv_heads: int) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    expected = f"tensor_parallel = 4: {heads} attention heads and {kv_heads} key-value heads cannot be shared out"
+    with pytest.raises(MorphoQuantError, match=expected):
+        make_plan(config=config, tensor_parallel=4)
+    # Fewer key-value heads than ranks are copied.
+    assert make_plan(config={"num_key_value_heads": 2}, tensor_parallel=4).tensor_parallel == 4
+
+
+def test_levels_of_scales_choose_the_scheme_of_every_layer() -> None:
+    schemes = {
+        levels: {layer.scale_scheme for layer in make_plan(scale_levels=levels).layers.values()}
+        for levels in (0, 1, 16)
+    }
+    assert schemes == {0: {"group"}, 1: {"two_level"}, 16: {"two_level"}}
+
+
+def test_patterns_choose_layers() -> None:
+    spec = make_plan(targets=("model.layers.*_proj",), ignore=("model.layers.0.*", "re:.*o_proj"))
+    assert all(name.startswith("model.layers.1.") and "o_proj" not in name for name in spec.layers)
+    assert len(spec.layers) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"targets": ("*.qq_proj",)}, r"targets: '\*.qq_proj' matches no layer"),
+        ({"ignore": ("*.qq_proj",)}, r"ignore: '\*.qq_proj' matches no layer"),
+        ({"targets": ("re:(",)}, "is no regular expression"),
+        ({"ignore": ("model.*",)}, "no layer is left"),
+        ({"targets": ("*.q_proj",)}, "layers.0.self_attn.qkv_proj: its shards .* leave out .*k_proj.*v_proj"),
+        ({"ignore": ("*.1.mlp.up_proj",)}, "layers.1.mlp.gate_up_proj: its shards"),
+        ({"targets": ("lm_head",)}, "lm_head is outside the language model's decoder"),
+        ({"targets": ("*.down_proj",)}, "visual.blocks.0.mlp.down_proj is outside"),
+    ],
+)
+def test_patterns_that_cannot_be_served_are_refused(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(MorphoQuantError, match=expected):
+        make_plan(**settings)
+
+
+def test_a_group_size_that_does_not_divide_is_refused_before_any_work() -> None:
+    with pytest.raises(MorphoQuantError, match=r"q_proj: K = 576 is not divisible by group_size 128; choose .*32, 64"):
+        make_plan(headers(576, 1024), group_size=128)
+
+
+def test_qwen2_5_vl_is_found_under_both_names() -> None:
+    config = {"model_type": "qwen2_5_vl", "image_token_id": 5, "video_token_id": 6}
+    assert "model.layers.0.mlp.up_proj" in make_plan(config=config).layers
+    spec = make_plan(headers(prefix="model.language_model.layers"), config)
+    assert "model.language_model.layers.0.mlp.up_proj" in spec.layers
+    assert spec.placeholder_token_ids == {"image": (5,), "video": (6,)}
+
+
+def test_weights_that_do_not_fit_the_config_are_refused() -> None:
+    with pytest.raises(MorphoQuantError, match=r"layers.2.self_attn.q_proj.weight: missing; .*3 blocks"):
+        make_plan(config={"num_hidden_layers": 3})
+    tensors = headers()
+    tensors["model.layers.1.mlp.up_proj.weight"] = TensorInfo(Path("f"), "I8", (4, 4))
+    with pytest.raises(MorphoQuantError, match=r"up_proj.weight: I8"):
+        make_plan(tensors)
+
+
+def test_matching() -> None:
+    assert matches("a.b.down_proj", ["x", "*.down_proj"])
+    assert matches("a.b.down_proj", [r"re:a\..*down_proj"])
+    assert not matches("a.b.down_proj", ["down_proj", "re:a", "*.DOWN_PROJ"])

@@ -1,0 +1,124 @@
+"""What is in memory during a calibration, and that where things are kept changes no byte."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from calibration.calibrate import calibrate
+from calibration.memory_need import MemoryNeed, input_peak, memory_need
+from calibration.model.architectures import find_architecture
+from calibration.model.loading import BlockLoader
+from calibration.model.plan import decoder_names, plan
+from calibration.model.source import open_source
+from calibration.recipe import Recipe
+from calibration.work.directory import WorkDirectory
+from calibration.work.hidden_states import DiskInput
+from morphoquant_vllm.errors import MorphoQuantError
+from tests.calibration.built_models import TinyModels
+from tests.calibration.killing import content
+
+RECIPE = Recipe(device="cpu", sample_tokens=64, max_samples=2)
+
+
+def need_of(model: Path, recipe: Recipe, tokens: int) -> MemoryNeed:
+    source = open_source(model)
+    architecture = find_architecture(source.config)
+    names = decoder_names(architecture, source.config, source.tensors)
+    spec = plan(architecture, source.config, source.tensors, recipe)
+    return memory_need(architecture, source.tensors, names, spec, recipe, tokens)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("qwen2_5_vl", "bfloat16")])
+def test_hidden_states_on_disk_give_the_bytes_of_those_in_memory(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
+) -> None:
+    recipe = RECIPE.model_copy(update={"dtype": dtype})
+    used: list[set[str]] = []
+    inputs = WorkDirectory.inputs
+
+    def watched(self: WorkDirectory, *, in_memory: bool) -> Any:
+        found = inputs(self, in_memory=in_memory)
+        used.append({type(entry).__name__ for entry in found})
+        return found
+
+    monkeypatch.setattr(WorkDirectory, "inputs", watched)
+    calibrate(tiny.model(name), tiny.data(name), tmp_path / "memory", recipe=recipe)
+    need = need_of(tiny.model(name), recipe, 66)
+    # All but the hidden states fits.
+    budget = max(need.block, need.front_streamed)
+    calibrate(tiny.model(name), tiny.data(name), tmp_path / "disk", recipe=recipe, memory_budget=budget)
+    assert used == [{"MemoryInput"}, {DiskInput.__name__}]
+    assert content(tmp_path / "disk") == content(tmp_path / "memory")
+
+
+def test_one_block_at_a_time_is_in_memory(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at each block's loading: what torch's modules of the decoder hold off the meta device."""
+    load, loaded = BlockLoader.load, list[weakref.ref[nn.Module]]()
+    alive: list[int] = []
+
+    def watched(self: BlockLoader, index: int) -> nn.Module:
+        block = load(self, index)
+        # Nothing is collected here: what a cycle of references holds is in memory, too.
+        alive.append(sum(other() is not None for other in loaded))
+        loaded.append(weakref.ref(block))
+        held = sum(
+            parameter.numel()
+            for found in gc.get_objects()
+            if issubclass(type(found), nn.Linear | nn.Embedding)
+            for parameter in found.parameters()
+            if parameter.device.type != "meta"
+        )
+        # A decoder linear of another block, a tower or an embedding would be in it.
+        assert held == sum(p.numel() for m in block.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+        return block
+
+    monkeypatch.setattr(BlockLoader, "load", watched)
+    gc.collect()
+    others = [found for found in gc.get_objects() if issubclass(type(found), nn.Linear | nn.Embedding)]
+    assert not any(parameter.device.type != "meta" for found in others for parameter in found.parameters())
+    calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", recipe=RECIPE)
+    assert alive == [0, 0]
+
+
+def test_a_model_that_does_not_fit_the_budget_is_refused_with_the_sizes(tiny: TinyModels, tmp_path: Path) -> None:
+    model, data = tiny.model("omni"), tmp_path / "none.jsonl"
+    # Not so much as rendered: its media do not exist.
+    data.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
+    expected = (
+        r"omni: does not fit --memory-budget 0.50GiB: .* take 0\.\d\dGiB; raise the budget, lower --sample-tokens"
+    )
+    with pytest.raises(MorphoQuantError, match=expected):
+        calibrate(model, data, tmp_path / "out", recipe=RECIPE, memory_budget=2**29)
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
+    small, large = (need_of(tiny.model("omni"), RECIPE, tokens) for tokens in (1000, 100_000))
+    assert large.front == small.front > small.front_streamed
+    # Of the widest input, float32: as it is and as it should be, at least.
+    assert large.block - small.block > 2 * 4 * 99_000 * 256
+    half = need_of(tiny.model("omni"), Recipe(device="cpu", dtype="bfloat16"), 1000)
+    weights = sum(
+        info.nbytes for name, info in open_source(tiny.model("omni")).tensors.items() if "thinker.audio" in name
+    )
+    assert small.front - half.front > weights / 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "n", "measured"),
+    [
+        (1024, 4096, 128, 307),
+        (16384, 1024, 128, 297),
+        (2048, 1024, 4096, 297),
+        (4096, 3072, 512, 348),
+        (4096, 2048, 8192, 850),
+        (16384, 11008, 2048, 3758),
+    ],
+)
+def test_the_formula_covers_what_was_measured(tokens: int, k: int, n: int, measured: int) -> None:
+    """MiB by which resident memory rose, tokens included, when one input was quantized (G = 32, two modalities)."""
+    assert measured < input_peak(tokens, k, n, 32) / 2**20 < 1.25 * measured

@@ -1,0 +1,47 @@
+"""Builds of the CPU kernels for tests: for this machine, emulated, and with the address sanitizer."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from morphoquant_vllm.cpu import build as cpu_build
+from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, BuildError, Kernels
+
+EMULATION = Path(__file__).parents[2] / "simde"
+
+
+def compiler() -> list[str]:
+    """The machine's compiler; skips where there is none."""
+    try:
+        return cpu_build.find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def native(instructions: str) -> Kernels:
+    """The kernels as they are served; skips where the machine cannot run them."""
+    if not cpu_build.cpu_flags().issuperset(INSTRUCTION_SETS[instructions][0]):
+        pytest.skip(f"this processor has no {instructions}")
+    if instructions not in (*cpu_build.RUN_ON_HARDWARE, os.environ.get(cpu_build.CHOICE)):
+        pytest.skip(f"{instructions} has not run on a processor yet; {cpu_build.CHOICE}={instructions} tries it")
+    directory = cpu_build.cache_directory()
+    return cpu_build.load(cpu_build.build(instructions, compiler(), directory, cpu_build.torch_openmp()), instructions)
+
+
+def emulated() -> Kernels:
+    """The AVX512-VNNI kernels over SIMDe; skips where its headers are not installed."""
+    command = compiler()
+    probe = subprocess.run(
+        [*command, "-E", "-x", "c++", "-"], input="#include <simde/x86/avx512.h>", capture_output=True, text=True
+    )
+    if probe.returncode:
+        pytest.skip("emulating AVX512 needs SIMDe's headers: apt-get install libsimde-dev")
+    native("avx2")
+    with pytest.MonkeyPatch.context() as patch:
+        # Without the compiler's AVX512 flags, which would bypass the emulation.
+        patch.setitem(INSTRUCTION_SETS, "avx512_vnni", INSTRUCTION_SETS["avx2"])
+        extra = ("-I", str(EMULATION), "-O1", "-w")
+        built = cpu_build.build("avx512_vnni", command, cpu_build.cache_directory(), cpu_build.torch_openmp(), extra)
+    return cpu_build.load(built, "avx512_vnni")

@@ -1,0 +1,204 @@
+"""Building and loading the CPU kernels: the cache, many workers at once, and machines where it cannot work."""
+
+import ctypes
+import logging
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import build as cpu_build
+from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, BuildError
+from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    directory = tmp_path / "sources"
+    directory.mkdir()
+    (directory / "answer.cpp").write_text(SOURCE)
+    return directory
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> tuple[list[str], Path]:
+    """The compiler behind a script that writes down each command, and the file it writes to."""
+    log, script = tmp_path / "commands", tmp_path / "cxx"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {cpu_libraries.compiler()[0]} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return [str(script)], log
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """kernels() forgets what it found, before and after."""
+    cpu_build.kernels.cache_clear()
+    yield
+    cpu_build.kernels.cache_clear()
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """Messages of the module's logger, wherever vLLM sends them."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    cpu_build.logger.addHandler(handler)
+    yield messages
+    cpu_build.logger.removeHandler(handler)
+
+
+def test_a_build_is_made_once_and_named_by_its_content(tmp_path: Path, sources: Path, recording) -> None:
+    command, log = recording
+    cache = tmp_path / "cache"
+
+    def build(instructions: str = "avx2") -> tuple[Path, int]:
+        before = log.read_text().count(" -c ") if log.is_file() else 0
+        path = cpu_build.build(instructions, command, cache, None, sources=sources)
+        return path, log.read_text().count(" -c ") - before
+
+    first, compiled = build()
+    assert compiled == 1 and ctypes.CDLL(str(first)).answer() == 42
+    assert build() == (first, 0)
+    (sources / "header.h").write_text("// a header counts as well\n")
+    second, compiled = build()
+    assert compiled == 1 and second != first
+    third, compiled = build("avx_vnni")
+    assert compiled == 1 and third != second
+    assert sorted(cache.iterdir()) == sorted((first, second, third)), "nothing half-made is left"
+
+
+def test_many_workers_may_build_at_once(tmp_path: Path, sources: Path, recording) -> None:
+    command, log = recording
+    cache = tmp_path / "cache"
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: cpu_build.build("avx2", command, cache, None, sources=sources), range(4)))
+    assert log.read_text().count(" -c ") > 1, "they did run at once"
+    assert len(set(built)) == 1 and list(cache.iterdir()) == [built[0]]
+    assert ctypes.CDLL(str(built[0])).answer() == 42
+
+
+def test_a_failed_build_leaves_nothing_and_quotes_the_compiler(tmp_path: Path, sources: Path) -> None:
+    (sources / "answer.cpp").write_text("#error broken on purpose\n")
+    with pytest.raises(BuildError, match="broken on purpose"):
+        cpu_build.build("avx2", cpu_libraries.compiler(), tmp_path / "cache", None, sources=sources)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, sources: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match=r"cannot write to .*file/cache.*MORPHOQUANT_CACHE"):
+        cpu_build.build("avx2", cpu_libraries.compiler(), tmp_path / "file" / "cache", None, sources=sources)
+
+
+def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    with pytest.raises(BuildError, match="does not load"):
+        cpu_build.load(tmp_path / "broken.so", "avx2")
+
+
+@pytest.mark.parametrize("missing", ["no-such-compiler", "", "false"])
+def test_without_a_compiler_one_warning_and_the_reference(
+    missing: str, monkeypatch, tmp_path: Path, warnings: list[str], fresh: None
+) -> None:
+    monkeypatch.setattr(cpu_build, "cpu_flags", lambda: frozenset(INSTRUCTION_SETS["avx2"][0]))
+    monkeypatch.setenv("MORPHOQUANT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", missing)
+    if not missing:
+        monkeypatch.setattr(cpu_build.shutil, "which", lambda name: None)
+    assert ops.select_backend(torch.device("cpu")) == "reference"
+    assert ops.select_backend(torch.device("cpu")) == "reference"
+    assert len(warnings) == 1
+    assert "slow torch reference" in warnings[0] and "g++" in warnings[0]
+
+
+def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) -> None:
+    cpu_libraries.native("avx2")
+    assert ops.select_backend(torch.device("cpu")) == "cpu"
+    assert ops.select_backend(torch.device("meta")) == "reference"
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "choice", "expected"),
+    [
+        ("avx2 fma f16c", "", "avx2"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx_vnni", "", "avx512_vnni"),
+        # What has not run on a processor is there for whoever asks.
+        ("avx2 fma f16c avx_vnni", "", "avx2"),
+        ("avx2 fma f16c avx_vnni", "avx_vnni", "avx_vnni"),
+        # A part of AVX512 does not serve.
+        ("avx2 fma f16c avx512f avx512_vnni", "", "avx2"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni", "avx512_vnni", "avx512_vnni"),
+    ],
+)
+def test_an_instruction_set_is_chosen(tmp_path: Path, flags: str, choice: str, expected: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse2\nflags\t\t: other\n")
+    assert cpu_build.instruction_set(cpu_build.cpu_flags(tmp_path / "cpuinfo"), choice) == expected
+
+
+@pytest.mark.parametrize("choice", ["avx512_vnni", "neon"])
+def test_an_instruction_set_that_is_not_there_is_refused(choice: str) -> None:
+    with pytest.raises(BuildError, match=rf"MORPHOQUANT_CPU={choice}: not .* it has \['avx2'\]"):
+        cpu_build.instruction_set(frozenset(("avx2", "fma", "f16c")), choice)
+
+
+def test_an_old_processor_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : fpu sse2 avx\n")
+    for path in (tmp_path / "cpuinfo", tmp_path / "none"):
+        with pytest.raises(BuildError, match="no AVX2"):
+            cpu_build.instruction_set(cpu_build.cpu_flags(path))
+
+
+def test_torchs_own_openmp_is_found_among_others(tmp_path: Path) -> None:
+    site = Path(torch.__file__).parent
+    lines = [
+        "7f00-7f01 r-xp 0 00:00 1 /site/scikit_learn.libs/libgomp-e985bcbb.so.1.0.0",
+        "7f00-7f01 r-xp 0 00:00 1 /usr/lib/x86_64-linux-gnu/libgomp.so.1",
+        f"7f00-7f01 r-xp 0 00:00 1 {site}/lib/libgomp.so.1",
+    ]
+    maps = tmp_path / "maps"
+    for count, expected in ((3, site / "lib/libgomp.so.1"), (2, Path("/usr/lib/x86_64-linux-gnu/libgomp.so.1"))):
+        maps.write_text("\n".join(lines[:count]) + "\n")
+        assert cpu_build.torch_openmp(maps) == expected
+    maps.write_text(lines[0] + "\n")
+    assert cpu_build.torch_openmp(maps) is None
+
+
+def test_the_kernels_share_torchs_threads() -> None:
+    """One OpenMP library in the process: the one torch loaded, whose threads vLLM binds."""
+    cpu_libraries.native("avx2")
+    maps = Path("/proc/self/maps").read_text()
+    mapped = {line.split()[-1] for line in maps.splitlines() if "/libgomp" in line and ".libs/" not in line}
+    assert mapped == {str(cpu_build.torch_openmp())}
+
+
+@pytest.mark.parametrize("instructions", sorted(INSTRUCTION_SETS))
+def test_every_instruction_set_compiles_to_its_instructions(instructions: str) -> None:
+    """Compiled whether or not this machine can run it; the dot product is the one that the set is named for."""
+    if not shutil.which("objdump"):
+        pytest.skip("needs objdump: apt-get install binutils")
+    built = cpu_build.build(
+        instructions, cpu_libraries.compiler(), cpu_build.cache_directory(), cpu_build.torch_openmp()
+    )
+    listing = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
+    dots = [line for line in listing.splitlines() if "vpdpbusd" in line or "vpmaddubsw" in line]
+    opcode, register = {
+        "avx2": ("vpmaddubsw", "%ymm"),
+        "avx_vnni": ("{vex} vpdpbusd", "%ymm"),
+        "avx512_vnni": ("vpdpbusd", "%zmm"),
+    }[instructions]
+    # Every size of tile has its own.
+    assert len(dots) > 50
+    assert all(opcode in line and register in line for line in dots), dots[:3]
+    assert ("%zmm" in listing) == (instructions == "avx512_vnni")
+    # The head's, which is called where the processor has it.
+    assert ("vdpbf16ps" in listing) == (instructions == "avx512_vnni")

@@ -1,0 +1,313 @@
+"""Loading into vLLM's own linear layers, one process: what is checked, what is refused, what is computed."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from morphoquant_vllm import ops
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec
+from morphoquant_vllm.gpu import device
+from morphoquant_vllm.numerics.activation import act_quant, is_massive, token_rows
+from morphoquant_vllm.numerics.linear import linear, matmul
+from morphoquant_vllm.plugin.config import MorphoQuantConfig
+from tests.checkpoints import random_group
+from tests.records import activation_of, rank_part, weight_of
+
+K, N, G = 64, 32, 32
+SHARDS = ("gate_proj", "up_proj")
+
+
+def specification(bias: bool = False) -> QuantizationSpec:
+    layers = {f"mlp.{shard}": LayerSpec(K, N, G, "column", "mlp.gate_up_proj", bias) for shard in SHARDS}
+    layers["mlp.down_proj"] = LayerSpec(K, N, G, "row", "mlp.down_proj")
+    return QuantizationSpec(layers=layers)
+
+
+def two_level(spec: QuantizationSpec) -> QuantizationSpec:
+    layers = {name: replace(layer, scale_scheme="two_level") for name, layer in spec.layers.items()}
+    return QuantizationSpec(layers=layers)
+
+
+def stored(spec: QuantizationSpec, count: int) -> list[dict[str, Tensor]]:
+    matrices = list(torch.randn(count, N, K, generator=torch.Generator().manual_seed(7)))
+    return random_group(matrices, spec.layers["mlp.gate_proj"], spec, torch.tensor(3))
+
+
+def merged_layer(spec: QuantizationSpec, bias: bool = False) -> torch.nn.Module:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    config = MorphoQuantConfig(spec)
+    config.packed_modules_mapping = {"gate_up_proj": list(SHARDS)}
+    return MergedColumnParallelLinear(K, [N, N], bias=bias, quant_config=config, prefix="mlp.gate_up_proj")
+
+
+def load(layer: torch.nn.Module, shards: list[dict[str, Tensor]]) -> torch.nn.Module:
+    for index, tensors in enumerate(shards):
+        for name, tensor in tensors.items():
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor, index)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def reference(shards: list[dict[str, Tensor]], x: Tensor, row: int) -> Tensor:
+    modality = torch.full((x.shape[0],), row, dtype=torch.int32)
+    return linear(x, modality, weight_of(*shards), activation_of(shards[0]))
+
+
+def stay_any(layer: torch.nn.Module, spec: QuantizationSpec) -> bool:
+    """Whether the buffer of rows, which no embedding fills here, holds 'any' alone."""
+    return layer.modality.unique().tolist() == [spec.any_row]
+
+
+def held(x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return is_massive(x, tensors["massive_channel"], tensors["massive_low"], tensors["massive_high"])
+
+
+@pytest.mark.usefixtures("engine_context")
+class TestFusedLayer:
+    def test_a_loaded_layer_computes_the_reference(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(1)) * 2
+        assert 0 < int(held(x, shards[0]).sum()) < 20
+        y, _ = layer(x)
+        assert stay_any(layer, spec)
+        assert torch.equal(y, reference(shards, x, spec.any_row))
+        nested, _ = layer(x.view(1, 20, K))
+        assert torch.equal(nested[0], y)
+        assert not list(layer.named_parameters()), "the canonical parameters are gone, no second copy stays"
+
+    def test_each_token_takes_the_row_that_the_buffer_names(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(2))
+        rows = torch.arange(20, dtype=torch.int32) % (len(spec.rows) - 1)
+        layer.modality[:20] = rows
+        y, _ = layer(x)
+        assert torch.equal(y, linear(x, rows, weight_of(*shards), activation_of(shards[0])))
+        layer.modality.fill_(spec.any_row)
+        assert not torch.equal(y, layer(x)[0])
+
+    def test_a_step_longer_than_the_buffer_takes_any(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        layer.modality.zero_()
+        longer = layer.modality.numel() + 1
+        x = torch.randn(longer, K, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(layer(x)[0], reference(shards, x, spec.any_row))
+        assert torch.equal(layer(x[1:])[0], reference(shards, x[1:], 0))
+
+    def test_a_fixed_row_serves_any_number_of_tokens(self) -> None:
+        """Towers get images of more patches than a step has tokens."""
+        layers = {name: replace(layer, fixed_row="image") for name, layer in specification().layers.items()}
+        spec = QuantizationSpec(layers=layers)
+        shards = stored(spec, 2)
+        layer = load(merged_layer(spec), shards)
+        assert not hasattr(layer, "modality")
+        for tokens in (1, 7, 5000):
+            x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(tokens))
+            assert torch.equal(layer(x)[0], reference(shards, x, spec.rows.index("image")))
+
+    def test_a_two_level_layer_computes_the_reference(self) -> None:
+        spec = two_level(specification())
+        shards = stored(spec, 2)
+        assert not torch.equal(*(shard["weight_channel_scale"] for shard in shards))
+        layer = load(merged_layer(spec), shards)
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(1)) * 2
+        y, _ = layer(x)
+        # One float32 rounding for the sum, one for each factor and for the addition.
+        torch.testing.assert_close(y, reference(shards, x, spec.any_row), rtol=2**-20, atol=1e-5)
+        assert layer.quant_method.backend == ops.select_backend(x.device)
+
+    def test_two_level_shards_need_their_levels(self) -> None:
+        spec = two_level(specification())
+        shards = stored(spec, 2)
+        del shards[1]["weight_level"]
+        with pytest.raises(MorphoQuantError, match=r"weight_level: 1 of 2 shards were loaded"):
+            load(merged_layer(spec), shards)
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_a_layer_that_is_fused_in_the_file_is_cut_as_vllm_cuts_it(
+        self, monkeypatch: pytest.MonkeyPatch, ranks: int
+    ) -> None:
+        """attn.qkv of Qwen2.5-VL's tower: each rank has its heads of q, of k and of v."""
+        from vllm.model_executor.layers import linear as vllm_linear
+
+        spec = QuantizationSpec(layers={"attn.qkv": LayerSpec(K, 3 * K, G, "column", "attn.qkv", fixed_row="image")})
+        full = torch.randn(3 * K, K, generator=torch.Generator().manual_seed(8))
+        (tensors,) = random_group([full], spec.layers["attn.qkv"], spec, torch.tensor(9))
+        config = MorphoQuantConfig(spec)
+        config.packed_modules_mapping = {"qkv": ["qkv"]}
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: ranks)
+        x = torch.randn(6, K, generator=torch.Generator().manual_seed(10))
+        parts = []
+        for rank in range(ranks):
+            monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+            layer = vllm_linear.QKVParallelLinear(K, K // 4, 4, 4, bias=False, quant_config=config, prefix="attn.qkv")
+            for name, tensor in tensors.items():
+                parameter = getattr(layer, name)
+                parameter.weight_loader(parameter, tensor)
+            layer.quant_method.process_weights_after_loading(layer)
+            parts.append(layer(x)[0].unflatten(1, (3, -1)))
+        expected = reference([tensors], x, spec.rows.index("image"))
+        assert torch.equal(torch.cat(parts, 2).flatten(1), expected)
+
+    @pytest.mark.parametrize("tensor", INPUT_TENSORS)
+    def test_unequal_shards_are_refused_by_name(self, tensor: str) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        changed = shards[1][tensor].clone()
+        changed.view(-1)[:2] = changed.view(-1)[:2].flip(0) if tensor == "channel_order" else changed.view(-1)[1:3] + 1
+        if changed.dtype is torch.bool:
+            changed = ~shards[1][tensor]
+        shards[1][tensor] = changed
+        with pytest.raises(MorphoQuantError, match=rf"mlp.gate_proj.{tensor}: differs between the shards"):
+            load(merged_layer(spec), shards)
+
+    def test_a_tensor_that_was_never_loaded_is_missed(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        del shards[1]["weight_codes"]
+        with pytest.raises(MorphoQuantError, match=r"weight_codes: 1 of 2 shards were loaded"):
+            load(merged_layer(spec), shards)
+
+    @pytest.mark.parametrize(
+        ("tensor", "value", "message"),
+        [
+            ("weight_scale", float("nan"), "weight_scale: holds NaN"),
+            ("absorbed_bias", float("inf"), "absorbed_bias: holds NaN or infinite"),
+            ("weight_scale", 0.0, "weight_scale: every value must be positive"),
+            ("weight_level", 17, "weight_level: every level must be 1 to 16"),
+        ],
+    )
+    def test_damaged_values_are_refused(self, tensor: str, value: float, message: str) -> None:
+        spec = two_level(specification()) if tensor == "weight_level" else specification()
+        shards = stored(spec, 2)
+        shards[1][tensor].view(-1)[0] = value
+        with pytest.raises(MorphoQuantError, match=message):
+            load(merged_layer(spec), shards)
+
+    def test_a_tensor_of_another_shape_is_refused(self) -> None:
+        spec = specification()
+        shards = stored(spec, 2)
+        shards[0]["centre"] = shards[0]["centre"][:, : K // 2]
+        with pytest.raises(MorphoQuantError, match=r"centre: has shape \[6, 32\], expected \[6, 64\]"):
+            load(merged_layer(spec), shards)
+
+    def test_a_bias_the_checkpoint_does_not_know_is_refused(self) -> None:
+        spec = specification(bias=False)
+        with pytest.raises(MorphoQuantError, match=r"mlp.gate_proj: the model has a bias, the checkpoint has none"):
+            load(merged_layer(spec, bias=True), stored(spec, 2))
+
+    def test_a_bias_with_nan_is_refused(self) -> None:
+        spec = specification(bias=True)
+        layer = merged_layer(spec, bias=True)
+        layer.bias.data.fill_(float("nan"))
+        with pytest.raises(MorphoQuantError, match=r"mlp.gate_proj.bias: holds NaN"):
+            load(layer, stored(spec, 2))
+
+    @pytest.mark.parametrize(
+        ("capability", "dtype", "line"),
+        [
+            ((7, 5), torch.bfloat16, "mlp.gate_proj: GPU 7.5 is not served; serve on a GPU of compute capability"),
+            ((9, 0), torch.float32, "mlp.gate_proj: activations in torch.float32 are not served on a GPU; serve with"),
+        ],
+    )
+    def test_what_the_gpu_kernels_do_not_serve_is_refused_at_load(
+        self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, line: str
+    ) -> None:
+        """A layer that believes to be on a GPU; nothing is laid out or compiled for it."""
+        monkeypatch.setattr(ops, "select_backend", lambda _: "triton")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        units = SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: units)
+        # Not through the cache, which would keep this GPU for other tests.
+        monkeypatch.setattr(device, "profile_of", device.profile_of.__wrapped__)
+        spec = specification()
+        layer = merged_layer(spec)
+        layer.quant_method.activation_dtype = dtype
+        with pytest.raises(MorphoQuantError) as caught:
+            load(layer, stored(spec, 2))
+        assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+    def test_an_input_size_that_is_not_the_models_is_refused(self) -> None:
+        from vllm.model_executor.layers.linear import ReplicatedLinear
+
+        with pytest.raises(MorphoQuantError, match=r"mlp.up_proj: the model has K = 128, the checkpoint 64"):
+            ReplicatedLinear(128, N, bias=False, quant_config=MorphoQuantConfig(specification()), prefix="mlp.up_proj")
+
+
+@pytest.mark.usefixtures("engine_context")
+class TestRowParallelLayer:
+    """A rank's cut and the sum over ranks, without the processes: layers that believe to be one of several ranks."""
+
+    @staticmethod
+    def tensors(blocks: int, scheme: str = "group") -> tuple[QuantizationSpec, dict[str, Tensor]]:
+        layers = (two_level(specification()) if scheme == "two_level" else specification()).layers
+        spec = QuantizationSpec(layers=layers, tensor_parallel=blocks)
+        full = torch.randn(N, K, generator=torch.Generator().manual_seed(5))
+        return spec, random_group([full], spec.layers["mlp.down_proj"], spec, torch.tensor(4))[0]
+
+    @staticmethod
+    def rank_layer(
+        monkeypatch: pytest.MonkeyPatch, spec: QuantizationSpec, tensors: dict[str, Tensor], rank: int, ranks: int
+    ) -> torch.nn.Module:
+        from vllm.model_executor.layers import linear as vllm_linear
+
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: ranks)
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
+        layer = vllm_linear.RowParallelLinear(
+            K, N, bias=False, reduce_results=False, quant_config=MorphoQuantConfig(spec), prefix="mlp.down_proj"
+        )
+        for name, tensor in tensors.items():
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer
+
+    # A checkpoint for two ranks serves one, too: the one rank then holds both blocks.
+    @pytest.mark.parametrize("scheme", ["group", "two_level"])
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_each_rank_computes_its_own_formula(self, monkeypatch: pytest.MonkeyPatch, ranks: int, scheme: str) -> None:
+        spec, tensors = self.tensors(2, scheme)
+        x = torch.randn(40, K, generator=torch.Generator().manual_seed(6)) * 2
+        massive = []
+        for rank, part in enumerate(x.chunk(ranks, 1)):
+            layer = self.rank_layer(monkeypatch, spec, tensors, rank, ranks)
+            own = rank_part(tensors, rank, ranks)
+            massive.append(held(part, own))
+            expected = reference([own], part.contiguous(), spec.any_row)
+            assert torch.equal(layer.quant_method.apply(layer, part.contiguous()), expected)
+        assert bool(massive[0].any()) and not bool(massive[0].all())
+        assert ranks == 1 or bool((massive[0] != massive[1]).any())
+
+    def test_ranks_sum_to_the_whole_layer_where_no_token_is_massive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec, tensors = self.tensors(blocks=2)
+        x = torch.randn(40, K, generator=torch.Generator().manual_seed(6)) * 2
+        x = x[~held(x, tensors)]
+        assert x.shape[0] > 10
+        activation, weight = activation_of(tensors), weight_of(tensors)
+        rows = token_rows(x, torch.full(x.shape[:1], spec.any_row, dtype=torch.int32), activation)
+        whole = matmul(act_quant(x, rows, activation), rows, weight, activation.gain, None)
+        total = torch.zeros_like(whole)
+        for rank, part in enumerate(x.chunk(2, 1)):
+            layer = self.rank_layer(monkeypatch, spec, tensors, rank, 2)
+            total += layer.quant_method.apply(layer, part.contiguous()).double()
+        # Each rank's output and each constant was cast to float32 once, at sizes below 1000.
+        assert float((total - whole).abs().max()) <= 3 * 1000 * 2.0**-24
+        assert float(whole.abs().max()) < 500
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_a_massive_channel_outside_its_block_is_refused(self, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+        spec, tensors = self.tensors(blocks=2)
+        tensors["massive_channel"] = tensors["massive_channel"].flip(0)
+        with pytest.raises(MorphoQuantError, match=r"mlp.down_proj.massive_channel: a channel lies outside its block"):
+            self.rank_layer(monkeypatch, spec, tensors, 0, ranks)
