@@ -201,7 +201,8 @@ def test_processes_make_the_layer_that_one_makes(
 ) -> None:
     """All that is chosen is the same; what rests on float32 sums of another order may differ, at ties alone."""
     # So that every n-th token is taken of those of all.
-    for place in ("grids.SEARCH_TOKENS", "layer.ERROR_TOKENS", "distributions.TOKENS", "rows.SEARCH_TOKENS"):
+    places = ("quantize.grids.SEARCH_TOKENS", "quantize.layer.ERROR_TOKENS", "output.distributions.TOKENS")
+    for place in (*places, "quantize.modality_rows.SEARCH_TOKENS"):
         monkeypatch.setattr(f"calibration.{place}", 60)
     recipe = Recipe(sample_tokens=300, **settings)
     whole = make(ONE, recipe)

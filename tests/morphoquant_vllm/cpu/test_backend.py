@@ -184,7 +184,7 @@ def _header(block: torch.Tensor, place: int, value: int) -> torch.Tensor:
 )
 def test_records_that_do_not_fit_raise_before_they_are_read(library: Kernels, weight: list, record: list) -> None:
     x, modality = tokens_of(3, 96, torch.float32)
-    with pytest.raises(ValueError, match=r"the records must be what cpu_records\.prepare made"):
+    with pytest.raises(ValueError, match=r"the records must be what cpu.layout.prepare made"):
         cpu.linear(x, modality, weight, record, None, library)
 
 

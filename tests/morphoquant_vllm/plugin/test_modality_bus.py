@@ -73,7 +73,7 @@ def started(
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     """What the plugin logs; vLLM's logger keeps its messages to itself."""
-    logger = logging.getLogger("vllm.morphoquant_vllm.modality")
+    logger = logging.getLogger("vllm.morphoquant_vllm.plugin.modality_bus")
     seen: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
