@@ -24,7 +24,7 @@ from calibration.stages import Job, capture, export, quantize
 from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import read_json
+from morphoquant_vllm.format.files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -243,9 +243,12 @@ def report(
 @app.command()
 def verify(directory: Directory) -> None:
     """Check a checkpoint: names, shapes, code ranges, finite values, shards of fused layers, tensor-parallel rules."""
-    from morphoquant_vllm.format.checkpoint import verify_checkpoint
+    from morphoquant_vllm.format.verify import OLD_VERSION, verify_checkpoint
 
-    typer.echo(f"{directory}: {verify_checkpoint(directory)} quantized layers, all in order")
+    spec = verify_checkpoint(directory)
+    typer.echo(f"{directory}: {len(spec.layers)} quantized layers, all in order")
+    if spec.integrity is None:
+        typer.echo(f"{directory}: {OLD_VERSION}")
 
 
 def _number_or_word(value: str | None) -> int | str | None:

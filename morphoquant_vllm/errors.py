@@ -1,8 +1,25 @@
 """The one error type for what a user can mend."""
 
+# Longer messages are cut: names and values from a damaged file may be of any length.
+LONGEST_MESSAGE = 600
+
 
 class MorphoQuantError(Exception):
     """A problem with the user's input; its message is one line that names the thing and the remedy.
 
-    Not a ValueError: pydantic, inside which vLLM builds its configuration, would bury the line in a report of its own.
+    What a file holds may stand in the message, so control characters are escaped and a long message is shortened in
+    its middle. Not a ValueError: pydantic, inside which vLLM builds its configuration, would bury the line in a report
+    of its own.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters escaped, and shortened in its middle if it is very long."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    if len(shown) <= LONGEST_MESSAGE:
+        return shown
+    half = LONGEST_MESSAGE // 2
+    return f"{shown[:half]} ... {shown[-half:]}"

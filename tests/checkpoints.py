@@ -21,6 +21,7 @@ from morphoquant_vllm.format.schema import (
     input_blocks,
     stored_name,
 )
+from morphoquant_vllm.format.seal import sealed
 from morphoquant_vllm.numerics import weights
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 64, 128, 32, 16
@@ -141,7 +142,6 @@ def write_random_checkpoint(
     tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
 
     directory.mkdir(parents=True, exist_ok=True)
-    write_config(directory, spec)
     names = list(tensors)
     middle = len(names) // 2
     files = {"model-00001-of-00002.safetensors": names[:middle], "model-00002-of-00002.safetensors": names[middle:]}
@@ -151,13 +151,16 @@ def write_random_checkpoint(
         save_file({name: tensors[name] for name in held}, directory / file)
     index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return spec
+    return write_config(directory, spec)
 
 
-def write_config(directory: Path, spec: QuantizationSpec, **changes: object) -> None:
-    """Write config.json; `changes` replace entries of its quantization_config."""
-    config = {"model_type": "llama", "quantization_config": spec.to_dict() | changes}
+def write_config(directory: Path, spec: QuantizationSpec, **changes: object) -> QuantizationSpec:
+    """Write config.json for the weights that are there; `changes` replace entries of its quantization_config."""
+    config: dict[str, object] = {"model_type": "llama"}
+    spec = sealed(directory, config, spec)
+    config["quantization_config"] = spec.to_dict() | changes
     (directory / "config.json").write_text(json.dumps(config))
+    return spec
 
 
 def file_of(directory: Path, tensor: str) -> Path:

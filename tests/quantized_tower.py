@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_json, read_spec
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_spec
+from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import LayerSpec, stored_name
 from tests.checkpoints import edit_tensors, file_of, random_group
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from benchmarks.models.tiny_omni.processor import write_tokenizer
-from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_json
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
+from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, stored_name
 from tests.checkpoints import edit_tensors, random_group
 from tests.tiny_models import DECODER, write_model

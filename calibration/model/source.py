@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_json
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
+from morphoquant_vllm.format.files import read_json
 
 # Of a model in one file, which needs no index; our checkpoints always have one.
 SINGLE_FILE = "model.safetensors"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibration.data.token_choice import TokenSample
 from calibration.quantize.layer import InputSample
-from morphoquant_vllm.format.checkpoint import open_file
+from morphoquant_vllm.format.files import open_file
 from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
 from morphoquant_vllm.numerics.activation import ESCAPE_MAX, ESCAPE_MIN, act_quant, activation_record, token_rows
 from morphoquant_vllm.numerics.reference import dispersion_score

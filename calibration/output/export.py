@@ -20,6 +20,7 @@ from calibration.output.distributions import write_distributions
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec, stored_name, tensor_specs
+from morphoquant_vllm.format.seal import sealed
 
 # Weights in other clothes: never copied, and never opened.
 WEIGHT_SUFFIXES = frozenset(
@@ -136,7 +137,8 @@ def write_checkpoint(
     )
     write_distributions(directory, distributions)
     write_json(directory / REPORT_FILE, report)
-    write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": spec.to_dict()})
+    settings = sealed(directory, source.config, spec)
+    write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": settings.to_dict()})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ from rich.text import Text
 from safetensors import safe_open
 
 from calibration.output.report import REPORT_FILE
-from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read_headers, read_json, read_spec
+from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read_headers, read_spec
+from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import TWO_LEVEL_SCHEME, QuantizationSpec, stored_name, tensor_specs
 
 # Bytes per element, by safetensors' names; carried-over tensors may have any of these.

@@ -1,6 +1,11 @@
 """The checkpoint as files: names, shapes, dtypes and rules. Needs torch and safetensors only.
 
 schema       quantization_config and the tensors of a layer
-checkpoint   reads a directory, and says whether it obeys the format
+integrity    what a checkpoint says about itself: its tensors, files and settings
+values       the values that a layer's tensors may hold
+files        opens JSON and safetensors files, or refuses them in one line
+checkpoint   reads a directory's settings, headers and tensors
+verify       checks everything that the format promises
+seal         adds the integrity of written files to the settings
 token_table  from token ids to modality rows
 """

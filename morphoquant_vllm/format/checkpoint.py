@@ -1,34 +1,30 @@
-"""Reading a checkpoint directory: its settings, its headers, its tensors, and whether they obey format v1.
+"""Reading a checkpoint directory: its settings, its headers, its tensors, and whether they obey the format.
 
-Imports torch, safetensors and the standard library only: `morphoquant verify` runs without vLLM and transformers, and
-the plugin calls `check_headers` before vLLM loads a single weight (vLLM does not report a tensor that is missing).
+Imports torch, safetensors and the standard library only: `morphoquant verify` runs without vLLM and transformers.
+`verify` checks values and content too.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import COPY_AGAIN, check_directory, open_file, read_json
+from morphoquant_vllm.format.integrity import Integrity
 from morphoquant_vllm.format.schema import (
     INPUT_TENSORS,
+    OUTPUT_TENSORS,
     LayerSpec,
     QuantizationSpec,
     TensorSpec,
-    check_values,
     stored_name,
     tensor_specs,
-    unequal_input_tensors,
 )
-from morphoquant_vllm.format.token_table import check_token_table
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,7 +38,8 @@ HEADER_DTYPES = {
     torch.float16: "F16",
 }
 BIAS_DTYPES = ("F32", "BF16", "F16")
-COPY_AGAIN = "copy it again"
+# What only a quantized layer holds.
+_LAYER_TENSORS = frozenset((*INPUT_TENSORS, *(name for names in OUTPUT_TENSORS.values() for name in names)))
 CALIBRATE_AGAIN = "copy the checkpoint again, or calibrate again"
 
 
@@ -53,19 +50,6 @@ class StoredTensor:
     file: str
     dtype: str
     shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; MorphoQuantError naming the file where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MorphoQuantError(f"{path}: no such file; is {path.parent} a MorphoQuant checkpoint?") from error
-    except (OSError, ValueError) as error:
-        raise MorphoQuantError(f"{path}: cannot be read as JSON ({error}); {COPY_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise MorphoQuantError(f"{path}: holds no JSON object; {COPY_AGAIN}")
-    return content
 
 
 def read_spec(directory: Path) -> QuantizationSpec:
@@ -83,23 +67,11 @@ def read_spec(directory: Path) -> QuantizationSpec:
         raise MorphoQuantError(f"{path}: {error}") from error
 
 
-@contextmanager
-def open_file(path: Path) -> Iterator[Any]:
-    """An open safetensors file; MorphoQuantError naming it where it is missing, truncated or something else."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise MorphoQuantError(f"{path}: missing; {COPY_AGAIN}") from error
-    except (SafetensorError, OSError) as error:
-        raise MorphoQuantError(f"{path}: truncated or not safetensors ({error}); {COPY_AGAIN}") from error
-
-
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by name, from the headers alone; index and files must agree in both directions."""
-    if not directory.is_dir():
-        raise MorphoQuantError(f"{directory}: no such directory")
-    index = _read_index(directory)
+    check_directory(directory)
+    index = read_index(directory)
+    _refuse_other_weights(directory, index)
     stored = {}
     for file_name in sorted(set(index.values())):
         with open_file(directory / file_name) as file:
@@ -117,7 +89,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _read_index(directory: Path) -> dict[str, str]:
+def read_index(directory: Path) -> dict[str, str]:
     """Tensor name -> file name. The format has an index even for one file: without it a lost tensor is not missed."""
     path = directory / INDEX_FILE
     if not path.is_file():
@@ -138,6 +110,15 @@ def _read_index(directory: Path) -> dict[str, str]:
     return weight_map
 
 
+def _refuse_other_weights(directory: Path, index: Mapping[str, str]) -> None:
+    """Refuse weight files that the index does not name: one loader would read them, another would not."""
+    others = sorted({path.name for path in directory.glob("*.safetensors")} - set(index.values()))
+    if others:
+        raise MorphoQuantError(
+            f"{directory / others[0]}: lies beside {INDEX_FILE}, which does not name it; remove one of the two"
+        )
+
+
 def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
     """File name of every tensor, after checking names, dtypes and shapes of the quantized layers (no values are read).
 
@@ -146,11 +127,38 @@ def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
     stored = read_headers(directory)
     for name, layer in spec.layers.items():
         _check_layer_headers(directory, name, layer, tensor_specs(layer, len(spec.rows), spec.tensor_parallel), stored)
+    carried = []
     for name, tensor in stored.items():
-        owner = _owner(name, spec.layers)
+        owner = owner_of(name, spec.layers)
         if owner is not None:
             _check_belongs(directory / tensor.file, name, owner, spec)
+        elif name.rpartition(".")[2] in _LAYER_TENSORS:
+            raise MorphoQuantError(
+                f"{directory / tensor.file}: {name} belongs to a quantized layer that quantization_config does not "
+                f"list; {CALIBRATE_AGAIN}"
+            )
+        else:
+            carried.append(name)
+    if spec.integrity is not None:
+        _check_list(directory, carried, {tensor.file for tensor in stored.values()}, spec.integrity)
     return {name: tensor.file for name, tensor in stored.items()}
+
+
+def _check_list(directory: Path, carried: list[str], files: set[str], integrity: Integrity) -> None:
+    """Refuse carried tensors and files that are not those that the checkpoint lists."""
+    listed = set(integrity.carried)
+    for name in sorted(listed - set(carried)):
+        raise MorphoQuantError(f"{directory}: tensor {name} is missing; {CALIBRATE_AGAIN}")
+    for name in sorted(set(carried) - listed):
+        raise MorphoQuantError(f"{directory}: tensor {name} is none of the checkpoint's; {CALIBRATE_AGAIN}")
+    for name in sorted(files ^ integrity.files.keys()):
+        raise MorphoQuantError(
+            f"{directory / name}: {INDEX_FILE} and quantization_config disagree about it; {CALIBRATE_AGAIN}"
+        )
+    for name, file in integrity.files.items():
+        size = (directory / name).stat().st_size
+        if size != file.bytes:
+            raise MorphoQuantError(f"{directory / name}: has {size} bytes, not {file.bytes}; {COPY_AGAIN}")
 
 
 def _check_layer_headers(
@@ -177,7 +185,7 @@ def _check_layer_headers(
             )
 
 
-def _owner(tensor: str, layers: Mapping[str, LayerSpec]) -> str | None:
+def owner_of(tensor: str, layers: Mapping[str, LayerSpec]) -> str | None:
     """The innermost quantized layer above a tensor, if any."""
     parent = tensor
     while "." in parent:
@@ -220,44 +228,3 @@ def load_layer(directory: Path, files: Mapping[str, str], name: str, spec: Quant
             for tensor in names:
                 tensors[tensor] = file.get_tensor(stored_name(name, tensor))
     return tensors
-
-
-def verify_checkpoint(directory: Path) -> int:
-    """Check everything that the format promises, values included; the number of quantized layers.
-
-    Raises MorphoQuantError at the first thing that is wrong. Holds one layer at a time, or one tensor that is not
-    quantized.
-    """
-    spec = read_spec(directory)
-    check_token_table(directory, read_json(directory / CONFIG_FILE), spec)
-    files = check_headers(directory, spec)
-    for group, names in spec.shared_inputs().items():
-        first: dict[str, Tensor] = {}
-        for name in names:
-            tensors = load_layer(directory, files, name, spec)
-            check_values(name, tensors, spec.any_row, parallel=spec.layers[name].parallel, blocks=spec.tensor_parallel)
-            if "bias" in tensors and not bool(tensors["bias"].isfinite().all()):
-                raise MorphoQuantError(f"{stored_name(name, 'bias')}: holds NaN or infinite values; {CALIBRATE_AGAIN}")
-            first = first or {tensor: tensors[tensor] for tensor in INPUT_TENSORS}
-            unequal = unequal_input_tensors(first, tensors)
-            if unequal:
-                raise MorphoQuantError(
-                    f"{stored_name(name, unequal[0])}: differs from that of {names[0]}, but the shards of {group} "
-                    "share one input; calibrate again"
-                )
-    _check_carried_over(directory, files, spec)
-    return len(spec.layers)
-
-
-def _check_carried_over(directory: Path, files: Mapping[str, str], spec: QuantizationSpec) -> None:
-    """No float tensor outside the quantized layers may hold a NaN (infinities may be meant: stored masks)."""
-    by_file: dict[str, list[str]] = {}
-    for name, file_name in files.items():
-        if _owner(name, spec.layers) is None:
-            by_file.setdefault(file_name, []).append(name)
-    for file_name, names in by_file.items():
-        with open_file(directory / file_name) as file:
-            for name in names:
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                    raise MorphoQuantError(f"{directory / file_name}: {name} holds NaN; {CALIBRATE_AGAIN}")

@@ -1,20 +1,24 @@
-"""Checkpoint format v2: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
+"""The checkpoint format: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
 
 docs/checkpoint.md explains the format; this module is what holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.integrity import Integrity, digest
 
 QUANT_METHOD = "morphoquant"
-FORMAT_VERSION = 2
+# Written by this version, and read by it. Version 2 has no `integrity`: less can be checked.
+FORMAT_VERSION = 3
+KNOWN_VERSIONS = (2, 3)
 ANY_ROW = "any"
 TEXT_ROW = "text"
 # The open list of row names starts with these; placeholders of a model's modality map to the row of the same name.
@@ -32,6 +36,12 @@ MAX_LEVEL = 16
 # Input channels up to which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
 MAX_TWO_LEVEL_CHANNELS = 2**17 - 1
 PARALLEL_KINDS = ("column", "row")
+# Bits of a weight code. The format has room for 8; a version that serves them will say so here.
+WEIGHT_BITS = (4,)
+# Settings that later versions of this package may fill without a new format version; here they must be empty.
+RESERVED = ("experts", "kv_cache")
+# Names of layers and rows come from files and go to terminals and pages.
+_NAME = re.compile(r"[\w.\-]+", re.ASCII)
 
 # JSON types of a layer's settings.
 FIELD_TYPES = {
@@ -43,10 +53,11 @@ FIELD_TYPES = {
     "bias": bool,
     "scale_scheme": str,
     "fixed_row": str,
+    "weight_bits": int,
 }
 
 # Settings that the shards of a fused layer have in common.
-SHARED_SETTINGS = ("in_features", "group_size", "scale_scheme", "parallel", "fixed_row")
+SHARED_SETTINGS = ("in_features", "group_size", "scale_scheme", "parallel", "fixed_row", "weight_bits")
 
 # Tensors that every shard of a fused layer must carry with the same bytes: they belong to the shared input.
 INPUT_TENSORS = (
@@ -84,6 +95,8 @@ class LayerSpec:
     scale_scheme: str = GROUP_SCHEME
     # Row of every token of this layer, for towers, whose tokens have no ids; empty: the row of the token's modality.
     fixed_row: str = ""
+    # Bits of a weight code.
+    weight_bits: int = 4
 
     def check(self, name: str, tensor_parallel: int = 1) -> None:
         """Raise MorphoQuantError naming the layer where a rule of the format is broken."""
@@ -91,6 +104,11 @@ class LayerSpec:
             # type(), not isinstance(): JSON's true is no number.
             if type(getattr(self, setting)) is not wanted:
                 raise MorphoQuantError(f"{name}: {setting} must be {wanted.__name__}, got {getattr(self, setting)!r}")
+        if self.weight_bits not in WEIGHT_BITS:
+            raise MorphoQuantError(
+                f"{name}: weight_bits {self.weight_bits} is not served by this version, which knows "
+                f"{list(WEIGHT_BITS)}; upgrade morphoquant-vllm"
+            )
         if self.scale_scheme not in SCALE_SCHEMES:
             raise MorphoQuantError(
                 f"{name}: scale_scheme '{self.scale_scheme}' is unknown; this version knows {list(SCALE_SCHEMES)}"
@@ -110,7 +128,7 @@ class LayerSpec:
 
 
 def check_group_size(name: str, in_features: int, group_size: int) -> None:
-    """Refuse a group size that v1 does not know, or that does not divide K."""
+    """Refuse a group size that the format does not know, or that does not divide K."""
     if group_size not in GROUP_SIZES:
         raise MorphoQuantError(f"{name}: group_size {group_size} is not one of {list(GROUP_SIZES)}")
     if in_features % group_size:
@@ -145,8 +163,13 @@ class QuantizationSpec:
     placeholder_token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     # Free text about what made the file; never interpreted (vLLM claims the name "producer" for a format of its own).
     created_by: str = ""
+    # What the whole checkpoint holds; None in version 2, and before a checkpoint is written.
+    integrity: Integrity | None = None
 
     def __post_init__(self) -> None:
+        for name in (*self.rows, *self.layers):
+            if type(name) is not str or not _NAME.fullmatch(name):
+                raise MorphoQuantError(f"quantization_config: {name!r} is no name of a row or layer; copy it again")
         if ANY_ROW not in self.rows or len(set(self.rows)) != len(self.rows):
             raise MorphoQuantError(f"quantization_config: rows must be distinct and hold '{ANY_ROW}', got {self.rows}")
         if self.rows[-1] != MASSIVE_ROW:
@@ -202,9 +225,17 @@ class QuantizationSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
+        integrity = {} if self.integrity is None else {"integrity": self.integrity.to_dict()}
+        return {**self._settings(), **integrity}
+
+    def settings_digest(self) -> str:
+        """What `integrity.settings` must be: a digest of all that stands beside it but the free text."""
+        return digest({**self._settings(), "format_version": FORMAT_VERSION, "created_by": ""})
+
+    def _settings(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.integrity is not None else KNOWN_VERSIONS[0],
             "created_by": self.created_by,
             "rows": list(self.rows),
             "tensor_parallel": self.tensor_parallel,
@@ -214,37 +245,82 @@ class QuantizationSpec:
 
     @staticmethod
     def from_dict(config: Mapping[str, Any]) -> QuantizationSpec:
-        """Parse and check a quantization_config; MorphoQuantError where it is not one this version knows."""
+        """Parse and check a quantization_config; MorphoQuantError if it is not one that this version knows."""
         if config.get("quant_method") != QUANT_METHOD:
             raise MorphoQuantError(
                 f"quantization_config: quant_method is {config.get('quant_method')!r}, not '{QUANT_METHOD}'; "
                 "make a MorphoQuant checkpoint with `morphoquant calibrate`"
             )
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in KNOWN_VERSIONS:
             raise MorphoQuantError(
                 f"quantization_config: format_version {version!r} is unknown; this version of morphoquant-vllm "
-                f"knows {FORMAT_VERSION}: upgrade it, or calibrate again"
+                f"knows {' and '.join(map(str, KNOWN_VERSIONS))}: upgrade it, or calibrate again"
             )
+        _check_fields(config, version)
         try:
-            layers = {str(name): LayerSpec(**layer) for name, layer in config["layers"].items()}
-            return QuantizationSpec(
-                layers=layers,
-                rows=tuple(config["rows"]),
-                tensor_parallel=int(config["tensor_parallel"]),
-                placeholder_token_ids={
-                    str(row): tuple(int(token) for token in ids) for row, ids in config["placeholder_token_ids"].items()
-                },
-                created_by=str(config.get("created_by", "")),
-            )
+            spec = _parse(config)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MorphoQuantError(f"quantization_config is malformed: {error!r}; calibrate again") from error
+        if spec.integrity is not None and spec.integrity.settings != spec.settings_digest():
+            raise MorphoQuantError(
+                "quantization_config: its settings changed after the checkpoint was made; copy config.json again"
+            )
+        return spec
+
+
+def _check_fields(config: Mapping[str, Any], version: int) -> None:
+    """Refuse fields that this version does not know, by name."""
+    needed = {"quant_method", "format_version", "rows", "tensor_parallel", "placeholder_token_ids", "layers"}
+    if version == FORMAT_VERSION:
+        needed.add("integrity")
+        unknown = config.keys() - needed - {"created_by", *RESERVED}
+    else:
+        # Loaders of version 2 passed over what they did not know.
+        unknown = config.keys() & {"integrity", *RESERVED}
+    for name in sorted(needed - config.keys()):
+        raise MorphoQuantError(f"quantization_config: {name} is missing; copy config.json again")
+    for name in sorted(map(str, unknown)):
+        raise MorphoQuantError(
+            f"quantization_config: {name} is unknown in format_version {version}; upgrade morphoquant-vllm, or copy "
+            "config.json again"
+        )
+    for name in RESERVED:
+        if config.get(name):
+            raise MorphoQuantError(f"quantization_config: {name} needs a newer morphoquant-vllm; upgrade it")
+
+
+def _parse(config: Mapping[str, Any]) -> QuantizationSpec:
+    if not isinstance(config["rows"], list):
+        raise TypeError("rows must be a list")
+    integrity = config.get("integrity")
+    return QuantizationSpec(
+        layers={name: LayerSpec(**layer) for name, layer in config["layers"].items()},
+        rows=tuple(config["rows"]),
+        tensor_parallel=_whole(config["tensor_parallel"], "tensor_parallel"),
+        placeholder_token_ids={
+            str(row): tuple(_whole(token, "placeholder_token_ids") for token in ids)
+            for row, ids in config["placeholder_token_ids"].items()
+        },
+        created_by=str(config.get("created_by", "")),
+        integrity=None if integrity is None else Integrity.from_dict(integrity),
+    )
+
+
+def _whole(value: Any, name: str) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    return value
+
+
+# Settings of a layer that stand in config.json only if they are not the default: older files do not have them.
+_OPTIONAL = {"fixed_row": "", "weight_bits": 4}
 
 
 def _settings(layer: LayerSpec) -> dict[str, Any]:
-    """A layer's entry in config.json; `fixed_row` stands only where there is one."""
+    """A layer's entry in config.json."""
     settings = asdict(layer)
-    return settings if layer.fixed_row else {name: settings[name] for name in settings if name != "fixed_row"}
+    return {name: value for name, value in settings.items() if name not in _OPTIONAL or value != _OPTIONAL[name]}
 
 
 def input_blocks(layer: LayerSpec, tensor_parallel: int) -> int:
@@ -288,55 +364,3 @@ def scale_scheme_of(tensors: Collection[str]) -> str:
 def stored_name(layer: str, tensor: str) -> str:
     """Name of a tensor in the safetensors files."""
     return f"{layer}.{tensor}"
-
-
-def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *, parallel: str, blocks: int) -> None:
-    """Raise MorphoQuantError naming the layer and tensor where values break a rule of the format.
-
-    `tensors` are one layer's, already of the right shapes; `blocks` is the checkpoint's tensor_parallel.
-    """
-    two_level = scale_scheme_of(tensors) == TWO_LEVEL_SCHEME
-    scale = "weight_channel_scale" if two_level else "weight_scale"
-    finite = (scale, "activation_step", "centre", "gain", "massive_low", "massive_high", "absorbed_bias")
-    for tensor in finite:
-        if not bool(torch.isfinite(tensors[tensor]).all()):
-            raise MorphoQuantError(f"{name}.{tensor}: holds NaN or infinite values; the file is damaged")
-    for tensor in (scale, "activation_step", "gain"):
-        if not bool((tensors[tensor] > 0).all()):
-            raise MorphoQuantError(f"{name}.{tensor}: every value must be positive; the file is damaged")
-    if two_level:
-        level = tensors["weight_level"]
-        if not bool(((level >= 1) & (level <= MAX_LEVEL)).all()):
-            raise MorphoQuantError(f"{name}.weight_level: every level must be 1 to {MAX_LEVEL}; the file is damaged")
-    inverse = 1.0 / (tensors["activation_step"].double()[None] * tensors["gain"].double()[:, None])
-    if float(inverse.max()) > torch.finfo(torch.float32).max:
-        raise MorphoQuantError(f"{name}.activation_step: a step is too small to invert in float32")
-    mask = tensors["modality_mask"]
-    # The massive row stands apart: the quantizer itself knows its tokens.
-    if bool((mask[:-1] & ~mask[any_row]).any()):
-        raise MorphoQuantError(f"{name}.modality_mask: row '{ANY_ROW}' must hold the channels of every modality's row")
-    check_massive_channels(name, tensors["massive_channel"], tensors["channel_order"].numel())
-    check_order(name, tensors["channel_order"], blocks if parallel == "row" else 1)
-
-
-def check_massive_channels(name: str, channel: torch.Tensor, in_features: int) -> None:
-    """Each block's massive channels [B, J] must lie in that block of the K channels."""
-    width = in_features // channel.shape[0]
-    start = torch.arange(channel.shape[0], device=channel.device)[:, None] * width
-    if bool(((channel < start) | (channel >= start + width)).any()):
-        raise MorphoQuantError(f"{name}.massive_channel: a channel lies outside its block of {width} channels")
-
-
-def check_order(name: str, order: torch.Tensor, blocks: int) -> None:
-    """The channel order [K] must be a permutation that stays within each of `blocks` equal blocks."""
-    expected = torch.arange(order.numel(), device=order.device).view(blocks, -1)
-    if not torch.equal(order.long().view(blocks, -1).sort(dim=1).values, expected):
-        where = f"within {blocks} tensor-parallel blocks " if blocks > 1 else ""
-        raise MorphoQuantError(f"{name}.channel_order: must permute the {order.numel()} channels {where}exactly once")
-
-
-def unequal_input_tensors(
-    reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], names: Sequence[str] = INPUT_TENSORS
-) -> list[str]:
-    """Which of the shared-input tensors differ between two shards of a fused layer."""
-    return [name for name in names if not torch.equal(reference[name], other[name])]

@@ -5,7 +5,6 @@ Imports torch and the standard library only: `morphoquant verify` checks a table
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import ANY_ROW, TEXT_ROW, QuantizationSpec
 
 # How configs of transformers name the token that stands for a medium.
@@ -91,6 +91,9 @@ def untold_media(taken: Iterable[str], config: Mapping[str, Any], spec: Quantiza
 
 def _media_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Every (modality, token id) that a config names, at whatever depth."""
+    # Of a model with a talker, whose config names ids of its own, the thinker is what is served.
+    if isinstance(config.get("thinker_config"), Mapping):
+        config = config["thinker_config"]
     for key, value in config.items():
         match = _MEDIA_KEY.fullmatch(str(key))  # in memory, labels may have numbers for keys
         if match and type(value) is int:
@@ -102,18 +105,22 @@ def _media_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def added_token_ids(directory: Path) -> set[int]:
     """Ids of the tokens that were added to the tokenizer's vocabulary; empty where its files do not say."""
     ids: set[int] = set()
-    fast = _read(directory / "tokenizer.json").get("added_tokens", [])
-    ids |= {entry["id"] for entry in fast if isinstance(entry, dict) and type(entry.get("id")) is int}
-    slow = _read(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
-    ids |= {int(token) for token in slow if str(token).isdecimal()}
-    return ids | {token for token in _read(directory / "added_tokens.json").values() if type(token) is int}
+    fast = _optional(directory / "tokenizer.json").get("added_tokens", [])
+    ids |= {entry["id"] for entry in _list(fast) if isinstance(entry, dict) and type(entry.get("id")) is int}
+    slow = _optional(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
+    ids |= {int(token) for token in (slow if isinstance(slow, dict) else {}) if _is_id(token)}
+    added = _optional(directory / "added_tokens.json").values()
+    return ids | {token for token in added if type(token) is int}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MorphoQuantError(f"{path}: cannot be read as JSON ({error}); copy it again") from error
-    return content if isinstance(content, dict) else {}
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_id(token: str) -> bool:
+    # Python refuses to read a number of thousands of digits.
+    return token.isascii() and token.isdecimal() and len(token) < 20

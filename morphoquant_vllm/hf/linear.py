@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from morphoquant_vllm.format.schema import (
-    INPUT_TENSORS,
-    OUTPUT_TENSORS,
-    LayerSpec,
-    QuantizationSpec,
-    check_values,
-    tensor_specs,
-)
+from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, tensor_specs
+from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.numerics.exact import linear_exact
 from morphoquant_vllm.numerics.linear import linear, weight_record

@@ -14,9 +14,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from morphoquant_vllm.environment import checksums_wanted
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import check_headers
 from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec, stored_name
+from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.hf.settings import TOKEN_ROWS, configure
 
@@ -56,7 +57,7 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise MorphoQuantError("a MorphoQuant model is loaded from its checkpoint directory, not from a state_dict")
         # transformers reports a missing tensor in its log, and goes on with random numbers in its place.
-        check_headers(Path(checkpoint_files[0]).parent, spec)
+        verify_checkpoint(Path(checkpoint_files[0]).parent, checksums=checksums_wanted())
         mode = Mode(spec.any_row)
         for name, module in _module_names(model, spec).items():
             layer = spec.layers[name]

@@ -13,9 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import CONFIG_FILE, check_headers, read_json
 from morphoquant_vllm.format.schema import QUANT_METHOD, LayerSpec, QuantizationSpec
-from morphoquant_vllm.format.token_table import check_token_table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,6 +38,8 @@ class MorphoQuantConfig(QuantizationConfig):
         # Made with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
         self._mlps: dict[str, Intermediate] = {}
+        # A hub id whose files were not on the disk when the engine was configured.
+        self._unchecked: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "_mlps": {}}
@@ -74,17 +74,33 @@ class MorphoQuantConfig(QuantizationConfig):
                 f"{model_name}: is not a MorphoQuant checkpoint (config.json has no quantization_config); serve it "
                 "without --quantization morphoquant, or make a checkpoint of it with `morphoquant calibrate`"
             )
+        from morphoquant_vllm.plugin.checkpoint_check import cached_snapshot, check_directory
+
         directory = Path(model_name)
-        if directory.is_dir():
-            check_token_table(directory, read_json(directory / CONFIG_FILE), self.spec)
-            check_headers(directory, self.spec)
+        found = directory if directory.is_dir() else cached_snapshot(model_name, revision, self.spec)
+        if found is not None:
+            check_directory(found)
         else:
-            logger.info("MorphoQuant: %s is not a local directory; its files are checked while loading", model_name)
+            self._unchecked = model_name
+            logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
+
+    def _check_downloaded(self) -> None:
+        """In a worker, before it loads: check a hub model whose files were not there when the engine was configured."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        from morphoquant_vllm.plugin.checkpoint_check import check_directory, download
+
+        config = get_current_vllm_config_or_none()
+        if self._unchecked is None or config is None:
+            return
+        model, self._unchecked = self._unchecked, None
+        check_directory(download(model, config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        self._check_downloaded()
         from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod

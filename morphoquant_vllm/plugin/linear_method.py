@@ -24,9 +24,9 @@ from morphoquant_vllm.format.schema import (
     LayerSpec,
     QuantizationSpec,
     check_tensor_parallel,
-    check_values,
     input_blocks,
 )
+from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.numerics.linear import weight_record

@@ -17,7 +17,8 @@ from calibration.data.conversations import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import read_spec, verify_checkpoint
+from morphoquant_vllm.format.checkpoint import read_spec
+from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.calibration.built_models import TinyModels
 from tests.calibration.output_errors import OutputErrors
 from tests.reference_model import Checkpoint, swap_linears
@@ -43,7 +44,7 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
     assert [(block.index, block.count) for block in blocks] == [(0, 2), (1, 2)]
     assert list(tmp_path.iterdir()) == [output]
     assert json.loads((output / "morphoquant_calibration.json").read_text()) == report
-    assert verify_checkpoint(output) == 14
+    assert len(verify_checkpoint(output).layers) == 14
     spec = read_spec(output)
     assert all(layer.startswith(prefixes[0]) for layer in spec.layers)
     assert set(report["data"]["tokens"]) == MODALITIES.get(name, {"text"})
@@ -109,7 +110,7 @@ def test_the_model_may_run_in_16_bit(tiny: TinyModels, tmp_path: Path, dtype: st
         calibrate(tiny.model("omni"), tiny.data("omni"), tmp_path / name, recipe=Recipe(device="cpu", dtype=name))
         for name in (dtype, "float32")
     ]
-    assert verify_checkpoint(tmp_path / dtype) == 14
+    assert len(verify_checkpoint(tmp_path / dtype).layers) == 14
     errors = [[layer["output_error"] for layer in report["layers"].values()] for report in reports]
     # bfloat16 keeps 8 bits of an activation: codes move by one here and there, errors by a few per cent. So few tokens
     # make single layers differ by up to a quarter, as another number of sampled tokens shows.
@@ -124,7 +125,7 @@ def test_text_files_and_ignored_layers(tiny: TinyModels, tmp_path: Path) -> None
     report = calibrate(tiny.model("llama"), [text, tiny.data("llama")], tmp_path / "out", recipe=recipe)
     assert report["data"]["samples"] == 3
     assert len(report["layers"]) == 6
-    assert verify_checkpoint(tmp_path / "out") == 6
+    assert len(verify_checkpoint(tmp_path / "out").layers) == 6
 
 
 def test_newer_names_of_qwen2_5_vl_are_kept(tiny: TinyModels, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_newer_names_of_qwen2_5_vl_are_kept(tiny: TinyModels, tmp_path: Path) ->
     data.write_text('{"messages": [{"role": "user", "content": "What can you see?"}]}\n')
     report = calibrate(source, data, tmp_path / "out", recipe=Recipe(device="cpu"))
     assert min(report["layers"]) == "model.language_model.layers.0.mlp.down_proj"
-    assert verify_checkpoint(tmp_path / "out") == 14
+    assert len(verify_checkpoint(tmp_path / "out").layers) == 14
 
 
 def test_weights_with_nan_or_activations_that_overflow_name_the_layer(tiny: TinyModels, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import verify_checkpoint
+from morphoquant_vllm.format.verify import verify_checkpoint
 
 
 def refused(directory: Path, *fragments: str) -> None:

@@ -14,7 +14,8 @@ from calibration.output.distributions import read_distributions
 from calibration.output.inspection import inspect_data
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_json, read_spec
+from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
 from morphoquant_vllm.numerics.reference import outlier_mask
 

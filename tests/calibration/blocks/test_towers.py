@@ -21,8 +21,9 @@ from calibration.model.plan import plan
 from calibration.model.source import TensorInfo
 from calibration.recipe import Recipe, read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import read_spec, verify_checkpoint
+from morphoquant_vllm.format.checkpoint import read_spec
 from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.calibration.built_models import TinyModels
 from tests.calibration.output_errors import OutputErrors
 from tests.reference_model import Checkpoint, swap_linears
@@ -60,7 +61,7 @@ def test_a_tower_serves_what_the_report_says(
     assert [message[:22] for message in caplog.messages if "tower" in message] == [
         f"image tower: block {block}/2" for block in (1, 2)
     ]
-    assert verify_checkpoint(output) == 14 + 2 * len(linears)
+    assert len(verify_checkpoint(output).layers) == 14 + 2 * len(linears)
     spec = read_spec(output)
     tower = [layer for layer in spec.layers if "visual" in layer]
     stem = "thinker.visual.blocks" if name == "omni" else "visual.blocks"

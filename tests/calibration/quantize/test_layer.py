@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import check_values, tensor_specs, unequal_input_tensors
+from morphoquant_vllm.format.schema import tensor_specs
+from morphoquant_vllm.format.values import check_values, unequal_input_tensors
 from morphoquant_vllm.numerics import activation
 from tests.calibration.inputs import (
     ANY,

@@ -12,7 +12,8 @@ from calibration.quantize.massive_tokens import (
     holds,
     no_intervals,
 )
-from morphoquant_vllm.format.schema import MASSIVE_CHANNELS, check_massive_channels
+from morphoquant_vllm.format.schema import MASSIVE_CHANNELS
+from morphoquant_vllm.format.values import check_massive_channels
 from morphoquant_vllm.numerics.activation import is_massive
 
 K, TOKENS, MASSIVE = 32, 600, 12

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec, verify_checkpoint
+from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
 from morphoquant_vllm.format.schema import FORMAT_VERSION, tensor_specs
+from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.checkpoints import edit, edit_tensors, file_of, set_bias, write_config, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused
 
@@ -23,12 +24,12 @@ def edit_index(directory: Path, change: Callable[[dict[str, str]], None]) -> Non
 
 
 def test_valid_checkpoint_verifies(pristine: Path) -> None:
-    assert verify_checkpoint(pristine) == 14
+    assert len(verify_checkpoint(pristine).layers) == 14
 
 
 def test_one_file_verifies(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, single_file=True)
-    assert verify_checkpoint(tmp_path) == 14
+    assert len(verify_checkpoint(tmp_path).layers) == 14
 
 
 def test_spec_survives_the_round_trip_through_config_json(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.checkpoint import read_spec, verify_checkpoint
+from morphoquant_vllm.format.checkpoint import read_spec
+from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.checkpoints import edit, write_config, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused
 
@@ -59,7 +60,7 @@ def test_mask_of_any_must_hold_every_modalitys(checkpoint: Path, row: int) -> No
 def test_the_massive_row_may_hold_more_than_any(checkpoint: Path) -> None:
     edit(checkpoint, f"{DOWN}.modality_mask", lambda mask: mask & (torch.arange(6) == 5)[:, None])
     edit(checkpoint, f"{DOWN}.modality_mask", lambda mask: mask.index_fill(0, torch.tensor([5]), True))
-    assert verify_checkpoint(checkpoint) == 14
+    assert len(verify_checkpoint(checkpoint).layers) == 14
 
 
 def test_a_massive_channel_outside_its_block(checkpoint: Path) -> None:
@@ -84,7 +85,7 @@ def test_order_that_leaves_its_tensor_parallel_block(checkpoint: Path) -> None:
 def test_the_same_order_is_legal_where_nothing_is_cut(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, tensor_parallel=1)
     edit(tmp_path, f"{DOWN}.channel_order", lambda order: order.flip(0))
-    assert verify_checkpoint(tmp_path) == 14
+    assert len(verify_checkpoint(tmp_path).layers) == 14
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_may_hold_both_scale_schemes(mixed: Path) -> None:
-    assert verify_checkpoint(mixed) == 14
+    assert len(verify_checkpoint(mixed).layers) == 14
 
 
 @pytest.mark.parametrize(

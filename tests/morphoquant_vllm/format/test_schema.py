@@ -20,14 +20,12 @@ from morphoquant_vllm.format.schema import (
     TensorSpec,
     allowed_tensor_parallel,
     check_group_size,
-    check_massive_channels,
-    check_order,
     check_tensor_parallel,
     input_blocks,
     scale_scheme_of,
     tensor_specs,
-    unequal_input_tensors,
 )
+from morphoquant_vllm.format.values import check_massive_channels, check_order, unequal_input_tensors
 from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.numerics.linear import weight_record
 from tests.checkpoints import layer_specs

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import verify_checkpoint
 from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, QuantizationSpec
 from morphoquant_vllm.format.token_table import added_token_ids, check_token_table, row_table, token_rows, untold_media
+from morphoquant_vllm.format.verify import verify_checkpoint
 
 LAYERS = {"a": LayerSpec(64, 32, 32, "column", "a")}
 

@@ -1,0 +1,7 @@
+"""placeholder"""
+
+import os
+
+
+def checksums_wanted() -> bool:
+    return os.environ.get("MORPHOQUANT_CHECKSUMS", "1") != "0"

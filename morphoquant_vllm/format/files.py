@@ -1,0 +1,87 @@
+"""Opening the files of a model directory: each is a regular file that can be read, or it is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+COPY_AGAIN = "copy it again"
+# Nothing that a model needs is nested half as deep, and what walks through it may call itself so often.
+DEEPEST_JSON = 64
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file: a FIFO or a device would make the reader wait for ever.
+
+    Links are followed. Raises FileNotFoundError if nothing is there, another OSError if it cannot be reached.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise MorphoQuantError(f"{path}: is no regular file; {COPY_AGAIN}")
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a directory that is missing, or that holds something else than files, folders and links to them."""
+    if not directory.is_dir():
+        raise MorphoQuantError(f"{directory}: no such directory")
+    try:
+        for path in sorted(directory.iterdir()):
+            if not path.is_dir():
+                check_regular(path)
+    except OSError as error:
+        raise MorphoQuantError(f"{error.filename}: cannot be read ({error.strerror}); {COPY_AGAIN}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; MorphoQuantError naming the file if there is none.
+
+    NaN and Infinity, which are not JSON, are refused.
+    """
+    try:
+        check_regular(path)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise MorphoQuantError(f"{path}: no such file; is {path.parent} a model directory?") from error
+    except RecursionError as error:
+        raise MorphoQuantError(f"{path}: is nested too deep; {COPY_AGAIN}") from error
+    except (OSError, ValueError) as error:
+        raise MorphoQuantError(f"{path}: cannot be read as JSON ({error}); {COPY_AGAIN}") from error
+    if _depth(content) > DEEPEST_JSON:
+        raise MorphoQuantError(f"{path}: is nested too deep; {COPY_AGAIN}")
+    if not isinstance(content, dict):
+        raise MorphoQuantError(f"{path}: holds no JSON object; {COPY_AGAIN}")
+    return content
+
+
+def _depth(content: Any) -> int:
+    """How many lists and objects lie in each other."""
+    depth, level = 0, [content]
+    while level:
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+        depth += bool(containers)
+    return depth
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """An open safetensors file; MorphoQuantError naming it if it is missing, truncated or something else."""
+    try:
+        check_regular(path)
+        with safe_open(str(path), "pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise MorphoQuantError(f"{path}: missing; {COPY_AGAIN}") from error
+    except (SafetensorError, OSError) as error:
+        raise MorphoQuantError(f"{path}: truncated or not safetensors ({error}); {COPY_AGAIN}") from error

@@ -1,0 +1,117 @@
+"""What a checkpoint says about itself, so that a missing tensor or a damaged file is noticed (format v3).
+
+A v3 checkpoint lists the tensors that it carries over, the SHA-256 of each weight file, and a digest of each field of
+config.json. Imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+# Top-level fields of config.json that may change without changing what the weights mean. `quantization_config` is
+# checked by rules of its own.
+FREE_FIELDS = frozenset(
+    (
+        *("quantization_config", "_name_or_path", "_commit_hash", "transformers_version"),
+        *("dtype", "torch_dtype", "use_cache"),
+    )
+)
+# Bytes that are read and hashed at once.
+CHUNK_BYTES = 1 << 22
+# Hex digits of SHA-256 that are kept of a field: enough against damage, and short beside the field itself.
+DIGEST_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and SHA-256, in hex, of one weight file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """The part of quantization_config that says what the whole checkpoint holds."""
+
+    # Weight files by name.
+    files: dict[str, FileDigest]
+    # Names of the tensors that belong to no quantized layer, sorted.
+    carried: tuple[str, ...]
+    # First digits of the SHA-256 of each field of config.json but FREE_FIELDS.
+    config: dict[str, str]
+    # The same of quantization_config itself; see QuantizationSpec.settings_digest.
+    settings: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for config.json."""
+        return {
+            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+            "carried": list(self.carried),
+            "config": self.config,
+            "settings": self.settings,
+        }
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> Integrity:
+        """Parse the JSON object; KeyError, TypeError, AttributeError or ValueError if it is malformed."""
+        files = {str(name): FileDigest(**file) for name, file in value["files"].items()}
+        for name, file in files.items():
+            if type(file.bytes) is not int or type(file.sha256) is not str:
+                raise ValueError(f"files: {name} has no size and SHA-256")
+        carried, config = value["carried"], value["config"]
+        if not files or not isinstance(carried, list) or not all(type(name) is str for name in carried):
+            raise ValueError("files and carried must list what the checkpoint holds")
+        if not isinstance(config, dict) or not all(type(digest) is str for digest in config.values()):
+            raise ValueError("config must hold a digest of each field")
+        return Integrity(files, tuple(carried), dict(config), str(value["settings"]))
+
+
+def config_digests(config: Mapping[str, Any]) -> dict[str, str]:
+    """A short digest of each field of a config.json that decides what the weights mean."""
+    return {name: digest(value) for name, value in sorted(config.items()) if name not in FREE_FIELDS}
+
+
+def digest(value: Any) -> str:
+    """A short digest of a JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+
+
+def check_config(path: Path, config: Mapping[str, Any], integrity: Integrity) -> None:
+    """Refuse a config.json, read from `path`, whose fields are not those that the checkpoint was made with."""
+    now = config_digests(config)
+    changed = sorted(
+        name for name in now.keys() | integrity.config.keys() if now.get(name) != integrity.config.get(name)
+    )
+    if changed:
+        more = f" and {len(changed) - 1} more fields" if len(changed) > 1 else ""
+        raise MorphoQuantError(
+            f"{path}: {changed[0]}{more} changed after the checkpoint was made; copy the file again "
+            "(to serve with another setting, pass it with --hf-overrides)"
+        )
+
+
+def chunks_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[bytes]:
+    """The file's content in order, CHUNK_BYTES at a time; `on_bytes` is told the length of each."""
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            if on_bytes is not None:
+                on_bytes(len(chunk))
+            yield chunk
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Size and SHA-256 of a file."""
+    found, size = hashlib.sha256(), 0
+    for chunk in chunks_of(path):
+        found.update(chunk)
+        size += len(chunk)
+    return FileDigest(size, found.hexdigest())

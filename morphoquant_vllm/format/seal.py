@@ -1,0 +1,30 @@
+"""Sealing a checkpoint: its weight files and index are written, and config.json comes last, with what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from morphoquant_vllm.format.checkpoint import owner_of, read_headers
+from morphoquant_vllm.format.integrity import Integrity, config_digests, file_digest
+from morphoquant_vllm.format.schema import QuantizationSpec
+
+
+def sealed(directory: Path, config: Mapping[str, Any], spec: QuantizationSpec) -> QuantizationSpec:
+    """`spec` with the lists and digests of the weight files in `directory` and of `config`, the model's config.json.
+
+    Reads every weight file once. Raises MorphoQuantError if index and files do not agree.
+    """
+    stored = read_headers(directory)
+    files = sorted({tensor.file for tensor in stored.values()})
+    return replace(
+        spec,
+        integrity=Integrity(
+            files={name: file_digest(directory / name) for name in files},
+            carried=tuple(sorted(name for name in stored if owner_of(name, spec.layers) is None)),
+            config=config_digests(config),
+            settings=spec.settings_digest(),
+        ),
+    )

@@ -1,0 +1,110 @@
+"""The values that a layer's tensors may hold: finite, positive where they divide, small enough for float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import ANY_ROW, INPUT_TENSORS, MAX_LEVEL, TWO_LEVEL_SCHEME, scale_scheme_of
+
+# Largest magnitude of a value and of an output's bound. The square of an output, which the next norm takes, is still
+# finite in float32 then; real layers stay below 1e6.
+MAX_MAGNITUDE = 1.8e19
+# Codes lie in [-128, 127], weight codes in [-8, 7].
+_LARGEST_PRODUCT = 128.0 * 8.0
+# Elements whose finiteness is judged at once: they stay in the processor's cache.
+_FINITE_ELEMENTS = 1 << 18
+
+
+def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *, parallel: str, blocks: int) -> None:
+    """Raise MorphoQuantError naming the layer and tensor where values break a rule of the format.
+
+    `tensors` are one layer's, already of the right shapes; `blocks` is the checkpoint's tensor_parallel.
+    """
+    two_level = scale_scheme_of(tensors) == TWO_LEVEL_SCHEME
+    scale = "weight_channel_scale" if two_level else "weight_scale"
+    finite = (scale, "activation_step", "centre", "gain", "massive_low", "massive_high", "absorbed_bias")
+    for tensor in finite:
+        if not bool(torch.isfinite(tensors[tensor]).all()):
+            raise MorphoQuantError(f"{name}.{tensor}: holds NaN or infinite values; the file is damaged")
+    for tensor in (scale, "activation_step", "gain"):
+        if not bool((tensors[tensor] > 0).all()):
+            raise MorphoQuantError(f"{name}.{tensor}: every value must be positive; the file is damaged")
+    if two_level:
+        level = tensors["weight_level"]
+        if not bool(((level >= 1) & (level <= MAX_LEVEL)).all()):
+            raise MorphoQuantError(f"{name}.weight_level: every level must be 1 to {MAX_LEVEL}; the file is damaged")
+    _check_magnitudes(name, tensors, two_level)
+    mask = tensors["modality_mask"]
+    # The massive row stands apart: the quantizer itself knows its tokens.
+    if bool((mask[:-1] & ~mask[any_row]).any()):
+        raise MorphoQuantError(f"{name}.modality_mask: row '{ANY_ROW}' must hold the channels of every modality's row")
+    check_massive_channels(name, tensors["massive_channel"], tensors["channel_order"].numel())
+    check_order(name, tensors["channel_order"], blocks if parallel == "row" else 1)
+
+
+def _check_magnitudes(name: str, tensors: Mapping[str, torch.Tensor], two_level: bool) -> None:
+    """Refuse values whose products leave float32; those of outputs by a bound over every code that there can be."""
+    grid = tensors["activation_step"].double()[None] * tensors["gain"].double()[:, None]
+    if float(1.0 / grid.min()) > torch.finfo(torch.float32).max:
+        raise MorphoQuantError(f"{name}.activation_step: a step is too small to invert in float32")
+    if float(grid.max()) > MAX_MAGNITUDE:
+        raise MorphoQuantError(f"{name}.activation_step: step times gain is too large for float32; the file is damaged")
+    for tensor in ("centre", "absorbed_bias"):
+        if float(tensors[tensor].abs().max()) > MAX_MAGNITUDE:
+            raise MorphoQuantError(f"{name}.{tensor}: a value is too large for float32; the file is damaged")
+    channels = tensors["activation_step"].numel()
+    if two_level:
+        scale = tensors["weight_channel_scale"].double() * tensors["weight_level"].double().mean(1)
+    else:
+        scale = tensors["weight_scale"].double().mean(1)
+    bound = float(scale.max() * tensors["gain"].double().max()) * _LARGEST_PRODUCT * channels
+    if bound > MAX_MAGNITUDE:
+        which = "weight_channel_scale" if two_level else "weight_scale"
+        raise MorphoQuantError(f"{name}.{which}: a scale is too large for float32; the file is damaged")
+
+
+def check_finite(what: str, tensor: torch.Tensor, remedy: str) -> None:
+    """Refuse NaN and infinity in a tensor of floats; one of zeros and infinities alone is a mask, and may be.
+
+    `what` and `remedy` begin and end the error's line.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    flat = tensor.reshape(-1)
+    # Of 16-bit floats the exponent is looked at: the comparison of whole numbers is ten times as fast.
+    exponent = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}.get(tensor.dtype)
+    if exponent is None:
+        finite = all(bool(part.isfinite().all()) for part in flat.split(_FINITE_ELEMENTS))
+    else:
+        parts = flat.view(torch.int16).split(_FINITE_ELEMENTS)
+        finite = all(int((part & 0x7FFF).max()) < exponent for part in parts)
+    if finite or bool(((flat == 0) | flat.isinf()).all()):
+        return
+    found = "NaN" if bool(flat.isnan().any()) else "infinity"
+    raise MorphoQuantError(f"{what} holds {found}; {remedy}")
+
+
+def check_massive_channels(name: str, channel: torch.Tensor, in_features: int) -> None:
+    """Each block's massive channels [B, J] must lie in that block of the K channels."""
+    width = in_features // channel.shape[0]
+    start = torch.arange(channel.shape[0], device=channel.device)[:, None] * width
+    if bool(((channel < start) | (channel >= start + width)).any()):
+        raise MorphoQuantError(f"{name}.massive_channel: a channel lies outside its block of {width} channels")
+
+
+def check_order(name: str, order: torch.Tensor, blocks: int) -> None:
+    """The channel order [K] must be a permutation that stays within each of `blocks` equal blocks."""
+    expected = torch.arange(order.numel(), device=order.device).view(blocks, -1)
+    if not torch.equal(order.long().view(blocks, -1).sort(dim=1).values, expected):
+        where = f"within {blocks} tensor-parallel blocks " if blocks > 1 else ""
+        raise MorphoQuantError(f"{name}.channel_order: must permute the {order.numel()} channels {where}exactly once")
+
+
+def unequal_input_tensors(
+    reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], names: Sequence[str] = INPUT_TENSORS
+) -> list[str]:
+    """Which of the shared-input tensors differ between two shards of a fused layer."""
+    return [name for name in names if not torch.equal(reference[name], other[name])]

@@ -1,0 +1,88 @@
+"""Whether a checkpoint is whole and undamaged: every rule of the format, values and content included."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import (
+    CALIBRATE_AGAIN,
+    CONFIG_FILE,
+    check_headers,
+    load_layer,
+    owner_of,
+    read_spec,
+)
+from morphoquant_vllm.format.files import COPY_AGAIN, open_file, read_json
+from morphoquant_vllm.format.integrity import check_config, chunks_of
+from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec, stored_name
+from morphoquant_vllm.format.token_table import check_token_table
+from morphoquant_vllm.format.values import check_finite, check_values, unequal_input_tensors
+
+# Said of a checkpoint whose format cannot say more.
+OLD_VERSION = (
+    "format_version 2 lists neither tensors nor hashes: a missing norm, embedding or head and damaged weights are not "
+    "noticed; `morphoquant convert` makes version 3 of it"
+)
+
+
+def verify_checkpoint(
+    directory: Path, *, checksums: bool = True, on_bytes: Callable[[int], None] | None = None
+) -> QuantizationSpec:
+    """Check everything that the format promises; the checkpoint's settings.
+
+    Raises MorphoQuantError at the first thing that is wrong. Holds one layer at a time. With `checksums` every weight
+    file is read once, for its SHA-256 and for NaN and infinity in the tensors that are carried over; `on_bytes` is
+    told how much was read.
+    """
+    spec = read_spec(directory)
+    config = read_json(directory / CONFIG_FILE)
+    if spec.integrity is not None:
+        check_config(directory / CONFIG_FILE, config, spec.integrity)
+    check_token_table(directory, config, spec)
+    files = check_headers(directory, spec)
+    for group, names in spec.shared_inputs().items():
+        _check_group(directory, files, group, names, spec)
+    if checksums:
+        carried = {name for name in files if owner_of(name, spec.layers) is None}
+        for file_name in sorted(set(files.values())):
+            _check_content(directory / file_name, carried, spec, on_bytes)
+    return spec
+
+
+def _check_group(
+    directory: Path, files: Mapping[str, str], group: str, names: list[str], spec: QuantizationSpec
+) -> None:
+    """The values of the layers that share one input."""
+    first: dict[str, Tensor] = {}
+    for name in names:
+        tensors = load_layer(directory, files, name, spec)
+        check_values(name, tensors, spec.any_row, parallel=spec.layers[name].parallel, blocks=spec.tensor_parallel)
+        if "bias" in tensors and not bool(tensors["bias"].isfinite().all()):
+            raise MorphoQuantError(f"{stored_name(name, 'bias')}: holds NaN or infinite values; {CALIBRATE_AGAIN}")
+        first = first or {tensor: tensors[tensor] for tensor in INPUT_TENSORS}
+        unequal = unequal_input_tensors(first, tensors)
+        if unequal:
+            raise MorphoQuantError(
+                f"{stored_name(name, unequal[0])}: differs from that of {names[0]}, but the shards of {group} "
+                "share one input; calibrate again"
+            )
+
+
+def _check_content(
+    path: Path, carried: set[str], spec: QuantizationSpec, on_bytes: Callable[[int], None] | None
+) -> None:
+    """One pass over a file's carried tensors, then one over its bytes, which the system then still holds."""
+    with open_file(path) as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if name in carried:
+                check_finite(f"{path}: {name}", file.get_tensor(name), CALIBRATE_AGAIN)
+    found = hashlib.sha256()
+    for chunk in chunks_of(path, on_bytes):
+        found.update(chunk)
+    if spec.integrity is not None and found.hexdigest() != spec.integrity.files[path.name].sha256:
+        raise MorphoQuantError(f"{path}: is damaged (its SHA-256 is not the recorded one); {COPY_AGAIN}")

@@ -1,0 +1,64 @@
+"""The checkpoint's files are checked before vLLM loads a weight: it serves what is missing as uninitialised memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from tqdm import tqdm
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.weight_utils import (
+    download_weights_from_hf,
+    maybe_download_from_modelscope,
+)
+
+from morphoquant_vllm.environment import checksums_wanted
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.verify import OLD_VERSION, verify_checkpoint
+
+# vLLM writes the messages of loggers below its own.
+logger = init_logger(f"vllm.{__name__}")
+# A bar appears if the check takes longer than so many seconds.
+_PROGRESS_AFTER = 2.0
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a checkpoint that is not whole or damaged; one line in the log says what was checked, and how long."""
+    started = time.monotonic()
+    checksums = checksums_wanted()
+    total = sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.is_file())
+    shown = {"unit": "B", "unit_scale": True, "desc": "Checking the checkpoint", "delay": _PROGRESS_AFTER}
+    with tqdm(total=total, disable=not checksums, **shown) as bar:
+        spec = verify_checkpoint(directory, checksums=checksums, on_bytes=bar.update)
+    seconds = time.monotonic() - started
+    if spec.integrity is None:
+        logger.warning("MorphoQuant: %s: %s", directory, OLD_VERSION)
+    elif checksums:
+        logger.info("MorphoQuant: %s: %.2f GB checked in %.1f s, all in order", directory, total / 1e9, seconds)
+    else:
+        logger.info("MorphoQuant: %s: checked without SHA-256 (MORPHOQUANT_CHECKSUMS=0)", directory)
+
+
+def cached_snapshot(model: str, revision: str | None, spec: QuantizationSpec) -> Path | None:
+    """The folder of a hub model whose files all lie in the local cache; None if some do not, or they are not listed."""
+    found = try_to_load_from_cache(model, CONFIG_FILE, revision=revision)
+    if not isinstance(found, str) or spec.integrity is None:
+        return None
+    folder = Path(found).parent
+    return folder if all((folder / name).exists() for name in (INDEX_FILE, *spec.integrity.files)) else None
+
+
+def download(model: str, config: VllmConfig) -> Path:
+    """Bring a hub model's weight files and index onto the disk, where vLLM's loader finds them; their folder."""
+    revision, place = config.model_config.revision, config.load_config.download_dir
+    local = maybe_download_from_modelscope(model, revision)
+    if local is not None:
+        return Path(local)
+    folder = Path(download_weights_from_hf(model, place, ["*.safetensors"], revision))
+    for name in (INDEX_FILE, CONFIG_FILE):
+        # They lie beside the weights then, whatever folder vLLM read them from.
+        hf_hub_download(model, name, revision=revision, cache_dir=place)
+    return folder
