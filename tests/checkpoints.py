@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import (
     DEFAULT_ROWS,
     GROUP_SCHEME,
@@ -160,7 +161,24 @@ def write_config(directory: Path, spec: QuantizationSpec, **changes: object) -> 
     spec = sealed(directory, config, spec)
     config["quantization_config"] = spec.to_dict() | changes
     (directory / "config.json").write_text(json.dumps(config))
+    if changes:
+        seal_again(directory)
     return spec
+
+
+def seal_again(directory: Path) -> None:
+    """Give config.json the digests of what is there now, as if it had been written so; nothing if it is too damaged."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    settings = {**config["quantization_config"], "format_version": 2}
+    settings.pop("integrity", None)
+    try:
+        spec = sealed(directory, config, QuantizationSpec.from_dict(settings))
+    except MorphoQuantError:
+        return
+    assert spec.integrity is not None
+    config["quantization_config"]["integrity"] = spec.integrity.to_dict()
+    path.write_text(json.dumps(config))
 
 
 def file_of(directory: Path, tensor: str) -> Path:
@@ -173,7 +191,7 @@ def file_of(directory: Path, tensor: str) -> Path:
 
 
 def edit_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
-    """Rewrite a safetensors file with tensors replaced, added, or (None) removed."""
+    """Rewrite a safetensors file with tensors replaced, added, or (None) removed; config.json is sealed again."""
     with safe_open(str(path), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in changes.items():
@@ -183,6 +201,7 @@ def edit_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
             tensors[name] = tensor
     path.unlink()
     save_file(tensors, path)
+    seal_again(path.parent)
 
 
 def edit(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:

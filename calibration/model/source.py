@@ -12,7 +12,7 @@ from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
-from morphoquant_vllm.format.files import read_json
+from morphoquant_vllm.format.files import check_regular, read_json
 
 # Of a model in one file, which needs no index; our checkpoints always have one.
 SINGLE_FILE = "model.safetensors"
@@ -86,7 +86,7 @@ def open_source(directory: Path | str) -> Source:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise MorphoQuantError(f"{path.parent}: no {path.name}; give a Hugging Face model directory")
     config = read_json(path)
     if _is_quantized(config):
@@ -105,7 +105,7 @@ def _is_quantized(config: dict[str, Any]) -> bool:
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
     """The safetensors files and the names that the index places in each (None: there is no index)."""
     index = directory / INDEX_FILE
-    if index.is_file():
+    if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise MorphoQuantError(f"{index}: no weight_map; download it again")
@@ -118,8 +118,12 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
             names = files.setdefault(directory / file_name, [])
             assert names is not None
             names.append(name)
+        if (directory / SINGLE_FILE).exists() and directory / SINGLE_FILE not in files:
+            raise MorphoQuantError(
+                f"{directory}: has {SINGLE_FILE} and {INDEX_FILE}, which does not name it; remove one of the two"
+            )
         return dict(sorted(files.items()))
-    if (directory / SINGLE_FILE).is_file():
+    if (directory / SINGLE_FILE).exists():
         return {directory / SINGLE_FILE: None}
     others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in directory.glob(pattern))
     if others:
@@ -130,10 +134,11 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _read_header(path: Path, names: list[str] | None) -> dict[str, TensorInfo]:
-    if not path.is_file():
+    if not path.exists():
         raise MorphoQuantError(f"{path}: named in {INDEX_FILE} but missing; download the model again")
     tensors = {}
     try:
+        check_regular(path)
         with safe_open(str(path), "pt") as file:
             present = list(file.keys())
             absent = set(names or ()) - set(present)

@@ -39,7 +39,7 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that the checkpoint's bytes depend on, as a JSON object: settings, versions, model and data.
 
-    Files are known by the SHA-256 of their content, but weight files by size and time of change: hashing them would
+    Files are known by the SHA-256 of their content, but weight files by size and times of change: hashing them would
     take as long as reading the model. The number of threads is not part of it: a run goes on with the recorded one.
     That of processes is.
     """
@@ -127,7 +127,8 @@ def _model_files(source: Source) -> dict[str, str]:
     found = {str(path): hash_file(source.directory / path) for path in plain}
     for path in sorted({info.file for info in source.tensors.values()}):
         state = path.stat()
-        found[path.name] = f"{state.st_size} bytes, changed {state.st_mtime_ns}"
+        # Whoever sets the time of change back cannot set back when that was done.
+        found[path.name] = f"{state.st_size} bytes, changed {state.st_mtime_ns}, touched {state.st_ctime_ns}"
     return found
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # vLLM writes the messages of loggers below its own.
 logger = init_logger(f"vllm.{__name__}")
+# What vLLM puts before the names of a draft model's layers.
+DRAFT_PREFIX = "draft_model."
 
 
 class MorphoQuantConfig(QuantizationConfig):
@@ -169,6 +171,8 @@ class MorphoQuantConfig(QuantizationConfig):
 
         The longest packed key wins: the towers have `attn.qkv` beside `qkv`.
         """
+        # The draft model of speculative decoding has the names of its own checkpoint.
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         packed = [key for key in self.packed_modules_mapping if prefix.endswith("." + key)]
         if not packed:
             return [prefix]
