@@ -66,6 +66,14 @@ def _check_magnitudes(name: str, tensors: Mapping[str, torch.Tensor], two_level:
         raise MorphoQuantError(f"{name}.{which}: a scale is too large for float32; the file is damaged")
 
 
+def check_bias(name: str, bias: torch.Tensor) -> None:
+    """Refuse a layer's own bias, called `name`, whose values are not finite or too large for float32."""
+    if not bool(bias.isfinite().all()):
+        raise MorphoQuantError(f"{name}: holds NaN or infinite values; the file is damaged")
+    if float(bias.abs().max()) > MAX_MAGNITUDE:
+        raise MorphoQuantError(f"{name}: a value is too large for float32; the file is damaged")
+
+
 def check_finite(what: str, tensor: torch.Tensor, remedy: str) -> None:
     """Refuse NaN and infinity in a tensor of floats; one of zeros and infinities alone is a mask, and may be.
 

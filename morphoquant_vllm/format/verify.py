@@ -21,7 +21,7 @@ from morphoquant_vllm.format.files import COPY_AGAIN, open_file, read_json
 from morphoquant_vllm.format.integrity import check_config, chunks_of
 from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec, stored_name
 from morphoquant_vllm.format.token_table import check_token_table
-from morphoquant_vllm.format.values import check_finite, check_values, unequal_input_tensors
+from morphoquant_vllm.format.values import check_bias, check_finite, check_values, unequal_input_tensors
 
 # Said of a checkpoint whose format cannot say more.
 OLD_VERSION = (
@@ -62,8 +62,8 @@ def _check_group(
     for name in names:
         tensors = load_layer(directory, files, name, spec)
         check_values(name, tensors, spec.any_row, parallel=spec.layers[name].parallel, blocks=spec.tensor_parallel)
-        if "bias" in tensors and not bool(tensors["bias"].isfinite().all()):
-            raise MorphoQuantError(f"{stored_name(name, 'bias')}: holds NaN or infinite values; {CALIBRATE_AGAIN}")
+        if "bias" in tensors:
+            check_bias(stored_name(name, "bias"), tensors["bias"])
         first = first or {tensor: tensors[tensor] for tensor in INPUT_TENSORS}
         unequal = unequal_input_tensors(first, tensors)
         if unequal:

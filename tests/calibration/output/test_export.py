@@ -88,7 +88,6 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert {key: config[key] for key in source.config} == source.config
     assert replace(read_spec(out), integrity=None) == SPEC
-    verify_checkpoint(out)
     before = load_file(source.directory / "model.safetensors")
     after = load_file(out / "model-00001-of-00001.safetensors")
     index = json.loads((out / "model.safetensors.index.json").read_text())

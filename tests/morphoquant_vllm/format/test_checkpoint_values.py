@@ -47,6 +47,43 @@ def test_step_too_small_to_invert(checkpoint: Path, value: float) -> None:
     refused(checkpoint, f"{Q}.activation_step", "too small")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "value", "reason"),
+    [
+        ("weight_scale", 3.3e38, "a scale is too large"),
+        ("weight_scale", 1e15, "a scale is too large"),
+        ("absorbed_bias", 3e38, "a value is too large"),
+        ("absorbed_bias", -3e38, "a value is too large"),
+        ("centre", 1e20, "a value is too large"),
+        ("activation_step", 3e38, "step times gain is too large"),
+        ("gain", 3e38, "step times gain is too large"),
+        ("bias", 3e38, "a value is too large"),
+    ],
+)
+def test_value_whose_products_leave_float32(checkpoint: Path, tensor: str, value: float, reason: str) -> None:
+    edit(checkpoint, f"{Q}.{tensor}", lambda stored: stored.fill_(value))
+    refused(checkpoint, f"{Q}.{tensor}" if tensor != "gain" else Q, reason)
+
+
+@pytest.mark.parametrize(("value", "found"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_carried_tensor_with_a_value_that_is_not_finite(
+    checkpoint: Path, value: float, found: str, dtype: torch.dtype
+) -> None:
+    def damage(stored: Tensor) -> Tensor:
+        stored = stored.to(dtype)
+        stored.view(-1)[-1] = value
+        return stored
+
+    edit(checkpoint, "model.embed_tokens.weight", damage)
+    refused(checkpoint, "model.embed_tokens.weight", f"holds {found}")
+
+
+def test_a_carried_mask_may_hold_infinities(checkpoint: Path) -> None:
+    edit(checkpoint, "model.norm.weight", lambda stored: stored.zero_().index_fill(0, torch.tensor([1]), -torch.inf))
+    verify_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("row", [0, 3])
 def test_mask_of_any_must_hold_every_modalitys(checkpoint: Path, row: int) -> None:
     def damage(mask: Tensor) -> Tensor:

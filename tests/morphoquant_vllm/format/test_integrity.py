@@ -1,0 +1,182 @@
+"""A checkpoint that is not whole, or not as it was made, is refused by the name of what is missing or changed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.verify import verify_checkpoint
+from tests.checkpoints import write_random_checkpoint
+from tests.morphoquant_vllm.refusal import refused
+
+INDEX = "model.safetensors.index.json"
+FILE = "model-00001-of-00001.safetensors"
+ATTENTION = "model.layers.1.self_attn."
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A valid checkpoint of one file."""
+    write_random_checkpoint(tmp_path / "whole", single_file=True)
+    return tmp_path / "whole"
+
+
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def drop(directory: Path, *prefixes: str) -> None:
+    """Take tensors out of file and index alike, as if they had never been; nothing is sealed again."""
+    tensors = {name: value for name, value in load_file(directory / FILE).items() if not name.startswith(prefixes)}
+    save_file(tensors, directory / FILE)
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, FILE)}))
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_carried_tensor_that_is_gone_from_file_and_index(whole: Path, name: str) -> None:
+    drop(whole, name)
+    refused(whole, f"tensor {name} is missing")
+
+
+def test_a_layer_that_is_gone_with_its_entry(whole: Path) -> None:
+    drop(whole, ATTENTION)
+
+    def strike(config: dict[str, Any]) -> None:
+        layers = config["quantization_config"]["layers"]
+        config["quantization_config"]["layers"] = {k: v for k, v in layers.items() if not k.startswith(ATTENTION)}
+
+    edit_config(whole, strike)
+    refused(whole, "settings changed after the checkpoint was made")
+
+
+def test_tensors_of_a_layer_that_is_not_listed(whole: Path) -> None:
+    """Of version 2, too, which has no list."""
+    to_version_2(whole)
+    edit_config(whole, lambda config: config["quantization_config"]["layers"].pop("model.layers.0.mlp.down_proj"))
+    refused(whole, "model.layers.0.mlp.down_proj.", "quantized layer that quantization_config does not list")
+
+
+def test_a_tensor_that_nobody_wrote(whole: Path) -> None:
+    tensors = {**load_file(whole / FILE), "model.extra.weight": torch.ones(2)}
+    save_file(tensors, whole / FILE)
+    (whole / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, FILE)}))
+    refused(whole, "tensor model.extra.weight is none of the checkpoint's")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_hidden_layers", 3), ("tie_word_embeddings", False), ("model_type", "qwen2"), ("new", 1)]
+)
+def test_a_field_of_config_json_that_changed(whole: Path, field: str, value: object) -> None:
+    edit_config(whole, lambda config: config.update({field: value}))
+    refused(whole, f"config.json: {field} changed after the checkpoint was made")
+
+
+def test_fields_that_do_not_say_what_the_weights_mean_may_change(whole: Path) -> None:
+    edit_config(whole, lambda config: config.update(dtype="float16", transformers_version="6", _name_or_path="x"))
+    verify_checkpoint(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda settings: settings["rows"].insert(0, settings["rows"].pop(1)),
+        lambda settings: settings.update(tensor_parallel=1),
+        lambda settings: settings["placeholder_token_ids"].update(image=[9]),
+        lambda settings: settings["layers"]["model.layers.0.mlp.down_proj"].update(fixed_row="image"),
+    ],
+    ids=["rows", "tensor_parallel", "placeholders", "fixed_row"],
+)
+def test_a_setting_that_changed(whole: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    edit_config(whole, lambda config: change(config["quantization_config"]))
+    refused(whole, "settings changed after the checkpoint was made")
+
+
+def test_free_text_may_change(whole: Path) -> None:
+    edit_config(whole, lambda config: config["quantization_config"].update(created_by="a mirror"))
+    verify_checkpoint(whole)
+
+
+def flip(path: Path) -> None:
+    """One bit of a weight: every value stays legal."""
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    first, _ = json.loads(content[8 : 8 + size])["model.layers.0.mlp.down_proj.weight_codes"]["data_offsets"]
+    content[8 + size + first] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit(whole: Path) -> None:
+    flip(whole / FILE)
+    refused(whole, FILE, "is damaged (its SHA-256 is not the recorded one)")
+
+
+def test_checksums_can_be_left_out(whole: Path) -> None:
+    flip(whole / FILE)
+    verify_checkpoint(whole, checksums=False)
+
+
+def test_the_caller_is_told_of_every_byte(whole: Path) -> None:
+    read: list[int] = []
+    verify_checkpoint(whole, on_bytes=read.append)
+    assert sum(read) == (whole / FILE).stat().st_size
+
+
+def to_version_2(directory: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        del config["quantization_config"]["integrity"]
+        config["quantization_config"]["format_version"] = 2
+
+    edit_config(directory, change)
+
+
+def test_version_2_is_read_and_says_what_is_not_known(whole: Path) -> None:
+    to_version_2(whole)
+    assert verify_checkpoint(whole).integrity is None
+
+
+def test_a_version_that_was_set_back(whole: Path) -> None:
+    edit_config(whole, lambda config: config["quantization_config"].update(format_version=2))
+    refused(whole, "integrity is unknown in format_version 2")
+
+
+def test_version_3_without_its_lists(whole: Path) -> None:
+    edit_config(whole, lambda config: config["quantization_config"].pop("integrity"))
+    refused(whole, "integrity is missing")
+
+
+@pytest.mark.parametrize("part", ["files", "carried", "config", "settings"])
+@pytest.mark.parametrize("value", [None, 7, "x", [1], {"a": 1}, {"a": {"bytes": "1", "sha256": 1}}])
+def test_lists_of_another_kind(whole: Path, part: str, value: object) -> None:
+    edit_config(whole, lambda config: config["quantization_config"]["integrity"].update({part: value}))
+    refused(whole, "config.json")
+
+
+@pytest.mark.parametrize("name", ["experts", "kv_cache"])
+def test_what_a_later_version_may_fill(whole: Path, name: str) -> None:
+    edit_config(whole, lambda config: config["quantization_config"].update({name: {}}))
+    verify_checkpoint(whole)
+    edit_config(whole, lambda config: config["quantization_config"].update({name: {"layers": 1}}))
+    refused(whole, f"{name} needs a newer morphoquant-vllm")
+
+
+def test_eight_bit_layers_are_refused_by_name(whole: Path) -> None:
+    down = "model.layers.0.mlp.down_proj"
+    edit_config(whole, lambda config: config["quantization_config"]["layers"][down].update(weight_bits=8))
+    refused(whole, f"{down}: weight_bits 8 is not served by this version")
+
+
+def test_settings_survive_the_file(whole: Path) -> None:
+    settings = json.loads((whole / "config.json").read_text())["quantization_config"]
+    assert QuantizationSpec.from_dict(settings).to_dict() == settings
+
+
+def test_weights_beside_those_of_the_index(whole: Path) -> None:
+    save_file({"a": torch.ones(1)}, whole / "model.safetensors")
+    refused(whole, "model.safetensors: lies beside", "remove one of the two")
