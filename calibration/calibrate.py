@@ -65,6 +65,8 @@ def calibrate(
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
     job = Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
+    # Hours before the first block would find one, and for what is carried over, too.
+    processes.decide(source.check_finite)
     conversations = processes.decide(lambda: load_conversations(data, skip_bad=skip_bad))
     begun_with = (
         identity(recipe, device, source, conversations, skip_bad=skip_bad, processes=processes.size)

@@ -31,6 +31,7 @@ from calibration.quantize.grids import SEARCH_TOKENS
 from calibration.recipe import Recipe
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.verify import verify_checkpoint
 
 
 @dataclass(frozen=True)
@@ -171,5 +172,7 @@ def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, 
         check_free_space(directory, checkpoint_size(source, spec))
         with clear_write_errors(output, source.directory):
             write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions())
+        # Its hashes were taken from what was just written: reading it once more would only repeat them.
+        verify_checkpoint(directory, checksums=False)
         work.note_export(directory)
     return report

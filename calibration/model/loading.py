@@ -151,6 +151,13 @@ class BlockLoader:
         self._device = device or choose_device(recipe.device)
         model = empty_model(architecture, source, recipe)
         self._blocks = list(model.get_submodule(architecture.block_module).children())
+        further = names.layer(len(self._blocks), "")
+        for stored in source.tensors:
+            if stored.startswith(further):
+                raise MorphoQuantError(
+                    f"{source.directory}: config.json asks for {len(self._blocks)} decoder blocks, but the weights hold "
+                    f"{stored}; download the model again"
+                )
         for index, block in enumerate(self._blocks):
             for name, parameter in block.named_parameters():
                 stored = names.layer(index, name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import check_regular, read_json
+from morphoquant_vllm.format.values import check_finite
 
 # Of a model in one file, which needs no index; our checkpoints always have one.
 SINGLE_FILE = "model.safetensors"
@@ -67,6 +68,12 @@ class Source:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise MorphoQuantError(f"{path}: {name} cannot be read ({error}); download the file again") from error
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity in any tensor of floats: what is carried over would be served as it is."""
+        for name, info in self.tensors.items():
+            if info.is_float:
+                check_finite(f"{info.file}: {name}", self.load(name), "download the file again")
 
 
 def open_source(directory: Path | str) -> Source:
