@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 TABLE_VARIABLE = "MORPHOQUANT_TILES"
 DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
 TABLE_VERSION = 3
-GROUP_SIZES = (32, 64, 128)
 # The group size of which a tile along K holds two groups, each with a scale of its own.
 UNJOINABLE = 32
 # Output channels of a program lie in one tile of packed weights, of 128.
@@ -61,7 +61,7 @@ class Tile:
         if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
             raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
         if self.joined and not self.two_level and UNJOINABLE in self.group_sizes:
-            raise MorphoQuantError(f"{where}: joined operands need groups of 64 or 128; mend the tile table")
+            raise MorphoQuantError(f"{where}: operands of groups of {UNJOINABLE} cannot be joined; mend the tile table")
         if self.warps not in (1, 2, 4, 8, 16):
             raise MorphoQuantError(f"{where}: warps = {self.warps} is no power of two up to 16; mend the tile table")
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):

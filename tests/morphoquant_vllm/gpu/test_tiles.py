@@ -55,7 +55,7 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(two_level=1), "two_level must be bool"),
         (
             lambda table: table["architectures"]["sm_80"]["tiles"][0].update(joined=True),
-            "joined operands need groups of 64 or 128",
+            "operands of groups of 32 cannot be joined",
         ),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages=0), "stages must be at least 1"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages="4"), "stages must be int, got '4'"),
