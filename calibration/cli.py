@@ -41,24 +41,14 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A MorphoQuant ch
 @with_setting_flags
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face model directory.")],
-    data: Annotated[
-        list[Path],
-        typer.Option("--data", help=".jsonl of conversations, .txt, or a directory of .txt; may be repeated."),
-    ],
-    output: Annotated[Path, typer.Option("--output", help="Directory of the new checkpoint.")],
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")] = None,
+    data: Annotated[list[Path], typer.Option(help="Conversations (.jsonl), .txt, or a folder of .txt; repeatable.")],
+    output: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older checkpoint at --output.")] = False,
-    work: Annotated[
-        Path | None, typer.Option("--work", help="Where finished blocks are kept until the end (default: OUTPUT.work).")
-    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Where finished blocks are kept (default: OUTPUT.work).")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier run finished.")] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out conversations whose media are missing or broken.")
-    ] = False,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option("--memory-budget", help="Memory to keep to, e.g. 6GiB (default: what is free)."),
-    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out conversations whose media fail.")] = False,
+    memory_budget: Annotated[str | None, typer.Option(help="Memory to keep to, as 6GiB (default: all free).")] = None,
     **settings: Any,
 ) -> None:
     """Calibrate MODEL on example data and write a W4A4 checkpoint that vLLM serves.
