@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from calibration.recipe import read_recipe, read_size
 from calibration.setting_flags import chosen, with_setting_flags
+from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def main() -> None:
     # A terminated run takes its half-written directory with it.
     signal.signal(signal.SIGTERM, _stop)
     # Before torch is imported: its threads spin while they wait, which is slow where cores are shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.wait_passively()
     try:
         app()
     except MorphoQuantError as error:
