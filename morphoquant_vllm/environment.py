@@ -83,7 +83,7 @@ def fusion() -> bool:
 
 def wait_passively() -> None:
     """Let OpenMP's threads sleep while they wait, unless the user says otherwise. Works before torch is imported."""
-    os.environ.setdefault(WAIT_POLICY.name, "PASSIVE")
+    os.environ[WAIT_POLICY.name] = WAIT_POLICY.text() or "PASSIVE"
 
 
 def table() -> str:

@@ -20,7 +20,6 @@ import typer.main
 from calibration import cli
 from calibration.output.inspection import inspect_data
 from calibration.recipe import Recipe
-from calibration.setting_flags import chosen
 from tests.calibration.built_models import TinyModels
 
 Run = Callable[..., tuple[int, str, str]]
@@ -102,21 +101,6 @@ def test_every_setting_has_a_flag_that_states_its_default() -> None:
         elif isinstance(field.default, str | int | float):
             spellings = {str(field.default), f"{field.default:g}" if isinstance(field.default, float) else "4GB"}
             assert spellings & set(re.findall(r"[\w.]*\w", flags[name].help)), name
-
-
-def test_only_flags_that_are_given_override_the_recipe() -> None:
-    settings = dict.fromkeys(Recipe.model_fields) | {
-        "targets": [],
-        "ignore": ["a", "b"],
-        "regression": False,
-        "seed": 0,
-    }
-    assert chosen(settings) == {"ignore": ["a", "b"], "regression": False, "seed": 0}
-
-
-@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("4", 4), ("-1", "-1")])
-def test_a_number_is_told_from_a_word(text: str, value: object) -> None:
-    assert chosen({"tensor_parallel": text, "device": "0"}) == {"tensor_parallel": value, "device": "0"}
 
 
 def test_the_command_line_is_read_before_torch_is_imported() -> None:
