@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory: its settings, its headers, its tensors, and whether they obey format v1.
+"""Reading a checkpoint directory: its settings, its headers, its tensors, and whether they obey the format.
 
 Imports torch, safetensors and the standard library only: `morphoquant verify` runs without vLLM and transformers, and
 the plugin calls `check_headers` before vLLM loads a single weight (vLLM does not report a tensor that is missing).

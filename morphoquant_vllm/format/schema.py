@@ -1,4 +1,4 @@
-"""Checkpoint format v2: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
+"""The checkpoint format: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
 
 docs/checkpoint.md explains the format; this module is what holds.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 
 QUANT_METHOD = "morphoquant"
 FORMAT_VERSION = 2
@@ -23,12 +24,9 @@ MASSIVE_ROW = "massive"
 DEFAULT_ROWS = (TEXT_ROW, "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
 # Intervals of a set by which a massive token is known.
 MASSIVE_CHANNELS = 4
-GROUP_SIZES = (32, 64, 128)
 # How the scales of a layer's groups of weights are stored: each by itself, or as whole multiples of one per output.
 GROUP_SCHEME, TWO_LEVEL_SCHEME = "group", "two_level"
 SCALE_SCHEMES = (GROUP_SCHEME, TWO_LEVEL_SCHEME)
-# Levels are 1 to this. Level times weight code lies in [-128, 112] then: in an int8.
-MAX_LEVEL = 16
 # Input channels up to which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
 MAX_TWO_LEVEL_CHANNELS = 2**17 - 1
 PARALLEL_KINDS = ("column", "row")
@@ -110,7 +108,7 @@ class LayerSpec:
 
 
 def check_group_size(name: str, in_features: int, group_size: int) -> None:
-    """Refuse a group size that v1 does not know, or that does not divide K."""
+    """Refuse a group size that the format does not know, or that does not divide K."""
     if group_size not in GROUP_SIZES:
         raise MorphoQuantError(f"{name}: group_size {group_size} is not one of {list(GROUP_SIZES)}")
     if in_features % group_size:
