@@ -3,7 +3,7 @@
 cli          the command `morphoquant`
 calibrate    one run from model and data to checkpoint
 stages       its stages: capture, quantize, export
-recipe       the settings
+recipe       the settings, each declared once; setting_flags makes flags of them, settings_table a table
 model        the source model: files, architectures, what will be quantized
 data         from conversations to tokens
 blocks       runs the model block by block

@@ -1,10 +1,15 @@
-"""The settings of a calibration: their defaults, their ranges, and the YAML recipe that changes them."""
+"""The settings of a calibration: names, types, defaults, ranges, help; and the YAML recipe that changes them.
+
+Each setting is declared here and nowhere else. `setting_flags` makes the command line of it, `settings_table` the table
+in docs/calibration.md. Imports no torch, so that the command line may read it first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -19,9 +24,20 @@ from pydantic import (
 )
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import GROUP_SCHEME, MAX_LEVEL, TWO_LEVEL_SCHEME
+from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 
 Patterns = tuple[str, ...]
+if TYPE_CHECKING:
+    GroupSize = int
+else:
+    GroupSize = Literal[GROUP_SIZES]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The flag of a setting that is not called as the setting is."""
+
+    name: str
 
 
 class Recipe(BaseModel):
@@ -29,22 +45,25 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    targets: Patterns | None = Field(
-        default=None, description="Linears to quantize; None: every linear of the language model's decoder blocks."
+    targets: Annotated[Patterns | None, Flag("--target")] = Field(
+        default=None, description="Linears to quantize; none: every linear of the language model's decoder blocks."
     )
     ignore: Patterns = Field(default=(), description="Linears to leave in 16 bit although a target matches them.")
-    towers: tuple[Literal["image"], ...] = Field(
+    towers: Annotated[tuple[Literal["image"], ...], Flag("--tower")] = Field(
         default=(), description="Encoders of media to quantize besides: image (of pictures and video frames)."
     )
-    group_size: Literal[32, 64, 128] = Field(default=32, description="Input channels that share one weight scale.")
+    group_size: GroupSize = Field(
+        default=GROUP_SIZES[0],
+        description=f"Input channels that share one weight scale: one of {', '.join(map(str, GROUP_SIZES))}.",
+    )
     tensor_parallel: Literal["auto"] | int = Field(
         default="auto",
         description="Ranks the checkpoint can be split over; auto: the largest of 8, 4, 2, 1 that the model allows.",
     )
     grid: Literal["budget", "reference"] = Field(
         default="budget",
-        description="How a channel's step is found: by what the output loses within escape_budget, or as the reference "
-        "does (tau, full_mask, lam, lower, lp_norm).",
+        description="How a channel's step is found: budget (by what the output loses within escape_budget) "
+        "or reference (as the authors do: tau, full_mask, lam, lower, lp_norm).",
     )
     escape_budget: float = Field(
         default=0.04,
@@ -71,14 +90,15 @@ class Recipe(BaseModel):
         default=0.02, ge=1e-3, le=10, description="How strongly the regression is drawn to the original weights."
     )
     rounding: Literal["compensated", "nearest"] = Field(
-        default="compensated", description="How weights are rounded: with error compensation (GPTQ), or each by itself."
+        default="compensated",
+        description="How weights are rounded: compensated (GPTQ and refinement) or nearest (each by itself).",
     )
     scale_levels: int = Field(
         default=0,
         ge=0,
         le=MAX_LEVEL,
-        description="Two-level scales: those of an output channel are whole multiples, 1 to this (16 at most), of one "
-        "number. Needs compensated rounding. 0: every group has a scale of its own.",
+        description="Two-level scales: those of an output channel are whole multiples, 1 to this "
+        f"(at most {MAX_LEVEL}), of one number. Needs compensated rounding. 0: every group has a scale of its own.",
     )
     tau: float = Field(
         default=2.0,
@@ -124,7 +144,7 @@ class Recipe(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the choice of sampled tokens.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="In which the model is run."
+        default="float32", description="In which the model is run: float32, bfloat16 or float16."
     )
     device: str = Field(
         default="auto", description="On which the model is run: auto (cuda where there is one), cpu, cuda, cuda:1..."
@@ -160,6 +180,9 @@ class Recipe(BaseModel):
     @property
     def scale_scheme(self) -> str:
         """How the checkpoint stores the scales of weights."""
+        # Not at the top: it imports torch.
+        from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME
+
         return TWO_LEVEL_SCHEME if self.scale_levels else GROUP_SCHEME
 
     @field_validator("shard_size")

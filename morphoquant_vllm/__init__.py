@@ -8,6 +8,7 @@
     hf           loading a checkpoint with transformers
     compat       command: whether the vLLM at hand has the interfaces that the plugin needs
     host_memory  gives freed memory back, large pages
+    environment  the environment variables that are read
     errors       the one error type for what a user can mend
 
 Importing this package imports nothing else.

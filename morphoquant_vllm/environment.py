@@ -1,7 +1,106 @@
-"""placeholder"""
+"""The environment variables that this project reads: names, defaults, meaning. Standard library only.
+
+Each is read when it is asked for, never at import. `python -m morphoquant_vllm.environment` prints the table that
+docs/environment.md holds.
+"""
+
+from __future__ import annotations
 
 import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable that a user may set; `default` says what holds if it is not set, or is empty."""
+
+    name: str
+    default: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def text(self) -> str:
+        """Its value now; empty if it is not set."""
+        return os.environ.get(self.name, "")
+
+
+CPU = Variable(
+    "MORPHOQUANT_CPU",
+    "the best that has run on hardware",
+    "Instruction set of the CPU kernels: `avx512_vnni`, `avx_vnni` or `avx2`.",
+)
+CACHE = Variable("MORPHOQUANT_CACHE", "`morphoquant` in `XDG_CACHE_HOME`", "Directory of the built CPU kernels.")
+CACHE_HOME = Variable("XDG_CACHE_HOME", "`~/.cache`", "Directory of all caches of a user.")
+CXX = Variable("CXX", "`g++`, else `c++`", "The C++ compiler of the CPU kernels, with its flags.")
+TILES = Variable(
+    "MORPHOQUANT_TILES",
+    "`tiles.json` of the package",
+    "File of the tile sizes of the GPU kernels, as `python -m morphoquant_vllm.gpu.tools.autotune` writes it.",
+)
+FUSION = Variable(
+    "MORPHOQUANT_FUSION",
+    "`0`",
+    "`1`: in compiled models on a GPU, the quantizer of `down_proj` computes silu(gate) * up too.",
+)
+CHECKSUMS = Variable(
+    "MORPHOQUANT_CHECKSUMS",
+    "`1`",
+    "`0`: a checkpoint is loaded without reading every file first for its SHA-256, and for NaN and infinity.",
+)
+WAIT_POLICY = Variable(
+    "OMP_WAIT_POLICY",
+    "`PASSIVE` in the command `morphoquant`",
+    "Whether OpenMP's threads sleep or spin (`ACTIVE`) while they wait; it matters if cores are shared.",
+)
+VARIABLES = (CPU, CACHE, CACHE_HOME, CXX, TILES, FUSION, CHECKSUMS, WAIT_POLICY)
+
+
+def cpu_instructions() -> str:
+    """The instruction set that the user chose for the CPU kernels, or empty."""
+    return CPU.text()
+
+
+def cache_directory() -> Path:
+    """Where built CPU kernels are kept."""
+    if own := CACHE.text():
+        return Path(own)
+    return Path(CACHE_HOME.text() or Path.home() / ".cache") / "morphoquant"
+
+
+def compiler() -> list[str]:
+    """The command of the user's C++ compiler, or nothing."""
+    return shlex.split(CXX.text())
+
+
+def tile_table() -> Path | None:
+    """The user's tile table of the GPU kernels."""
+    return Path(TILES.text()) if TILES.text() else None
+
+
+def fusion() -> bool:
+    """Whether the graph pass of silu(gate) * up is wanted."""
+    return FUSION.text() == "1"
 
 
 def checksums_wanted() -> bool:
-    return os.environ.get("MORPHOQUANT_CHECKSUMS", "1") != "0"
+    """Whether the content of a checkpoint's files is checked before it is loaded."""
+    return CHECKSUMS.text() != "0"
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user says otherwise. Works before torch is imported."""
+    os.environ[WAIT_POLICY.name] = WAIT_POLICY.text() or "PASSIVE"
+
+
+def table() -> str:
+    """A row of Markdown for every variable."""
+    rows = [f"| `{item.name}` | {item.default} | {item.meaning} |" for item in VARIABLES]
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(table())

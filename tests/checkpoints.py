@@ -15,7 +15,6 @@ from morphoquant_vllm.format.schema import (
     DEFAULT_ROWS,
     GROUP_SCHEME,
     MASSIVE_CHANNELS,
-    MAX_LEVEL,
     TWO_LEVEL_SCHEME,
     LayerSpec,
     QuantizationSpec,
@@ -24,6 +23,7 @@ from morphoquant_vllm.format.schema import (
 )
 from morphoquant_vllm.format.seal import sealed
 from morphoquant_vllm.numerics import weights
+from morphoquant_vllm.numerics.limits import MAX_LEVEL
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 64, 128, 32, 16
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.common.command import one_line_errors
 from benchmarks.cpu_linear.layers import MODELS
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 # The layer and the tokens at which the cost of rows and of pages is asked for.
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--layers", nargs="+", help="only layers with these names, such as down")
     top.add_argument("--tokens", nargs="+", type=int, metavar="M", help="several numbers each by default")
     top.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    top.add_argument("--group-sizes", nargs="+", type=int, choices=(32, 64, 128), default=[32, 128])
+    top.add_argument("--group-sizes", nargs="+", type=int, choices=GROUP_SIZES, default=[32, 128])
     top.add_argument("--seconds", type=float, default=1.0, help="for each layer, M and number of threads")
     top.add_argument("--pairs", type=int, default=200, help="of calls whose cost is compared")
     top.add_argument("--results", type=Path, default=Path("benchmarks/results/cpu_linear"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from pathlib import Path
 
+from morphoquant_vllm import environment
 from morphoquant_vllm.cpu import build as cpu_build
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import zero_bytes
@@ -20,11 +20,11 @@ REPEATS = 7
 def ceilings(threads: int) -> dict[str, float]:
     """Best of REPEATS: GB/s read and G multiply-adds/s ("gmac_s") with this build's dot product."""
     try:
-        instructions = cpu_build.instruction_set(cpu_build.cpu_flags(), os.environ.get(cpu_build.CHOICE, ""))
+        instructions = cpu_build.instruction_set(cpu_build.cpu_flags(), environment.cpu_instructions())
         built = cpu_build.build(
             instructions,
             cpu_build.find_compiler(),
-            cpu_build.cache_directory(),
+            environment.cache_directory(),
             cpu_build.torch_openmp(),
             ("-I", str(cpu_build.SOURCES)),
             Path(__file__).parent / "ceilings",

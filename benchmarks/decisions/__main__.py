@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     from benchmarks.decisions.cost import measure_cost
     from benchmarks.decisions.inputs import generated_input, real_inputs
     from benchmarks.models import smollm2
-    from morphoquant_vllm.format.schema import GROUP_SIZES
+    from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
     started = time.monotonic()
 

@@ -19,8 +19,9 @@ from calibration.quantize.layer import InputSample, quantize_input
 from calibration.quantize.observation import InputCollector
 from calibration.recipe import read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import GROUP_SIZES, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics.activation import Grid, escapes
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 CENTRES = ("real", "integer", "none")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from morphoquant_vllm.format.schema import DEFAULT_ROWS, GROUP_SIZES, LayerSpec, TensorSpec, tensor_specs
+from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, TensorSpec, tensor_specs
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 # Qwen2.5-7B: 28 heads of 128, 4 of them for keys and values; [N, K] of every linear of a decoder block.
 TENSOR_PARALLEL = 4

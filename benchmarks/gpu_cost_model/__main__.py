@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.common.command import one_line_errors
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 if TYPE_CHECKING:
     from morphoquant_vllm.gpu.tiles import Tile
@@ -24,7 +25,6 @@ SHAPES = {
     "up": (18944, 3584),
 }
 TOKENS = (1, 16, 64, 256, 2048)
-GROUP_SIZES = (32, 64, 128)
 
 
 def parser() -> argparse.ArgumentParser:

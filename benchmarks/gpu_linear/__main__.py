@@ -11,8 +11,9 @@ from typing import Any
 
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.machine import versions
-from benchmarks.gpu_cost_model.__main__ import GROUP_SIZES, SHAPES, TOKENS
+from benchmarks.gpu_cost_model.__main__ import SHAPES, TOKENS
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 OURS = ("morphoquant", "morphoquant-two-level")
 PEERS = ("marlin-w4a16", "marlin-w4a8", "humming-w4a4")

@@ -155,8 +155,8 @@ class BlockLoader:
         for stored in source.tensors:
             if stored.startswith(further):
                 raise MorphoQuantError(
-                    f"{source.directory}: config.json asks for {len(self._blocks)} decoder blocks, but the weights hold "
-                    f"{stored}; download the model again"
+                    f"{source.directory}: config.json asks for {len(self._blocks)} decoder blocks, but the weights "
+                    f"hold {stored}; download the model again"
                 )
         for index, block in enumerate(self._blocks):
             for name, parameter in block.named_parameters():

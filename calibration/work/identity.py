@@ -39,8 +39,8 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that the checkpoint's bytes depend on, as a JSON object: settings, versions, model and data.
 
-    Files are known by the SHA-256 of their content, but weight files by size and times of change: hashing them would
-    take as long as reading the model. The number of threads is not part of it: a run goes on with the recorded one.
+    Files are known by the SHA-256 of their content, weight files too: size and time of change can stay as they were
+    when the content does not. The number of threads is not part of it: a run goes on with the recorded one.
     That of processes is.
     """
     settings = recipe.model_dump(mode="json") | {
@@ -125,11 +125,8 @@ def _code_hash() -> str:
 def _model_files(source: Source) -> dict[str, str]:
     plain = [Path(CONFIG_FILE), *copied_files(source.directory)]
     found = {str(path): hash_file(source.directory / path) for path in plain}
-    for path in sorted({info.file for info in source.tensors.values()}):
-        state = path.stat()
-        # Whoever sets the time of change back cannot set back when that was done.
-        found[path.name] = f"{state.st_size} bytes, changed {state.st_mtime_ns}, touched {state.st_ctime_ns}"
-    return found
+    weights = sorted({info.file for info in source.tensors.values()})
+    return found | {path.name: hash_file(path) for path in weights}
 
 
 def _content_hash(item: Conversation | PlainText) -> str:

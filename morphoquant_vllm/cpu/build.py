@@ -1,8 +1,8 @@
 """Build and load the CPU kernels: compiled with the machine's g++ at first use, then kept in a cache.
 
-The cache is a directory of shared objects, named by a hash of all that decides their content. It is
-$MORPHOQUANT_CACHE, or morphoquant/ below $XDG_CACHE_HOME or ~/.cache. A build is written beside its place and moved
-there in one step, so that any number of workers may start at once: at worst several compile the same.
+The cache is a directory of shared objects, named by a hash of all that decides their content. A build is written
+beside its place and moved there in one step, so that any number of workers may start at once: at worst several compile
+the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from morphoquant_vllm import environment
 
 logger = logging.getLogger("vllm.morphoquant_vllm.cpu.build")
 
@@ -36,9 +37,8 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx_vnni": ((*_BASE_CPU, "avx_vnni"), (*_BASE_FLAGS, "-mavxvnni")),
     "avx2": (_BASE_CPU, _BASE_FLAGS),
 }
-# Those that have run on a processor, best first. The other has been compiled; CHOICE turns it on.
+# Those that have run on a processor, best first. The other has been compiled; environment.CPU turns it on.
 RUN_ON_HARDWARE = ("avx512_vnni", "avx2")
-CHOICE = "MORPHOQUANT_CPU"
 # No contraction: the quantizer rounds after each operation, as torch does. The warning is false in gcc 12's headers.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
 # A compiler that takes longer than this hangs (s).
@@ -81,7 +81,7 @@ def instruction_set(flags: frozenset[str], choice: str = "") -> str:
     if choice:
         if choice not in INSTRUCTION_SETS or not flags.issuperset(INSTRUCTION_SETS[choice][0]):
             here = [name for name, (needed, _) in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
-            raise BuildError(f"{CHOICE}={choice}: not an instruction set of this processor; it has {here}")
+            raise BuildError(f"{environment.CPU}={choice}: not an instruction set of this processor; it has {here}")
         return choice
     for name in RUN_ON_HARDWARE:
         if flags.issuperset(INSTRUCTION_SETS[name][0]):
@@ -89,20 +89,15 @@ def instruction_set(flags: frozenset[str], choice: str = "") -> str:
     raise BuildError("the processor has no AVX2, FMA and F16C; nothing helps but another machine")
 
 
-def cache_directory() -> Path:
-    """Where builds are kept."""
-    if own := os.environ.get("MORPHOQUANT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "morphoquant"
-
-
 def find_compiler() -> list[str]:
-    """Command of the C++ compiler: $CXX, else g++ or c++. Raises BuildError where there is none."""
-    command = shlex.split(os.environ.get("CXX", ""))
+    """Command of the C++ compiler: the user's, else g++ or c++. Raises BuildError where there is none."""
+    command = environment.compiler()
     for name in (command[0],) if command else ("g++", "c++"):
         if found := shutil.which(name):
             return [found, *command[1:]]
-    raise BuildError(f"no C++ compiler ({command[0] if command else 'g++'}); install g++ or set CXX to one")
+    raise BuildError(
+        f"no C++ compiler ({command[0] if command else 'g++'}); install g++ or set {environment.CXX} to one"
+    )
 
 
 def torch_openmp(maps: Path = Path("/proc/self/maps")) -> Path | None:
@@ -155,7 +150,7 @@ def build(
             _run([*compiler, *extra, "-shared", *objects, *library, "-o", str(made)])
             os.replace(made, target)
     except OSError as error:
-        raise BuildError(f"cannot write to {directory} ({error.strerror}); set MORPHOQUANT_CACHE") from error
+        raise BuildError(f"cannot write to {directory} ({error.strerror}); set {environment.CACHE}") from error
     return target
 
 
@@ -167,7 +162,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         first = next((line for line in lines if "error" in line), lines[0])
         raise BuildError(f"{command[0]} failed: {first}; g++ 11 or newer is known to work") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} does not run ({error}); install g++ or set CXX to one") from error
+        raise BuildError(f"{command[0]} does not run ({error}); install g++ or set {environment.CXX} to one") from error
 
 
 def load(path: Path, instructions: str) -> Kernels:
@@ -175,7 +170,9 @@ def load(path: Path, instructions: str) -> Kernels:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path} does not load ({error}); remove it, and set CXX to g++ if it is another") from error
+        raise BuildError(
+            f"{path} does not load ({error}); remove it, and set {environment.CXX} to g++ if it is another"
+        ) from error
     functions = (library.morphoquant_act_quant, library.morphoquant_linear, library.morphoquant_head)
     head_bfloat16 = library.morphoquant_head_bfloat16
     for function in (*functions, head_bfloat16):
@@ -193,8 +190,8 @@ def load(path: Path, instructions: str) -> Kernels:
 def kernels() -> Kernels | None:
     """The kernels for this machine, or None after one warning that says why there are none and what helps."""
     try:
-        instructions = instruction_set(cpu_flags(), os.environ.get(CHOICE, ""))
-        built = build(instructions, find_compiler(), cache_directory(), torch_openmp())
+        instructions = instruction_set(cpu_flags(), environment.cpu_instructions())
+        built = build(instructions, find_compiler(), environment.cache_directory(), torch_openmp())
         return load(built, instructions)
     except BuildError as error:
         logger.warning("MorphoQuant: the slow torch reference serves on this CPU: %s", error)

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import GROUP_SIZES
 from morphoquant_vllm.host_memory import zero_bytes
 from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.numerics.weights import unpack
 

@@ -14,6 +14,7 @@ import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.integrity import Integrity, digest
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 QUANT_METHOD = "morphoquant"
 # Written by this version, and read by it. Version 2 has no `integrity`: less can be checked.
@@ -27,12 +28,9 @@ MASSIVE_ROW = "massive"
 DEFAULT_ROWS = (TEXT_ROW, "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
 # Intervals of a set by which a massive token is known.
 MASSIVE_CHANNELS = 4
-GROUP_SIZES = (32, 64, 128)
 # How the scales of a layer's groups of weights are stored: each by itself, or as whole multiples of one per output.
 GROUP_SCHEME, TWO_LEVEL_SCHEME = "group", "two_level"
 SCALE_SCHEMES = (GROUP_SCHEME, TWO_LEVEL_SCHEME)
-# Levels are 1 to this. Level times weight code lies in [-128, 112] then: in an int8.
-MAX_LEVEL = 16
 # Input channels up to which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
 MAX_TWO_LEVEL_CHANNELS = 2**17 - 1
 PARALLEL_KINDS = ("column", "row")

@@ -9,9 +9,9 @@ import torch
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu.layout import TILE_N, UNIT_K
 from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 from morphoquant_vllm.numerics.linear import WeightRecord
 
-GROUP_SIZES = (32, 64, 128)
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 # The kernels count within one tensor in int32.
 MAX_ELEMENTS = 2**31 - 1
@@ -41,7 +41,7 @@ def check_shape(name: str, out_features: int, in_features: int, groups: int) -> 
     if groups < 1 or in_features % groups or in_features // groups not in GROUP_SIZES:
         raise MorphoQuantError(
             f"{name}: {groups} groups of K = {in_features} are no groups of {list(GROUP_SIZES)}; "
-            "calibrate again with --group-size 32, 64 or 128"
+            "calibrate again with one of them as --group-size"
         )
     if out_features < 1 or in_features % UNIT_K:
         raise MorphoQuantError(

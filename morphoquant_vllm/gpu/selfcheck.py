@@ -10,10 +10,11 @@ from functools import cache
 
 import torch
 
+from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import launch, layout
 from morphoquant_vllm.gpu.device import Profile
-from morphoquant_vllm.gpu.tiles import TABLE_VARIABLE, Tile
+from morphoquant_vllm.gpu.tiles import Tile
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
@@ -56,7 +57,7 @@ def problem_of_tile(
     return (
         f"the kernel for {kind}, tile {tile.block_n}x{tile.block_m} (warps {tile.warps}, stages {tile.stages}, "
         f"splits {splits}) is off by {error:.3g} of what rounding allows on this GPU; "
-        f"name another tile table with {TABLE_VARIABLE}, or serve on a CPU, and report it with the versions of GPU, "
+        f"name another tile table with {environment.TILES}, or serve on a CPU, and report it with the versions of GPU, "
         "driver and Triton"
     )
 

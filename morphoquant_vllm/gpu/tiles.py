@@ -1,24 +1,23 @@
 """Which tile sizes serve which GPU architecture and shape: data, read from tiles.json. Neither torch nor Triton.
 
-The environment variable MORPHOQUANT_TILES names another file of the same form, as `autotune` writes it.
+The user may name another file of the same form, as `autotune` writes it (environment.TILES).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
-TABLE_VARIABLE = "MORPHOQUANT_TILES"
 DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
 TABLE_VERSION = 3
-GROUP_SIZES = (32, 64, 128)
 # The group size of which a tile along K holds two groups, each with a scale of its own.
 UNJOINABLE = 32
 # Output channels of a program lie in one tile of packed weights, of 128.
@@ -61,7 +60,7 @@ class Tile:
         if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
             raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
         if self.joined and not self.two_level and UNJOINABLE in self.group_sizes:
-            raise MorphoQuantError(f"{where}: joined operands need groups of 64 or 128; mend the tile table")
+            raise MorphoQuantError(f"{where}: operands of groups of {UNJOINABLE} cannot be joined; mend the tile table")
         if self.warps not in (1, 2, 4, 8, 16):
             raise MorphoQuantError(f"{where}: warps = {self.warps} is no power of two up to 16; mend the tile table")
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
@@ -92,7 +91,7 @@ class Architecture:
         raise MorphoQuantError(
             f"{self.name}: the tile table has no entry for {tokens} tokens at group_size {group_size}"
             f"{' with two-level scales' * two_level}; "
-            f"unset {TABLE_VARIABLE} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+            f"unset {environment.TILES} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
 
 
@@ -150,15 +149,15 @@ def load(path: Path) -> dict[str, Architecture]:
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
-        raise MorphoQuantError(f"{path}: not a readable tile table ({problem}); unset {TABLE_VARIABLE}") from None
+        raise MorphoQuantError(f"{path}: not a readable tile table ({problem}); unset {environment.TILES}") from None
     if not isinstance(table, dict):
-        raise MorphoQuantError(f"{path}: a tile table is a JSON object; unset {TABLE_VARIABLE}")
+        raise MorphoQuantError(f"{path}: a tile table is a JSON object; unset {environment.TILES}")
     return parse(table, str(path))
 
 
 def architectures() -> dict[str, Architecture]:
     """The table in force."""
-    return load(Path(os.environ.get(TABLE_VARIABLE) or DEFAULT_TABLE))
+    return load(environment.tile_table() or DEFAULT_TABLE)
 
 
 def architecture_of(device_name: str) -> Architecture | None:

@@ -9,6 +9,7 @@ Notation
     G  group size: input channels that share one weight scale
     R  modality rows (text, image, video, audio, any, ...)
 
+    limits       group sizes and levels that a layer may have (imports nothing)
     statistics   what calibration collects per input channel
     reference    the authors' algorithm: dispersion score, mask, range search, 4-bit grid, 16-bit bypass (exact mode)
     activation   the form that integer hardware serves: step, centre, gain, mask -> codes (escape mode)

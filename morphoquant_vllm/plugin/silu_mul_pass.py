@@ -6,7 +6,6 @@ and FP4 operators; the pass here takes the free place. What it does not recognis
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -18,14 +17,12 @@ from torch.nn.functional import silu
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.platforms import current_platform
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import environment, ops
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Environment variable that turns the pass on.
-CHOICE = "MORPHOQUANT_FUSION"
 # Tensors of a weight and an activation record, of the backends that have a fused operation.
 RECORD_SIZES = {"triton": (len(GpuWeight._fields), len(GpuActivation._fields))}
 
@@ -35,7 +32,7 @@ def install(config: VllmConfig, backend: str) -> None:
 
     Off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named stays in its place.
     """
-    if backend in RECORD_SIZES and os.environ.get(CHOICE) == "1":
+    if backend in RECORD_SIZES and environment.fusion():
         passes = config.compilation_config.inductor_compile_config
         passes.setdefault(current_platform.pass_key, SiluMulFusion(backend, *RECORD_SIZES[backend]))
 

@@ -67,17 +67,46 @@ def test_calibrate_inspect_and_verify(tiny: TinyModels, tmp_path: Path, run: Run
     assert json.loads(out) == inspect_data(tmp_path / "out")
 
 
-def test_every_setting_has_a_flag_that_states_its_default() -> None:
+FLAGS = {
+    "targets": "--target",
+    "ignore": "--ignore",
+    "towers": "--tower",
+    "full_mask": "--full-mask",
+    "massive_row": "--massive-row --no-massive-row",
+    "modality_rows": "--modality-rows --no-modality-rows",
+    "regression": "--regression --no-regression",
+    "group_size": "--group-size",
+    "shard_size": "--shard-size",
+    "tau": "--tau",
+}
+
+
+def options() -> dict[str, Any]:
     command = typer.main.get_command(cli.app).commands["calibrate"]  # type: ignore[attr-defined]
-    names = {"target": "targets", "tower": "towers"}
-    flags = {names.get(option.name, option.name): option for option in command.params}
+    return {option.name: option for option in command.params}
+
+
+def test_flags_are_spelt_as_they_always_were() -> None:
+    found = options()
+    assert {name: " ".join((*found[name].opts, *found[name].secondary_opts)) for name in FLAGS} == FLAGS
+
+
+def test_every_setting_has_a_flag_that_states_its_default() -> None:
+    flags = options()
     for name, field in Recipe.model_fields.items():
         assert flags[name].default is None  # the recipe's default holds
+        assert field.description in flags[name].help
         if isinstance(field.default, bool):
-            assert f"({'yes' if field.default else 'no'})" in flags[name].help, name
+            assert f"(default: {'yes' if field.default else 'no'})" in flags[name].help, name
         elif isinstance(field.default, str | int | float):
             spellings = {str(field.default), f"{field.default:g}" if isinstance(field.default, float) else "4GB"}
             assert spellings & set(re.findall(r"[\w.]*\w", flags[name].help)), name
+
+
+def test_the_command_line_is_read_before_torch_is_imported() -> None:
+    """Its threads read OMP_WAIT_POLICY once, and `main` sets it; and --help need not wait for it."""
+    code = "import sys, calibration.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def refused(result: tuple[int, str, str], expected: str) -> None:

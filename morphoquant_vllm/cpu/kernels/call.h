@@ -1,7 +1,7 @@
 // What one call of the kernels gets: pointers into torch tensors. record.h makes it of what Python hands over.
 //
 // M tokens, K input channels, N output channels, G group size along K, R modality rows, B sets of J massive intervals.
-// K is a multiple of G, and G one of 32, 64, 128.
+// K is a multiple of G, and G one of the sizes that record.h lets through.
 #pragma once
 
 #include <cstdint>

@@ -27,10 +27,10 @@ from morphoquant_vllm.gpu import tiles
 from morphoquant_vllm.gpu.device import Profile, device_name, profile_of
 from morphoquant_vllm.gpu.layout import TILE_N, GpuActivation, GpuWeight, scale_words, tile_channels
 from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 # N, K of a 7B model's linears: qkv, o, gate_up, down.
 SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
-GROUP_SIZES = (32, 64, 128)
 # Most tokens of each range, at which it is measured; the last has no upper end.
 RANGES = (1, 4, 16, 32, 64, 256, None)
 MANY_TOKENS = 2048

@@ -76,6 +76,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_an_index_must_fit_its_files(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     write_index(model, {"a.weight": "model-00001-of-00001.safetensors"})
+    refuse(model, r"has model.safetensors and .*index.json, which does not name it; remove one of the two")
+    write_index(model, {"a.weight": "model-00001-of-00001.safetensors", "b": "model.safetensors"})
     refuse(model, "model-00001-of-00001.safetensors: named in .* but missing")
     write_index(model, {"z": "model.safetensors"})
     refuse(model, "model.safetensors: z is in .* but missing here")

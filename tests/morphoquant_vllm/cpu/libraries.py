@@ -1,11 +1,11 @@
 """Builds of the CPU kernels for tests: for this machine, emulated, and with the address sanitizer."""
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from morphoquant_vllm import environment
 from morphoquant_vllm.cpu import build as cpu_build
 from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, BuildError, Kernels
 
@@ -24,9 +24,9 @@ def native(instructions: str) -> Kernels:
     """The kernels as they are served; skips where the machine cannot run them."""
     if not cpu_build.cpu_flags().issuperset(INSTRUCTION_SETS[instructions][0]):
         pytest.skip(f"this processor has no {instructions}")
-    if instructions not in (*cpu_build.RUN_ON_HARDWARE, os.environ.get(cpu_build.CHOICE)):
-        pytest.skip(f"{instructions} has not run on a processor yet; {cpu_build.CHOICE}={instructions} tries it")
-    directory = cpu_build.cache_directory()
+    if instructions not in (*cpu_build.RUN_ON_HARDWARE, environment.cpu_instructions()):
+        pytest.skip(f"{instructions} has not run on a processor yet; {environment.CPU}={instructions} tries it")
+    directory = environment.cache_directory()
     return cpu_build.load(cpu_build.build(instructions, compiler(), directory, cpu_build.torch_openmp()), instructions)
 
 
@@ -43,5 +43,5 @@ def emulated() -> Kernels:
         # Without the compiler's AVX512 flags, which would bypass the emulation.
         patch.setitem(INSTRUCTION_SETS, "avx512_vnni", INSTRUCTION_SETS["avx2"])
         extra = ("-I", str(EMULATION), "-O1", "-w")
-        built = cpu_build.build("avx512_vnni", command, cpu_build.cache_directory(), cpu_build.torch_openmp(), extra)
+        built = cpu_build.build("avx512_vnni", command, environment.cache_directory(), cpu_build.torch_openmp(), extra)
     return cpu_build.load(built, "avx512_vnni")

@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import environment, ops
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import build as cpu_build
+from morphoquant_vllm.cpu import layout
 from morphoquant_vllm.cpu.build import Kernels
 from morphoquant_vllm.cpu.layout import HEADER_BYTES
 from morphoquant_vllm.numerics import activation, linear
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 from morphoquant_vllm.numerics.weights import pack, unpack
 from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
 from tests.morphoquant_vllm.cpu.cases import (
@@ -184,8 +186,23 @@ def _header(block: torch.Tensor, place: int, value: int) -> torch.Tensor:
 )
 def test_records_that_do_not_fit_raise_before_they_are_read(library: Kernels, weight: list, record: list) -> None:
     x, modality = tokens_of(3, 96, torch.float32)
-    with pytest.raises(ValueError, match=r"the records must be what cpu.layout.prepare made"):
+    with pytest.raises(ValueError, match=r"the records must be what cpu\.layout\.prepare made"):
         cpu.linear(x, modality, weight, record, None, library)
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 48, 64, 96, 128, 192, 256])
+def test_the_native_code_takes_the_group_sizes_of_the_format(
+    library: Kernels, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++ has a list of its own; here each size reaches it."""
+    monkeypatch.setattr(layout, "GROUP_SIZES", (group_size,))
+    packed, prepared = cpu.prepare(*case(48, 768, group_size))
+    x, modality = tokens_of(3, 768, torch.float32)
+    if group_size in GROUP_SIZES:
+        cpu.linear(x, modality, packed, prepared, None, library)
+        return
+    with pytest.raises(ValueError, match=r"the records must be what"):
+        cpu.linear(x, modality, packed, prepared, None, library)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +270,7 @@ def test_no_case_reads_or_writes_out_of_bounds(instructions: str) -> None:
     cpu_libraries.native(instructions)
     command = cpu_libraries.compiler()
     extra = ("-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g")
-    built = cpu_build.build(instructions, command, cpu_build.cache_directory(), cpu_build.torch_openmp(), extra)
+    built = cpu_build.build(instructions, command, environment.cache_directory(), cpu_build.torch_openmp(), extra)
     runtime = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     # Python itself leaks at exit.
     settings = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}

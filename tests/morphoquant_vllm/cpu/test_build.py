@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import environment, ops
 from morphoquant_vllm.cpu import build as cpu_build
 from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, BuildError
 from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
@@ -187,7 +187,7 @@ def test_every_instruction_set_compiles_to_its_instructions(instructions: str) -
     if not shutil.which("objdump"):
         pytest.skip("needs objdump: apt-get install binutils")
     built = cpu_build.build(
-        instructions, cpu_libraries.compiler(), cpu_build.cache_directory(), cpu_build.torch_openmp()
+        instructions, cpu_libraries.compiler(), environment.cache_directory(), cpu_build.torch_openmp()
     )
     listing = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
     dots = [line for line in listing.splitlines() if "vpdpbusd" in line or "vpmaddubsw" in line]

@@ -1,4 +1,4 @@
-"""The rules of format v2, one by one; and what importing schema, numerics and checkpoint reader brings in."""
+"""The rules of the format, one by one; and what importing schema, numerics and checkpoint reader brings in."""
 
 import inspect
 import json
@@ -10,9 +10,7 @@ import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import (
-    GROUP_SIZES,
     INPUT_TENSORS,
-    MAX_LEVEL,
     MAX_TWO_LEVEL_CHANNELS,
     OUTPUT_TENSORS,
     LayerSpec,
@@ -27,6 +25,7 @@ from morphoquant_vllm.format.schema import (
 )
 from morphoquant_vllm.format.values import check_massive_channels, check_order, unequal_input_tensors
 from morphoquant_vllm.numerics.activation import activation_record
+from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 from morphoquant_vllm.numerics.linear import weight_record
 from tests.checkpoints import layer_specs
 

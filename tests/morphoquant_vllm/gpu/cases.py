@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import GROUP_SCHEME, MAX_LEVEL, TWO_LEVEL_SCHEME, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec, QuantizationSpec
 from morphoquant_vllm.gpu import layout
 from morphoquant_vllm.gpu.tiles import Tile
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.limits import MAX_LEVEL
 from morphoquant_vllm.numerics.linear import WeightRecord
 from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of

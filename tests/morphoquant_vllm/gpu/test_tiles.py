@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import tiles
 
@@ -36,7 +37,7 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
     changed["architectures"]["sm_90"]["tiles"][0]["stages"] = 7
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(changed))
-    monkeypatch.setenv(tiles.TABLE_VARIABLE, str(path))
+    monkeypatch.setenv(environment.TILES.name, str(path))
     assert tiles.architecture_of("9.0").tile(1, 32).stages == 7
 
 
@@ -55,7 +56,7 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(two_level=1), "two_level must be bool"),
         (
             lambda table: table["architectures"]["sm_80"]["tiles"][0].update(joined=True),
-            "joined operands need groups of 64 or 128",
+            "operands of groups of 32 cannot be joined",
         ),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages=0), "stages must be at least 1"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages="4"), "stages must be int, got '4'"),

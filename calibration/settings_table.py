@@ -1,0 +1,17 @@
+"""`python -m calibration.settings_table` prints the table of settings that docs/calibration.md holds."""
+
+from calibration.recipe import Recipe
+from calibration.setting_flags import default_text, flag_of
+
+
+def settings_table() -> str:
+    """A row of Markdown for every setting: name, flag, default, meaning."""
+    rows = [
+        f"| `{name}` | `{flag_of(name, field).replace('/', '`, `')}` | `{default_text(field)}` | {field.description} |"
+        for name, field in Recipe.model_fields.items()
+    ]
+    return "\n".join(["| setting | flag | default | meaning |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(settings_table())
