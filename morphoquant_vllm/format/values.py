@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import ANY_ROW, INPUT_TENSORS, MAX_LEVEL, TWO_LEVEL_SCHEME, scale_scheme_of
+from morphoquant_vllm.format.schema import ANY_ROW, INPUT_TENSORS, TWO_LEVEL_SCHEME, scale_scheme_of
+from morphoquant_vllm.numerics.limits import MAX_LEVEL
 
 # Largest magnitude of a value and of an output's bound. The square of an output, which the next norm takes, is still
 # finite in float32 then; real layers stay below 1e6.
