@@ -6,6 +6,7 @@ Read from the source, imports inside functions and of types included: no module 
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -20,23 +21,22 @@ PACKAGES = ("morphoquant_vllm", "calibration")
 ROOMS = {
     "": set(),
     "errors": set(),
+    "environment": set(),
     "compat": set(),  # vLLM by name, while it compares
     "host_memory": {"torch"},
     "numerics": {"errors", "torch", "safetensors"},
     "format": {"errors", "numerics", "torch", "safetensors"},
-    "cpu": {"errors", "format", "host_memory", "numerics", "torch"},
-    "gpu": {"errors", "numerics", "torch", "triton", "typer"},
+    "cpu": {"environment", "host_memory", "numerics", "torch"},
+    "gpu": {"environment", "errors", "numerics", "torch", "triton", "typer"},
     "ops": {"cpu", "gpu", "numerics", "torch"},
     "hf": {"errors", "format", "numerics", "torch", "transformers"},
-    "plugin": {"errors", "format", "host_memory", "numerics", "ops", "torch", "transformers", "vllm"},
+    "plugin": {"environment", "errors", "format", "host_memory", "numerics", "ops", "torch", "transformers", "vllm"},
 }
 # Kernels are reached by ops alone.
-ROOMS_OF_CALIBRATION = {"", "errors", "format", "host_memory", "numerics", "ops"}
+ROOMS_OF_CALIBRATION = {"", "environment", "errors", "format", "host_memory", "numerics", "ops"}
 NOT_IN_CALIBRATION = {"vllm", "triton", "benchmarks", "tests"}
-# Of the format, the kernels know the group sizes alone.
-FORMAT_IN_KERNELS = {"GROUP_SIZES"}
-# What pyproject.toml installs without extras; these commands run with it.
-WITHOUT_EXTRAS = {"torch", "safetensors", "typer", "rich"}
+# These commands run with what pyproject.toml installs without extras. A package is imported by its name but this one.
+IMPORTED_AS = {"pyyaml": "yaml"}
 COMMANDS_WITHOUT_EXTRAS = ("calibration.cli", "calibration.output.inspection", "morphoquant_vllm.numerics.golden")
 
 LISTED = re.compile(r"^ *([a-z]\w+(?:, [a-z]\w+)*) {2,}\S", re.MULTILINE)
@@ -148,17 +148,6 @@ def test_calibration_reaches_neither_kernels_nor_the_plugin() -> None:
     refuse(wrong)
 
 
-def test_kernels_know_of_the_format_what_they_need() -> None:
-    wrong = [
-        arrow
-        for arrow in of("morphoquant_vllm")
-        if room_of(arrow.source) in ("cpu", "gpu")
-        and room_of(arrow.target) == "format"
-        and arrow.name not in FORMAT_IN_KERNELS
-    ]
-    refuse(wrong)
-
-
 def test_nothing_that_serves_imports_the_gpu_tools() -> None:
     tools = "morphoquant_vllm.gpu.tools"
     wrong = [arrow for arrow in ARROWS if is_below(arrow.target, tools) and not is_below(arrow.source, tools)]
@@ -179,6 +168,9 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize("command", COMMANDS_WITHOUT_EXTRAS)
 def test_what_needs_no_extra_imports_none(command: str) -> None:
     """Down to the last module that is imported with it."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = [re.match(r"[\w-]+", line).group() for line in needed]
+    installed = {IMPORTED_AS.get(name, name) for name in names}
     reached, waiting, wrong = set(), [command], []
     while waiting:
         module = waiting.pop()
@@ -190,7 +182,7 @@ def test_what_needs_no_extra_imports_none(command: str) -> None:
                 # Python runs every package on the way.
                 parts = arrow.target.split(".")
                 waiting += [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-            elif arrow.target.partition(".")[0] not in WITHOUT_EXTRAS:
+            elif arrow.target.partition(".")[0] not in installed:
                 wrong.append(arrow)
     refuse(wrong)
 
