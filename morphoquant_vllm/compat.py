@@ -1,5 +1,7 @@
 """What the plugin uses of vLLM 0.32, and how the vLLM installed differs: `python -m morphoquant_vllm.compat`.
 
+PRIVATE_PARTS lists what this project uses of torch and transformers that neither promises to keep. Tests compare it.
+
 The package has no branch on vLLM's version. One that becomes necessary belongs here, with a test that fails when the
 oldest vLLM of pyproject.toml no longer needs it; `tests/morphoquant_vllm/test_compat.py` refuses it anywhere else.
 Imports the standard library only, and vLLM while it compares.
@@ -11,8 +13,10 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import Any
 
@@ -119,15 +123,69 @@ INTERFACES: dict[str, str] = {
     f"{_PARAMETER}:PackedvLLMParameter.__init__": "(self, packed_factor, packed_dim, marlin_tile_size=None, **kwargs)",
 }
 
+_PATTERNS = "torch._inductor.pattern_matcher"
+_LOADING = "transformers.core_model_loading"
+_QUANTIZER = "transformers.quantizers.base:HfQuantizer"
+_MODEL = "transformers.modeling_utils:PreTrainedModel"
 
-def differences() -> list[str]:
-    """How the installed vLLM differs from INTERFACES, one line each."""
-    found = []
-    for path, expected in INTERFACES.items():
-        actual = describe(path)
-        if actual != expected:
-            found.append(f"{path} is {actual}, not {expected}")
-    return found
+# In the same words, of morphoquant_vllm and calibration: names with an underscore, names that transformers keeps in its
+# modules, and what is read or overridden there.
+PRIVATE_PARTS: dict[str, str] = {
+    # plugin/silu_mul_pass.py: the graph pass of torch's compiler
+    f"{_PATTERNS}:PatternMatcherPass": "class(object)",
+    f"{_PATTERNS}:PatternMatcherPass.__init__": "(self, pass_name=None, subsystem=None)",
+    f"{_PATTERNS}:PatternMatcherPass.apply": "(self, gm)",
+    f"{_PATTERNS}:fwd_only": (
+        "(fn, args, *, run_functional_passes=True, get_decomp_fn=<function select_decomp_table>)"
+    ),
+    f"{_PATTERNS}:register_replacement": (
+        "(search_fn, replace_fn, example_inputs, trace_fn, pass_dicts, extra_check=<function _return_true>, "
+        "scalar_workaround=None, exclusive_arg_names=(), search_fn_pattern=None, skip_duplicates=False, "
+        "pattern_name=None, get_decomp_fn=<function select_decomp_table>)"
+    ),
+    "torch._subclasses.fake_tensor:FakeTensorMode": "class(TorchDispatchMode)",
+    # hf/linear.py: buffers that keep their dtype
+    "torch.nn:Module._apply": "(self, fn, recurse=True)",
+    # calibration/quantize/int8_products.py
+    "torch:_int_mm": "function",
+    # hf/quantizer.py: how transformers loads a quantized model
+    "transformers.conversion_mapping:get_model_conversion_mapping": (
+        "(model, key_mapping=None, hf_quantizer=None, add_legacy=True)"
+    ),
+    f"{_LOADING}:WeightConverter": "class(WeightTransform)",
+    f"{_LOADING}:WeightRenaming": "class(WeightTransform)",
+    f"{_LOADING}:rename_source_key": (
+        "(source_key, weight_renamings, weight_converters, base_model_prefix=None, meta_state_dict=None, reverse=False)"
+    ),
+    "transformers.models.qwen2_5_omni.configuration_qwen2_5_omni:Qwen2_5OmniThinkerConfig": "class(PreTrainedConfig)",
+    "transformers.configuration_utils:PreTrainedConfig.get_config_dict": "(pretrained_model_name_or_path, **kwargs)",
+    "transformers.quantizers.auto:register_quantization_config": "(method)",
+    "transformers.quantizers.auto:register_quantizer": "(name)",
+    _QUANTIZER: "class(ABC)",
+    f"{_QUANTIZER}.__init__": "(self, quantization_config, **kwargs)",
+    f"{_QUANTIZER}.quantization_config": "attribute",
+    f"{_QUANTIZER}.requires_calibration": "attribute",
+    f"{_QUANTIZER}.pre_quantized": "attribute",
+    f"{_QUANTIZER}.validate_environment": "(self, *args, **kwargs)",
+    f"{_QUANTIZER}._process_model_before_weight_loading": "(self, model, **kwargs)",
+    f"{_QUANTIZER}._process_model_after_weight_loading": "(self, model, **kwargs)",
+    f"{_QUANTIZER}.is_serializable": "(self)",
+    f"{_QUANTIZER}.is_trainable": "property",
+    "transformers.utils.quantization_config:QuantizationConfigMixin": "class(object)",
+    "transformers.utils.quantization_config:QuantizationConfigMixin.to_dict": "(self)",
+    # calibration/model/loading.py: a model without weights
+    f"{_MODEL}._from_config": "(config, **kwargs)",
+    f"{_MODEL}.all_tied_weights_keys": "attribute",
+    # calibration/data/media.py and cli.py
+    "transformers.video_utils:VideoMetadata": "class(Mapping)",
+    "transformers.utils:logging": "object",
+}
+
+
+def differences(expected: Mapping[str, str]) -> list[str]:
+    """How what is installed differs from INTERFACES or PRIVATE_PARTS, one line each."""
+    described = {path: describe(path) for path in expected}
+    return [f"{path} is {described[path]}, not {words}" for path, words in expected.items() if described[path] != words]
 
 
 def describe(path: str) -> str:
@@ -151,19 +209,27 @@ def _thing(thing: Any) -> str:
         return f"class({', '.join(base.__name__ for base in thing.__bases__)})"
     if not inspect.isroutine(thing):
         return "object"
-    signature = inspect.signature(thing)
+    try:
+        signature = inspect.signature(thing)
+    except ValueError:
+        return "function"  # of C++, which does not tell its parameters
     plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
-    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+    words = str(signature.replace(parameters=plain, return_annotation=signature.empty))
+    # A default that is a function is shown with its address.
+    return re.sub(r" at 0x[0-9a-f]+>", ">", words)
 
 
 def _member(owner: type, name: str) -> str:
-    member = inspect.getattr_static(owner, name, None)
+    unset = object()
+    member = inspect.getattr_static(owner, name, unset)
     if isinstance(member, (property, cached_property)):
         return "property"
     if inspect.isroutine(member):
         return _thing(getattr(owner, name))
-    declared = any(name in inspect.get_annotations(cls) for cls in owner.__mro__)
-    set_on_instances = any(name in _set_on_self(cls) for cls in owner.__mro__ if cls.__module__.startswith("vllm."))
+    declared = member is not unset or any(name in inspect.get_annotations(cls) for cls in owner.__mro__)
+    library = owner.__module__.partition(".")[0]
+    own = [cls for cls in owner.__mro__ if cls.__module__.partition(".")[0] == library]
+    set_on_instances = any(name in _set_on_self(cls) for cls in own)
     return "attribute" if declared or set_on_instances else "missing"
 
 
@@ -183,7 +249,7 @@ def _set_on_self(cls: type) -> set[str]:
 
 def main() -> int:
     """Print what differs; exit status 1 where anything does."""
-    found = differences()
+    found = differences(INTERFACES)
     version = importlib.metadata.version("vllm")
     for line in found:
         print(line)

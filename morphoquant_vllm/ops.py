@@ -13,10 +13,10 @@
     backend     a key of BACKENDS; its `prepare` made the records
     gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
 
-lm_head has its own, which run on a CPU alone:
+lm_head has its own. They run if the backend of the device of x has a `head`:
 
     morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit one, see numerics/head.py
-    morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit one where the processor has AVX512-BF16
+    morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit one, for weights that the backend serves
 
 The other signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
 out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
@@ -47,8 +47,26 @@ def _takes_any_layer(name: str, weight: WeightRecord, activation: ActivationReco
     """The check of a backend that serves every layer."""
 
 
+def _has_no_instructions() -> str:
+    """The instruction set of a backend that is not compiled for one."""
+    return ""
+
+
 def _needs_no_warming(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
     """The warm-up of a backend that compiles nothing."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A backend's implementation of lm_head."""
+
+    # y [M, N] of x, codes and scale; and of x and the 16-bit weight. Inputs as the ops take them; checked.
+    eight_bit: Callable[[Tensor, Tensor, Tensor], Tensor]
+    bfloat16: Callable[[Tensor, Tensor], Tensor]
+    # Why codes of a 16-bit weight [N, K] are not served, in words; None if they are.
+    eight_bit_refusal: Callable[[Tensor], str | None]
+    # Whether `bfloat16` takes a weight [N, K], and is the best that the machine has.
+    serves_bfloat16: Callable[[Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,8 @@ class Backend:
 
     # Lay the canonical records out for this backend, once, after loading.
     prepare: Prepare
+    # How many tensors its weight and activation records have.
+    record_sizes: tuple[int, int]
     # Inputs as the ops take them, modality with M entries or more; checked.
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     linear: Linear
@@ -66,6 +86,10 @@ class Backend:
     warm: Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], None] = _needs_no_warming
     # The layer with silu(gate) * up before it, where that costs the backend less than two steps do.
     silu_mul_linear: Linear | None = None
+    # lm_head, if the backend computes it; elsewhere vLLM's own does.
+    head: Head | None = None
+    # Instruction set that its kernels were compiled for; empty if it has none of its own.
+    instructions: Callable[[], str] = _has_no_instructions
 
 
 def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
@@ -101,16 +125,29 @@ def _triton_silu_mul_linear(
 
 
 BACKENDS = {
-    "reference": Backend(_reference_prepare, _reference_act_quant, _reference_linear),
-    "triton": Backend(
-        gpu_backend.prepare,
-        _triton_act_quant,
-        _triton_linear,
-        gpu_backend.check,
-        gpu_backend.warm,
-        _triton_silu_mul_linear,
+    "reference": Backend(
+        prepare=_reference_prepare,
+        record_sizes=(len(WeightRecord._fields), len(ActivationRecord._fields)),
+        act_quant=_reference_act_quant,
+        linear=_reference_linear,
     ),
-    "cpu": Backend(cpu.prepare, cpu.act_quant, cpu.linear),
+    "triton": Backend(
+        prepare=gpu_backend.prepare,
+        record_sizes=gpu_backend.RECORD_SIZES,
+        act_quant=_triton_act_quant,
+        linear=_triton_linear,
+        check=gpu_backend.check,
+        warm=gpu_backend.warm,
+        silu_mul_linear=_triton_silu_mul_linear,
+    ),
+    "cpu": Backend(
+        prepare=cpu.prepare,
+        record_sizes=cpu.RECORD_SIZES,
+        act_quant=cpu.act_quant,
+        linear=cpu.linear,
+        head=Head(cpu_head.head, cpu_head.head_bfloat16, cpu_head.eight_bit_refusal, cpu_head.serves_bfloat16),
+        instructions=cpu.instructions,
+    ),
 }
 
 # By type of device. A GPU that the kernels do not know is refused by the backend's check, not served slowly.
@@ -157,6 +194,21 @@ def _silu_mul_linear(
     return BACKENDS[backend].linear(silu(gate) * up, modality, weight, activation, bias)
 
 
+def _head_of(x: Tensor) -> Head:
+    found = BACKENDS[select_backend(x.device)].head
+    if found is None:
+        raise RuntimeError(f"no kernels for lm_head run here on {x.device.type}; leave it to vLLM")
+    return found
+
+
+def _head(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return _head_of(x).eight_bit(x, codes, scale)
+
+
+def _head_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
+    return _head_of(x).bfloat16(x, weight)
+
+
 def _act_quant_fake(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
     return torch.empty_like(x, dtype=torch.int8)
 
@@ -196,8 +248,8 @@ for _name, _schema, _implementation, _fake in (
         _silu_mul_linear,
         _linear_fake,
     ),
-    ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", cpu_head.head, _head_fake),
-    ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", cpu_head.head_bfloat16, _head_bfloat16_fake),
+    ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", _head, _head_fake),
+    ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", _head_bfloat16, _head_bfloat16_fake),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -113,14 +113,14 @@ def _line(samples: Mapping[str, Any]) -> str:
 
 def backend(on_gpu: bool) -> str:
     """What runs MorphoQuant's linears here, in words."""
+    import torch
+
+    from morphoquant_vllm import ops
+
     if on_gpu:
-        import torch
-
         return f"the Triton kernels on {torch.cuda.get_device_name()}"
-    from morphoquant_vllm.cpu import build as cpu_build
-
-    kernels = cpu_build.kernels()
-    return "the torch reference" if kernels is None else f"the CPU kernels, {kernels.instructions}"
+    instructions = ops.BACKENDS[ops.select_backend(torch.device("cpu"))].instructions()
+    return f"the CPU kernels, {instructions}" if instructions else "the torch reference"
 
 
 def run(arguments: argparse.Namespace, command: str) -> list[Path]:

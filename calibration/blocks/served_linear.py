@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm import ops
 from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
 from morphoquant_vllm.numerics.activation import act_quant, activation_record, token_rows
 from morphoquant_vllm.numerics.linear import weight_record
@@ -26,7 +26,7 @@ class TokenRows:
 class ServedLinear(nn.Module):
     """The integer layer of a checkpoint's tensors: the sums of numerics.linear in float32, for speed.
 
-    On a CPU the kernels that serve compute it, where they run: sums over a group are whole numbers there, and several
+    On a CPU the kernels that serve compute it, if they run: sums over a group are whole numbers there, and several
     times as fast as a product with dequantized weights. `serving` says what row serves each token that is not massive.
     """
 
@@ -38,8 +38,10 @@ class ServedLinear(nn.Module):
         weight = weight_record(*(tensors[name] for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
         # What the kernels read, or else the weights that the codes stand for.
         self.prepared, self.matrix = None, None
-        if device.type == "cpu" and cpu.available():
-            self.prepared = cpu.prepare(weight, self.record)
+        backend = ops.select_backend(device)
+        self.backend = ops.BACKENDS[backend]
+        if backend == "cpu":
+            self.prepared = self.backend.prepare(weight, self.record)
         else:
             self.matrix = weight.dequantized().to(device)
         self.absorbed_bias = weight.absorbed_bias.to(device)
@@ -50,7 +52,7 @@ class ServedLinear(nn.Module):
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
         if self.prepared is not None:
-            return cpu.linear(flat, self._modality(flat), *self.prepared, self.bias).view(*x.shape[:-1], -1)
+            return self.backend.linear(flat, self._modality(flat), *self.prepared, self.bias).view(*x.shape[:-1], -1)
         assert self.matrix is not None
         codes, rows = self.codes(flat)
         y = (codes.float() * self.record.gain[rows][:, None]) @ self.matrix.T + self.absorbed_bias[rows]

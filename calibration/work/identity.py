@@ -20,7 +20,7 @@ from calibration.quantize.int8_products import has_exact_products
 from calibration.recipe import Recipe
 from calibration.work.code_files import code_files
 from calibration.work.durable_files import hash_file
-from morphoquant_vllm.cpu.build import kernels
+from morphoquant_vllm import ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 
@@ -68,8 +68,8 @@ def identity(
 
 def _instructions() -> list[str]:
     """With which this machine multiplies codes; none where it does so in float32."""
-    served = kernels()
-    return ["int8 products"] * has_exact_products() + ([f"{served.instructions} kernels"] if served else [])
+    served = ops.BACKENDS[ops.select_backend(torch.device("cpu"))].instructions()
+    return ["int8 products"] * has_exact_products() + ([f"{served} kernels"] if served else [])
 
 
 def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

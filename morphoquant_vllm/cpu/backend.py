@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.cpu.build import Kernels, kernels
-from morphoquant_vllm.cpu.layout import HEADER_BYTES, prepare
+from morphoquant_vllm.cpu.layout import HEADER_BYTES, RECORD_SIZES, prepare
 
-__all__ = ["act_quant", "available", "linear", "prepare"]
+__all__ = ["RECORD_SIZES", "act_quant", "available", "instructions", "linear", "prepare"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The fields of Request in cpu/kernels/record.h.
@@ -30,9 +30,15 @@ def available() -> bool:
     return kernels() is not None
 
 
+def instructions() -> str:
+    """Instruction set of the kernels that run here; empty if none do."""
+    library = kernels()
+    return library.instructions if library is not None else ""
+
+
 def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor], library: Kernels | None = None) -> Tensor:
     """Codes int8 [M, K]; as ops.act_quant. Raises ValueError for records or inputs of another layout."""
-    (block,) = _record(activation, 1)
+    (block,) = _record(activation, RECORD_SIZES[1])
     x, modality = _inputs(x, modality)
     codes = x.new_empty(x.shape, dtype=torch.int8)
     if x.shape[0]:
@@ -56,8 +62,8 @@ def linear(
     library: Kernels | None = None,
 ) -> Tensor:
     """y [M, N] in the dtype of x; as ops.linear. Raises ValueError for records or inputs of another layout."""
-    (block,) = _record(activation, 1)
-    weight_block, absorbed_bias = _record(weight, 2)
+    (block,) = _record(activation, RECORD_SIZES[1])
+    weight_block, absorbed_bias = _record(weight, RECORD_SIZES[0])
     if absorbed_bias.dtype is not torch.float32 or absorbed_bias.dim() != 2 or not _plain(absorbed_bias):
         raise ValueError(f"absorbed_bias must be float32 [R, N], got {absorbed_bias.dtype} {list(absorbed_bias.shape)}")
     x, modality = _inputs(x, modality)

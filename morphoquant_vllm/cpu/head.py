@@ -78,6 +78,13 @@ def _run_bfloat16(run: Callable[[bytes], int], x: Tensor, weight: Tensor, scale:
         )
 
 
+def eight_bit_refusal(weight: Tensor) -> str | None:
+    """Why `head` does not take codes of a weight [N, K], in words; None if it does."""
+    if weight.shape[1] % CHANNEL_MULTIPLE:
+        return f"K = {weight.shape[1]} is no multiple of {CHANNEL_MULTIPLE}"
+    return None
+
+
 def serves_bfloat16(weight: Tensor) -> bool:
     """Whether `head_bfloat16` takes `weight` on this machine, and is the best that it has.
 

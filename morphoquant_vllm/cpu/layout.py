@@ -30,6 +30,8 @@ from morphoquant_vllm.numerics.weights import unpack
 # Outputs of a block, channels in each of its rows of 64 bytes, blocks of a panel.
 BLOCK, OCTET, PANEL = 16, 8, 2
 HEADER_BYTES = 64
+# Tensors of a weight and an activation record, as `prepare` makes them.
+RECORD_SIZES = (2, 1)
 ACTIVATION_MAGIC, WEIGHT_MAGIC = 0x314143514D, 0x315457514D
 # Two canonical bytes of q = 0.
 _ZERO_CODES = 0x88

@@ -10,6 +10,9 @@ from morphoquant_vllm.gpu import load_checks as checks
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 
+# Tensors of a weight and an activation record, as `prepare` makes them.
+RECORD_SIZES = (len(layout.GpuWeight._fields), len(layout.GpuActivation._fields))
+
 
 def check(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
     """Refuse what the kernels do not serve; raises MorphoQuantError naming the layer, the rule and the remedy."""

@@ -7,6 +7,8 @@ layer can need.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -62,52 +64,97 @@ def quantize(
     codes = torch.empty((tokens, in_features), dtype=torch.int8, device=x.device)
     rows = torch.empty((tokens,), dtype=torch.int32, device=x.device)
     if tokens:
-        blocks, intervals = activation.massive_channel.shape
-        width = triton.next_power_of_2(in_features)
-        many = tokens >= WHOLE_TOKENS
-        if many and activation.in_order and (x.stride(0) % IN_ORDER_ALIGNMENT or x.data_ptr() % IN_ORDER_ALIGNMENT):
-            x = x.clone(memory_format=torch.contiguous_format)
-        tables = (activation.inverse, activation.centre, activation.limit)
-        # A pointer that is not read must still be one.
-        order = (activation.massive_channel if activation.in_order else activation.channel_order,)
-        rest = (
-            activation.massive_channel,
-            activation.massive_low,
-            activation.massive_high,
-            codes,
-            rows,
-            x.stride(0),
-            in_features,
-            activation.gain.numel(),
-        )
         # Subtract and multiply must each round, as in the reference.
-        settings = {"B": blocks, "J": intervals, "SILU_MUL": silu_mul, "PDL": pdl, "enable_fp_fusion": False}
-        parts = triton.cdiv(in_features, QUANTIZE_BLOCK_K)
+        settings = {"SILU_MUL": silu_mul, "PDL": pdl, "enable_fp_fusion": False}
+        many, widest = tokens >= WHOLE_TOKENS, WIDEST_SILU_TOKEN if silu_mul else WIDEST_TOKEN
         if many and activation.in_order:
-            quantize_in_order[(triton.cdiv(tokens, IN_ORDER_TOKENS) * parts,)](
-                *(x, modality, *tables, *rest, tokens, IN_ORDER_TOKENS),
-                BLOCK_K=QUANTIZE_BLOCK_K,
-                num_warps=QUANTIZE_WARPS,
-                **settings,
-            )
-        elif not many or width > (WIDEST_SILU_TOKEN if silu_mul else WIDEST_TOKEN):
-            quantize_activation[(tokens * parts,)](
-                *(x, modality, *tables, *order, *rest),
-                BLOCK_K=QUANTIZE_BLOCK_K,
-                IN_ORDER=activation.in_order,
-                num_warps=QUANTIZE_WARPS,
-                **settings,
-            )
+            _quantize_in_order(x, modality, activation, codes, rows, settings)
+        elif many and triton.next_power_of_2(in_features) <= widest:
+            _quantize_tokens(x, modality, activation, codes, rows, units, settings)
         else:
-            each = triton.cdiv(tokens, QUANTIZE_PROGRAMS * units)
-            quantize_tokens[(triton.cdiv(tokens, each),)](
-                *(x, modality, *tables, *order, *rest, tokens, each),
-                WIDTH=width,
-                BLOCK_K=gather_block(width),
-                num_warps=GATHER_WARPS,
-                **settings,
-            )
+            _quantize_parts(x, modality, activation, codes, rows, settings)
     return codes, rows
+
+
+def _quantize_parts(
+    x: Tensor, modality: Tensor, activation: GpuActivation, codes: Tensor, rows: Tensor, settings: dict[str, Any]
+) -> None:
+    """One program for each QUANTIZE_BLOCK_K channels of each token."""
+    parts = triton.cdiv(activation.in_features, QUANTIZE_BLOCK_K)
+    quantize_activation[(x.shape[0] * parts,)](
+        *(x, modality, *_tables(activation), _order(activation), *_massive(activation), codes, rows),
+        *_sizes(x, activation),
+        BLOCK_K=QUANTIZE_BLOCK_K,
+        IN_ORDER=activation.in_order,
+        num_warps=QUANTIZE_WARPS,
+        **_intervals(activation),
+        **settings,
+    )
+
+
+def _quantize_in_order(
+    x: Tensor, modality: Tensor, activation: GpuActivation, codes: Tensor, rows: Tensor, settings: dict[str, Any]
+) -> None:
+    """One program for each QUANTIZE_BLOCK_K channels of IN_ORDER_TOKENS tokens."""
+    if x.stride(0) % IN_ORDER_ALIGNMENT or x.data_ptr() % IN_ORDER_ALIGNMENT:
+        x = x.clone(memory_format=torch.contiguous_format)
+    tokens = x.shape[0]
+    parts = triton.cdiv(activation.in_features, QUANTIZE_BLOCK_K)
+    quantize_in_order[(triton.cdiv(tokens, IN_ORDER_TOKENS) * parts,)](
+        *(x, modality, *_tables(activation), *_massive(activation), codes, rows),
+        *(*_sizes(x, activation), tokens, IN_ORDER_TOKENS),
+        BLOCK_K=QUANTIZE_BLOCK_K,
+        num_warps=QUANTIZE_WARPS,
+        **_intervals(activation),
+        **settings,
+    )
+
+
+def _quantize_tokens(
+    x: Tensor,
+    modality: Tensor,
+    activation: GpuActivation,
+    codes: Tensor,
+    rows: Tensor,
+    units: int,
+    settings: dict[str, Any],
+) -> None:
+    """Each program takes whole tokens, so many that there are QUANTIZE_PROGRAMS for each multiprocessor."""
+    tokens = x.shape[0]
+    width = triton.next_power_of_2(activation.in_features)
+    each = triton.cdiv(tokens, QUANTIZE_PROGRAMS * units)
+    quantize_tokens[(triton.cdiv(tokens, each),)](
+        *(x, modality, *_tables(activation), _order(activation), *_massive(activation), codes, rows),
+        *(*_sizes(x, activation), tokens, each),
+        WIDTH=width,
+        BLOCK_K=gather_block(width),
+        num_warps=GATHER_WARPS,
+        **_intervals(activation),
+        **settings,
+    )
+
+
+def _tables(activation: GpuActivation) -> tuple[Tensor, Tensor, Tensor]:
+    return activation.inverse, activation.centre, activation.limit
+
+
+def _order(activation: GpuActivation) -> Tensor:
+    # A pointer that is not read must still be one.
+    return activation.massive_channel if activation.in_order else activation.channel_order
+
+
+def _massive(activation: GpuActivation) -> tuple[Tensor, Tensor, Tensor]:
+    return activation.massive_channel, activation.massive_low, activation.massive_high
+
+
+def _sizes(x: Tensor, activation: GpuActivation) -> tuple[int, int, int]:
+    """How far tokens lie apart, K and R."""
+    return x.stride(0), activation.in_features, activation.gain.numel()
+
+
+def _intervals(activation: GpuActivation) -> dict[str, int]:
+    blocks, intervals = activation.massive_channel.shape
+    return {"B": blocks, "J": intervals}
 
 
 def gather_block(width: int) -> int:
@@ -131,74 +178,71 @@ def matmul(
 
     `pdl`: start each kernel while the one before ends; see kernels/pdl.py.
     """
-    tokens, in_features = codes.shape
-    out_features = weight.absorbed_bias.shape[1]
-    group_size, channels = group_size_of(weight), 2 * weight.codes.shape[3]
+    tokens, out_features = codes.shape[0], weight.absorbed_bias.shape[1]
     y = torch.empty((tokens, out_features), dtype=dtype, device=codes.device)
     if not tokens:
         return y
-    partial = splits > 1
-    sums = torch.int32 if weight.two_level else torch.float32
-    out = torch.empty((splits, tokens, out_features), dtype=sums, device=codes.device) if partial else y
     # A pointer that is not read must still be one.
     unread = weight.absorbed_bias
     channel_scale = weight.channel_scale if weight.two_level else unread
-    launched = {"launch_pdl": True} if pdl else {}
+    terms = (channel_scale, rows, gain, weight.absorbed_bias, unread if bias is None else bias)
+    settings = {"HAS_BIAS": bias is not None, "TWO_LEVEL": weight.two_level, "PDL": pdl, "enable_fp_fusion": True}
+    if pdl:
+        settings["launch_pdl"] = True
+    if splits == 1:
+        _multiply(codes, weight, terms, y, tile, splits, inline_assembly, settings)
+    else:
+        sums = torch.int32 if weight.two_level else torch.float32
+        parts = torch.empty((splits, tokens, out_features), dtype=sums, device=codes.device)
+        _multiply(codes, weight, terms, parts, tile, splits, inline_assembly, settings)
+        _add_splits(parts, terms, y, settings)
+    return y
+
+
+def _multiply(
+    codes: Tensor,
+    weight: GpuWeight,
+    terms: tuple[Tensor, ...],
+    out: Tensor,
+    tile: Tile,
+    splits: int,
+    inline_assembly: bool,
+    settings: dict[str, Any],
+) -> None:
+    """The products, into y [M, N], or into the sums [splits, M, N] of each part of K if there are several."""
+    tokens, in_features = codes.shape
+    out_features = weight.absorbed_bias.shape[1]
+    channels = 2 * weight.codes.shape[3]
     programs = triton.cdiv(tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     int4_gemm[(programs, splits)](
-        codes,
-        weight.codes.view(torch.int8),
-        weight.scale,
-        channel_scale,
-        rows,
-        gain,
-        weight.absorbed_bias,
-        unread if bias is None else bias,
-        out,
-        tokens,
-        out_features,
-        in_features,
-        splits,
-        G=group_size,
+        *(codes, weight.codes.view(torch.int8), weight.scale, *terms, out),
+        *(tokens, out_features, in_features, splits),
+        G=group_size_of(weight),
         P=channels,
         TILE_N=TILE_N,
         BLOCK_N=tile.block_n,
         BLOCK_M=tile.block_m,
-        PARTIAL=partial,
+        PARTIAL=splits > 1,
         GROUP_M=GROUP_M,
         EVEN_K=in_features % (channels * (1 + weight.two_level)) == 0,
-        HAS_BIAS=bias is not None,
         ASM=inline_assembly,
         STAGES=tile.stages,
         UNROLL=tile.unroll,
         JOINED=tile.joined,
-        TWO_LEVEL=weight.two_level,
-        PDL=pdl,
-        **launched,
         num_warps=tile.warps,
-        enable_fp_fusion=True,
+        **settings,
     )
-    if partial:
-        reduce_splits[(tokens, triton.cdiv(out_features, REDUCE_BLOCK_N))](
-            out,
-            channel_scale,
-            rows,
-            gain,
-            weight.absorbed_bias,
-            unread if bias is None else bias,
-            y,
-            tokens,
-            out_features,
-            splits,
-            BLOCK_N=REDUCE_BLOCK_N,
-            HAS_BIAS=bias is not None,
-            TWO_LEVEL=weight.two_level,
-            PDL=pdl,
-            **launched,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return y
+
+
+def _add_splits(parts: Tensor, terms: tuple[Tensor, ...], y: Tensor, settings: dict[str, Any]) -> None:
+    """y [M, N] from the sums [splits, M, N]."""
+    splits, tokens, out_features = parts.shape
+    reduce_splits[(tokens, triton.cdiv(out_features, REDUCE_BLOCK_N))](
+        *(parts, *terms, y, tokens, out_features, splits),
+        BLOCK_N=REDUCE_BLOCK_N,
+        num_warps=4,
+        **settings,
+    )
 
 
 def linear(

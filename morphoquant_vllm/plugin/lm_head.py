@@ -19,8 +19,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from morphoquant_vllm import ops
-from morphoquant_vllm.cpu import backend as cpu
-from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import move_to_large_pages, zero_bytes
 from morphoquant_vllm.numerics.head import quantize_rows
@@ -64,7 +62,9 @@ class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
         move_to_large_pages(layer.weight)  # type: ignore[arg-type]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.in_place = cpu_head.serves_bfloat16(layer.weight)  # type: ignore[arg-type]
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        head = _head_on(weight.device)
+        self.in_place = head is not None and head.serves_bfloat16(weight)
         if not self.in_place:
             super().process_weights_after_loading(layer)
 
@@ -72,6 +72,10 @@ class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
         if not self.in_place:
             return super().apply(layer, x, bias)
         return _logits(ops.head_bfloat16(x.reshape(-1, x.shape[-1]), layer.weight), x, bias)
+
+
+def _head_on(device: torch.device) -> ops.Head | None:
+    return ops.BACKENDS[ops.select_backend(device)].head
 
 
 def _logits(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,10 +126,11 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
         logger.info_once("MorphoQuant: lm_head in 8 bit takes %.1f MB instead of %.1f MB", made, before)
 
     def _refused(self, weight: Tensor) -> str | None:
-        if weight.device.type != "cpu" or not cpu.available():
+        head = _head_on(weight.device)
+        if head is None:
             return "the 8-bit head needs the CPU kernels"
-        if weight.shape[1] % cpu_head.CHANNEL_MULTIPLE:
-            return f"K = {weight.shape[1]} is no multiple of {cpu_head.CHANNEL_MULTIPLE}"
+        if reason := head.eight_bit_refusal(weight):
+            return reason
         if self.head_dtype not in (None, weight.dtype):
             return f"head_dtype {self.head_dtype} needs the weights themselves"
         return None

@@ -18,23 +18,19 @@ from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.platforms import current_platform
 
 from morphoquant_vllm import environment, ops
-from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Tensors of a weight and an activation record, of the backends that have a fused operation.
-RECORD_SIZES = {"triton": (len(GpuWeight._fields), len(GpuActivation._fields))}
-
 
 def install(config: VllmConfig, backend: str) -> None:
-    """Let vLLM's compiler run the pass for layers of `backend`, where the environment asks for it.
+    """Let vLLM's compiler run the pass for layers of `backend`, if that has a fused op and the environment asks for it.
 
     Off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named stays in its place.
     """
-    if backend in RECORD_SIZES and environment.fusion():
+    if ops.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
         passes = config.compilation_config.inductor_compile_config
-        passes.setdefault(current_platform.pass_key, SiluMulFusion(backend, *RECORD_SIZES[backend]))
+        passes.setdefault(current_platform.pass_key, SiluMulFusion(backend))
 
 
 class SiluMulFusion(InductorPass):
@@ -43,9 +39,9 @@ class SiluMulFusion(InductorPass):
     Holds plain data: vLLM copies it with its configuration.
     """
 
-    def __init__(self, backend: str, weight_size: int, activation_size: int) -> None:
+    def __init__(self, backend: str) -> None:
         self.backend = backend
-        self.sizes = (weight_size, activation_size)
+        self.sizes = ops.BACKENDS[backend].record_sizes
         self.matched = 0
 
     def uuid(self) -> str:

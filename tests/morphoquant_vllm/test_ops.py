@@ -1,5 +1,7 @@
 """The custom ops: frozen signatures, the dispatch, eager, fake and compiled."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,6 +51,26 @@ def test_signatures_are_frozen() -> None:
     assert str(ops.act_quant.default._schema) == (
         "morphoquant::act_quant(Tensor x, Tensor modality, Tensor[] activation, str backend) -> Tensor"
     )
+
+
+@pytest.mark.parametrize("backend", sorted(ops.BACKENDS))
+@pytest.mark.parametrize("scheme", ["group", "two_level"])
+def test_prepared_records_have_as_many_tensors_as_the_backend_says(backend: str, scheme: str) -> None:
+    prepared = ops.BACKENDS[backend].prepare(*record_of(scheme))
+    assert tuple(len(record) for record in prepared) == ops.BACKENDS[backend].record_sizes
+
+
+def test_the_heads_are_those_of_the_device_s_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 8)
+    head = ops.Head(lambda x, codes, scale: x + 8, lambda x, weight: x + 16, lambda _: None, lambda _: True)
+    monkeypatch.setitem(ops.BACKENDS, "cpu", replace(ops.BACKENDS["cpu"], head=head))
+    monkeypatch.setattr(cpu, "available", lambda: True)
+    assert torch.equal(ops.head(x, x, x), x + 8)
+    assert torch.equal(ops.head_bfloat16(x, x), x + 16)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    for call in (lambda: ops.head(x, x, x), lambda: ops.head_bfloat16(x, x)):
+        with pytest.raises(RuntimeError, match=r"no kernels for lm_head run here on cpu; leave it to vLLM"):
+            call()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

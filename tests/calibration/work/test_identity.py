@@ -1,0 +1,24 @@
+"""What a run was begun with names the kernels that compute its products."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibration.model.source import Source
+from calibration.recipe import Recipe
+from calibration.work.identity import identity
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import backend as cpu
+
+
+@pytest.mark.parametrize("run_here", [True, False])
+def test_the_instruction_set_of_the_cpu_s_kernels_is_part_of_it(
+    run_here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(cpu, "available", lambda: run_here)
+    monkeypatch.setitem(ops.BACKENDS, "cpu", replace(ops.BACKENDS["cpu"], instructions=lambda: "avx1024"))
+    begun = identity(Recipe(), torch.device("cpu"), Source(tmp_path, {}, {}), [])
+    assert begun["versions"]["cpu"].endswith(" avx1024 kernels") == run_here
