@@ -84,6 +84,14 @@ INTERFACES: dict[str, str] = {
     f"{_BASE}:QuantizationConfig.get_quant_method": "(self, layer, prefix)",
     "vllm.model_executor.models.utils:WeightsMapper": "class(object)",
     "vllm.model_executor.models.utils:WeightsMapper.apply_dict": "(self, values)",
+    "vllm.model_executor.model_loader.weight_utils:download_weights_from_hf": (
+        "(model_name_or_path, cache_dir, allow_patterns, revision=None, subfolder=None, ignore_patterns=None)"
+    ),
+    "vllm.model_executor.model_loader.weight_utils:maybe_download_from_modelscope": (
+        "(model, revision=None, download_dir=None, ignore_patterns=None, allow_patterns=None)"
+    ),
+    f"{_CONFIG}:VllmConfig.load_config": "attribute",
+    f"{_CONFIG}:LoadConfig.download_dir": "attribute",
     "vllm.model_executor.layers.fused_moe:RoutedExperts": "class(PluggableLayer)",
     f"{_LINEAR}:LinearBase": "class(PluggableLayer)",
     f"{_LINEAR}:LinearBase.tp_rank": "attribute",

@@ -29,8 +29,12 @@ ROOMS = {
     "cpu": {"environment", "host_memory", "numerics", "torch"},
     "gpu": {"environment", "errors", "numerics", "torch", "triton", "typer"},
     "ops": {"cpu", "gpu", "numerics", "torch"},
-    "hf": {"errors", "format", "numerics", "torch", "transformers"},
-    "plugin": {"environment", "errors", "format", "host_memory", "numerics", "ops", "torch", "transformers", "vllm"},
+    "hf": {"environment", "errors", "format", "numerics", "torch", "transformers"},
+    "plugin": {
+        *("environment", "errors", "format", "host_memory", "numerics", "ops"),
+        # vLLM brings the last two.
+        *("torch", "transformers", "vllm", "huggingface_hub", "tqdm"),
+    },
 }
 # Kernels are reached by ops alone.
 ROOMS_OF_CALIBRATION = {"", "environment", "errors", "format", "host_memory", "numerics", "ops"}
