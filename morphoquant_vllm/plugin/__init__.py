@@ -1,6 +1,7 @@
 """What vLLM calls: the one room that imports vLLM.
 
 config             which layers of a model are quantized, and what is checked before workers start
+checkpoint_check   a checkpoint's files are checked before vLLM loads a weight
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one
