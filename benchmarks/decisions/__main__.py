@@ -38,16 +38,17 @@ def parser() -> argparse.ArgumentParser:
 
 def cut_windows(tokenizer: Any, corpus: Path) -> tuple[list[list[int]], list[list[int]]]:
     """Windows of token ids to calibrate on and to measure on."""
-    from benchmarks.accuracy import texts
+    from benchmarks.common import texts
+    from benchmarks.common.windows import evaluation_windows, spread
 
     calibration = []
     for name, count in CALIBRATION_WINDOWS.items():
         ids = tokenizer(texts.CALIBRATION[name](corpus), verbose=False)["input_ids"]
-        calibration += [ids[at : at + WINDOW_TOKENS] for at in texts.spread(len(ids), WINDOW_TOKENS, count, name)]
+        calibration += [ids[at : at + WINDOW_TOKENS] for at in spread(len(ids), WINDOW_TOKENS, count, name)]
     held_out = [
         window
         for name in texts.EVALUATION
-        for window in texts.evaluation_windows(tokenizer, corpus, name, WINDOW_TOKENS, HELD_OUT_WINDOWS)
+        for window in evaluation_windows(tokenizer, corpus, name, WINDOW_TOKENS, HELD_OUT_WINDOWS)
     ]
     return calibration, held_out
 
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from benchmarks.accuracy import corpus
+    from benchmarks.common import corpus
     from benchmarks.common.machine import machine, versions
     from benchmarks.decisions import layers, sizes, summary
     from benchmarks.decisions.cost import measure_cost
