@@ -69,11 +69,12 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
     from transformers.utils import logging as transformers_logging
 
     from benchmarks.accuracy import job as jobs
-    from benchmarks.accuracy import language, omni, report
+    from benchmarks.accuracy import language, omni
     from benchmarks.accuracy.methods import choose, known_methods
+    from benchmarks.accuracy.reporting import report
+    from benchmarks.accuracy.reporting.summary import summarize
     from benchmarks.accuracy.settings import Settings, parse_calibration
-    from benchmarks.accuracy.summary import summarize
-    from benchmarks.accuracy.texts import EVALUATION
+    from benchmarks.common.texts import EVALUATION
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -106,7 +107,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     with one_line_errors():
         if arguments.command == "report":
-            from benchmarks.accuracy import report
+            from benchmarks.accuracy.reporting import report
 
             for summary in report.read(arguments.results):
                 report.write(summary, arguments.results)

@@ -9,16 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import decoder, served, simulation
-from benchmarks.accuracy.cache import Cache, code_digest, file_digest
+from benchmarks.accuracy import simulation
+from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.methods import METHODS, Served, Simulated
+from benchmarks.accuracy.serving import served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
+from benchmarks.common.files import code_digest, file_digest
+from benchmarks.models import decoder
 
 HERE = Path(__file__).parent
 SIMULATION_CODE = [
     HERE / "baselines",
     HERE / "simulation.py",
-    HERE / "decoder.py",
+    Path(decoder.__file__),
     served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
 ]
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.accuracy import corpus, texts
-from benchmarks.accuracy.cache import digest, file_digest
 from benchmarks.accuracy.job import Job
 from benchmarks.accuracy.settings import Settings
+from benchmarks.common import corpus, texts
+from benchmarks.common.files import digest, file_digest
+from benchmarks.common.windows import evaluation_windows, write_calibration
 from benchmarks.models import smollm2
 
 
@@ -25,14 +26,12 @@ def prepare(settings: Settings) -> Job:
     source = corpus.fetch(settings.work / "corpus")
     size = settings.window_tokens
     folder = settings.work / f"calibration-{digest([dict(settings.calibration), size, file_digest([model])])[:16]}"
-    windows = {
-        name: texts.evaluation_windows(tokenizer, source, name, size, settings.windows) for name in texts.EVALUATION
-    }
+    windows = {name: evaluation_windows(tokenizer, source, name, size, settings.windows) for name in texts.EVALUATION}
     return Job(
         benchmark="language",
         settings=settings,
         model=model,
-        calibration=texts.write_calibration(tokenizer, source, folder, size, settings.calibration),
+        calibration=write_calibration(tokenizer, source, folder, size, settings.calibration),
         max_samples=sum(settings.calibration.values()),
         evaluations={name: digest(cut) for name, cut in windows.items()},
         described=lambda name: {"windows": windows[name]},

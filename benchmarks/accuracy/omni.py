@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cache import digest
 from benchmarks.accuracy.job import Job
 from benchmarks.accuracy.settings import Settings
+from benchmarks.common.files import digest
 
 # More than the calibration file has: all of its conversations are used.
 MAX_SAMPLES = 512
@@ -22,8 +22,8 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
     """Train the model unless that is done, telling `progress`, and make the questions."""
     from transformers import AutoProcessor
 
+    from benchmarks.models.tiny_omni.data.questions import calibration_file, test_questions
     from benchmarks.models.tiny_omni.evaluate import answers_transformers
-    from benchmarks.models.tiny_omni.questions import calibration_file, test_questions
     from benchmarks.models.tiny_omni.train import trained_model
 
     work = settings.omni_work

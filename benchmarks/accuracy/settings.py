@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.accuracy.methods import choose
-from benchmarks.accuracy.texts import CALIBRATION
+from benchmarks.common.texts import CALIBRATION
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Raise when scoring changes what a stored result would be: older results are then left alone and made again.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import decoder
 from benchmarks.accuracy.baselines import activations, oracle
 from benchmarks.accuracy.baselines.gptq import gptq_int4, hessian_of
 from benchmarks.accuracy.baselines.hadamard import rotation
 from benchmarks.accuracy.baselines.oracle import Oracle
 from benchmarks.accuracy.baselines.weights import nf4, rtn_int4
 from benchmarks.accuracy.methods import Simulated
+from benchmarks.models import decoder
 
 Activation = Callable[[Tensor], Tensor]
 # Linears whose input comes from a norm, into which SmoothQuant folds its divisors at no cost.

@@ -4,12 +4,12 @@ generate   write a model in the published layout of Qwen2.5-Omni, with seeded we
 measure    seconds and peak memory of calibrating it, by block, against a bound (the default)
 quick      a checkpoint of it that is calibrated as cheaply as can be, to load and not to judge
 serve      load a checkpoint in vLLM, ask it about an image and a sound; time and memory
+report     write the summary and the plot of a measurement that is kept
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.calibrate.layouts import LAYOUTS
+from benchmarks.calibrate.model.layouts import LAYOUTS
 from benchmarks.common.command import one_line_errors
 
 RESULTS = Path("benchmarks/results/calibrate")
@@ -83,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--log", type=Path, default=WORK / "serve.log")
     serve.add_argument("--results", type=Path, default=RESULTS)
     serve.add_argument("--name", default="serve", help="of the result files")
+
+    report = commands.add_parser("report", help="write a kept measurement's summary and plot again")
+    report.add_argument("--results", type=Path, default=RESULTS)
+    report.add_argument("--name", default="calibrate", help="of the result files")
     return top
 
 
@@ -104,23 +108,23 @@ def settings(pairs: list[str]) -> dict[str, Any]:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """The model, and where it is."""
-    from benchmarks.calibrate.generate import generate
+    from benchmarks.calibrate.model.generate import generate
 
     say(generate(arguments.layout, arguments.output, layers=arguments.layers, seed=arguments.seed, progress=say))
 
 
 def run_measure(arguments: argparse.Namespace, command: str) -> None:
     """Generate what is missing, measure, write the files."""
-    from benchmarks.accuracy.cache import code_digest
-    from benchmarks.calibrate.bound import Decoder
     from benchmarks.calibrate.data import write_data
-    from benchmarks.calibrate.generate import generate
-    from benchmarks.calibrate.layouts import layout_config, text_config
-    from benchmarks.calibrate.measure import measure
+    from benchmarks.calibrate.model.generate import generate
+    from benchmarks.calibrate.model.layouts import layout_config, text_config
     from benchmarks.calibrate.report import write
     from benchmarks.calibrate.summary import summarise
-    from benchmarks.calibrate.worker import Job
-    from benchmarks.common.machine import machine, versions
+    from benchmarks.calibrate.timing.bound import Decoder
+    from benchmarks.calibrate.timing.measure import measure
+    from benchmarks.calibrate.timing.worker import Job
+    from benchmarks.common.files import code_digest
+    from benchmarks.common.machine import load, machine, versions
     from calibration.recipe import read_recipe
 
     sizes = {"max_samples": arguments.samples, "max_tokens": arguments.tokens, "window_tokens": arguments.tokens}
@@ -133,7 +137,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     if not model.exists():
         say(f"generating {model}")
         generate(arguments.layout, model, layers=arguments.layers, progress=say)
-    load = os.getloadavg()[0]
+    busy = load()
     shape = f"{arguments.samples}x{arguments.tokens}-{arguments.media}"
     data = write_data(arguments.work / f"data-{shape}", model, arguments.samples, arguments.tokens, arguments.media)
     # Times of changed code are times of something else.
@@ -150,9 +154,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
         "command": command,
         "machine": machine(),
         "versions": versions(),
-        "load": load,
-        # Others kept a core busy before this run began.
-        "contended": load > 0.5,
+        **busy,
         "cores": arguments.cores,
         "layout": arguments.layout,
         "model": name,
@@ -164,6 +166,15 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
         **summarise(measured, decoder, published, arguments.samples, arguments.tokens, recipe.model_dump(mode="json")),
     }
     for path in write(result, arguments.results, arguments.name):
+        say(path)
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    """The summary and the plot, from the JSON that `measure` left."""
+    from benchmarks.calibrate.report import write
+    from benchmarks.common.files import read_result
+
+    for path in write(read_result(arguments.results, arguments.name), arguments.results, arguments.name):
         say(path)
 
 
@@ -195,8 +206,8 @@ def run_quick(arguments: argparse.Namespace) -> None:
 
 def run_serve(arguments: argparse.Namespace, command: str) -> None:
     """Ask, write the files."""
-    from benchmarks.accuracy.cache import write_atomically
     from benchmarks.calibrate.serve import ask, markdown
+    from benchmarks.common.files import write_results
     from benchmarks.common.machine import machine, versions
     from benchmarks.common.server import ServerError
     from morphoquant_vllm.errors import MorphoQuantError
@@ -213,10 +224,7 @@ def run_serve(arguments: argparse.Namespace, command: str) -> None:
     except ServerError as error:
         raise MorphoQuantError(f"{arguments.checkpoint}: vLLM did not come up; why is in {arguments.log}") from error
     result = {"command": command, "machine": machine(), "versions": versions()} | answered
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    for suffix, content in (("json", json.dumps(result, indent=1) + "\n"), ("md", markdown(result))):
-        path = arguments.results / f"{arguments.name}.{suffix}"
-        write_atomically(path, content)
+    for path in write_results(arguments.results, arguments.name, result, markdown(result)):
         say(path)
 
 
@@ -235,6 +243,8 @@ def main() -> None:
             run_measure(arguments, command)
         elif arguments.command == "quick":
             run_quick(arguments)
+        elif arguments.command == "report":
+            run_report(arguments)
         else:
             run_serve(arguments, command)
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer
 
-from benchmarks.calibrate.tokenizer import CHARACTERS
+from benchmarks.calibrate.model.tokenizer import CHARACTERS
 from morphoquant_vllm.errors import MorphoQuantError
 
 # One token for 28 x 28 pixels, 25 for a second of sound.

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cache import write_atomically
-from morphoquant_vllm.errors import MorphoQuantError
+from benchmarks.common import plots
+from benchmarks.common.files import write_results
+from benchmarks.common.machine import stated_load
 
 GIB = 2**30
 
 
 def write(summary: dict[str, Any], directory: Path, name: str) -> list[Path]:
     """Write NAME.json, NAME.md and NAME.png; return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
-    write_atomically(paths[0], json.dumps(summary, indent=1) + "\n")
-    write_atomically(paths[1], markdown(summary))
-    paths[2].write_bytes(plot(summary))
-    return paths
+    return write_results(directory, name, summary, markdown(summary, name), plot(summary))
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """What was measured and on what, the bound, memory, and where the time goes."""
+def markdown(summary: dict[str, Any], name: str) -> str:
+    """What was measured and on what, the bound, memory, and where the time goes; `name` is that of the files."""
     parts = [f"# Calibration at real size: {summary['layout']} layout", _how(summary), _figures(summary)]
+    parts.append(f"Plot: `python -m benchmarks.calibrate report --name {name}`.")
     parts += [_bound(summary), _memory(summary), "## Blocks", _blocks(summary)]
     for kind, title in (("own", "Most time of their own"), ("cumulative", "Of this package, most time in all")):
         if summary["profile"].get(kind):
@@ -34,10 +29,9 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def _how(summary: dict[str, Any]) -> str:
-    contended = ", a contended machine" if summary["contended"] else ""
     return (
         f"`{summary['command']}`. {summary['machine']}; {summary['cores']} core(s) used; load average at start "
-        f"{summary['load']:.1f}{contended}. The model is generated ({summary['model']}); data: {summary['samples']} "
+        f"{stated_load(summary)}. The model is generated ({summary['model']}); data: {summary['samples']} "
         f"samples of {summary['tokens']} tokens, {summary['media']} of them with an image and a sound; "
         f"{summary['drawn_tokens']} tokens drawn; the model runs in {summary['recipe']['dtype']}."
     )
@@ -63,8 +57,8 @@ def _bound(summary: dict[str, Any]) -> str:
         f"Products: {rates['bfloat16'] / 1e9:.1f} GFLOP/s in bfloat16, {rates['float32'] / 1e9:.1f} in float32. A "
         f"block's operations (T = 1e12): two forwards {work['forwards'] / 1e12:.3g} T, Hessians "
         f"{work['hessians'] / 1e12:.3g} T, factorisation {work['factorisation'] / 1e12:.3g} T, GPTQ updates "
-        f"{work['updates'] / 1e12:.3g} T (`benchmarks/calibrate/bound.py`). Forwards and Hessians at the first rate "
-        "below, the rest at the float32 rate.",
+        f"{work['updates'] / 1e12:.3g} T (`benchmarks/calibrate/timing/bound.py`). Forwards and Hessians at the first "
+        "rate below, the rest at the float32 rate.",
         "",
         "| rate of products | bound, a block | ratio | bound, whole | ratio |",
         "|---|---|---|---|---|",
@@ -115,16 +109,7 @@ def _ratio(value: float | None) -> str:
 
 def plot(summary: dict[str, Any]) -> bytes:
     """Seconds by block with both bounds, and memory by block, as PNG; MorphoQuantError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MorphoQuantError(
-            f"the Python package '{error.name}' is missing, which draws the plots; pip install matplotlib"
-        ) from error
-    figure = Figure(figsize=(7, 6), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
-    time, memory = figure.subplots(2, 1)
+    figure, ((time,), (memory,)) = plots.panels(2, 1, (7, 6))
     timed = {int(number): block["seconds"] for number, block in summary["blocks"].items() if block["seconds"]}
     time.bar(timed.keys(), timed.values(), label="measured")
     for dtype, bound in summary["bounds"].items():
@@ -139,6 +124,4 @@ def plot(summary: dict[str, Any]) -> bytes:
     memory.axhline(summary["memory_limit"] / GIB, color="black", label="6 GiB and cached inputs")
     memory.set(xlabel="block", ylabel="peak GiB", ylim=(0, None))
     memory.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return plots.png(figure)

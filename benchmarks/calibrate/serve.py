@@ -11,8 +11,9 @@ from typing import Any
 import openai
 
 from benchmarks.calibrate.data import image_bytes, sound_bytes
-from benchmarks.calibrate.layouts import GENERATED_FILE
 from benchmarks.calibrate.memory import MemoryWatch
+from benchmarks.calibrate.model.layouts import GENERATED_FILE
+from benchmarks.common.files import weight_bytes
 from benchmarks.common.server import serve
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
@@ -43,7 +44,7 @@ def describe(checkpoint: Path) -> dict[str, Any]:
         "model": json.loads(source.read_text()) if source.is_file() else "not generated here",
         "settings": {name: content["settings"][name] for name in settings},
         "data": content["data"],
-        "bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
+        "bytes": weight_bytes(checkpoint),
     }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.calibrate.bound import Decoder, block_work, cached_inputs, seconds
-from benchmarks.calibrate.measure import Measured
+from benchmarks.calibrate.timing.bound import Decoder, block_work, cached_inputs, seconds
+from benchmarks.calibrate.timing.measure import Measured
 
 # What the issue allows besides the cached inputs, for the 3B layout on a CPU.
 MEMORY_LIMIT = 6 * 2**30

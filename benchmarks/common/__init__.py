@@ -1,6 +1,11 @@
 """What benchmarks share.
 
 command  errors in one line
-machine  processor and versions
+corpus   public-domain texts, fetched once
+files    whole files, results, digests
+machine  processor, versions, load
+plots    panels and PNG
 server   starts and stops `vllm serve`
+texts    texts to evaluate and to calibrate on
+windows  texts cut into windows of tokens
 """

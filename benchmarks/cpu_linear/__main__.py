@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -25,7 +24,8 @@ ROWS_SHAPE, ROWS_TOKENS = (18944, 3584), (1, 128)
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.cpu_linear", description=__doc__)
-    top.add_argument("what", nargs="?", choices=("linears", "heads", "rows", "pages", "all"), default="all")
+    what = ("linears", "heads", "rows", "pages", "all", "report")
+    top.add_argument("what", nargs="?", choices=what, default="all", help="report: write a kept result's files again")
     top.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["bars"])
     top.add_argument("--layers", nargs="+", help="only layers with these names, such as down")
     top.add_argument("--tokens", nargs="+", type=int, metavar="M", help="several numbers each by default")
@@ -54,8 +54,8 @@ def measure_linears(arguments: argparse.Namespace, left_out: dict[str, None]) ->
 
 def measure_heads(arguments: argparse.Namespace, left_out: dict[str, None]) -> list[dict[str, Any]]:
     """One entry for each head and number of threads."""
-    from benchmarks.cpu_linear.heads import TOKENS as HEAD_TOKENS
     from benchmarks.cpu_linear.linears import measure_heads as measure
+    from benchmarks.cpu_linear.ways.heads import TOKENS as HEAD_TOKENS
 
     return _on_threads(arguments.threads, left_out, measure, (arguments.tokens or HEAD_TOKENS, arguments.seconds))
 
@@ -118,7 +118,7 @@ def measure_pages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure; the JSON object."""
-    from benchmarks.common.machine import machine, versions
+    from benchmarks.common.machine import load, machine, versions
     from benchmarks.cpu_linear.peak import ceilings
     from morphoquant_vllm.cpu import build as cpu_build
     from morphoquant_vllm.errors import MorphoQuantError
@@ -126,16 +126,14 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     kernels = cpu_build.kernels()
     if kernels is None:
         raise MorphoQuantError("the CPU kernels do not run here; the warning above says why")
-    started, load = time.monotonic(), os.getloadavg()[0]
+    started, busy = time.monotonic(), load()
     left_out: dict[str, None] = {}
     return {
         "command": command,
         "machine": machine(),
         "versions": versions(),
         "instructions": kernels.instructions,
-        "load": load,
-        # Others kept a core busy before this run began.
-        "contended": load > 0.5,
+        **busy,
         "ceilings": {str(threads): ceilings(threads) for threads in arguments.threads},
         "linears": measure_linears(arguments, left_out) if arguments.what in ("linears", "all") else [],
         "heads": measure_heads(arguments, left_out) if arguments.what in ("heads", "all") else [],
@@ -150,9 +148,13 @@ def main() -> None:
     """Measure, write the files, say where they are."""
     arguments = parser().parse_args()
     with one_line_errors():
+        from benchmarks.common.files import read_result
         from benchmarks.cpu_linear.report import write
 
-        summary = run(arguments, "python -m benchmarks.cpu_linear " + shlex.join(sys.argv[1:]))
+        if arguments.what == "report":
+            summary = read_result(arguments.results, arguments.name)
+        else:
+            summary = run(arguments, "python -m benchmarks.cpu_linear " + shlex.join(sys.argv[1:]))
         for path in write(summary, arguments.results, arguments.name):
             print(path)
 

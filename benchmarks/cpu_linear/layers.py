@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.models import shapes
+from benchmarks.models.shapes import fused
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 
 # N x K of the decoder's (fused) linears; "bars" are single projections of the largest and the smallest model.
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "bars": {"up_proj 7B": (18944, 3584), "up_proj 0.5B": (4864, 896)},
-    "Qwen2.5-0.5B": {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)},
-    "Qwen2.5-Omni-3B": {"qkv": (2560, 2048), "o": (2048, 2048), "gate_up": (22016, 2048), "down": (2048, 11008)},
-    "Qwen2.5-Omni-7B": {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
+    "Qwen2.5-0.5B": fused(shapes.MODELS["Qwen2.5-0.5B"]),
+    # The decoders of these are Qwen2.5's of the same size.
+    "Qwen2.5-Omni-3B": fused(shapes.MODELS["Qwen2.5-3B"]),
+    "Qwen2.5-Omni-7B": fused(shapes.MODELS["Qwen2.5-7B"]),
 }
 # text, image, video, audio, any, massive.
 ROWS = 6

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu_linear.heads import HEADS, head_bytes, heads
 from benchmarks.cpu_linear.measure import interleaved
-from benchmarks.cpu_linear.peers import Linear, linears
+from benchmarks.cpu_linear.ways.heads import HEADS, head_bytes, heads
+from benchmarks.cpu_linear.ways.peers import Linear, linears
 
 
 def weight_bytes(outputs: int, channels: int, group_sizes: Sequence[int]) -> dict[str, float]:

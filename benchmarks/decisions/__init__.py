@@ -1,0 +1,1 @@
+"""What the format's decisions cost and buy, measured on single layers."""

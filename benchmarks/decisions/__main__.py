@@ -7,10 +7,15 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.command import one_line_errors
+
+if TYPE_CHECKING:
+    from benchmarks.decisions.inputs import LinearInput
+    from benchmarks.decisions.layers import Result, Variant
 
 BLOCKS = (4, 14, 24)
 # Blocks of which the first token is massive: the row is compared there.
@@ -38,18 +43,40 @@ def parser() -> argparse.ArgumentParser:
 
 def cut_windows(tokenizer: Any, corpus: Path) -> tuple[list[list[int]], list[list[int]]]:
     """Windows of token ids to calibrate on and to measure on."""
-    from benchmarks.accuracy import texts
+    from benchmarks.common import texts
+    from benchmarks.common.windows import evaluation_windows, spread
 
     calibration = []
     for name, count in CALIBRATION_WINDOWS.items():
         ids = tokenizer(texts.CALIBRATION[name](corpus), verbose=False)["input_ids"]
-        calibration += [ids[at : at + WINDOW_TOKENS] for at in texts.spread(len(ids), WINDOW_TOKENS, count, name)]
+        calibration += [ids[at : at + WINDOW_TOKENS] for at in spread(len(ids), WINDOW_TOKENS, count, name)]
     held_out = [
         window
         for name in texts.EVALUATION
-        for window in texts.evaluation_windows(tokenizer, corpus, name, WINDOW_TOKENS, HELD_OUT_WINDOWS)
+        for window in evaluation_windows(tokenizer, corpus, name, WINDOW_TOKENS, HELD_OUT_WINDOWS)
     ]
     return calibration, held_out
+
+
+def measure_real(
+    inputs: list[LinearInput], choices: list[Variant], seed: int, say: Callable[[str], None]
+) -> tuple[list[Result], list[str]]:
+    """Results of real inputs in every way that is compared, and which group sizes the format does not allow."""
+    from benchmarks.decisions import layers
+
+    others = [layers.Variant(centre=kind) for kind in layers.CENTRES if kind != "real"]
+    found: list[Result] = []
+    skipped: dict[str, None] = {}
+    for own in inputs:
+        say(own.name)
+        fitting = [variant for variant in choices if layers.allows(own.in_features, variant.group_size)]
+        for variant in choices:
+            if variant not in fitting:
+                skipped[f"G = {variant.group_size} at K = {own.in_features}"] = None
+        extra = [layers.Variant(massive_row=False)] if own.block in MASSIVE_BLOCKS else []
+        for variant in [*fitting, *others, *extra]:
+            found += layers.measure(own, variant, seed)
+    return found, list(skipped)
 
 
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -57,7 +84,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from benchmarks.accuracy import corpus
+    from benchmarks.common import corpus
     from benchmarks.common.machine import machine, versions
     from benchmarks.decisions import layers, sizes, summary
     from benchmarks.decisions.cost import measure_cost
@@ -78,19 +105,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     say("the 16-bit model runs over the windows")
     inputs = real_inputs(model, BLOCKS, calibration, held_out)
     choices = [layers.Variant(size, levels) for size in GROUP_SIZES for levels in LEVELS]
-    others = [layers.Variant(centre=kind) for kind in layers.CENTRES if kind != "real"]
-    without_row = layers.Variant(massive_row=False)
-    real: list[layers.Result] = []
-    skipped: dict[str, None] = {}
-    for own in inputs:
-        say(own.name)
-        fitting = [variant for variant in choices if layers.allows(own.in_features, variant.group_size)]
-        for size in GROUP_SIZES:
-            if not layers.allows(own.in_features, size):
-                skipped[f"G = {size} at K = {own.in_features}"] = None
-        extra = [without_row] if own.block in MASSIVE_BLOCKS else []
-        for variant in [*fitting, *others, *extra]:
-            real += layers.measure(own, variant, arguments.seed)
+    real, skipped = measure_real(inputs, choices, arguments.seed, say)
     generated: list[layers.Result] = []
     wide = generated_input(**GENERATED, seed=arguments.seed)
     for variant in choices:
@@ -111,7 +126,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
         "windows": {"calibration": len(calibration), "held_out": len(held_out), "tokens": WINDOW_TOKENS},
         "calibration_windows": CALIBRATION_WINDOWS,
         "generated": GENERATED,
-        "skipped": list(skipped),
+        "skipped": skipped,
         "scales": {
             "Real inputs, all linears": summary.scales(real),
             "Real inputs, K = 1536 (down_proj)": summary.scales([r for r in real if r.in_features == 1536]),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.decoder import architecture_of, blocks_of, linears_of, load
+from benchmarks.models.decoder import architecture_of, blocks_of, linears_of, load
 from calibration.model.architectures import SharedInput
 from calibration.quantize.massive_tokens import candidates
 from calibration.quantize.observation import InputReached

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cache import write_atomically
+from benchmarks.common.files import write_results
 
 NAME = "decisions"
 
 
 def write(summary: dict[str, Any], directory: Path) -> list[Path]:
     """Write decisions.json and decisions.md into `directory`; return both paths."""
-    paths = [directory / f"{NAME}.json", directory / f"{NAME}.md"]
-    write_atomically(paths[0], json.dumps(summary, indent=1) + "\n")
-    write_atomically(paths[1], markdown(summary))
-    return paths
+    return write_results(directory, NAME, summary, markdown(summary))
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -39,61 +35,69 @@ def markdown(summary: dict[str, Any]) -> str:
         "allow it.",
         "## 2. Centre",
         "Error at G = 32, and how many times it the others are. Centred: channels whose real-valued centre is not 0.",
-        _table(
-            ("input", "centred", "error, real centre", "integer centre", "no centre"),
-            (
-                (
-                    row["input"],
-                    "" if row["centred_share"] is None else f"{row['centred_share']:.0%}",
-                    f"{row['error']:.4f}",
-                    *(_ratio(row["ratio"][kind]) for kind in ("integer", "none")),
-                )
-                for row in summary["centres"]
-            ),
-        ),
+        _centres(summary["centres"]),
         "## 3. Massive row",
         "Share: massive tokens among the held-out ones. Known by value: of the massive, and of the other tokens.",
-        _table(
-            ("input", "share", "known", "others taken", "massive: on", "off", "others: on", "off"),
-            (
-                (
-                    row["input"],
-                    f"{row['share']:.2%}",
-                    f"{row['found']:.0%}",
-                    f"{row['false']:.2%}",
-                    *(
-                        f"{row[kind][state]:.4f}"
-                        for kind in ("massive_error", "other_error")
-                        for state in ("on", "off")
-                    ),
-                )
-                for row in summary["massive"]
-            ),
-        ),
+        _massive(summary["massive"]),
         "## 4. Cost in the quantizer",
         "Torch reference on this CPU, bfloat16 input, not a kernel's figures. Microseconds, medians with quartiles; "
         "gather and check are medians of the differences within a round.",
-        _table(
-            ("M", "K", "runs", "act_quant", "gather in it", "massive check on top", "token_rows alone"),
-            (
-                (
-                    row["tokens"],
-                    row["in_features"],
-                    row["runs"],
-                    _spread(row["microseconds"]["act_quant"]),
-                    _spread(row["gather_microseconds"]),
-                    _spread(row["massive_check_microseconds"]),
-                    _spread(row["microseconds"]["token_rows alone"]),
-                )
-                for row in summary["quantizer_cost"]
-            ),
-        ),
+        _cost(summary["quantizer_cost"]),
         "## 5. Bytes",
         f"A decoder block of {summary['bytes_model']}. Bits per weight, all tensors: with group scales as stored, and "
         "with two-level scales (a byte per group, a float32 per output channel; `--scale-levels 16`).",
         _bytes(summary["bytes"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _centres(rows: Sequence[dict[str, Any]]) -> str:
+    return _table(
+        ("input", "centred", "error, real centre", "integer centre", "no centre"),
+        (
+            (
+                row["input"],
+                "" if row["centred_share"] is None else f"{row['centred_share']:.0%}",
+                f"{row['error']:.4f}",
+                *(_ratio(row["ratio"][kind]) for kind in ("integer", "none")),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _massive(rows: Sequence[dict[str, Any]]) -> str:
+    return _table(
+        ("input", "share", "known", "others taken", "massive: on", "off", "others: on", "off"),
+        (
+            (
+                row["input"],
+                f"{row['share']:.2%}",
+                f"{row['found']:.0%}",
+                f"{row['false']:.2%}",
+                *(f"{row[kind][state]:.4f}" for kind in ("massive_error", "other_error") for state in ("on", "off")),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _cost(rows: Sequence[dict[str, Any]]) -> str:
+    return _table(
+        ("M", "K", "runs", "act_quant", "gather in it", "massive check on top", "token_rows alone"),
+        (
+            (
+                row["tokens"],
+                row["in_features"],
+                row["runs"],
+                _spread(row["microseconds"]["act_quant"]),
+                _spread(row["gather_microseconds"]),
+                _spread(row["massive_check_microseconds"]),
+                _spread(row["microseconds"]["token_rows alone"]),
+            )
+            for row in rows
+        ),
+    )
 
 
 def _scales(title: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from benchmarks.models.shapes import linears
 from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, TensorSpec, tensor_specs
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 # Qwen2.5-7B: 28 heads of 128, 4 of them for keys and values; [N, K] of every linear of a decoder block.
 TENSOR_PARALLEL = 4
-SHAPES = {
-    "self_attn.q_proj": (3584, 3584),
-    "self_attn.k_proj": (512, 3584),
-    "self_attn.v_proj": (512, 3584),
-    "self_attn.o_proj": (3584, 3584),
-    "mlp.gate_proj": (18944, 3584),
-    "mlp.up_proj": (18944, 3584),
-    "mlp.down_proj": (3584, 18944),
-}
+SHAPES = {linear.name: (linear.outputs, linear.channels) for linear in linears("Qwen2.5-7B")}
 # What a row of the checkpoint consists of.
 ROW_TENSORS = ("centre", "modality_mask", "gain", "absorbed_bias")
 MASSIVE_TENSORS = ("massive_channel", "massive_low", "massive_high")

@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.common import texts
+from benchmarks.common.files import weight_bytes
 from benchmarks.common.machine import machine
 from benchmarks.common.server import ServerError, exit_on_signals, serve
-from benchmarks.demo import texts
+from benchmarks.common.windows import excerpts
 from benchmarks.demo.perplexity import perplexity, windows
 from benchmarks.models import smollm2
 
@@ -34,7 +36,7 @@ def step(text: str) -> None:
 def calibrate(model: Path, work: Path) -> Path:
     """Run the console command as a user would."""
     data = work / "python-reference.txt"
-    data.write_text(texts.excerpts(texts.python_topics()[0], CALIBRATION_WINDOWS, WINDOW_CHARACTERS), encoding="utf-8")
+    data.write_text(excerpts(texts.python_topics()[0], CALIBRATION_WINDOWS, WINDOW_CHARACTERS), encoding="utf-8")
     output = work / "SmolLM2-135M-Instruct-MorphoQuant"
     command = [
         str(Path(sys.executable).with_name("morphoquant")),
@@ -64,10 +66,6 @@ def evaluate(model: Path, work: Path, prompts: dict[str, list[list[int]]]) -> di
         print(f"question: {QUESTION}")
         print(f"answer:   {answer.choices[0].message.content!r}", flush=True)
         return {text: perplexity(client, name, windows_) for text, windows_ in prompts.items()}
-
-
-def weight_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def main() -> None:

@@ -10,21 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.common.command import one_line_errors
+from benchmarks.models.shapes import GPU_LAYERS, GPU_TOKENS
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 if TYPE_CHECKING:
     from morphoquant_vllm.gpu.tiles import Tile
     from morphoquant_vllm.gpu.tools.binary_resources import Resources
-
-# N, K of a 7B model's linears: qkv, o, gate_up, down; and the single MLP projection that the roofline is quoted for.
-SHAPES = {
-    "qkv": (4608, 3584),
-    "o": (3584, 3584),
-    "gate_up": (37888, 3584),
-    "down": (3584, 18944),
-    "up": (18944, 3584),
-}
-TOKENS = (1, 16, 64, 256, 2048)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cost_model", description=__doc__)
     top.add_argument("--gpus", nargs="+", default=["L20", "A100", "H100"], choices=["L20", "A100", "H100"])
     top.add_argument("--group-size", type=int, default=32, choices=GROUP_SIZES)
-    top.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="numbers of tokens")
+    top.add_argument("--tokens", type=int, nargs="+", default=list(GPU_TOKENS), help="numbers of tokens")
     top.add_argument("--two-level", action="store_true", help="of layers with two-level scales")
     top.add_argument("--json", type=Path, help="write the estimates here, too")
     return top
@@ -70,7 +61,7 @@ def main() -> None:
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         table.add_column("estimate", justify="right")
         table.add_column("bf16 roofline", justify="right")
-        for layer, (out_features, in_features) in SHAPES.items():
+        for layer, (out_features, in_features) in GPU_LAYERS.items():
             for tokens in arguments.tokens:
                 tile = architecture.tile(tokens, arguments.group_size, arguments.two_level)
                 # An even number with two-level scales, which take two steps a turn.

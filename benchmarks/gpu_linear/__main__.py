@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.command import one_line_errors
+from benchmarks.common.files import write_results
 from benchmarks.common.machine import versions
-from benchmarks.gpu_cost_model.__main__ import SHAPES, TOKENS
+from benchmarks.gpu_linear.report import by_point, cells, markdown
+from benchmarks.models.shapes import GPU_LAYERS, GPU_TOKENS
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
@@ -27,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.gpu_linear", description=__doc__)
     top.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     top.add_argument("--group-size", type=int, default=32, choices=GROUP_SIZES)
-    top.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="numbers of tokens")
-    top.add_argument("--layers", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    top.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu_linear"), help="where the JSON goes")
+    top.add_argument("--tokens", type=int, nargs="+", default=list(GPU_TOKENS), help="numbers of tokens")
+    top.add_argument("--layers", nargs="+", default=list(GPU_LAYERS), choices=list(GPU_LAYERS))
+    top.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu_linear"), help="where files go")
     return top
 
 
@@ -52,7 +53,7 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
     from benchmarks.gpu_linear.layers import LAYERS
     from morphoquant_vllm.gpu.tools.timing import cold_copies, graph_of, microseconds
 
-    out_features, in_features = SHAPES[layer]
+    out_features, in_features = GPU_LAYERS[layer]
     # Of the smallest weights: of 4 bit.
     copies = cold_copies(out_features * in_features // 2)
     built: dict[str, list[Any]] = {}
@@ -102,8 +103,7 @@ def main() -> None:
     for heading in ("layer", "M", *arguments.methods):
         table.add_column(heading, justify="right")
     rows = []
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    output = arguments.results / f"{device.replace(' ', '-')}-G{arguments.group_size}.json"
+    name = f"{device.replace(' ', '-')}-G{arguments.group_size}"
     # Ours run without vLLM.
     context = vllm_context() if set(arguments.methods) & set(PEERS) else nullcontext()
     refused = context if isinstance(context, str) else ""
@@ -112,17 +112,9 @@ def main() -> None:
             rows += measure(layer, arguments, refused)
             # After each layer: a later failure loses nothing.
             result = {"device": device, "group_size": arguments.group_size, "versions": versions(), "rows": rows}
-            output.write_text(json.dumps(result, indent=2) + "\n")
-    for layer in arguments.layers:
-        for tokens in arguments.tokens:
-            found = {row["method"]: row for row in rows if (row["layer"], row["M"]) == (layer, tokens)}
-            base = found.get("bf16", {}).get("us")
-            cells = []
-            for name in arguments.methods:
-                time = found[name].get("us")
-                ratio = f" ({base / time:.2f}x)" if time and base else ""
-                cells.append(f"{time:.1f}{ratio}" if time else found[name]["skipped"])
-            table.add_row(layer, str(tokens), *cells)
+            write_results(arguments.results, name, result, markdown(result))
+    for (layer, tokens), found in by_point(rows).items():
+        table.add_row(layer, str(tokens), *cells(found))
     Console().print(table)
 
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common.command import one_line_errors
-from benchmarks.omni_eval import air_bench, air_bench_chat, mmmu, scienceqa, video_mme
 from benchmarks.omni_eval.answers import Answers
 from benchmarks.omni_eval.ask import ask_all
+from benchmarks.omni_eval.datasets import air_bench, air_bench_chat, mmmu, scienceqa, video_mme
 from benchmarks.omni_eval.items import Item, Media, present
 from benchmarks.omni_eval.options import JUDGED, WITH_SUBTITLES, parse
 from benchmarks.omni_eval.summary import summarise, table

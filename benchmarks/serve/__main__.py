@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.command import one_line_errors
-from benchmarks.serve.shapes import MODELS, sixteen_bit_bytes
+from benchmarks.models.shapes import MODELS, sixteen_bit_bytes
 
 # Ways to serve: the format of the checkpoint, and what vLLM is told besides.
 HEAD_8_BIT = ("--additional-config", json.dumps({"morphoquant": {"lm_head": "int8"}}))
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--work", type=Path, default=Path(".cache/serve"), help="where checkpoints and logs go")
     top.add_argument("--results", type=Path, default=Path("benchmarks/results/serve"))
     top.add_argument("--name", default="serve", help="of the files")
+    top.add_argument("--report", action="store_true", help="write a kept result's summary and plot again")
     return top
 
 
@@ -127,9 +128,10 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
     """Measure; write the files after every round, so that an interrupted run leaves what it measured."""
     import torch
 
-    from benchmarks.common.machine import machine, versions
+    from benchmarks.common.files import weight_bytes
+    from benchmarks.common.machine import load, machine, versions
     from benchmarks.serve import memory
-    from benchmarks.serve.checkpoints import weight_bytes, write_checkpoint
+    from benchmarks.serve.checkpoints import write_checkpoint
     from benchmarks.serve.engine import Settings, measure
     from benchmarks.serve.report import write
     from benchmarks.serve.summary import summarize
@@ -145,7 +147,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
         arguments=("--enforce-eager",) if arguments.eager else (),
         environment=tuple(environment.items()),
     )
-    load = os.getloadavg()[0]
+    busy = load()
     started = time.monotonic()
     summary: dict[str, Any] = {
         "command": command,
@@ -153,9 +155,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
         "versions": versions(),
         "backend": backend(on_gpu),
         "environment": environment,
-        "load": load,
-        # Others kept a core busy before this run began.
-        "contended": load > 0.5,
+        **busy,
         "rounds": arguments.rounds,
         "seconds": 0.0,
         "models": {},
@@ -187,12 +187,18 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
 
 def main() -> None:
     """Measure, write the files, say where they are."""
+    from benchmarks.common.files import read_result
     from benchmarks.common.server import exit_on_signals
+    from benchmarks.serve.report import write
 
     arguments = parser().parse_args()
     exit_on_signals()
     with one_line_errors():
-        for path in run(arguments, "python -m benchmarks.serve " + shlex.join(sys.argv[1:])):
+        if arguments.report:
+            paths = write(read_result(arguments.results, arguments.name), arguments.results, arguments.name)
+        else:
+            paths = run(arguments, "python -m benchmarks.serve " + shlex.join(sys.argv[1:]))
+        for path in paths:
             print(path)
 
 

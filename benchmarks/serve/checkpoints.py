@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.common.files import weight_bytes
+from benchmarks.models.shapes import MODELS, linears
 from benchmarks.models.tiny_omni.processor import write_tokenizer
 from benchmarks.serve import formats
-from benchmarks.serve.shapes import MODELS, linears
 
 
 def write_checkpoint(model: str, kind: str, work: Path) -> Path:
@@ -52,7 +53,7 @@ def _write_weights(directory: Path, model: str, kind: str) -> None:
     if not config["tie_word_embeddings"]:
         around["lm_head.weight"] = _rows(vocabulary, hidden, hidden**-0.5, generator)
     _save(directory, "embeddings", around, index)
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    size = weight_bytes(directory)
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1) + "\n"
     )
@@ -90,8 +91,3 @@ def _write_config(directory: Path, model: str, kind: str, ids: dict[str, int]) -
         config["quantization_config"] = quantization
     # Last: its presence says that the directory is complete.
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def weight_bytes(directory: Path) -> int:
-    """Size of a checkpoint's weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

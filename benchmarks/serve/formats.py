@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.serve.shapes import MODELS, Linear, linears
+from benchmarks.models.shapes import MODELS, Linear, linears
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, tensor_specs
 
 # Standard deviation of uniform integers in [-8, 7] and in [-127, 127].

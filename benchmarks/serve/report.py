@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cache import write_atomically
+from benchmarks.common import plots
+from benchmarks.common.files import write_results
+from benchmarks.common.machine import stated_load
 from benchmarks.serve.summary import BASES
-from morphoquant_vllm.errors import MorphoQuantError
 
 # Heading and factor from the stored unit.
 HEADINGS = {
@@ -32,15 +31,8 @@ def heading(metric: str) -> tuple[str, float]:
 
 def write(summary: dict[str, Any], directory: Path, name: str) -> list[Path]:
     """Write NAME.json, NAME.md and, where anything was measured, NAME.png; return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{name}.json", directory / f"{name}.md"]
-    write_atomically(paths[0], json.dumps(summary, indent=1) + "\n")
-    write_atomically(paths[1], markdown(summary))
     measured = {model: found["methods"] for model, found in summary["models"].items() if found["methods"]}
-    if measured:
-        paths.append(directory / f"{name}.png")
-        write_atomically(paths[2], plot(measured))
-    return paths
+    return write_results(directory, name, summary, markdown(summary, name), plot(measured) if measured else None)
 
 
 def _columns(methods: dict[str, Any]) -> list[str]:
@@ -48,20 +40,19 @@ def _columns(methods: dict[str, Any]) -> list[str]:
     return [name for name in metrics if name.startswith("decode_") or name in HEADINGS]
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """A table for each model, with the command, the machine and its load, and what was left out."""
+def markdown(summary: dict[str, Any], name: str) -> str:
+    """A table for each model, with the command, the machine and its load, and what was left out; the files' `name`."""
     done = [len(found["samples"]) for found in summary["models"].values()]
     parts = [
         "# Whole engines",
         f"`{summary['command']}`, {summary['seconds']:.0f} s. {summary['machine']}; MorphoQuant serves with "
-        f"{summary['backend']}. Load average at start {summary['load']:.1f}"
-        f"{', a contended machine' if summary['contended'] else ''}.",
+        f"{summary['backend']}. Load average at start {stated_load(summary)}.",
         f"Generated weights. `vllm bench serve` and `vllm bench throughput`, {max(done, default=0)} of "
         f"{summary['rounds']} rounds, in each of "
         "which every engine is started and asked once, in random order. Figures are medians over rounds (least to "
         "greatest); ratios are taken within rounds, and greater than 1 is better. Memory is the engine process's: "
         '"held" after all requests, without file pages; "at most" with the pages of files that are read; both with '
-        "Python and the cache of keys and values.",
+        f"Python and the cache of keys and values. Plot: `python -m benchmarks.serve --report --name {name}`.",
     ]
     for model, found in summary["models"].items():
         parts.append(f"## {model}")
@@ -109,21 +100,12 @@ def _ratios(methods: dict[str, Any], base: str) -> str:
 
 def plot(models: dict[str, Any]) -> bytes:
     """Bars for each rate, a row of panels per model, as PNG; MorphoQuantError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MorphoQuantError(
-            f"the Python package '{error.name}' is missing, which draws the plots; pip install matplotlib"
-        ) from error
     panels = {
         model: [name for name in _columns(methods) if name.startswith(("decode_", "prompt_", "ttft_"))]
         for model, methods in models.items()
     }
     width = max(len(names) for names in panels.values())
-    figure = Figure(figsize=(3.2 * width, 2.8 * len(models)), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(models), width, squeeze=False)
+    figure, grid = plots.panels(len(models), width, (3.2 * width, 2.8 * len(models)))
     for row, (model, methods) in zip(grid, models.items(), strict=True):
         for axes in row[len(panels[model]) :]:
             axes.set_axis_off()
@@ -135,6 +117,4 @@ def plot(models: dict[str, Any]) -> bytes:
             axes.bar(range(len(present)), medians, yerr=(below, above), capsize=3)
             axes.set_xticks(range(len(present)), list(present), rotation=60, fontsize=6)
             axes.set_title(f"{model}\n{heading(name)[0]}", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return plots.png(figure)

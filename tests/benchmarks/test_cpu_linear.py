@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks.cpu_linear.__main__ import parser, run
-from benchmarks.cpu_linear.heads import HEADS, head_bytes, heads
 from benchmarks.cpu_linear.layers import MODELS, generated
 from benchmarks.cpu_linear.measure import interleaved
-from benchmarks.cpu_linear.peers import linears
 from benchmarks.cpu_linear.report import write
+from benchmarks.cpu_linear.ways.heads import HEADS, head_bytes, heads
+from benchmarks.cpu_linear.ways.peers import linears
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.numerics import linear
 
@@ -96,15 +96,18 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     summary = run(arguments, "command")
     torch.set_num_threads(threads)
     files = write(summary, tmp_path, "cpu")
-    assert [path.name for path in files] == ["cpu.json", "cpu.md", "cpu.png"]
+    assert [path.name for path in files] == ["cpu.json", "cpu.md", "cpu.png", "cpu-tables.md"]
     assert json.loads(files[0].read_text()) == summary
-    text = files[1].read_text()
+    short, text = (path.read_text() for path in (files[1], files[3]))
+    taken = summary["linears"][0]["points"][0]["times"]["MorphoQuant G=32"]["median"]
+    assert f"\n| MorphoQuant G=32 | {taken * 1e6:.0f} (" in short
+    assert "report --name cpu`" in short
     for point in summary["linears"][0]["points"]:
         assert f"| MorphoQuant G=32 | {point['times']['MorphoQuant G=32']['median'] * 1e6:.0f} (" in text
     for point in summary["heads"][0]["points"]:
         assert f"| MorphoQuant int8 | {point['times']['MorphoQuant int8']['median'] * 1e6:.0f} (" in text
-    assert f"{summary['rows'][0]['ratio']:.3f}" in text and "10 |" in text
-    assert f"| {summary['pages'][0]['ratio']:.2f} |" in text
+    assert f"{summary['rows'][0]['ratio']:.3f}" in short and "| 10 |" in short
+    assert f"| {summary['pages'][0]['ratio']:.2f} |" in short
     assert all(ceiling["gb_s"] > 0 and ceiling["gmac_s"] > 0 for ceiling in summary["ceilings"].values())
 
 

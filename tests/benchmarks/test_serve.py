@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.common.files import weight_bytes
+from benchmarks.models.shapes import MODELS, linears, sixteen_bit_bytes
 from benchmarks.serve import engine, formats, memory
 from benchmarks.serve.__main__ import METHODS, measure_model, thread_settings, too_large
-from benchmarks.serve.checkpoints import weight_bytes, write_checkpoint
+from benchmarks.serve.checkpoints import write_checkpoint
 from benchmarks.serve.engine import RunError, Settings
 from benchmarks.serve.report import write
-from benchmarks.serve.shapes import MODELS, linears, sixteen_bit_bytes
 from benchmarks.serve.summary import summarize
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.errors import MorphoQuantError

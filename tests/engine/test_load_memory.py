@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serve import memory, shapes
-from benchmarks.serve.checkpoints import weight_bytes, write_checkpoint
+from benchmarks.common.files import weight_bytes
+from benchmarks.models import shapes
+from benchmarks.serve import memory
+from benchmarks.serve.checkpoints import write_checkpoint
 from tests.engine.rows import REPOSITORY
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from benchmarks.common.command import one_line_errors
+from benchmarks.models.tiny_omni.data.questions import calibration_file, test_questions
 from benchmarks.models.tiny_omni.evaluate import accuracy, answers_transformers, standard_error
-from benchmarks.models.tiny_omni.questions import calibration_file, test_questions
 from benchmarks.models.tiny_omni.train import trained_model
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.models.tiny_omni.encoding import Encoder
-from benchmarks.models.tiny_omni.questions import Question
+from benchmarks.models.tiny_omni.data.encoding import Encoder
+from benchmarks.models.tiny_omni.data.questions import Question
 
 # The longest answers have two digits, each a token; then the turn ends.
 ANSWER_TOKENS = 4

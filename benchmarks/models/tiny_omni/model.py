@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Qwen2_5OmniForConditionalGeneration
 
 from benchmarks.models.tiny_omni.config import mrope, omni_config, stored_dtype, write_config, write_speakers
+from benchmarks.models.tiny_omni.data.questions import all_texts
 from benchmarks.models.tiny_omni.processor import SENTENCES, VOCAB_SIZE, ProcessorSettings, write_processor
-from benchmarks.models.tiny_omni.questions import all_texts
 
 # Large patches keep sequences short: the processor enlarges every clip to 128 * 28 * 28 pixels a frame at least, here
 # 2 x 4 tokens of 2 x 2 patches, and pictures to 2 x 2 tokens. Audio, at most 2 s, makes 25 tokens a second.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from benchmarks.models.tiny_omni.encoding import Encoder
+from benchmarks.models.tiny_omni.data.encoding import Encoder
+from benchmarks.models.tiny_omni.data.pool import SPLITS, media_pool, settings_hash, staged
+from benchmarks.models.tiny_omni.data.questions import KINDS, Question, all_texts, question_stream
 from benchmarks.models.tiny_omni.model import ModelSettings, heavy_rows, initial_model, write_files, write_model
-from benchmarks.models.tiny_omni.pool import SPLITS, media_pool, settings_hash, staged
-from benchmarks.models.tiny_omni.questions import KINDS, Question, all_texts, question_stream
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import bars, corpus, job, report, texts
+from benchmarks.accuracy import job
 from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, choose, known_methods
+from benchmarks.accuracy.reporting import bars, report
+from benchmarks.common import corpus, texts
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.tiny_models import build_tiny_llama
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.accuracy import decoder, language, simulation
+from benchmarks.accuracy import language, simulation
 from benchmarks.accuracy.methods import METHODS, Simulated
+from benchmarks.models import decoder
 from tests.tiny_models import build_tiny_llama
 
 SIMULATED = {name: method for name, method in METHODS.items() if isinstance(method, Simulated)}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.calibrate.generate import generate
+from benchmarks.calibrate.model.generate import generate
 
 
 @pytest.fixture(scope="session")

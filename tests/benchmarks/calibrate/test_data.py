@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.calibrate.data import AUDIO_TOKENS, IMAGE_TOKENS, write_data
-from benchmarks.calibrate.layouts import layout_config
+from benchmarks.calibrate.model.layouts import layout_config
 from calibration.data.conversations import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.model.architectures import find_architecture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.omni_eval import air_bench, mmmu, scienceqa, video_mme
+from benchmarks.omni_eval.datasets import air_bench, mmmu, scienceqa, video_mme
+from benchmarks.omni_eval.datasets.mmmu_rules import choice
 from benchmarks.omni_eval.items import Item
-from benchmarks.omni_eval.mmmu_rules import choice
 from benchmarks.omni_eval.scoring import outcome
 from benchmarks.omni_eval.summary import figures, summarise
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_cost_model.__main__ import SHAPES
+from benchmarks.models.shapes import GPU_LAYERS
 from morphoquant_vllm.gpu import layout, tiles
 from tests.morphoquant_vllm.gpu import cases, served
 from tests.morphoquant_vllm.gpu.cases import Case
@@ -91,7 +91,7 @@ def test_launches_of_a_7b_decoder_layer(architecture: str, units: int, expected:
     tile = tiles.load(tiles.DEFAULT_TABLE)[architecture].tile(1, 32)
     found = {}
     for name in expected:
-        out_features, in_features = SHAPES[name]
+        out_features, in_features = GPU_LAYERS[name]
         splits = tiles.splits_of(tile, 1, out_features, in_features // layout.tile_channels(32), units)
         found[name] = 2 + (splits > 1)
     assert found == expected

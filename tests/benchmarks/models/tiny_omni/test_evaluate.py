@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.models.tiny_omni.data.questions import Question
 from benchmarks.models.tiny_omni.evaluate import accuracy, standard_error, with_data_urls
-from benchmarks.models.tiny_omni.questions import Question
 
 
 def question(kind: str, answer: str) -> Question:

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
 
-from benchmarks.models.tiny_omni import pool, speech, train
-from benchmarks.models.tiny_omni.encoding import Encoder
+from benchmarks.models.tiny_omni import train
+from benchmarks.models.tiny_omni.data import pool, speech
+from benchmarks.models.tiny_omni.data.encoding import Encoder
+from benchmarks.models.tiny_omni.data.questions import Question, calibration_file, test_questions
 from benchmarks.models.tiny_omni.evaluate import answers_transformers
 from benchmarks.models.tiny_omni.model import ModelSettings, heavy_rows, initial_model, write_files
-from benchmarks.models.tiny_omni.questions import Question, calibration_file, test_questions
 from calibration.data.conversations import load_conversations
 from calibration.data.rendering import build_samples
 

@@ -1,0 +1,8 @@
+"""From stored results to figures, bars, tables and charts.
+
+bars     what the served method is held to
+plots    the chart of a summary
+report   tables and files
+scores   perplexity, accuracy and their errors
+summary  the kept JSON object
+"""

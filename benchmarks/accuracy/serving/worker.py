@@ -1,0 +1,77 @@
+"""python -m benchmarks.accuracy.serving.worker JOB.json: one vLLM engine in this process, its results into the cache.
+
+prompt_logprobs through LLM.generate cost what the forward pass costs, plus the lm_head on every token. What made
+such requests slow on CPUs is not this but bfloat16 where the processor has no instructions for it, and, once in a
+process, torch.compile of the kernel that ranks tokens: hence float32, and TORCH_COMPILE_DISABLE in `served.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import language, omni
+from benchmarks.accuracy.cache import Cache
+from benchmarks.accuracy.serving.escapes import EscapeCounter
+
+# A prompt and the one token that vLLM insists on generating; omni questions are shorter still.
+MAX_MODEL_LEN = 2048
+MAX_SEQUENCES = {"language": 4, "omni": 16}
+
+
+def make_engine(job: dict[str, Any]) -> Any:
+    """An eager engine that computes every token of every prompt itself: no prefix is reused."""
+    from vllm import LLM
+
+    media = {"limit_mm_per_prompt": {"image": 1, "video": 1, "audio": 1}} if job["benchmark"] == "omni" else {}
+    return LLM(
+        job["model"],
+        dtype=job["dtype"],
+        seed=job["seed"],
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=MAX_SEQUENCES[job["benchmark"]],
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        **media,
+    )
+
+
+def window_losses(llm: Any, windows: list[list[int]]) -> list[float]:
+    """Summed negative log probability of every token but the first, per window."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in windows], sampling, use_tqdm=False)
+    return [
+        -sum(entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True))
+        for ids, output in zip(windows, outputs, strict=True)
+    ]
+
+
+def run_task(benchmark: str, task: dict[str, Any], llm: Any) -> dict[str, Any]:
+    """The result of one evaluation set."""
+    if benchmark == "language":
+        return language.outcome(window_losses(llm, task["windows"]), task["windows"])
+    from benchmarks.models.tiny_omni.data.questions import test_questions
+    from benchmarks.models.tiny_omni.evaluate import answers_vllm
+
+    questions = test_questions(Path(task["work"]), task["questions"], task["seed"])
+    return omni.outcome(questions, answers_vllm(llm, questions))
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    cache = Cache(Path(job["cache"]))
+    llm = make_engine(job)
+    counter = EscapeCounter(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
+    for task in job["tasks"]:
+        counter.take()
+        result = run_task(job["benchmark"], task, llm)
+        # Stored at once: an interrupted run keeps what it has.
+        cache.store(task["key"], {**result, "beyond": counter.take()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The least time that calibrating a decoder block can take: its floating-point operations over measured rates. Pure.
+
+    M   tokens of all samples            T   tokens drawn for the second moments
+    K   in_features of a distinct input  N   out_features of all linears that read it
+
+    two forwards      2 x (2 M N K of every input, and the attention of the causal half)
+    one Hessian       2 T K^2 of every input, as a plain matrix product: bf16 products use no symmetry
+    factorisation     4/3 K^3 of every input: Cholesky (1/3), inverse from it (2/3), Cholesky of the inverse (1/3)
+    GPTQ updates      N K^2 of every input: column j changes the K - j columns after it
+
+Forwards and Hessians at the rate of bf16 products, the rest at that of fp32 products. Left out, all of which a real
+calibration does: reading weights, norms and activation functions, quantizing activations, the search for steps, the
+regression of weights on codes and its products, fitting scales and codes to each other, float64 in the served layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.models.shapes import fused
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a decoder, as its config names them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_hidden_layers: int
+
+    @staticmethod
+    def of(text_config: Mapping[str, Any]) -> Decoder:
+        """The sizes in a text config."""
+        return Decoder(**{name: int(text_config[name]) for name in Decoder.__dataclass_fields__})
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def inputs(self) -> dict[str, tuple[int, int]]:
+        """N, K of every distinct input of a block; N counts all linears that read it."""
+        return fused(asdict(self))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one block."""
+
+    forwards: float
+    hessians: float
+    factorisation: float
+    updates: float
+
+
+def block_work(decoder: Decoder, samples: int, tokens: int, drawn: int) -> Work:
+    """The work for one block, with `samples` sequences of `tokens` tokens each, `drawn` of all of them for moments."""
+    shapes = decoder.inputs().values()
+    linears = sum(2 * samples * tokens * n * k for n, k in shapes)
+    # Scores and their product with the values: 2 L^2 each and channel, of which the causal half.
+    attention = samples * 2 * tokens**2 * decoder.num_attention_heads * decoder.head_dim
+    return Work(
+        forwards=2 * (linears + attention),
+        hessians=sum(2 * drawn * k**2 for _, k in shapes),
+        factorisation=sum(4 * k**3 / 3 for _, k in shapes),
+        updates=sum(n * k**2 for n, k in shapes),
+    )
+
+
+def seconds(work: Work, products: float, fp32: float) -> float:
+    """Least seconds of the work at `products` FLOP/s for forwards and Hessians, and `fp32` FLOP/s for the rest."""
+    return (work.forwards + work.hessians) / products + (work.factorisation + work.updates) / fp32
+
+
+def cached_inputs(decoder: Decoder, samples: int, tokens: int, itemsize: int) -> int:
+    """Bytes of the hidden states between blocks: of the 16-bit model, and of the layers quantized so far."""
+    return 2 * samples * tokens * decoder.hidden_size * itemsize

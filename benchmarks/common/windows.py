@@ -1,0 +1,75 @@
+"""Texts cut into windows of tokens that lie evenly in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import texts
+from benchmarks.common.files import write_atomically
+from morphoquant_vllm.errors import MorphoQuantError
+
+
+def spread(length: int, tokens: int, count: int, name: str) -> list[int]:
+    """Where `count` windows of `tokens` tokens start that lie evenly in a text; MorphoQuantError if they overlap."""
+    if length < count * tokens:
+        raise MorphoQuantError(
+            f"text '{name}' has {length} tokens, {count} windows of {tokens} need {count * tokens}; use fewer windows"
+        )
+    last = length - tokens
+    return [last // 2] if count == 1 else [index * last // (count - 1) for index in range(count)]
+
+
+def evaluation_windows(tokenizer: Any, corpus: Path, name: str, tokens: int, count: int) -> list[list[int]]:
+    """`count` windows of token ids of an evaluation text."""
+    ids = tokenizer(texts.EVALUATION[name](corpus), verbose=False)["input_ids"]
+    return [list(ids[start : start + tokens]) for start in spread(len(ids), tokens, count, name)]
+
+
+def write_calibration(
+    tokenizer: Any, corpus: Path, directory: Path, tokens: int, counts: Mapping[str, int]
+) -> list[Path]:
+    """Write <domain>.txt files that `morphoquant calibrate` cuts into counts[domain] windows; return their paths.
+
+    The excerpts lie evenly in each domain's text, with blank lines between them.
+    """
+    written = []
+    for domain, count in counts.items():
+        if not count:
+            continue
+        text = texts.CALIBRATION[domain](corpus)
+        spans = _spans(tokenizer, text)
+        starts = spread(len(spans), tokens, count, domain)
+        excerpts = [text[spans[start][0] : spans[start + tokens - 1][1]] for start in starts]
+        path = directory / f"{domain}.txt"
+        # Where the tokenizer adds a BOS token, calibration puts one before every window.
+        room = tokens - len(tokenizer("")["input_ids"])
+        write_atomically(path, _cut(tokenizer, "\n\n".join(excerpts), count * room))
+        written.append(path)
+    return written
+
+
+def _cut(tokenizer: Any, text: str, tokens: int) -> str:
+    """The longest beginning of `text` that has at most `tokens` tokens: one more would open a window of its own."""
+    spans = _spans(tokenizer, text)
+    end = min(tokens, len(spans))
+    # A cut inside a word may split it into more tokens than before.
+    while len(_spans(tokenizer, text[: spans[end - 1][1]])) > tokens:
+        end -= 1
+    return text[: spans[end - 1][1]]
+
+
+def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """First and last character (exclusive) of every token of a text."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans: list[tuple[int, int]] = encoded["offset_mapping"]
+    return spans
+
+
+def excerpts(text: str, count: int, size: int) -> str:
+    """`count` excerpts of `size` characters, evenly spaced over `text` in its order; all of a short one."""
+    if len(text) <= count * size:
+        return text
+    stride = (len(text) - size) / max(1, count - 1)
+    return "\n\n".join(text[round(index * stride) :][:size].strip() for index in range(count))

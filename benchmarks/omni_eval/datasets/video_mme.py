@@ -1,0 +1,105 @@
+"""Video-MME (Fu et al., 2024, arXiv 2405.21075), as published on Hugging Face (lmms-lab/Video-MME), archives unpacked.
+
+Layout: videomme/test-*.parquet, data/<videoID>.mp4 (.MP4, .mkv) and subtitle/<videoID>.srt, as lmms-eval 0.7.3
+(tasks/videomme/utils.py) and VLMEvalKit (vlmeval/dataset/videomme.py, commit 00fff54) read it.
+
+Prompt: "The common prompt used in our evaluation", README of MME-Benchmarks/Video-MME (commit 120729e), with or
+without subtitles. Rule: extract_characters_regex of BradyFU/Video-MME, evaluation/eval_your_results.py (commit
+4e7566d): without phrases like "The best answer is", the first of A, B, C, D. It differs here in two things. Only a
+letter that is no part of a word counts (the authors' takes the C of "Cannot tell"). And two commas that the authors'
+list of phrases lacks are there, so that "Best option: C" is C, not B. The authors leave responses without a letter
+out of the accuracy; here they count as not right, in a column of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.omni_eval.datasets.subtitles import subtitles_of
+from benchmarks.omni_eval.items import Item, Media, listing, parquet_rows, wrong_layout
+from benchmarks.omni_eval.scoring import alone, chosen
+
+NAME = "Video-MME"
+SPLIT = "test"
+MAX_TOKENS = 16
+COLUMNS = ("videoID", "question_id", "duration", "domain", "sub_category", "task_type", "question", "options", "answer")
+SUBTITLES = "This video's subtitles are listed below:"
+INSTRUCTION = (
+    "Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option."
+)
+CLOSING = "The best answer is:"
+SUFFIXES = (".mp4", ".MP4", ".mkv")
+PHRASES = (
+    "The best answer is",
+    "The correct answer is",
+    "The answer is",
+    "The answer",
+    "The best option is",
+    "The correct option is",
+    "Best answer:",
+    "Best option:",
+)
+
+
+def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -> Iterator[Item]:
+    """Questions of a local copy; MorphoQuantError where its layout is another.
+
+    subtitles: None for the setting without them; otherwise those at this many frames, evenly spaced over the video,
+    or all of them for 0.
+    """
+    files = sorted((directory / "videomme").glob(f"{split}-*.parquet"))
+    if not files:
+        raise wrong_layout(directory, NAME, f"videomme/{split}-*.parquet and data/*.mp4", listing(directory))
+    if subtitles is not None and not any((directory / "subtitle").glob("*.srt")):
+        raise wrong_layout(directory, NAME, "subtitle/*.srt", listing(directory / "subtitle"))
+    for row in parquet_rows(files, NAME, COLUMNS):
+        name = row["question_id"]
+        # Published as "A. Apples."
+        choices = {option[:1]: option[2:].strip() for option in row["options"]}
+        if row["answer"] not in choices:
+            raise wrong_layout(directory, NAME, f"the answer of {name} among its options", repr(row["answer"]))
+        video = _video(directory, row["videoID"])
+        spoken = [] if subtitles is None else _spoken(directory, row["videoID"], video, subtitles)
+        lines = [SUBTITLES, *spoken] if spoken else []
+        groups = {
+            "subject": row["domain"],
+            "modality": "text+video",
+            "duration": row["duration"],
+            "subcategory": row["sub_category"],
+            "task": row["task_type"],
+        }
+        if subtitles is not None:
+            groups["subtitles"] = "with" if spoken else "none"
+        yield Item(
+            id=name,
+            parts=(
+                Media("video", "mp4" if video.suffix.lower() == ".mp4" else "x-matroska", video),
+                "\n".join((*lines, INSTRUCTION, row["question"], *row["options"], CLOSING)),
+            ),
+            choices=choices,
+            answers=(row["answer"],),
+            groups=groups,
+        )
+
+
+def _video(directory: Path, name: str) -> Path:
+    """The video's file; the first name where there is none, for `present` to name."""
+    places = [directory / "data" / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _spoken(directory: Path, name: str, video: Path, frames: int) -> list[str]:
+    """Texts of a video's subtitles; none where it has no file, as 156 of the 900 videos."""
+    place = directory / "subtitle" / f"{name}.srt"
+    return subtitles_of(place, video, frames, NAME) if place.is_file() and video.is_file() else []
+
+
+def score(item: Item, response: str) -> str:
+    """By the authors' rule, but that a letter inside a word is none."""
+    for phrase in PHRASES:
+        response = response.replace(phrase, "")
+    found = (match.start() for match in re.finditer(f"[{''.join(item.choices)}]", response))
+    return chosen(item, next((response[place] for place in found if alone(response, place)), None))

@@ -1,0 +1,65 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from benchmarks.common import texts, windows
+from calibration.data.conversations import load_conversations
+from calibration.data.rendering import build_samples
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
+from tests.tiny_models import build_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def test_windows_are_spread_from_the_first_token_to_the_last() -> None:
+    assert windows.spread(100, 10, 4, "x") == [0, 30, 60, 90]
+    assert windows.spread(10, 10, 1, "x") == [0]
+    with pytest.raises(MorphoQuantError, match=r"text 'x' has 39 tokens, 4 windows of 10 need 40"):
+        windows.spread(39, 10, 4, "x")
+
+
+def test_calibration_files_hold_as_many_windows_as_asked(llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    counts = {"stdlib": 3, "licence": 1, "numpy": 0}
+    files = windows.write_calibration(tokenizer, tmp_path, tmp_path / "data", 64, counts)
+    assert [file.name for file in files] == ["stdlib.txt", "licence.txt"]
+    for file, count in zip(files, (3, 1), strict=True):
+        samples = build_samples(
+            llama,
+            load_conversations([file]),
+            max_tokens=64,
+            max_samples=None,
+            placeholder_token_ids={},
+            rows=DEFAULT_ROWS,
+        )
+        assert len(samples) == count
+
+
+def test_evaluation_windows(llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    cut = windows.evaluation_windows(tokenizer, tmp_path, "code", 32, 5)
+    assert [len(ids) for ids in cut] == [32] * 5
+    assert tokenizer.decode(cut[0])[:2] == texts.EVALUATION["code"](tmp_path)[:2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_excerpts_are_evenly_spaced(count: int) -> None:
+    text = "".join(chr(0x4E00 + index) for index in range(1000))
+    parts = windows.excerpts(text, count, 10).split("\n\n")
+    starts = [text.index(part) for part in parts]
+    assert [len(part) for part in parts] == [10] * count
+    assert starts[0] == 0
+    if count > 1:
+        assert starts[-1] == 990
+        gaps = [later - earlier for earlier, later in pairwise(starts)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_short_text_is_taken_whole() -> None:
+    assert windows.excerpts("short", 3, 10) == "short"
