@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from calibration.blocks.loop import BlockResult
-from calibration.data.conversations import load_conversations
+from calibration.data.conversations import CLASSES, load_conversations
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan
@@ -65,7 +65,7 @@ def calibrate(
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
     job = Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
-    conversations = processes.decide(lambda: load_conversations(data, skip_bad=skip_bad))
+    conversations = processes.decide(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
     begun_with = (
         identity(recipe, device, source, conversations, skip_bad=skip_bad, processes=processes.size)
         if processes.first

@@ -16,6 +16,7 @@ from calibration.quantize import moments as second_moments
 from calibration.quantize.chunks import chunks, together
 from calibration.quantize.grids import InputGrids, find_grids, gather_evidence, input_tensors
 from calibration.quantize.layer_report import ERROR_TOKENS, LayerRecord, escape_rates, output_error
+from calibration.quantize.modality_rows import ModalityRow, RowChoice
 from calibration.quantize.observation import Observation
 from calibration.quantize.rounding import quantize_compensated, quantize_two_level
 from calibration.recipe import Recipe
@@ -200,7 +201,7 @@ def _find_input(
         order = weights.channel_order(weights.absorb(matrix, grids.grid.step).cpu(), intervals.channel.shape[0])
         return grids, input_tensors(massive_x, grids, order, intervals, len(spec.rows), spec.any_row)
 
-    return tokens.processes.decide(find)
+    return tokens.processes.decide(find, (InputGrids, activation.Grid, ModalityRow, RowChoice))
 
 
 def _contributions(
