@@ -101,7 +101,7 @@ def calibrate_blocks(
             del collector, sample, target, weights
         for entry, row in zip(inputs, rows, strict=True):
             serving.modality = entry.modality
-            entry.served = _run(block, index, entry, entry.served, {}, row)
+            entry.write_served(_run(block, index, entry, entry.served, {}, row))
         del block
         errors = [layer.record.output_error for layer in finished.values()]
         loss = sum(errors) / len(errors) if errors else None
@@ -124,7 +124,8 @@ def _run_16bit(
     norms = [torch.zeros(0)]
     for entry in inputs:
         before = entry.hidden
-        after = entry.hidden = _run(block, index, entry, before, targets, entry.modality)
+        after = _run(block, index, entry, before, targets, entry.modality)
+        entry.write_hidden(after)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in inputs)])
     rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
