@@ -245,7 +245,7 @@ def test_processes_make_the_layer_that_one_makes(
     # So that every n-th token is taken of those of all.
     for place in (
         "quantize.grids.SEARCH_TOKENS",
-        "quantize.layer.ERROR_TOKENS",
+        "quantize.layer_report.ERROR_TOKENS",
         "output.distributions.TOKENS",
         "quantize.modality_rows.SEARCH_TOKENS",
     ):
