@@ -19,7 +19,7 @@ from calibration.model.source import open_source
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
 from calibration.output.staging import check_output
 from calibration.processes import ONE, Processes
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.stages import Job, capture, export, quantize
 from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
 from calibration.blocks.loop import BlockResult, calibrate_blocks
+from calibration.blocks.memory_need import MemoryNeed, check_budget, memory_need
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import TokenSample, share_tokens
-from calibration.memory_need import MemoryNeed, check_budget, memory_need
 from calibration.model.architectures import Architecture
 from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import DecoderNames
@@ -28,7 +28,7 @@ from calibration.output.report import make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.schema import QuantizationSpec
 

@@ -20,7 +20,7 @@ from calibration.processes import Processes
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.massive_tokens import candidates
 from calibration.quantize.observation import InputCollector, SampleCollector, run_observed
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.host_memory import release_freed_memory

@@ -22,7 +22,7 @@ from calibration.model.architectures import Architecture, Tower
 from calibration.model.plan import tower_names, unfit_linears
 from calibration.model.source import Source
 from calibration.processes import ONE, Processes
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 

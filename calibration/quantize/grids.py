@@ -15,7 +15,7 @@ from calibration.quantize.massive_tokens import MassiveIntervals, MassiveTokens
 from calibration.quantize.modality_rows import ModalityRow, RowChoice, RowTokens, choose_row, row_tokens
 from calibration.quantize.observation import Observation
 from calibration.quantize.reference_grid import reference_grid
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics import activation, weights
 from morphoquant_vllm.numerics.statistics import ChannelStatistics

@@ -18,7 +18,7 @@ from calibration.quantize.layer_report import JudgedTokens, LayerRecord, input_r
 from calibration.quantize.massive_tokens import find_massive
 from calibration.quantize.observation import Observation
 from calibration.quantize.served_weights import ServedWeights, round_weights
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, input_blocks
 
 

@@ -19,7 +19,7 @@ from calibration.processes import ONE, Processes
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.massive_tokens import candidates, find_intervals
 from calibration.quantize.observation import InputCollector
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.work.durable_files import FileRecord
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.inputs import AUDIO, MASSIVE, make_spec, matrix, with_massive

@@ -9,7 +9,7 @@ from calibration.quantize.bias import Means, find_bias, find_means
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments
 from calibration.quantize.grids import find_input
 from calibration.quantize.massive_tokens import find_massive
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from tests.calibration.inputs import AUDIO, make_spec, matrix, observe, with_massive
 
 

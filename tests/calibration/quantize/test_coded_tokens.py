@@ -5,7 +5,7 @@ import torch
 from calibration.quantize.coded_tokens import BiasSets, code_tokens
 from calibration.quantize.grids import find_input
 from calibration.quantize.massive_tokens import find_massive
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from tests.calibration.inputs import ANY, AUDIO, MASSIVE, TEXT, make_spec, matrix, observe, with_massive
 
 

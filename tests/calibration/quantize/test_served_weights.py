@@ -7,7 +7,7 @@ from torch import Tensor
 from calibration.processes import ONE
 from calibration.quantize.moments import Moments
 from calibration.quantize.served_weights import round_weights
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.numerics import weights
 from tests.calibration.inputs import K, make_spec, matrix
 
