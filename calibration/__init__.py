@@ -3,9 +3,7 @@
 cli             the command `morphoquant`
 calibrate       one run from model and data to checkpoint
 stages          its stages: capture, quantize, export
-recipe          the settings, each declared once
-setting_flags   flags of the command, made of the settings
-settings_table  the settings as a table of the documentation
+settings        the settings, each declared once
 model           the source model: files, architectures, what will be quantized
 data            from conversations to tokens
 blocks          runs the model block by block
@@ -14,5 +12,4 @@ work            what makes a run resumable
 output          the checkpoint, its report, and what shows them
 processes       the processes that share a run
 progress        what the terminal shows
-memory_need     how much memory and disk a run needs
 """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from calibration.blocks.loop import BlockResult
-from calibration.data.conversations import load_conversations
+from calibration.data.conversations import CLASSES, load_conversations
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan
@@ -19,7 +19,7 @@ from calibration.model.source import open_source
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
 from calibration.output.staging import check_output
 from calibration.processes import ONE, Processes
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.stages import Job, capture, export, quantize
 from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work
@@ -58,18 +58,14 @@ def calibrate(
     morphoquant_calibration.json. Raises MorphoQuantError for whatever the user can mend; then, as after any other
     failure, `output` is as it was before.
     """
-    recipe, output = recipe or Recipe(), Path(output)
-    device = choose_device(recipe.device, processes)
-    source = open_source(model)
-    architecture = find_architecture(source.config)
-    spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
-    names = decoder_names(architecture, source.config, source.tensors)
-    job = Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
+    output = Path(output)
+    job = _plan(model, recipe or Recipe(), memory_budget, processes)
+    source = job.source
     # Hours before the first block would find one, and for what is carried over, too.
     processes.decide(source.check_finite)
-    conversations = processes.decide(lambda: load_conversations(data, skip_bad=skip_bad))
+    conversations = processes.decide(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
     begun_with = (
-        identity(recipe, device, source, conversations, skip_bad=skip_bad, processes=processes.size)
+        identity(job.recipe, job.device, source, conversations, skip_bad=skip_bad, processes=processes.size)
         if processes.first
         else {}
     )
@@ -79,31 +75,45 @@ def calibrate(
     if processes.first and not place.exists():
         check_output(output, source.directory, overwrite=overwrite)
     with (
-        open_work(place, begun_with, device, names.blocks, output, restart=restart, processes=processes) as kept,
+        open_work(
+            place, begun_with, job.device, job.names.blocks, output, restart=restart, processes=processes
+        ) as kept,
         _threads(kept.threads),
     ):
-
-        def finish() -> dict[str, Any]:
-            report = (
-                read_json(output / REPORT_FILE)
-                if kept.exported
-                else export(job, kept, tokens, output, overwrite=overwrite)
-            )
-            clear_work(place)
-            return report
-
         if kept.exported:
-            return processes.decide(finish)
+            return processes.decide(lambda: _finish(place, read_json(output / REPORT_FILE)))
         processes.decide(lambda: check_output(output, source.directory, overwrite=overwrite))
-        try:
+        with _clear_memory_errors(job):
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
             quantize(job, kept, tokens, on_block)
-        except torch.OutOfMemoryError as error:
-            raise MorphoQuantError(
-                f"{source.directory}: the GPU has too little free memory for it with dtype {recipe.dtype}; "
-                "pass --dtype bfloat16 or --device cpu, or use fewer or shorter samples"
-            ) from error
-        return processes.decide(finish)
+        return processes.decide(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
+
+
+def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processes: Processes) -> Job:
+    """What is quantized, and how, from the model's config and the recipe."""
+    device = choose_device(recipe.device, processes)
+    source = open_source(model)
+    architecture = find_architecture(source.config)
+    spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
+    names = decoder_names(architecture, source.config, source.tensors)
+    return Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
+
+
+def _finish(work: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Remove the work: the checkpoint of this report is in its place."""
+    clear_work(work)
+    return report
+
+
+@contextmanager
+def _clear_memory_errors(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MorphoQuantError(
+            f"{job.source.directory}: the GPU has too little free memory for it with dtype {job.recipe.dtype}; "
+            "pass --dtype bfloat16 or --device cpu, or use fewer or shorter samples"
+        ) from error
 
 
 def default_work(output: Path) -> Path:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from calibration.recipe import read_recipe, read_size
-from calibration.setting_flags import chosen, with_setting_flags
+from calibration.settings.flags import chosen, with_setting_flags
+from calibration.settings.recipe import read_recipe, read_size
 from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -54,14 +55,18 @@ class Processes:
         """
         return value
 
-    def gather(self, value: T) -> list[T]:
-        """An object of each process, by rank; tensors in it lie on the CPU."""
+    def gather(self, value: T, classes: Sequence[type] = ()) -> list[T]:
+        """An object of each process, by rank; tensors in it lie on the CPU.
+
+        It is made of tensors, Python's plain values and containers, and the `classes` named. Raises MorphoQuantError
+        where another process has sent anything else.
+        """
         return [value]
 
-    def decide(self, make: Callable[[], T]) -> T:
+    def decide(self, make: Callable[[], T], classes: Sequence[type] = ()) -> T:
         """What `make` returns in the first process, which alone calls it.
 
-        For what must be the same bits in all of them, and for what only one may do.
+        For what must be the same bits in all of them, and for what only one may do. It is made as `gather` has it.
         """
         return make()
 
@@ -124,12 +129,13 @@ class Group(Processes):
                     merged[theirs] = part
         return merged
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, classes: Sequence[type] = ()) -> list[T]:
         packed = _packed(value)
         with self._meeting("gather"):
-            return [self._unpacked(self._bytes(rank, packed)) for rank in range(self.size)]
+            parts = [self._bytes(rank, packed) for rank in range(self.size)]
+        return [self._unpacked(rank, part, classes) for rank, part in enumerate(parts)]
 
-    def decide(self, make: Callable[[], T]) -> T:
+    def decide(self, make: Callable[[], T], classes: Sequence[type] = ()) -> T:
         if self.first:
             value = make()
             packed = _packed(value)
@@ -137,7 +143,8 @@ class Group(Processes):
                 self._bytes(0, packed)
             return value
         with self._meeting("decide"):
-            found: T = self._unpacked(self._bytes(0, b""))
+            packed = self._bytes(0, b"")
+        found: T = self._unpacked(0, packed, classes)
         return found
 
     @contextmanager
@@ -194,9 +201,19 @@ class Group(Processes):
             dist.broadcast(content, source)
         return content.numpy().tobytes()
 
-    def _unpacked(self, data: bytes) -> Any:
-        """What `_packed` packed: tensors of another process's GPU come onto this one's."""
-        return torch.load(io.BytesIO(data), map_location=self._local, weights_only=False)
+    def _unpacked(self, source: int, data: bytes, classes: Sequence[type]) -> Any:
+        """What `_packed` packed in the process `source`: tensors of its GPU come onto this one's.
+
+        Nothing is called but what makes tensors, plain values and the `classes`: bytes off the network run no code.
+        """
+        try:
+            # bytes: torch takes them for plain unless they are empty.
+            with torch.serialization.safe_globals([bytes, *classes]):
+                return torch.load(io.BytesIO(data), map_location=self._local, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise MorphoQuantError(
+                f"process {source} has sent what is no part of a calibration; use a network that nobody else reaches"
+            ) from error
 
     def _local(self, storage: Any, place: str) -> Any:
         return storage if place == "cpu" else storage.cuda(self.local_rank)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
 from calibration.blocks.loop import BlockResult, calibrate_blocks
+from calibration.blocks.memory_need import MemoryNeed, check_budget, memory_need
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
-from calibration.data.rendering import build_samples
+from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import TokenSample, share_tokens
-from calibration.memory_need import MemoryNeed, check_budget, memory_need
 from calibration.model.architectures import Architecture
 from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import DecoderNames
@@ -28,7 +28,7 @@ from calibration.output.report import make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
@@ -106,28 +106,35 @@ def capture(
     check_free_space(work.path, quantized_size(source, spec) + 5 * states, "the work directory", "--work")
     stream = need.front > job.memory_limit and not recipe.towers
     model = load_front(job.architecture, source, recipe, stream_towers=stream, device=job.device)
+    sources = {index: sample.source for index, sample in zip(tokens.samples, samples, strict=True)}
+    work.keep_samples(sources, _run_front(job, work, model, samples, tokens))
+    return tokens
+
+
+def _run_front(
+    job: Job, work: WorkDirectory, model: Any, samples: Sequence[Sample], tokens: TokenSample
+) -> Iterable[MemoryInput]:
+    """What reaches the decoder of each sample, from embeddings and towers; quantizes and keeps towers where asked."""
     blocks = list(model.get_submodule(job.architecture.block_module).children())
     positions = [tokens.positions[index] for index in tokens.samples]
-    captured: Iterable[MemoryInput] = capture_block_inputs(model, blocks, samples, positions)
-    if recipe.towers:
-        captured = list(captured)
-        work.keep_towers(
-            calibrate_towers(
-                model,
-                samples,
-                architecture=job.architecture,
-                source=source,
-                spec=spec,
-                recipe=recipe,
-                processes=job.processes,
-            )
+    if not job.recipe.towers:
+        return capture_block_inputs(model, blocks, samples, positions)
+    captured = list(capture_block_inputs(model, blocks, samples, positions))
+    work.keep_towers(
+        calibrate_towers(
+            model,
+            samples,
+            architecture=job.architecture,
+            source=job.source,
+            spec=job.spec,
+            recipe=job.recipe,
+            processes=job.processes,
         )
-        # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
-        for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
-            entry.served = again.hidden
-    sources = {index: sample.source for index, sample in zip(tokens.samples, samples, strict=True)}
-    work.keep_samples(sources, captured)
-    return tokens
+    )
+    # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
+    for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
+        entry.served = again.hidden
+    return captured
 
 
 def quantize(

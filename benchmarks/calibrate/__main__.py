@@ -125,7 +125,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     from benchmarks.calibrate.timing.worker import Job
     from benchmarks.common.files import code_digest
     from benchmarks.common.machine import load, machine, versions
-    from calibration.recipe import read_recipe
+    from calibration.settings.recipe import read_recipe
 
     sizes = {"max_samples": arguments.samples, "max_tokens": arguments.tokens, "window_tokens": arguments.tokens}
     changes = {**sizes, **settings(arguments.set)}
@@ -184,7 +184,7 @@ def run_quick(arguments: argparse.Namespace) -> None:
 
     from benchmarks.calibrate.data import write_data
     from calibration.calibrate import calibrate
-    from calibration.recipe import read_recipe
+    from calibration.settings.recipe import read_recipe
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -17,7 +17,7 @@ from calibration.data.token_choice import choose_tokens
 from calibration.quantize import step_search as steps
 from calibration.quantize.layer import InputSample, quantize_input
 from calibration.quantize.observation import InputCollector
-from calibration.recipe import read_recipe
+from calibration.settings.recipe import read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics.activation import Grid, escapes

@@ -26,15 +26,17 @@ class BlockInput(Protocol):
 
     @property
     def hidden(self) -> Tensor: ...
-    @hidden.setter
-    def hidden(self, value: Tensor) -> None: ...
     @property
     def served(self) -> Tensor: ...
-    @served.setter
-    def served(self, value: Tensor) -> None: ...
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
         """What the model passes to each block besides the hidden states (positions, mask)."""
+
+    def write_hidden(self, value: Tensor) -> None:
+        """Put the 16-bit model's states that the block has made, for the next one; samples come in order."""
+
+    def write_served(self, value: Tensor) -> None:
+        """The same for the states after the quantized blocks."""
 
 
 @dataclass
@@ -46,6 +48,12 @@ class MemoryInput:
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     served: Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def write_hidden(self, value: Tensor) -> None:
+        self.hidden = value
+
+    def write_served(self, value: Tensor) -> None:
+        self.served = value
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from calibration.processes import Processes
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.massive_tokens import candidates
 from calibration.quantize.observation import InputCollector, SampleCollector, run_observed
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.host_memory import release_freed_memory
@@ -36,6 +36,43 @@ class BlockResult:
     loss: float | None
     # What is kept of each input's distribution, by the input's name.
     distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _LoadedBlock:
+    """A block in memory, and this process's samples, which go through it."""
+
+    module: nn.Module
+    index: int
+    inputs: Sequence[BlockInput]
+    # The modality of the sample that goes through, for the linears that are quantized already.
+    serving: TokenRows
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def run(
+        self,
+        entry: BlockInput,
+        hidden: Tensor,
+        collectors: Mapping[str, SampleCollector],
+        rows: Tensor,
+        *,
+        stop: bool = False,
+    ) -> Tensor:
+        """The output on one sample, on the CPU; what came in where the run stops early."""
+        self.serving.modality = entry.modality
+        output = run_observed(
+            self.module,
+            hidden.to(self.device),
+            entry.arguments[self.index],
+            collectors,
+            rows.to(self.device),
+            entry.positions.to(self.device),
+            stop=stop,
+        )
+        return hidden if output is None else output.cpu()
 
 
 @torch.no_grad()
@@ -60,61 +97,63 @@ def calibrate_blocks(
     """
     serving = TokenRows(spec.any_row)
     for index in range(first, len(blocks)):
-        block = blocks.load(index)
         shards_of = {
             shared.shards: [names.layer(index, shard) for shard in shared.shards]
             for shared in architecture.shared_inputs
             if names.layer(index, shared.shards[0]) in spec.layers
         }
-        # Shards read the same input: it is enough to watch the first.
-        device = next(block.parameters()).device
-        # Only where this process has no samples, for those have a width of their own.
-        none = {layers[0]: None if inputs else _no_tokens(spec, layers[0], device) for layers in shards_of.values()}
-        targets = {shards[0]: SampleCollector(layers[0], none[layers[0]]) for shards, layers in shards_of.items()}
-        rows = _run_16bit(block, index, inputs, targets, len(spec.rows) - 1, tokens.processes)
-        outlying = torch.cat(
-            [
-                torch.zeros(0, dtype=torch.bool),
-                *(row[entry.positions] == len(spec.rows) - 1 for row, entry in zip(rows, inputs, strict=True)),
-            ]
-        )
-        finished: dict[str, QuantizedLayer] = {}
-        distributions = {}
-        for shards, layers in shards_of.items():
-            target = targets.pop(shards[0]).sample()
-            collector = InputCollector(layers[0], none[layers[0]])
-            for entry, row in zip(inputs, rows, strict=True):
-                serving.modality = entry.modality
-                _run(block, index, entry, entry.served, {shards[0]: collector}, row, stop=True)
-            sample = InputSample(collector.observation(tokens.processes), target, outlying)
-            weights = {layer: _load_weight(source, layer) for layer in layers}
-            # Of what the forwards and the collectors freed, two gigabytes at K = 11008: most memory is needed next.
-            release_freed_memory()
-            quantized = quantize_input(sample, tokens, weights, spec, recipe)
-            for shard, layer in zip(shards, layers, strict=True):
-                _replace(block, shard, quantized[layer], serving)
-            finished |= quantized
-            distributions[spec.layers[layers[0]].shared_input] = observe(
-                sample, tokens, quantized[layers[0]].tensors, spec
-            )
-            # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
-            del collector, sample, target, weights
-        for entry, row in zip(inputs, rows, strict=True):
-            serving.modality = entry.modality
-            entry.served = _run(block, index, entry, entry.served, {}, row)
+        block = _LoadedBlock(blocks.load(index), index, inputs, serving)
+        finished, distributions = _calibrate_block(block, shards_of, tokens, source, spec, recipe)
         del block
         errors = [layer.record.output_error for layer in finished.values()]
         loss = sum(errors) / len(errors) if errors else None
         yield BlockResult(index, len(blocks), finished, loss, distributions)
 
 
+def _calibrate_block(
+    block: _LoadedBlock,
+    shards_of: Mapping[tuple[str, ...], list[str]],
+    tokens: TokenSample,
+    source: Source,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+) -> tuple[dict[str, QuantizedLayer], dict[str, dict[str, Tensor]]]:
+    """The block's layers and the distributions of its inputs; afterwards its samples hold what reaches the next one.
+
+    `shards_of` has the layers of each input's linears by their names in the block.
+    """
+    # Shards read the same input: it is enough to watch the first.
+    # Only where this process has no samples, for those have a width of their own.
+    none = {
+        layers[0]: None if block.inputs else _no_tokens(spec, layers[0], block.device) for layers in shards_of.values()
+    }
+    targets = {shards[0]: SampleCollector(layers[0], none[layers[0]]) for shards, layers in shards_of.items()}
+    massive_row = len(spec.rows) - 1
+    rows = _run_16bit(block, targets, massive_row, tokens.processes)
+    of_sampled = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
+    outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_sampled)])
+    finished: dict[str, QuantizedLayer] = {}
+    distributions = {}
+    for shards, layers in shards_of.items():
+        collectors = targets.pop(shards[0]), InputCollector(layers[0], none[layers[0]])
+        sample = _sample_input(block, shards[0], *collectors, rows, outlying, tokens.processes)
+        weights = {layer: _load_weight(source, layer) for layer in layers}
+        # Of what the forwards and the collectors freed, two gigabytes at K = 11008: most memory is needed next.
+        release_freed_memory()
+        quantized = quantize_input(sample, tokens, weights, spec, recipe)
+        for shard, layer in zip(shards, layers, strict=True):
+            _replace(block.module, shard, quantized[layer], block.serving)
+        finished |= quantized
+        distributions[spec.layers[layers[0]].shared_input] = observe(sample, tokens, quantized[layers[0]].tensors, spec)
+        # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
+        del collectors, sample, weights
+    for entry, row in zip(block.inputs, rows, strict=True):
+        entry.write_served(block.run(entry, entry.served, {}, row))
+    return finished, distributions
+
+
 def _run_16bit(
-    block: nn.Module,
-    index: int,
-    inputs: Sequence[BlockInput],
-    targets: Mapping[str, SampleCollector],
-    massive_row: int,
-    processes: Processes,
+    block: _LoadedBlock, targets: Mapping[str, SampleCollector], massive_row: int, processes: Processes
 ) -> list[Tensor]:
     """Carry the 16-bit hidden states through the block.
 
@@ -122,37 +161,30 @@ def _run_16bit(
     block, the token's modality elsewhere.
     """
     norms = [torch.zeros(0)]
-    for entry in inputs:
+    for entry in block.inputs:
         before = entry.hidden
-        after = entry.hidden = _run(block, index, entry, before, targets, entry.modality)
+        after = block.run(entry, before, targets, entry.modality)
+        entry.write_hidden(after)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
-    modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in inputs)])
+    modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in block.inputs)])
     rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
-    return list(rows.split([entry.modality.numel() for entry in inputs]))
+    return list(rows.split([entry.modality.numel() for entry in block.inputs]))
 
 
-def _run(
-    block: nn.Module,
-    index: int,
-    entry: BlockInput,
-    hidden: Tensor,
-    collectors: Mapping[str, SampleCollector],
-    rows: Tensor,
-    *,
-    stop: bool = False,
-) -> Tensor:
-    """The block's output on one sample, on the CPU; what came in where the run stops early."""
-    device = next(block.parameters()).device
-    output = run_observed(
-        block,
-        hidden.to(device),
-        entry.arguments[index],
-        collectors,
-        rows.to(device),
-        entry.positions.to(device),
-        stop=stop,
-    )
-    return hidden if output is None else output.cpu()
+def _sample_input(
+    block: _LoadedBlock,
+    linear: str,
+    target: SampleCollector,
+    served: InputCollector,
+    rows: Sequence[Tensor],
+    outlying: Tensor,
+    processes: Processes,
+) -> InputSample:
+    """What reaches `linear` after the layers quantized so far; `target` has what the 16-bit model gives it."""
+    aimed = target.sample()
+    for entry, row in zip(block.inputs, rows, strict=True):
+        block.run(entry, entry.served, {linear: served}, row, stop=True)
+    return InputSample(served.observation(processes), aimed, outlying)
 
 
 def _no_tokens(spec: QuantizationSpec, layer: str, device: torch.device) -> Tensor:

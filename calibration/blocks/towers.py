@@ -17,12 +17,12 @@ from calibration.blocks.capture import MemoryInput, skipped_blocks
 from calibration.blocks.loop import BlockResult, calibrate_blocks
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.rendering import Sample
-from calibration.data.token_choice import share_tokens
+from calibration.data.token_choice import TokenSample, share_tokens
 from calibration.model.architectures import Architecture, Tower
 from calibration.model.plan import tower_names, unfit_linears
 from calibration.model.source import Source
 from calibration.processes import ONE, Processes
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 
@@ -113,18 +113,8 @@ def _calibrate_tower(
     if processes.first:
         _say_what_stays(tower, source, recipe)
     module = model.get_submodule(tower.module)
-    media = _media(samples)
-    rows = {
-        medium.place: torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int()
-        for medium in media
-    }
-    patches = share_tokens(processes, rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
     blocks = list(model.get_submodule(tower.block_module).children())
-    inputs = []
-    for medium, own in zip(media, patches.samples, strict=True):
-        entry = MemoryInput(rows[medium.place], patches.positions[own])
-        _capture(module, blocks, medium, entry)
-        inputs.append(entry)
+    inputs, patches = _capture_media(module, blocks, _media(samples), spec, recipe, processes)
     # A patch has no row of its own modality to take.
     settings = recipe.model_copy(update={"modality_rows": False})
     results = []
@@ -147,6 +137,28 @@ def _calibrate_tower(
         if isinstance(layer, ServedLinear):
             layer.serving = serving
     return results
+
+
+def _capture_media(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    media: Sequence[_Medium],
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    processes: Processes,
+) -> tuple[list[MemoryInput], TokenSample]:
+    """What reaches the tower's blocks of each of this process's media, and the patches to look at, of all processes."""
+    rows = {
+        medium.place: torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int()
+        for medium in media
+    }
+    patches = share_tokens(processes, rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
+    inputs = []
+    for medium, own in zip(media, patches.samples, strict=True):
+        entry = MemoryInput(rows[medium.place], patches.positions[own])
+        _capture(module, blocks, medium, entry)
+        inputs.append(entry)
+    return inputs, patches
 
 
 @torch.no_grad()

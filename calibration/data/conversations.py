@@ -63,6 +63,9 @@ class PlainText:
     text: str
 
 
+# Of what load_conversations gives: where processes share it, they take no other classes from each other.
+CLASSES = (Conversation, PlainText, Message, Text, Media, type(Path()))
+
 # part type -> (key that holds its object, modality); OpenAI's types, and vLLM's audio_url and video_url.
 _MEDIA_PARTS = {"image_url": "image", "audio_url": "audio", "video_url": "video", "input_audio": "audio"}
 _PART_TYPES = ("text", *_MEDIA_PARTS)

@@ -19,7 +19,7 @@ from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.processes import ONE, Processes
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 
 # A config of the wrong types or sizes fails in any of these ways, deep inside transformers.

@@ -10,7 +10,7 @@ from typing import Any
 
 from calibration.model.architectures import Architecture, SharedInput, Tower
 from calibration.model.source import TensorInfo
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
 

@@ -64,9 +64,7 @@ def observe(
     # Massive by the block's residual stream in the statistics, by the quantizer's intervals among sampled tokens.
     for row, seen in statistics.items():
         name = spec.rows[row]
-        found[f"{name}.minimum"] = seen.minimum.cpu()[channels].bfloat16()
-        found[f"{name}.maximum"] = seen.maximum.cpu()[channels].bfloat16()
-        found[f"{name}.dispersion"] = dispersion_score(seen).cpu().bfloat16()
+        found |= _ranges(name, seen, channels)
         taken, own = (
             served == massive_row if row == massive_row else (of == row) & (served != massive_row)
             for served, of in ((rows, modality), (own_rows, own_modality))
@@ -77,6 +75,15 @@ def observe(
         counted = torch.bincount(codes[own].flatten().long().cpu() - ESCAPE_MIN, minlength=CODE_BINS)
         found[f"{name}.codes"] = processes.reduce(counted, "SUM")
     return found
+
+
+def _ranges(name: str, seen: ChannelStatistics, channels: Tensor) -> dict[str, Tensor]:
+    """What is kept of a row's statistics."""
+    return {
+        f"{name}.minimum": seen.minimum.cpu()[channels].bfloat16(),
+        f"{name}.maximum": seen.maximum.cpu()[channels].bfloat16(),
+        f"{name}.dispersion": dispersion_score(seen).cpu().bfloat16(),
+    }
 
 
 def kept_channels(dispersion: Tensor) -> Tensor:

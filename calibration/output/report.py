@@ -13,7 +13,7 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 if TYPE_CHECKING:
     # `inspect` needs the file's name alone, and neither pydantic nor the numerics.
     from calibration.quantize.layer_report import LayerRecord
-    from calibration.recipe import Recipe
+    from calibration.settings.recipe import Recipe
 
 REPORT_FILE = "morphoquant_calibration.json"
 REPORT_FORMAT = 1

@@ -5,6 +5,9 @@ No files, no hooks but in observation.
     observation      statistics and sampled tokens of a block's inputs, by module hooks
     layer            the phases for one input, from grids to tensors
     grids            step and centre of each channel, and what each row has
+    coded_tokens     rows and codes of the sampled tokens, and their moments
+    served_weights   weights rounded to what is stored and served
+    bias             what makes mean outputs right
     step_search      finds steps against the budget of escapes
     reference_grid   the authors' way to a grid
     modality_rows    whether a modality gets a row of its own

@@ -11,12 +11,13 @@ from torch import Tensor
 from calibration.data.token_choice import TokenSample
 from calibration.quantize import step_search as steps
 from calibration.quantize.chunks import together
-from calibration.quantize.massive_tokens import MassiveIntervals
-from calibration.quantize.modality_rows import ModalityRow, RowTokens, choose_row, row_tokens
+from calibration.quantize.massive_tokens import MassiveIntervals, MassiveTokens
+from calibration.quantize.modality_rows import ModalityRow, RowChoice, RowTokens, choose_row, row_tokens
 from calibration.quantize.observation import Observation
 from calibration.quantize.reference_grid import reference_grid
-from calibration.recipe import Recipe
-from morphoquant_vllm.numerics import activation
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.numerics import activation, weights
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 
 # The step is searched on about this many tokens.
@@ -52,6 +53,43 @@ class Evidence:
     rows: dict[int, RowTokens] = field(default_factory=dict)
     # The reference's mask and grid.
     reference: tuple[Tensor, activation.Grid] | None = None
+
+
+@dataclass(frozen=True)
+class FoundInput:
+    """How one input is quantized."""
+
+    grids: InputGrids
+    # The checkpoint's (schema.INPUT_TENSORS), on the CPU, in natural channel order.
+    tensors: dict[str, Tensor]
+
+
+def find_input(
+    observation: Observation,
+    tokens: TokenSample,
+    massive: MassiveTokens,
+    matrix: Tensor,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    *,
+    full_mask: bool,
+) -> FoundInput:
+    """Grids and channel order of an input that the weights matrix [N, K] share, the same in all processes.
+
+    With `full_mask`, every channel may escape in the reference's grid.
+    """
+    evidence = gather_evidence(observation, tokens, massive.own, recipe, len(spec.rows) - 1, full_mask=full_mask)
+    massive_x = tokens.merge(observation.sample, tokens.merge(massive.own).nonzero().flatten())
+
+    def find() -> FoundInput:
+        grids = find_grids(evidence, matrix, recipe)
+        absorbed = weights.absorb(matrix, grids.grid.step).cpu()
+        order = weights.channel_order(absorbed, massive.intervals.channel.shape[0])
+        return FoundInput(
+            grids, input_tensors(massive_x, grids, order, massive.intervals, len(spec.rows), spec.any_row)
+        )
+
+    return tokens.processes.decide(find, (FoundInput, InputGrids, activation.Grid, ModalityRow, RowChoice))
 
 
 def gather_evidence(

@@ -10,6 +10,8 @@ from torch import Tensor
 from calibration.data.token_choice import TokenSample
 from calibration.processes import ONE, Processes
 from calibration.quantize.chunks import chunks
+from calibration.quantize.coded_tokens import CodedTokens
+from calibration.quantize.grids import FoundInput
 from calibration.quantize.modality_rows import RowChoice
 from morphoquant_vllm.numerics import activation
 
@@ -38,6 +40,46 @@ class LayerRecord:
     modality_rows: dict[str, RowChoice] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class JudgedTokens:
+    """This process's tokens that the output error is measured on, with K in channel order."""
+
+    # Codes times gain, and 16-bit values: float32 [T, K].
+    codes: Tensor
+    target: Tensor
+    # The set of each token, int64 [T], and what it counts, float32 [T].
+    token_set: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def of(coded: CodedTokens, target: Tensor, tokens: TokenSample) -> JudgedTokens:
+        """Every n-th token of all processes', from target [own T, K] in natural order."""
+        stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
+        return JudgedTokens(
+            codes=tokens.every(coded.codes, stride).float() * tokens.every(coded.gain, stride)[:, None],
+            target=tokens.every(target, stride).index_select(1, coded.order),
+            token_set=tokens.every(coded.token_set, stride),
+            weight=tokens.every(coded.weight, stride),
+        )
+
+
+def input_record(
+    coded: CodedTokens, tokens: TokenSample, massive: Tensor, found: FoundInput, row_names: tuple[str, ...]
+) -> LayerRecord:
+    """What the linears that share an input have in common, all but output_error; massive, bool [T], of all tokens."""
+    guard_raise = found.grids.grid.guard_raise
+    masked = found.tensors["modality_mask"].sum(1).tolist()
+    return LayerRecord(
+        escape_rate=escape_rates(coded.codes, tokens, massive, row_names),
+        output_error=0.0,
+        masked_channels=dict(zip(row_names, masked, strict=True)),
+        guard_raised_channels=int((guard_raise > 1).sum()),
+        guard_largest_raise=float(guard_raise.max()),
+        massive_tokens=int(massive.sum()),
+        modality_rows={row_names[row]: modality.choice for row, modality in found.grids.rows.items()},
+    )
+
+
 def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
     """Escapes as a fraction of codes [own T, K], as LayerRecord holds them.
 
@@ -55,25 +97,18 @@ def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names:
 
 
 def output_error(
-    codes: Tensor,
-    target: Tensor,
-    token_set: Tensor,
-    weight: Tensor,
-    matrix: Tensor,
-    served: Tensor,
-    bias: Tensor,
-    processes: Processes = ONE,
+    judged: JudgedTokens, matrix: Tensor, served: Tensor, bias: Tensor, processes: Processes = ONE
 ) -> float:
-    """Weighted relative error of the served layer's output against target @ matrix.T; bias [S, N] by set of tokens.
+    """Weighted relative error of the served layer's output against that of the 16-bit weights `matrix` [N, K].
 
-    Each process has some of the tokens.
+    served is float32 [N, K], bias [S, N] by set of tokens. Each process has some of the tokens.
     """
     error = power = 0.0
-    runs = (value.split(RUN_TOKENS) for value in (codes, target, token_set, weight))
-    for part, values, which, token_weight in zip(*runs, strict=True):
+    values_of = (judged.codes, judged.target, judged.token_set, judged.weight)
+    for part, values, which, weight in zip(*(value.split(RUN_TOKENS) for value in values_of), strict=True):
         expected = values @ matrix.T
         found = part @ served.T + bias[which]
-        error += float(token_weight @ (found - expected).square().sum(1))
-        power += float(token_weight @ expected.square().sum(1))
+        error += float(weight @ (found - expected).square().sum(1))
+        power += float(weight @ expected.square().sum(1))
     error, power = processes.reduce(torch.tensor([error, power], dtype=torch.float64), "SUM").tolist()
     return (error / power) ** 0.5 if power > 0 else 0.0

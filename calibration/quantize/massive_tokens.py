@@ -7,11 +7,13 @@ Static ranges must not be set by such tokens. They get a row of their own, whose
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from calibration.data.token_choice import TokenSample
 from calibration.processes import ONE, Processes
 from morphoquant_vllm.format.schema import MASSIVE_CHANNELS
 from morphoquant_vllm.numerics.activation import is_massive
@@ -37,6 +39,31 @@ class MassiveIntervals(NamedTuple):
     channel: Tensor
     low: Tensor
     high: Tensor
+
+
+@dataclass(frozen=True)
+class MassiveTokens:
+    """The sampled tokens that the massive row serves."""
+
+    intervals: MassiveIntervals
+    # Among this process's, bool [own T], on the device of the sample.
+    own: Tensor
+    # Among all processes', bool [T], on the CPU.
+    all: Tensor
+
+
+def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: TokenSample, *, wanted: bool) -> MassiveTokens:
+    """Intervals that tell the tokens `outlying`, bool [own T], of x [own T, K], and the tokens that they hold.
+
+    Unless `wanted`, the intervals hold no token.
+    """
+    intervals = (
+        find_intervals(x, outlying.to(x.device), blocks, tokens.processes)
+        if wanted
+        else no_intervals(x.shape[1], blocks)
+    )
+    own = holds(x, intervals)
+    return MassiveTokens(intervals, own, tokens.merge(own).cpu())
 
 
 def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calibration.processes import ONE, Processes
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.numerics import activation, reference
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 

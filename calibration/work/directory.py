@@ -90,7 +90,7 @@ class WorkDirectory:
     def keep_towers(self, results: Sequence[BlockResult]) -> None:
         """Write the quantized towers; they count as finished when the samples do."""
         tensors = {name: value for result in results for name, value in _packed(result).items()}
-        record = self.processes.decide(lambda: write_tensors_durably(self.path / TOWERS_FILE, tensors))
+        record = self.processes.decide(lambda: write_tensors_durably(self.path / TOWERS_FILE, tensors), [FileRecord])
         layers = {name: asdict(layer.record) for result in results for name, layer in result.layers.items()}
         self._towers = {"towers": {"layers": layers, **asdict(record)}}
 
@@ -150,7 +150,7 @@ class WorkDirectory:
             states, record = stream.finish()
             own[states.name] = record
         sync_directory(self.path)
-        files = _united(self.processes.gather(own))
+        files = _united(self.processes.gather(own, [FileRecord]))
 
         def note() -> None:
             manifest = {

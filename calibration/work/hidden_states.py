@@ -101,21 +101,19 @@ class DiskInput:
     def hidden(self) -> Tensor:
         return self.streams["hidden"].read(self.index)
 
-    @hidden.setter
-    def hidden(self, value: Tensor) -> None:
-        self.streams["hidden"].write(self.index, value)
-
     @property
     def served(self) -> Tensor:
         return self.streams["served"].read(self.index)
 
-    @served.setter
-    def served(self, value: Tensor) -> None:
-        self.streams["served"].write(self.index, value)
-
     @property
     def arguments(self) -> list[Mapping[str, Any]]:
         return read_arguments(self.path, self.device)
+
+    def write_hidden(self, value: Tensor) -> None:
+        self.streams["hidden"].write(self.index, value)
+
+    def write_served(self, value: Tensor) -> None:
+        self.streams["served"].write(self.index, value)
 
 
 def read_arguments(path: Path, device: torch.device) -> list[Mapping[str, Any]]:

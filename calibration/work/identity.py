@@ -17,7 +17,7 @@ from calibration.model.source import Source
 from calibration.output.export import copied_files
 from calibration.output.report import PACKAGE, package_version
 from calibration.quantize.int8_products import has_exact_products
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.work.code_files import code_files
 from calibration.work.durable_files import hash_file
 from morphoquant_vllm import ops

@@ -6,7 +6,7 @@ from torch import Tensor
 from calibration.data.token_choice import TokenSample, choose_tokens
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.observation import Observation
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.statistics import ChannelStatistics

@@ -15,7 +15,7 @@ from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.calibrate import calibrate
 from calibration.data.conversations import load_conversations
 from calibration.data.rendering import build_samples
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import read_spec
 from morphoquant_vllm.format.verify import verify_checkpoint

@@ -19,7 +19,7 @@ import typer.main
 
 from calibration import cli
 from calibration.output.inspection import inspect_data
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from tests.calibration.built_models import TinyModels
 
 Run = Callable[..., tuple[int, str, str]]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from calibration.settings_table import settings_table
+from calibration.settings.table import settings_table
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "calibration.md"
 
@@ -12,4 +12,4 @@ def test_the_table_of_settings_is_the_one_that_the_recipe_makes() -> None:
     first = "| setting |"
     assert text.count(first) == 1
     table = text[text.index(first) :].split("\n\n", 1)[0]
-    assert table == settings_table(), "python -m calibration.settings_table prints what belongs into the document"
+    assert table == settings_table(), "python -m calibration.settings.table prints what belongs into the document"

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibration.data.conversations import CLASSES, Conversation, Media, Message, PlainText, Text
 from calibration.data.token_choice import share_tokens
 from calibration.output.distributions import observe
 from calibration.processes import ONE, Processes
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.massive_tokens import candidates, find_intervals
 from calibration.quantize.observation import InputCollector
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
+from calibration.work.durable_files import FileRecord
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.inputs import AUDIO, MASSIVE, make_spec, matrix, with_massive
 from tests.calibration.joined import in_processes, messages
@@ -153,6 +155,46 @@ def test_processes_that_make_different_calls_are_no_users_mistake(tmp_path: Path
     assert all("another one is not" in said for said in in_processes(tmp_path, work))
 
 
+# --- what is not believed
+
+
+class Harm:
+    """What unpickling it would run: it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("call", ["gather", "decide"])
+def test_what_another_process_sends_runs_no_code(tmp_path: Path, call: str) -> None:
+    place = tmp_path / "harm"
+
+    def work(processes: Processes) -> Any:
+        with processes.failing_together():
+            value = Harm(place) if processes.first else None
+            return processes.gather(value) if call == "gather" else processes.decide(lambda: value)
+
+    first, second = in_processes(tmp_path, work)
+    assert "process 0 has sent what is no part of a calibration" in str(second)
+    assert isinstance(first, MorphoQuantError), "the others are told"
+    assert not place.exists()
+
+
+def test_a_class_is_taken_where_it_is_named(tmp_path: Path) -> None:
+    media = tuple(Media("image", content, "a") for content in (Path("a.png"), b"\x00\xff" * 300, b""))
+    sent = [Conversation("data.jsonl:1", (Message("user", (Text("ä\n"), *media)),)), PlainText("b.txt", "b")]
+
+    def work(processes: Processes) -> Any:
+        return processes.decide(lambda: sent, CLASSES), processes.decide(lambda: [FileRecord(1, "a")], [FileRecord])
+
+    assert in_processes(tmp_path, work) == [(sent, [FileRecord(1, "a")])] * 2
+    unnamed = messages(in_processes(tmp_path, lambda processes: processes.gather([FileRecord(1, "a")])))
+    assert all("is no part of a calibration" in said for said in unnamed)
+
+
 # --- what is computed together
 
 SHARDS = {"m.q": matrix(33), "m.k": matrix(16, 4)}
@@ -201,8 +243,12 @@ def test_processes_make_the_layer_that_one_makes(
 ) -> None:
     """All that is chosen is the same; what rests on float32 sums of another order may differ, at ties alone."""
     # So that every n-th token is taken of those of all.
-    places = ("quantize.grids.SEARCH_TOKENS", "quantize.layer.ERROR_TOKENS", "output.distributions.TOKENS")
-    for place in (*places, "quantize.modality_rows.SEARCH_TOKENS"):
+    for place in (
+        "quantize.grids.SEARCH_TOKENS",
+        "quantize.layer_report.ERROR_TOKENS",
+        "output.distributions.TOKENS",
+        "quantize.modality_rows.SEARCH_TOKENS",
+    ):
         monkeypatch.setattr(f"calibration.{place}", 60)
     recipe = Recipe(sample_tokens=300, **settings)
     whole = make(ONE, recipe)

@@ -19,7 +19,7 @@ from torch import Tensor
 from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate
 from calibration.processes import Processes
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.work.directory import WorkDirectory
 from calibration.work.hidden_states import DiskInput
 from morphoquant_vllm.errors import MorphoQuantError

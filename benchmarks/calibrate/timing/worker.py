@@ -26,7 +26,7 @@ from benchmarks.calibrate.timing.rates import product_rate
 from benchmarks.common.command import one_line_errors
 from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate
-from calibration.recipe import read_recipe
+from calibration.settings.recipe import read_recipe
 
 ROWS = 25
 

@@ -18,7 +18,7 @@ from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import open_source
 from calibration.quantize.layer import InputSample, QuantizedLayer
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from morphoquant_vllm.host_memory import _malloc_trim
 from tests.calibration.built_models import TinyModels

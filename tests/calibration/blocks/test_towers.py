@@ -19,7 +19,7 @@ from calibration.data.rendering import build_samples
 from calibration.model.architectures import find_architecture
 from calibration.model.plan import plan
 from calibration.model.source import TensorInfo
-from calibration.recipe import Recipe, read_recipe
+from calibration.settings.recipe import Recipe, read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import read_spec
 from morphoquant_vllm.format.schema import QuantizationSpec

@@ -18,7 +18,7 @@ from calibration.model.loading import BlockLoader, choose_device, load_front
 from calibration.model.plan import decoder_names
 from calibration.model.source import Source, open_source
 from calibration.quantize.observation import run_observed
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from tests.calibration.built_models import TinyModels

@@ -6,7 +6,7 @@ import pytest
 from calibration.model.architectures import find_architecture
 from calibration.model.plan import matches, plan
 from calibration.model.source import TensorInfo
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 

@@ -15,7 +15,7 @@ from calibration.output.distributions import (
     write_distributions,
 )
 from calibration.quantize.layer import quantize_input
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.inputs import AUDIO, K, make_spec, matrix, with_massive
 from tests.calibration.inputs import observe as collect

@@ -2,7 +2,7 @@ import pytest
 
 from calibration.output.report import make_report
 from calibration.quantize.layer_report import LayerRecord
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 
 SPEC = QuantizationSpec(

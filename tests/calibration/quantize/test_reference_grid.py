@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calibration.quantize.reference_grid import MIN_MASK_TOKENS, reference_grid
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.numerics import activation, reference
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calibration.model.source import Source
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.work.identity import identity
 from morphoquant_vllm import ops
 from morphoquant_vllm.cpu import backend as cpu

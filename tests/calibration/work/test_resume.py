@@ -16,7 +16,7 @@ import torch
 
 from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from calibration.work.lock import locked
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels

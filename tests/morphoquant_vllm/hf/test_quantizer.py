@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import morphoquant_vllm.hf as hf
 from calibration.calibrate import calibrate
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.format.token_table import token_rows

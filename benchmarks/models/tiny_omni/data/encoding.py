@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.models.tiny_omni.data.questions import Question
 from calibration.data.conversations import Media
 from calibration.data.media import decode_audio, decode_image, decode_video
-from calibration.data.rendering import DEFAULT_VIDEO_FPS
+from calibration.data.model_inputs import DEFAULT_VIDEO_FPS
 
 _MODALITIES = {"image_url": "image", "audio_url": "audio", "video_url": "video"}
 

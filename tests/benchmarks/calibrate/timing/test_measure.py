@@ -15,7 +15,7 @@ from benchmarks.calibrate.serve import describe
 from benchmarks.calibrate.summary import summarise
 from benchmarks.calibrate.timing.bound import Decoder
 from benchmarks.calibrate.timing.measure import Measured, take
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 
 REPOSITORY = Path(__file__).parents[4]

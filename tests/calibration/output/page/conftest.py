@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from calibration.calibrate import calibrate
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from tests.calibration.built_models import TinyModels
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.recipe import Recipe, read_recipe
+from calibration.settings.recipe import Recipe, read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
 
 

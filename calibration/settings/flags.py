@@ -10,7 +10,7 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from calibration.recipe import Flag, Recipe
+from calibration.settings.recipe import Flag, Recipe
 
 
 def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from calibration.recipe import Recipe
-from calibration.setting_flags import chosen
+from calibration.settings.flags import chosen
+from calibration.settings.recipe import Recipe
 
 
 def test_only_flags_that_are_given_override_the_recipe() -> None:

@@ -1,7 +1,7 @@
-"""`python -m calibration.settings_table` prints the table of settings that docs/calibration.md holds."""
+"""`python -m calibration.settings.table` prints the table of settings that docs/calibration.md holds."""
 
-from calibration.recipe import Recipe
-from calibration.setting_flags import default_text, flag_of
+from calibration.settings.flags import default_text, flag_of
+from calibration.settings.recipe import Recipe
 
 
 def settings_table() -> str:

@@ -14,7 +14,7 @@ from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
 from calibration.quantize.rounding import SCALE_ROWS, SYSTEM_ELEMENTS
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 

@@ -1,0 +1,204 @@
+"""One conversation, or one window of a text, as keyword arguments of the model's forward."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import torch
+from transformers import ProcessorMixin
+
+from calibration.data.conversations import BadMediaError, Conversation, Media, Message, PlainText, Text
+from calibration.data.media import decode_audio, decode_image, decode_video
+from calibration.data.placeholders import check_placeholders, check_text, media_tokens
+from morphoquant_vllm.errors import MorphoQuantError
+
+# The rate at which Qwen's video processors sample where their config names none; vLLM serves at the same rate.
+DEFAULT_VIDEO_FPS = 2.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of tokens cut from a plain text."""
+
+    source: str
+    token_ids: list[int]
+
+
+def cut_windows(text: PlainText, tokenizer: Any, max_tokens: int) -> list[Window]:
+    """The whole text as windows of at most max_tokens tokens."""
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    # Served prompts start with the BOS token, where the tokenizer adds one: so does every window.
+    start = tokenizer("")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
+    start = start if start == [tokenizer.bos_token_id] else []
+    step = max_tokens - len(start)
+    return [Window(text.source, start + ids[i : i + step]) for i in range(0, len(ids), step)]
+
+
+def model_inputs(
+    processor: Any,
+    item: Conversation | Window,
+    placeholder_token_ids: Mapping[str, Sequence[int]],
+    max_tokens: int,
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Inputs of one sample, a batch of one without padding, and whether they were cut to max_tokens.
+
+    Raises BadMediaError where media cannot be decoded, and MorphoQuantError as build_samples does.
+    """
+    if isinstance(item, Window):
+        inputs = _text_inputs(processor, item.token_ids)
+        check_placeholders(item.source, inputs["input_ids"], {}, placeholder_token_ids)
+        return inputs, False
+    return _fit(item, _render(processor, item, placeholder_token_ids), max_tokens)
+
+
+def _text_inputs(processor: Any, token_ids: list[int]) -> dict[str, torch.Tensor]:
+    input_ids = torch.tensor([token_ids], dtype=torch.long)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    # Qwen2.5-VL builds its positions from these.
+    if "mm_token_type_ids" in processor.model_input_names:
+        inputs["mm_token_type_ids"] = torch.zeros_like(input_ids)
+    return inputs
+
+
+def _media(conversation: Conversation) -> list[Media]:
+    return [part for message in conversation.messages for part in message.parts if isinstance(part, Media)]
+
+
+def _render(
+    processor: Any, conversation: Conversation, placeholder_token_ids: Mapping[str, Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    source, media = conversation.source, _media(conversation)
+    _check_takes(source, processor, media, placeholder_token_ids)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    check_text(conversation, tokenizer, placeholder_token_ids)
+    text = _apply_template(processor, conversation)
+    if not isinstance(processor, ProcessorMixin):
+        # A template writes the special tokens itself; without one the tokenizer adds its own.
+        special = tokenizer.chat_template is None
+        token_ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        if not token_ids:
+            raise MorphoQuantError(f"{source}: the conversation makes no tokens; give it text")
+        return _text_inputs(processor, token_ids)
+    inputs = _process(processor, source, text, media)
+    check_placeholders(source, inputs["input_ids"], media_tokens(processor, inputs), placeholder_token_ids)
+    return inputs
+
+
+def _check_takes(
+    source: str, processor: Any, media: list[Media], placeholder_token_ids: Mapping[str, Sequence[int]]
+) -> None:
+    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+    takes = [kind for kind, part in parts.items() if kind in placeholder_token_ids and hasattr(processor, part)]
+    for item in media:
+        if item.kind not in takes:
+            raise MorphoQuantError(
+                f"{source}: the model does not take {item.kind} parts, only {', '.join(['text', *takes])}; "
+                "remove the line from the data"
+            )
+
+
+def _apply_template(processor: Any, conversation: Conversation) -> str:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    renderer = processor if processor.chat_template else tokenizer
+    multimodal = isinstance(processor, ProcessorMixin)
+    messages = [{"role": m.role, "content": _content(m, multimodal)} for m in conversation.messages]
+    if not renderer.chat_template:
+        if _media(conversation):
+            raise MorphoQuantError(
+                f"{conversation.source}: the model has no chat template, which media need; "
+                "add its chat_template.jinja to the model directory"
+            )
+        return "\n".join(_content(m, multimodal=False) for m in conversation.messages)
+    generation = conversation.messages[-1].role != "assistant"
+    try:
+        return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise MorphoQuantError(
+            f"{conversation.source}: the model's chat template refuses the conversation ({_one_line(error)}); "
+            "change its roles or parts"
+        ) from error
+
+
+def _content(message: Message, multimodal: bool) -> Any:
+    """A message's content as templates and vLLM have it: a string, or typed parts for multimodal models."""
+    if multimodal and not (len(message.parts) == 1 and isinstance(message.parts[0], Text)):
+        return [
+            {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": part.kind}
+            for part in message.parts
+        ]
+    return "\n".join(part.text for part in message.parts if isinstance(part, Text))
+
+
+def _process(processor: Any, source: str, text: str, media: list[Media]) -> dict[str, torch.Tensor]:
+    options: dict[str, Any] = {"text_kwargs": {"add_special_tokens": False}}
+    images = [decode_image(item) for item in media if item.kind == "image"]
+    audio: list[Any] = []
+    videos: list[Any] = []
+    if any(item.kind == "audio" for item in media):
+        rate = processor.feature_extractor.sampling_rate
+        audio = [decode_audio(item, rate) for item in media if item.kind == "audio"]
+        options["audio_kwargs"] = {"sampling_rate": rate}
+    if any(item.kind == "video" for item in media):
+        videos, options["videos_kwargs"] = _decode_videos(processor.video_processor, media)
+    try:
+        batch = processor(
+            text=[text],
+            images=images or None,
+            videos=videos or None,
+            audio=audio or None,
+            return_tensors="pt",
+            **options,
+        )
+    # StopIteration and IndexError: a template that writes more placeholders than there are media.
+    except (ValueError, StopIteration, IndexError) as error:
+        raise BadMediaError(
+            f"{source}: the model's processor refuses the conversation ({_one_line(error) or 'too few media'}); "
+            "change its media"
+        ) from error
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if "feature_attention_mask" in inputs:
+        # Whisper's features are padded to a fixed length (300 s in Qwen2.5-Omni: 15 MB a clip), masked in forward.
+        longest = int(inputs["feature_attention_mask"].sum(-1).max())
+        for name in ("input_features", "feature_attention_mask"):
+            inputs[name] = inputs[name][..., :longest].clone()
+    return inputs
+
+
+def _decode_videos(video_processor: Any, media: list[Media]) -> tuple[list[Any], dict[str, Any]]:
+    """Sampled frames of each video, and the processor's keyword arguments for them."""
+    fps = video_processor.fps or DEFAULT_VIDEO_FPS
+
+    def sample_frames(metadata: Any) -> Sequence[int]:
+        # transformers divides by zero on fewer frames than a temporal patch; the processor repeats the last frame.
+        if metadata.total_num_frames < video_processor.temporal_patch_size:
+            return range(metadata.total_num_frames)
+        return video_processor.sample_frames(metadata, fps=fps).tolist()
+
+    decoded = [decode_video(item, sample_frames) for item in media if item.kind == "video"]
+    options = {
+        "video_metadata": [metadata for _, metadata in decoded],
+        "do_sample_frames": False,
+        "fps": fps,
+        "input_data_format": "channels_last",
+    }
+    return [frames for frames, _ in decoded], options
+
+
+def _fit(
+    conversation: Conversation, inputs: dict[str, torch.Tensor], max_tokens: int
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """The inputs, cut to max_tokens where there is only text, and whether they were."""
+    shape = inputs["input_ids"].shape
+    if shape[1] <= max_tokens:
+        return inputs, False
+    if _media(conversation):
+        raise MorphoQuantError(
+            f"{conversation.source}: {shape[1]} tokens with media, more than max_tokens={max_tokens}; "
+            "raise max_tokens or use shorter or smaller media"
+        )
+    return {name: value[:, :max_tokens] for name, value in inputs.items() if value.shape == shape}, True
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,112 @@
+"""The sampled tokens of an input as they are served: their rows, their codes, and what those add to the moments.
+
+Channel order is that of the checkpoint's channel_order; natural order is the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.data.token_choice import TokenSample
+from calibration.processes import Processes
+from calibration.quantize import moments as second_moments
+from calibration.quantize.chunks import together
+from calibration.quantize.grids import FoundInput
+from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
+from morphoquant_vllm.numerics import activation
+
+# Tokens whose values are multiplied by their codes at once: enough that the sums are seldom read and written.
+MOMENT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class BiasSets:
+    """S sets of tokens that have a bias of their own: of any modality, of each that has a row, massive ones."""
+
+    # The set of each row, int64 [R].
+    of_row: Tensor
+    # The row of each set, int64 [S]; for the first, the row for any.
+    rows: Tensor
+
+    @staticmethod
+    def of(own: Sequence[int], spec: QuantizationSpec, device: torch.device) -> BiasSets:
+        """Where the modalities `own` have rows of their own."""
+        rows = torch.tensor([spec.any_row, *own, len(spec.rows) - 1], device=device)
+        of_row = torch.zeros(len(spec.rows), dtype=torch.int64, device=device)
+        of_row[rows[1:]] = torch.arange(1, rows.numel(), device=device)
+        return BiasSets(of_row, rows)
+
+    @property
+    def any_modality_only(self) -> bool:
+        """Whether no modality has a row of its own."""
+        return self.rows.numel() == 2
+
+
+@dataclass(frozen=True)
+class CodedTokens:
+    """This process's T sampled tokens of one input, with K in channel order."""
+
+    record: activation.ActivationRecord
+    # The natural channel at each place, int64 [K].
+    order: Tensor
+    sets: BiasSets
+    # The row that serves each token, int32 [T], and its set, int64 [T].
+    rows: Tensor
+    token_set: Tensor
+    # What each token counts, float32 [T].
+    weight: Tensor
+    # int8 [T, K].
+    codes: Tensor
+
+    @property
+    def gain(self) -> Tensor:
+        """Of the row of each token, float32 [T]."""
+        return self.record.gain[self.rows.long()]
+
+
+def code_tokens(
+    x: Tensor, tokens: TokenSample, massive: Tensor, found: FoundInput, spec: QuantizationSpec
+) -> CodedTokens:
+    """Rows and codes of x [own T, K], in natural order; massive, bool [own T], tells the massive row's."""
+    device = x.device
+    weight, modality = (tokens.own(value).to(device) for value in (tokens.weight, tokens.modality))
+    record = activation.activation_record(*(found.tensors[name].to(device) for name in INPUT_TENSORS))
+    sets = BiasSets.of(found.grids.own, spec, device)
+    ordinary = torch.where(sets.of_row[modality.long()] > 0, modality, spec.any_row)
+    rows = torch.where(massive, len(spec.rows) - 1, ordinary).int()
+    return CodedTokens(
+        record=record,
+        order=found.tensors["channel_order"].long().to(device),
+        sets=sets,
+        rows=rows,
+        token_set=sets.of_row[rows.long()],
+        weight=weight,
+        codes=torch.cat([activation.act_quant(part, row, record) for part, row in together(x, rows)]),
+    )
+
+
+def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
+    """Moments of the tokens of all processes: target [own T, K] in natural order, matrix [N, K] in channel order."""
+    moments = second_moments.gather(
+        _contributions(coded, target),
+        coded.codes,
+        coded.weight * coded.gain.square(),
+        second_moments.Moments.zeros(coded.sets.rows.numel(), matrix),
+    )
+    moments.reduce(processes)
+    return moments
+
+
+def _contributions(coded: CodedTokens, target: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """What Moments.add takes in: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
+
+    Values are put in channel order a run at a time: whole copies of [T, K] are the most that memory holds.
+    """
+    fields = (coded.codes, coded.gain, target, coded.rows, coded.token_set, coded.weight)
+    for codes, gain, values, row, token_set, weight in zip(*(f.split(MOMENT_TOKENS) for f in fields), strict=True):
+        ordered = values.index_select(1, coded.order)
+        yield codes, gain, ordered.sub_(coded.record.centre[row.long()]), token_set, weight

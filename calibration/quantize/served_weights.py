@@ -1,0 +1,72 @@
+"""The weights of the linears that share an input, rounded to what is stored and served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.processes import Processes
+from calibration.quantize.moments import Moments, regress
+from calibration.quantize.rounding import quantize_compensated, quantize_two_level
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
+from morphoquant_vllm.host_memory import release_freed_memory
+from morphoquant_vllm.numerics import weights
+
+# A channel whose codes were all 0 in calibration still counts this part of the mean, so that its weights stay sane.
+IMPORTANCE_FLOOR = 1e-4
+# Names under which codes and scales are stored, in the order in which rounding gives them.
+_STORED = {
+    GROUP_SCHEME: ("weight_codes", "weight_scale"),
+    TWO_LEVEL_SCHEME: ("weight_codes", "weight_level", "weight_channel_scale"),
+}
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """Rounded weights of N output channels, K in channel order."""
+
+    # Packed codes and scales by their names in the checkpoint; the first size of each is N.
+    stored: dict[str, Tensor]
+    # What codes of activations are multiplied by, float32 [N, K].
+    matrix: Tensor
+
+
+def round_weights(
+    matrix: Tensor, step: Tensor, moments: Moments, layer: LayerSpec, recipe: Recipe, processes: Processes
+) -> ServedWeights:
+    """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
+
+    Each process rounds some of the output channels. Uses up the squares in `moments`.
+    """
+    channels = processes.share(matrix.shape[0])
+    absorbed = weights.absorb(matrix[channels], step)
+    # What the runs of tokens had; the squares come next.
+    release_freed_memory()
+    own = _round(absorbed, moments, channels, layer, recipe)
+    del absorbed
+    owners = processes.owners(matrix.shape[0])
+    int4, *scales = (processes.merge(part, owners) for part in own)
+    packed = weights.pack(int4)
+    stored = dict(zip(_STORED[layer.scale_scheme], (packed, *scales), strict=True))
+    return ServedWeights(stored, weights.dequantize_weight(packed, *scales))
+
+
+def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+    """int4 codes int8 [n, K] of the 16-bit weights times steps, `absorbed`, of these output channels, and their scales.
+
+    Scales are bfloat16 [n, K/G], or by the layer's scheme levels uint8 [n, K/G] and channel scale float32 [n].
+    """
+    hessian, code_output = moments.take_centred(channels)
+    target = regress(hessian, code_output, absorbed, recipe.shrinkage) if recipe.regression else absorbed
+    del code_output
+    if layer.scale_scheme == TWO_LEVEL_SCHEME:
+        return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels)
+    if recipe.rounding == "compensated":
+        return quantize_compensated(target, hessian, layer.group_size)
+    energy = hessian.diagonal().clone()
+    mean = float(energy.mean())
+    importance = energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)
+    return weights.quantize_int4(target, importance, layer.group_size)

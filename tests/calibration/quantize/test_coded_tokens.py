@@ -1,0 +1,41 @@
+"""Which row serves each sampled token, and which bias."""
+
+import torch
+
+from calibration.quantize.coded_tokens import BiasSets, code_tokens
+from calibration.quantize.grids import find_input
+from calibration.quantize.massive_tokens import find_massive
+from calibration.settings.recipe import Recipe
+from tests.calibration.inputs import ANY, AUDIO, MASSIVE, TEXT, make_spec, matrix, observe, with_massive
+
+
+def test_each_row_has_the_bias_of_its_set() -> None:
+    sets = BiasSets.of([AUDIO], make_spec({"m.q": matrix()}), torch.device("cpu"))
+    assert sets.rows.tolist() == [ANY, AUDIO, MASSIVE]
+    assert sets.of_row.tolist() == [0, 0, 0, 1, 0, 2]
+    assert not sets.any_modality_only
+    assert BiasSets.of([], make_spec({"m.q": matrix()}), torch.device("cpu")).any_modality_only
+
+
+def test_a_token_takes_the_massive_row_or_that_of_its_modality_or_that_of_any() -> None:
+    x, modality, outlying = with_massive()
+    modality[200:] = AUDIO
+    x[200:][~outlying[200:]] *= 0.2
+    spec, recipe = make_spec({"m.q": matrix()}), Recipe()
+    inputs, tokens = observe(x, modality, 1.0, outlying, x)
+    massive = find_massive(x, outlying, 1, tokens, wanted=True)
+    assert torch.equal(massive.own, outlying) and torch.equal(massive.all, outlying)
+    found = find_input(inputs.observation, tokens, massive, matrix(), spec, recipe, full_mask=False)
+    assert found.grids.own == [AUDIO], "text is better off with the row for any"
+    coded = code_tokens(x, tokens, massive.own, found, spec)
+    expected = torch.where(modality == TEXT, ANY, modality)
+    assert torch.equal(coded.rows, torch.where(outlying, MASSIVE, expected).int())
+    assert torch.equal(coded.sets.rows[coded.token_set], coded.rows.long())
+    assert torch.equal(coded.gain, found.tensors["gain"][coded.rows.long()])
+
+
+def test_no_token_is_massive_where_none_shall_be() -> None:
+    x, modality, outlying = with_massive()
+    _, tokens = observe(x, modality, 1.0, outlying, x)
+    massive = find_massive(x, outlying, 1, tokens, wanted=False)
+    assert not bool(massive.own.any()) and not bool(massive.all.any())

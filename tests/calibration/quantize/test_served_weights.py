@@ -1,0 +1,53 @@
+"""Weights as they are stored and as they are served."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibration.processes import ONE
+from calibration.quantize.moments import Moments
+from calibration.quantize.served_weights import round_weights
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.numerics import weights
+from tests.calibration.inputs import K, make_spec, matrix
+
+STEP = torch.linspace(0.5, 2.0, K)
+
+
+def moments(dead: slice = slice(0, 0)) -> Moments:
+    """Of 200 tokens whose codes say all of their values; channels `dead` have codes 0."""
+    codes = torch.randint(-8, 8, (200, K), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    codes[:, dead] = 0
+    found = Moments.zeros(1, matrix())
+    even = torch.full((200,), 1 / 200)
+    found.add(codes, torch.ones(200), codes * STEP, torch.zeros(200, dtype=torch.int64), even)
+    found.add_codes(codes, even)
+    found.mirror()
+    return found
+
+
+@pytest.mark.parametrize("levels", [0, 16])
+@pytest.mark.parametrize("settings", [{}, {"rounding": "nearest"}, {"rounding": "nearest", "regression": False}])
+def test_what_is_stored_is_what_is_served(levels: int, settings: dict[str, object]) -> None:
+    recipe = Recipe(scale_levels=levels, **({} if levels else settings))
+    layer = make_spec({"m.q": matrix()}, scheme="two_level" if levels else "group").layers["m.q"]
+    found = round_weights(matrix(), STEP, moments(), layer, recipe, ONE)
+    assert torch.equal(weights.dequantize_weight(*found.stored.values()), found.matrix)
+    assert next(iter(found.stored)) == "weight_codes" and len(found.stored) == (3 if levels else 2)
+    # 4 bits: steps are folded in, or the error would be that of other weights.
+    wanted = matrix() * STEP
+    assert float((found.matrix - wanted).norm() / wanted.norm()) < 0.15
+
+
+def test_channels_without_codes_count_the_same() -> None:
+    recipe = Recipe(rounding="nearest", regression=False)
+    layer = make_spec({"m.q": matrix()}).layers["m.q"]
+    even = weights.dequantize_weight(*_packed(*weights.quantize_int4(matrix() * STEP, torch.ones(K), layer.group_size)))
+    # A whole group, and all: no energy to weigh by.
+    for dead in (slice(0, layer.group_size), slice(None)):
+        found = round_weights(matrix(), STEP, moments(dead), layer, recipe, ONE).matrix
+        assert torch.equal(found[:, dead], even[:, dead])
+
+
+def _packed(int4: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return weights.pack(int4), scale
