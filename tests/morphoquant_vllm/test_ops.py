@@ -14,7 +14,7 @@ from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of
 
 K, N, G, ROWS = 64, 48, 32, 6
-# Triton's kernels run here interpreted, in a process of their own: triton_kernels/test_gpu_ops.py.
+# Triton's kernels run here interpreted, in a process of their own: gpu/test_gpu_ops.py.
 BACKENDS = sorted(set(ops.BACKENDS) - {"triton"})
 
 

@@ -1,5 +1,5 @@
-// The C interface that cpu.py calls. Threads are OpenMP's, of the library that torch has loaded, so that they are the
-// threads (and the cores) that torch and vLLM have set up.
+// The C interface that cpu/build.py loads. Threads are OpenMP's, of the library that torch has loaded, so that they are
+// the threads (and the cores) that torch and vLLM have set up.
 #include <omp.h>
 
 #include <atomic>

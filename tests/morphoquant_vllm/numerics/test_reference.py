@@ -1,4 +1,4 @@
-"""The authors' algorithm, piece by piece; calibration/test_golden.py holds the whole against their own output."""
+"""The authors' algorithm, piece by piece; test_golden.py holds the whole against their own output."""
 
 import math
 
