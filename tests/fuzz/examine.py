@@ -20,8 +20,10 @@ from tests.fuzz.judge import Judge
 from tests.fuzz.mutants import Mutant, make_mutant
 
 LONGEST_LINE = 700
-# The page's pictures take a second: they are drawn of one mutant in so many. The rest of the page is made of each.
-DRAWN = 25
+# The page takes a tenth of a second, its pictures take seconds. The page is made of one mutant in so many, and of each
+# mutant of the files that only it and `inspect` read; of these one in so many is drawn.
+PAGES = 20
+DRAWN = 16
 BESIDE = ("morphoquant_calibration.json", "morphoquant_calibration/distributions.safetensors")
 GOOD = ("refused", "harmless", "resealed: finite")
 
@@ -49,17 +51,20 @@ class Finding:
 def examine(intact: Path, directory: Path, judge: Judge, seed: int, number: int) -> Finding:
     """Make the mutant in `directory` and try it."""
     mutant = make_mutant(intact, directory, seed, number)
-    outcome, detail = _try(directory, judge, mutant, drawn=mutant.file in BESIDE and number % DRAWN == 0)
+    outcome, detail = _try(directory, judge, mutant)
     return Finding(number, mutant.file, mutant.kind, mutant.steps, mutant.resealed, outcome, detail)
 
 
-def _try(directory: Path, judge: Judge, mutant: Mutant, *, drawn: bool) -> tuple[str, str]:
+def _try(directory: Path, judge: Judge, mutant: Mutant) -> tuple[str, str]:
     refusals = []
+    paged = mutant.file in BESIDE or mutant.number % PAGES == 0
+    drawn = mutant.file in BESIDE and mutant.number % DRAWN == 0
     readers: dict[str, Callable[[], Any]] = {
         "verify": lambda: verify.verify_checkpoint(directory),
-        "inspect": lambda: _inspect(directory),
-        "report": lambda: _report(directory, drawn=drawn),
+        "inspect": lambda: _inspect(directory, as_json=paged),
     }
+    if paged:
+        readers["report"] = lambda: _report(directory, drawn=drawn)
     for name, reader in readers.items():
         try:
             with contextlib.redirect_stderr(io.StringIO()):
@@ -84,10 +89,11 @@ def _is_one_line(text: str) -> bool:
     return text.isprintable() and 0 < len(text) < LONGEST_LINE
 
 
-def _inspect(directory: Path) -> None:
-    """Both forms of `morphoquant inspect`."""
+def _inspect(directory: Path, *, as_json: bool) -> None:
+    """`morphoquant inspect`, with --json too or not."""
     shown = io.StringIO()
-    json.dumps(inspect_data(directory))
+    if as_json:
+        json.dumps(inspect_data(directory))
     Console(file=shown, width=100).print(inspect_table(directory))
     assert all(_is_one_line(line) for line in shown.getvalue().splitlines() if line), "the table is not printable"
 

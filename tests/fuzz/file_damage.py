@@ -8,7 +8,7 @@ from random import Random
 
 _NEW_NAMES = (
     *("model.safetensors", "extra.safetensors", "consolidated.safetensors", "model-00003-of-00003.safetensors"),
-    *("pytorch_model.bin", "notes.txt", "[red]x[/red].safetensors", "a\nb.safetensors", "\x1b[31m.safetensors"),
+    *("pytorch_model.bin", "notes.txt", "[red]x.safetensors", "a\nb.safetensors", "\x1b[31m.safetensors"),
     *("model.safetensors.index.json.bak", "config.json~", "model.SAFETENSORS", ".safetensors", ".hidden.safetensors"),
 )
 

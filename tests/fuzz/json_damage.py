@@ -95,7 +95,10 @@ def _choose(content: Any, random: Random) -> tuple[Any, Any, str]:
         if (parent is None and random.random() < 0.02) or (parent is not None and random.random() < _STOP):
             break
         parent = value
-        key = random.choice(list(value)) if isinstance(value, dict) else random.randrange(len(value))
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        # What holds something is chosen more often: there is more to damage in it.
+        full = [key for key in keys if isinstance(value[key], (dict, list)) and value[key]]
+        key = random.choice(full if full and random.random() < 0.5 else keys)
         value, path = parent[key], f"{path}/{str(key)[:60]}"
     return parent, key, path
 

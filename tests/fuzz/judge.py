@@ -1,6 +1,6 @@
-"""Whether an accepted mutant is harmless. Nothing that is under test is called: files are read with safetensors and json.
+"""Whether an accepted mutant is harmless; nothing that is under test is called.
 
-Layers run on the torch reference, on tokens that are ordinary, huge, or massive.
+Files are read with safetensors and json. Layers run on the torch reference, on ordinary, huge and massive tokens.
 """
 
 import json
