@@ -33,6 +33,8 @@ _VALUES = (
         "x" * 100_000,
     ),
     *("\u202e", "\u0661", "9" * 5_000, "model-00001-of-00002.safetensors", "/etc/passwd", "n" * 300 + ".safetensors"),
+    # Half a character and a zero byte, which no file's name has; mathematics, which matplotlib sets.
+    *("\ud800.safetensors", "a\x00b.safetensors", "$\\frac{$", "F8_E4M3", "F8_E8M0", "F4", "C64", "F64", "I64"),
     *([], {}, [[]], [None], {"": None}, [1, "a", {}], {"a": {"b": {"c": 1}}}, list(range(10_000))),
 )
 _STOP = 0.25

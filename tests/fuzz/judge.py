@@ -90,6 +90,9 @@ class Judge:
         for name, value in found.items():
             if not bool(value.isfinite().all()):
                 return f"{name}: gives {value[~value.isfinite()][0]} for finite inputs"
+        for name, value in tensors.items():
+            if _holds_nan(value):
+                return f"{name}: holds NaN"
         if resealed:
             return None
         if meaning(config) != self._meaning:
@@ -110,3 +113,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _holds_nan(tensor: Tensor) -> bool:
+    if tensor.dtype is torch.float4_e2m1fn_x2:
+        return False
+    return bool((tensor.cfloat() if tensor.is_complex() else tensor.double()).isnan().any())

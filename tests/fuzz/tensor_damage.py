@@ -15,6 +15,7 @@ from tests.fuzz.json_damage import damage_json
 INDEX = "model.safetensors.index.json"
 _DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float8_e4m3fnuz, torch.float8_e8m0fnu, torch.complex64),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
 )
 _HUGE = (float("nan"), float("inf"), -float("inf"), 3.3e38, -3.3e38, 1e19, 1e-38, 1e-45, 0.0, -0.0, -1.0, 255.0, 16.0)
@@ -27,7 +28,9 @@ def damage_tensors(directory: Path, path: Path, random: Random) -> str:
     """
     with safe_open(str(path), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    name = random.choice(list(tensors))
+    # Few belong to no layer.
+    carried = [name for name in tensors if "layers" not in name]
+    name = random.choice(carried if carried and random.random() < 0.25 else list(tensors))
     changes = (_move, _move, _cast, _reshape, _cut, _scale, _fill, _fill_one, _permute, _random, _swap, _layer)
     told = random.choice(changes)(tensors, name, random)
     path.unlink()
