@@ -154,6 +154,13 @@ def test_index_that_names_no_safetensors_file_here(checkpoint: Path, file: str) 
     refused(checkpoint, INDEX, "ghost.weight")
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[]", '{"a": NaN}'])
+def test_a_damaged_file_beside_the_weights(checkpoint: Path, file: str, content: str) -> None:
+    (checkpoint / file).write_text(content)
+    refused(checkpoint, file, "JSON")
+
+
 def test_index_without_weight_map(checkpoint: Path) -> None:
     (checkpoint / INDEX).write_text("{}")
     refused(checkpoint, INDEX, "weight_map")
