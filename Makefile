@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-full test-cuda-wheels lint
+.PHONY: setup demo test fuzz test-full test-cuda-wheels lint
 
 setup:
 	@PYTHON=$(PYTHON) VENV=$(VENV) $(PYTHON) scripts/setup_env.py
@@ -17,6 +17,10 @@ test: setup
 
 test-full: setup
 	$(PYTEST)
+
+# 10,000 damaged checkpoints, each refused in one line or shown harmless; `make test` tries a sample.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz
 
 # The plugin against the Python code of vLLM's CUDA builds (two wheels of about 330 MB, kept in .cache); part of test-full.
 test-cuda-wheels: setup

@@ -64,15 +64,19 @@ def cpu_instructions() -> str:
     return CPU.text()
 
 
-def cache_directory() -> Path:
-    """Where built CPU kernels are kept."""
-    if own := CACHE.text():
-        return Path(own)
-    return Path(CACHE_HOME.text() or Path.home() / ".cache") / "morphoquant"
+def cache_directory() -> Path | None:
+    """Where built CPU kernels are kept, absolute; None for a user without a home directory who names no other."""
+    try:
+        if own := CACHE.text():
+            return Path(own).absolute()
+        return Path(CACHE_HOME.text() or Path.home() / ".cache").absolute() / "morphoquant"
+    # RuntimeError: no HOME and no entry in the system's list of users. OSError: the current directory is gone.
+    except (RuntimeError, OSError):
+        return None
 
 
 def compiler() -> list[str]:
-    """The command of the user's C++ compiler, or nothing."""
+    """The command of the user's C++ compiler, or nothing. Raises ValueError where a quote is left open."""
     return shlex.split(CXX.text())
 
 

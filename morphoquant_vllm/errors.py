@@ -16,10 +16,10 @@ class MorphoQuantError(Exception):
         super().__init__(one_line(message))
 
 
-def one_line(text: str) -> str:
-    """`text` with control characters escaped, and shortened in its middle if it is very long."""
+def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """`text` with control characters escaped, and shortened in its middle to about `longest` letters."""
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    if len(shown) <= LONGEST_MESSAGE:
+    if len(shown) <= longest:
         return shown
-    half = LONGEST_MESSAGE // 2
+    half = longest // 2
     return f"{shown[:half]} ... {shown[-half:]}"

@@ -26,7 +26,7 @@ ROOMS = {
     "host_memory": {"torch"},
     "numerics": {"errors", "torch", "safetensors"},
     "format": {"errors", "numerics", "torch", "safetensors"},
-    "cpu": {"environment", "host_memory", "numerics", "torch"},
+    "cpu": {"environment", "errors", "host_memory", "numerics", "torch"},
     "gpu": {"environment", "errors", "numerics", "torch", "triton", "typer"},
     "ops": {"cpu", "gpu", "numerics", "torch"},
     "hf": {"environment", "errors", "format", "numerics", "torch", "transformers"},

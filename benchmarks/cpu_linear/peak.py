@@ -24,7 +24,7 @@ def ceilings(threads: int) -> dict[str, float]:
         built = cpu_build.build(
             instructions,
             cpu_build.find_compiler(),
-            environment.cache_directory(),
+            cpu_build.cache_directory(),
             cpu_build.torch_openmp(),
             ("-I", str(cpu_build.SOURCES)),
             Path(__file__).parent / "ceilings",

@@ -3,6 +3,7 @@
 staging        all or nothing: written beside its place, then renamed
 export         writes the checkpoint's files
 report         the JSON report beside the weights
+report_file    that file as it is read
 distributions  what is kept of each input's distribution
 inspection     a checkpoint as a table
 page           the HTML report

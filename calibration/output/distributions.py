@@ -6,7 +6,7 @@ checkpoint reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calibration.data.token_choice import TokenSample
 from calibration.quantize.layer import InputSample
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import open_file
 from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
 from morphoquant_vllm.numerics.activation import ESCAPE_MAX, ESCAPE_MIN, act_quant, activation_record, token_rows
@@ -31,6 +32,12 @@ TOKENS = 2048
 # The inner range of a channel.
 QUANTILES = (0.01, 0.99)
 CODE_BINS = ESCAPE_MAX - ESCAPE_MIN + 1
+# Tensors [C] of a row; the inner range is kept only where tokens were sampled.
+_RANGES = ("minimum", "maximum", "low", "high")
+_MAY_BE_MISSING = (".low", ".high")
+# A sum of so many counts fits int64.
+_LARGEST_COUNT = 2**53
+_AGAIN = "copy it from the original checkpoint, or calibrate again"
 
 
 def observe(
@@ -104,17 +111,49 @@ def write_distributions(directory: Path, distributions: Mapping[str, Mapping[str
 def read_distributions(directory: Path, spec: QuantizationSpec) -> dict[str, dict[str, Tensor]]:
     """The records of a checkpoint by input name; empty where its calibration kept none.
 
-    Raises MorphoQuantError where the file is damaged.
+    Raises MorphoQuantError, naming the tensor, where the file is damaged.
     """
     path = directory / DISTRIBUTIONS_FILE
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return {}
+    kinds = (*_RANGES, "dispersion", "codes")
+    known = ("channels", *(f"{row}.{kind}" for row in spec.rows for kind in kinds))
     found: dict[str, dict[str, Tensor]] = {}
     with open_file(path) as file:
-        names = list(file.keys())
-        for shared_input in spec.shared_inputs():
-            prefix = f"{shared_input}."
-            record = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
-            if record:
+        names = set(file.keys())
+        for shared_input, layers in spec.shared_inputs().items():
+            keys = [key for key in known if f"{shared_input}.{key}" in names]
+            if any(name.startswith(f"{shared_input}.") for name in names):
+                record = {key: file.get_tensor(f"{shared_input}.{key}") for key in keys}
+                _check_record(f"{path}: {shared_input}", record, spec.rows, spec.layers[layers[0]].in_features)
                 found[shared_input] = record
     return found
+
+
+def _check_record(what: str, record: Mapping[str, Tensor], rows: Sequence[str], in_features: int) -> None:
+    """Refuse a record that is not as `observe` describes; `what` begins the error's line."""
+    present = [row for row in rows if f"{row}.dispersion" in record]
+    if not present:
+        raise MorphoQuantError(f"{what} has a dispersion of none of the rows {list(rows)}; {_AGAIN}")
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    kept = record["channels"].shape if "channels" in record else ()
+    shapes["channels"] = (torch.int32, (int(kept[0]) if len(kept) == 1 and kept[0] else 1,))
+    for row in present:
+        shapes |= {f"{row}.{kind}": (torch.bfloat16, shapes["channels"][1]) for kind in _RANGES}
+        shapes |= {f"{row}.dispersion": (torch.bfloat16, (in_features,)), f"{row}.codes": (torch.int64, (CODE_BINS,))}
+    for key, (dtype, shape) in shapes.items():
+        tensor = record.get(key)
+        if tensor is None:
+            if key.endswith(_MAY_BE_MISSING):
+                continue
+            raise MorphoQuantError(f"{what}.{key} is missing; {_AGAIN}")
+        if tensor.dtype != dtype or tensor.shape != shape:
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise MorphoQuantError(f"{what}.{key} is {got}, expected {dtype} {list(shape)}; {_AGAIN}")
+        if not bool(tensor.isfinite().all()):
+            raise MorphoQuantError(f"{what}.{key} holds NaN or infinite values; {_AGAIN}")
+        if key.endswith("codes") and not 0 <= int(tensor.min()) <= int(tensor.max()) <= _LARGEST_COUNT:
+            raise MorphoQuantError(f"{what}.{key} holds a number that is no count; {_AGAIN}")
+    channels = record["channels"]
+    if int(channels[0]) < 0 or int(channels[-1]) >= in_features or bool((channels.diff() <= 0).any()):
+        raise MorphoQuantError(f"{what}.channels must be channels of {in_features}, ascending; {_AGAIN}")

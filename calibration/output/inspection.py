@@ -13,42 +13,45 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from safetensors import safe_open
 
 from calibration.output.report import REPORT_FILE
+from calibration.output.report_file import LayerReport, read_report
 from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read_headers, read_spec
-from morphoquant_vllm.format.files import read_json
+from morphoquant_vllm.format.files import open_file
 from morphoquant_vllm.format.schema import TWO_LEVEL_SCHEME, QuantizationSpec, stored_name, tensor_specs
 
 # Bytes per element, by safetensors' names; carried-over tensors may have any of these.
 ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ELEMENT_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 SIXTEEN_BIT = 2
+# Shares from here on are written with an exponent.
+_LONG_SHARE = 1e4
 
 
 def inspect_data(directory: Path) -> dict[str, Any]:
     """Layers, masked channels, escape rates and sizes of a checkpoint, as JSON holds them.
 
     Sizes are in bytes; what calibration would have to tell is None where its report file is missing. Raises
-    MorphoQuantError where the directory is no MorphoQuant checkpoint.
+    MorphoQuantError where the directory is no MorphoQuant checkpoint, or its report file is damaged.
     """
     directory = Path(directory)
     spec = read_spec(directory)
     files = check_headers(directory, spec)
     stored = read_headers(directory)
-    sidecar_path = directory / REPORT_FILE
-    sidecar = read_json(sidecar_path) if sidecar_path.exists() else None
-    measured = _object(sidecar, "layers")
-    layers = [_layer_data(directory, name, spec, files, stored, _object(measured, name)) for name in spec.layers]
+    report = read_report(directory)
+    measured = {} if report is None else report.layers
+    layers = [
+        _layer_data(directory, name, spec, files, stored, measured.get(name, LayerReport())) for name in spec.layers
+    ]
     total = sum(_tensor_bytes(tensor) for tensor in stored.values())
     quantized, quantized_16bit = (sum(layer[key] for layer in layers) for key in ("bytes", "bytes_16bit"))
-    rate = (sidecar or {}).get("escape_rate")
+    rate = None if report is None else report.escape_rate
     return {
         "directory": str(directory),
         "created_by": spec.created_by,
         "rows": list(spec.rows),
         "tensor_parallel": spec.tensor_parallel,
-        "calibration_report": REPORT_FILE if sidecar is not None else None,
+        "calibration_report": REPORT_FILE if report is not None else None,
         "layers": layers,
         "totals": {
             "layers": len(layers),
@@ -67,12 +70,6 @@ def effective_bits(escape_rate: float) -> float:
     return 4 + 4 * escape_rate
 
 
-def _object(parent: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
-    """A nested JSON object of the report file; empty where it is absent."""
-    value = (parent or {}).get(key)
-    return value if isinstance(value, dict) else {}
-
-
 def _tensor_bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * ELEMENT_BYTES.get(tensor.dtype, SIXTEEN_BIT)
 
@@ -83,17 +80,16 @@ def _layer_data(
     spec: QuantizationSpec,
     files: Mapping[str, str],
     stored: Mapping[str, StoredTensor],
-    measured: Mapping[str, Any],
+    measured: LayerReport,
 ) -> dict[str, Any]:
     layer = spec.layers[name]
     mask_name = stored_name(name, "modality_mask")
-    with safe_open(str(directory / files[mask_name]), "pt") as file:
+    with open_file(directory / files[mask_name]) as file:
         masked: torch.Tensor = file.get_tensor(mask_name).sum(1)
     names = [stored_name(name, tensor) for tensor in tensor_specs(layer, len(spec.rows), spec.tensor_parallel)]
     bias_bytes = 0
     if layer.bias:
         bias_bytes = _tensor_bytes(stored[stored_name(name, "bias")])
-    rates, rows = measured.get("escape_rate"), _object(measured, "modality_rows")
     return {
         "name": name,
         "out_features": layer.out_features,
@@ -103,9 +99,9 @@ def _layer_data(
         "parallel": layer.parallel,
         "shared_input": layer.shared_input,
         "masked_channels": dict(zip(spec.rows, masked.tolist(), strict=True)),
-        "escape_rate": rates if isinstance(rates, dict) else None,
-        "output_error": measured.get("output_error"),
-        "own_rows": [row for row, choice in rows.items() if isinstance(choice, dict) and choice.get("own") is True],
+        "escape_rate": measured.escape_rate,
+        "output_error": measured.output_error,
+        "own_rows": [row for row, choice in measured.modality_rows.items() if choice.own],
         "bytes": sum(_tensor_bytes(stored[tensor]) for tensor in names) + bias_bytes,
         "bytes_16bit": layer.out_features * layer.in_features * SIXTEEN_BIT + bias_bytes,
     }
@@ -116,7 +112,7 @@ def inspect_table(directory: Path) -> RenderableType:
     data = inspect_data(directory)
     # Names of a model share a long beginning: shown once, it leaves room for the figures.
     prefix = common_prefix([layer["name"] for layer in data["layers"]])
-    title = f"layers below {prefix}" if prefix else None
+    title = Text(f"layers below {prefix}") if prefix else None
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
     )
@@ -126,7 +122,8 @@ def inspect_table(directory: Path) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in data["layers"]:
         table.add_row(
-            layer["name"].removeprefix(prefix),
+            # Text: a name is no markup.
+            Text(layer["name"].removeprefix(prefix)),
             f"{layer['out_features']}x{layer['in_features']}",
             str(layer["group_size"]),
             _masked(layer["masked_channels"]),
@@ -182,7 +179,9 @@ def _masked(channels: Mapping[str, int]) -> str:
 
 def percent(fraction: float | None) -> str:
     """A share for people; "-" where it is unknown."""
-    return "-" if fraction is None else f"{100 * fraction:.2f}%"
+    if fraction is None:
+        return "-"
+    return f"{100 * fraction:.2f}%" if fraction < _LONG_SHARE else f"{100 * fraction:.2g}%"
 
 
 def size_text(count: float) -> str:

@@ -3,5 +3,6 @@
 backend  checked calls of the compiled linear layer
 head     checked calls of the compiled heads
 layout   how a layer lies in memory for the kernels
-build    compiles the kernels, keeps them in a cache, loads them
+build    compiles the kernels and loads them
+cache    where built kernels are kept: who may write there, and what is intact
 """

@@ -105,6 +105,8 @@ def read_index(directory: Path) -> dict[str, str]:
             not isinstance(file_name, str)
             or Path(file_name).name != file_name
             or Path(file_name).suffix != ".safetensors"
+            # The system knows no name with a zero byte in it or of half a character.
+            or not file_name.isprintable()
         ):
             raise MorphoQuantError(f"{path}: {name} is placed in {file_name!r}, which is no safetensors file name")
     return weight_map

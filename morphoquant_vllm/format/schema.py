@@ -38,8 +38,8 @@ PARALLEL_KINDS = ("column", "row")
 WEIGHT_BITS = (4,)
 # Settings that later versions of this package may fill without a new format version; here they must be empty.
 RESERVED = ("experts", "kv_cache")
-# Names of layers and rows come from files and go to terminals and pages.
-_NAME = re.compile(r"[\w.\-]+", re.ASCII)
+# Names of layers and rows come from files and go to terminals and pages: plain, and not too long for a line.
+_NAME = re.compile(r"[\w.\-]{1,200}", re.ASCII)
 
 # JSON types of a layer's settings.
 FIELD_TYPES = {
@@ -165,7 +165,8 @@ class QuantizationSpec:
     integrity: Integrity | None = None
 
     def __post_init__(self) -> None:
-        for name in (*self.rows, *self.layers):
+        shared = (layer.shared_input for layer in self.layers.values() if type(layer.shared_input) is str)
+        for name in (*self.rows, *self.layers, *shared):
             if type(name) is not str or not _NAME.fullmatch(name):
                 raise MorphoQuantError(f"quantization_config: {name!r} is no name of a row or layer; copy it again")
         if ANY_ROW not in self.rows or len(set(self.rows)) != len(self.rows):

@@ -18,6 +18,9 @@ _LARGEST_PRODUCT = 128.0 * 8.0
 # Elements whose finiteness is judged at once: they stay in the processor's cache.
 _FINITE_ELEMENTS = 1 << 18
 
+# Floats that know neither NaN nor infinity.
+_ALWAYS_FINITE = (torch.float4_e2m1fn_x2,)
+
 
 def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *, parallel: str, blocks: int) -> None:
     """Raise MorphoQuantError naming the layer and tensor where values break a rule of the format.
@@ -80,9 +83,12 @@ def check_finite(what: str, tensor: torch.Tensor, remedy: str) -> None:
 
     `what` and `remedy` begin and end the error's line.
     """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype in _ALWAYS_FINITE:
         return
-    flat = tensor.reshape(-1)
+    # torch judges few of the 8-bit floats itself.
+    flat = (tensor.float() if tensor.itemsize == 1 else tensor).reshape(-1)
     # Of 16-bit floats the exponent is looked at: the comparison of whole numbers is ten times as fast.
     exponent = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}.get(tensor.dtype)
     if exponent is None:

@@ -28,6 +28,11 @@ OLD_VERSION = (
     "format_version 2 lists neither tensors nor hashes: a missing norm, embedding or head and damaged weights are not "
     "noticed; `morphoquant convert` makes version 3 of it"
 )
+# What tokenizer, processor and server read beside the weights: damaged, it ends a start in others' words.
+_READ_BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
 
 
 def verify_checkpoint(
@@ -44,6 +49,9 @@ def verify_checkpoint(
     if spec.integrity is not None:
         check_config(directory / CONFIG_FILE, config, spec.integrity)
     check_token_table(directory, config, spec)
+    for path in (directory / name for name in _READ_BESIDE):
+        if path.exists():
+            read_json(path)
     files = check_headers(directory, spec)
     for group, names in spec.shared_inputs().items():
         _check_group(directory, files, group, names, spec)

@@ -13,9 +13,9 @@ from calibration.model.plan import matches
 from calibration.output.distributions import read_distributions
 from calibration.output.inspection import inspect_data
 from calibration.output.report import REPORT_FILE
+from calibration.output.report_file import Report, read_report
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
 from morphoquant_vllm.numerics.reference import outlier_mask
 
@@ -54,8 +54,7 @@ class Content:
     spec: QuantizationSpec
     # As `inspect_data` returns it.
     inspected: dict[str, Any]
-    # morphoquant_calibration.json; empty where the file is missing.
-    report: dict[str, Any]
+    report: Report
     inputs: tuple[Input, ...]
     chosen: tuple[Input, ...]
 
@@ -63,16 +62,16 @@ class Content:
 def gather(directory: Path, patterns: Sequence[str] = ()) -> Content:
     """Gather the page of a checkpoint; `patterns` choose the layers whose inputs are drawn channel by channel.
 
-    Raises MorphoQuantError where the directory is no MorphoQuant checkpoint, its calibration report is missing, or no
-    layer matches.
+    Raises MorphoQuantError where the directory is no MorphoQuant checkpoint, its calibration report is missing, it or
+    the distributions are damaged, or no layer matches.
     """
     inspected = inspect_data(directory)
     spec = read_spec(directory)
-    if inspected["calibration_report"] is None:
+    report = read_report(directory)
+    if report is None:
         raise MorphoQuantError(
             f"{directory / REPORT_FILE}: missing: there is nothing to report; copy it from the original checkpoint"
         )
-    report = read_json(directory / REPORT_FILE)
     records = read_distributions(directory, spec)
     measured = {layer["name"]: layer for layer in inspected["layers"]}
     inputs = tuple(
@@ -93,7 +92,7 @@ def _input(
     name: str, layers: Sequence[str], record: dict[str, Tensor], measured: Mapping[str, Mapping[str, Any]]
 ) -> Input:
     errors = [measured[layer]["output_error"] for layer in layers]
-    known = [error for error in errors if isinstance(error, float)]
+    known = [error for error in errors if error is not None]
     rates = measured[layers[0]]["escape_rate"] or {}
     return Input(name, tuple(layers), record, {}, max(known) if known else None, rates)
 

@@ -120,8 +120,8 @@ def losses(content: Content) -> bytes:
         upper.plot(at, [100 * (layers[index]["output_error"] or np.nan) for index in at], **style)
         rates = [(layers[index]["escape_rate"] or {}).get("all", np.nan) for index in at]
         lower.plot(at, [100 * rate for rate in rates], **style)
-    budget = content.report.get("settings", {}).get("escape_budget")
-    if isinstance(budget, float):
+    budget = content.report.settings.get("escape_budget")
+    if isinstance(budget, float) and 0 <= budget <= 1:
         lower.axhline(100 * budget, color=ESCAPE_COLOUR, linestyle="--", linewidth=1, label="escape budget")
     upper.set_ylabel("output error, %")
     lower.set_ylabel("escape rate, %")

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from calibration.output.inspection import common_prefix, percent, size_text
 from calibration.output.page import figures
 from calibration.output.page.content import Content, gather
-from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.errors import MorphoQuantError, one_line
 
 CAPTIONS = {
     "sizes": "Weights on disk: the quantized layers, and what is carried over as it was.",
@@ -27,6 +27,8 @@ CAPTIONS = {
     "channels that may escape. Half the channels shown are the most dispersed ones, the others are evenly spaced.",
     "codes": "How often each code occurs, over all channels of the input.",
 }
+# Letters of a value that the page shows.
+LONGEST_CELL = 200
 FIGURE = Markup(
     '<figure id="{name}"><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption>'
     "</figure>"
@@ -68,6 +70,7 @@ def render(content: Content) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters["short"] = short
     escape_rows = [
         row
         for row in (*content.spec.rows, "all")
@@ -83,6 +86,12 @@ def render(content: Content) -> str:
         percent=percent,
         size=size_text,
     )
+
+
+def short(value: object) -> str:
+    """A value from a file, for the page: whatever it is, it is some text of one line."""
+    values = value if isinstance(value, list) else [value]
+    return one_line(", ".join(map(str, values)), LONGEST_CELL)
 
 
 def draw(content: Content) -> dict[str, bytes]:

@@ -93,3 +93,41 @@ def test_a_damaged_file_is_named(recorded: tuple, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(MorphoQuantError, match="truncated or not safetensors"):
         read_distributions(tmp_path, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("channels", None),
+        ("channels", torch.arange(4)),
+        ("channels", torch.empty(0, dtype=torch.int32)),
+        ("channels", torch.tensor([[0, 1]], dtype=torch.int32)),
+        ("channels", torch.tensor(3, dtype=torch.int32)),
+        ("channels", torch.tensor([0, 1, 2, K], dtype=torch.int32)),
+        ("channels", torch.tensor([1, 0, 2, 3], dtype=torch.int32)),
+        ("text.minimum", None),
+        ("text.minimum", torch.full((4,), torch.nan).bfloat16()),
+        ("text.low", torch.zeros(3).bfloat16()),
+        ("text.dispersion", None),
+        ("text.dispersion", torch.zeros(K - 1).bfloat16()),
+        ("text.dispersion", torch.zeros(K)),
+        ("text.codes", torch.full((256,), -1)),
+        ("text.codes", torch.full((256,), 2**60)),
+        ("text.codes", torch.zeros(256)),
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_refused_by_name(key: str, value: torch.Tensor | None, tmp_path: Path) -> None:
+    record = {
+        "channels": torch.arange(4, dtype=torch.int32),
+        **{f"text.{kind}": torch.zeros(4).bfloat16() for kind in ("minimum", "maximum", "low", "high")},
+        "text.dispersion": torch.zeros(K).bfloat16(),
+        "text.codes": torch.zeros(256, dtype=torch.int64),
+    }
+    name = next(iter(SPEC.shared_inputs()))
+    write_distributions(tmp_path, {name: record})
+    assert read_distributions(tmp_path, SPEC)[name].keys() == record.keys()
+    damaged = {entry: tensor for entry, tensor in {**record, key: value}.items() if tensor is not None}
+    write_distributions(tmp_path, {name: damaged})
+    with pytest.raises(MorphoQuantError, match=rf"{DISTRIBUTIONS_FILE}: {name}.*{key.split('.')[-1]}.*calibrate again"):
+        read_distributions(tmp_path, SPEC)

@@ -3,17 +3,18 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from safetensors import safe_open
 
-from calibration.output.inspection import inspect_data, inspect_table
+from calibration.output.inspection import inspect_data, inspect_table, percent
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from tests.checkpoints import HIDDEN, VOCABULARY, write_random_checkpoint
+from tests.checkpoints import HIDDEN, VOCABULARY, write_config, write_random_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
 RATE = 0.0123
@@ -148,3 +149,14 @@ def test_two_level_scales_are_counted(checkpoint: Path, tmp_path: Path) -> None:
     ]
     assert "two-level weight scales: 3 of 14 layers" in render(tmp_path)
     assert "two-level" not in render(checkpoint)
+
+
+def test_a_row_of_another_name_is_shown(tmp_path: Path) -> None:
+    spec = write_random_checkpoint(tmp_path)
+    renamed = replace(spec, rows=("smell", *spec.rows[1:]))
+    write_config(tmp_path, renamed)
+    assert "in rows smell/image/video" in render(tmp_path)
+
+
+def test_figures_of_any_size_are_written_short() -> None:
+    assert [percent(share) for share in (None, 0, 1.5, 3e38)] == ["-", "0.00%", "150.00%", "3e+40%"]

@@ -26,7 +26,7 @@ def native(instructions: str) -> Kernels:
         pytest.skip(f"this processor has no {instructions}")
     if instructions not in (*cpu_build.RUN_ON_HARDWARE, environment.cpu_instructions()):
         pytest.skip(f"{instructions} has not run on a processor yet; {environment.CPU}={instructions} tries it")
-    directory = environment.cache_directory()
+    directory = cpu_build.cache_directory()
     return cpu_build.load(cpu_build.build(instructions, compiler(), directory, cpu_build.torch_openmp()), instructions)
 
 
@@ -43,5 +43,5 @@ def emulated() -> Kernels:
         # Without the compiler's AVX512 flags, which would bypass the emulation.
         patch.setitem(INSTRUCTION_SETS, "avx512_vnni", INSTRUCTION_SETS["avx2"])
         extra = ("-I", str(EMULATION), "-O1", "-w")
-        built = cpu_build.build("avx512_vnni", command, environment.cache_directory(), cpu_build.torch_openmp(), extra)
+        built = cpu_build.build("avx512_vnni", command, cpu_build.cache_directory(), cpu_build.torch_openmp(), extra)
     return cpu_build.load(built, "avx512_vnni")

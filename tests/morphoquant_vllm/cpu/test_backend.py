@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from morphoquant_vllm import environment, ops
+from morphoquant_vllm import ops
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import build as cpu_build
 from morphoquant_vllm.cpu import layout
@@ -270,7 +270,7 @@ def test_no_case_reads_or_writes_out_of_bounds(instructions: str) -> None:
     cpu_libraries.native(instructions)
     command = cpu_libraries.compiler()
     extra = ("-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g")
-    built = cpu_build.build(instructions, command, environment.cache_directory(), cpu_build.torch_openmp(), extra)
+    built = cpu_build.build(instructions, command, cpu_build.cache_directory(), cpu_build.torch_openmp(), extra)
     runtime = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     # Python itself leaks at exit.
     settings = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}

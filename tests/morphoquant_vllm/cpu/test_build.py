@@ -2,18 +2,21 @@
 
 import ctypes
 import logging
+import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from morphoquant_vllm import environment, ops
+from morphoquant_vllm import ops
 from morphoquant_vllm.cpu import build as cpu_build
+from morphoquant_vllm.cpu import cache
 from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, BuildError
 from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
 
@@ -105,6 +108,156 @@ def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
         cpu_build.load(tmp_path / "broken.so", "avx2")
 
 
+def test_a_library_that_is_not_ours_is_refused(tmp_path: Path, sources: Path) -> None:
+    built = cpu_build.build("avx2", cpu_libraries.compiler(), tmp_path / "cache", None, sources=sources)
+    with pytest.raises(BuildError, match=r"does not load.*morphoquant_act_quant"):
+        cpu_build.load(built, "avx2")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_another(path: Path) -> None:
+    (path.parent / "other.cpp").write_text('extern "C" int answer() { return 13; }')
+    command = [*cpu_libraries.compiler(), "-shared", "-fPIC", str(path.parent / "other.cpp"), "-o", str(path)]
+    subprocess.run(command, check=True)
+    (path.parent / "other.cpp").unlink()
+
+
+def replace_by_a_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        flip,
+        replace_by_another,
+        replace_by_a_fifo,
+        lambda path: os.truncate(path, 0),
+        # Others could have put anything into it.
+        lambda path: path.chmod(0o666),
+    ],
+    ids=["cut", "flipped", "another", "fifo", "empty", "writable by others"],
+)
+def test_a_library_that_is_not_what_was_built_is_built_anew(
+    damage: Callable[[Path], None], tmp_path: Path, sources: Path
+) -> None:
+    """Loaded as it is, it would end the process with SIGBUS, or run what somebody else wrote."""
+
+    def build() -> Path:
+        return cpu_build.build("avx2", cpu_libraries.compiler(), tmp_path / "cache", None, sources=sources)
+
+    path = build()
+    damage(path)
+    assert build() == path and list(path.parent.iterdir()) == [path]
+    assert ctypes.CDLL(str(path)).answer() == 42
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_a_new_library_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *of: (steps.append("fsync"), fsync(*of)))
+    monkeypatch.setattr(os, "replace", lambda *of: (steps.append("replace"), replace(*of)))
+    cpu_build.build("avx2", cpu_libraries.compiler(), tmp_path / "cache", None, sources=sources)
+    assert steps == ["fsync", "replace", "fsync"]
+
+
+def test_a_relative_cache_is_taken_from_here(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MORPHOQUANT_CACHE", "cache")
+    built = cpu_build.build("avx2", cpu_libraries.compiler(), Path("cache"), None, sources=sources)
+    assert built.parent == tmp_path / "cache" == cpu_build.cache_directory()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The directories in which kernels() asks for a build, none of which is made."""
+    directories: list[Path] = []
+
+    def build(instructions: str, compiler: list[str], directory: Path, openmp: Path | None) -> Path:
+        directories.append(directory)
+        raise BuildError("not today")
+
+    monkeypatch.setattr(cpu_build, "cpu_flags", lambda: frozenset(INSTRUCTION_SETS["avx2"][0]))
+    monkeypatch.setattr(cpu_build, "build", build)
+    return directories
+
+
+def test_a_directory_of_others_is_not_used(
+    tmp_path: Path, asked: list[Path], monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(cache.logger, "warning", lambda text, *of: warnings.append(text % of))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("MORPHOQUANT_CACHE", str(shared))
+    assert cpu_build.kernels() is None and cpu_build.kernels() is None
+    (private,) = asked
+    assert private.parent != shared and not private.exists(), "it is gone when the library is loaded"
+    assert len(warnings) == 1 and "others may write there" in warnings[0] and "MORPHOQUANT_CACHE" in warnings[0]
+    shared.chmod(0o755)
+    cpu_build.kernels.cache_clear()
+    assert cpu_build.kernels() is None
+    assert asked[1:] == [shared]
+
+
+def write_compiler(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (r"printf '\377 error\n' >&2; exit 1", "� error"),
+        ("sleep 60 & wait", "hangs"),
+        ("kill -9 $$", "exit code -9"),
+    ],
+    ids=["no UTF-8", "hangs", "killed"],
+)
+def test_a_compiler_that_does_not_work_ends_in_one_line(
+    script: str, expected: str, tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_build, "COMPILE_TIMEOUT", 0.5)
+    started = time.monotonic()
+    with pytest.raises(BuildError, match=expected):
+        cpu_build.build("avx2", [write_compiler(tmp_path / "cxx", script)], tmp_path / "cache", None, sources=sources)
+    assert time.monotonic() - started < 20, "what the compiler has started ends with it"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("CXX", "g++ '", "CXX is no command"), ("MORPHOQUANT_CACHE", "", "no home directory")],
+)
+def test_an_environment_that_leads_nowhere_is_one_warning(
+    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, warnings: list[str], fresh: None
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cpu_build, "cpu_flags", lambda: frozenset(INSTRUCTION_SETS["avx2"][0]))
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(name, value)
+    assert cpu_build.kernels() is None
+    assert len(warnings) == 1 and expected in warnings[0] and "\n" not in warnings[0]
+
+
 @pytest.mark.parametrize("missing", ["no-such-compiler", "", "false"])
 def test_without_a_compiler_one_warning_and_the_reference(
     missing: str, monkeypatch, tmp_path: Path, warnings: list[str], fresh: None
@@ -187,7 +340,7 @@ def test_every_instruction_set_compiles_to_its_instructions(instructions: str) -
     if not shutil.which("objdump"):
         pytest.skip("needs objdump: apt-get install binutils")
     built = cpu_build.build(
-        instructions, cpu_libraries.compiler(), environment.cache_directory(), cpu_build.torch_openmp()
+        instructions, cpu_libraries.compiler(), cpu_build.cache_directory(), cpu_build.torch_openmp()
     )
     listing = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
     dots = [line for line in listing.splitlines() if "vpdpbusd" in line or "vpmaddubsw" in line]

@@ -146,10 +146,19 @@ def test_file_that_holds_a_tensor_the_index_does_not_name(checkpoint: Path) -> N
     refused(checkpoint, "model.norm.weight", "does not place there")
 
 
-@pytest.mark.parametrize("file", ["../other.safetensors", "model.bin", 3])
+@pytest.mark.parametrize(
+    "file", ["../other.safetensors", "model.bin", 3, "a\0.safetensors", "a\n.safetensors", "\ud800.safetensors"]
+)
 def test_index_that_names_no_safetensors_file_here(checkpoint: Path, file: str) -> None:
     edit_index(checkpoint, lambda index: index.update({"ghost.weight": file}))
     refused(checkpoint, INDEX, "ghost.weight")
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[]", '{"a": NaN}'])
+def test_a_damaged_file_beside_the_weights(checkpoint: Path, file: str, content: str) -> None:
+    (checkpoint / file).write_text(content)
+    refused(checkpoint, file, "JSON")
 
 
 def test_index_without_weight_map(checkpoint: Path) -> None:

@@ -79,6 +79,27 @@ def test_a_carried_tensor_with_a_value_that_is_not_finite(
     refused(checkpoint, "model.embed_tokens.weight", f"holds {found}")
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    ],
+    ids=str,
+)
+def test_a_carried_tensor_of_any_type_may_not_hold_nan(checkpoint: Path, dtype: torch.dtype) -> None:
+    norm = "model.norm.weight"
+    edit(checkpoint, norm, lambda stored: stored.float().to(dtype))
+    verify_checkpoint(checkpoint)
+    edit(checkpoint, norm, lambda stored: torch.full(stored.shape, float("nan")).to(dtype))
+    refused(checkpoint, norm, "NaN")
+
+
+def test_a_carried_tensor_may_be_of_a_type_that_knows_no_nan(checkpoint: Path) -> None:
+    edit(checkpoint, "model.norm.weight", lambda stored: stored.view(torch.float4_e2m1fn_x2))
+    verify_checkpoint(checkpoint)
+
+
 def test_a_carried_mask_may_hold_infinities(checkpoint: Path) -> None:
     edit(checkpoint, "model.norm.weight", lambda stored: stored.zero_().index_fill(0, torch.tensor([1]), -torch.inf))
     verify_checkpoint(checkpoint)

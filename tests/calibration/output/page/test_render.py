@@ -6,18 +6,21 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from calibration import cli
-from calibration.output.distributions import DISTRIBUTIONS_FILE
+from calibration.output.distributions import DISTRIBUTIONS_FILE, write_distributions
 from calibration.output.inspection import inspect_data, percent
 from calibration.output.page.render import write_page
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
+from tests.checkpoints import write_config, write_random_checkpoint
 
 FIGURE = re.compile(r'<figure id="([^"]+)"><img alt="([^"]+)" src="data:image/png;base64,([^"]+)">')
 
@@ -125,3 +128,32 @@ def test_the_command(
     assert capsys.readouterr().err == f"error: {place.name}: exists; choose another --output, or pass --overwrite\n"
     assert run(*chosen, "--overwrite") == 0
     assert place.stat().st_ino != first.st_ino
+
+
+def test_odd_names_settings_and_figures_are_shown_as_text(tmp_path: Path) -> None:
+    """Of a checkpoint that `verify` accepts: what stands in its files is escaped, short, and any finite number."""
+    directory = tmp_path / "odd"
+    spec = write_random_checkpoint(directory)
+    spec = write_config(directory, replace(spec, rows=("smell", *spec.rows[1:]), created_by="<i>" + "x" * 10_000))
+    largest = torch.finfo(torch.bfloat16).max
+    records = {}
+    for name, layers in spec.shared_inputs().items():
+        ranges = {
+            f"smell.{kind}": torch.full((4,), sign * largest).bfloat16()
+            for kind, sign in (("minimum", -1), ("maximum", 1))
+        }
+        records[name] = {
+            "channels": torch.arange(4, dtype=torch.int32),
+            **ranges,
+            "smell.dispersion": torch.full((spec.layers[layers[0]].in_features,), largest).bfloat16(),
+            "smell.codes": torch.zeros(256, dtype=torch.int64),
+        }
+    write_distributions(directory, records)
+    layers = {name: {"output_error": 3e38, "escape_rate": {"smell": 1.0, "all": 1.0}} for name in spec.layers}
+    settings = {"<b>\u202e\ud800": {"deep": ["<u>"]}, "long": "y" * 10_000, "escape_budget": -1.0, "number": 10**300}
+    report = {"escape_rate": 0, "layers": layers, "settings": settings, "versions": {"torch": "<s>"}}
+    (directory / REPORT_FILE).write_text(json.dumps(report))
+    write_page(directory, tmp_path / "page.html")
+    page = re.sub(r'src="[^"]*"', "", (tmp_path / "page.html").read_text())
+    assert "escapes, smell" in page and "&lt;b&gt;\\u202e\\ud800" in page
+    assert not re.search("<(i|s|u|b>[^<]*u202e)>|x{300}|y{300}|0{250}", page)

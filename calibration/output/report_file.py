@@ -1,0 +1,77 @@
+"""The report file as it is read: whatever lies there has these types, or is refused by the name of its field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from calibration.output.report import REPORT_FILE
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import read_json
+
+# What is beyond these is no measurement. Shares are sums, which round.
+_LARGEST_SHARE = 1 + 1e-6
+_LARGEST_COUNT = 2**63
+_LARGEST_ERROR = 3e38
+# As the checkpoint's own names.
+_NAME = r"^[\w.\-]{1,200}$"
+
+Share = Annotated[float, Field(ge=0, le=_LARGEST_SHARE, allow_inf_nan=False)]
+Error = Annotated[float, Field(ge=0, le=_LARGEST_ERROR, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
+Name = Annotated[str, Field(pattern=_NAME)]
+
+
+class _Part(BaseModel):
+    # Fields that a later version adds are passed over.
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class RowChoice(_Part):
+    """Whether a modality has a row of its own."""
+
+    own: bool = False
+
+
+class LayerReport(_Part):
+    """What calibration measured of one layer; as LayerRecord."""
+
+    escape_rate: dict[Name, Share] | None = None
+    output_error: Error | None = None
+    modality_rows: dict[Name, RowChoice] = {}
+
+
+class Data(_Part):
+    """What it was calibrated on: samples, and tokens by row."""
+
+    samples: Count | None = None
+    tokens: dict[Name, Count] = {}
+
+
+class Report(_Part):
+    """The JSON object of REPORT_FILE."""
+
+    format: Literal[1] = 1
+    escape_rate: Share | None = None
+    layers: dict[str, LayerReport] = {}
+    data: Data = Data()
+    settings: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+
+def read_report(directory: Path) -> Report | None:
+    """A checkpoint's report; None where it has none. Raises MorphoQuantError naming file and field."""
+    path = directory / REPORT_FILE
+    if not path.exists() and not path.is_symlink():
+        return None
+    content = read_json(path)
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise MorphoQuantError(
+            f"{path}: {field}: {first['msg']}; copy it from the original checkpoint, or calibrate again"
+        ) from error
