@@ -212,6 +212,19 @@ def test_a_tensor_that_is_missing_from_file_and_index_is_refused(damaged: Path, 
     refused(damaged, f"tensor {name} is missing")
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_missing_tensor_of_version_2_which_has_no_list_is_refused_too(damaged: Path, name: str) -> None:
+    edit_tensors(file_of(damaged, name), {name: None})
+    index = json.loads((damaged / "model.safetensors.index.json").read_text())
+    del index["weight_map"][name]
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization_config"]["integrity"]
+    config["quantization_config"]["format_version"] = 2
+    (damaged / "config.json").write_text(json.dumps(config))
+    refused(damaged, f"tensor {name} of LlamaForCausalLM is missing")
+
+
 def test_shards_of_one_input_that_differ_are_refused(damaged: Path) -> None:
     edit(damaged, "model.layers.0.self_attn.k_proj.activation_step", lambda step: step * 2)
     refused(damaged, "k_proj.activation_step: differs from that of .*q_proj, but the shards of .* share one input")

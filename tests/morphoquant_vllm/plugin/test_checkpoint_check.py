@@ -223,3 +223,16 @@ def test_a_copy_in_another_download_folder_is_checked_though_the_cache_holds_a_w
     worker.load_config.download_dir = str(tmp_path)
     with pytest.raises(MorphoQuantError, match="is damaged"):
         config.get_quant_method(torch.nn.Embedding(2, 2), "")
+
+
+def test_the_folder_of_a_download_is_that_which_vllm_reads(pristine: Path, tmp_path: Path) -> None:
+    """Without a network: the folder of --download-dir holds the model already."""
+    place = tmp_path / "place"
+    engine: Any = SimpleNamespace(
+        model_config=SimpleNamespace(revision=None), load_config=SimpleNamespace(download_dir=str(place))
+    )
+    snapshot = write_hub_cache(place, NAME, pristine)
+    assert checkpoint_check.download(NAME, engine) == snapshot
+    (snapshot / INDEX_FILE).unlink()
+    with pytest.raises(MorphoQuantError, match=f"has no {INDEX_FILE}"):
+        checkpoint_check.check_directory(checkpoint_check.download(NAME, engine))
