@@ -215,3 +215,13 @@ def edit(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None
 def set_bias(spec: QuantizationSpec, name: str, bias: bool) -> QuantizationSpec:
     """The same settings with one layer's `bias` flag changed."""
     return replace(spec, layers={**spec.layers, name: replace(spec.layers[name], bias=bias)})
+
+
+def flip_bit(directory: Path, tensor: str) -> None:
+    """Change the lowest bit of a tensor's first byte; config.json is left as it was."""
+    path = file_of(directory, tensor)
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    first, _ = json.loads(content[8 : 8 + size])[tensor]["data_offsets"]
+    content[8 + size + first] ^= 1
+    path.write_bytes(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from morphoquant_vllm.environment import checksums_wanted
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import read_headers
 from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec, stored_name
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
@@ -57,13 +59,15 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise MorphoQuantError("a MorphoQuant model is loaded from its checkpoint directory, not from a state_dict")
         # transformers reports a missing tensor in its log, and goes on with random numbers in its place.
-        verify_checkpoint(Path(checkpoint_files[0]).parent, checksums=checksums_wanted())
+        directory = Path(checkpoint_files[0]).parent
+        verify_checkpoint(directory, checksums=checksums_wanted())
         mode = Mode(spec.any_row)
         for name, module in _module_names(model, spec).items():
             layer = spec.layers[name]
             _check_linear(name, model.get_submodule(module), layer.in_features, layer.out_features, layer.bias)
             # from_pretrained builds the model on the meta device.
             model.set_submodule(module, MorphoQuantLinear(name, layer, spec, mode))
+        _check_nothing_missing(model, directory)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         for module in model.modules():
@@ -88,13 +92,11 @@ class MorphoQuantHfQuantizer(HfQuantizer):
 
 def _module_names(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, str]:
     """Module of each quantized layer that the model has, by the same rules by which transformers renames weights."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    renamed = _renaming(model)
     weights = model.state_dict()
     found, missing = {}, []
     for name in spec.layers:
-        key, _ = rename_source_key(stored_name(name, "weight"), renamings, converters, model.base_model_prefix, weights)
+        key = renamed(stored_name(name, "weight"))
         if key in weights:
             found[name] = key.removesuffix(".weight")
         else:
@@ -105,6 +107,27 @@ def _module_names(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, s
             "are missing); load the class that config.json names under 'architectures'"
         )
     return found
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """What transformers makes of a stored name."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    weights = model.state_dict()
+    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, weights)[0]
+
+
+def _check_nothing_missing(model: PreTrainedModel, directory: Path) -> None:
+    """Refuse a checkpoint without one of the model's tensors, also where the checkpoint lists none (version 2)."""
+    renamed = _renaming(model)
+    stored = {renamed(name) for name in read_headers(directory)}
+    expected = model.state_dict().keys() - model.all_tied_weights_keys.keys() - stored
+    if expected:
+        raise MorphoQuantError(
+            f"{directory}: tensor {min(expected)} of {type(model).__name__} is missing ({len(expected)} are); "
+            "copy the checkpoint again, or calibrate again"
+        )
 
 
 def _check_linear(name: str, module: nn.Module, in_features: int, out_features: int, bias: bool) -> None:

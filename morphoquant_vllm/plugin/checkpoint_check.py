@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -59,6 +61,7 @@ def download(model: str, config: VllmConfig) -> Path:
         return Path(local)
     folder = Path(download_weights_from_hf(model, place, ["*.safetensors"], revision))
     for name in (INDEX_FILE, CONFIG_FILE):
-        # They lie beside the weights then, whatever folder vLLM read them from.
-        hf_hub_download(model, name, revision=revision, cache_dir=place)
+        # They lie beside the weights then, whatever folder vLLM read them from. The check says what is missing.
+        with suppress(EntryNotFoundError):
+            hf_hub_download(model, name, revision=revision, cache_dir=place)
     return folder

@@ -40,8 +40,9 @@ class MorphoQuantConfig(QuantizationConfig):
         # Made with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
         self._mlps: dict[str, Intermediate] = {}
-        # A hub id whose files were not on the disk when the engine was configured.
-        self._unchecked: str | None = None
+        # A model's hub id until a worker has looked at it, and whether its files were checked before.
+        self._hub_id: str | None = None
+        self._checked = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "_mlps": {}}
@@ -79,24 +80,31 @@ class MorphoQuantConfig(QuantizationConfig):
         from morphoquant_vllm.plugin.checkpoint_check import cached_snapshot, check_directory
 
         directory = Path(model_name)
-        found = directory if directory.is_dir() else cached_snapshot(model_name, revision, self.spec)
+        if directory.is_dir():
+            check_directory(directory)
+            return
+        self._hub_id, found = model_name, cached_snapshot(model_name, revision, self.spec)
         if found is not None:
             check_directory(found)
+            self._checked = True
         else:
-            self._unchecked = model_name
             logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
 
     def _check_downloaded(self) -> None:
-        """In a worker, before it loads: check a hub model whose files were not there when the engine was configured."""
+        """In a worker, before it loads: check a hub model that was not there when the engine was configured.
+
+        One that was, too, if vLLM reads another copy of it: --download-dir is not known earlier.
+        """
         from vllm.config import get_current_vllm_config_or_none
 
         from morphoquant_vllm.plugin.checkpoint_check import check_directory, download
 
         config = get_current_vllm_config_or_none()
-        if self._unchecked is None or config is None:
+        if self._hub_id is None or config is None:
             return
-        model, self._unchecked = self._unchecked, None
-        check_directory(download(model, config))
+        model, self._hub_id = self._hub_id, None
+        if not self._checked or config.load_config.download_dir is not None:
+            check_directory(download(model, config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)

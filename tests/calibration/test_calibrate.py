@@ -174,3 +174,18 @@ def test_a_gpu_that_is_too_small_is_one_line(tiny: TinyModels, tmp_path: Path, m
     with pytest.raises(MorphoQuantError, match=r"llama: the GPU has too little free memory .*--dtype bfloat16 or"):
         calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", recipe=Recipe(device="cpu"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_talker_with_token_ids_of_its_own_does_not_matter(tiny: TinyModels, tmp_path: Path) -> None:
+    """As Qwen3-Omni's: only the thinker is served."""
+    source = Path(shutil.copytree(tiny.model("omni"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    served = {row: config["thinker_config"][f"{row}_token_index"] for row in ("image", "video", "audio")}
+    for row, token in served.items():
+        # One that is another medium's to the thinker, one that is no placeholder at all.
+        config["talker_config"][f"{row}_token_index"] = {"image": served["audio"], "video": 5}.get(row, token + 1)
+    (source / "config.json").write_text(json.dumps(config))
+    recipe = Recipe(device="cpu", max_samples=8, rounding="nearest", regression=False)
+    calibrate(source, tiny.data("omni"), tmp_path / "out", recipe=recipe)
+    spec = verify_checkpoint(tmp_path / "out")
+    assert spec.placeholder_token_ids == {row: (token,) for row, token in served.items()}

@@ -137,6 +137,10 @@ def run(job: dict[str, Any]) -> None:
         }
         for output in outputs
     ]
+    if "speculative_config" in job["engine"]:
+        counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+        result["drafted"] = counts["vllm:spec_decode_num_draft_tokens"]
+        result["accepted"] = counts["vllm:spec_decode_num_accepted_tokens"]
     if captured:
         save_file({name: tensor.contiguous() for name, tensor in captured.items()}, job["capture"])
     Path(job["output"]).write_text(json.dumps(result))

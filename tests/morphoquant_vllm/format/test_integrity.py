@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
-from tests.checkpoints import write_random_checkpoint
+from tests.checkpoints import flip_bit, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused
 
 INDEX = "model.safetensors.index.json"
@@ -103,22 +103,17 @@ def test_free_text_may_change(whole: Path) -> None:
     verify_checkpoint(whole)
 
 
-def flip(path: Path) -> None:
-    """One bit of a weight: every value stays legal."""
-    content = bytearray(path.read_bytes())
-    size = int.from_bytes(content[:8], "little")
-    first, _ = json.loads(content[8 : 8 + size])["model.layers.0.mlp.down_proj.weight_codes"]["data_offsets"]
-    content[8 + size + first] ^= 1
-    path.write_bytes(content)
+# One bit of it, and every value stays legal.
+CODES = "model.layers.0.mlp.down_proj.weight_codes"
 
 
 def test_a_flipped_bit(whole: Path) -> None:
-    flip(whole / FILE)
+    flip_bit(whole, CODES)
     refused(whole, FILE, "is damaged (its SHA-256 is not the recorded one)")
 
 
 def test_checksums_can_be_left_out(whole: Path) -> None:
-    flip(whole / FILE)
+    flip_bit(whole, CODES)
     verify_checkpoint(whole, checksums=False)
 
 

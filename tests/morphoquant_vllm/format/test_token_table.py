@@ -61,6 +61,10 @@ def test_tables_that_cannot_be_right_are_refused(ids: dict[str, tuple[int, ...]]
     [
         ({"image_token_id": 8}, "has image token 8, but .* has no such token"),
         ({"thinker_config": {"audio_token_index": 7}}, "has audio token 7, but .* has it under 'image'"),
+        (
+            {"thinker_config": {"image_token_id": 5}, "talker_config": {"image_token_id": 7}},
+            "has image token 5, but .* has no such token",
+        ),
         ({"image_token_id": 7, "video_token_id": 11}, "has video token 11, but .* has no such token"),
     ],
 )
@@ -79,6 +83,14 @@ def test_a_table_of_another_model_is_refused(tmp_path: Path, config: dict[str, A
         # Without a table every token is 'any'.
         ({"image_token_id": 7}, {}),
         ({"quantization_config": {"image_token_id": 8}}, {"image": (7,)}),
+        # Only the thinker is served: the talker of a Qwen3-Omni has ids of its own.
+        (
+            {
+                "thinker_config": {"image_token_id": 7, "audio_token_id": 9},
+                "talker_config": {"image_token_id": 5, "audio_token_id": 7, "text_config": {"video_token_id": 3}},
+            },
+            {"image": (7,), "audio": (9,)},
+        ),
     ],
 )
 def test_fitting_tables_pass(tmp_path: Path, config: dict[str, Any], ids: dict[str, tuple[int, ...]]) -> None:
@@ -103,6 +115,12 @@ QWEN2_5_VL = {"model_type": "qwen2_5_vl", "image_token_id": 151655, "video_token
         # Video under the image's token, as its config says.
         ({"image_token_id": 7, "video_token_id": 7}, {"image": (7,)}, []),
         ({"image_token_id": 7, "video_token_id": 8}, {"image": (7,), "video": ()}, ["video"]),
+        # What the talker names is never in a prompt.
+        (
+            {"thinker_config": {"image_token_id": 7}, "talker_config": {"video_token_id": 7}},
+            {"image": (7,)},
+            ["video"],
+        ),
         # As transformers holds it.
         ({**QWEN2_5_VL, "id2label": {0: "LABEL_0"}}, {"image": (151655, 151656)}, []),
     ],

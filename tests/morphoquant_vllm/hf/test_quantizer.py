@@ -20,7 +20,7 @@ from morphoquant_vllm.format.token_table import token_rows
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics.linear import linear
 from tests.calibration.built_models import TinyModels
-from tests.checkpoints import edit, edit_tensors, file_of, random_group
+from tests.checkpoints import edit, edit_tensors, file_of, flip_bit, random_group
 from tests.engine.conftest import REPOSITORY
 from tests.quantized_tower import write_quantized_tower
 from tests.records import activation_of, weight_of
@@ -198,6 +198,50 @@ def test_a_missing_tensor_is_refused(damaged: Path) -> None:
     name = f"{Q}.centre"
     edit_tensors(file_of(damaged, name), {name: None})
     refused(damaged, f"{name} is in model.safetensors.index.json but missing here")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", f"{Q}.centre"])
+def test_a_tensor_that_is_missing_from_file_and_index_is_refused(damaged: Path, name: str) -> None:
+    """transformers would fill it with random numbers, and warn."""
+    config = (damaged / "config.json").read_text()
+    edit_tensors(file_of(damaged, name), {name: None})
+    index = json.loads((damaged / "model.safetensors.index.json").read_text())
+    del index["weight_map"][name]
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    (damaged / "config.json").write_text(config)
+    refused(damaged, f"tensor {name} is missing")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_missing_tensor_of_version_2_which_has_no_list_is_refused_too(damaged: Path, name: str) -> None:
+    edit_tensors(file_of(damaged, name), {name: None})
+    index = json.loads((damaged / "model.safetensors.index.json").read_text())
+    del index["weight_map"][name]
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization_config"]["integrity"]
+    config["quantization_config"]["format_version"] = 2
+    (damaged / "config.json").write_text(json.dumps(config))
+    refused(damaged, f"tensor {name} of LlamaForCausalLM is missing")
+
+
+def test_shards_of_one_input_that_differ_are_refused(damaged: Path) -> None:
+    edit(damaged, "model.layers.0.self_attn.k_proj.activation_step", lambda step: step * 2)
+    refused(damaged, "k_proj.activation_step: differs from that of .*q_proj, but the shards of .* share one input")
+
+
+def test_a_flipped_bit_is_refused(damaged: Path) -> None:
+    flip_bit(damaged, "model.norm.weight")
+    refused(damaged, "is damaged .its SHA-256")
+
+
+def test_a_layer_that_is_not_listed_is_refused(damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    settings = config["quantization_config"]
+    del settings["layers"]["model.layers.1.mlp.down_proj"], settings["integrity"]
+    settings["format_version"] = 2
+    (damaged / "config.json").write_text(json.dumps(config))
+    refused(damaged, "model.layers.1.mlp.down_proj.* belongs to a quantized layer that quantization_config does not li")
 
 
 def test_damaged_values_are_refused(damaged: Path) -> None:
