@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from calibration.calibrate import calibrate
-from calibration.recipe import Recipe
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from tests import tiny_models
 from tests.checkpoints import flip_bit
