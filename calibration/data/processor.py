@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import AutoProcessor
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -41,4 +42,5 @@ def load_processor(model_dir: Path | str) -> Any:
 def failure(error: BaseException) -> str:
     """What an error of the model's own files says, in one line; its kind where it says little."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
+    plain = isinstance(error, OSError | ValueError | jinja2.TemplateError) and text
+    return text if plain else f"{type(error).__name__}: {text}"
