@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,14 +119,14 @@ def _clear_memory_errors(job: Job) -> Iterator[None]:
 
 def default_work(output: Path) -> Path:
     """Where a calibration keeps what is finished, unless it is told: beside the output, so that it is found again."""
-    place = output.resolve()
+    place = Path(os.path.realpath(output))
     return place.with_name(f"{place.name}.work")
 
 
 def check_work(work: Path, output: Path, model: Path) -> None:
     """MorphoQuantError where a work directory would lie in the output or the model, or they in it."""
-    here = work.resolve()
-    for name, other in (("--output", output.resolve()), ("the model directory", model.resolve())):
+    here, place, source = (Path(os.path.realpath(path)) for path in (work, output, model))
+    for name, other in (("--output", place), ("the model directory", source)):
         if here == other or here in other.parents or other in here.parents:
             raise MorphoQuantError(f"{work}: the work directory and {name} {other} overlap; choose another --work")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from rich.console import Console
 from calibration.settings.flags import chosen, with_setting_flags
 from calibration.settings.recipe import read_recipe, read_size
 from morphoquant_vllm import environment
-from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.errors import MorphoQuantError, one_line
 
 if TYPE_CHECKING:
     from calibration.processes import Processes
@@ -80,7 +82,8 @@ def calibrate(
                 processes=processes,
             )
         if processes.first:
-            typer.echo(f"{output}: {len(report['layers'])} layers quantized, escape rate {report['escape_rate']:.2%}")
+            shown, rate = one_line(str(output)), report["escape_rate"]
+            typer.echo(f"{shown}: {len(report['layers'])} layers quantized, escape rate {rate:.2%}")
 
 
 def _set_log_levels(processes: Processes) -> None:
@@ -143,9 +146,9 @@ def report(
     """Write one self-contained HTML page: distributions, grids, escapes, errors, sizes, settings."""
     from calibration.output.page.render import write_page
 
-    place = output or Path(f"{directory.resolve().name}-report.html")
+    place = output or Path(f"{Path(os.path.realpath(directory)).name}-report.html")
     content = write_page(directory, place, layer or (), overwrite=overwrite)
-    typer.echo(f"{place}: {len(content.inputs)} inputs, {len(content.chosen)} drawn channel by channel")
+    typer.echo(f"{one_line(str(place))}: {len(content.inputs)} inputs, {len(content.chosen)} drawn channel by channel")
 
 
 @app.command()
@@ -154,9 +157,10 @@ def verify(directory: Directory) -> None:
     from morphoquant_vllm.format.verify import OLD_VERSION, verify_checkpoint
 
     spec = verify_checkpoint(directory)
-    typer.echo(f"{directory}: {len(spec.layers)} quantized layers, all in order")
+    shown = one_line(str(directory))
+    typer.echo(f"{shown}: {len(spec.layers)} quantized layers, all in order")
     if spec.integrity is None:
-        typer.echo(f"{directory}: {OLD_VERSION}")
+        typer.echo(f"{shown}: {OLD_VERSION}")
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -165,6 +169,9 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Entry point: what the user can mend ends in one line on stderr and exit status 1."""
+    # A terminal may not know a letter of a file's name.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A terminated run takes its half-written directory with it.
     signal.signal(signal.SIGTERM, _stop)
     # Before torch is imported: its threads spin while they wait, which is slow where cores are shared.
@@ -182,7 +189,8 @@ def main() -> None:
 def _say(message: str) -> None:
     # What comes now is the end, into which torchrun's own signal to end must not break.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    # The system's messages hold names of files as they are.
+    print(f"error: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> NoReturn:

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import torch
 from transformers import ProcessorMixin
 
 from calibration.data.conversations import BadMediaError, Conversation, Media, Message, PlainText, Text
 from calibration.data.media import decode_audio, decode_image, decode_video
 from calibration.data.placeholders import check_placeholders, check_text, media_tokens
+from calibration.data.processor import failure
 from morphoquant_vllm.errors import MorphoQuantError
 
 # The rate at which Qwen's video processors sample where their config names none; vLLM serves at the same rate.
@@ -113,9 +113,10 @@ def _apply_template(processor: Any, conversation: Conversation) -> str:
     generation = conversation.messages[-1].role != "assistant"
     try:
         return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    except (jinja2.TemplateError, ValueError) as error:
+    # The template is a program of the model's: it fails in any way that there is.
+    except Exception as error:
         raise MorphoQuantError(
-            f"{conversation.source}: the model's chat template refuses the conversation ({_one_line(error)}); "
+            f"{conversation.source}: the model's chat template refuses the conversation ({failure(error)}); "
             "change its roles or parts"
         ) from error
 
@@ -153,8 +154,13 @@ def _process(processor: Any, source: str, text: str, media: list[Media]) -> dict
     # StopIteration and IndexError: a template that writes more placeholders than there are media.
     except (ValueError, StopIteration, IndexError) as error:
         raise BadMediaError(
-            f"{source}: the model's processor refuses the conversation ({_one_line(error) or 'too few media'}); "
-            "change its media"
+            f"{source}: the model's processor refuses the conversation "
+            f"({failure(error) if str(error) else 'too few media'}); change its media"
+        ) from error
+    except Exception as error:
+        raise MorphoQuantError(
+            f"{source}: the model's processor fails ({failure(error)}); copy the processor's files into the model "
+            "directory again"
         ) from error
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     if "feature_attention_mask" in inputs:
@@ -198,7 +204,3 @@ def _fit(
             "raise max_tokens or use shorter or smaller media"
         )
     return {name: value[:, :max_tokens] for name, value in inputs.items() if value.shape == shape}, True
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

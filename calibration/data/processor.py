@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import AutoProcessor
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -21,11 +22,14 @@ def load_processor(model_dir: Path | str) -> Any:
         processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise MorphoQuantError(
-            f"{model_dir}: its processor needs a library that does not load ({_one_line(error)}); install it"
+            f"{model_dir}: its processor needs a library that does not load ({failure(error)}); install it"
         ) from error
-    except (OSError, ValueError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Damaged files fail in any way that there is; a panic of the tokenizer's Rust code is no Exception.
+    except BaseException as error:
         raise MorphoQuantError(
-            f"{model_dir}: no usable tokenizer or processor ({_one_line(error)}); copy its files into the directory"
+            f"{model_dir}: no usable tokenizer or processor ({failure(error)}); copy its files into the directory"
         ) from error
     tokenizer = getattr(processor, "tokenizer", processor)
     ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
@@ -35,5 +39,8 @@ def load_processor(model_dir: Path | str) -> Any:
     return processor
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def failure(error: BaseException) -> str:
+    """What an error of the model's own files says, in one line; its kind where it says little."""
+    text = " ".join(str(error).split())
+    plain = isinstance(error, OSError | ValueError | jinja2.TemplateError) and text
+    return text if plain else f"{type(error).__name__}: {text}"

@@ -26,7 +26,7 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
     have been filled meanwhile), is a mount point, overlaps the source `model`, cannot be written, or the disk is full.
     """
     # "." and ".." have no name to build a sibling's from.
-    place = output.resolve()
+    place = Path(os.path.realpath(output))
     tag = tag or str(os.getpid())
     partial, old = (place.with_name(f"{place.name}.{kind}-{tag}") for kind in ("partial", "old"))
     with clear_write_errors(output):
@@ -61,14 +61,14 @@ def check_free_space(directory: Path, needed: int, what: str = "the checkpoint",
 
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
     """MorphoQuantError where no checkpoint may be put at `output`."""
-    here, there = output.resolve(), model.resolve()
+    here, there = Path(os.path.realpath(output)), Path(os.path.realpath(model))
     if here == there or here in there.parents or there in here.parents:
         raise MorphoQuantError(f"{output}: --output and the model directory {model} overlap; choose another --output")
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
         raise MorphoQuantError(f"{output}: exists and is no directory; choose another --output")
-    if os.path.ismount(output.resolve()):
+    if os.path.ismount(Path(os.path.realpath(output))):
         # A finished checkpoint is renamed into its place, and nothing can be renamed onto a mount point.
         raise MorphoQuantError(f"{output}: is a mount point, which cannot be replaced; choose a directory below it")
     if not any(output.iterdir()):

@@ -126,8 +126,12 @@ def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage:
     ridge = shrinkage * code_code.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damped = code_code.clone()
     damped.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) and bool(damped.isfinite().all()):
+        # Codes that never change, but for the rounding of sums: nothing can be told from them.
+        return absorbed
     right = code_output.add_(ridge * absorbed.T)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(damped)).T
+    return torch.cholesky_solve(right, factor).T
 
 
 def output_bias(code_mean: Tensor, value_mean: Tensor, weight: Tensor, served: Tensor, blocks: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 config             which layers of a model are quantized, and what is checked before workers start
 checkpoint_check   a checkpoint's files are checked before vLLM loads a weight
+last_word          a refusal in a worker is said again in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD, LayerSpec, QuantizationSpec
+from morphoquant_vllm.plugin.last_word import LastWord, open_last_word
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 # What vLLM puts before the names of a draft model's layers.
 DRAFT_PREFIX = "draft_model."
+
+# What vLLM calls of a layer's method while it loads a model, and where it may be refused.
+_STEPS = ("create_weights", "process_weights_after_loading")
 
 
 class MorphoQuantConfig(QuantizationConfig):
@@ -43,6 +47,8 @@ class MorphoQuantConfig(QuantizationConfig):
         # A model's hub id until a worker has looked at it, and whether its files were checked before.
         self._hub_id: str | None = None
         self._checked = False
+        # None until the process that configures the engine has checked the files.
+        self._last_word: LastWord | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "_mlps": {}}
@@ -82,13 +88,15 @@ class MorphoQuantConfig(QuantizationConfig):
         directory = Path(model_name)
         if directory.is_dir():
             check_directory(directory)
-            return
-        self._hub_id, found = model_name, cached_snapshot(model_name, revision, self.spec)
-        if found is not None:
-            check_directory(found)
-            self._checked = True
         else:
-            logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
+            self._hub_id, found = model_name, cached_snapshot(model_name, revision, self.spec)
+            self._checked = found is not None
+            if found is not None:
+                check_directory(found)
+            else:
+                logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
+        if self._last_word is None:
+            self._last_word = open_last_word()
 
     def _check_downloaded(self) -> None:
         """In a worker, before it loads: check a hub model that was not there when the engine was configured.
@@ -110,6 +118,15 @@ class MorphoQuantConfig(QuantizationConfig):
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if self._last_word is None:
+            return self._method_of(layer, prefix)
+        with self._last_word.told():
+            method = self._method_of(layer, prefix)
+        for step in _STEPS if method is not None else ():
+            setattr(method, step, self._last_word.told()(getattr(method, step)))
+        return method
+
+    def _method_of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_downloaded()
         from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.fused_moe import RoutedExperts

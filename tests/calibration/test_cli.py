@@ -21,6 +21,7 @@ from calibration import cli
 from calibration.output.inspection import inspect_data
 from calibration.settings.recipe import Recipe
 from tests.calibration.built_models import TinyModels
+from tests.checkpoints import write_random_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -189,6 +190,27 @@ def test_bad_checkpoints_for_inspect_and_verify(tiny: TinyModels, tmp_path: Path
     for command in ("inspect", "verify"):
         refused(run(command, tmp_path / "none"), "none")
         refused(run(command, tiny.model("llama")), "plain model")
+
+
+def test_odd_places_end_in_one_line(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    for command in ("inspect", "verify", "report"):
+        for place in (tmp_path / "loop", tmp_path / "file", tmp_path / ("x" * 300), "a\n\x1b[31mb\udcff"):
+            refused(run(command, place), "config.json|too long")
+
+
+def test_a_terminal_that_does_not_know_a_letter_shows_its_number(tmp_path: Path) -> None:
+    directory = tmp_path / "[red]\u00e9\n\x1b"
+    write_random_checkpoint(directory)
+    for command in ("verify", "inspect", "inspect --json"):
+        done = subprocess.run(
+            [sys.executable, "-m", "calibration", *command.split(), str(directory)],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"\x1b" not in done.stdout
 
 
 def test_missing_data_is_a_usage_error(tiny: TinyModels, tmp_path: Path, run: Run) -> None:

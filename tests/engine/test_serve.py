@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,18 @@ def test_a_damaged_checkpoint_is_refused_before_it_is_loaded(omni_checkpoint: Pa
     assert "exited with 1" in str(refusal.value)
     last = (tmp_path / "serve.log").read_text().strip().splitlines()[-1]
     assert last.split("MorphoQuantError: ")[1].startswith(f"{file}: truncated or not safetensors")
+
+
+def test_what_a_worker_refuses_is_said_again_at_the_end(
+    tp1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own end is "Engine core initialization failed"; only Python's tracker of shared memory may come later."""
+    # Two workers on a machine with one NUMA node need their cores named.
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    arguments = ("--dtype=float32", "--max-model-len=1024", "--enforce-eager", "--tensor-parallel-size=2")
+    with pytest.raises(ServerError), serve(tp1_checkpoint, tmp_path / "serve.log", arguments):
+        pass
+    lines = (tmp_path / "serve.log").read_text().strip().splitlines()
+    last = [line for line in lines if "resource_tracker" not in line][-1]
+    assert last.startswith("MorphoQuantError: ") and "tensor parallel size 2 breaks a group" in last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def gather(directory: Path, patterns: Sequence[str] = ()) -> Content:
         chosen.append(Input(entry.name, entry.layers, entry.record, grid, entry.output_error, entry.escape_rate))
     if patterns and not any(matches(name, tuple(patterns)) for name in (*spec.layers, *spec.shared_inputs())):
         raise MorphoQuantError(f"--layer {' '.join(patterns)!r} matches no layer; `morphoquant inspect` lists them")
-    return Content(directory.resolve().name, spec, inspected, report, inputs, tuple(chosen))
+    return Content(Path(os.path.realpath(directory)).name, spec, inspected, report, inputs, tuple(chosen))
 
 
 def _input(

@@ -32,3 +32,17 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tiny: TinyModels, tmp_path:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(MorphoQuantError, match=r"has no vocabulary; copy tokenizer\.json into"):
         load_processor(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"model": 3}', "[" * 20_000, '{"added_tokens_decoder": 1}'])
+def test_damaged_files_are_refused_in_one_line(name: str, content: str, tiny: TinyModels, tmp_path: Path) -> None:
+    """Or not needed: then the processor works without."""
+    copy_without_template(tiny.model("llama"), tmp_path)
+    (tmp_path / name).write_text(content)
+    try:
+        processor = load_processor(tmp_path)
+    except MorphoQuantError as error:
+        assert str(error).startswith(f"{tmp_path}: ") and "cop" in str(error) and "\n" not in str(error)
+    else:
+        assert name == "tokenizer_config.json" and processor("a note")["input_ids"]

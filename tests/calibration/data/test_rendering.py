@@ -150,6 +150,23 @@ def test_template_that_refuses_the_conversation(llama: Path, tmp_path: Path) -> 
     assert "file:3: the model's chat template refuses the conversation (roles must alternate)" in message
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages + 1 }}", "TypeError: can only concatenate"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+        ("{% include 'x' %}", "TypeError: no loader"),
+        ("{{ range(1000000) | list }}", "OverflowError"),
+    ],
+)
+def test_template_that_fails_in_a_way_of_its_own(template: str, reason: str, llama: Path, tmp_path: Path) -> None:
+    copy_without_template(llama, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    message = refusal(tmp_path, [Conversation("file:3", (Message("user", (Text("a"),)),))])
+    assert f"file:3: the model's chat template refuses the conversation ({reason}" in message
+
+
 @pytest.mark.parametrize(("placeholder", "parts"), [("<|IMAGE|>", []), ("<|AUDIO|>", [AUDIO])])
 def test_text_that_holds_a_placeholder(omni: Path, folder: Path, placeholder: str, parts: list[object]) -> None:
     text = {"type": "text", "text": f"look: {placeholder}"}

@@ -202,3 +202,10 @@ def test_blocks_of_the_bias_are_those_of_their_channels() -> None:
     left = moments_of(codes[:, :half], values[:, :half], token_set, weight, matrix=full_weight()[:, :half])
     alone = output_bias(*left.means(), full_weight()[:, :half], served[:, :half], 1)[0]
     assert torch.allclose(bias[0], alone, atol=1e-4)  # float32 means, as above
+
+
+def test_codes_that_never_change_tell_nothing() -> None:
+    """As of an input that is zero on all tokens: the sums hold rounding errors alone, of either sign."""
+    noise = -1e-12 * torch.eye(K)
+    absorbed = absorb(full_weight(), torch.ones(K))
+    assert torch.equal(regress(noise, torch.zeros(K, absorbed.shape[0]), absorbed, 0.02), absorbed)
