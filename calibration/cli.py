@@ -1,4 +1,4 @@
-"""The command `morphoquant`: calibrate, inspect, report, verify."""
+"""The command `morphoquant`: calibrate, inspect, report, verify, convert."""
 
 from __future__ import annotations
 
@@ -161,6 +161,25 @@ def verify(directory: Directory) -> None:
     typer.echo(f"{shown}: {len(spec.layers)} quantized layers, all in order")
     if spec.integrity is None:
         typer.echo(f"{shown}: {OLD_VERSION}")
+
+
+@app.command()
+def convert(
+    directory: Directory,
+    output: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
+    scales: Annotated[
+        str | None, typer.Option(help="two-level: make the layers' group scales two-level if that is exact.")
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Fit two-level scales to the layers that have no exact ones.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older checkpoint at --output.")] = False,
+) -> None:
+    """Write a checkpoint anew in the newest format, in which damage is noticed; weights stay as they are."""
+    from calibration.output.convert import convert as run
+
+    done = run(directory, output, scales=scales, approximate=approximate, overwrite=overwrite)
+    typer.echo(f"{output}: {done}")
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -41,7 +41,10 @@ ROOMS_OF_CALIBRATION = {"", "environment", "errors", "format", "host_memory", "n
 NOT_IN_CALIBRATION = {"vllm", "triton", "benchmarks", "tests"}
 # These commands run with what pyproject.toml installs without extras. A package is imported by its name but this one.
 IMPORTED_AS = {"pyyaml": "yaml"}
-COMMANDS_WITHOUT_EXTRAS = ("calibration.cli", "calibration.output.inspection", "morphoquant_vllm.numerics.golden")
+COMMANDS_WITHOUT_EXTRAS = (
+    *("calibration.cli", "calibration.output.inspection", "calibration.output.convert"),
+    "morphoquant_vllm.numerics.golden",
+)
 
 LISTED = re.compile(r"^ *([a-z]\w+(?:, [a-z]\w+)*) {2,}\S", re.MULTILINE)
 FEW_MODULES = 3

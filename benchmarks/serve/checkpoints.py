@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from benchmarks.common.files import weight_bytes
 from benchmarks.models.shapes import MODELS, linears
 from benchmarks.models.tiny_omni.processor import write_tokenizer
 from benchmarks.serve import formats
+from morphoquant_vllm.format.seal import sealed
 
 
 def write_checkpoint(model: str, kind: str, work: Path) -> Path:
@@ -86,7 +88,13 @@ def _write_config(directory: Path, model: str, kind: str, ids: dict[str, int]) -
         eos_token_id=ids["im_end"],
         dtype=torch.bfloat16,
     ).to_dict()
-    quantization = formats.quantization_config(kind, model)
+    quantization: dict[str, Any] | None
+    if formats.is_morphoquant(kind):
+        # What the file will hold: dtypes are names there.
+        config = json.loads(json.dumps(config))
+        quantization = sealed(directory, config, formats.model_specification(kind, model)).to_dict()
+    else:
+        quantization = formats.quantization_config(kind, model)
     if quantization is not None:
         config["quantization_config"] = quantization
     # Last: its presence says that the directory is complete.

@@ -35,6 +35,11 @@ FORMATS = (
 )
 
 
+def is_morphoquant(kind: str) -> bool:
+    """Whether a format is MorphoQuant's."""
+    return kind.startswith("morphoquant-")
+
+
 def group_size(kind: str) -> int:
     """G of a MorphoQuant format."""
     return int(kind.removeprefix("morphoquant-g").removesuffix(TWO_LEVEL))
@@ -127,7 +132,7 @@ def specification(layers: list[Linear], names: list[str], kind: str) -> Quantiza
 
 
 def quantization_config(kind: str, model: str) -> dict[str, Any] | None:
-    """quantization_config of config.json; None for 16 bit."""
+    """quantization_config of another format's config.json; None for 16 bit."""
     if kind == "bf16":
         return None
     if kind == "gptq":
@@ -154,9 +159,14 @@ def quantization_config(kind: str, model: str) -> dict[str, Any] | None:
             "ignore": ["lm_head"],
             "config_groups": {"group_0": scheme},
         }
+    raise ValueError(f"{kind} is MorphoQuant's: its settings are sealed with the weights")
+
+
+def model_specification(kind: str, model: str) -> QuantizationSpec:
+    """MorphoQuant settings of a whole model."""
     layers, names = [], []
     for index in range(MODELS[model]["num_hidden_layers"]):
         for linear in linears(model):
             layers.append(linear)
             names.append(f"model.layers.{index}.{linear.name}")
-    return specification(layers, names, kind).to_dict()
+    return specification(layers, names, kind)

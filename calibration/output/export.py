@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from calibration.model.source import Source
 from calibration.output.distributions import write_distributions
+from calibration.output.json_file import write_json
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec, stored_name, tensor_specs
@@ -139,8 +139,3 @@ def write_checkpoint(
     write_json(directory / REPORT_FILE, report)
     settings = sealed(directory, source.config, spec)
     write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": settings.to_dict()})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented; NaN, which JSON does not know, is a ValueError."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ No files, no hooks but in observation.
     massive_tokens   tokens unlike all others, and the intervals that recognize them
     moments          means and second moments of codes and 16-bit values
     rounding         weights to int4 with error compensation
+    two_level        two-level scales for a layer that has scales of its groups
     int8_products    exact products of integer codes
     layer_report     what the report says about each layer
     chunks           runs of tokens that are worked on at a time

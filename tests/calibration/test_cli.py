@@ -213,6 +213,26 @@ def test_a_terminal_that_does_not_know_a_letter_shows_its_number(tmp_path: Path)
         assert b"\x1b" not in done.stdout
 
 
+def test_convert(tmp_path: Path, run: Run) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_random_checkpoint(old, layers=1)
+    refused(run("convert", old, "--output", new), f"{old}: has format_version 3 already, so there is nothing to do")
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]["integrity"]
+    config["quantization_config"]["format_version"] = 2
+    (old / "config.json").write_text(json.dumps(config))
+    assert "`morphoquant convert` makes version 3 of it" in run("verify", old)[1]
+    status, out, err = run("convert", old, "--output", new)
+    assert (status, out, err) == (0, f"{new}: format_version 3, 7 quantized layers\n", "")
+    assert run("verify", new) == (0, f"{new}: 7 quantized layers, all in order\n", "")
+    refused(run("convert", old, "--output", new), "pass --overwrite")
+    flags = ["--scales", "two-level", "--overwrite"]
+    status, out, err = run("convert", old, "--output", new, *flags)
+    assert (status, out) == (0, f"{new}: format_version 3, 7 quantized layers, 7 left with group scales\n"), err
+    status, out, err = run("convert", old, "--output", new, *flags, "--approximate")
+    assert status == 0 and "7 refitted to two-level scales (relative weight error " in out, err
+
+
 def test_missing_data_is_a_usage_error(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
     status, _, err = run("calibrate", tiny.model("llama"), "--output", tmp_path / "out")
     assert status == 2

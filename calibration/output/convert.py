@@ -1,0 +1,259 @@
+"""A checkpoint of the newest version made of an older one, and two-level scales of group scales.
+
+Holds the tensors of one file that changes, and of one layer besides. Needs torch and safetensors only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calibration.output.json_file import write_json
+from calibration.output.staging import check_free_space, check_output, clear_write_errors, staged_directory
+from calibration.quantize.two_level import exact_levels, refit
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_index, read_spec
+from morphoquant_vllm.format.files import check_regular, open_file, read_json
+from morphoquant_vllm.format.schema import (
+    FORMAT_VERSION,
+    GROUP_SCHEME,
+    MAX_TWO_LEVEL_CHANNELS,
+    TWO_LEVEL_SCHEME,
+    LayerSpec,
+    QuantizationSpec,
+    stored_name,
+)
+from morphoquant_vllm.format.seal import sealed
+from morphoquant_vllm.format.verify import verify_checkpoint
+from morphoquant_vllm.numerics import weights
+
+# What --scales may say.
+TWO_LEVEL = "two-level"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a checkpoint's layers."""
+
+    layers: int
+    # Layers whose group scales are two-level now, to the bit.
+    exact: tuple[str, ...] = ()
+    # Layers whose weights were fitted to two-level scales, with the relative error of the weights.
+    errors: Mapping[str, float] = field(default_factory=dict)
+    # Layers that keep their group scales, although two-level ones were asked for.
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        said = [f"format_version {FORMAT_VERSION}, {self.layers} quantized layers"]
+        if self.exact:
+            said.append(f"{len(self.exact)} made two-level exactly")
+        if self.errors:
+            worst = max(self.errors, key=self.errors.__getitem__)
+            mean = sum(self.errors.values()) / len(self.errors)
+            said.append(
+                f"{len(self.errors)} refitted to two-level scales (relative weight error {mean:.2%} in the mean, "
+                f"{self.errors[worst]:.2%} at most, in {worst})"
+            )
+        if self.left:
+            said.append(f"{len(self.left)} left with group scales")
+        return ", ".join(said)
+
+
+def convert(
+    directory: Path, output: Path, *, scales: str | None = None, approximate: bool = False, overwrite: bool = False
+) -> Conversion:
+    """Write the checkpoint `directory` anew to `output`, in the newest version of the format.
+
+    Weights and files stay byte for byte. With `scales` "two-level", layers get two-level scales if these are exact,
+    and with `approximate` the other ones get the nearest. Raises MorphoQuantError for whatever the user can mend; then,
+    as after any other failure, `output` is as it was before.
+    """
+    if scales not in (None, TWO_LEVEL):
+        raise MorphoQuantError(f"--scales '{scales}' is unknown; known: {TWO_LEVEL}")
+    if approximate and scales is None:
+        raise MorphoQuantError(f"--approximate says how scales are made; pass --scales {TWO_LEVEL}, too")
+    current = read_spec(directory).integrity is not None
+    if current and scales is None:
+        raise MorphoQuantError(
+            f"{directory}: has format_version {FORMAT_VERSION} already, so there is nothing to do; "
+            f"for two-level scales pass --scales {TWO_LEVEL}"
+        )
+    check_output(output, directory, overwrite=overwrite)
+    spec = verify_checkpoint(directory)
+    files = read_index(directory)
+    exact, fitted, left = _plan(directory, files, spec, approximate) if scales else ((), (), ())
+    if current and not exact and not fitted:
+        raise MorphoQuantError(_nothing_to_do(directory, left))
+    with staged_directory(output, directory, overwrite=overwrite) as partial:
+        copied = _other_files(directory, files)
+        sizes = ((directory / path).stat().st_size for path in {*copied, *map(Path, files.values())})
+        check_free_space(partial, sum(sizes))
+        with clear_write_errors(output, directory):
+            for path in copied:
+                _copy(directory, path, partial)
+            layers, errors = _write_weights(directory, partial, files, spec, exact, fitted)
+            config = read_json(directory / CONFIG_FILE)
+            settings = sealed(partial, config, replace(spec, layers=layers, integrity=None))
+            # Last: a directory in which writing was cut short does not load.
+            write_json(partial / CONFIG_FILE, {**config, "quantization_config": settings.to_dict()})
+        # Its hashes were taken from what was just written: reading it once more would only repeat them.
+        verify_checkpoint(partial, checksums=False)
+    return Conversion(len(layers), exact, errors, left)
+
+
+def _nothing_to_do(directory: Path, left: Collection[str]) -> str:
+    if left:
+        return (
+            f"{directory}: the group scales of {len(left)} layers are no whole multiples of one scale per output, so "
+            "there is nothing to do; --approximate fits the nearest two-level scales"
+        )
+    return f"{directory}: has two-level scales already, so there is nothing to do"
+
+
+def _plan(
+    directory: Path, files: Mapping[str, str], spec: QuantizationSpec, approximate: bool
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Names of the layers to be made two-level exactly, of those to be refitted, of those to be left.
+
+    Shards that share an input have one scale scheme: either all of them change, or none.
+    """
+    exact: list[str] = []
+    fitted: list[str] = []
+    left: list[str] = []
+    for names in spec.shared_inputs().values():
+        if spec.layers[names[0]].scale_scheme != GROUP_SCHEME:
+            continue
+        if spec.layers[names[0]].in_features > MAX_TWO_LEVEL_CHANNELS:
+            left += names
+            continue
+        other = [name for name in names if exact_levels(_load(directory, files, name, "weight_scale")) is None]
+        if other and not approximate:
+            left += names
+            continue
+        fitted += other
+        exact += [name for name in names if name not in other]
+    return tuple(exact), tuple(fitted), tuple(left)
+
+
+def _load(directory: Path, files: Mapping[str, str], layer: str, tensor: str) -> Tensor:
+    name = stored_name(layer, tensor)
+    with open_file(directory / files[name]) as file:
+        loaded: Tensor = file.get_tensor(name)
+    return loaded
+
+
+def _other_files(directory: Path, files: Mapping[str, str]) -> list[Path]:
+    """What is carried over besides weights, index and config.json, relative to the directory; nothing hidden."""
+    written = {Path(CONFIG_FILE), Path(INDEX_FILE), *map(Path, files.values())}
+    found = []
+    for folder, subfolders, names in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [(Path(folder) / name).relative_to(directory) for name in sorted(names) if not name.startswith(".")]
+    return [path for path in found if path not in written]
+
+
+def _copy(directory: Path, path: Path, target: Path) -> None:
+    # A FIFO below the top would make the copy wait for ever.
+    check_regular(directory / path)
+    (target / path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(directory / path, target / path)
+
+
+def _write_weights(
+    directory: Path,
+    target: Path,
+    files: Mapping[str, str],
+    spec: QuantizationSpec,
+    exact: Collection[str],
+    fitted: Collection[str],
+) -> tuple[dict[str, LayerSpec], dict[str, float]]:
+    """Write weight files and index; the layers' settings, and the errors of those that were fitted.
+
+    Files without a changed tensor, and the index if no tensor changes its name, are copied.
+    """
+    changed = {stored_name(name, "weight_scale") for name in (*exact, *fitted)}
+    touched = {files[name] for name in changed} | {files[stored_name(name, "weight_codes")] for name in fitted}
+    errors: dict[str, float] = {}
+    weight_map: dict[str, str] = {}
+    for file_name in sorted(set(files.values())):
+        if file_name in touched:
+            tensors, metadata = _rewritten(directory, files, file_name, changed, fitted, errors)
+            save_file(tensors, target / file_name, metadata=metadata)
+            weight_map |= dict.fromkeys(tensors, file_name)
+        else:
+            _copy(directory, Path(file_name), target)
+            weight_map |= {name: file_name for name, file in files.items() if file == file_name}
+    _write_index(directory, target, weight_map, bool(changed))
+    schemes = {
+        name: replace(layer, scale_scheme=TWO_LEVEL_SCHEME) if stored_name(name, "weight_scale") in changed else layer
+        for name, layer in spec.layers.items()
+    }
+    return schemes, errors
+
+
+def _rewritten(
+    directory: Path,
+    files: Mapping[str, str],
+    file_name: str,
+    changed: Collection[str],
+    fitted: Collection[str],
+    errors: dict[str, float],
+) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The tensors of a file in which some scales are `changed` to two-level ones, and the file's metadata."""
+    tensors: dict[str, Tensor] = {}
+    with open_file(directory / file_name) as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            layer, _, tensor = name.rpartition(".")
+            if name in changed:
+                level, unit = _levels(directory, files, layer, layer in fitted, errors)
+                tensors[stored_name(layer, "weight_level")] = level
+                tensors[stored_name(layer, "weight_channel_scale")] = unit
+            elif tensor == "weight_codes" and layer in fitted:
+                tensors[name] = _new_codes(directory, files, layer)
+            else:
+                tensors[name] = file.get_tensor(name)
+        return tensors, file.metadata()
+
+
+def _levels(
+    directory: Path, files: Mapping[str, str], layer: str, is_fitted: bool, errors: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Levels and channel scale of a layer; notes the error of one that is fitted."""
+    scale = _load(directory, files, layer, "weight_scale")
+    if is_fitted:
+        codes = weights.unpack(_load(directory, files, layer, "weight_codes"))
+        _, level, unit, errors[layer] = refit(codes, scale)
+        return level, unit
+    found = exact_levels(scale)
+    assert found is not None, "the plan says that there are exact levels"
+    return found
+
+
+def _new_codes(directory: Path, files: Mapping[str, str], layer: str) -> Tensor:
+    # Codes and scales may lie in two files, which are written one after the other: a layer is fitted for each.
+    codes = weights.unpack(_load(directory, files, layer, "weight_codes"))
+    return weights.pack(refit(codes, _load(directory, files, layer, "weight_scale"))[0])
+
+
+def _write_index(directory: Path, target: Path, weight_map: Mapping[str, str], is_changed: bool) -> None:
+    if not is_changed:
+        _copy(directory, Path(INDEX_FILE), target)
+        return
+    index = read_json(directory / INDEX_FILE)
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        # The tensors' bytes, without headers.
+        sizes = [path.stat().st_size - _header_bytes(path) for path in map(target.joinpath, set(weight_map.values()))]
+        index["metadata"] = {**metadata, "total_size": sum(sizes)}
+    write_json(target / INDEX_FILE, {**index, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")

@@ -1,0 +1,66 @@
+"""Two-level scales for a layer that has scales of its groups: exact if there are such, else fitted to them. Pure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.numerics import weights
+from morphoquant_vllm.numerics.limits import MAX_LEVEL
+
+# Channel scales that are tried for a row: its largest scale over so many numbers from half of the levels to all.
+# Whole numbers are among them, so that a row whose scales are such multiples keeps them.
+TRIED = 8 * MAX_LEVEL // 2 + 1
+
+
+def exact_levels(scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Levels uint8 [N, K/G], 1 to 16, and channel scale float32 [N] whose products are `scale`, or None.
+
+    scale: bfloat16 [N, K/G], positive. Products are equal as real numbers, so that float32 rounds none of them.
+    """
+    wanted = scale.double()
+    top = wanted.amax(1, keepdim=True)
+    level = torch.zeros_like(wanted)
+    # The smallest number of parts wins: the channel scale is then the row's greatest common divisor, of 8 bits as well.
+    for parts in range(MAX_LEVEL, 0, -1):
+        found = (wanted * parts / top).round()
+        # A scale has 8 bits and a level 5: float64 holds both sides exactly.
+        whole = ((found >= 1) & (found * top == wanted * parts)).all(1, keepdim=True)
+        level = torch.where(whole, found, level)
+    if not bool((level > 0).all()):
+        return None
+    return level.to(torch.uint8), (top / level.amax(1, keepdim=True)).squeeze(1).float()
+
+
+def fitted_levels(scale: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels uint8 [N, K/G] and channel scale float32 [N] nearest to `scale` [N, K/G], each group by its `energy`.
+
+    energy [N, K/G]: sum of the group's squared codes, which is what an error of its scale costs.
+    """
+    wanted, energy = scale.double(), energy.double()
+    top = wanted.amax(1, keepdim=True)
+    least = torch.full_like(top, float("inf"))
+    level, unit = torch.ones_like(wanted), top
+    for parts in torch.linspace(MAX_LEVEL / 2, MAX_LEVEL, TRIED, dtype=torch.float64).tolist():
+        tried = (top / parts).float().double()
+        found = (wanted / tried).round().clamp(1, MAX_LEVEL)
+        error = (found * tried - wanted).square_().mul_(energy).sum(1, keepdim=True)
+        better = error < least
+        least, unit = torch.where(better, error, least), torch.where(better, tried, unit)
+        level = torch.where(better, found, level)
+    return level.to(torch.uint8), unit.squeeze(1).float()
+
+
+def refit(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """New codes int8 [N, K], levels uint8 [N, K/G], channel scale float32 [N], and the relative error of the weights.
+
+    codes: int8 [N, K] in groups of `scale`, bfloat16 [N, K/G]. Every weight counts the same.
+    """
+    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+    level, unit = fitted_levels(scale, grouped.square().sum(-1))
+    step = (level.float() * unit[:, None])[..., None]
+    weight = grouped * scale.float()[..., None]
+    found = weights.round_int4(weight, step)
+    size = float(weight.norm())
+    error = float((found * step - weight).norm()) / size if size > 0 else 0.0
+    return found.flatten(1).to(torch.int8), level, unit, error
