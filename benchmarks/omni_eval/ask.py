@@ -71,14 +71,17 @@ async def ask_all(
                 answers.add(item.id, completion.choices[0].message.content or "")
             on_answer()
 
+    reason: str | None = None
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, len(waiting))):
                 group.create_task(worker())
     except* STOPPED as stopped:
         reason = " ".join(str(stopped.exceptions[0]).split())
+    # Not in the block above: Python 3.11.2 puts what is raised there into a group of its own.
+    if reason is not None:
         done = sum(item.id in answers.responses for item in items)
         raise MorphoQuantError(
             f"{client.base_url}: the server stopped answering ({reason}); {done} of {len(items)} questions are "
             "answered and kept: run the same command again to go on"
-        ) from None
+        )
