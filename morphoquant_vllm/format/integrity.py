@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,19 +99,13 @@ def check_config(path: Path, config: Mapping[str, Any], integrity: Integrity) ->
         )
 
 
-def chunks_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[bytes]:
-    """The file's content in order, CHUNK_BYTES at a time; `on_bytes` is told the length of each."""
+def file_digest(path: Path, on_bytes: Callable[[int], None] | None = None) -> FileDigest:
+    """Size and SHA-256 of a file, which is read once; `on_bytes` is told how much was read, piece by piece."""
+    found, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
+            found.update(chunk)
+            size += len(chunk)
             if on_bytes is not None:
                 on_bytes(len(chunk))
-            yield chunk
-
-
-def file_digest(path: Path) -> FileDigest:
-    """Size and SHA-256 of a file."""
-    found, size = hashlib.sha256(), 0
-    for chunk in chunks_of(path):
-        found.update(chunk)
-        size += len(chunk)
     return FileDigest(size, found.hexdigest())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from morphoquant_vllm.format.checkpoint import (
     read_spec,
 )
 from morphoquant_vllm.format.files import COPY_AGAIN, open_file, read_json
-from morphoquant_vllm.format.integrity import check_config, chunks_of
+from morphoquant_vllm.format.integrity import check_config, file_digest
 from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec, stored_name
 from morphoquant_vllm.format.token_table import check_token_table
 from morphoquant_vllm.format.values import check_bias, check_finite, check_values, unequal_input_tensors
@@ -84,13 +83,10 @@ def _check_group(
 def _check_content(
     path: Path, carried: set[str], spec: QuantizationSpec, on_bytes: Callable[[int], None] | None
 ) -> None:
-    """One pass over a file's carried tensors, then one over its bytes, which the system then still holds."""
+    """A pass over a file's carried tensors, then one over its bytes if there is a hash to compare them with."""
     with open_file(path) as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             if name in carried:
                 check_finite(f"{path}: {name}", file.get_tensor(name), CALIBRATE_AGAIN)
-    found = hashlib.sha256()
-    for chunk in chunks_of(path, on_bytes):
-        found.update(chunk)
-    if spec.integrity is not None and found.hexdigest() != spec.integrity.files[path.name].sha256:
+    if spec.integrity is not None and file_digest(path, on_bytes) != spec.integrity.files[path.name]:
         raise MorphoQuantError(f"{path}: is damaged (its SHA-256 is not the recorded one); {COPY_AGAIN}")
