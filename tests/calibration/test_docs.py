@@ -1,10 +1,10 @@
-"""docs/calibration.md tells the settings as they are."""
+"""docs/guide/calibrate.md tells the settings as they are."""
 
 from pathlib import Path
 
 from calibration.settings.table import settings_table
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "calibration.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "guide" / "calibrate.md"
 
 
 def test_the_table_of_settings_is_the_one_that_the_recipe_makes() -> None:

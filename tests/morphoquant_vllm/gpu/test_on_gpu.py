@@ -1,6 +1,7 @@
 """The kernels on the GPU at hand, through the ops: agreement, CUDA graphs, no synchronisation, no late compilation.
 
-They have passed on one H100 (docs/kernels.md), but for joined operands and channels in order, which are newer.
+They have passed on one H100 (docs/design/kernels_gpu.md), but for joined operands and channels in order:
+these are newer.
 """
 
 from dataclasses import replace
