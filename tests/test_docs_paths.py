@@ -119,6 +119,18 @@ class TestADocument:
         assert broken == []
 
 
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    text = text_of(ROOT / "docs" / "guide" / "troubleshoot.md")
+    tables = re.findall(r"^\| line \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    quoted = re.findall(r"^\| `([^`]+)`", "".join(tables), re.MULTILINE)
+    assert len(quoted) > 30
+    files = [path for package in FOLDERS[:2] for path in (ROOT / package).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(text_of(path)))]
+    literals = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    pieces = [piece for line in quoted for piece in line.split("...")]
+    assert [piece for piece in pieces if not any(piece in literal for literal in literals)] == []
+
+
 def test_files_of_other_projects_are_still_quoted() -> None:
     quoted = "\n".join(span for document in DOCUMENTS for span in spans_of(text_of(document)))
     assert [path for path in sorted(FOREIGN) if path not in quoted] == []
