@@ -9,7 +9,7 @@ import soundfile
 import yaml
 from pyarrow import parquet
 
-from benchmarks.omni_eval.datasets.air_bench_chat import CATEGORIES
+from benchmarks.common.questions.datasets.air_bench_chat import CATEGORIES
 from tests.tiny_conversations import SAMPLING_RATE, image_bytes, sound, sound_bytes, write_video
 
 IMAGE = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
