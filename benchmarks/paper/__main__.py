@@ -23,7 +23,7 @@ from benchmarks.paper.plan import describe_calibration, gpu_bytes, make_plan
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 
-RUN_FILE, LOCK_FILE, CHECKPOINT = "run.json", ".lock", "checkpoint"
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
 OURS, SIXTEEN_BIT = "MorphoQuant for vLLM", "16 bit, vLLM"
 
 
@@ -67,7 +67,7 @@ def all_rows(options: Any) -> list[rows.Row]:
     """The rows in the order in which they are asked."""
     own = [
         rows.Row(SIXTEEN_BIT, options.output / "rows" / "16-bit", options.model),
-        rows.Row(OURS, options.output / "rows" / "morphoquant", options.output / CHECKPOINT),
+        rows.Row(OURS, options.output / "rows" / "morphoquant", options.output / calibration.CHECKPOINT),
     ]
     others = [rows.Row(name, options.output / "rows" / f"server-{name}", url=url) for name, url in options.server]
     return [*own[options.without_16_bit :], *others]
@@ -92,9 +92,8 @@ def run(options: Any, console: Console) -> None:
     if data is None:
         sources = calibration.prepare(options.data, options.output, options.benchmarks, options)
         data, arguments = [options.output / calibration.DATA_FILE], [*calibration.ARGUMENTS, *arguments]
-    checkpoint = options.output / CHECKPOINT
     console.print(f"calibration: {options.output / calibration.LOG_FILE} says how it goes on", highlight=False)
-    seconds = calibration.calibrate(options.model, checkpoint, data, options.output, arguments)
+    seconds = calibration.calibrate(options.model, data, options.output, arguments)
     found = []
     for row in all_rows(options):
         summaries = rows.ask(row, options, sources.get("held_out", {}), console)

@@ -32,7 +32,7 @@ SHARES = {"scienceqa": 6, "mmmu": 4, "air-bench": 4, "video-mme": 2}
 TRAINING_SPLITS = {"scienceqa": "train", "mmmu": "dev"}
 # What a sample's media may be, so that it stays below MAX_TOKENS: 28 x 28 pixels are a token, 40 ms of sound.
 PIXELS = 1_500_000
-SOUND_BYTES = 1_500_000
+SOUND_SECONDS = 40.0
 MAX_TOKENS = 4096
 # For samples that are made here: some published sounds are broken.
 ARGUMENTS = ("--skip-bad", "--max-tokens", str(MAX_TOKENS))
@@ -44,6 +44,7 @@ DATA_FILE, SOURCES_FILE, SECONDS_FILE, LOG_FILE = (
     "calibration_seconds.json",
     "calibration.log",
 )
+CHECKPOINT = "checkpoint"
 TICK_SECONDS = 5
 
 
@@ -99,9 +100,20 @@ def fits(item: Item) -> bool:
         if part.kind == "image":
             with Image.open(io.BytesIO(part.read())) as image:
                 pixels += image.width * image.height
-        elif part.kind == "audio" and not 0 < len(part.read()) <= SOUND_BYTES:
+        elif part.kind == "audio" and not 0 < sound_seconds(part.read()) <= SOUND_SECONDS:
             return False
     return pixels <= PIXELS and item.groups.get("duration", "short") == "short"
+
+
+def sound_seconds(sound: bytes) -> float:
+    """Length of a sound; 0 if its file is broken, as some published ones are, or does not say."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(sound), "r") as container:
+            return (container.duration or 0) / av.time_base
+    except av.FFmpegError:
+        return 0.0
 
 
 def messages(item: Item) -> list[dict[str, Any]]:
@@ -142,18 +154,23 @@ def clip(video: bytes) -> bytes:
     return made.getvalue()
 
 
-def calibrate(model: Path, checkpoint: Path, data: Sequence[Path], output: Path, arguments: Sequence[str]) -> float:
-    """Make the checkpoint unless it is there, going on where an earlier run was cut off; return the seconds it took.
+def is_calibrated(output: Path) -> bool:
+    """Whether the checkpoint is in its place, which it is only as a whole."""
+    return (output / CHECKPOINT / "config.json").is_file()
+
+
+def calibrate(model: Path, data: Sequence[Path], output: Path, arguments: Sequence[str]) -> float:
+    """Make OUTPUT/checkpoint unless it is there, going on where an earlier run was cut off; return the seconds it took.
 
     Raises MorphoQuantError with calibration's last line if it fails. Time that passed between two runs is not counted.
     """
     place, log = output / SECONDS_FILE, output / LOG_FILE
     seconds = float(json.loads(place.read_text())) if place.is_file() else 0.0
-    if (checkpoint / "config.json").is_file():
+    if is_calibrated(output):
         return seconds
     line = [*until_parent_dies(), sys.executable, "-m", "calibration", "calibrate", str(model)]
     line += [word for path in data for word in ("--data", str(path))]
-    line += ["--output", str(checkpoint), *arguments]
+    line += ["--output", str(output / CHECKPOINT), *arguments]
     started = time.monotonic()
     with log.open("ab") as file:
         process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT)

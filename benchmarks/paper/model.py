@@ -140,8 +140,11 @@ def _tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     model_class = getattr(transformers, name.replace("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"), None)
     if model_class is None:
         raise MorphoQuantError(f"{directory / 'config.json'}: architectures names no class of transformers: {name!r}")
-    with torch.device("meta"):
-        model = model_class._from_config(transformers.AutoConfig.from_pretrained(directory))
+    try:
+        with torch.device("meta"):
+            model = model_class._from_config(transformers.AutoConfig.from_pretrained(directory))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise MorphoQuantError(f"{directory / 'config.json'}: {name} cannot be made of it ({error})") from error
     return {
         key: TensorInfo(directory / SINGLE_FILE, "BF16", tuple(value.shape))
         for key, value in model.state_dict().items()

@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.common.questions.items import Media
 from benchmarks.paper import model
-from benchmarks.paper.calibration import SAMPLES, TRAINING_SPLITS
+from benchmarks.paper.calibration import SAMPLES, TRAINING_SPLITS, is_calibrated
 from benchmarks.paper.questions import BENCHMARKS, IMAGE, Benchmark, asked
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -136,7 +136,7 @@ def check_machine(found: Plan, sizes: model.Sizes, options: Any) -> None:
     place = next(path for path in (options.output.resolve(), *options.output.resolve().parents) if path.exists())
     free, available, on_gpu = shutil.disk_usage(place).free, psutil.virtual_memory().available, gpu_bytes()
     # Quantized blocks and states lie in the work directory until the checkpoint is there.
-    disk = 0 if (options.output / "checkpoint" / "config.json").is_file() else 2 * sizes.checkpoint
+    disk = 0 if is_calibrated(options.output) else 2 * sizes.checkpoint
     served = sizes.checkpoint if options.without_16_bit else sizes.sixteen_bit
     found.notes.append(
         f"size: {gigabytes(sizes.sixteen_bit)} in 16 bit, {gigabytes(sizes.checkpoint)} as checkpoint; "
@@ -144,7 +144,7 @@ def check_machine(found: Plan, sizes: model.Sizes, options: Any) -> None:
     )
     if free < disk:
         found.missing.append(f"{place}: {gigabytes(disk - free)} of disk; make room, or choose another --output")
-    if available < sizes.memory:
+    if available < sizes.memory and not is_calibrated(options.output):
         found.missing.append(
             f"memory: calibration needs {gigabytes(sizes.memory)}, {gigabytes(available)} are available; "
             "close other programs, or pass --calibrate-arguments='--dtype bfloat16'"
@@ -168,8 +168,9 @@ def estimates(
     """Lines that say about how long a run takes; each says that it is an estimate, and of what."""
     cores = os.cpu_count() or 1
     calibration = LONGER * CALIBRATION_SECONDS * sizes.quantized / CALIBRATION_ELEMENTS * CALIBRATION_CORES / cores
-    source = "on this CPU; it has not been timed on a GPU" if on_gpu else "from a measured 3B layout"
-    lines = [f"time: calibration about {duration(calibration)} (estimate {source})"]
+    source = "of this CPU; it has not been timed on a GPU" if on_gpu else "from a measured 3B layout"
+    done = is_calibrated(options.output)
+    lines = ["time: calibration is done" if done else f"time: calibration {about(calibration)} (estimate {source})"]
     rate = GPU_RATE if on_gpu else CPU_CORE_RATE * cores
     total = 0.0
     for name, count in questions.items():
@@ -177,17 +178,12 @@ def estimates(
         guess = 2 * sizes.quantized * benchmark.tokens / rate + (VIDEO_SECONDS if name == "video-mme" else 0)
         seconds = count * rates.get(name, guess)
         basis = "measured on answers so far" if name in rates else f"estimate, {benchmark.tokens} tokens a question"
-        lines.append(f"time: {name}, {count} questions, about {duration(seconds)} for each row ({basis})")
+        lines.append(f"time: {name}, {count} questions, {about(seconds)} for each row ({basis})")
         total += seconds
-    rows = rows_of(options)
+    rows = 2 - options.without_16_bit + len(options.server)
     if len(questions) > 1:
-        lines.append(f"time: {rows} rows, about {duration(rows * total)} of asking together (estimate)")
+        lines.append(f"time: {rows} rows, {about(rows * total)} of asking together (estimate)")
     return lines
-
-
-def rows_of(options: Any) -> int:
-    """Rows that are asked."""
-    return 2 - options.without_16_bit + len(options.server)
 
 
 def describe_calibration(options: Any) -> str:
@@ -204,6 +200,11 @@ def describe_calibration(options: Any) -> str:
     if options.hold_out:
         return f"{line}, and media of {' and '.join(held)}, whose questions are left out of every row"
     return f"{line}; no sound and no video, whose tokens are then served with the row of all"
+
+
+def about(seconds: float) -> str:
+    """An estimated time for people."""
+    return f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
 
 
 def gigabytes(count: float) -> str:
