@@ -7,8 +7,9 @@ AIR-Bench's card states none.
 
 Which questions the paper's figures are of is not known. The defaults here are those of the settings in a public copy of
 its code (KanghoonYoon/morphoquant_hif4, MorphoQuant-static_1.1/configs/qwen2.5-omni-3b/morpho, commit 3955de6): all of
-ScienceQA's test split (`only_samples_with_images: false`), not the subset with images that LLaVA's evaluation reports
-beside it; and AIR-Bench's Foundation.
+ScienceQA's test split (`only_samples_with_images: false`), and AIR-Bench's Foundation. Q-VLM's evaluation, as LLaVA's,
+reports the whole split first and the questions with an image beside it (ChangyuanWang17/QVLM,
+llava/eval/eval_science_qa.py, commit 4faa7f7).
 """
 
 from __future__ import annotations

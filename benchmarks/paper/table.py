@@ -59,7 +59,7 @@ def render(result: Mapping[str, Any]) -> str:
         ["row", "weights", "escape rate", "calibrated in", "asked in", "questions", "unparsed", "refused"],
         [_cost(row, names) for row in result["rows"]],
     )
-    notes = [*NOTES, *result["notes"]]
+    notes = [*NOTES, *image_notes(result["rows"], names), *result["notes"]]
     return "\n".join([f"# {result['title']}", "", *lines, "", *(f"- {note}" for note in notes), ""])
 
 
@@ -93,6 +93,17 @@ def _cost(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         duration(sum(one["seconds"] for one in found)),
         *counts,
     ]
+
+
+def image_notes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """ScienceQA's other usual figure, of its questions with an image; none if those alone were asked."""
+    if "scienceqa" not in names:
+        return []
+    found = {row["name"]: row["benchmarks"]["scienceqa"]["by"]["modality"] for row in rows}
+    figures = [
+        f"{name} {100 * by['text+image']['accuracy']:.2f}" for name, by in found.items() if {*by} > {"text+image"}
+    ]
+    return [f"ScienceQA's questions with an image alone: {', '.join(figures)}."] if figures else []
 
 
 def notes(options: Any, sources: Mapping[str, Any], calibration: str) -> list[str]:

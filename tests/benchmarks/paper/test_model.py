@@ -109,7 +109,7 @@ def test_the_processor_takes_a_picture_and_a_sound(whole: Path, copy: Path) -> N
     # 224 x 224 pixels are 64 tokens, a second of sound 25; the rest is text and marks.
     assert model.check_processor(whole) > 64 + 25
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(MorphoQuantError, match="copy tokenizer.json into the directory"):
+    with pytest.raises(MorphoQuantError, match=r"copy tokenizer\.json into the directory"):
         model.check_processor(copy)
 
 

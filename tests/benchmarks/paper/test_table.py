@@ -11,7 +11,9 @@ NAMES = ["scienceqa", "mmmu", "video-mme", "air-bench"]
 
 
 def row(**more: Any) -> dict[str, Any]:
-    summary = {"all": figures(["right"] * 8 + ["wrong", "unparsed"]), "seconds": 90.0}
+    found = figures(["right"] * 8 + ["wrong", "unparsed"])
+    by = {"modality": {"text": found, "text+image": figures(["right", "wrong", "wrong", "wrong"])}}
+    summary = {"all": found, "by": by, "seconds": 90.0}
     return {"name": "x", "bits": "4/4", "source": "this run", "benchmarks": dict.fromkeys(NAMES, summary), **more}
 
 
@@ -38,6 +40,14 @@ def test_our_rows_have_intervals_sizes_rates_and_times() -> None:
 
 def test_what_is_not_known_of_a_server_is_a_dash() -> None:
     assert "| x | - | - | - | 6.0 min | 40 | 4 | 0 |" in rendered()
+
+
+def test_the_figure_of_questions_with_an_image_is_told_beside_that_of_all() -> None:
+    assert "- ScienceQA's questions with an image alone: x 25.00." in rendered()
+    assert "image alone" not in "".join(rendered(["mmmu"]))
+    images = row()
+    del images["benchmarks"]["scienceqa"]["by"]["modality"]["text"]
+    assert table.image_notes([images], NAMES) == []
 
 
 def test_benchmarks_that_were_not_asked_have_no_column() -> None:
