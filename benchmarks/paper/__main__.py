@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in plan.lines():
             print(line, flush=True)
         if plan.missing:
-            raise MorphoQuantError(f"{len(plan.missing)} things are missing (listed above); nothing was begun")
+            raise MorphoQuantError(f"{len(plan.missing)} missing, each listed above; nothing was begun")
         if options.dry_run:
             print("dry run: all that was looked for is there; nothing was begun")
             return

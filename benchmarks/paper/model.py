@@ -96,6 +96,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int] | None:
 def sizes(directory: Path) -> Sizes:
     """Sizes of the model and of its checkpoint, from the headers of the weights, or without them from the config.
 
+    By the config alone, parts that are published in float32 count as 16-bit.
     Raises MorphoQuantError for an architecture that calibration does not know.
     """
     from calibration.blocks.memory_need import memory_need

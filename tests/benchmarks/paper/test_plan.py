@@ -63,7 +63,7 @@ def test_a_dry_run_needs_no_weights_but_says_that_a_run_does(place: Path, capsys
     arguments = ["--model", str(place / "model"), "--data", str(place / "data"), "--output", str(place / "out")]
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == "error: 1 things are missing (listed above); nothing was begun"
+    assert stop.value.code == "error: 1 missing, each listed above; nothing was begun"
     assert "missing: " + str(place / "model" / "model.safetensors") in capsys.readouterr().out
     assert not (place / "out").exists()
 
@@ -90,7 +90,7 @@ def test_each_missing_file_has_its_line(place: Path, capsys: pytest.CaptureFixtu
             for name in ("Music_Genre_fma/0.wav", "Emotion_meld/2.wav")
         ),
     ]
-    assert error == "error: 6 things are missing (listed above); nothing was begun"
+    assert error == "error: 6 missing, each listed above; nothing was begun"
     lines, _ = dry_run(place, capsys, "--skip-missing", "--benchmarks", "video-mme", "air-bench")
     assert sum(line.startswith("missing: ") for line in lines) == 1
 
