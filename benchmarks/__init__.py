@@ -9,6 +9,7 @@ gpu_cost_model  estimates of the GPU kernels' times, without a GPU
 gpu_linear      linear layers timed on the GPU at hand
 load_check      what the checks of a checkpoint cost when it is loaded
 omni_eval       published omni benchmarks, asked of any server
+paper           the paper's table with our rows: calibrates, serves, asks four benchmarks
 serve           whole engines with vLLM's own benchmarks
 
 common          what these share

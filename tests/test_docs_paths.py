@@ -16,7 +16,7 @@ FOREIGN = {
     *("utils.py", "models/base_prompt.py", "eval/eval_utils.py", "evaluation/eval_your_results.py"),
     *("Inference_Foundation.py", "score_foundation.py", "align_in_foundation.py"),
     *("Inference_Chat.py", "score_chat.py", "cal_score.py"),
-    *("MorphoQuant-static_1.1/modules/evaluator.py", "WGMMAPipeline.cpp"),
+    *("MorphoQuant-static_1.1/modules/evaluator.py", "llava/eval/eval_science_qa.py", "WGMMAPipeline.cpp"),
 }
 
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)

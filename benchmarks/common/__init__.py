@@ -1,11 +1,12 @@
 """What benchmarks share.
 
-command  errors in one line
-corpus   public-domain texts, fetched once
-files    whole files, results, digests
-machine  processor, versions, load
-plots    panels and PNG
-server   starts and stops `vllm serve`
-texts    texts to evaluate and to calibrate on
-windows  texts cut into windows of tokens
+command    errors in one line
+corpus     public-domain texts, fetched once
+files      whole files, results, digests
+machine    processor, versions, load
+plots      panels and PNG
+questions  published omni benchmarks, and a server that is asked them
+server     starts and stops `vllm serve`
+texts      texts to evaluate and to calibrate on
+windows    texts cut into windows of tokens
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,12 @@ class Server:
     def openai_url(self) -> str:
         """Base URL for the `openai` client."""
         return f"{self.url}/v1"
+
+
+def until_parent_dies() -> list[str]:
+    """Beginning of a command that gets SIGTERM when this process dies, even by SIGKILL; empty without setpriv."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
 def free_port() -> int:
@@ -108,6 +115,7 @@ def serve(
     """
     port = free_port()
     command = [
+        *until_parent_dies(),
         str(Path(sys.executable).with_name("vllm")),
         "serve",
         str(model),

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.common.server import Server
 from benchmarks.omni_eval.__main__ import main
-from tests.benchmarks.omni_eval.miniature import WRITERS
-from tests.benchmarks.omni_eval.stub import serving
+from tests.benchmarks.common.questions.miniature import WRITERS
+from tests.benchmarks.common.questions.stub import serving
 
 pytestmark = pytest.mark.slow
 

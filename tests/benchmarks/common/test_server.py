@@ -44,6 +44,33 @@ def test_a_stubborn_server_and_its_workers_are_killed(monkeypatch: pytest.Monkey
     assert not any(_runs(pid) for pid in pids)
 
 
+@pytest.mark.skipif(not server.until_parent_dies(), reason="setpriv (util-linux) is not there")
+def test_a_server_ends_when_the_benchmark_is_killed() -> None:
+    code = (
+        "import subprocess, sys, time; from benchmarks.common.server import until_parent_dies\n"
+        "command = [*until_parent_dies(), sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "print(subprocess.Popen(command, start_new_session=True).pid, flush=True); time.sleep(60)"
+    )
+    process = start(code)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    # setpriv has to get as far as its request.
+    deadline = time.monotonic() + 10
+    while "setpriv" in _command(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait(10)
+    deadline = time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _command(pid: int) -> str:
+    with open(f"/proc/{pid}/comm") as file:
+        return file.read()
+
+
 def _runs(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:

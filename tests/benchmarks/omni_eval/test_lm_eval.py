@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.omni_eval.miniature import write_mmmu
-from tests.benchmarks.omni_eval.stub import serving
+from tests.benchmarks.common.questions.miniature import write_mmmu
+from tests.benchmarks.common.questions.stub import serving
 from tests.harness import REPOSITORY
 
 

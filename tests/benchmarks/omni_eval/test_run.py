@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.omni_eval.__main__ import main
-from tests.benchmarks.omni_eval.miniature import WRITERS
-from tests.benchmarks.omni_eval.stub import serving
+from tests.benchmarks.common.questions.miniature import WRITERS
+from tests.benchmarks.common.questions.stub import serving
 
 
 def run(name: str, directory: Path, url: str, output: Path, *more: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import soundfile
 import yaml
 from pyarrow import parquet
 
-from benchmarks.omni_eval.datasets.air_bench_chat import CATEGORIES
+from benchmarks.common.questions.datasets.air_bench_chat import CATEGORIES
 from tests.tiny_conversations import SAMPLING_RATE, image_bytes, sound, sound_bytes, write_video
 
 IMAGE = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
@@ -38,7 +38,7 @@ def _image(seed: int) -> dict[str, Any]:
     return {"bytes": image_bytes(seed), "path": "image.png"}
 
 
-def write_scienceqa(directory: Path) -> Path:
+def write_scienceqa(directory: Path, split: str = "test") -> Path:
     """Two questions with an image, two without."""
     rows = [
         {
@@ -55,7 +55,7 @@ def write_scienceqa(directory: Path) -> Path:
     ]
     texts = {name: arrow.string() for name in ("question", "hint", "task", "grade", "subject")}
     fields = {"image": IMAGE, "choices": arrow.list_(arrow.string()), "answer": arrow.int8(), **texts}
-    _write(directory / "data" / "test-00000-of-00001.parquet", rows, arrow.schema(list(fields.items())))
+    _write(directory / "data" / f"{split}-00000-of-00001.parquet", rows, arrow.schema(list(fields.items())))
     return directory
 
 
@@ -82,7 +82,7 @@ def write_scienceqa_json(directory: Path) -> Path:
     return directory
 
 
-def write_mmmu(directory: Path) -> Path:
+def write_mmmu(directory: Path, split: str = "validation") -> Path:
     """Two subjects: a choice with an image in its text, one with an image as an option, and an open question."""
     columns = ("id", "question", "options", "answer", "question_type")
     fields = [(name, arrow.string()) for name in columns] + [(f"image_{number}", IMAGE) for number in range(1, 8)]
@@ -93,16 +93,16 @@ def write_mmmu(directory: Path) -> Path:
         return cells | {f"image_{number}": _image(seed) for number, seed in enumerate(images, start=1)}
 
     art = [
-        row("validation_Art_1", "What does <image 1> show?", ["A ramp", "A wall"], "A", 1),
-        row("validation_Art_2", "Which is red?", ["<image 1>", "<image 2>"], "B", 2, 3),
+        row(f"{split}_Art_1", "What does <image 1> show?", ["A ramp", "A wall"], "A", 1),
+        row(f"{split}_Art_2", "Which is red?", ["<image 1>", "<image 2>"], "B", 2, 3),
     ]
-    maths = [row("validation_Math_1", "How tall is <image 1>?", [], "['84', '84.0 pixels']", 4)]
+    maths = [row(f"{split}_Math_1", "How tall is <image 1>?", [], "['84', '84.0 pixels']", 4)]
     subjects = {"Art": art, "Math": maths}
     for subject, rows in subjects.items():
-        _write(directory / subject / "validation-00000-of-00001.parquet", rows, arrow.schema(fields))
+        _write(directory / subject / f"{split}-00000-of-00001.parquet", rows, arrow.schema(fields))
     # The card as published tells `datasets` which columns are images, and which files are whose.
     features = [{"name": name, "dtype": "image" if kind == IMAGE else "string"} for name, kind in fields]
-    splits = {name: [{"split": "validation", "path": f"{name}/validation-*"}] for name in subjects}
+    splits = {name: [{"split": split, "path": f"{name}/{split}-*"}] for name in subjects}
     card = {
         "dataset_info": [{"config_name": name, "features": features} for name in subjects],
         "configs": [{"config_name": name, "data_files": files} for name, files in splits.items()],

@@ -1,7 +1,8 @@
-"""Video-MME (Fu et al., 2024, arXiv 2405.21075), as published on Hugging Face (lmms-lab/Video-MME), archives unpacked.
+"""Video-MME (Fu et al., 2024, arXiv 2405.21075), as published on Hugging Face (lmms-lab/Video-MME).
 
 Layout: videomme/test-*.parquet, data/<videoID>.mp4 (.MP4, .mkv) and subtitle/<videoID>.srt, as lmms-eval 0.7.3
-(tasks/videomme/utils.py) and VLMEvalKit (vlmeval/dataset/videomme.py, commit 00fff54) read it.
+(tasks/videomme/utils.py) and VLMEvalKit (vlmeval/dataset/videomme.py, commit 00fff54) read it. A video that is not in
+data/ is read from the published archives, videos_chunked_*.zip; subtitles must be unpacked.
 
 Prompt: "The common prompt used in our evaluation", README of MME-Benchmarks/Video-MME (commit 120729e), with or
 without subtitles. Rule: extract_characters_regex of BradyFU/Video-MME, evaluation/eval_your_results.py (commit
@@ -14,12 +15,13 @@ out of the accuracy; here they count as not right, in a column of their own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmarks.omni_eval.datasets.subtitles import subtitles_of
-from benchmarks.omni_eval.items import Item, Media, listing, parquet_rows, wrong_layout
-from benchmarks.omni_eval.scoring import alone, chosen
+from benchmarks.common.questions.datasets.subtitles import subtitles_of
+from benchmarks.common.questions.items import Item, Media, listing, parquet_rows, wrong_layout
+from benchmarks.common.questions.scoring import alone, chosen
 
 NAME = "Video-MME"
 SPLIT = "test"
@@ -32,6 +34,7 @@ INSTRUCTION = (
 )
 CLOSING = "The best answer is:"
 SUFFIXES = (".mp4", ".MP4", ".mkv")
+ARCHIVES = "videos_chunked_*.zip"
 PHRASES = (
     "The best answer is",
     "The correct answer is",
@@ -55,13 +58,14 @@ def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -
         raise wrong_layout(directory, NAME, f"videomme/{split}-*.parquet and data/*.mp4", listing(directory))
     if subtitles is not None and not any((directory / "subtitle").glob("*.srt")):
         raise wrong_layout(directory, NAME, "subtitle/*.srt", listing(directory / "subtitle"))
+    archived = _archived(directory)
     for row in parquet_rows(files, NAME, COLUMNS):
         name = row["question_id"]
         # Published as "A. Apples."
         choices = {option[:1]: option[2:].strip() for option in row["options"]}
         if row["answer"] not in choices:
             raise wrong_layout(directory, NAME, f"the answer of {name} among its options", repr(row["answer"]))
-        video = _video(directory, row["videoID"])
+        video = _video(directory, row["videoID"], archived)
         spoken = [] if subtitles is None else _spoken(directory, row["videoID"], video, subtitles)
         lines = [SUBTITLES, *spoken] if spoken else []
         groups = {
@@ -85,14 +89,28 @@ def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -
         )
 
 
-def _video(directory: Path, name: str) -> Path:
-    """The video's file; the first name where there is none, for `present` to name."""
+def _video(directory: Path, name: str, archived: Mapping[str, zipfile.Path]) -> Path | zipfile.Path:
+    """The video's file, or its member of an archive; the first name if there is none, for `present` to name."""
     places = [directory / "data" / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next((place for place in places if place.is_file()), places[0])
+    members = (archived[place.name] for place in places if place.name in archived)
+    return next((place for place in places if place.is_file()), next(members, places[0]))
 
 
-def _spoken(directory: Path, name: str, video: Path, frames: int) -> list[str]:
-    """Texts of a video's subtitles; none where it has no file, as 156 of the 900 videos."""
+def _archived(directory: Path) -> dict[str, zipfile.Path]:
+    """Videos in the published archives, by file name; the wrong layout if an archive cannot be read."""
+    found: dict[str, zipfile.Path] = {}
+    for place in sorted(directory.glob(ARCHIVES)):
+        try:
+            archive = zipfile.ZipFile(place)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise wrong_layout(place, NAME, "a zip archive", str(error)) from error
+        names = [name for name in archive.namelist() if name.endswith(SUFFIXES)]
+        found |= {name.rsplit("/", 1)[-1]: zipfile.Path(archive, name) for name in names}
+    return found
+
+
+def _spoken(directory: Path, name: str, video: Path | zipfile.Path, frames: int) -> list[str]:
+    """Texts of a video's subtitles; none if it has no file, as 156 of the 900 videos."""
     place = directory / "subtitle" / f"{name}.srt"
     return subtitles_of(place, video, frames, NAME) if place.is_file() and video.is_file() else []
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.omni_eval.datasets.air_bench_chat import CATEGORIES, figures, judgements, load, scores, summarise
-from tests.benchmarks.omni_eval.miniature import write_air_bench_chat
+from benchmarks.common.questions.datasets.air_bench_chat import CATEGORIES, figures, judgements, load, scores, summarise
+from tests.benchmarks.common.questions.miniature import write_air_bench_chat
 
 
 def test_a_judge_reads_both_answers_in_both_orders(tmp_path: Path) -> None:

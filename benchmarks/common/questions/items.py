@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ class Media:
     kind: str
     # As file name extension: png, wav, mp4.
     format: str
-    source: bytes | Path
+    # A member of an archive is read in its place.
+    source: bytes | Path | zipfile.Path
 
     def read(self) -> bytes:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()

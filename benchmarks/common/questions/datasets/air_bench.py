@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.omni_eval.items import Item, Media, listing, read_json, wrong_layout
-from benchmarks.omni_eval.scoring import alone, chosen
+from benchmarks.common.questions.items import Item, Media, listing, read_json, wrong_layout
+from benchmarks.common.questions.scoring import alone, chosen
 
 NAME = "AIR-Bench Foundation"
 SPLIT = "Foundation"

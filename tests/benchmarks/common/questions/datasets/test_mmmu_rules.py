@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.omni_eval.datasets.mmmu import prompt
-from benchmarks.omni_eval.datasets.mmmu_rules import choice, matches
+from benchmarks.common.questions.datasets.mmmu import prompt
+from benchmarks.common.questions.datasets.mmmu_rules import choice, matches
 
 CHOICES = {"A": "Oak", "B": "$6", "C": "a word", "D": "<image 1>"}
 # Few pieces each, so that orders and repetitions that tell the rules' steps apart are likely.

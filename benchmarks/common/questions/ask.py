@@ -9,8 +9,8 @@ from typing import Any
 
 import openai
 
-from benchmarks.omni_eval.answers import Answers
-from benchmarks.omni_eval.items import Item, Media
+from benchmarks.common.questions.answers import Answers
+from benchmarks.common.questions.items import Item, Media
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Gone, too slow, broken, or nobody there to ask. Any other status is about one request, and that request's own trouble.

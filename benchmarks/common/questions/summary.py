@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from scipy.stats import binomtest
 
-from benchmarks.omni_eval.items import Item
-from benchmarks.omni_eval.scoring import REFUSED, RIGHT, UNPARSED, WRONG, Score, outcome
+from benchmarks.common.questions.items import Item
+from benchmarks.common.questions.scoring import REFUSED, RIGHT, UNPARSED, WRONG, Score, outcome
 
 CONFIDENCE = 0.95
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from benchmarks.omni_eval.items import Item
+from benchmarks.common.questions.items import Item
 
 RIGHT, WRONG, UNPARSED, REFUSED = "right", "wrong", "unparsed", "refused"
 

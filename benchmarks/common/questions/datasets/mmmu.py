@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.omni_eval.datasets.mmmu_rules import choice, matches
-from benchmarks.omni_eval.items import Item, Media, embedded_image, lettered, listing, parquet_rows, wrong_layout
-from benchmarks.omni_eval.scoring import RIGHT, UNPARSED, WRONG, chosen
+from benchmarks.common.questions.datasets.mmmu_rules import choice, matches
+from benchmarks.common.questions.items import Item, Media, embedded_image, lettered, listing, parquet_rows, wrong_layout
+from benchmarks.common.questions.scoring import RIGHT, UNPARSED, WRONG, chosen
 
 NAME = "MMMU"
 SPLIT = "validation"

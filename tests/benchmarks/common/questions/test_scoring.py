@@ -2,11 +2,11 @@
 
 import pytest
 
-from benchmarks.omni_eval.datasets import air_bench, mmmu, scienceqa, video_mme
-from benchmarks.omni_eval.datasets.mmmu_rules import choice
-from benchmarks.omni_eval.items import Item
-from benchmarks.omni_eval.scoring import outcome
-from benchmarks.omni_eval.summary import figures, summarise
+from benchmarks.common.questions.datasets import air_bench, mmmu, scienceqa, video_mme
+from benchmarks.common.questions.datasets.mmmu_rules import choice
+from benchmarks.common.questions.items import Item
+from benchmarks.common.questions.scoring import outcome
+from benchmarks.common.questions.summary import figures, summarise
 
 CHOICES = {"A": "A tone", "B": "a word", "C": "noise", "D": "silence"}
 

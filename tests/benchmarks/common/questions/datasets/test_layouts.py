@@ -1,18 +1,18 @@
 """Local copies read in their published layouts, and refused in others."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from benchmarks.omni_eval.__main__ import BENCHMARKS
-from benchmarks.omni_eval.ask import content
-from benchmarks.omni_eval.datasets import air_bench, air_bench_chat, mmmu, scienceqa, video_mme
-from benchmarks.omni_eval.items import Media, present
+from benchmarks.common.questions.ask import content
+from benchmarks.common.questions.datasets import air_bench, air_bench_chat, mmmu, scienceqa, video_mme
+from benchmarks.common.questions.items import Media, present
 from morphoquant_vllm.errors import MorphoQuantError
-from tests.benchmarks.omni_eval.miniature import (
+from tests.benchmarks.common.questions.miniature import (
     WRITERS,
     write_air_bench,
     write_air_bench_chat,
@@ -21,6 +21,14 @@ from tests.benchmarks.omni_eval.miniature import (
     write_scienceqa_json,
     write_video_mme,
 )
+
+BENCHMARKS = {
+    "scienceqa": scienceqa,
+    "mmmu": mmmu,
+    "video-mme": video_mme,
+    "air-bench": air_bench,
+    "air-bench-chat": air_bench_chat,
+}
 
 
 def kinds(parts: tuple[str | Media, ...]) -> list[str]:
@@ -107,6 +115,23 @@ def test_video_mme_with_subtitles(tmp_path: Path) -> None:
     (directory / "subtitle" / "aBc-1.srt").unlink()
     with pytest.raises(MorphoQuantError, match=r"expected subtitle/\*.srt; found an empty folder"):
         asked(directory, 3)
+
+
+def test_a_video_is_read_from_its_archive(tmp_path: Path) -> None:
+    directory = write_video_mme(tmp_path)
+    videos = sorted((directory / "data").iterdir())
+    contents = [video.read_bytes() for video in videos]
+    with zipfile.ZipFile(directory / "videos_chunked_01.zip", "w") as archive:
+        for video in videos:
+            archive.write(video, f"data/{video.name}")
+            video.unlink()
+    items = present(list(video_mme.load(directory)), "Video-MME", skip=False)
+    media = [part for item in items for part in item.parts if isinstance(part, Media)]
+    assert [part.read() for part in media] == [contents[0], contents[0], contents[1]]
+    # Subtitles are told at frames of the video, whose length the archive's member says.
+    assert items == present(items, "Video-MME", skip=True) and len(asked(directory, 3)) == 3
+    (directory / "videos_chunked_01.zip").write_text("cut")
+    refused("video-mme", directory, "videos_chunked_01.zip", "expected a zip archive")
 
 
 def test_video_mme_in_another_container(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 from rich.table import Table
 from scipy.stats import t
 
-from benchmarks.omni_eval.datasets.air_bench import audio, entries
-from benchmarks.omni_eval.items import Item
-from benchmarks.omni_eval.scoring import REFUSED, UNPARSED
-from benchmarks.omni_eval.summary import CONFIDENCE, grouped, layout
+from benchmarks.common.questions.datasets.air_bench import audio, entries
+from benchmarks.common.questions.items import Item
+from benchmarks.common.questions.scoring import REFUSED, UNPARSED
+from benchmarks.common.questions.summary import CONFIDENCE, grouped, layout
 
 NAME = "AIR-Bench Chat"
 SPLIT = "Chat"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.omni_eval.items import (
+from benchmarks.common.questions.items import (
     Item,
     Media,
     embedded_image,
@@ -26,7 +26,7 @@ from benchmarks.omni_eval.items import (
     read_json,
     wrong_layout,
 )
-from benchmarks.omni_eval.scoring import chosen
+from benchmarks.common.questions.scoring import chosen
 
 NAME = "ScienceQA"
 SPLIT = "test"

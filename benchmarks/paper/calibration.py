@@ -1,0 +1,189 @@
+"""Data to calibrate on, and the calibration: `python -m calibration` in a process of its own.
+
+The paper calibrates on 128 samples and does not say which. Here they are: questions of ScienceQA's train split and of
+MMMU's dev split with their answers; and, since Video-MME and AIR-Bench publish a test split only, questions about a few
+of their videos and sounds, which are then left out of what every row is asked. Of a video a clip of evenly spaced
+frames is shown.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.files import digest, write_atomically
+from benchmarks.common.questions.ask import content
+from benchmarks.common.questions.items import Item, Media
+from benchmarks.common.server import until_parent_dies
+from benchmarks.paper.questions import BENCHMARKS, asked, hold_out, media_name, spread
+from morphoquant_vllm.errors import MorphoQuantError
+
+SAMPLES = 128
+# Of 16 samples: how many come from where.
+SHARES = {"scienceqa": 6, "mmmu": 4, "air-bench": 4, "video-mme": 2}
+TRAINING_SPLITS = {"scienceqa": "train", "mmmu": "dev"}
+# What a sample's media may be, so that it stays below MAX_TOKENS: 28 x 28 pixels are a token, 40 ms of sound.
+PIXELS = 1_500_000
+SOUND_SECONDS = 40.0
+MAX_TOKENS = 4096
+# For samples that are made here: some published sounds are broken.
+ARGUMENTS = ("--skip-bad", "--max-tokens", str(MAX_TOKENS))
+# A clip: frames, frames per second, longest side in pixels.
+FRAMES, RATE, SIDE = 16, 2, 448
+DATA_FILE, SOURCES_FILE, SECONDS_FILE, LOG_FILE = (
+    "calibration.jsonl",
+    "calibration.json",
+    "calibration_seconds.json",
+    "calibration.log",
+)
+CHECKPOINT = "checkpoint"
+TICK_SECONDS = 5
+
+
+def prepare(data: Path, output: Path, names: Sequence[str], options: Any) -> dict[str, Any]:
+    """Write the samples to OUTPUT unless they are there; return how many come from where and what was held out.
+
+    options: `hold_out`, `scienceqa`. Raises MorphoQuantError if a data set is not as published, or gives no sample.
+    """
+    place = output / SOURCES_FILE
+    if place.is_file():
+        known: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        return known
+    chosen: dict[str, list[Item]] = {}
+    for name in names:
+        count = SAMPLES * SHARES[name] // sum(SHARES.values())
+        if name in TRAINING_SPLITS or options.hold_out:
+            chosen[name] = samples(name, data, count, options)
+    held_out = {name: sorted(map(media_name, found)) for name, found in chosen.items() if name not in TRAINING_SPLITS}
+    items = [item for found in chosen.values() for item in found]
+    if not items:
+        raise MorphoQuantError(f"{data}: no calibration sample in it; give some with --calibration-data")
+    lines = [json.dumps({"messages": messages(item)}) + "\n" for item in items]
+    write_atomically(output / DATA_FILE, "".join(lines))
+    sources = {
+        "samples": {name: len(found) for name, found in chosen.items()},
+        "held_out": held_out,
+        "sha256": digest(lines),
+    }
+    # Last: its presence says that the samples are complete.
+    write_atomically(place, json.dumps(sources, indent=1) + "\n")
+    return sources
+
+
+def samples(name: str, data: Path, count: int, options: Any) -> list[Item]:
+    """Questions to calibrate on: of the split that is published for it, or of the few that are held out."""
+    benchmark = BENCHMARKS[name]
+    if name in TRAINING_SPLITS:
+        found = benchmark.reader.load(benchmark.directory(data), TRAINING_SPLITS[name])
+        return spread([item for item in found if fits(item)], count)
+    return hold_out(asked(benchmark, data, options), count, fits)
+
+
+def fits(item: Item) -> bool:
+    """Whether a question's media are there and small enough for a sample; of videos only the short ones are."""
+    from PIL import Image
+
+    pixels = 0
+    for part in item.parts:
+        if isinstance(part, str):
+            continue
+        if not isinstance(part.source, bytes) and not part.source.is_file():
+            return False
+        if part.kind == "image":
+            with Image.open(io.BytesIO(part.read())) as image:
+                pixels += image.width * image.height
+        elif part.kind == "audio" and not 0 < sound_seconds(part.read()) <= SOUND_SECONDS:
+            return False
+    return pixels <= PIXELS and item.groups.get("duration", "short") == "short"
+
+
+def sound_seconds(sound: bytes) -> float:
+    """Length of a sound; 0 if its file is broken, as some published ones are, or does not say."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(sound), "r") as container:
+            return (container.duration or 0) / av.time_base
+    except av.FFmpegError:
+        return 0.0
+
+
+def messages(item: Item) -> list[dict[str, Any]]:
+    """A question as it is asked, with clips for videos, and its answer."""
+    parts = tuple(
+        Media("video", "mp4", clip(part.read())) if isinstance(part, Media) and part.kind == "video" else part
+        for part in item.parts
+    )
+    return [
+        {"role": "user", "content": content(replace(item, parts=parts))},
+        {"role": "assistant", "content": item.answers[0]},
+    ]
+
+
+def clip(video: bytes) -> bytes:
+    """MPEG-4 of FRAMES evenly spaced frames of a video; MorphoQuantError if it cannot be decoded."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(video), "r") as container:
+            count = sum(1 for _ in container.decode(video=0))
+        wanted = set(spread(range(count), FRAMES))
+        with av.open(io.BytesIO(video), "r") as container:
+            frames = [frame for number, frame in enumerate(container.decode(video=0)) if number in wanted]
+        made = io.BytesIO()
+        scale = min(1.0, SIDE / max(frames[0].width, frames[0].height))
+        with av.open(made, "w", format="mp4") as container:
+            stream = container.add_stream("mpeg4", rate=RATE)
+            # Codecs take even sizes.
+            stream.width, stream.height = (int(side * scale) // 2 * 2 for side in (frames[0].width, frames[0].height))
+            stream.pix_fmt = "yuv420p"
+            for frame in frames:
+                image = frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise MorphoQuantError(f"a video to calibrate on cannot be decoded ({error}); pass --no-hold-out") from error
+    return made.getvalue()
+
+
+def is_calibrated(output: Path) -> bool:
+    """Whether the checkpoint is in its place, which it is only as a whole."""
+    return (output / CHECKPOINT / "config.json").is_file()
+
+
+def calibrate(model: Path, data: Sequence[Path], output: Path, arguments: Sequence[str]) -> float:
+    """Make OUTPUT/checkpoint unless it is there, going on where an earlier run was cut off; return the seconds it took.
+
+    Raises MorphoQuantError with calibration's last line if it fails. Time that passed between two runs is not counted.
+    """
+    place, log = output / SECONDS_FILE, output / LOG_FILE
+    seconds = float(json.loads(place.read_text())) if place.is_file() else 0.0
+    if is_calibrated(output):
+        return seconds
+    line = [*until_parent_dies(), sys.executable, "-m", "calibration", "calibrate", str(model)]
+    line += [word for path in data for word in ("--data", str(path))]
+    line += ["--output", str(output / CHECKPOINT), *arguments]
+    started = time.monotonic()
+    with log.open("ab") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(TICK_SECONDS)
+                # Kept as it grows: a killed run has spent it, too.
+                write_atomically(place, json.dumps(seconds + time.monotonic() - started))
+        finally:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        last = next(reversed(log.read_text(errors="replace").strip().splitlines()), "no message")
+        raise MorphoQuantError(f"calibration failed: {last.removeprefix('error: ')}; its log is {log}")
+    return seconds + time.monotonic() - started
