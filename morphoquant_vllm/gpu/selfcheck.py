@@ -1,7 +1,8 @@
 """Each kernel beside the torch reference on the GPU at hand, once in a process, while a first layer is loaded.
 
 Interpreter and binaries show much, but no GPU can be tested that is not at hand, and another release of Triton compiles
-another binary. A kernel that gives another result is refused with its layer instead of serving it.
+another binary. A kernel that gives another result is refused with its layer instead of serving it. They are launched as
+bound layers launch them (bound.py): what is checked is what serves.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import torch
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.gpu import launch, layout
+from morphoquant_vllm.gpu import bound, layout
 from morphoquant_vllm.gpu.device import Profile
+from morphoquant_vllm.gpu.product_launch import Product
+from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer
 from morphoquant_vllm.gpu.tiles import Tile
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
@@ -46,11 +49,13 @@ def problem_of_tile(
     weight = WeightRecord(packed, scale, channel_scale, constant)
     gain = torch.rand(ROWS, generator=generator) / 256
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
-    bound = linear_numerics.output_bound(codes, rows, weight, gain, expected)
+    allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
-    settings = (tile, splits, profile.inline_assembly, profile.pdl)
-    y = launch.matmul(codes.to(device), rows.to(device), prepared, gain.to(device) / 16, None, dtype, *settings)
-    error = float(((y.cpu().double() - expected.double()).abs() / bound).max())
+    product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
+    stream = bound.current_stream_of(device)
+    multiply = bound.BoundProduct(product, IN_FEATURES, None, dtype, tile, (splits,), stream)
+    y = multiply(codes.to(device), rows.to(device), prepared.absorbed_bias)
+    error = float(((y.cpu().double() - expected.double()).abs() / allowed).max())
     if error <= 1:
         return ""
     kind = "two-level scales" if tile.two_level else f"group_size {group_size}"
@@ -94,7 +99,9 @@ def problem_of_quantizer(
     x = (torch.randn((tokens, in_features * (1 + silu_mul)), generator=generator) * 4).to(dtype)
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
-    found = launch.quantize(x.to(device), modality.to(device), prepared, silu_mul, profile.pdl, profile.units)
+    quantizer = Quantizer(prepared, silu_mul, profile.pdl, profile.units)
+    quantize = bound.BoundQuantizer(quantizer, dtype, bound.current_stream_of(device))
+    found = quantize(x.to(device), modality.to(device))
     if silu_mul:
         gate, up = x.chunk(2, dim=1)
         x = torch.nn.functional.silu(gate) * up
@@ -115,7 +122,7 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
     group_size, two_level = layout.group_size_of(weight), weight.two_level
     problems = [
         problem_of_quantizer(activation.in_features, activation.in_order, tokens, silu_mul, dtype, device, profile)
-        for tokens in (3, launch.WHOLE_TOKENS)
+        for tokens in (3, WHOLE_TOKENS)
         for silu_mul in (False, True)
     ]
     problems += [
