@@ -30,7 +30,9 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     return list(layout.prepare_weight(weight)), list(layout.prepare_activation(activation))
 
 
-def bind(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> bound.BoundLayer:
+def bind(
+    weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> bound.BoundLayer | bound.PlainLayer:
     """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU.
 
     Raises MorphoQuantError for such a kernel.
@@ -39,7 +41,7 @@ def bind(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dt
 
     profile = device.profile_of(weight[0].device)
     prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
-    layer = bound.BoundLayer(*prepared, bias, dtype, profile)
+    layer = bound.bind(*prepared, bias, dtype, profile)
     selfcheck.check(*prepared, dtype, profile)
     return layer
 

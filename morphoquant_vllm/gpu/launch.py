@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.gpu.device import Profile
-from morphoquant_vllm.gpu.kernels.act_quant import quantize_in_order
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
 from morphoquant_vllm.gpu.product_launch import Product
-from morphoquant_vllm.gpu.quantize_launch import Quantizer, aligned
+from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer, aligned
 from morphoquant_vllm.gpu.tiles import Tile, splits_of
 
 
@@ -40,7 +39,7 @@ def quantize(
     if tokens:
         if x.stride(1) != 1:
             x = x.contiguous()
-        if quantizer.kernel(tokens) is quantize_in_order:
+        if quantizer.needs_alignment(tokens):
             x = aligned(x)
         quantizer.launch(x, modality, codes, rows).run()
     return codes, rows
@@ -95,3 +94,21 @@ def linear(
     return matmul(
         codes, rows, weight, activation.gain, bias, x.dtype, tile, splits, profile.inline_assembly, profile.pdl
     )
+
+
+def warm(
+    weight: GpuWeight, activation: GpuActivation, bias: Tensor | None, dtype: torch.dtype, profile: Profile
+) -> None:
+    """Compile, by running them, all kernels that this layer can need with activations of `dtype`."""
+    device = weight.codes.device
+    modality = torch.zeros(WHOLE_TOKENS, dtype=torch.int32, device=device)
+    for silu_mul in (True, False):
+        x = torch.zeros((WHOLE_TOKENS, activation.in_features * (1 + silu_mul)), dtype=dtype, device=device)
+        for tokens in (WHOLE_TOKENS, 1):
+            codes, rows = quantize(x[:tokens], modality, activation, silu_mul, profile.pdl, profile.units)
+    settings = (profile.inline_assembly, profile.pdl)
+    for tile in profile.architecture.tiles_of(group_size_of(weight), weight.two_level):
+        for splits in {1, min(tile.max_splits, 2)}:
+            # A layer with a bias may be called without it.
+            for term in {None, bias}:
+                matmul(codes, rows, weight, activation.gain, term, dtype, tile, splits, *settings)

@@ -1,33 +1,28 @@
-"""One launch of a kernel: described, run by Triton, or bound to a layer so that a call costs the host little.
+"""One launch of a kernel: described and run by Triton, or compiled, so that a call costs the host little.
 
-`Launch.run` goes through Triton's JIT: it binds some thirty arguments by name, asks each for its type and alignment and
-hashes the answers, at every call. `bind` does that once, while a layer is loaded, and keeps the compiled kernel with
-the arguments that stay the same. A call fills in the others and gives all to Triton's launcher for that kernel.
+`Launch.run` goes through Triton's JIT: at every call it binds some thirty arguments by name, asks each for its type and
+alignment, and hashes the answers. `compiled` does that once, while a layer is loaded, and keeps the kernel with the
+arguments that stay the same. Those that vary are the first ones of each kernel:
 
-    Launch(int4_gemm, grid, {"codes_ptr": codes, ..., "M": 1, ..., "BLOCK_N": 64}, {"num_warps": 4})
-        run()  -> by Triton
-        bind(launch, ("codes_ptr", "M"))  -> call(grid, stream, (codes, 1)): the same kernel, the same arguments
+    int4_gemm   codes_ptr, rows_ptr, out_ptr, M, splits | weight_ptr, scale_ptr, ..., N, K, G, P, ..., PDL
+                given at each call                      | kept, tensors as addresses
 
-A compiled kernel relies on what the arguments were when it was bound: which pointers and sizes are multiples of 16. So
-whoever varies an argument promises that it is one again; tests/morphoquant_vllm/gpu/test_bound.py holds them to it.
+A compiled kernel relies on what its arguments were then: which pointers and sizes are multiples of 16. Whoever varies
+one promises that it is one again, unless the kernel says that it is not specialised on it;
+tests/morphoquant_vllm/gpu/test_bound.py holds bound.py to that.
 
-The launcher's form is private to Triton (compat.TRITON_PARTS): the same in 3.6 to 3.9. Under another, and in Triton's
-interpreter, the JIT serves.
+The form of Triton's launcher is private to it (compat.PRIVATE_PARTS), and the same in 3.6 to 3.9. If it has another, as
+in Triton's interpreter, there is no compiled launch, and `Launch.run` serves.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 from triton import knobs
-
-logger = logging.getLogger("vllm.morphoquant_vllm.gpu.launcher")
 
 # What a launcher is given before the kernel's arguments. It may take those from the sixth on with the arguments.
 LEADING = (
@@ -35,9 +30,6 @@ LEADING = (
     *("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"),
 )
 NEEDED_BY_NAME = 5
-
-# grid of two sizes, stream, and the arguments that vary.
-Call = Callable[[tuple[int, int], int, Sequence[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -56,65 +48,39 @@ class Launch:
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 
-class JitCall:
-    """The launch through Triton's JIT, with other values for some arguments."""
+class CompiledLaunch:
+    """The launch of a compiled kernel. Tensors among the arguments that it keeps must outlive it at their addresses."""
 
-    def __init__(self, launch: Launch, varying: Sequence[str]) -> None:
-        self.kernel, self.options = launch.kernel, launch.options
-        # Nothing that varies is kept alive.
-        self.constant = {name: value for name, value in launch.arguments.items() if name not in varying}
-        self.varying = tuple(varying)
+    __slots__ = ("function", "kept", "kernel", "metadata", "start")
 
-    def __call__(self, grid: tuple[int, int], stream: int, values: Sequence[Any]) -> None:
-        """`stream` must be the current one: Triton asks for it."""
-        arguments = self.constant | dict(zip(self.varying, values, strict=True))
-        Launch(self.kernel, grid, arguments, self.options).run()
-
-
-class CompiledCall:
-    """The launch of a compiled kernel, without Triton's JIT. Constant tensors must outlive it at their addresses."""
-
-    __slots__ = ("arguments", "function", "kernel", "metadata", "places", "start")
-
-    def __init__(self, kernel: Any, launch: Launch, varying: Sequence[str]) -> None:
-        names = launch.kernel.arg_names
-        self.kernel = kernel
-        self.start = kernel.run
+    def __init__(self, kernel: Any, launch: Launch, varying: int) -> None:
+        """`varying`: how many of the kernel's arguments, from the first on, are given at each call."""
+        self.kernel, self.start = kernel, kernel.run
         self.function, self.metadata = kernel.function, kernel.packed_metadata
         # Addresses instead of tensors: Triton's launcher would ask the driver about each tensor.
-        self.arguments = [_address(launch.arguments[name]) for name in names]
-        self.places = tuple(names.index(name) for name in varying)
+        self.kept = tuple(_address(launch.arguments[name]) for name in launch.kernel.arg_names[varying:])
 
-    def __call__(self, grid: tuple[int, int], stream: int, values: Sequence[Any]) -> None:
-        arguments = self.arguments.copy()
-        for place, value in zip(self.places, values):  # noqa: B905 - this line runs for every launch
-            arguments[place] = value if type(value) is int else _address(value)
+    def __call__(self, first: int, second: int, stream: int, *values: Any) -> None:
+        """Launch on a grid [first, second], with addresses and sizes as the kernel's first arguments."""
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         described = None
         if _is_empty(enter) and _is_empty(leave):
             enter = leave = None
         else:
-            described = self.kernel.launch_metadata((*grid, 1), stream, *arguments)
-        self.start(*grid, 1, stream, self.function, self.metadata, described, enter, leave, *arguments)
+            described = self.kernel.launch_metadata((first, second, 1), stream, *values, *self.kept)
+        self.start(
+            *(first, second, 1, stream, self.function, self.metadata, described, enter, leave), *values, *self.kept
+        )
 
 
-def bind(launch: Launch, varying: Sequence[str]) -> Call:
-    """Run a launch once, and return a call of it that takes the `varying` arguments by position.
-
-    A varying pointer must stay a multiple of 16 bytes, and a size a multiple of 16, if it is one now: unless the kernel
-    says that it is not specialised on it.
-    """
+def compiled(launch: Launch, varying: int) -> CompiledLaunch | None:
+    """Run a launch once, and return it compiled, with its first `varying` arguments left open; None if it cannot be."""
     kernel = launch.run()
-    if kernel is None:
-        return JitCall(launch, varying)
-    if not has_known_form(kernel):
-        _say_that_the_jit_serves()
-        return JitCall(launch, varying)
-    return CompiledCall(kernel, launch, varying)
+    return CompiledLaunch(kernel, launch, varying) if has_known_form(kernel) else None
 
 
 def has_known_form(kernel: Any) -> bool:
-    """Whether a compiled kernel can be launched as `CompiledCall` does."""
+    """Whether a compiled kernel can be launched as `CompiledLaunch` does."""
     if not all(hasattr(kernel, name) for name in ("run", "function", "packed_metadata", "launch_metadata")):
         return False
     try:
@@ -125,17 +91,6 @@ def has_known_form(kernel: Any) -> bool:
         return False
     names = tuple(parameter.name for parameter in parameters[:-1])
     return len(names) >= NEEDED_BY_NAME and names == LEADING[: len(names)]
-
-
-@cache
-def _say_that_the_jit_serves() -> None:
-    import triton
-
-    logger.warning(
-        "Triton %s launches compiled kernels in a way that this release does not know: its slower launch serves. "
-        "Outside CUDA graphs prompts then wait for the CPU.",
-        triton.__version__,
-    )
 
 
 def _address(value: Any) -> Any:

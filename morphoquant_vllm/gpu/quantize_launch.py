@@ -71,6 +71,10 @@ class Quantizer:
         widest = WIDEST_SILU_TOKEN if self.silu_mul else WIDEST_TOKEN
         return quantize_tokens if triton.next_power_of_2(self.in_features) <= widest else quantize_activation
 
+    def needs_alignment(self, tokens: int) -> bool:
+        """Whether the kernel reads x as `aligned` makes it."""
+        return self.kernel(tokens) is quantize_in_order
+
     def programs(self, kernel: Any, tokens: int) -> tuple[int, int]:
         """How many programs there are, and how many tokens each takes."""
         parts = -(-self.in_features // QUANTIZE_BLOCK_K)

@@ -52,9 +52,7 @@ def problem_of_tile(
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
     product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
-    stream = bound.current_stream_of(device)
-    multiply = bound.BoundProduct(product, IN_FEATURES, None, dtype, tile, (splits,), stream)
-    y = multiply(codes.to(device), rows.to(device), prepared.absorbed_bias)
+    y = bound.multiplied(codes.to(device), rows.to(device), product, dtype, tile, splits)
     error = float(((y.cpu().double() - expected.double()).abs() / allowed).max())
     if error <= 1:
         return ""
@@ -100,8 +98,7 @@ def problem_of_quantizer(
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
     quantizer = Quantizer(prepared, silu_mul, profile.pdl, profile.units)
-    quantize = bound.BoundQuantizer(quantizer, dtype, bound.current_stream_of(device))
-    found = quantize(x.to(device), modality.to(device))
+    found = bound.quantized(x.to(device), modality.to(device), quantizer)
     if silu_mul:
         gate, up = x.chunk(2, dim=1)
         x = torch.nn.functional.silu(gate) * up

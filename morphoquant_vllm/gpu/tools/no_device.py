@@ -1,8 +1,8 @@
 """A driver for Triton that launches nothing: what a call costs the host is measured, and checked, without a GPU.
 
-Kernels are compiled for a real architecture, and all of Triton's own work at a launch is done, up to where its launcher
-is given the grid, the stream and the arguments. There `Launcher` stands in for it, with the same parameters. Tensors lie
-in the host's memory. So neither the driver's own time counts nor that of Triton's launcher in C, which converts them.
+Kernels are compiled for a real architecture, and Triton does all its work at a launch but the last step: its launcher
+is given grid, stream and arguments, and `Launcher` stands in for that, with the same parameters. Tensors lie in host
+memory. So neither the driver's own time counts nor that of Triton's launcher in C, which converts the arguments.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def no_device(capability: int) -> Iterator[None]:
 @contextmanager
 def noted() -> Iterator[list[Launched]]:
     """The launches from now on."""
-    Launcher.log = found = []
+    found: list[Launched] = []
+    Launcher.log = found
     try:
         yield found
     finally:
