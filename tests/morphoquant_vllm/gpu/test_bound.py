@@ -343,3 +343,16 @@ def test_layouts_of_scratch_do_not_overlap() -> None:
         assert codes >= 96 * count and rows >= 4 * count and parts == 4 * 3 * count * 50
         assert codes % bound.ALIGNMENT == rows % bound.ALIGNMENT == 0
     assert layout.UNIT_K % bound.ALIGNMENT == 0, "the codes of a token begin on 16 bytes"
+
+
+def test_two_level_scales_are_named_once_for_layers_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bound.logger, "propagate", True)
+    bound._say_that_two_level_is_faster.cache_clear()
+    with caplog.at_level("INFO", logger=bound.logger.name):
+        kept = [made(replace(CASE, two_level=True))]
+        assert not caplog.messages
+        kept += [made(CASE), made(CASE)]
+    (line,) = caplog.messages
+    assert "`morphoquant convert`" in line and len(kept) == 3
