@@ -1,9 +1,10 @@
 """Measure tiles on the GPU at hand and write a tile table: `python -m morphoquant_vllm.gpu.tools.autotune OUT`.
 
 For every range of tokens, and group size or two-level scales, the tile wins with which a layer's linears take least in
-all, each with its quantizer. Weights are not in the cache when they are used, as in a server. Only tiles whose binaries
-pass `proof` and whose results are the reference's are measured; they are compiled on all cores. Serve with
-MORPHOQUANT_TILES=OUT to use the table. Nothing in serving measures anything.
+all, each with its quantizer. Then the int8 path is measured beside the tiles found; see autotune_int8.py. Weights are
+not in the cache when they are used, as in a server. Only tiles whose binaries pass `proof` and whose results are the
+reference's are measured; they are compiled on all cores. Serve with MORPHOQUANT_TILES=OUT to use the table. Nothing in
+serving measures anything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import tiles
 from morphoquant_vllm.gpu.device import Profile, device_name, profile_of
 from morphoquant_vllm.gpu.layout import TILE_N, GpuActivation, GpuWeight, scale_words, tile_channels
-from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
+from morphoquant_vllm.gpu.tools import autotune_int8
+from morphoquant_vllm.gpu.tools.timing import cold_copies
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 # N, K of a 7B model's linears: qkv, o, gate_up, down.
@@ -183,10 +186,45 @@ def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Pro
     return replace(best, reason=f"measured on {torch.cuda.get_device_name(device)} at M = {tokens}: {found}")
 
 
-def write_table(name: str, found: list[Tile], output: Path) -> None:
+def best_int8(found: list[Tile], target: str, profile: Profile, device: torch.device) -> Int8Tile:
+    """The int8 path's tile, and from how many tokens it serves; `found` are the tiles of the other path.
+
+    Raises MorphoQuantError if no tile passes the proofs.
+    """
+    jobs = [(tile, target) for tile in autotune_int8.candidates(profile.architecture.int8.descriptors)]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        variants = list(itertools.chain(*pool.map(autotune_int8.compiled, jobs, chunksize=1)))
+    if not variants:
+        raise MorphoQuantError("no tile of the int8 path passes the proofs; keep the table")
+    weights = weights_of(GROUP_SIZES[0], True, device)
+    others = replace(profile.architecture, tiles=tuple(found))
+
+    def time(tile: Int8Tile, tokens: int) -> float:
+        activations = [plain_activation(*shape, device) for shape in SHAPES]
+        return sum(
+            autotune_int8.milliseconds(tile, tokens, copies, activation, profile)
+            for copies, activation in zip(weights, activations, strict=True)
+        )
+
+    def other(tokens: int) -> float:
+        tile = others.tile(tokens, GROUP_SIZES[0], two_level=True)
+        return sum(milliseconds(tile, tokens, copies, profile) for copies in weights)
+
+    return autotune_int8.best(variants, time, other, torch.cuda.get_device_name(device))
+
+
+def weights_of(group_size: int, two_level: bool, device: torch.device) -> list[list[GpuWeight]]:
+    """For each of SHAPES as many layers as the cache does not hold."""
+    return [
+        [random_weight(*shape, group_size, two_level, device) for _ in range(cold_copies(shape[0] * shape[1] // 2))]
+        for shape in SHAPES
+    ]
+
+
+def write_table(name: str, found: list[Tile], int8: Int8Tile, output: Path) -> None:
     """The table in force with other tiles for the architecture `name`, written whole or not at all."""
     table = {key: asdict(item) for key, item in tiles.architectures().items()}
-    table[name]["tiles"] = [asdict(tile) for tile in found]
+    table[name] |= {"tiles": [asdict(tile) for tile in found], "int8": asdict(int8)}
     for entry in table.values():
         del entry["name"]
     staged = output.with_name(output.name + ".part")
@@ -201,8 +239,6 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
         raise MorphoQuantError("no GPU is at hand: tiles can only be measured on one")
     if not output.absolute().parent.is_dir():
         raise MorphoQuantError(f"{output}: the directory does not exist; make it first")
-    from morphoquant_vllm.gpu.tools.timing import cold_copies
-
     device = torch.device("cuda", torch.cuda.current_device())
     profile = profile_of(device)
     name = device_name(device)
@@ -214,10 +250,7 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
     print(f"{len(jobs)} tiles compiled, {sum(map(bool, sounds))} pass the proofs", flush=True)
     found = []
     for group_size, two_level in kinds:
-        weights = [
-            [random_weight(*shape, group_size, two_level, device) for _ in range(cold_copies(shape[0] * shape[1] // 2))]
-            for shape in SHAPES
-        ]
+        weights = weights_of(group_size, two_level, device)
         for tokens in RANGES:
             variants = [
                 variant
@@ -230,7 +263,10 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
             found.append(best_tile(variants, weights, profile, device))
             kind = "two-level scales" if two_level else f"G = {group_size}"
             print(f"M <= {tokens} {kind}: {found[-1].reason}", flush=True)
-    write_table(profile.architecture.name, found, output)
+    weights.clear()
+    int8 = best_int8(found, target, profile, device)
+    print(f"int8 path from M = {int8.min_tokens}: {int8.reason}", flush=True)
+    write_table(profile.architecture.name, found, int8, output)
 
 
 if __name__ == "__main__":
