@@ -76,9 +76,12 @@ def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.devic
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
     bound = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
-    workspace = torch.empty(int8_path.workspace_bytes(prepared), dtype=torch.int8, device=device)
-    int8_path.unpack(prepared, workspace, inline_assembly=profile.inline_assembly, pdl=profile.pdl)
-    unpacked = int8_path.unpacked(prepared, workspace)[:OUT_FEATURES, :IN_FEATURES].cpu()
+    workspace, differing = None, 0.0
+    if not tile.fused:
+        workspace = torch.empty(int8_path.workspace_bytes(prepared), dtype=torch.int8, device=device)
+        int8_path.unpack(prepared, workspace, inline_assembly=profile.inline_assembly, pdl=profile.pdl)
+        unpacked = int8_path.unpacked(prepared, workspace)[:OUT_FEATURES, :IN_FEATURES].cpu()
+        differing = float((unpacked != times_group(weight.codes, weight.scale)).float().mean())
     y = int8_path.int8_matmul(
         codes=codes.to(device),
         rows=rows.to(device),
@@ -90,7 +93,6 @@ def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.devic
         tile=tile,
         pdl=profile.pdl,
     )
-    differing = float((unpacked != times_group(weight.codes, weight.scale)).float().mean())
     error = float(((y.cpu().double() - expected.double()).abs() / bound).max())
     if not differing and error <= 1:
         return ""

@@ -46,7 +46,7 @@ def test_two_level_scales_are_a_word_for_128_channels_in_two_steps_a_turn(group_
 
 
 def test_the_int8_path_unpacks_first_and_then_multiplies() -> None:
-    tile = Int8Tile(None, 128, 128, 128, 8, 3, True, 2, "test")
+    tile = Int8Tile(None, 128, 128, 128, 8, 3, True, False, 2, "test")
     unpacking = dataclasses.replace(USED, threads=256, instructions=("LDG",) * 200)
     used = dataclasses.replace(USED, threads=256, loop=("IGMMA",) * 80)
     gpu = GPUS["H100"]

@@ -191,13 +191,15 @@ def best_int8(found: list[Tile], target: str, profile: Profile, device: torch.de
 
     Raises MorphoQuantError if no tile passes the proofs.
     """
-    jobs = [(tile, target) for tile in autotune_int8.candidates(profile.architecture.int8.descriptors)]
+    architecture = profile.architecture
+    tried = autotune_int8.candidates(architecture.int8.descriptors, fused=architecture.name == "sm_90")
+    jobs = [(tile, target) for tile in tried]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         variants = list(itertools.chain(*pool.map(autotune_int8.compiled, jobs, chunksize=1)))
     if not variants:
         raise MorphoQuantError("no tile of the int8 path passes the proofs; keep the table")
     weights = weights_of(GROUP_SIZES[0], True, device)
-    others = replace(profile.architecture, tiles=tuple(found))
+    others = replace(architecture, tiles=tuple(found))
 
     def time(tile: Int8Tile, tokens: int) -> float:
         activations = [plain_activation(*shape, device) for shape in SHAPES]

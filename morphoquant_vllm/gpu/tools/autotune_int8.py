@@ -11,7 +11,7 @@ import torch
 
 from morphoquant_vllm.gpu.device import Profile, profile_of
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight
-from morphoquant_vllm.gpu.tiles import Int8Tile
+from morphoquant_vllm.gpu.tiles import FUSED, Int8Tile
 
 # At which the tile is chosen.
 TOKENS = 2048
@@ -23,10 +23,15 @@ BLOCKS_K = (64, 128)
 STAGES = (2, 3, 4)
 
 
-def candidates(descriptors: bool) -> Iterator[Int8Tile]:
-    """Tiles to try."""
+def candidates(descriptors: bool, fused: bool) -> Iterator[Int8Tile]:
+    """Tiles to try; `fused`: those of the fused kernel too."""
     for (block_n, block_m, warps), block_k, stages in itertools.product(SHAPES, BLOCKS_K, STAGES):
-        yield Int8Tile(None, block_n, block_m, block_k, warps, stages, descriptors, programs_per_unit=1, reason="")
+        yield Int8Tile(
+            None, block_n, block_m, block_k, warps, stages, descriptors, False, programs_per_unit=1, reason=""
+        )
+    for block_m, stages in itertools.product((128, 256) if fused else (), (3, 4)):
+        block_n, block_k, warps = FUSED
+        yield Int8Tile(None, block_n, block_m, block_k, warps, stages, False, True, programs_per_unit=1, reason="")
 
 
 def compiled(job: tuple[Int8Tile, str]) -> list[Int8Tile]:
@@ -75,7 +80,8 @@ def milliseconds(
 
     def linear(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
         codes, rows = launch.quantize(x, modality, activation, False, profile.pdl, profile.units)
-        int8_path.unpack(weight, workspace, inline_assembly=profile.inline_assembly, pdl=profile.pdl)
+        if not tile.fused:
+            int8_path.unpack(weight, workspace, inline_assembly=profile.inline_assembly, pdl=profile.pdl)
         return int8_path.int8_matmul(
             codes=codes,
             rows=rows,

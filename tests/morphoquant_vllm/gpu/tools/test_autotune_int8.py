@@ -8,12 +8,13 @@ from morphoquant_vllm.gpu.tools import autotune_int8
 
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_every_candidate_is_a_tile_that_the_table_takes(descriptors: bool) -> None:
-    tried = list(autotune_int8.candidates(descriptors))
+    tried = list(autotune_int8.candidates(descriptors, fused=descriptors))
     assert len(tried) == len(set(tried)) >= 8
     for candidate in tried:
         candidate.check("candidate")
-        assert candidate.descriptors == descriptors
+        assert candidate.fused or candidate.descriptors == descriptors
         assert candidate.min_tokens is None
+    assert any(candidate.fused for candidate in tried) == descriptors
 
 
 def test_the_path_serves_from_where_it_always_wins() -> None:
@@ -24,7 +25,7 @@ def test_the_path_serves_from_where_it_always_wins() -> None:
 
 
 def test_the_fastest_tile_is_written_with_what_was_measured() -> None:
-    slow, fast = list(autotune_int8.candidates(True))[:2]
+    slow, fast = list(autotune_int8.candidates(True, fused=False))[:2]
 
     def time(tile: tiles.Int8Tile, tokens: int) -> float:
         return (0.2 if tile == slow else 0.1) + tokens / 1e4
