@@ -13,12 +13,22 @@
     backend     a key of BACKENDS; its `prepare` made the records
     gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
 
+Layers in vLLM are bound to their backend when they are loaded, by `bind`, and called by a handle:
+
+    morphoquant::bound_linear(x, modality, handle, bias)                -> y [M, N], as `linear`
+    morphoquant::bound_silu_mul_linear(gate_up, modality, handle, bias) -> y [M, N], as `silu_mul_linear`
+
+    handle      the layer's own absorbed_bias, float32 [R, N]: where it lies says which layer it is
+
+So a call looks one address up. A graph takes the handle as it takes any weight: layers share compiled graphs, a cached
+graph serves the next process, and a layer lives as long as its handle. It must be passed as it is, not a copy.
+
 lm_head has its own. They run if the backend of the device of x has a `head`:
 
     morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit one, see numerics/head.py
     morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit one, for weights that the backend serves
 
-The other signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
+The signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
 out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
 """
 
@@ -31,6 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from morphoquant_vllm import handles
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
@@ -52,8 +63,7 @@ def _has_no_instructions() -> str:
     return ""
 
 
-def _needs_no_warming(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
-    """The warm-up of a backend that compiles nothing."""
+Bind = Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], handles.Bound]
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class Backend:
     # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
     check: Callable[[str, WeightRecord, ActivationRecord, torch.dtype], None] = _takes_any_layer
     # Compile for prepared records, a bias and a dtype of activations whatever would else be compiled during a request.
-    warm: Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], None] = _needs_no_warming
+    # None for a backend that has nothing to prepare for its calls.
+    bind: Bind | None = None
     # The layer with silu(gate) * up before it, where that costs the backend less than two steps do.
     silu_mul_linear: Linear | None = None
     # lm_head, if the backend computes it; elsewhere vLLM's own does.
@@ -137,7 +148,7 @@ BACKENDS = {
         act_quant=_triton_act_quant,
         linear=_triton_linear,
         check=gpu_backend.check,
-        warm=gpu_backend.warm,
+        bind=gpu_backend.bind,
         silu_mul_linear=_triton_silu_mul_linear,
     ),
     "cpu": Backend(
@@ -159,6 +170,37 @@ def select_backend(device: torch.device) -> str:
     if device.type == "cpu" and cpu.available():
         return "cpu"
     return BACKEND_OF_DEVICE.get(device.type, "reference")
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A layer of a backend that does not bind layers itself."""
+
+    backend: str
+    weight: list[Tensor]
+    activation: list[Tensor]
+
+    def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        return BACKENDS[self.backend].linear(x, modality, [*self.weight, handle], self.activation, bias)
+
+    def silu_mul_linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        return _silu_mul_linear(x, modality, [*self.weight, handle], self.activation, bias, self.backend)
+
+
+def bind(
+    weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Bind a layer, of prepared records and the bias that it may be called with, and return its handle.
+
+    It takes the place of the weight record's last tensor, and mostly is that tensor. The layer is freed with it.
+    """
+    *rest, handle = weight
+    if handles.is_taken(handle):
+        # Another layer has the same tensor.
+        handle = handle.clone()
+    own = BACKENDS[backend].bind
+    handles.keep(handle, own([*rest, handle], activation, bias, dtype) if own else _Plain(backend, rest, activation))
+    return handle
 
 
 def _check_inputs(x: Tensor, modality: Tensor) -> None:
@@ -194,6 +236,16 @@ def _silu_mul_linear(
     return BACKENDS[backend].linear(silu(gate) * up, modality, weight, activation, bias)
 
 
+def _bound_linear(x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+    _check_inputs(x, modality)
+    return handles.layer_of(handle).linear(x, modality, handle, bias)
+
+
+def _bound_silu_mul_linear(gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+    _check_inputs(gate_up, modality)
+    return handles.layer_of(handle).silu_mul_linear(gate_up, modality, handle, bias)
+
+
 def _head_of(x: Tensor) -> Head:
     found = BACKENDS[select_backend(x.device)].head
     if found is None:
@@ -217,6 +269,10 @@ def _linear_fake(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight[-1].shape[-1]))
+
+
+def _bound_fake(x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], handle.shape[1]))
 
 
 def _head_fake(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -248,6 +304,18 @@ for _name, _schema, _implementation, _fake in (
         _silu_mul_linear,
         _linear_fake,
     ),
+    (
+        "bound_linear",
+        "(Tensor x, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
+        _bound_linear,
+        _bound_fake,
+    ),
+    (
+        "bound_silu_mul_linear",
+        "(Tensor gate_up, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
+        _bound_silu_mul_linear,
+        _bound_fake,
+    ),
     ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", _head, _head_fake),
     ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", _head_bfloat16, _head_bfloat16_fake),
 ):
@@ -258,5 +326,7 @@ for _name, _schema, _implementation, _fake in (
 act_quant = torch.ops.morphoquant.act_quant
 linear = torch.ops.morphoquant.linear
 silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
+bound_linear = torch.ops.morphoquant.bound_linear
+bound_silu_mul_linear = torch.ops.morphoquant.bound_silu_mul_linear
 head = torch.ops.morphoquant.head
 head_bfloat16 = torch.ops.morphoquant.head_bfloat16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from morphoquant_vllm.gpu import device, layout
 from morphoquant_vllm.gpu import load_checks as checks
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
+
+if TYPE_CHECKING:
+    from morphoquant_vllm.gpu import bound
 
 # Tensors of a weight and an activation record, as `prepare` makes them.
 RECORD_SIZES = (len(layout.GpuWeight._fields), len(layout.GpuActivation._fields))
@@ -25,14 +30,20 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     return list(layout.prepare_weight(weight)), list(layout.prepare_activation(activation))
 
 
-def warm(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
-    """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU."""
-    from morphoquant_vllm.gpu import launch, selfcheck
+def bind(
+    weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> bound.BoundLayer | bound.PlainLayer:
+    """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU.
+
+    Raises MorphoQuantError for such a kernel.
+    """
+    from morphoquant_vllm.gpu import bound, selfcheck
 
     profile = device.profile_of(weight[0].device)
     prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
-    launch.warm(*prepared, bias, dtype, profile)
+    layer = bound.bind(*prepared, bias, dtype, profile)
     selfcheck.check(*prepared, dtype, profile)
+    return layer
 
 
 def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:

@@ -6,6 +6,10 @@ and gathered in shared memory: each gathered load from memory takes a sector of 
 serves many tokens whose channels come in channel order (mlp_channel_order.py): a program quantizes the same channels of
 several tokens, whose tables then lie in the cache of its multiprocessor.
 
+    x [M, K] --by order--> x - centre --times inverse--> clamp, round --> codes [M, K]
+                 |                 of the token's row: its modality's, or the last one's
+                 +--> intervals of a few channels: is it massive? --> rows [M]
+
 The order of float32 operations is that of numerics.activation: subtract, multiply, round half to even, clamp.
 Clamping first gives the same codes, since the limits are integers, and keeps the rounding constant valid.
 SILU_MUL: what is quantized is silu(gate) * up of x = [gate, up].
@@ -81,6 +85,9 @@ def codes_of(x, centre, inverse, limit):
 def quantize_activation(
     x_ptr,  # [M, K], rows x_stride elements apart; with SILU_MUL [M, 2K]
     modality_ptr,  # int32 [M]
+    codes_ptr,  # int8 [M, K], written
+    rows_ptr,  # int32 [M], written
+    x_stride,
     inverse_ptr,  # float32 [R, K]
     centre_ptr,  # float32 [R, K]
     limit_ptr,  # int8 [R, K]: the highest code; the lowest is -1 - limit
@@ -88,9 +95,6 @@ def quantize_activation(
     massive_channel_ptr,  # int32 [B, J]
     massive_low_ptr,  # float32 [B, J]
     massive_high_ptr,  # float32 [B, J]
-    codes_ptr,  # int8 [M, K], written
-    rows_ptr,  # int32 [M], written
-    x_stride,
     K,
     R,
     B: tl.constexpr,
@@ -138,6 +142,11 @@ def quantize_activation(
 def quantize_tokens(
     x_ptr,
     modality_ptr,
+    codes_ptr,
+    rows_ptr,
+    x_stride,
+    M,
+    tokens,
     inverse_ptr,
     centre_ptr,
     limit_ptr,
@@ -145,13 +154,8 @@ def quantize_tokens(
     massive_channel_ptr,
     massive_low_ptr,
     massive_high_ptr,
-    codes_ptr,
-    rows_ptr,
-    x_stride,
     K,
     R,
-    M,
-    tokens,
     B: tl.constexpr,
     J: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -159,7 +163,7 @@ def quantize_tokens(
     SILU_MUL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All codes of `tokens` tokens, BLOCK_K at a time; arguments as above, WIDTH a power of two from K on.
+    """All codes of `tokens` tokens, BLOCK_K at a time; arguments as `quantize_activation`'s, WIDTH a power of two >= K.
 
     Grid (M / tokens). Of narrow layers the tables stay in a cache from one token to the next.
     """
@@ -192,26 +196,26 @@ def quantize_tokens(
 def quantize_in_order(
     x_ptr,
     modality_ptr,
+    codes_ptr,
+    rows_ptr,
+    x_stride,
+    M,
+    tokens,
     inverse_ptr,
     centre_ptr,
     limit_ptr,
     massive_channel_ptr,
     massive_low_ptr,
     massive_high_ptr,
-    codes_ptr,
-    rows_ptr,
-    x_stride,
     K,
     R,
-    M,
-    tokens,
     B: tl.constexpr,
     J: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SILU_MUL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_K codes of each of `tokens` tokens; arguments as above; grid (M / tokens * tiles of K).
+    """BLOCK_K codes of each of `tokens` tokens; arguments as `quantize_activation`'s; grid (M / tokens * tiles of K).
 
     Tokens begin on 16 bytes, unlike those of the other quantizers: they are read 16 bytes at a time.
     """

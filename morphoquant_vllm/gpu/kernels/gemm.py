@@ -9,12 +9,10 @@ units want their left operand, and a few tokens waste less of the narrow side. S
 import triton
 import triton.language as tl
 
-from morphoquant_vllm.gpu.kernels.epilogue import output_terms, write_output, write_parts
+from morphoquant_vllm.gpu.kernels.epilogue import PART_M, output_terms, write_output, write_parts
 from morphoquant_vllm.gpu.kernels.gemm_two_level import two_level_sums
 from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
 
-# Tokens whose outputs are finished at a time, with two-level scales.
-TWO_LEVEL_PART_M = tl.constexpr(32)
 # Tokens up to which a tile's gains and absorbed biases are read before the loop: of few they fit in registers, and at
 # decode the loop is so short that reading them after it would be felt.
 EARLY_M = tl.constexpr(16)
@@ -99,18 +97,18 @@ def group_sums(
 @triton.jit(do_not_specialize=["M", "splits"])
 def int4_gemm(
     codes_ptr,  # int8 [M, K]
+    rows_ptr,  # int32 [M]
+    out_ptr,  # y [M, N], or with PARTIAL the parts' sums, float32 (TWO_LEVEL: int32) [splits, M, N]
+    M,
+    splits,
     weight_ptr,  # int8 [N/TILE_N, K/P, TILE_N, P/2]
     scale_ptr,  # int32 or float32 [K/P, N rounded up to TILE_N]; TWO_LEVEL: int32 [K/2P, same]; see layout.py
     channel_scale_ptr,  # float32 [N], times 16; with TWO_LEVEL
-    rows_ptr,  # int32 [M]
     gain_ptr,  # float32 [R], divided by 16
     absorbed_bias_ptr,  # float32 [R, N]
     bias_ptr,  # [N] or unused
-    out_ptr,  # y [M, N], or with PARTIAL the parts' sums, float32 (TWO_LEVEL: int32) [splits, M, N]
-    M,
     N,
     K,
-    splits,
     G: tl.constexpr,
     P: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -217,7 +215,7 @@ def int4_gemm(
         write_output(acc, gain, constant, m, n, channel_scale_ptr, bias_ptr, out_ptr, M, N, HAS_BIAS, TWO_LEVEL)
     else:
         # Without a second accumulator in the loop the ending would need the most registers.
-        PART_M: tl.constexpr = min(BLOCK_M, TWO_LEVEL_PART_M) if TWO_LEVEL else BLOCK_M
+        TOGETHER: tl.constexpr = min(BLOCK_M, PART_M) if TWO_LEVEL else BLOCK_M
         write_parts(
             acc,
             tile_m * BLOCK_M,
@@ -232,7 +230,7 @@ def int4_gemm(
             N,
             BLOCK_N,
             BLOCK_M,
-            PART_M,
+            TOGETHER,
             HAS_BIAS,
             TWO_LEVEL,
         )

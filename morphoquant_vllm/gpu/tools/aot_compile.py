@@ -7,14 +7,18 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from morphoquant_vllm.gpu import launch
+from morphoquant_vllm.gpu import int8_path, product_launch, quantize_launch
 from morphoquant_vllm.gpu.device import OLDEST_PDL
 from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
+from morphoquant_vllm.gpu.kernels.fused_int8 import fused_int8
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
+from morphoquant_vllm.gpu.kernels.int8_gemm import int8_gemm
 from morphoquant_vllm.gpu.kernels.reduce_splits import reduce_splits
+from morphoquant_vllm.gpu.kernels.unpack_int8 import unpack_int8
 from morphoquant_vllm.gpu.layout import TILE_N, tile_channels
-from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,7 +52,7 @@ def build(
     a launch would find them: without that Triton builds another, slower kernel.
     """
     names = kernel.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
@@ -69,7 +73,7 @@ def build_gemm(
     even_k: bool = True,
     aligned: bool = True,
 ) -> CompiledKernel:
-    """The matrix kernel with the constants that `launch.matmul` would give it. `aligned` False: as if none were."""
+    """The matrix kernel with the constants that `product_launch` would give it. `aligned` False: as if none were."""
     pointers = {
         "codes_ptr": "*i8",
         "weight_ptr": "*i8",
@@ -88,7 +92,7 @@ def build_gemm(
         "BLOCK_N": tile.block_n,
         "BLOCK_M": tile.block_m,
         "PARTIAL": partial,
-        "GROUP_M": launch.GROUP_M,
+        "GROUP_M": product_launch.GROUP_M,
         "EVEN_K": even_k,
         "HAS_BIAS": has_bias,
         "ASM": TARGETS[target].backend == "cuda",
@@ -144,7 +148,11 @@ def build_quantize(
     constants = {"B": blocks, "J": 4, "SILU_MUL": silu_mul, "PDL": pdl(target)}
     if kernel is quantize_activation:
         constants["IN_ORDER"] = in_order
-    whole = {"WIDTH": width, "BLOCK_K": launch.gather_block(width)} if width else {"BLOCK_K": launch.QUANTIZE_BLOCK_K}
+    whole = (
+        {"WIDTH": width, "BLOCK_K": quantize_launch.gather_block(width)}
+        if width
+        else {"BLOCK_K": quantize_launch.QUANTIZE_BLOCK_K}
+    )
     sizes = ("x_stride", "K", "R", *(("M", "tokens") if width or many else ()))
     return build(
         kernel,
@@ -152,7 +160,7 @@ def build_quantize(
         constants | whole,
         (*aligned, "K", *(("x_stride",) if many else ())),
         target,
-        num_warps=launch.GATHER_WARPS if width else launch.QUANTIZE_WARPS,
+        num_warps=quantize_launch.GATHER_WARPS if width else quantize_launch.QUANTIZE_WARPS,
         enable_fp_fusion=fusion,
     )
 
@@ -173,9 +181,74 @@ def build_reduce(
     return build(
         reduce_splits,
         pointers | dict.fromkeys(("M", "N", "splits"), "i32"),
-        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level, "PDL": pdl(target)},
+        {"BLOCK_N": product_launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level, "PDL": pdl(target)},
         (*pointers, "N"),
         target,
         num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def build_unpack(target: str) -> CompiledKernel:
+    """The kernel that unpacks a layer into int8, as `int8_path.unpack_launch` launches it."""
+    pointers = {"weight_ptr": "*i8", "level_ptr": "*i32", "out_ptr": "*i8"}
+    nvidia = TARGETS[target].backend == "cuda"
+    constants = {
+        "P": tile_channels(0, two_level=True),
+        "TILE_N": TILE_N,
+        "ASM": nvidia,
+        "PDL": pdl(target),
+    }
+    return build(
+        unpack_int8,
+        pointers | {"padded_n": "i32", "turns": "i32"},
+        constants,
+        (*pointers, "padded_n"),
+        target,
+        num_warps=int8_path.UNPACK_WARPS["nvidia" if nvidia else "amd"],
+        # It has no float operation.
+        enable_fp_fusion=False,
+    )
+
+
+def build_int8_gemm(
+    target: str, tile: Int8Tile, *, dtype: str = "bfloat16", has_bias: bool = False, even_k: bool = True
+) -> CompiledKernel:
+    """The product of the int8 path with the constants that `int8_path.gemm_launch` would give it."""
+    pointers = {
+        "channel_scale_ptr": "*fp32",
+        "rows_ptr": "*i32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+        "out_ptr": TYPES[dtype],
+    }
+    operands = {"codes": "*i8", "weights": "*i8"}
+    if tile.fused:
+        operands = {"codes_ptr": "*i8", "weight_ptr": "*i8", "level_ptr": "*i32"}
+    elif tile.descriptors:
+        operands = {
+            "codes": f"tensordesc<i8[{tile.block_m}, {tile.block_k}]>",
+            "weights": f"tensordesc<i8[{tile.block_n}, {tile.block_k}]>",
+        }
+    constants = {
+        "BLOCK_M": tile.block_m,
+        "GROUP_M": int8_path.GROUP_M,
+        "STAGES": tile.stages,
+        "EVEN_K": even_k,
+        "HAS_BIAS": has_bias,
+        "PDL": pdl(target),
+    }
+    sizes = ["N", "K"]
+    if not tile.fused:
+        constants |= {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "DESCRIPTORS": tile.descriptors}
+        sizes.append("padded_k")
+    return build(
+        fused_int8 if tile.fused else int8_gemm,
+        operands | pointers | dict.fromkeys(("M", *sizes), "i32"),
+        constants,
+        (*(() if tile.descriptors else operands), *pointers, *sizes),
+        target,
+        num_warps=tile.warps,
         enable_fp_fusion=True,
     )

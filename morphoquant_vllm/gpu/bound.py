@@ -1,0 +1,182 @@
+"""A layer bound to its kernels when it is loaded, so that a call costs the host little: one for each layer.
+
+    load   BoundLayer(...)  every kernel that the layer can need is compiled, run once, and kept
+    call   M --bisect--> product of its tile --table--> splits of K
+           allocate y and one scratch -> launch the quantizer, the product, (the reduction)
+           from the M of the tile table's int8 entry: the quantizer, the unpacking, the int8 product
+
+    scratch   | codes int8 [M, K] | rows int32 [M] | parts of a split K, 32 bits [splits, M, N] |
+
+In a call nothing is hashed, and Triton and the driver are asked for the current stream alone. What is allocated depends
+on shapes and the order of calls alone, so that a captured CUDA graph replays into the same memory.
+
+Inputs that the compiled kernels do not fit, of another dtype or without a stride of 1, go through launch.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from bisect import bisect_left
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from morphoquant_vllm import environment
+from morphoquant_vllm.gpu import launch
+from morphoquant_vllm.gpu.bound_int8 import BoundInt8
+from morphoquant_vllm.gpu.bound_kernels import BoundProduct, BoundQuantizer, current_stream_of, splits_by_tiles
+from morphoquant_vllm.gpu.device import Profile
+from morphoquant_vllm.gpu.launcher import UnknownFormError
+from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
+from morphoquant_vllm.gpu.product_launch import Product
+from morphoquant_vllm.gpu.quantize_launch import Quantizer
+from morphoquant_vllm.gpu.workspace import workspace_of
+
+logger = logging.getLogger("vllm.morphoquant_vllm.gpu.bound")
+
+# Where in the scratch a part may begin: kernels take addresses for multiples of that.
+ALIGNMENT = 16
+BYTES_OF_SUM = 4
+
+
+class BoundLayer:
+    """One layer, for activations of `dtype`; see the module. The ops' handle is its absorbed bias, float32 [R, N].
+
+    It keeps all tensors of the layer but that one: whoever holds the handle holds the layer.
+    """
+
+    def __init__(
+        self,
+        weight: GpuWeight,
+        activation: GpuActivation,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        profile: Profile,
+    ) -> None:
+        """Compiles and runs every kernel that the layer can need. Raises UnknownFormError."""
+        self.plain = PlainLayer(weight, activation, profile)
+        self.bias, self.bias_address = bias, 0 if bias is None else bias.data_ptr()
+        self.in_features, self.out_features = activation.in_features, weight.absorbed_bias.shape[1]
+        self.stream = current_stream_of(weight.codes.device)
+        self.quantizers = [
+            BoundQuantizer(Quantizer(activation, silu_mul, profile.pdl, profile.units), dtype)
+            for silu_mul in (False, True)
+        ]
+        product = Product(weight, activation.gain, profile.inline_assembly, profile.pdl)
+        # A layer with a bias may be called without it.
+        terms = [None] if bias is None else [None, bias]
+        self.bounds: list[int] = []
+        self.products: dict[bool, list[BoundProduct]] = {False: [], True: []}
+        steps = weight.codes.shape[1]
+        for tile in profile.architecture.tiles_of(group_size_of(weight), weight.two_level):
+            self.bounds.append(sys.maxsize if tile.max_tokens is None else tile.max_tokens)
+            splits = splits_by_tiles(tile, product.out_features, steps, profile.units)
+            for term in terms:
+                bound = BoundProduct(product, self.in_features, term, dtype, tile, splits)
+                self.products[term is not None].append(bound)
+        self.int8_from = sys.maxsize
+        int8_tile = profile.architecture.int8_tile(sys.maxsize, weight.two_level)
+        if int8_tile is not None and (int8_tile.fused or environment.workspace_wanted()):
+            self.int8_from = int8_tile.min_tokens or 1
+            workspace = None if int8_tile.fused else workspace_of(weight.codes.device)
+            self.int8 = {
+                term is not None: BoundInt8(product, self.in_features, term, dtype, int8_tile, workspace)
+                for term in terms
+            }
+
+    def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        """y [M, N] of x [M, K]; the ops' checks are done."""
+        if self._takes(x, bias, silu_mul=False):
+            return self._run(x, modality, bias is not None, self.quantizers[False])
+        return self.plain.linear(x, modality, handle, bias)
+
+    def silu_mul_linear(self, gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        """y [M, N] of silu(gate) * up, gate_up [M, 2K]."""
+        if self._takes(gate_up, bias, silu_mul=True):
+            return self._run(gate_up, modality, bias is not None, self.quantizers[True])
+        return self.plain.silu_mul_linear(gate_up, modality, handle, bias)
+
+    def _takes(self, x: Tensor, bias: Tensor | None, silu_mul: bool) -> bool:
+        own_bias = bias is None or bias.data_ptr() == self.bias_address
+        return own_bias and x.shape[0] > 0 and self.quantizers[silu_mul].takes(x)
+
+    def _run(self, x: Tensor, modality: Tensor, has_bias: bool, quantizer: BoundQuantizer) -> Tensor:
+        tokens, stream = x.shape[0], self.stream()
+        product = self.products[has_bias][bisect_left(self.bounds, tokens)]
+        in_int8 = tokens >= self.int8_from and self.int8[has_bias].serves(stream)
+        splits = 1 if in_int8 else product.splits_of(tokens)
+        sizes = scratch_sizes(tokens, self.in_features, self.out_features, splits)
+        y = x.new_empty((tokens, self.out_features))
+        scratch = x.new_empty((sum(sizes),), dtype=torch.int8)
+        codes = scratch.data_ptr()
+        rows = codes + sizes[0]
+        quantizer(stream, x, modality, codes, rows)
+        if in_int8:
+            self.int8[has_bias](stream, codes, rows, y.data_ptr(), tokens)
+            return y
+        product(stream, codes, rows, rows + sizes[1], y.data_ptr(), tokens, splits)
+        return y
+
+
+class PlainLayer:
+    """A layer that is launched by Triton's JIT at each call."""
+
+    def __init__(self, weight: GpuWeight, activation: GpuActivation, profile: Profile) -> None:
+        # Without the handle, which would otherwise never be freed.
+        self.weight = weight._replace(absorbed_bias=weight.absorbed_bias.new_empty(0))
+        self.activation, self.profile = activation, profile
+
+    def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        """As that of BoundLayer."""
+        weight = self.weight._replace(absorbed_bias=handle)
+        return launch.linear(x, modality[: x.shape[0]], weight, self.activation, bias, self.profile)
+
+    def silu_mul_linear(self, gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        """As that of BoundLayer."""
+        weight = self.weight._replace(absorbed_bias=handle)
+        modality = modality[: gate_up.shape[0]]
+        return launch.linear(gate_up, modality, weight, self.activation, bias, self.profile, silu_mul=True)
+
+
+def bind(
+    weight: GpuWeight, activation: GpuActivation, bias: Tensor | None, dtype: torch.dtype, profile: Profile
+) -> BoundLayer | PlainLayer:
+    """The layer, bound if that is possible here; every kernel that it can need is compiled, by running it."""
+    if not weight.two_level:
+        _say_that_two_level_is_faster()
+    try:
+        return BoundLayer(weight, activation, bias, dtype, profile)
+    except UnknownFormError:
+        _say_that_the_jit_serves()
+    launch.warm(weight, activation, bias, dtype, profile)
+    return PlainLayer(weight, activation, profile)
+
+
+@cache
+def _say_that_two_level_is_faster() -> None:
+    logger.info(
+        "Layers have one scale for each group. Long prompts are faster on a GPU with two-level scales, as measured on "
+        "one H200; `morphoquant convert` makes such a checkpoint of this one."
+    )
+
+
+@cache
+def _say_that_the_jit_serves() -> None:
+    logger.warning(
+        "Triton %s does not launch compiled kernels as this release knows it: its slower launch serves. "
+        "Outside CUDA graphs the GPU then waits for the CPU.",
+        triton.__version__,
+    )
+
+
+def scratch_sizes(tokens: int, in_features: int, out_features: int, splits: int) -> tuple[int, int, int]:
+    """Bytes of codes, of rows and of the parts of a split K, so that each begins at a multiple of ALIGNMENT."""
+    parts = BYTES_OF_SUM * splits * tokens * out_features if splits > 1 else 0
+    return _round_up(tokens * in_features), _round_up(4 * tokens), parts
+
+
+def _round_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
