@@ -1,4 +1,4 @@
-"""The scales that a group of weights may have: any bfloat16 number, or whole multiples of its output channel's. Pure."""
+"""The scales that a group of weights may have: bfloat16 numbers, or levels times its output channel's scale. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibration.quantize.scale_fit import fit_levels, fit_scales
 
-# Scales that are tried beside the one at hand, as fractions of it: far ones while codes are first found, then near ones.
+# Scales that are tried, as fractions of the one at hand: far ones while codes are first found, near ones later.
 FAR_RATIOS = (0.85, 0.92, 1.0, 1.08, 1.16)
 NEAR_RATIOS = (0.95, 1.0, 1.05)
 # Levels on either side of the nearest one that are tried, likewise.

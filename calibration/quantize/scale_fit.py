@@ -46,9 +46,7 @@ def fit_levels(
     return torch.cat([level for level, _ in found]), torch.cat([scale for _, scale in found])
 
 
-def _systems(
-    aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _systems(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some rows at a time: which, A [n, K/G, K/G] with its upper triangle alone, and r [n, K/G]."""
     groups = scale.shape[1]
     step = min(SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
@@ -90,9 +88,7 @@ def _solve(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     return torch.where(solved, fitted, scale)
 
 
-def _descend(
-    system: Tensor, right: Tensor, level: Tensor, channel_scale: Tensor, levels: int
-) -> tuple[Tensor, Tensor]:
+def _descend(system: Tensor, right: Tensor, level: Tensor, channel_scale: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Levels [n, groups] and channel scale [n] of less loss."""
     system = system.triu() + system.triu(1).mT
     # Groups by rows of memory: one is worked on at a time.
