@@ -1,7 +1,7 @@
 """The environment variables that this project reads: names, defaults, meaning. Standard library only.
 
 Each is read when it is asked for, never at import. `python -m morphoquant_vllm.environment` prints the table that
-docs/environment.md holds.
+docs/reference/environment.md holds.
 """
 
 from __future__ import annotations

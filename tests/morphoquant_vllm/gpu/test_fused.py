@@ -87,7 +87,7 @@ def test_no_kernel_is_launched_but_those_that_are_counted() -> None:
     ids=["H100", "L20"],
 )
 def test_launches_of_a_7b_decoder_layer(architecture: str, units: int, expected: dict[str, int]) -> None:
-    """What docs/kernels.md says, for one token at G = 32."""
+    """What docs/design/kernels_gpu.md says, for one token at G = 32."""
     tile = tiles.load(tiles.DEFAULT_TABLE)[architecture].tile(1, 32)
     found = {}
     for name in expected:
