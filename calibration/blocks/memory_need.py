@@ -13,7 +13,7 @@ import torch
 from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
-from calibration.quantize.rounding import SCALE_ROWS, SYSTEM_ELEMENTS
+from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec

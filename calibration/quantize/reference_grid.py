@@ -31,21 +31,23 @@ def reference_grid(
     `modalities`: of each, massive tokens apart; `pooled`: of every token that the grid serves. Each process has some of
     the chunks, and all have the same statistics.
     """
-    mask = torch.ones_like(pooled.minimum, dtype=torch.bool) if full_mask else _mask(modalities, pooled, recipe.tau)
+    mask = torch.ones_like(pooled.minimum, dtype=torch.bool) if full_mask else _mask(modalities, pooled, recipe)
     low, high = reference.base_range(pooled.minimum, pooled.maximum, mask)
     ratio = _search(parts, low, high, mask, recipe, processes)
     return mask, activation.served_grid(ratio * low, ratio * high, pooled.minimum, pooled.maximum, mask)
 
 
-def _mask(modalities: Sequence[ChannelStatistics], pooled: ChannelStatistics, tau: float) -> Tensor:
-    """Union of the modalities' masks, bool [K]; the pooled statistics' where no modality has enough tokens."""
+def _mask(modalities: Sequence[ChannelStatistics], pooled: ChannelStatistics, recipe: Recipe) -> Tensor:
+    """Union of the modalities' masks, bool [K]; the pooled statistics' if no modality has enough tokens."""
     mask = torch.zeros_like(pooled.minimum, dtype=torch.bool)
     # A modality's outliers must be able to escape, however rare its tokens are beside the others'.
     for statistics in [each for each in modalities if each.tokens >= MIN_MASK_TOKENS] or [pooled]:
         dispersion = reference.dispersion_score(statistics)
+        if recipe.dispersion_threshold is not None:
+            mask |= dispersion >= recipe.dispersion_threshold
         # Without spread every channel lies at the mean, which is the threshold too: none stands out.
-        if float(dispersion.std()) > 0:
-            mask |= reference.outlier_mask(dispersion, tau)
+        elif float(dispersion.std()) > 0:
+            mask |= reference.outlier_mask(dispersion, recipe.tau)
     return mask
 
 
@@ -64,7 +66,14 @@ def _search(
     """
     scores = torch.zeros(reference.SEARCH_RATIOS, low.numel(), device=low.device)
     for x, weight in parts:
+        # Errors are weighted by token; the cosine is one number for the chunk, which counts as much as its tokens.
+        cosine = recipe.cosine_weight * float(weight.sum()) if recipe.cosine_weight else None
         scores += reference.search_scores(
-            x, low, high, mask, lower=recipe.lower, lam=recipe.lam, lp_norm=recipe.lp_norm, token_weight=weight
+            *(x, low, high, mask),
+            lower=recipe.lower,
+            lam=recipe.lam,
+            lp_norm=recipe.lp_norm,
+            cosine_weight=cosine,
+            token_weight=weight,
         )
     return reference.best_ratio(processes.reduce(scores, "SUM").cpu(), recipe.lower).to(low.device)

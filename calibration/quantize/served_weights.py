@@ -10,6 +10,7 @@ from torch import Tensor
 from calibration.processes import Processes
 from calibration.quantize.moments import Moments, regress
 from calibration.quantize.rounding import quantize_compensated, quantize_two_level
+from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
 from morphoquant_vllm.host_memory import release_freed_memory
@@ -62,11 +63,14 @@ def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec
     hessian, code_output = moments.take_centred(channels)
     target = regress(hessian, code_output, absorbed, recipe.shrinkage) if recipe.regression else absorbed
     del code_output
-    if layer.scale_scheme == TWO_LEVEL_SCHEME:
-        return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels)
+    two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":
+        if two_level:
+            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels)
         return quantize_compensated(target, hessian, layer.group_size)
     energy = hessian.diagonal().clone()
     mean = float(energy.mean())
     importance = energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)
+    if two_level:
+        return nearest(target, importance, layer.group_size, recipe.scale_levels)
     return weights.quantize_int4(target, importance, layer.group_size)

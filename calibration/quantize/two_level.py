@@ -8,9 +8,9 @@ from torch import Tensor
 from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.limits import MAX_LEVEL
 
-# Channel scales that are tried for a row: its largest scale over so many numbers from half of the levels to all.
-# Whole numbers are among them, so that a row whose scales are such multiples keeps them.
-TRIED = 8 * MAX_LEVEL // 2 + 1
+# Channel scales that are tried for a row: its largest scale over numbers from half of the levels to half as much again,
+# at which the largest scales are cut. Whole numbers are among them: a row whose scales are such multiples keeps them.
+TRIED = 8 * MAX_LEVEL + 1
 
 
 def exact_levels(scale: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -32,7 +32,7 @@ def exact_levels(scale: Tensor) -> tuple[Tensor, Tensor] | None:
     return level.to(torch.uint8), (top / level.amax(1, keepdim=True)).squeeze(1).float()
 
 
-def fitted_levels(scale: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+def fitted_levels(scale: Tensor, energy: Tensor, levels: int = MAX_LEVEL) -> tuple[Tensor, Tensor]:
     """Levels uint8 [N, K/G] and channel scale float32 [N] nearest to `scale` [N, K/G], each group by its `energy`.
 
     energy [N, K/G]: sum of the group's squared codes, which is what an error of its scale costs.
@@ -41,14 +41,26 @@ def fitted_levels(scale: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     top = wanted.amax(1, keepdim=True)
     least = torch.full_like(top, float("inf"))
     level, unit = torch.ones_like(wanted), top
-    for parts in torch.linspace(MAX_LEVEL / 2, MAX_LEVEL, TRIED, dtype=torch.float64).tolist():
+    for parts in torch.linspace(levels / 2, levels * 3 / 2, TRIED, dtype=torch.float64).tolist():
         tried = (top / parts).float().double()
-        found = (wanted / tried).round().clamp(1, MAX_LEVEL)
+        found = (wanted / tried).round().clamp(1, levels)
         error = (found * tried - wanted).square_().mul_(energy).sum(1, keepdim=True)
         better = error < least
         least, unit = torch.where(better, error, least), torch.where(better, tried, unit)
         level = torch.where(better, found, level)
     return level.to(torch.uint8), unit.squeeze(1).float()
+
+
+def nearest(target: Tensor, importance: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [N, K], levels uint8 [N, K/G] and channel scale float32 [N] of `target` [N, K], each weight by itself.
+
+    importance [K]: how much an error of a channel costs.
+    """
+    grouped, importance = target.float().unflatten(1, (-1, group_size)), importance.float().view(-1, group_size)
+    suited = weights.group_scales(grouped, importance)
+    level, unit = fitted_levels(suited, importance.sum(1).expand_as(suited), levels)
+    codes = weights.round_int4(grouped, (level.float() * unit[:, None])[..., None])
+    return codes.flatten(1).to(torch.int8), level, unit
 
 
 def refit(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -19,7 +19,6 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
     field_validator,
 )
 
@@ -63,7 +62,7 @@ class Recipe(BaseModel):
     grid: Literal["budget", "reference"] = Field(
         default="budget",
         description="How a channel's step is found: budget (by what the output loses within escape_budget) "
-        "or reference (as the authors do: tau, full_mask, lam, lower, lp_norm).",
+        "or reference (as the authors do: tau, full_mask, lam, lower, lp_norm, cosine_weight).",
     )
     escape_budget: float = Field(
         default=0.04,
@@ -94,16 +93,22 @@ class Recipe(BaseModel):
         description="How weights are rounded: compensated (GPTQ and refinement) or nearest (each by itself).",
     )
     scale_levels: int = Field(
-        default=0,
+        default=MAX_LEVEL,
         ge=0,
         le=MAX_LEVEL,
-        description="Two-level scales: those of an output channel are whole multiples, 1 to this "
-        f"(at most {MAX_LEVEL}), of one number. Needs compensated rounding. 0: every group has a scale of its own.",
+        description="Two-level scales: a group's scale is a whole number, 1 to this "
+        f"(at most {MAX_LEVEL}), times a scale of its output channel. 0: every group has a free scale.",
     )
     tau: float = Field(
         default=2.0,
         ge=0,
         description="Reference grid: channels this many standard deviations above the mean dispersion may escape.",
+    )
+    dispersion_threshold: float | None = Field(
+        default=None,
+        gt=0,
+        description="Reference grid: channels of at least this dispersion may escape, in every layer alike; "
+        "null: those that tau picks in each layer.",
     )
     full_mask: Patterns = Field(
         default=("*.down_proj",), description="Reference grid: linears in which every channel may escape."
@@ -122,6 +127,13 @@ class Recipe(BaseModel):
     )
     lp_norm: float = Field(
         default=2.0, gt=0, le=8, description="Reference grid: power of the rounding error that the search minimises."
+    )
+    cosine_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="Reference grid: weight of the cosine between values and rounded values in the range search, "
+        "beside their error; 0.75 is the paper's composite loss.",
     )
     max_samples: int = Field(
         default=128, ge=1, description="At most this many conversations and text windows are used."
@@ -168,13 +180,6 @@ class Recipe(BaseModel):
     def _positive(cls, value: str | int) -> str | int:
         if isinstance(value, int) and value < 1:
             raise ValueError("must be 'auto' or at least 1")
-        return value
-
-    @field_validator("scale_levels")
-    @classmethod
-    def _levels_are_found_by_compensated_rounding(cls, value: int, info: ValidationInfo) -> int:
-        if value and info.data.get("rounding") == "nearest":
-            raise ValueError("two-level scales need rounding: compensated")
         return value
 
     @property

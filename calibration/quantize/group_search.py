@@ -1,0 +1,225 @@
+"""Codes and scales of the groups of a layer, each group's scale chosen by the loss of its codes. Pure.
+
+`compensate` takes the groups one after the other, as GPTQ takes columns (arXiv 2210.17323): the rounding error of each
+is made up for by those after it. `improve` takes each anew while the others stand. In a group, columns are rounded in
+turn, and for each candidate scale; the scale whose codes lose least wins. (A scale that is right for weights rounded
+by themselves is not the one that suits codes that make up for each other.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.quantize.allowed_scales import AllowedScales
+from morphoquant_vllm.numerics import weights
+
+# Columns whose changes are carried over to the later ones at once. Within them several choices are kept.
+BLOCK_COLUMNS = 1024
+# Choices of codes and scales of an output channel that are kept from one group of a block to the next.
+BEAM = 4
+# Output channels that are worked on at once: what is tried for a group of theirs stays in the cache.
+ROWS = 1024
+# By how much the diagonal is raised if a factorisation fails for lack of digits.
+MORE_DAMPING = 10.0
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A group's codes for each kept choice [G, beam, n], its scales and the choices they go on from [beam, n]."""
+
+    codes: Tensor
+    errors: Tensor
+    scale: Tensor
+    parent: Tensor
+
+
+def compensate(target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales) -> tuple[Tensor, Tensor]:
+    """Codes as floats [N, K] and scale float32 [N, K/G] of `target` [N, K]; damped [K, K] is the Hessian.
+
+    Groups are taken by falling energy, and so are the columns in a group: what matters most is rounded while most
+    columns are left to make up for it.
+    """
+    energy = damped.diagonal().view(-1, group_size)
+    group_order = energy.sum(1).argsort(descending=True, stable=True)
+    inner_order = energy.argsort(dim=1, descending=True, stable=True)[group_order]
+    order = (group_order[:, None] * group_size + inner_order).flatten()
+    upper = inverse_factor(damped[order][:, order])
+    energy = damped.diagonal()[order].view(-1, group_size)
+    # Rows of memory are columns of the weights: one is worked on at a time.
+    remaining = target.T[order].contiguous()
+    scale = torch.empty(energy.shape[0], target.shape[0], device=target.device)
+    groups = max(1, BLOCK_COLUMNS // group_size)
+    for first in range(0, scale.shape[0], groups):
+        own = slice(first, first + groups)
+        start, end = first * group_size, min((first + groups) * group_size, remaining.shape[0])
+        block, factor = remaining[start:end], upper[start:end, start:end]
+        errors = torch.empty_like(block)
+        for row in range(0, target.shape[0], ROWS):
+            rows = slice(row, row + ROWS)
+            found = _search_block(block[:, rows], factor, energy[own], allowed.rows(rows))
+            block[:, rows], errors[:, rows], scale[own, rows] = found
+        remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    codes, natural = torch.empty_like(remaining), torch.empty_like(scale)
+    codes[order], natural[group_order] = remaining, scale
+    return codes.T.contiguous(), natural.T.contiguous()
+
+
+def _search_block(
+    block: Tensor, factor: Tensor, energy: Tensor, allowed: AllowedScales
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors [columns, n] and scales [groups, n] of a block of groups, by a beam search over them.
+
+    block [columns, n]: the weights that are left; factor [columns, columns]: of the inverse Hessian; energy
+    [groups, G]: the Hessian's diagonal.
+    """
+    group_size, n = energy.shape[1], block.shape[1]
+    rest, loss = block[:, None], block.new_zeros(1, n)
+    choices: list[_Choice] = []
+    for group, importance in enumerate(energy):
+        start, end = group * group_size, (group + 1) * group_size
+        # The best choice's weights: those of the others differ little.
+        suited = weights.group_scales(rest[:group_size, 0].T.contiguous()[:, None], importance[None])
+        candidates = allowed.candidates(suited[:, 0].float().expand(rest.shape[1], n), far=True)
+        codes, errors = round_group(rest[:group_size], factor[start:end, start:end], candidates)
+        choice, loss = _keep_best(codes, errors, candidates, loss)
+        choices.append(choice)
+        later = rest[group_size:].gather(1, choice.parent.expand(rest.shape[0] - group_size, -1, -1)).flatten(1)
+        later.addmm_(factor[start:end, end:].T, choice.errors.flatten(1), alpha=-1)
+        rest = later.unflatten(1, choice.parent.shape)
+    return _trace_back(choices)
+
+
+def _keep_best(codes: Tensor, errors: Tensor, candidates: Tensor, loss: Tensor) -> tuple[_Choice, Tensor]:
+    """The BEAM best of all candidates of all choices so far, the best one first, and their losses [beam, n].
+
+    codes and errors are [G, C, beam, n], candidates [C, beam, n], loss [beam, n].
+    """
+    total = errors.square().sum(0) + loss
+    # Of equal candidates one is enough: more would take the places of others.
+    total[1:].masked_fill_(candidates[1:] == candidates[:-1], float("inf"))
+    kept, index = total.flatten(0, 1).topk(min(BEAM, total[:, :, 0].numel()), dim=0, largest=False)
+    each = index.expand(codes.shape[0], -1, -1)
+    choice = _Choice(
+        codes.flatten(1, 2).gather(1, each),
+        errors.flatten(1, 2).gather(1, each),
+        candidates.flatten(0, 1).gather(0, index),
+        index % loss.shape[0],
+    )
+    return choice, kept
+
+
+def _trace_back(choices: list[_Choice]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors [columns, n] and scales [groups, n] of the best choice of the last group."""
+    at = torch.zeros_like(choices[-1].parent[:1])
+    codes, errors, scales = [], [], []
+    for choice in reversed(choices):
+        each = at.expand(choice.codes.shape[0], -1, -1)
+        codes.append(choice.codes.gather(1, each)[:, 0])
+        errors.append(choice.errors.gather(1, each)[:, 0])
+        scales.append(choice.scale.gather(0, at))
+        at = choice.parent.gather(0, at)
+    return torch.cat(codes[::-1]), torch.cat(errors[::-1]), torch.cat(scales[::-1])
+
+
+def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors [G, C, ...] of weights [G, ...] for each candidate scale [C, ...].
+
+    Each column's error is made up for by the later ones. factor [G, G]: upper, of the inverse Hessian. The sum of the
+    squared errors is the loss.
+    """
+    rest = weight[:, None].expand(-1, *candidates.shape).flatten(1).contiguous()
+    step = candidates.flatten()
+    codes, errors = torch.empty_like(rest), torch.empty_like(rest)
+    for column in range(rest.shape[0]):
+        code = weights.round_int4(rest[column], step)
+        codes[column] = code
+        errors[column] = (rest[column] - code * step) / factor[column, column]
+        rest[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    return codes.unflatten(1, candidates.shape), errors.unflatten(1, candidates.shape)
+
+
+def improve(
+    target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor, allowed: AllowedScales
+) -> tuple[Tensor, Tensor]:
+    """Codes as floats [N, K] and scale [N, K/G] of less loss: each group in turn, the others as they stand."""
+    groups = scale.shape[1]
+    group_size = codes.shape[1] // groups
+    codes, scale = codes.T.contiguous(), scale.T.contiguous()
+    gradient = damped @ (target.T - codes * scale.repeat_interleave(group_size, 0))
+    together = max(1, BLOCK_COLUMNS // group_size)
+    for first in range(0, groups, together):
+        own = slice(first, first + together)
+        columns = slice(first * group_size, min(first + together, groups) * group_size)
+        local = damped[columns, columns]
+        factors = [_ordered_factor(part) for part in _diagonal_blocks(local, group_size)]
+        changes = torch.empty_like(gradient[columns])
+        for row in range(0, target.shape[0], ROWS):
+            rows = slice(row, row + ROWS)
+            changes[:, rows] = _improve_block(
+                gradient[columns, rows], local, factors, codes[columns, rows], scale[own, rows], allowed.rows(rows)
+            )
+        gradient[columns.stop :].addmm_(damped[columns, columns.stop :].T, changes, alpha=-1)
+    return codes.T.contiguous(), scale.T.contiguous()
+
+
+def _diagonal_blocks(matrix: Tensor, size: int) -> list[Tensor]:
+    return [matrix[start : start + size, start : start + size] for start in range(0, matrix.shape[0], size)]
+
+
+def _ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of a group by falling energy, and the factor of the inverse Hessian in that order."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    return order, inverse_factor(hessian[order][:, order])
+
+
+def _improve_block(
+    gradient: Tensor,
+    local: Tensor,
+    factors: list[tuple[Tensor, Tensor]],
+    codes: Tensor,
+    scale: Tensor,
+    allowed: AllowedScales,
+) -> Tensor:
+    """Improve the groups of a block in place; returns the change of its weights [columns, n].
+
+    gradient [columns, n]: target less weights, times the Hessian; local [columns, columns]: the Hessian of the block.
+    """
+    gradient, changes = gradient.clone(), torch.empty_like(gradient)
+    size = codes.shape[0] // scale.shape[0]
+    for group, (order, factor) in enumerate(factors):
+        own = slice(group * size, (group + 1) * size)
+        before, slope = codes[own][order] * scale[group], gradient[own][order]
+        # From where the weights stand to the least loss, were they not rounded.
+        way = factor.T @ (factor @ slope)
+        candidates = allowed.candidates(scale[group], far=False)
+        found, errors = round_group(before + way, factor, candidates)
+        loss, best = errors.square().sum(0).min(0)
+        # As much would be lost if everything stayed.
+        better = loss < (slope * way).sum(0)
+        chosen = candidates.gather(0, best[None])[0]
+        scale[group] = torch.where(better, chosen, scale[group])
+        rounded = found.gather(1, best.expand(size, 1, -1))[:, 0]
+        codes[own.start + order] = torch.where(better, rounded, codes[own][order])
+        changes[own.start + order] = codes[own][order] * scale[group] - before
+        gradient[own.stop :].addmm_(local[own, own.stop :].T, changes[own], alpha=-1)
+    return changes
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = hessian^-1, float32 [K, K]; with more damping if float32 has too few digits."""
+    more = MORE_DAMPING * torch.finfo(torch.float32).eps * hessian.diagonal().mean()
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(factor)
+            # Each is [K, K]: three at once are enough.
+            del factor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper
+        hessian = hessian.clone()
+        hessian.diagonal().add_(more)
+        more *= MORE_DAMPING

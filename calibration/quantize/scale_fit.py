@@ -1,0 +1,125 @@
+"""Least squares of scales for codes that stand: free scales, or levels and a scale of the output channel. Pure.
+
+The loss of an output channel is quadratic in the scales s of its groups: s^T A s - 2 r^T s, with A [K/G, K/G] the
+products of the groups' codes under the Hessian and r [K/G] those of codes and target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Part of a group's mean energy that draws its scale to the one it had: keeps groups of hardly any energy sane.
+SCALE_DAMPING = 1e-4
+# Rows whose scales are fitted at once, and elements of their systems [rows, K/G, K/G] at once: bounds their memory.
+SCALE_ROWS = 2048
+SYSTEM_ELEMENTS = 2**25
+# Channels by which those of a group are multiplied at once for them: what comes of it stays in the cache.
+SYSTEM_CHANNELS = 1024
+# Rounds of fitting levels one after the other, and the channel's scale to them.
+LEVEL_ROUNDS = 4
+
+
+def fit_scales(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The scales float32 [N, K/G] of least loss for codes [N, K]; a scale that would not be positive stays.
+
+    aimed [N, K] = target @ damped, damped [K, K] the Hessian.
+    """
+    found = [_solve(system, right, scale[rows]) for rows, system, right in _systems(aimed, damped, codes, scale)]
+    return torch.cat(found)
+
+
+def fit_levels(
+    aimed: Tensor, damped: Tensor, codes: Tensor, level: Tensor, channel_scale: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """Levels, as floats [N, K/G], and channel scale float32 [N] of less loss for codes [N, K] than those given.
+
+    Coordinate descent: each level in turn takes its best whole number, then the channel scale its best value.
+    """
+    found = [
+        _descend(system, right, level[rows], channel_scale[rows], levels)
+        for rows, system, right in _systems(aimed, damped, codes, level)
+    ]
+    return torch.cat([level for level, _ in found]), torch.cat([scale for _, scale in found])
+
+
+def _systems(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time: which, A [n, K/G, K/G] with its upper triangle alone, and r [n, K/G]."""
+    groups = scale.shape[1]
+    step = min(SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
+    for first in range(0, scale.shape[0], step):
+        rows = slice(first, first + step)
+        right = (aimed[rows] * codes[rows]).unflatten(1, (groups, -1)).sum(-1)
+        yield rows, _system(damped, codes[rows].T.contiguous(), groups), right
+
+
+def _system(damped: Tensor, codes: Tensor, groups: int) -> Tensor:
+    """A [n, groups, groups] of codes [K, n]; below its diagonal nothing is written."""
+    group_size = codes.shape[0] // groups
+    system = torch.empty(codes.shape[1], groups, groups, device=damped.device)
+    columns = SYSTEM_CHANNELS // group_size * group_size
+    for group in range(groups):
+        start = group * group_size
+        own = slice(start, start + group_size)
+        for first in range(start, codes.shape[0], columns):
+            others = slice(first, first + columns)
+            product = (damped[others, own] @ codes[own]).mul_(codes[others]).unflatten(0, (-1, group_size)).sum(1)
+            written = slice(first // group_size, first // group_size + product.shape[0])
+            system[:, group, written] = product.T
+    return system
+
+
+def _solve(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """The scales [n, groups] that solve the systems, drawn a little to `scale`. Uses up `system`."""
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    energy = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    ridge = (SCALE_DAMPING * energy).expand_as(scale)
+    diagonal += ridge
+    with _one_thread():
+        # Transposed it has the layout of LAPACK, and its lower triangle is what was computed.
+        factor, failed = torch.linalg.cholesky_ex(system.mT)
+        # Not cholesky_solve: it copies the factors, which takes longer than solving.
+        half = torch.linalg.solve_triangular(factor, (right + ridge * scale)[..., None], upper=False)
+        fitted = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
+    solved = (failed == 0)[:, None] & (fitted > 0) & fitted.isfinite()
+    return torch.where(solved, fitted, scale)
+
+
+def _descend(system: Tensor, right: Tensor, level: Tensor, channel_scale: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Levels [n, groups] and channel scale [n] of less loss."""
+    system = system.triu() + system.triu(1).mT
+    # Groups by rows of memory: one is worked on at a time.
+    level, right = level.T.clone(), right.T
+    energy = system.diagonal(dim1=1, dim2=2).T
+    tiny = torch.finfo(torch.float32).tiny
+    product = torch.einsum("ngh,hn->gn", system, level)
+    for _ in range(LEVEL_ROUNDS):
+        for group in range(level.shape[0]):
+            others = product[group] - energy[group] * level[group]
+            best = ((right[group] / channel_scale - others) / energy[group].clamp(min=tiny)).round()
+            # A group without energy, or a level that no number improves, stays.
+            best = torch.where(best.isfinite() & (energy[group] > 0), best.clamp(1, levels), level[group])
+            product += system[:, group].T * (best - level[group])
+            level[group] = best
+        fitted = (right * level).sum(0) / (product * level).sum(0).clamp(min=tiny)
+        channel_scale = torch.where((fitted > 0) & fitted.isfinite(), fitted, channel_scale)
+    return level.T.contiguous(), channel_scale
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one CPU thread.
+
+    torch deals a batch of systems out to its threads. Once a process has called torch.set_num_threads, MKL's LU
+    factorises the larger of these (160 unknowns and more) wrongly, on as many threads again, and says so of the largest
+    alone (torch 2.13.0+cpu on AVX512). Cholesky's was not seen to; it is not left to chance.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
