@@ -70,7 +70,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (model / "config.json").write_text("{")
     refuse(model, "config.json: cannot be read as JSON")
     (model / "config.json").write_text("[]")
-    refuse(model, "config.json: holds no JSON object")
+    refuse(model, "config.json: does not hold a JSON object")
 
 
 def test_an_index_must_fit_its_files(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_a_compiler_that_does_not_work_ends_in_one_line(
 
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [("CXX", "g++ '", "CXX is no command"), ("MORPHOQUANT_CACHE", "", "no home directory")],
+    [("CXX", "g++ '", "CXX is not a command"), ("MORPHOQUANT_CACHE", "", "no home directory")],
 )
 def test_an_environment_that_leads_nowhere_is_one_warning(
     name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, warnings: list[str], fresh: None
@@ -307,7 +307,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(choice: str) -> None:
 def test_an_old_processor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("flags : fpu sse2 avx\n")
     for path in (tmp_path / "cpuinfo", tmp_path / "none"):
-        with pytest.raises(BuildError, match="no AVX2"):
+        with pytest.raises(BuildError, match="need AVX2, FMA and F16C, which this processor lacks"):
             cpu_build.instruction_set(cpu_build.cpu_flags(path))
 
 

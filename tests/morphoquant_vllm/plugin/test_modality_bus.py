@@ -153,7 +153,7 @@ def test_what_the_hook_cannot_see_keeps_any(monkeypatch: pytest.MonkeyPatch, mes
             f"placeholder token {VOCABULARY} is outside the vocabulary of",
         ),
         # An InternVL's: its config names the image token only, and vLLM gives videos another.
-        ({"image": (7,)}, 1, "the token table does not say which tokens are audio"),
+        ({"image": (7,)}, 1, "the token table does not list the tokens of audio"),
     ],
 )
 def test_tables_and_models_that_leave_doubt_keep_any(
