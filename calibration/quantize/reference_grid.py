@@ -67,4 +67,4 @@ def _search(
         scores += reference.search_scores(
             x, low, high, mask, lower=recipe.lower, lam=recipe.lam, lp_norm=recipe.lp_norm, token_weight=weight
         )
-    return reference.best_ratio(processes.reduce(scores, "SUM").cpu(), recipe.lower).to(low.device)
+    return reference.best_ratio(processes.all_reduce(scores, "SUM").cpu(), recipe.lower).to(low.device)
