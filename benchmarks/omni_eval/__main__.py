@@ -33,12 +33,12 @@ BENCHMARKS: dict[str, ModuleType] = {
     JUDGED: air_bench_chat,
 }
 SUMMARY_FILE = "summary.json"
-# Folder of a run that holds what the judge said.
+# Folder of a run that holds the judge's answers.
 JUDGE_FOLDER = "judge"
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """Of what is asked and what is right; media in files by name alone."""
+    """Hash of the questions and the right answers; media in files count by name alone."""
     digest = hashlib.sha256()
     for item in items:
         parts = [part.source if isinstance(part, Media) else part for part in item.parts]
@@ -48,7 +48,7 @@ def fingerprint(items: Sequence[Item]) -> str:
 
 
 def questions(options: argparse.Namespace) -> tuple[list[Item], int]:
-    """What is asked, and how many questions were left out because their media are missing."""
+    """The questions, and the number of questions left out because their media are missing."""
     benchmark = BENCHMARKS[options.benchmark]
     settings = {"subtitles": options.subtitles} if options.benchmark == WITH_SUBTITLES else {}
     found = benchmark.load(options.directory, options.split or benchmark.SPLIT, **settings)
@@ -72,7 +72,7 @@ async def answered(
     key: str,
     model: str | None,
 ) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """Responses of the server at `url` to all questions, kept in `output`, and what identifies this run."""
+    """Responses of the server at `url` to all questions, kept in `output`, and the identity of this run."""
     async with openai.AsyncOpenAI(
         base_url=url, api_key=key, timeout=options.timeout, max_retries=options.retries
     ) as client:

@@ -1,4 +1,4 @@
-"""The responses of a run, one JSON line each as they come: a stopped run goes on where it was."""
+"""Keeps the responses of a run, one JSON line each as they come: a stopped run resumes from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Answers:
     """Responses by question id in a folder that belongs to one run; `run` says which."""
 
     def __init__(self, directory: Path, run: Mapping[str, Any]) -> None:
-        """Open or start; MorphoQuantError where the folder holds answers of another run."""
+        """Open or start; MorphoQuantError if the folder holds answers of another run."""
         directory.mkdir(parents=True, exist_ok=True)
         place = directory / RUN_FILE
         if place.exists():

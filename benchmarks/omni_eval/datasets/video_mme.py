@@ -5,10 +5,10 @@ Layout: videomme/test-*.parquet, data/<videoID>.mp4 (.MP4, .mkv) and subtitle/<v
 
 Prompt: "The common prompt used in our evaluation", README of MME-Benchmarks/Video-MME (commit 120729e), with or
 without subtitles. Rule: extract_characters_regex of BradyFU/Video-MME, evaluation/eval_your_results.py (commit
-4e7566d): without phrases like "The best answer is", the first of A, B, C, D. It differs here in two things. Only a
-letter that is no part of a word counts (the authors' takes the C of "Cannot tell"). And two commas that the authors'
-list of phrases lacks are there, so that "Best option: C" is C, not B. The authors leave responses without a letter
-out of the accuracy; here they count as not right, in a column of their own.
+4e7566d): without phrases like "The best answer is", the first of A, B, C, D. This rule differs in two ways. Only a
+letter that stands alone counts (the authors' takes the C of "Cannot tell"). Two commas that the authors' list of
+phrases lacks are added, so "Best option: C" is C, not B. The authors leave responses without a letter out of the
+accuracy. Here they count as not right, in a separate column.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PHRASES = (
 
 
 def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -> Iterator[Item]:
-    """Questions of a local copy; MorphoQuantError where its layout is another.
+    """Questions of a local copy; MorphoQuantError if its layout differs.
 
     subtitles: None for the setting without them; otherwise those at this many frames, evenly spaced over the video,
     or all of them for 0.
@@ -86,13 +86,13 @@ def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -
 
 
 def _video(directory: Path, name: str) -> Path:
-    """The video's file; the first name where there is none, for `present` to name."""
+    """The video's file; the first possible name if there is none, which `present` then reports."""
     places = [directory / "data" / f"{name}{suffix}" for suffix in SUFFIXES]
     return next((place for place in places if place.is_file()), places[0])
 
 
 def _spoken(directory: Path, name: str, video: Path, frames: int) -> list[str]:
-    """Texts of a video's subtitles; none where it has no file, as 156 of the 900 videos."""
+    """Texts of a video's subtitles; empty if it has no file, as for 156 of the 900 videos."""
     place = directory / "subtitle" / f"{name}.srt"
     return subtitles_of(place, video, frames, NAME) if place.is_file() and video.is_file() else []
 
