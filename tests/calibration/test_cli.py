@@ -1,4 +1,4 @@
-"""The commands as a user meets them: what goes wrong is one line on stderr, exit status 1, and leaves nothing."""
+"""The commands from a user's view: a failure is one line on stderr, exit status 1, and leaves no file."""
 
 import inspect as python_inspect
 import json

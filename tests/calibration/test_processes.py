@@ -1,4 +1,4 @@
-"""What the processes of a calibration tell each other, and how they fail together."""
+"""The collectives of a calibration's processes, and how these fail together."""
 
 import os
 import signal
@@ -155,11 +155,11 @@ def test_processes_that_make_different_calls_are_no_users_mistake(tmp_path: Path
     assert all("but another rank does not" in said for said in in_processes(tmp_path, work))
 
 
-# --- what is not believed
+# --- untrusted data
 
 
 class Harm:
-    """What unpickling it would run: it makes a file."""
+    """An object whose unpickling would create a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -179,7 +179,7 @@ def test_what_another_process_sends_runs_no_code(tmp_path: Path, call: str) -> N
 
     first, second = in_processes(tmp_path, work)
     assert "process 0 has sent data that do not belong to a calibration" in str(second)
-    assert isinstance(first, MorphoQuantError), "the others are told"
+    assert isinstance(first, MorphoQuantError), "the other ranks learn of the failure"
     assert not place.exists()
 
 
@@ -197,7 +197,7 @@ def test_a_class_is_taken_where_it_is_named(tmp_path: Path) -> None:
     assert all("do not belong to a calibration" in said for said in unnamed)
 
 
-# --- what is computed together
+# --- distributed calibration of a layer
 
 SHARDS = {"m.q": matrix(33), "m.k": matrix(16, 4)}
 SAMPLES = 7
@@ -205,7 +205,7 @@ SAMPLES = 7
 
 @dataclass
 class Made:
-    """What a calibration of one input has made."""
+    """The results of calibrating one input."""
 
     layers: dict[str, QuantizedLayer]
     positions: tuple[Tensor, ...]
@@ -213,7 +213,7 @@ class Made:
 
 
 def make(processes: Processes, recipe: Recipe) -> Made:
-    """Two linears calibrated on 7 samples, of which each process has every size-th."""
+    """Two linears calibrated on 7 samples; each process has every size-th of them."""
     x, modality, outlying = with_massive()
     # A modality that is better off with a row of its own.
     modality[200:] = AUDIO
@@ -243,7 +243,7 @@ def make(processes: Processes, recipe: Recipe) -> Made:
 def test_processes_make_the_layer_that_one_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], count: int
 ) -> None:
-    """All that is chosen is the same; what rests on float32 sums of another order may differ, at ties alone."""
+    """All choices are the same; values from float32 sums in another order may differ, only at ties."""
     # So that every n-th token is taken of those of all.
     for place in (
         "quantize.grids.SEARCH_TOKENS",

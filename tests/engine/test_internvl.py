@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """An engine that takes pictures, and one that takes videos besides."""
+    """An engine that takes pictures, and one that takes videos too."""
     directory = tmp_path_factory.mktemp("media")
     (directory / "picture.png").write_bytes(image_bytes(3))
     media = {"image": [str(directory / "picture.png")]}

@@ -1,4 +1,4 @@
-"""Reading the user's calibration data: what is accepted, and one clear line for what is not."""
+"""Reading the user's calibration data: accepted data, and one clear line for refused data."""
 
 import base64
 import json
@@ -196,7 +196,7 @@ def test_conversations_with_missing_media_are_left_out_only_on_request(
     path.write_text(json.dumps({"messages": [{"role": "user", "content": bad}]}) + "\n")
     with pytest.raises(MorphoQuantError, match="the media of all its 1 conversations are broken"):
         load_conversations(path, skip_bad=True)
-    # What is malformed is no broken medium.
+    # Malformed data do not count as broken media.
     path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}) + "\n")
     with pytest.raises(MorphoQuantError, match="unknown part type"):
         load_conversations(path, skip_bad=True)

@@ -94,7 +94,7 @@ def test_vl_sample_runs_through_the_model(vl: Path, folder: Path) -> None:
         for sample in samples:
             logits = model(**sample.inputs).logits
             assert logits.shape[1] == sample.modality.numel() and logits.isfinite().all()
-    # 25 frames at 8 fps, of which 6 are taken, two to a grid step.
+    # 25 frames at 8 fps: 6 of them are taken, two per grid step.
     assert samples[0].inputs["second_per_grid_ts"].item() == pytest.approx(2 / (6 / 25 * 8))
 
 

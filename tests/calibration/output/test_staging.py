@@ -152,7 +152,7 @@ def test_an_output_without_permission_is_named(tmp_path: Path) -> None:
     "error",
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors"),
-        # Word for word what safetensors 0.8 raises on a full tmpfs.
+        # The exact message of safetensors 0.8 on a full tmpfs.
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

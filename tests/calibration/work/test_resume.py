@@ -1,4 +1,4 @@
-"""A calibration that is cut short goes on where it stopped, to the same bytes, or says why it cannot."""
+"""An interrupted calibration resumes to the same bytes, or names the reason why it cannot."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ class Case:
         return calibrate(self.model, self.data, output, recipe=recipe, **options)
 
     def begin(self, output: Path, recipe: Recipe = RECIPE, **options: Any) -> dict[str, bytes]:
-        """A run that is stopped after its first block; what its work directory holds."""
+        """A run that is stopped after its first block; the content of its work directory."""
         with pytest.raises(Stopped):
             self.run(output, recipe, on_block=stop, **options)
         return content(output.with_name(f"{output.name}.work"))
@@ -253,7 +253,7 @@ def test_a_work_directory_is_never_somebody_elses(case: Case, tmp_path: Path) ->
             case.run(tmp_path / "out", work=work)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "mine/thesis.tex"]
 
-    # One that is given is used, and what others put there meanwhile stays.
+    # A given work directory is used, and foreign files in it stay.
     def add(result: BlockResult) -> None:
         (tmp_path / "given" / "note").write_text("mine")
 

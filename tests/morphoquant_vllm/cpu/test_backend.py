@@ -113,7 +113,7 @@ def test_the_repacked_weights_are_no_larger_than_the_canonical_ones(two_level: b
     weight, record = case(64, 1024, 64, two_level)
     packed, _ = cpu.prepare(weight, record)
     size = sum(part.numel() * part.element_size() for part in packed)
-    # With levels, what the sums of each output start at: an int32.
+    # With levels, the start value of each output's sums: an int32.
     own = HEADER_BYTES + (4 * 64 if two_level else 0)
     assert size == sum(part.numel() * part.element_size() for part in weight) + own
     assert not any(part.data_ptr() == weight.codes.data_ptr() for part in packed)

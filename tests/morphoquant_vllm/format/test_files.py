@@ -1,4 +1,4 @@
-"""Files that are not what they should be are refused at once, in one line."""
+"""Files of the wrong type or content are refused at once, in one line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole, or not as it was made, is refused by the name of what is missing or changed."""
+"""An incomplete or changed checkpoint is refused with the name of the missing or changed thing."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def test_a_layer_that_is_gone_with_its_entry(whole: Path) -> None:
 
 
 def test_tensors_of_a_layer_that_is_not_listed(whole: Path) -> None:
-    """Of version 2, too, which has no list."""
+    """Also in version 2, which has no list."""
     to_version_2(whole)
     edit_config(whole, lambda config: config["quantization_config"]["layers"].pop("model.layers.0.mlp.down_proj"))
     refused(whole, "model.layers.0.mlp.down_proj.", "quantized layer that quantization_config does not list")

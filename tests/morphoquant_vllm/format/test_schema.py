@@ -1,4 +1,4 @@
-"""The rules of the format, one by one; and what importing schema, numerics and checkpoint reader brings in."""
+"""The rules of the format, one by one; and the imports of schema, numerics and checkpoint reader."""
 
 import inspect
 import json

@@ -121,7 +121,7 @@ QWEN2_5_VL = {"model_type": "qwen2_5_vl", "image_token_id": 151655, "video_token
         # Video under the image's token, as its config says.
         ({"image_token_id": 7, "video_token_id": 7}, {"image": (7,)}, []),
         ({"image_token_id": 7, "video_token_id": 8}, {"image": (7,), "video": ()}, ["video"]),
-        # What the talker names is never in a prompt.
+        # The talker's token ids never occur in a prompt.
         (
             {"thinker_config": {"image_token_id": 7}, "talker_config": {"video_token_id": 7}},
             {"image": (7,)},

@@ -1,4 +1,4 @@
-"""What a worker refuses is said by the process that configured the engine, when it ends."""
+"""The process that configured the engine prints a worker's refusal when it ends."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from morphoquant_vllm.plugin.last_word import LastWord
 
 
 def refuse(word: LastWord, line: str) -> None:
-    """What a worker does, as a process of its own."""
+    """The steps of a worker, in a separate process."""
     with pytest.raises(MorphoQuantError), word.keep_refusal():
         raise MorphoQuantError(line)
 

@@ -1,4 +1,4 @@
-"""Loading into vLLM's own linear layers, one process: what is checked, what is refused, what is computed."""
+"""Loading into vLLM's own linear layers, one process: checks, refusals and outputs."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The page of `morphoquant report`: what is in it, and how it refuses."""
+"""The page of `morphoquant report`: its content and its refusals."""
 
 import base64
 import io
