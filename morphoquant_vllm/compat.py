@@ -137,8 +137,8 @@ _LOADING = "transformers.core_model_loading"
 _QUANTIZER = "transformers.quantizers.base:HfQuantizer"
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
 
-# The same form, for morphoquant_vllm and calibration: names with an underscore, names that transformers keeps in its
-# modules, and the members that are read or overridden there.
+# The same form, for morphoquant_vllm and calibration. The list holds names with an underscore, names inside
+# transformers' modules, and the members that are read or overridden there.
 PRIVATE_PARTS: dict[str, str] = {
     # plugin/silu_mul_pass.py: the graph pass of torch's compiler
     f"{_PATTERNS}:PatternMatcherPass": "class(object)",
@@ -237,8 +237,8 @@ def _member(owner: type, name: str) -> str:
         return _thing(getattr(owner, name))
     declared = member is not unset or any(name in inspect.get_annotations(cls) for cls in owner.__mro__)
     library = owner.__module__.partition(".")[0]
-    own = [cls for cls in owner.__mro__ if cls.__module__.partition(".")[0] == library]
-    set_on_instances = any(name in _set_on_self(cls) for cls in own)
+    classes = [cls for cls in owner.__mro__ if cls.__module__.partition(".")[0] == library]
+    set_on_instances = any(name in _set_on_self(cls) for cls in classes)
     return "attribute" if declared or set_on_instances else "missing"
 
 

@@ -55,18 +55,18 @@ def memory_need(
     def nbytes(infos: Iterable[TensorInfo]) -> int:
         return sum(info.elements for info in infos) * width
 
-    own = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
-    towers = [info for name, info in own.items() if name.startswith(architecture.tower_prefixes)]
+    model_tensors = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
+    towers = [info for name, info in model_tensors.items() if name.startswith(architecture.tower_prefixes)]
     head = f"{architecture.model_prefix}lm_head.weight"
     rest = [
         info
-        for name, info in own.items()
+        for name, info in model_tensors.items()
         if not name.startswith((*architecture.tower_prefixes, f"{names.prefix}.")) and name != head
     ]
     largest = max((info.elements for info in towers), default=0) * width
     blocks = [
         _block(
-            [info for name, info in own.items() if name.startswith(f"{names.prefix}.{index}.")],
+            [info for name, info in model_tensors.items() if name.startswith(f"{names.prefix}.{index}.")],
             [layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.{index}.")],
             width,
             sampled_tokens,

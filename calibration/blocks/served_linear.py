@@ -26,7 +26,7 @@ class TokenRows:
 class ServedLinear(nn.Module):
     """The integer layer of a checkpoint's tensors: the sums of numerics.linear in float32, for speed.
 
-    On a CPU the serving kernels compute it, if they run: their group sums are exact integers, and they are several
+    On a CPU the serving kernels compute it, if they run. Their group sums are exact integers, and they are several
     times as fast as a product with dequantized weights. `serving` gives the row of each token that is not massive.
     """
 
@@ -67,8 +67,8 @@ class ServedLinear(nn.Module):
         # Processing all tokens of one row at a time is several times faster than gathering a row per token.
         for row in rows.unique().tolist():
             per_row = {name: getattr(self.record, name)[row][None] for name in ("inverse", "centre", "mask", "gain")}
-            own = rows == row
-            codes[own] = act_quant(x[own], rows[own], self.record._replace(**per_row))
+            in_row = rows == row
+            codes[in_row] = act_quant(x[in_row], rows[in_row], self.record._replace(**per_row))
         return codes, rows
 
     def _modality(self, x: Tensor) -> Tensor:

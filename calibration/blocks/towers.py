@@ -154,8 +154,8 @@ def _capture_media(
     }
     patches = share_tokens(processes, rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
     inputs = []
-    for medium, own in zip(media, patches.samples, strict=True):
-        entry = MemoryInput(rows[medium.place], patches.positions[own])
+    for medium, index in zip(media, patches.samples, strict=True):
+        entry = MemoryInput(rows[medium.place], patches.positions[index])
         _capture(module, blocks, medium, entry)
         inputs.append(entry)
     return inputs, patches

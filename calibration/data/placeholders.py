@@ -43,12 +43,12 @@ def check_placeholders(
 ) -> None:
     """Refuse input ids [1, M] whose placeholders differ from `media_tokens`, the tokens of each medium by modality."""
     for kind, ids in placeholder_token_ids.items():
-        found = int(torch.isin(input_ids, torch.tensor(ids)).sum())
+        count = int(torch.isin(input_ids, torch.tensor(ids)).sum())
         expected = media_tokens.get(kind, [])
         if min(expected, default=1) < 1:
             raise MorphoQuantError(f"{source}: one {kind} part is too short for a token; use a longer one")
-        if found != sum(expected):
+        if count != sum(expected):
             raise MorphoQuantError(
-                f"{source}: placeholders do not match media: {found} {kind} placeholder tokens, but {len(expected)} "
+                f"{source}: placeholders do not match media: {count} {kind} placeholder tokens, but {len(expected)} "
                 f"{kind} parts of {sum(expected)} tokens; check the text and the model's chat template"
             )

@@ -56,9 +56,9 @@ def build_samples(
     not take a modality that is missing there. `rows` names the rows in order, see token_rows. With `skip_bad`,
     conversations whose media cannot be decoded are logged and left out.
 
-    Raises MorphoQuantError if the directory has no usable tokenizer. It raises one naming the file and line for media
-    that the model does not take or that cannot be decoded, for placeholders that do not match the media, for a chat
-    template that refuses the conversation, and for a conversation with media of more than `max_tokens` tokens.
+    Raises MorphoQuantError if the directory has no usable tokenizer. Other errors name the file and line: media that
+    the model does not take or that cannot be decoded, and placeholders that do not match the media. They also name a
+    conversation that the chat template refuses, and one with media that has more than `max_tokens` tokens.
     """
     window_tokens = window_tokens or max_tokens
     if min(max_tokens, window_tokens) < 2 or (max_samples is not None and max_samples < 1):

@@ -100,13 +100,13 @@ class Architecture:
     def placeholder_token_ids(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Token ids that stand for a modality in input_ids, by row name; MorphoQuantError if one is missing."""
         part = _descend(config, self.media_config) or {}
-        found: dict[str, tuple[int, ...]] = {}
+        ids: dict[str, tuple[int, ...]] = {}
         for row in self.media:
             token = next((part[key] for key in (f"{row}_token_id", f"{row}_token_index") if key in part), None)
             if not isinstance(token, int):
                 raise MorphoQuantError(f"config.json: no {row}_token_id for model_type '{self.model_type}'")
-            found[row] = (token,)
-        return found
+            ids[row] = (token,)
+        return ids
 
 
 ARCHITECTURES = (

@@ -151,11 +151,11 @@ def _load(directory: Path, files: Mapping[str, str], layer: str, tensor: str) ->
 def _other_files(directory: Path, files: Mapping[str, str]) -> list[Path]:
     """Carried files other than weights, index and config.json, relative to the directory; hidden files are excluded."""
     written = {Path(CONFIG_FILE), Path(INDEX_FILE), *map(Path, files.values())}
-    found = []
+    paths = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [(Path(folder) / name).relative_to(directory) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if path not in written]
+        paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names) if not name.startswith(".")]
+    return [path for path in paths if path not in written]
 
 
 def _copy(directory: Path, path: Path, target: Path) -> None:
@@ -230,9 +230,9 @@ def _levels(
         codes = weights.unpack(_load(directory, files, layer, "weight_codes"))
         _, level, unit, errors[layer] = refit(codes, scale)
         return level, unit
-    found = exact_levels(scale)
-    assert found is not None, "the plan says that there are exact levels"
-    return found
+    levels = exact_levels(scale)
+    assert levels is not None, "the plan says that there are exact levels"
+    return levels
 
 
 def _new_codes(directory: Path, files: Mapping[str, str], layer: str) -> Tensor:

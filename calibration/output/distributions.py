@@ -63,7 +63,7 @@ def observe(
     codes = act_quant(x, own_rows, record)
     pooled = reduce(ChannelStatistics.merge, statistics.values())
     channels = processes.broadcast(lambda: kept_channels(dispersion_score(pooled).cpu()))
-    found = {"channels": channels.int()}
+    distribution = {"channels": channels.int()}
     owners = tokens.token_owners[::stride]
     rows, gathered = (processes.all_gather_rows(part, owners) for part in (own_rows, x[:, channels.to(x.device)]))
     quantiles = torch.tensor(QUANTILES, device=x.device)
@@ -72,17 +72,17 @@ def observe(
     # quantizer's intervals do.
     for row, seen in statistics.items():
         name = spec.rows[row]
-        found |= _ranges(name, seen, channels)
-        taken, own = (
+        distribution |= _ranges(name, seen, channels)
+        taken, of_row = (
             served == massive_row if row == massive_row else (of == row) & (served != massive_row)
             for served, of in ((rows, modality), (own_rows, own_modality))
         )
         if bool(taken.any()):
             low, high = torch.quantile(gathered[taken], quantiles, dim=0).cpu().bfloat16()
-            found[f"{name}.low"], found[f"{name}.high"] = low.clone(), high.clone()
-        counted = torch.bincount(codes[own].flatten().long().cpu() - ESCAPE_MIN, minlength=CODE_BINS)
-        found[f"{name}.codes"] = processes.all_reduce(counted, "SUM")
-    return found
+            distribution[f"{name}.low"], distribution[f"{name}.high"] = low.clone(), high.clone()
+        counted = torch.bincount(codes[of_row].flatten().long().cpu() - ESCAPE_MIN, minlength=CODE_BINS)
+        distribution[f"{name}.codes"] = processes.all_reduce(counted, "SUM")
+    return distribution
 
 
 def _ranges(name: str, seen: ChannelStatistics, channels: Tensor) -> dict[str, Tensor]:
@@ -106,7 +106,10 @@ def write_distributions(directory: Path, distributions: Mapping[str, Mapping[str
     """Write the distributions, by input name, into a checkpoint directory."""
     path = directory / DISTRIBUTIONS_FILE
     path.parent.mkdir(exist_ok=True)
-    save_file({f"{name}.{key}": value for name, found in distributions.items() for key, value in found.items()}, path)
+    save_file(
+        {f"{name}.{key}": value for name, distribution in distributions.items() for key, value in distribution.items()},
+        path,
+    )
 
 
 def read_distributions(directory: Path, spec: QuantizationSpec) -> dict[str, dict[str, Tensor]]:
@@ -119,7 +122,7 @@ def read_distributions(directory: Path, spec: QuantizationSpec) -> dict[str, dic
         return {}
     kinds = (*_RANGES, "dispersion", "codes")
     known = ("channels", *(f"{row}.{kind}" for row in spec.rows for kind in kinds))
-    found: dict[str, dict[str, Tensor]] = {}
+    distributions: dict[str, dict[str, Tensor]] = {}
     with open_file(path) as file:
         names = set(file.keys())
         for shared_input, layers in spec.shared_inputs().items():
@@ -129,8 +132,8 @@ def read_distributions(directory: Path, spec: QuantizationSpec) -> dict[str, dic
                 _check_distribution(
                     f"{path}: {shared_input}", distribution, spec.rows, spec.layers[layers[0]].in_features
                 )
-                found[shared_input] = distribution
-    return found
+                distributions[shared_input] = distribution
+    return distributions
 
 
 def _check_distribution(name: str, distribution: Mapping[str, Tensor], rows: Sequence[str], in_features: int) -> None:

@@ -48,11 +48,11 @@ class OutputTensor:
 
 def copied_files(directory: Path) -> list[Path]:
     """Files of the source, relative to it, that are copied into a checkpoint byte for byte."""
-    found = []
+    paths = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
-    return [path for path in found if _is_copied(path)]
+        paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
+    return [path for path in paths if _is_copied(path)]
 
 
 def _is_copied(path: Path) -> bool:

@@ -146,9 +146,9 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     two_level = sum(layer["scale_scheme"] == TWO_LEVEL_SCHEME for layer in data["layers"])
     if two_level:
         lines.append(f"two-level weight scales: {two_level} of {totals['layers']} layers")
-    own = Counter(row for layer in data["layers"] for row in layer["own_rows"])
-    if own:
-        each = ", ".join(f"{row} {count}" for row, count in own.items())
+    own_rows = Counter(row for layer in data["layers"] for row in layer["own_rows"])
+    if own_rows:
+        each = ", ".join(f"{row} {count}" for row, count in own_rows.items())
         lines.append(f"layers with a row of its own for a modality, of {totals['layers']}: {each}")
     if totals["escape_rate"] is not None:
         lines.append(

@@ -22,9 +22,9 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
     Leftovers of a killed run with the same `tag` (default: the process id) are removed first. The caller ensures that
     no other run uses the tag.
 
-    Raises MorphoQuantError if `output` exists and may not be replaced, is a mount point, overlaps the source `model` or
-    cannot be written, or if the disk is full. `output` is checked before and after the work, since others may fill it
-    meanwhile.
+    Raises MorphoQuantError if `output` exists and may not be replaced, is a mount point or overlaps the source `model`.
+    A full disk and other failures to write raise it too. `output` is checked before and after the work, since others
+    may fill it meanwhile.
     """
     # "." and ".." have no name from which to build a sibling's.
     place = Path(os.path.realpath(output))

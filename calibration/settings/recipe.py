@@ -196,8 +196,8 @@ class Recipe(BaseModel):
 def read_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML file, changed by `overrides` (a value of None overrides nothing).
 
-    Raises MorphoQuantError naming the file and the setting if the file cannot be read, is not a mapping or names an
-    unknown setting, or if a value is out of range.
+    Raises MorphoQuantError naming the file and the setting if the file cannot be read or is not a mapping. Unknown
+    settings and values out of range raise it too.
     """
     settings = _read_yaml(Path(path)) if path is not None else {}
     settings |= {key: value for key, value in (overrides or {}).items() if value is not None}

@@ -28,21 +28,21 @@ def code_files(root: Path, entry: str = ENTRY) -> dict[str, Path]:
 
 
 def _imported_modules(root: Path, entry: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     waiting = [entry]
     while waiting:
         module = waiting.pop()
-        if module in found:
+        if module in files:
             continue
         path = _module_file(root, module)
         if path is None:
             raise ModuleNotFoundError(f"{module}: is imported by calibration, but has no file below {root}")
-        found[module] = path
+        files[module] = path
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         waiting += _imports_of(root, path, package)
         # Importing a module also runs its parent packages.
-        waiting += [parent for parent in _parents(module) if parent not in found]
-    return found
+        waiting += [parent for parent in _parents(module) if parent not in files]
+    return files
 
 
 def _imports_of(root: Path, path: Path, package: str) -> Iterator[str]:

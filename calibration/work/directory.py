@@ -80,7 +80,7 @@ class WorkDirectory:
     settings: str = ""
     # Number of finished blocks; None if the samples are not finished either.
     finished: int | None = None
-    # Whether the checkpoint is in place, so that only the work directory must be removed.
+    # Whether the checkpoint is in place; only the work directory must then be removed.
     exported: bool = False
     processes: Processes = ONE
     _streams: dict[str, Stream] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class WorkDirectory:
 
     def keep_samples(self, sources: Mapping[int, str], captured: Iterable[MemoryInput]) -> None:
         """Write the decoder's inputs, one of this process's samples at a time; `sources` names them by index."""
-        own: dict[int, dict[str, Any]] = {}
+        entries_of_rank: dict[int, dict[str, Any]] = {}
         for (index, source), entry in zip(sources.items(), captured, strict=True):
             arguments, layout = pack(entry.arguments)
             tensors = {"modality": entry.modality, "positions": entry.positions, "hidden": entry.hidden, **arguments}
@@ -105,9 +105,9 @@ class WorkDirectory:
             path = sample_file(self.path, index)
             record = write_tensors_durably(path, tensors, {"arguments": layout})
             shape = {"states": list(entry.hidden.shape), "states_nbytes": entry.hidden.nbytes}
-            own[index] = {"source": source, "process": self.processes.rank, **shape, **asdict(record)}
+            entries_of_rank[index] = {"source": source, "process": self.processes.rank, **shape, **asdict(record)}
         sync_directory(self.path)
-        entries = _united(self.processes.all_gather(own))
+        entries = _united(self.processes.all_gather(entries_of_rank))
         manifest = {"settings": self.settings, "samples": [entries[index] for index in sorted(entries)], **self._towers}
         self.processes.broadcast(lambda: write_json_durably(self.path / SAMPLES_FILE, manifest))
         self.finished = 0
@@ -125,33 +125,33 @@ class WorkDirectory:
             name: Stream(self.path, name, self.finished, list(samples), shapes, rank, separate=separate)
             for name in STREAMS
         }
-        found: list[BlockInput] = []
+        inputs: list[BlockInput] = []
         for index, sample in enumerate(samples):
             path = sample_file(self.path, sample)
             tokens = read_tensors(path, ("modality", "positions"))
             if in_memory:
                 states = {name: stream.read(index) for name, stream in self._streams.items()}
-                found.append(MemoryInput(**tokens, **states, arguments=read_arguments(path, self.device)))
+                inputs.append(MemoryInput(**tokens, **states, arguments=read_arguments(path, self.device)))
             else:
-                found.append(DiskInput(**tokens, index=index, path=path, streams=self._streams, device=self.device))
-        return found
+                inputs.append(DiskInput(**tokens, index=index, path=path, streams=self._streams, device=self.device))
+        return inputs
 
     def finish_block(self, result: BlockResult, inputs: Sequence[BlockInput]) -> None:
         """Keep a finished block and the hidden states before the next; a resumed run then starts there."""
         assert self.finished == result.index
-        own: dict[str, FileRecord] = {}
+        local_files: dict[str, FileRecord] = {}
         if self.processes.first:
             path = block_file(self.path, result.index)
-            own[path.name] = write_tensors_durably(path, _packed(result))
+            local_files[path.name] = write_tensors_durably(path, _packed(result))
         # A process without samples has no states.
         for name, stream in self._streams.items() if inputs else ():
             if not stream.writing:
                 for index, entry in enumerate(inputs):
                     stream.write(index, getattr(entry, name))
             states, record = stream.finish()
-            own[states.name] = record
+            local_files[states.name] = record
         sync_directory(self.path)
-        files = _united(self.processes.all_gather(own, [FileRecord]))
+        files = _united(self.processes.all_gather(local_files, [FileRecord]))
 
         def note() -> None:
             manifest = {
@@ -170,26 +170,26 @@ class WorkDirectory:
 
     def records(self) -> dict[str, LayerRecord]:
         """The records of all finished layers, towers' first."""
-        found = {}
+        records = {}
         towers = _manifest(self.path / SAMPLES_FILE, self.settings).get("towers")
         parts = [towers["layers"]] if towers else []
         parts += [_manifest(self._manifest_file(index), self.settings)["layers"] for index in range(self.finished or 0)]
         for part in parts:
             for name, record in part.items():
                 rows = {row: RowChoice(**choice) for row, choice in record.pop("modality_rows").items()}
-                found[name] = LayerRecord(**record, modality_rows=rows)
-        return found
+                records[name] = LayerRecord(**record, modality_rows=rows)
+        return records
 
     def distributions(self) -> dict[str, dict[str, Tensor]]:
         """The kept distributions of all inputs."""
-        found: dict[str, dict[str, Tensor]] = {}
+        distributions: dict[str, dict[str, Tensor]] = {}
         towers = self.path / TOWERS_FILE
         files = [towers] if towers.exists() else []
         for file in (*files, *(block_file(self.path, index) for index in range(self.finished or 0))):
             for name, value in read_tensors(file, prefix=_DISTRIBUTION).items():
                 _, shared, key = name.split(" ", 2)
-                found.setdefault(shared, {})[key] = value
-        return found
+                distributions.setdefault(shared, {})[key] = value
+        return distributions
 
     def tensor(self, block: int | None, layer: str, tensor: str) -> Tensor:
         """One tensor of a layer of the finished `block`; None means a tower."""
@@ -272,8 +272,8 @@ def _packed(result: BlockResult) -> dict[str, Tensor]:
     }
     tensors |= {
         f"{_DISTRIBUTION} {shared} {key}": value
-        for shared, found in result.distributions.items()
-        for key, value in found.items()
+        for shared, distribution in result.distributions.items()
+        for key, value in distribution.items()
     }
     return tensors
 

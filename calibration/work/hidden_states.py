@@ -31,8 +31,8 @@ def states_file(directory: Path, stream: str, generation: int, process: int = 0)
 class Stream:
     """One stream's hidden states before the block `generation`, in the model's dtype, bit for bit.
 
-    The states before the first block are in the samples' files: one state for both streams, or two if `separate`, that
-    is, if towers are quantized too. `samples` and `shapes` are those of a process's samples, in order.
+    The states before the first block are in the samples' files: one state for both streams, or two if `separate`.
+    They are separate if towers are quantized too. `samples` and `shapes` are those of a process's samples, in order.
     """
 
     def __init__(

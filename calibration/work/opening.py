@@ -55,8 +55,8 @@ def open_work(
     fingerprint, or `restart` drops it. The directory is removed if nothing is finished when the run ends. With several
     processes the first one holds it for all; they leave the block together.
 
-    Raises MorphoQuantError if another run holds the directory, if it is not a work directory, if it was begun with
-    other settings or data, or if one of its files is missing or damaged. The directory then stays unchanged.
+    Raises MorphoQuantError if another run holds the directory, or if it is not a work directory. Other settings or data
+    than at its beginning raise it too, as do missing and damaged files. The directory then stays unchanged.
     """
     if not processes.first:
         work = WorkDirectory(path, device, processes=processes, **processes.broadcast(dict))
@@ -134,6 +134,6 @@ def _is_ours(path: Path) -> bool:
 
 def _drop_files(path: Path, *, partial_only: bool = False) -> None:
     for pattern in _FILES:
-        for found in sorted(path.iterdir()):
-            if pattern.fullmatch(found.name) and (found.name.endswith(PARTIAL) or not partial_only):
-                found.unlink()
+        for entry in sorted(path.iterdir()):
+            if pattern.fullmatch(entry.name) and (entry.name.endswith(PARTIAL) or not partial_only):
+                entry.unlink()

@@ -55,7 +55,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library: functions of a packed Request (cpu/kernels/record.h), HeadCall (head.h) or HeadBFloat16Call.
+    """The loaded library: functions of a packed Request, HeadCall or HeadBFloat16Call (see cpu/kernels/).
 
     They return 0, 1 for a bad row, 2 for a bad record, 3 if memory is exhausted. `head_bfloat16` is None if the
     processor lacks AVX512-BF16.

@@ -44,8 +44,8 @@ class MorphoQuantHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: MorphoQuantHfConfig, **arguments: Any) -> None:
         super().__init__(quantization_config, **arguments)
-        # Checkpoints are always pre-quantized. But if this is true, transformers ignores the requested dtype for every
-        # tensor that it renames (all of a thinker's) and keeps that of the file.
+        # Checkpoints are always pre-quantized. But if this is true, transformers keeps the file's dtype of every tensor
+        # that it renames, and ignores the requested one. It renames all tensors of a thinker.
         self.pre_quantized = False
 
     def validate_environment(self, *arguments: Any, device_map: Any = None, **others: Any) -> None:

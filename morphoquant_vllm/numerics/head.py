@@ -26,9 +26,9 @@ def quantize_rows(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, 
     scale = weight.new_empty(weight.shape[:1], dtype=torch.float32)
     for first in range(0, weight.shape[0], _ROWS):
         rows = weight[first : first + _ROWS].float()
-        own = rows.abs().amax(1) / LARGEST_CODE
-        scale[first : first + _ROWS] = own
-        codes[first : first + _ROWS] = (rows / own.where(own > 0, 1)[:, None]).round()
+        scales = rows.abs().amax(1) / LARGEST_CODE
+        scale[first : first + _ROWS] = scales
+        codes[first : first + _ROWS] = (rows / scales.where(scales > 0, 1)[:, None]).round()
     return codes, scale
 
 

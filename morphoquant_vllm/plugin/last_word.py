@@ -1,4 +1,4 @@
-"""Repeats a worker's refusal in the last line of the log, where vLLM says only "Engine core initialization failed".
+"""Repeats a worker's refusal in the last line of the log. vLLM says only "Engine core initialization failed" there.
 
 The process that configures the engine learns from vLLM that a worker failed, but not why. So the worker writes its
 line to a file. The configuring process prints it when it ends, after the traceback.

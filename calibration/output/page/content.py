@@ -63,8 +63,8 @@ class Content:
 def gather(directory: Path, patterns: Sequence[str] = ()) -> Content:
     """Gather the page of a checkpoint; `patterns` choose the layers whose inputs are drawn channel by channel.
 
-    Raises MorphoQuantError if the directory is not a MorphoQuant checkpoint, if its calibration report is missing or
-    damaged, if its distributions are damaged, or if no layer matches.
+    Raises MorphoQuantError if the directory is not a MorphoQuant checkpoint, or if no layer matches. So do a missing or
+    damaged calibration report, and damaged distributions.
     """
     inspected = inspect_data(directory)
     spec = read_spec(directory)

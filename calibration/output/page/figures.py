@@ -139,10 +139,10 @@ def dispersion(content: Content) -> bytes:
     kinds = list(dict.fromkeys(entry.name.rsplit(".", 1)[-1] for entry in inputs))
     figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 3.0), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        own = [entry for entry in inputs if entry.name.endswith(f".{kind}")]
+        inputs_of_kind = [entry for entry in inputs if entry.name.endswith(f".{kind}")]
         for row in content.spec.rows:
-            at = [number for number, entry in enumerate(own) if f"{row}.dispersion" in entry.distribution]
-            scores = [own[number].distribution[f"{row}.dispersion"].float().numpy() for number in at]
+            at = [number for number, entry in enumerate(inputs_of_kind) if f"{row}.dispersion" in entry.distribution]
+            scores = [inputs_of_kind[number].distribution[f"{row}.dispersion"].float().numpy() for number in at]
             if not scores:
                 continue
             for quantile, line in ((1.0, "-"), (0.99, "--"), (0.5, ":")):

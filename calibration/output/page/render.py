@@ -38,8 +38,8 @@ FIGURE = Markup(
 def write_page(directory: Path, output: Path, patterns: Sequence[str] = (), *, overwrite: bool = False) -> Content:
     """Write the page about the checkpoint `directory` to the file `output`; returns its content.
 
-    `patterns` choose the layers that are drawn channel by channel. Raises MorphoQuantError if the directory is not a
-    checkpoint, if no layer matches, or if `output` exists and may not be replaced; then nothing is written.
+    `patterns` choose the layers that are drawn channel by channel. Nothing is written if a MorphoQuantError is raised:
+    the directory is not a checkpoint, no layer matches, or `output` exists and may not be replaced.
     """
     if output.is_dir():
         raise MorphoQuantError(f"{output}: is a directory; name a file with --output")

@@ -47,8 +47,8 @@ int run(const Request& request, bool multiply) {
 
 }  // namespace
 
-// Return codes: 0 if all is well; 1 if the modality of a token that is not massive is not a row (the output is then
-// undefined); 2 if a record does not fit the request; 3 if memory is exhausted.
+// Return codes: 0 for success; 1 if the modality of a token that is not massive is not a row. The output is then
+// undefined. 2 if a record does not fit the request; 3 if memory is exhausted.
 extern "C" int morphoquant_act_quant(const Request* request) { return run(*request, false); }
 extern "C" int morphoquant_linear(const Request* request) { return run(*request, true); }
 extern "C" int morphoquant_head(const morphoquant::HeadCall* call) {
