@@ -102,7 +102,7 @@ def _choose_items(
     for entry in data:
         items += cut_windows(entry, tokenizer, window_tokens) if isinstance(entry, PlainText) else [entry]
     if not items:
-        raise MorphoQuantError("there is no calibration data; give at least one conversation or text")
+        raise MorphoQuantError("no calibration data was given; give at least one conversation or text")
     if max_samples is None or len(items) <= max_samples:
         return items
     if processes.first:

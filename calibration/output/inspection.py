@@ -137,7 +137,7 @@ def inspect_table(directory: Path) -> RenderableType:
 def _summary(data: Mapping[str, Any]) -> list[str]:
     totals = data["totals"]
     lines = [
-        f"masked: channels that may escape to 8 bits, in rows {'/'.join(data['rows'])} (one figure where all agree)",
+        f"masked: channels that may escape to 8 bits, in rows {'/'.join(data['rows'])} (one figure if all agree)",
         f"quantized layers: {totals['layers']}, {size_text(totals['quantized_bytes'])}, "
         f"{percent(totals['quantized_bytes'] / totals['quantized_bytes_16bit'])} of 16 bit",
         f"whole checkpoint: {size_text(totals['bytes'])}, {percent(totals['bytes'] / totals['bytes_16bit'])} of "
@@ -149,7 +149,7 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     own_rows = Counter(row for layer in data["layers"] for row in layer["own_rows"])
     if own_rows:
         each = ", ".join(f"{row} {count}" for row, count in own_rows.items())
-        lines.append(f"layers with a row of its own for a modality, of {totals['layers']}: {each}")
+        lines.append(f"layers with a modality's own row, of {totals['layers']}: {each}")
     if totals["escape_rate"] is not None:
         lines.append(
             f"escape rate in calibration: {percent(totals['escape_rate'])}; "
