@@ -4,12 +4,12 @@ cli             the command `morphoquant`
 calibrate       one run from model and data to checkpoint
 stages          its stages: capture, quantize, export
 settings        the settings, each declared once
-model           the source model: files, architectures, what will be quantized
+model           the source model: files, architectures, the plan of quantized layers
 data            from conversations to tokens
 blocks          runs the model block by block
 quantize        the algorithm
-work            what makes a run resumable
-output          the checkpoint, its report, and what shows them
-processes       the processes that share a run
-progress        what the terminal shows
+work            the work directory, which makes a run resumable
+output          the checkpoint, its report, and their display
+processes       the processes that share a run, and their collectives
+progress        the progress bar in the terminal
 """

@@ -46,25 +46,25 @@ def calibrate(
 ) -> dict[str, Any]:
     """Make a MorphoQuant checkpoint of the model directory `model` in the directory `output`.
 
-    `data` names .jsonl files of conversations in OpenAI chat format, .txt files, or directories of .txt files;
-    conversations with broken media are refused, or with `skip_bad` left out. What is finished lies in the directory
-    `work` (default: `output` with .work at its end) until the checkpoint is in its place: a run that was cut short, in
-    whatever way, goes on from there when the same call is made again, unless `restart`. `memory_budget` is in bytes:
-    to keep it, towers and hidden states are read from disk where need be; it changes no byte of the result.
+    `data` names .jsonl files of conversations in OpenAI chat format, .txt files, or directories of .txt files.
+    Conversations with broken media are refused, or left out with `skip_bad`. The directory `work` (default: `output`
+    with .work at its end) keeps finished blocks until the checkpoint is complete. If a run is interrupted in any way,
+    the same call resumes it from there, unless `restart`. `memory_budget` is in bytes: to keep it, towers and hidden
+    states are read from disk if necessary. It changes no byte of the result.
 
-    Of several `processes` (processes.open_processes), each makes the same call and takes its share of the samples;
-    `memory_budget` is then what those of a machine may use together.
+    With several `processes` (processes.open_processes), each makes the same call and takes its share of the samples.
+    `memory_budget` is then the total for the processes of one machine.
 
     `on_block` is called after each decoder block. Returns the report that is also written to
-    morphoquant_calibration.json. Raises MorphoQuantError for whatever the user can mend; then, as after any other
-    failure, `output` is as it was before.
+    morphoquant_calibration.json. Raises MorphoQuantError for problems that the user can fix. After any failure,
+    `output` is as it was before.
     """
     output = Path(output)
     job = _plan(model, recipe or Recipe(), memory_budget, processes)
     source = job.source
-    # Hours before the first block would find one, and for what is carried over, too.
-    processes.decide(source.check_finite)
-    conversations = processes.decide(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
+    # Block loading would find NaN only hours later, and would not check carried tensors at all.
+    processes.broadcast(source.check_finite)
+    conversations = processes.broadcast(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
     begun_with = (
         identity(job.recipe, job.device, source, conversations, skip_bad=skip_bad, processes=processes.size)
         if processes.first
@@ -72,7 +72,7 @@ def calibrate(
     )
     place = Path(work) if work is not None else default_work(output)
     check_work(place, output, source.directory)
-    # The checkpoint may already be there, where only the end of its run was cut off.
+    # The checkpoint may already exist, if only the end of its run was cut off.
     if processes.first and not place.exists():
         check_output(output, source.directory, overwrite=overwrite)
     with (
@@ -82,16 +82,16 @@ def calibrate(
         _threads(kept.threads),
     ):
         if kept.exported:
-            return processes.decide(lambda: _finish(place, read_json(output / REPORT_FILE)))
-        processes.decide(lambda: check_output(output, source.directory, overwrite=overwrite))
+            return processes.broadcast(lambda: _finish(place, read_json(output / REPORT_FILE)))
+        processes.broadcast(lambda: check_output(output, source.directory, overwrite=overwrite))
         with _clear_memory_errors(job):
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
             quantize(job, kept, tokens, on_block)
-        return processes.decide(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
+        return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
 
 
 def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processes: Processes) -> Job:
-    """What is quantized, and how, from the model's config and the recipe."""
+    """The job of this run: which layers are quantized, and how, by the model's config and the recipe."""
     device = choose_device(recipe.device, processes)
     source = open_source(model)
     architecture = find_architecture(source.config)
@@ -101,7 +101,7 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
 
 
 def _finish(work: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Remove the work: the checkpoint of this report is in its place."""
+    """Remove the work directory: the checkpoint of `report` is complete."""
     clear_work(work)
     return report
 
@@ -118,13 +118,13 @@ def _clear_memory_errors(job: Job) -> Iterator[None]:
 
 
 def default_work(output: Path) -> Path:
-    """Where a calibration keeps what is finished, unless it is told: beside the output, so that it is found again."""
+    """The default work directory: beside the output, where a repeated call finds it."""
     place = Path(os.path.realpath(output))
     return place.with_name(f"{place.name}.work")
 
 
 def check_work(work: Path, output: Path, model: Path) -> None:
-    """MorphoQuantError where a work directory would lie in the output or the model, or they in it."""
+    """Raise MorphoQuantError if the work directory overlaps the output or the model."""
     here, place, source = (Path(os.path.realpath(path)) for path in (work, output, model))
     for name, other in (("--output", place), ("the model directory", source)):
         if here == other or here in other.parents or other in here.parents:
@@ -133,10 +133,10 @@ def check_work(work: Path, output: Path, model: Path) -> None:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Compute on the threads with which the run was begun: sums in another order have other last bits."""
+    """Compute on `count` threads, those of the run's first start: another order of sums changes their last bits."""
     before = torch.get_num_threads()
     if count != before:
-        logger.info("computing on %d threads, with which the run was begun, not on %d", count, before)
+        logger.info("computing on %d threads, as the run that is resumed, instead of %d", count, before)
         torch.set_num_threads(count)
     try:
         yield

@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Exit status of a run that a signal ended, less the signal's number.
+# Exit status of a run that a signal ended, minus the signal's number.
 _SIGNALLED = 128
 _TERMINATED = _SIGNALLED + signal.SIGTERM
 
@@ -47,8 +47,8 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older checkpoint at --output.")] = False,
-    work: Annotated[Path | None, typer.Option(help="Where finished blocks are kept (default: OUTPUT.work).")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier run finished.")] = False,
+    work: Annotated[Path | None, typer.Option(help="Directory of finished blocks (default: OUTPUT.work).")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the finished blocks of an earlier run.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out conversations whose media fail.")] = False,
     memory_budget: Annotated[str | None, typer.Option(help="Memory to keep to, as 6GiB (default: all free).")] = None,
     **settings: Any,
@@ -60,10 +60,10 @@ def calibrate(
     from calibration.processes import open_processes
     from calibration.progress import BlockProgress
 
-    with open_processes() as processes, _one_word_of_failure(processes):
+    with open_processes() as processes, _one_failure_message(processes):
         chosen_recipe = read_recipe(recipe, chosen(settings))
         budget = None if memory_budget is None else read_size("--memory-budget", memory_budget)
-        # Not at the top: it imports torch, which takes seconds.
+        # Imported here: it imports torch, which takes seconds.
         from calibration.calibrate import calibrate as run
 
         _set_log_levels(processes)
@@ -87,33 +87,35 @@ def calibrate(
 
 
 def _set_log_levels(processes: Processes) -> None:
-    """The first process tells how it goes on; libraries keep to warnings that a user can use."""
+    """Let the first process log progress; silence library messages that do not help a user."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("calibration").setLevel(logging.INFO if processes.first else logging.WARNING)
-    # It warns that weights stay in their files, which is what we ask of it.
+    # accelerate warns that weights stay in their files, which is intended.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 @contextmanager
-def _one_word_of_failure(processes: Processes) -> Iterator[None]:
-    """Where several processes fail together, the first one says why, before any of them ends."""
+def _one_failure_message(processes: Processes) -> Iterator[None]:
+    """If several processes fail together, the first one prints the reason before any of them ends."""
     try:
         with processes.failing_together():
             yield
     except MorphoQuantError as error:
-        if not processes.told:
+        if not processes.failure_announced:
             raise
         if processes.first:
-            _say(str(error))
-        processes.part()
+            _print_error(str(error))
+        processes.wait_for_peers()
         raise typer.Exit(1) from error
     except SystemExit as stop:
         if processes.size > 1 and processes.first and stop.code == _TERMINATED:
-            _say("ended by SIGTERM, which torchrun sends where another process has died; the same command goes on")
+            _print_error(
+                "ended by SIGTERM, which torchrun sends if another process has died; the same command resumes the run"
+            )
         raise
 
 
@@ -175,7 +177,7 @@ def convert(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older checkpoint at --output.")] = False,
 ) -> None:
-    """Write a checkpoint anew in the newest format, in which damage is noticed; weights stay as they are."""
+    """Rewrite a checkpoint in the newest format, in which damage is noticed; weights do not change."""
     from calibration.output.convert import convert as run
 
     done = run(directory, output, scales=scales, approximate=approximate, overwrite=overwrite)
@@ -187,13 +189,13 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: what the user can mend ends in one line on stderr and exit status 1."""
-    # A terminal may not know a letter of a file's name.
+    """Entry point: a problem that the user can fix ends in one line on stderr and exit status 1."""
+    # The terminal's encoding may lack a letter of a file name.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # A terminated run takes its half-written directory with it.
+    # On SIGTERM, raise SystemExit, which removes the half-written output directory.
     signal.signal(signal.SIGTERM, _stop)
-    # Before torch is imported: its threads spin while they wait, which is slow where cores are shared.
+    # Before torch is imported: its threads spin while they wait, which is slow if cores are shared.
     environment.wait_passively()
     try:
         app()
@@ -205,13 +207,13 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
-def _say(message: str) -> None:
-    # What comes now is the end, into which torchrun's own signal to end must not break.
+def _print_error(message: str) -> None:
+    # The process is about to end; torchrun's SIGTERM must not interrupt the message.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # The system's messages hold names of files as they are.
+    # The system's messages contain raw file names.
     print(f"error: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> NoReturn:
-    _say(message)
+    _print_error(message)
     sys.exit(1)

@@ -1,8 +1,8 @@
-"""The processes that share one calibration, what they tell each other, and how they fail together.
+"""The processes that share one calibration: their collectives, and how they fail together.
 
-All of them make the same calls in the same order. Every call begins with a meeting, at which each says whether it is
-well: so an error in one process, wherever it is raised, ends the others at their next call, and none waits for an
-answer that never comes. Where a process dies without a word, its connections close, and the others' calls fail.
+All ranks make the same collectives in the same order. Every collective starts with a status exchange. If any rank has
+failed, all ranks raise at their next collective instead of hanging. If a process dies, its connections close, and the
+collectives of the others fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
 
-# How long a process waits for the others in one call: while the first writes the checkpoint, all others do.
+# Longest wait in one collective: all other ranks wait while rank 0 writes the checkpoint.
 TIMEOUT = timedelta(minutes=30)
 _FAILED = "failed"
 
@@ -31,167 +31,169 @@ T = TypeVar("T")
 
 
 class Processes:
-    """One process alone: what is its own is everybody's."""
+    """Single-process case: every collective is the identity."""
 
     rank = 0
     size = 1
-    # Among the processes on this machine.
+    # Rank and number of the processes on this machine.
     local_rank = 0
     local_size = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes what is common to all."""
+        """Whether this is rank 0, which writes the common files."""
         return self.rank == 0
 
-    def reduce(self, value: Tensor, operation: str) -> Tensor:
-        """The SUM, MIN or MAX (a name of torch.distributed.ReduceOp) of all processes' values, of equal shapes."""
+    def all_reduce(self, value: Tensor, operation: str) -> Tensor:
+        """The SUM, MIN or MAX (a name of torch.distributed.ReduceOp) of all ranks' `value`, of equal shapes."""
         return value
 
-    def merge(self, value: Tensor, owner: Tensor) -> Tensor:
-        """Rows of all processes: `owner` int64 [n], on the CPU, is the process of each; value [own n, ...] this one's.
+    def all_gather_rows(self, value: Tensor, owner: Tensor) -> Tensor:
+        """All ranks' rows [n, ...], from this rank's rows `value` [local n, ...].
 
-        The dtype and all sizes but the first are the same in all of them.
+        `owner` int64 [n], on the CPU, is the rank of each row. The dtype and all sizes but the first are the same on
+        all ranks.
         """
         return value
 
-    def gather(self, value: T, classes: Sequence[type] = ()) -> list[T]:
-        """An object of each process, by rank; tensors in it lie on the CPU.
+    def all_gather(self, value: T, classes: Sequence[type] = ()) -> list[T]:
+        """The `value` of every rank, by rank; its tensors are on the CPU.
 
-        It is made of tensors, Python's plain values and containers, and the `classes` named. Raises MorphoQuantError
-        where another process has sent anything else.
+        A value consists of tensors, Python's plain values and containers, and the `classes`. Raises MorphoQuantError
+        if another rank has sent anything else.
         """
         return [value]
 
-    def decide(self, make: Callable[[], T], classes: Sequence[type] = ()) -> T:
-        """What `make` returns in the first process, which alone calls it.
+    def broadcast(self, make: Callable[[], T], classes: Sequence[type] = ()) -> T:
+        """The result of `make` on rank 0, which alone calls it, for all ranks.
 
-        For what must be the same bits in all of them, and for what only one may do. It is made as `gather` has it.
+        For values that must have the same bits on all ranks, and for actions that only one may take. The result may
+        consist of the types that `all_gather` takes.
         """
         return make()
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things that are dealt out in runs; `owners` tells all processes' parts."""
+        """This rank's contiguous slice of `count` items; `owners` gives the slices of all ranks."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def owners(self, count: int) -> Tensor:
-        """The process of each of `count` things as `share` deals them out, int64 on the CPU."""
+        """The rank of each of `count` items divided by `share`, int64 on the CPU."""
         ends = torch.tensor([(rank + 1) * count // self.size for rank in range(self.size)])
         return torch.searchsorted(ends, torch.arange(count), right=True)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Leaves the block when all processes do; where one fails, each raises a MorphoQuantError with its reason."""
+        """Leave the block when all ranks do; if one fails, every rank raises a MorphoQuantError with its reason."""
         yield
 
     @property
-    def told(self) -> bool:
-        """Whether a failure is known to all processes, so that one word of it is enough."""
+    def failure_announced(self) -> bool:
+        """True once every rank knows about the failure, so only rank 0 prints it."""
         return False
 
-    def part(self) -> None:
-        """After a failure that was told: wait until every process has come so far."""
+    def wait_for_peers(self) -> None:
+        """Barrier after an announced failure."""
 
 
 ONE = Processes()
 
 
 class Group(Processes):
-    """A process of torch.distributed's default group, whose backend takes tensors on the CPU."""
+    """A rank of torch.distributed's default group, whose backend takes tensors on the CPU."""
 
     def __init__(self, local_rank: int, local_size: int) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank, self.local_size = local_rank, local_size
-        # Between two meetings: a process that fails there cannot be heard.
+        # True inside a collective, after its status exchange: a rank that fails there cannot announce it.
         self._busy = False
-        self._told = False
+        self._failure_announced = False
 
     @property
-    def told(self) -> bool:
-        return self._told
+    def failure_announced(self) -> bool:
+        return self._failure_announced
 
-    def reduce(self, value: Tensor, operation: str) -> Tensor:
+    def all_reduce(self, value: Tensor, operation: str) -> Tensor:
         value = value.clone(memory_format=torch.contiguous_format)
-        with self._meeting(f"{operation} {value.dtype} {list(value.shape)}"):
+        with self._collective(f"{operation} {value.dtype} {list(value.shape)}"):
             dist.all_reduce(value, getattr(dist.ReduceOp, operation))
         return value
 
-    def merge(self, value: Tensor, owner: Tensor) -> Tensor:
-        merged = value.new_empty(owner.numel(), *value.shape[1:])
-        with self._meeting(f"merge {value.dtype} {list(merged.shape)}"):
+    def all_gather_rows(self, value: Tensor, owner: Tensor) -> Tensor:
+        gathered = value.new_empty(owner.numel(), *value.shape[1:])
+        with self._collective(f"all_gather_rows {value.dtype} {list(gathered.shape)}"):
             for rank in range(self.size):
-                theirs = (owner == rank).nonzero().flatten().to(value.device)
-                if theirs.numel():
-                    shape = (theirs.numel(), *value.shape[1:])
-                    part = value.contiguous() if rank == self.rank else value.new_empty(shape)
-                    # As bytes: backends do not know all dtypes.
-                    dist.broadcast(part.view(-1).view(torch.uint8), rank)
-                    merged[theirs] = part
-        return merged
+                places = (owner == rank).nonzero().flatten().to(value.device)
+                if places.numel():
+                    shape = (places.numel(), *value.shape[1:])
+                    rows = value.contiguous() if rank == self.rank else value.new_empty(shape)
+                    # As bytes: backends do not support all dtypes.
+                    dist.broadcast(rows.view(-1).view(torch.uint8), rank)
+                    gathered[places] = rows
+        return gathered
 
-    def gather(self, value: T, classes: Sequence[type] = ()) -> list[T]:
+    def all_gather(self, value: T, classes: Sequence[type] = ()) -> list[T]:
         packed = _packed(value)
-        with self._meeting("gather"):
-            parts = [self._bytes(rank, packed) for rank in range(self.size)]
-        return [self._unpacked(rank, part, classes) for rank, part in enumerate(parts)]
+        with self._collective("all_gather"):
+            received = [self._broadcast_bytes(rank, packed) for rank in range(self.size)]
+        return [self._unpacked(rank, data, classes) for rank, data in enumerate(received)]
 
-    def decide(self, make: Callable[[], T], classes: Sequence[type] = ()) -> T:
+    def broadcast(self, make: Callable[[], T], classes: Sequence[type] = ()) -> T:
         if self.first:
             value = make()
             packed = _packed(value)
-            with self._meeting("decide"):
-                self._bytes(0, packed)
+            with self._collective("broadcast"):
+                self._broadcast_bytes(0, packed)
             return value
-        with self._meeting("decide"):
-            packed = self._bytes(0, b"")
-        found: T = self._unpacked(0, packed, classes)
-        return found
+        with self._collective("broadcast"):
+            packed = self._broadcast_bytes(0, b"")
+        received: T = self._unpacked(0, packed, classes)
+        return received
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         try:
             yield
-            with self._meeting("end"):
+            with self._collective("end"):
                 pass
         except Exception as error:
-            if not self._told and not self._busy:
-                with suppress(MorphoQuantError), self._meeting(_FAILED, str(error) or type(error).__name__):
+            if not self._failure_announced and not self._busy:
+                with suppress(MorphoQuantError), self._collective(_FAILED, str(error) or type(error).__name__):
                     pass
             raise
 
-    def part(self) -> None:
-        # No barrier: where there are GPUs, that would be NCCL's.
+    def wait_for_peers(self) -> None:
+        # dist.barrier would use NCCL if GPUs are present.
         with suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))
 
     @contextmanager
-    def _meeting(self, call: str, failure: str = "") -> Iterator[None]:
-        """A call of all processes; MorphoQuantError where one of them has failed, or is no longer there."""
+    def _collective(self, call: str, failure: str = "") -> Iterator[None]:
+        """Exchange the status of all ranks before a collective; MorphoQuantError if one has failed or died."""
         self._busy = True
         try:
-            own = torch.tensor([bool(failure), zlib.crc32(call.encode())])
-            all_say = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(all_say, own)
-            failed = [rank for rank, said in enumerate(all_say) if said[0]]
+            status = torch.tensor([bool(failure), zlib.crc32(call.encode())])
+            statuses = [torch.empty_like(status) for _ in range(self.size)]
+            dist.all_gather(statuses, status)
+            failed = [rank for rank, (has_failed, _) in enumerate(statuses) if has_failed]
             if failed:
-                reason = self._bytes(failed[0], failure.encode()).decode()
-                self._busy, self._told = False, True
+                reason = self._broadcast_bytes(failed[0], failure.encode()).decode()
+                self._busy, self._failure_announced = False, True
                 raise MorphoQuantError(f"process {failed[0]}: {reason}")
-            if any(said[1] != own[1] for said in all_say):
-                # No user can mend it: they do not make the same calls.
-                raise AssertionError(f"process {self.rank} is at '{call}', another one is not")
+            if any(other[1] != status[1] for other in statuses):
+                # A bug, not a user's mistake: the ranks do not make the same calls.
+                raise AssertionError(f"rank {self.rank} calls '{call}', but another rank does not")
             yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise MorphoQuantError(
                 f"process {self.rank}: another process of this calibration has died or does not answer "
-                f"({_reason(error)}); the same command goes on after the last finished block"
+                f"({_reason(error)}); the same command resumes after the last finished block"
             ) from error
         self._busy = False
 
-    def _bytes(self, source: int, data: bytes) -> bytes:
-        """`data` of the process `source`."""
+    def _broadcast_bytes(self, source: int, data: bytes) -> bytes:
+        """The `data` of rank `source`."""
         size = torch.tensor(len(data))
         dist.broadcast(size, source)
         content = torch.empty(int(size), dtype=torch.uint8)
@@ -202,17 +204,18 @@ class Group(Processes):
         return content.numpy().tobytes()
 
     def _unpacked(self, source: int, data: bytes, classes: Sequence[type]) -> Any:
-        """What `_packed` packed in the process `source`: tensors of its GPU come onto this one's.
+        """The value that `_packed` packed on rank `source`; tensors on its GPU move to this rank's GPU.
 
-        Nothing is called but what makes tensors, plain values and the `classes`: bytes off the network run no code.
+        Only tensors, plain values and the `classes` are constructed: bytes from the network run no code.
         """
         try:
-            # bytes: torch takes them for plain unless they are empty.
+            # torch treats bytes as plain values, except empty ones.
             with torch.serialization.safe_globals([bytes, *classes]):
                 return torch.load(io.BytesIO(data), map_location=self._local, weights_only=True)
         except pickle.UnpicklingError as error:
             raise MorphoQuantError(
-                f"process {source} has sent what is no part of a calibration; use a network that nobody else reaches"
+                f"process {source} has sent data that do not belong to a calibration; use a network that nobody else "
+                "can reach"
             ) from error
 
     def _local(self, storage: Any, place: str) -> Any:
@@ -220,7 +223,7 @@ class Group(Processes):
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what a backend says, without the place in its source."""
+    """The first sentence of a backend's message, without the source location."""
     first, *_ = re.sub(r"^\[[^\]]*\] *", "", str(error)).split(". ")
     return " ".join(first.split())
 
@@ -235,7 +238,7 @@ def _packed(value: object) -> bytes:
 def open_processes(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     """The processes that `torchrun` started, or this one alone; they leave the block together.
 
-    gloo joins them for what is on the CPU, NCCL for what is on GPUs.
+    gloo connects them for tensors on the CPU, NCCL for tensors on GPUs.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ONE
@@ -244,7 +247,9 @@ def open_processes(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise MorphoQuantError(f"the processes that torchrun started cannot be joined ({_reason(error)})") from error
+        raise MorphoQuantError(
+            f"the processes that torchrun started cannot connect ({_reason(error)}); let all of them reach MASTER_ADDR"
+        ) from error
     processes = Group(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         with processes.failing_together():

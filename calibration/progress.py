@@ -1,4 +1,4 @@
-"""How far a calibration has come: a bar on a terminal, one line per block elsewhere."""
+"""The progress of a calibration: a bar on a terminal, one line per block elsewhere."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class BlockProgress:
         self._seen += 1
         loss = "-" if result.loss is None else f"{result.loss:.4f}"
         if self._bar is None:
-            # Blocks that an earlier run finished took this one no time.
+            # Blocks that an earlier run finished are not part of this run's time.
             left = (time.monotonic() - self._start) / self._seen * (result.count - done)
             self._console.print(f"block {done}/{result.count}  loss {loss}  about {left:.0f} s left", highlight=False)
             return
         if self._task is None:
-            # Not before the first block: what comes earlier, such as loading, says for itself what it does.
+            # The bar starts with the first block: earlier steps, such as loading, log their progress.
             self._bar.start()
             self._task = self._bar.add_task("", total=result.count, completed=result.index, loss=loss)
         self._bar.update(self._task, completed=done, loss=loss)

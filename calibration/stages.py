@@ -1,4 +1,4 @@
-"""The three steps of a calibration, each of which goes on from what the work directory holds."""
+"""The three stages of a calibration. Each resumes from the content of the work directory."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ from morphoquant_vllm.format.verify import verify_checkpoint
 
 @dataclass(frozen=True)
 class Job:
-    """What does not change during a calibration."""
+    """The constants of a calibration."""
 
     source: Source
     architecture: Architecture
     names: DecoderNames
     spec: QuantizationSpec
     recipe: Recipe
-    # In bytes, of all processes on this machine together; None: what is free.
+    # In bytes, for all processes on this machine together; None: the free memory.
     memory_budget: int | None
     device: torch.device
     processes: Processes
 
     def memory_need(self, tokens: TokenSample | None = None) -> MemoryNeed:
-        """The peaks of one process of this calibration; MorphoQuantError where they are above a stated budget."""
+        """The memory peaks of one process of this calibration; MorphoQuantError if they exceed a stated budget."""
         sampled = 0
         if tokens is not None:
             owners = tokens.token_owners
             sampled = int(owners.bincount().max())
             if self.processes.size > 1:
-                # Some of the others' tokens come besides, for the search.
+                # The search also gathers tokens of other processes.
                 sampled = min(owners.numel(), sampled + 2 * SEARCH_TOKENS)
         need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
         if self.recipe.towers:
-            # What is quantized of a tower is computed with right away.
+            # A tower's quantized layers stay in memory and compute the next layers' inputs.
             need = replace(need, front_streamed=need.front)
         if self.memory_budget is not None:
             check_budget(need, self.memory_limit, self.source.directory)
@@ -72,7 +72,7 @@ class Job:
         return together // self.processes.local_size
 
     def choose_tokens(self, modalities: Mapping[int, Tensor]) -> TokenSample:
-        """The tokens that are looked at, from the rows of this process's samples by their places among all."""
+        """Choose the tokens for the search. `modalities` holds the rows of this process's samples, by sample index."""
         recipe = self.recipe
         return share_tokens(self.processes, modalities, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
 
@@ -80,11 +80,11 @@ class Job:
 def capture(
     job: Job, work: WorkDirectory, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
 ) -> TokenSample:
-    """Render the data, run embeddings and towers on them, and keep what reaches the decoder; the tokens to look at."""
+    """Render the data, run embeddings and towers on them, and keep the decoder's inputs; the tokens of the search."""
     if work.finished is not None:
         return job.choose_tokens(work.modalities())
     source, recipe, spec = job.source, job.recipe, job.spec
-    # What can be told before the data are rendered: rendering can take long.
+    # This check needs no data, and rendering can take long.
     job.memory_need()
     samples = build_samples(
         source.directory,
@@ -100,7 +100,7 @@ def capture(
     check_media(samples, recipe, job.processes)
     tokens = job.choose_tokens({sample.place: sample.modality for sample in samples})
     need = job.memory_need(tokens)
-    # The states that reach the first block, and two generations of both streams.
+    # The inputs of the first block, and two generations of both streams.
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
     states = sum(tokens.counts.values()) * hidden_size * getattr(torch, recipe.dtype).itemsize
     check_free_space(work.path, quantized_size(source, spec) + 5 * states, "the work directory", "--work")
@@ -114,7 +114,7 @@ def capture(
 def _run_front(
     job: Job, work: WorkDirectory, model: Any, samples: Sequence[Sample], tokens: TokenSample
 ) -> Iterable[MemoryInput]:
-    """What reaches the decoder of each sample, from embeddings and towers; quantizes and keeps towers where asked."""
+    """The decoder's inputs of each sample, from embeddings and towers; quantizes and keeps towers if requested."""
     blocks = list(model.get_submodule(job.architecture.block_module).children())
     positions = [tokens.positions[index] for index in tokens.samples]
     if not job.recipe.towers:
@@ -131,7 +131,7 @@ def _run_front(
             processes=job.processes,
         )
     )
-    # The served stream begins with what the quantized towers give; what is aimed at is the 16-bit ones' still.
+    # The served stream begins with the outputs of the quantized towers; the targets keep those of the 16-bit towers.
     for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
         entry.served = again.hidden
     return captured
@@ -140,7 +140,7 @@ def _run_front(
 def quantize(
     job: Job, work: WorkDirectory, tokens: TokenSample, on_block: Callable[[BlockResult], None] | None = None
 ) -> None:
-    """Quantize the blocks that are not finished, one after the other, and keep each as soon as it is."""
+    """Quantize the unfinished blocks in order, and keep each block as soon as it is finished."""
     assert work.finished is not None
     if work.finished == job.names.blocks:
         return
@@ -163,23 +163,23 @@ def quantize(
 
 
 def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, overwrite: bool) -> dict[str, Any]:
-    """Write the checkpoint from the finished blocks, and put it in its place; its report."""
+    """Write the checkpoint from the finished blocks and move it to `output`; its report."""
     source, spec, recipe = job.source, job.spec, job.recipe
     report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts)
     block_of = {job.names.layer(block, ""): block for block in range(job.names.blocks)}
 
     def load(layer: str, tensor: str) -> Tensor:
-        # A layer that is in none of the decoder's blocks is a tower's.
+        # A layer outside the decoder's blocks belongs to a tower.
         block = next((block for start, block in block_of.items() if layer.startswith(start)), None)
         return work.tensor(block, layer, tensor)
 
-    # The directory to write into is this work's own, whatever process goes on with it.
+    # The scratch directory is named by the work directory, so a resumed run uses the same one.
     tag = hashlib.sha256(str(work.path.resolve()).encode()).hexdigest()[:8]
     with staged_directory(output, source.directory, overwrite=overwrite, tag=tag) as directory:
         check_free_space(directory, checkpoint_size(source, spec))
         with clear_write_errors(output, source.directory):
             write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions())
-        # Its hashes were taken from what was just written: reading it once more would only repeat them.
+        # The hashes were just computed from these files; reading them again would only repeat that.
         verify_checkpoint(directory, checksums=False)
         work.note_export(directory)
     return report

@@ -4,13 +4,13 @@
     numerics     the one definition of the numbers (torch only)
     ops          the operators that the plugin calls, and the choice of a backend
     cpu, gpu     the backends
-    plugin       what vLLM calls; the only room that imports vLLM
+    plugin       the classes that vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
-    compat       command: whether the vLLM at hand has the interfaces that the plugin needs
-    handles      layers that are bound to a backend, found by a tensor of theirs
-    host_memory  gives freed memory back, large pages
+    compat       command: compares the installed vLLM with the interfaces that the plugin needs
+    handles      bound layers by their handle, which is one of their tensors
+    host_memory  large pages, and the return of freed memory
     environment  the environment variables that are read
-    errors       the one error type for what a user can mend
+    errors       the one error type for problems that a user can fix
 
 Importing this package imports nothing else.
 """

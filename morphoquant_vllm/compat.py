@@ -1,10 +1,10 @@
-"""What the plugin uses of vLLM 0.32, and how the vLLM installed differs: `python -m morphoquant_vllm.compat`.
+"""The interfaces of vLLM 0.32 that the plugin uses. `python -m morphoquant_vllm.compat` compares the installed vLLM.
 
-PRIVATE_PARTS lists what this project uses of torch, transformers and Triton that they do not promise to keep. Tests
-compare it.
+PRIVATE_PARTS lists the interfaces of torch, transformers and Triton that this project uses although none of them
+promises to keep these. Tests compare it.
 
-The package has no branch on vLLM's version. One that becomes necessary belongs here, with a test that fails when the
-oldest vLLM of pyproject.toml no longer needs it; `tests/morphoquant_vllm/test_compat.py` refuses it anywhere else.
+The package has no branch on vLLM's version. A branch that becomes necessary belongs here, with a test that fails when
+the oldest vLLM of pyproject.toml no longer needs it. `tests/morphoquant_vllm/test_compat.py` refuses it anywhere else.
 Imports the standard library only, and vLLM while it compares.
 """
 
@@ -32,8 +32,8 @@ _CREATE_WEIGHTS = (
     "**extra_weight_attrs)"
 )
 
-# "module:name", or "module:Class.member": a function's parameters, a class's bases, or what kind of member it is.
-# Here stand the names that the plugin imports, the members that it reads or calls, and the methods that it overrides.
+# "module:name" or "module:Class.member" -> a function's parameters, a class's bases, or the kind of a member.
+# The list holds the names that the plugin imports, the members that it reads or calls, and the methods it overrides.
 INTERFACES: dict[str, str] = {
     "vllm.plugins:DEFAULT_PLUGINS_GROUP": "'vllm.general_plugins'",
     "vllm.logger:init_logger": "(name)",
@@ -144,8 +144,8 @@ _LAUNCHER = (
     "launch_exit_hook, *args)"
 )
 
-# In the same words, of morphoquant_vllm and calibration: names with an underscore, names that transformers keeps in its
-# modules, what is read or overridden there, and how Triton launches.
+# The same form, for morphoquant_vllm and calibration. The list holds names with an underscore, names inside
+# transformers' modules, the members that are read or overridden there, and Triton's launch interface.
 PRIVATE_PARTS: dict[str, str] = {
     # plugin/silu_mul_pass.py: the graph pass of torch's compiler
     f"{_PATTERNS}:PatternMatcherPass": "class(object)",
@@ -209,13 +209,13 @@ PRIVATE_PARTS: dict[str, str] = {
 
 
 def differences(expected: Mapping[str, str]) -> list[str]:
-    """How what is installed differs from INTERFACES or PRIVATE_PARTS, one line each."""
+    """The differences between the installed packages and INTERFACES or PRIVATE_PARTS, one line each."""
     described = {path: describe(path) for path in expected}
     return [f"{path} is {described[path]}, not {words}" for path, words in expected.items() if described[path] != words]
 
 
 def describe(path: str) -> str:
-    """What stands at "module:name" or "module:Class.member", in the words of INTERFACES; nothing is "missing"."""
+    """Describe `path`, "module:name" or "module:Class.member", in the form of INTERFACES; "missing" if it is absent."""
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -238,7 +238,7 @@ def _thing(thing: Any) -> str:
     try:
         signature = inspect.signature(thing)
     except ValueError:
-        return "function"  # of C++, which does not tell its parameters
+        return "function"  # a C++ function has no signature
     plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
     words = str(signature.replace(parameters=plain, return_annotation=signature.empty))
     # A default that is a function is shown with its address.
@@ -254,14 +254,14 @@ def _member(owner: type, name: str) -> str:
         return _thing(getattr(owner, name))
     declared = member is not unset or any(name in inspect.get_annotations(cls) for cls in owner.__mro__)
     library = owner.__module__.partition(".")[0]
-    own = [cls for cls in owner.__mro__ if cls.__module__.partition(".")[0] == library]
-    set_on_instances = any(name in _set_on_self(cls) for cls in own)
+    classes = [cls for cls in owner.__mro__ if cls.__module__.partition(".")[0] == library]
+    set_on_instances = any(name in _set_on_self(cls) for cls in classes)
     return "attribute" if declared or set_on_instances else "missing"
 
 
 @cache
 def _set_on_self(cls: type) -> set[str]:
-    """Attributes that a class's own methods assign to `self`: only the source shows them."""
+    """Attributes that the methods of `cls` assign to `self`; only the source shows them."""
     nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
     return {
         node.attr
@@ -274,13 +274,13 @@ def _set_on_self(cls: type) -> set[str]:
 
 
 def main() -> int:
-    """Print what differs; exit status 1 where anything does."""
-    found = differences(INTERFACES)
+    """Print the differences; exit status 1 if there are any."""
+    lines = differences(INTERFACES)
     version = importlib.metadata.version("vllm")
-    for line in found:
+    for line in lines:
         print(line)
-    print(f"vLLM {version}: {len(INTERFACES) - len(found)} of {len(INTERFACES)} interfaces are as the plugin uses them")
-    return bool(found)
+    print(f"vLLM {version}: {len(INTERFACES) - len(lines)} of {len(INTERFACES)} interfaces are as the plugin uses them")
+    return bool(lines)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable that a user may set; `default` says what holds if it is not set, or is empty."""
+    """A variable that a user may set; `default` holds if it is unset or empty."""
 
     name: str
     default: str
@@ -70,10 +70,10 @@ def cpu_instructions() -> str:
 
 
 def cache_directory() -> Path | None:
-    """Where built CPU kernels are kept, absolute; None for a user without a home directory who names no other."""
+    """The absolute directory of built CPU kernels; None if the user has no home directory and names no other."""
     try:
-        if own := CACHE.text():
-            return Path(own).absolute()
+        if chosen := CACHE.text():
+            return Path(chosen).absolute()
         return Path(CACHE_HOME.text() or Path.home() / ".cache").absolute() / "morphoquant"
     # RuntimeError: no HOME and no entry in the system's list of users. OSError: the current directory is gone.
     except (RuntimeError, OSError):
@@ -81,7 +81,7 @@ def cache_directory() -> Path | None:
 
 
 def compiler() -> list[str]:
-    """The command of the user's C++ compiler, or nothing. Raises ValueError where a quote is left open."""
+    """The command of the user's C++ compiler, empty if none is set. Raises ValueError if a quote is left open."""
     return shlex.split(CXX.text())
 
 

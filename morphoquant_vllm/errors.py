@@ -1,4 +1,4 @@
-"""The one error type for what a user can mend."""
+"""The one error type for problems that a user can fix."""
 
 # Longer messages are cut: names and values from a damaged file may be of any length.
 LONGEST_MESSAGE = 600
@@ -7,9 +7,8 @@ LONGEST_MESSAGE = 600
 class MorphoQuantError(Exception):
     """A problem with the user's input; its message is one line that names the thing and the remedy.
 
-    What a file holds may stand in the message, so control characters are escaped and a long message is shortened in
-    its middle. Not a ValueError: pydantic, inside which vLLM builds its configuration, would bury the line in a report
-    of its own.
+    The message may quote a file, so control characters are escaped and a long message is shortened in its middle.
+    It is not a ValueError: vLLM builds its configuration inside pydantic, which would bury the line in its own report.
     """
 
     def __init__(self, message: str) -> None:

@@ -58,7 +58,7 @@ def random_group(
 ) -> list[dict[str, Tensor]]:
     """The format's tensors of the shards [N, K] that share one input; whatever calibration would find is random.
 
-    Of standard normal tokens the massive intervals of each block hold about every other one.
+    The massive intervals of each block hold about every other one of standard normal tokens.
     """
     generator = torch.Generator().manual_seed(int(seed))
     rows, in_features = len(spec.rows), layer.in_features
@@ -167,7 +167,7 @@ def write_config(directory: Path, spec: QuantizationSpec, **changes: object) -> 
 
 
 def seal_again(directory: Path) -> None:
-    """Give config.json the digests of what is there now, as if it had been written so; nothing if it is too damaged."""
+    """Give config.json the digests of its current content; nothing if it is too damaged."""
     path = directory / "config.json"
     config = json.loads(path.read_text())
     settings = {**config["quantization_config"], "format_version": 2}
@@ -205,7 +205,7 @@ def edit_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
 
 
 def edit(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace a stored tensor by what `change` makes of it."""
+    """Replace a stored tensor by the result of `change`."""
     path = file_of(directory, name)
     with safe_open(str(path), "pt") as file:
         tensor = file.get_tensor(name)

@@ -1,4 +1,4 @@
-"""lm-eval's command line run in this process, and what its logged log likelihoods should be."""
+"""lm-eval's command line run in this process, and the expected values of its logged log likelihoods."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> dict[
 
 @torch.no_grad()
 def log_likelihood(model: nn.Module, tokenizer: Any, context: str, continuation: str) -> float:
-    """Of a continuation, by the model itself: the sum over its tokens."""
+    """Log likelihood of a continuation by the model itself: the sum over its tokens."""
     prompt = tokenizer(context, add_special_tokens=False)["input_ids"]
     whole = torch.tensor([tokenizer(context + continuation, add_special_tokens=False)["input_ids"]])
     found = model(whole).logits[0].log_softmax(-1)

@@ -1,4 +1,4 @@
-"""A checkpoint whose image tower is quantized too: what a user may ask for, made with the numerics alone."""
+"""A checkpoint whose image tower is quantized too, made with the numerics alone."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def weight_of(*shards: dict[str, Tensor]) -> WeightRecord:
 
 
 def rank_part(tensors: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
-    """What one of `ranks` tensor-parallel ranks holds of a row-parallel layer's tensors."""
+    """One rank's tensors of a row-parallel layer, of `ranks` tensor-parallel ranks."""
     along_k = {"weight_codes": 1, "activation_step": 0, "channel_order": 0, "modality_mask": 1, "centre": 1}
     along_k |= {name: 1 for name in ("weight_scale", "weight_level") if name in tensors}
     blocks = dict.fromkeys(("massive_channel", "massive_low", "massive_high", "absorbed_bias"), 0)

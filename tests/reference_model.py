@@ -16,7 +16,7 @@ from tests.records import activation_of, weight_of
 
 
 class StepRows:
-    """Row of each token that a model embeds: by its modality, or 'any' for all where `by_modality` is not set."""
+    """Row of each token that a model embeds: by its modality, or 'any' for all if `by_modality` is not set."""
 
     def __init__(self, spec: QuantizationSpec, by_modality: bool) -> None:
         self.spec = spec
@@ -60,7 +60,7 @@ class Checkpoint:
         self._files = check_headers(directory, self.spec)
 
     def layer(self, name: str) -> dict[str, Tensor]:
-        """Stored tensors of a layer, its own bias included where it has one."""
+        """Stored tensors of a layer, with the source layer's bias if it has one."""
         return load_layer(self.directory, self._files, name, self.spec)
 
 

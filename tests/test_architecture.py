@@ -40,7 +40,7 @@ ROOMS = {
 # Kernels are reached by ops alone.
 ROOMS_OF_CALIBRATION = {"", "environment", "errors", "format", "host_memory", "numerics", "ops"}
 NOT_IN_CALIBRATION = {"vllm", "triton", "benchmarks", "tests"}
-# These commands run with what pyproject.toml installs without extras. A package is imported by its name but this one.
+# These commands run with pyproject.toml's dependencies without extras. A package is imported by its name but this one.
 IMPORTED_AS = {"pyyaml": "yaml"}
 COMMANDS_WITHOUT_EXTRAS = (
     *("calibration.cli", "calibration.output.inspection", "calibration.output.convert"),
@@ -53,7 +53,7 @@ FEW_MODULES = 3
 
 @dataclass(frozen=True)
 class Arrow:
-    """One import: `name` is None where a module is imported whole."""
+    """One import: `name` is None if a whole module is imported."""
 
     source: str
     target: str

@@ -1,4 +1,4 @@
-"""What documents name exists: paths, functions in them, `python -m` modules, links; and the map holds every room."""
+"""Everything that documents name exists: paths, functions, `python -m` modules, links; the map holds every room."""
 
 import ast
 import re
@@ -35,7 +35,7 @@ def text_of(document: Path) -> str:
 
 
 def spans_of(text: str) -> list[str]:
-    """What stands in backticks, outside fenced blocks."""
+    """Text in backticks, outside fenced blocks."""
     return SPAN.findall(FENCE.sub("", text))
 
 

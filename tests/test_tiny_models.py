@@ -85,7 +85,7 @@ def test_omni_thinker_takes_every_modality(omni: Path, conversations: Path) -> N
         logits = model(**inputs).logits[0]
     assert torch.isfinite(logits).all()
     best = logits.topk(2, dim=-1).values
-    # Tests compare greedy tokens where the margin exceeds 1e-3: that must be nearly everywhere.
+    # Tests compare greedy tokens only if the margin exceeds 1e-3, which must hold for nearly all.
     assert (best[:, 0] - best[:, 1] > 1e-3).float().mean() > 0.99
 
 

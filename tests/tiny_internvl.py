@@ -27,7 +27,7 @@ _VISION = {
     "patch_size": [7, 7],
 }
 TILE_TOKENS = 4
-# What InternVL's tokenizer calls its tokens; here they are those of the tiny Qwen2.5-VL.
+# InternVL's names of its tokens; the ids here are those of the tiny Qwen2.5-VL.
 IMAGE = "<|image_pad|>"
 _TOKENS = {
     "start_image_token": "<|vision_start|>",

@@ -95,7 +95,7 @@ def _published_experts(name: str, fused: torch.Tensor) -> dict[str, torch.Tensor
 
 
 def _write_weights(directory: Path, model: PreTrainedModel, seed: int, renames: dict[str, str]) -> None:
-    """Write model.safetensors: bfloat16, but float32 for what is published so (token2wav)."""
+    """Write model.safetensors: bfloat16, but float32 for tensors published so (token2wav)."""
     parameters = {name for name, _ in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():

@@ -25,7 +25,7 @@ from benchmarks.common.command import one_line_errors
 
 RESULTS = Path("benchmarks/results/calibrate")
 WORK = Path(".cache/calibrate")
-# As little as a calibration that the format allows takes: it shows that a checkpoint loads, not what one is worth.
+# The cheapest calibration that the format allows: it shows that a checkpoint loads, not its accuracy.
 QUICK = {
     "rounding": "nearest",
     "regression": False,
@@ -49,22 +49,22 @@ def parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="write a generated model")
     generate.add_argument("--layout", default="3B", help=f"one of {', '.join(LAYOUTS)}")
-    generate.add_argument("--layers", type=int, help="only so many decoder blocks, of the real width")
+    generate.add_argument("--layers", type=int, help="number of decoder blocks, of the real width")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--output", type=Path, required=True)
 
     measure = commands.add_parser("measure", help="time a calibration (the default)")
-    measure.add_argument("--layout", default="3B", help=f"one of {', '.join(LAYOUTS)}; generated where it is missing")
-    measure.add_argument("--layers", type=int, help="of a model with only so many decoder blocks")
-    measure.add_argument("--blocks", type=int, help="stop after so many; the total is extrapolated")
+    measure.add_argument("--layout", default="3B", help=f"one of {', '.join(LAYOUTS)}; generated if it is missing")
+    measure.add_argument("--layers", type=int, help="number of the model's decoder blocks")
+    measure.add_argument("--blocks", type=int, help="stop after this many blocks; the total is extrapolated")
     measure.add_argument("--samples", type=int, default=64)
     measure.add_argument("--tokens", type=int, default=512, help="of each sample")
     measure.add_argument("--media", type=int, default=8, help="samples with an image and a sound")
     measure.add_argument("--cores", type=int, default=2)
     measure.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="of the recipe")
-    measure.add_argument("--memory-budget", type=float, metavar="GIB", help="what the calibration may use")
-    measure.add_argument("--fresh", action="store_true", help="forget what was measured and calibrated before")
-    measure.add_argument("--work", type=Path, default=WORK, help="where models, data and checkpoints go")
+    measure.add_argument("--memory-budget", type=float, metavar="GIB", help="memory that the calibration may use")
+    measure.add_argument("--fresh", action="store_true", help="discard earlier measurements and calibrated blocks")
+    measure.add_argument("--work", type=Path, default=WORK, help="folder of models, data and checkpoints")
     measure.add_argument("--results", type=Path, default=RESULTS)
     measure.add_argument("--name", default="calibrate", help="of the result files")
 
@@ -107,14 +107,14 @@ def settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    """The model, and where it is."""
+    """The model and its directory."""
     from benchmarks.calibrate.model.generate import generate
 
     say(generate(arguments.layout, arguments.output, layers=arguments.layers, seed=arguments.seed, progress=say))
 
 
 def run_measure(arguments: argparse.Namespace, command: str) -> None:
-    """Generate what is missing, measure, write the files."""
+    """Generate missing models and data, measure, write the files."""
     from benchmarks.calibrate.data import write_data
     from benchmarks.calibrate.model.generate import generate
     from benchmarks.calibrate.model.layouts import layout_config, text_config
@@ -229,7 +229,7 @@ def run_serve(arguments: argparse.Namespace, command: str) -> None:
 
 
 def main() -> None:
-    """Do what the command line says; without a command, measure."""
+    """Run the command of the command line; without one, measure."""
     given = sys.argv[1:]
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["measure", *given]

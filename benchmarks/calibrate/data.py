@@ -1,4 +1,4 @@
-"""Calibration data of a stated size: samples of exactly so many tokens, some of them with an image and a sound."""
+"""Calibration data of a stated size: samples with an exact number of tokens, some of them with an image and a sound."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORD = 8
 
 
 def text(tokens: int, seed: int) -> str:
-    """Text of so many tokens of a generated tokenizer; characters are as unevenly frequent as words are."""
+    """Text of `tokens` tokens of a generated tokenizer; frequencies of characters are as uneven as those of words."""
     draw = random.Random(seed)
     weights = [1 / rank for rank in range(1, len(CHARACTERS) + 1)]
     characters = draw.choices(CHARACTERS, weights, k=tokens)
@@ -62,8 +62,8 @@ def sound_bytes(seed: int) -> bytes:
 def write_data(directory: Path, model: Path, samples: int, tokens: int, media: int, seed: int = 0) -> list[Path]:
     """Write the data for `samples` samples of `tokens` tokens, `media` of them with an image and a sound; its files.
 
-    To be calibrated on with window_tokens = max_tokens = `tokens`. Raises MorphoQuantError where an image and a sound
-    do not fit `tokens`, or `media` is more than `samples`.
+    Calibrate on them with window_tokens = max_tokens = `tokens`. Raises MorphoQuantError if an image and a sound do not
+    fit into `tokens`, or if `media` exceeds `samples`.
     """
     if not 0 <= media <= samples:
         raise MorphoQuantError(f"media = {media}: there are {samples} samples; use 0 to {samples}")

@@ -79,6 +79,6 @@ def _memory(processes: list[psutil.Process]) -> Peak:
         except psutil.NoSuchProcess:
             continue
         resident += memory.rss
-        # On Linux `shared` is what is backed by files or shared memory.
+        # On Linux, `shared` counts pages of files and of shared memory.
         anonymous += memory.rss - memory.shared
     return Peak(resident, anonymous)

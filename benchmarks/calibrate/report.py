@@ -18,7 +18,7 @@ def write(summary: dict[str, Any], directory: Path, name: str) -> list[Path]:
 
 
 def markdown(summary: dict[str, Any], name: str) -> str:
-    """What was measured and on what, the bound, memory, and where the time goes; `name` is that of the files."""
+    """The measurement and its machine, the bound, memory, and a profile of the time; `name` is that of the files."""
     parts = [f"# Calibration at real size: {summary['layout']} layout", _how(summary), _figures(summary)]
     parts.append(f"Plot: `python -m benchmarks.calibrate report --name {name}`.")
     parts += [_bound(summary), _memory(summary), "## Blocks", _blocks(summary)]

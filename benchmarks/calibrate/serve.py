@@ -30,9 +30,9 @@ ARGUMENTS = (
 
 
 def describe(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint is: the generated model that it was made of, and how it was calibrated.
+    """The origin of a checkpoint: the generated model that it was made of, and its calibration.
 
-    MorphoQuantError where it is no MorphoQuant checkpoint.
+    MorphoQuantError if it is not a MorphoQuant checkpoint.
     """
     report = checkpoint / REPORT_FILE
     if not report.is_file():
@@ -90,7 +90,7 @@ def ask(checkpoint: Path, log: Path, *, dtype: str, kv_gib: int, answer_tokens: 
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """What was served, how long loading and the request took, and the memory, as Markdown."""
+    """The served checkpoint, the times of loading and of the request, and the memory, as Markdown."""
     served = result["checkpoint"]
     gib = 2**30
     return (

@@ -1,4 +1,4 @@
-"""From what was measured to the figures that are stated: seconds, the bound, their ratio. Pure."""
+"""Computes the stated figures from the measurements: seconds, the bound, their ratio. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.calibrate.timing.bound import Decoder, block_work, cached_inputs, seconds
 from benchmarks.calibrate.timing.measure import Measured
 
-# What the issue allows besides the cached inputs, for the 3B layout on a CPU.
+# Memory that the issue allows in addition to the cached inputs, for the 3B layout on a CPU.
 MEMORY_LIMIT = 6 * 2**30
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share.
+"""Code that benchmarks share.
 
 command    errors in one line
 corpus     public-domain texts, fetched once

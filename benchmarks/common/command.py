@@ -1,4 +1,4 @@
-"""What every benchmark's command line does with an error."""
+"""Handling of errors in every benchmark's command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What the user can mend ends the program with one line on stderr and exit status 1."""
+    """End the program with one line on stderr and exit status 1 for a problem that the user can fix."""
     try:
         yield
     except (MorphoQuantError, OSError) as error:

@@ -22,7 +22,7 @@ FILES = {
 
 
 def fetch(directory: Path) -> Path:
-    """Put the four files into `directory` unless they are there; MorphoQuantError where pip cannot get them."""
+    """Put the four files into `directory` unless they are there; MorphoQuantError if pip cannot get them."""
     if all(_is_right(directory / name) for name in FILES):
         return directory
     with tempfile.TemporaryDirectory() as temporary:

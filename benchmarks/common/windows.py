@@ -1,4 +1,4 @@
-"""Texts cut into windows of tokens that lie evenly in them."""
+"""Cuts texts into evenly spaced windows of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 
 def spread(length: int, tokens: int, count: int, name: str) -> list[int]:
-    """Where `count` windows of `tokens` tokens start that lie evenly in a text; MorphoQuantError if they overlap."""
+    """The starts of `count` evenly spaced windows of `tokens` tokens in a text; MorphoQuantError if they overlap."""
     if length < count * tokens:
         raise MorphoQuantError(
             f"text '{name}' has {length} tokens, {count} windows of {tokens} need {count * tokens}; use fewer windows"
@@ -32,7 +32,7 @@ def write_calibration(
 ) -> list[Path]:
     """Write <domain>.txt files that `morphoquant calibrate` cuts into counts[domain] windows; return their paths.
 
-    The excerpts lie evenly in each domain's text, with blank lines between them.
+    The excerpts are evenly spaced in each domain's text, with blank lines between them.
     """
     written = []
     for domain, count in counts.items():
@@ -43,7 +43,7 @@ def write_calibration(
         starts = spread(len(spans), tokens, count, domain)
         excerpts = [text[spans[start][0] : spans[start + tokens - 1][1]] for start in starts]
         path = directory / f"{domain}.txt"
-        # Where the tokenizer adds a BOS token, calibration puts one before every window.
+        # If the tokenizer adds a BOS token, calibration puts one before every window.
         room = tokens - len(tokenizer("")["input_ids"])
         write_atomically(path, _cut(tokenizer, "\n\n".join(excerpts), count * room))
         written.append(path)
@@ -51,7 +51,7 @@ def write_calibration(
 
 
 def _cut(tokenizer: Any, text: str, tokens: int) -> str:
-    """The longest beginning of `text` that has at most `tokens` tokens: one more would open a window of its own."""
+    """The longest prefix of `text` that has at most `tokens` tokens: one more would start another window."""
     spans = _spans(tokenizer, text)
     end = min(tokens, len(spans))
     # A cut inside a word may split it into more tokens than before.

@@ -1,1 +1,1 @@
-"""Linear layers on a CPU: this package's kernels against what vLLM runs there."""
+"""Linear layers on a CPU: this package's kernels against those that vLLM runs there."""

@@ -80,7 +80,7 @@ def _on_threads(
 
 
 def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What mixed rows cost, for each number of threads and each of ROWS_TOKENS."""
+    """The cost of mixed rows, for each number of threads and each of ROWS_TOKENS."""
     import torch
 
     from benchmarks.cpu_linear.measure import rows_cost
@@ -99,7 +99,7 @@ def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_pages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What small pages cost, for each number of threads and each of ROWS_TOKENS."""
+    """The cost of small pages, for each number of threads and each of ROWS_TOKENS."""
     import torch
 
     from benchmarks.cpu_linear.measure import pages_cost
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, write the files, say where they are."""
+    """Measure, write the files, print their paths."""
     arguments = parser().parse_args()
     with one_line_errors():
         from benchmarks.common.files import read_result

@@ -24,9 +24,9 @@ ROWS = 6
 def generated(
     outputs: int, channels: int, group_size: int, seed: int, two_level: bool = False
 ) -> tuple[WeightRecord, ActivationRecord]:
-    """Canonical records of a layer: what is random takes as long as what is calibrated. No token is massive.
+    """Canonical records of a layer with random values, which take as long as calibrated ones. No token is massive.
 
-    Of the layers here, that with more inputs than outputs is down_proj; served, its input comes in channel order.
+    The layer with more inputs than outputs is down_proj; in serving, its input comes in channel order.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = weight_record(

@@ -1,4 +1,4 @@
-"""Interleaved timing: every way is timed once in each round, so that all see the same disturbances."""
+"""Interleaved timing: every implementation is timed once in each round, so all see the same disturbances."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], budget: float, least: int
 
 
 def rows_cost(outputs: int, channels: int, group_size: int, tokens: int, pairs: int) -> dict[str, float]:
-    """What mixed modality rows cost against one row for all tokens, as a ratio of times.
+    """The cost of mixed modality rows relative to one row for all tokens, as a ratio of times.
 
     Paired runs in alternating order; the ratio is of medians, its interval a 95 % bootstrap over pairs. With one
     token, "mixed" means that the row changes from run to run.
@@ -81,7 +81,7 @@ def rows_cost(outputs: int, channels: int, group_size: int, tokens: int, pairs: 
 
 
 def pages_cost(outputs: int, channels: int, group_size: int, tokens: int, pairs: int) -> dict[str, float]:
-    """What weights in pages of 4 KiB cost against the kernels' own large pages: medians (s) of alternating calls."""
+    """The cost of weights in pages of 4 KiB relative to the kernels' large pages: medians (s) of alternating calls."""
     (block, bias), activation = cpu.prepare(*generated(outputs, channels, group_size, 1))
     own = mmap.mmap(-1, block.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     own.madvise(mmap.MADV_NOHUGEPAGE)

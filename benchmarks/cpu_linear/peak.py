@@ -34,7 +34,7 @@ def ceilings(threads: int) -> dict[str, float]:
         raise MorphoQuantError(f"no ceilings without the CPU kernels: {error}") from error
     library.dot_products.argtypes, library.dot_products.restype = [ctypes.c_int64] * 2, ctypes.c_double
     library.read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    # In large pages, as the kernels' records are; written once, so that each page is its own.
+    # In large pages, as the kernels' records are. Written once, which gives each page separate memory.
     data = zero_bytes(READ_BYTES).fill_(1)
     read, dots = [], []
     for _ in range(REPEATS):

@@ -1,1 +1,1 @@
-"""What the format's decisions cost and buy, measured on single layers."""
+"""Costs and gains of the format's decisions, measured on single layers."""

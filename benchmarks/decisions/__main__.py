@@ -1,4 +1,4 @@
-"""python -m benchmarks.decisions: measure on single layers what the format's decisions cost and buy."""
+"""python -m benchmarks.decisions: measure the costs and gains of the format's decisions on single layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from benchmarks.decisions.layers import Result, Variant
 
 BLOCKS = (4, 14, 24)
-# Blocks of which the first token is massive: the row is compared there.
+# Blocks in which the first token is massive: the massive row is compared there.
 MASSIVE_BLOCKS = (14, 24)
 WINDOW_TOKENS = 512
 CALIBRATION_WINDOWS = {"python-topics": 3, "report": 3, "poetry": 3, "numpy": 3, "stdlib": 3, "licence": 1}
@@ -33,9 +33,11 @@ COST_RUNS = 200
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.decisions", description=__doc__)
-    top.add_argument("--work", type=Path, default=Path(".cache/demo"), help="where the model is, or is written")
-    top.add_argument("--corpus", type=Path, default=Path(".cache/accuracy/corpus"), help="where the texts are, or go")
-    top.add_argument("--results", type=Path, default=Path("benchmarks/results/decisions"), help="where tables go")
+    top.add_argument("--work", type=Path, default=Path(".cache/demo"), help="folder of the model, written if missing")
+    top.add_argument(
+        "--corpus", type=Path, default=Path(".cache/accuracy/corpus"), help="folder of the texts, fetched if missing"
+    )
+    top.add_argument("--results", type=Path, default=Path("benchmarks/results/decisions"), help="folder of the tables")
     top.add_argument("--seed", type=int, default=0)
     top.add_argument("--threads", type=int, default=1, help="of torch")
     return top

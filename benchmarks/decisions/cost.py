@@ -1,4 +1,4 @@
-"""What channel order and massive check cost in the torch reference of the quantizer: not a kernel's figures."""
+"""Costs of channel order and massive check in the quantizer's torch reference; these are not figures of a kernel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_record(in_features: int, seed: int, *, ordered: bool) -> ActivationReco
 
 
 def without_gather(x: Tensor, rows: Tensor, record: ActivationRecord) -> Tensor:
-    """`act_quant` less its gather of channels: equal to it where the order is the identity."""
+    """`act_quant` without its gather of channels: equal to it if the order is the identity."""
     inverse, centre, mask = (field.index_select(0, rows) for field in record[:3])
     low, high = code_limits(mask)
     codes = torch.round((x.float() - centre) * inverse)
@@ -48,7 +48,7 @@ def measure_cost(tokens: int, in_features: int, runs: int, seed: int) -> dict[st
     x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(seed)).bfloat16()
     text = torch.zeros(tokens, dtype=torch.int32)
     if not torch.equal(without_gather(x, text, natural), act_quant(x, text, natural)):
-        raise AssertionError("without_gather is no longer what act_quant computes on an identity order")
+        raise AssertionError("without_gather no longer computes the codes of act_quant on an identity order")
     times = interleaved(
         {
             "act_quant": lambda: act_quant(x, text, ordered),

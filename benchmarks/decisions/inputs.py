@@ -27,10 +27,10 @@ OUTLIER_CHANNELS, OUTLIER_FACTORS = 8, (20.0, 60.0)
 
 @dataclass(frozen=True)
 class LinearInput:
-    """What the linears that share one input read, to calibrate on and, other tokens, to measure on; all float32."""
+    """The inputs of linears that share one: tokens for calibration, and other tokens for measurement; all float32."""
 
     name: str
-    # Of real inputs: index of the decoder block.
+    # Index of the decoder block, for real inputs.
     block: int | None
     parallel: str
     # [N, K] by layer name.

@@ -1,4 +1,4 @@
-"""One way to quantize the linears of an input, and what their outputs lose on tokens that calibration did not see."""
+"""One way to quantize the linears of an input, and the errors of their outputs on tokens outside calibration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CENTRES = ("real", "integer", "none")
 
 @dataclass(frozen=True)
 class Variant:
-    """What is varied; all else is the recipe's default."""
+    """The varied settings; all others are the recipe's defaults."""
 
     group_size: int = 32
     scale_levels: int = 0
@@ -42,13 +42,14 @@ class Result:
     """One linear quantized in one way, measured on held-out tokens."""
 
     layer: str
-    # Of the input that it shares with others.
+    # Name of the shared input.
     input_name: str
     block: int | None
     in_features: int
     out_features: int
     variant: Variant
-    # Root of squared error over squared output, of tokens that are no massive candidates, and of those (None: none).
+    # Root of squared error over squared output, of tokens that are not massive candidates, and of candidates (None if
+    # there are none).
     error: float
     massive_error: float | None
     # Codes outside [-8, 7] as a fraction of all.
@@ -56,7 +57,7 @@ class Result:
     # Channels with a centre other than 0.
     centred_share: float
     massive_tokens: int
-    # Of the candidates, the fraction that took the massive row; and the same of all other tokens.
+    # Fraction of the candidates that took the massive row; and the same of all other tokens.
     found: float | None
     false: float
 
@@ -73,7 +74,7 @@ def allows(in_features: int, group_size: int) -> bool:
 
 @torch.no_grad()
 def measure(inputs: LinearInput, variant: Variant, seed: int = 0) -> list[Result]:
-    """Quantize the linears of one input and measure each; MorphoQuantError where the variant does not fit."""
+    """Quantize the linears of one input and measure each; MorphoQuantError if the variant does not fit."""
     if variant.centre not in CENTRES:
         raise MorphoQuantError(f"centre '{variant.centre}' is unknown; known: {', '.join(CENTRES)}")
     settings = {name: getattr(variant, name) for name in ("group_size", "scale_levels", "massive_row")}
@@ -132,8 +133,8 @@ def _relative(error: Tensor, power: Tensor, which: Tensor) -> float:
 def _centres(kind: str) -> Iterator[None]:
     """Calibrate with centres of this kind.
 
-    Patched in: the recipe has no setting for what the product will not offer. "integer" gets the best chance it can:
-    every candidate step is judged with its own centre, rounded to a whole number of that step.
+    They are patched: the recipe lacks this setting, because the product does not offer it. "integer" gets the best
+    possible conditions: every candidate step is judged with its centre, rounded to an integer multiple of that step.
     """
     with ExitStack() as stack:
         if kind == "none":

@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint's tensors by what they are for, at a 7B model's shapes, from the format's own table."""
+"""Bytes of a checkpoint's tensors by purpose, at a 7B model's shapes, from the format's table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from morphoquant_vllm.numerics.limits import GROUP_SIZES
 # Qwen2.5-7B: 28 heads of 128, 4 of them for keys and values; [N, K] of every linear of a decoder block.
 TENSOR_PARALLEL = 4
 SHAPES = {linear.name: (linear.outputs, linear.channels) for linear in linears("Qwen2.5-7B")}
-# What a row of the checkpoint consists of.
+# Tensors of a row of the checkpoint.
 ROW_TENSORS = ("centre", "modality_mask", "gain", "absorbed_bias")
 MASSIVE_TENSORS = ("massive_channel", "massive_low", "massive_high")
 # schema.RESERVED_SCALE_SCHEMES: a byte per group and a float32 per output channel.

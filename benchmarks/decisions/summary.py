@@ -1,4 +1,4 @@
-"""What the measured linears say about each decision: means and ratios over the linears that can be compared."""
+"""Summarises the measured linears for each decision: means and ratios over the comparable linears."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scales(results: Sequence[Result]) -> list[dict[str, Any]]:
             "group_size": variant.group_size,
             "scale_levels": variant.scale_levels,
             **compare(results, variant),
-            # What levels cost at the same group size.
+            # The cost of levels at the same group size.
             "levels_ratio": compare(results, variant, Variant(group_size=variant.group_size))["ratio"],
         }
         for variant in _variants(results)

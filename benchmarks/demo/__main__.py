@@ -20,11 +20,11 @@ from benchmarks.models import smollm2
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 WINDOW_TOKENS, WINDOWS = 512, 3
-# Fewer samples than the defaults: the demo is to end in minutes on two cores.
+# Fewer samples than the defaults: the demo must end in minutes on two cores.
 CALIBRATION_WINDOWS, SAMPLE_TOKENS = 14, 8192
 # Characters of a window of the manual, on average a little more than WINDOW_TOKENS.
 WINDOW_CHARACTERS = 2400
-# What a chat looks like to the model: its template's first token is massive, and no manual begins with it.
+# A chat in the model's template: its first token is massive, and no text of the manual begins with it.
 CHAT = Path(__file__).with_name("chat.jsonl")
 SERVE_ARGUMENTS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager")
 
@@ -43,7 +43,7 @@ def calibrate(model: Path, work: Path) -> Path:
         "calibrate",
         str(model),
         *("--data", str(data), "--data", os.path.relpath(CHAT), "--output", str(output)),
-        # A demo that was cut short begins anew: what it shows is a whole calibration, by the code that is here now.
+        # An interrupted demo begins anew: it shows a whole calibration by the current code.
         *("--overwrite", "--restart", "--sample-tokens", str(SAMPLE_TOKENS)),
     ]
     print("$ " + " ".join(["morphoquant", *command[1:]]), flush=True)

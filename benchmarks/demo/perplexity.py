@@ -1,4 +1,4 @@
-"""Perplexity of whatever a server serves, through vLLM's own prompt_logprobs."""
+"""Perplexity of a served model, through vLLM's prompt_logprobs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What checking a checkpoint adds to the time that loading it takes."""
+"""Measures the time that checking a checkpoint adds to loading it."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks.load_check DIR: what checking a checkpoint adds to loading it."""
+"""python -m benchmarks.load_check DIR: measures the time that checking a checkpoint adds to loading it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of the checks alone, beside reading every tensor once."""
+"""Times of the checks alone, compared with reading every tensor once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from morphoquant_vllm.format.verify import verify_checkpoint
 
 
 def read_tensors(directory: Path) -> None:
-    """Read every tensor once, as a loader does at least."""
+    """Read every tensor once, which every loader must do."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(str(path), "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 # Mapped tensors are read when they are copied.
                 file.get_tensor(name).clone()
 
@@ -31,7 +31,7 @@ CHECKS: dict[str, Callable[[Path], object]] = {
 
 
 def drop_from_cache(directory: Path) -> None:
-    """Ask the system to forget the weight files' content, so that it is read from the disk again."""
+    """Ask the system to drop the weight files from its cache; the next read comes from the disk."""
     for path in directory.glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -11,9 +11,9 @@ from pathlib import Path
 from benchmarks.load_check.checks import drop_from_cache
 from morphoquant_vllm.errors import MorphoQuantError
 
-# What is checked before workers start: as before format v3, all but SHA-256, NaN and infinity, or everything.
+# Checks before workers start: those before format v3, all except SHA-256, NaN and infinity, or all.
 LEVELS = ("headers", "values", "all")
-# What a worker's line of output begins with; vLLM writes others.
+# Prefix of a worker's line of output; vLLM writes others.
 MARK = "load_check: "
 
 
@@ -24,7 +24,7 @@ def measure(directory: Path, rounds: int) -> dict[str, list[float]]:
     """
     found: dict[str, list[float]] = {level: [] for level in LEVELS}
     for number in range(rounds):
-        # In turns: what the machine does besides falls on all alike.
+        # Levels alternate, so disturbances of the machine affect all alike.
         for level in LEVELS[number % len(LEVELS) :] + LEVELS[: number % len(LEVELS)]:
             drop_from_cache(directory)
             found[level].append(_start(directory, level))

@@ -10,14 +10,14 @@ from benchmarks.load_check.engine import LEVELS, MARK
 
 
 def check_headers_alone(directory: Path) -> None:
-    """What was checked before there was format v3."""
+    """Run the checks that existed before format v3."""
     from morphoquant_vllm.format.checkpoint import check_headers, read_spec
 
     check_headers(directory, read_spec(directory))
 
 
 def main() -> None:
-    """Construct the engine; vLLM's own imports are not counted."""
+    """Construct the engine; the time of vLLM's imports is excluded."""
     directory, level = sys.argv[1:]
     assert level in LEVELS
     from vllm import LLM

@@ -1,4 +1,4 @@
-"""The decoder blocks of a transformers model, one after the other: what goes in, and the linears inside."""
+"""The decoder blocks of a transformers model in order: their inputs and their linears."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from calibration.data.rendering import build_samples
 from calibration.model.architectures import Architecture, find_architecture
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
 
-# No conversation of the benchmarks is longer.
+# Longest conversation of the benchmarks.
 MAX_TOKENS = 4096
 
 
 @dataclass
 class BlockInput:
-    """One sample before a block: hidden states [1, M, hidden] and what each block is given besides."""
+    """One sample before a block: hidden states [1, M, hidden] and the other arguments of each block."""
 
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: list[dict[str, Any]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Group:
 
 
 def architecture_of(directory: Path) -> tuple[Architecture, dict[str, Any]]:
-    """What calibration knows of the model in `directory`, and its config.json."""
+    """Calibration's architecture of the model in `directory`, and its config.json."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return find_architecture(config), config
 
@@ -65,7 +65,7 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
 def calibration_inputs(
     directory: Path, data: Sequence[Path], window_tokens: int, max_samples: int
 ) -> list[dict[str, Tensor]]:
-    """Model inputs of calibration files, a batch of one each: the very samples `morphoquant calibrate` uses."""
+    """Model inputs of calibration files, each a batch of one: the samples that `morphoquant calibrate` uses."""
     architecture, config = architecture_of(directory)
     samples = build_samples(
         directory,
@@ -131,7 +131,7 @@ def observe(block: nn.Module, index: int, entries: Sequence[BlockInput]) -> tupl
             handle.remove()
     shared: dict[tuple[int, ...], list[str]] = {}
     for name, inputs in seen.items():
-        # The same object went into every linear of a group.
+        # Every linear of a group gets the same object as input.
         shared.setdefault(tuple(id(x) for x in inputs), []).append(name)
     groups = [Group(tuple(names), [x.flatten(0, -2) for x in seen[names[0]]]) for names in shared.values()]
     return groups, outputs

@@ -1,4 +1,4 @@
-"""The sizes of published decoders, and the linears of one of their layers, one by one and fused."""
+"""The sizes of published decoders, and the linears of one of their layers, separate and fused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def qwen2(
     }
 
 
-# As published, and one for tests, whose vocabulary is the tokenizer's.
+# Published models, and one for tests, which has the tokenizer's vocabulary.
 MODELS = {
     "tiny": qwen2(128, 256, 2, 4, 2, 512, tied=False),
     "Qwen2.5-0.5B": qwen2(896, 4864, 24, 14, 2, 151936, tied=True),

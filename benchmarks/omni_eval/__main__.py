@@ -25,12 +25,12 @@ BENCHMARKS: dict[str, ModuleType] = {
     JUDGED: air_bench_chat,
 }
 SUMMARY_FILE = "summary.json"
-# Folder of a run that holds what the judge said.
+# Folder of a run that holds the judge's answers.
 JUDGE_FOLDER = "judge"
 
 
 def questions(options: argparse.Namespace) -> tuple[list[Item], int]:
-    """What is asked, and how many questions were left out because their media are missing."""
+    """The questions, and the number of questions left out because their media are missing."""
     benchmark = BENCHMARKS[options.benchmark]
     settings = {"subtitles": options.subtitles} if options.benchmark == WITH_SUBTITLES else {}
     found = benchmark.load(options.directory, options.split or benchmark.SPLIT, **settings)

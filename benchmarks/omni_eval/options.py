@@ -17,12 +17,12 @@ def frames(text: str) -> int:
     if text == "all":
         return 0
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of frames; give one above 0, or all")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of frames; give one above 0, or all")
     return int(text)
 
 
 def parse(arguments: Sequence[str] | None, names: Iterable[str], description: str | None) -> argparse.Namespace:
-    """Options of a run; MorphoQuantError where one is missing that the benchmark needs, or of no use to it."""
+    """Options of a run; MorphoQuantError if the benchmark needs a missing one, or cannot use a given one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.omni_eval", description=description)
     parser.add_argument("benchmark", choices=sorted(names))
     parser.add_argument("directory", type=Path, help="local copy, in the layout in which it is published")

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common.command import one_line_errors
 from benchmarks.models.shapes import MODELS, sixteen_bit_bytes
 
-# Ways to serve: the format of the checkpoint, and what vLLM is told besides.
+# Ways to serve: the format of the checkpoint, and further settings of vLLM.
 HEAD_8_BIT = ("--additional-config", json.dumps({"morphoquant": {"lm_head": "int8"}}))
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bf16": ("bf16", ()),
@@ -28,7 +28,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "morphoquant-g128": ("morphoquant-g128", ()),
     "morphoquant-g32-head8": ("morphoquant-g32", HEAD_8_BIT),
 }
-# What an engine needs besides its weights, a repacked copy of them and its cache.
+# Bytes that an engine needs in addition to its weights, a repacked copy of them and its cache.
 PROCESS_BYTES = 2 << 30
 
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--threads", type=int, help="on a CPU; all cores by default")
     top.add_argument("--eager", action="store_true", help="as `vllm serve --enforce-eager`")
     top.add_argument("--no-throughput", action="store_true", help="leave `vllm bench throughput` out")
-    top.add_argument("--work", type=Path, default=Path(".cache/serve"), help="where checkpoints and logs go")
+    top.add_argument("--work", type=Path, default=Path(".cache/serve"), help="folder of checkpoints and logs")
     top.add_argument("--results", type=Path, default=Path("benchmarks/results/serve"))
     top.add_argument("--name", default="serve", help="of the files")
     top.add_argument("--report", action="store_true", help="write a kept result's summary and plot again")
@@ -113,7 +113,7 @@ def _line(samples: Mapping[str, Any]) -> str:
 
 
 def backend(on_gpu: bool) -> str:
-    """What runs MorphoQuant's linears here, in words."""
+    """The backend of MorphoQuant's linears on this machine, in words."""
     import torch
 
     from morphoquant_vllm import ops
@@ -125,7 +125,7 @@ def backend(on_gpu: bool) -> str:
 
 
 def run(arguments: argparse.Namespace, command: str) -> list[Path]:
-    """Measure; write the files after every round, so that an interrupted run leaves what it measured."""
+    """Measure; write the files after every round, so an interrupted run keeps its measurements."""
     import torch
 
     from benchmarks.common.files import weight_bytes
@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
 
 
 def main() -> None:
-    """Measure, write the files, say where they are."""
+    """Measure, write the files, print their paths."""
     from benchmarks.common.files import read_result
     from benchmarks.common.server import exit_on_signals
     from benchmarks.serve.report import write

@@ -90,7 +90,7 @@ def _write_config(directory: Path, model: str, kind: str, ids: dict[str, int]) -
     ).to_dict()
     quantization: dict[str, Any] | None
     if formats.is_morphoquant(kind):
-        # What the file will hold: dtypes are names there.
+        # The content of the file, with names of dtypes.
         config = json.loads(json.dumps(config))
         quantization = sealed(directory, config, formats.model_specification(kind, model)).to_dict()
     else:

@@ -1,4 +1,4 @@
-"""One run of one engine: `vllm serve` asked by `vllm bench serve`, then `vllm bench throughput`; what they report."""
+"""One run of one engine: `vllm bench serve` against `vllm serve`, then `vllm bench throughput`; their figures."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of every engine.
+    """The requests to every engine.
 
-    Lengths in tokens. Prompts: `prompts` (0 for none) of `prompt_tokens` each, for one new token. Decoding: as many
-    prompts at a time as `sequences` says, of `short_tokens`, for `output_tokens` new ones each.
+    Lengths are in tokens. Prompts: `prompts` (0 for none) of `prompt_tokens` each, for one new token. Decoding: each
+    number of `sequences` of prompts at a time, of `short_tokens`, for `output_tokens` new ones each.
     """
 
     prompt_tokens: int = 512
@@ -50,7 +50,7 @@ class Settings:
     timeout: float = 1800
 
     def engine_arguments(self) -> list[str]:
-        """Of `vllm serve` and of `vllm bench throughput`. Random prompts of one seed recur: no cache of prefixes."""
+        """Arguments of `vllm serve` and `vllm bench throughput`, without a prefix cache: prompts of one seed recur."""
         longest = max(self.prompt_tokens + 1, self.short_tokens + self.output_tokens)
         return [
             *("--dtype", "bfloat16", "--max-model-len", str(-(-longest // 64) * 64 + 64)),
@@ -68,13 +68,13 @@ def random_prompts(length: int, output: int, count: int) -> list[str]:
 
 
 def measure(checkpoint: Path, settings: Settings, extra: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """Serve a checkpoint once and ask it everything; samples by name. Raises RunError.
+    """Serve a checkpoint once and send all requests; figures by name. Raises RunError.
 
     decode_tokens_s_N  N sequences / vLLM's median time per output token, the first one left out
     ttft_ms            vLLM's median time to the first token of a long prompt, one at a time
     prompt_tokens_s    tokens of all long prompts / time that `vllm bench throughput` takes for them
     start_s, load_s    until the server answers; vLLM's own figure for reading the weights
-    *_bytes            memory.of_session after the requests; on a GPU what vLLM says that the weights take there
+    *_bytes            memory.of_session after the requests; on a GPU vLLM's figure for the weights
     """
     scratch.mkdir(parents=True, exist_ok=True)
     arguments = [*settings.engine_arguments(), *extra]
@@ -145,7 +145,7 @@ def prompt_rate(result: dict[str, Any]) -> float:
 
 
 def run_vllm(arguments: Sequence[str], log: Path, settings: Settings) -> None:
-    """Run the `vllm` command to its end; RunError with the reason from its output where it fails or takes too long."""
+    """Run the `vllm` command to its end; RunError with the reason from its output if it fails or takes too long."""
     command = [str(Path(sys.executable).with_name("vllm")), *arguments]
     variables = {
         **os.environ,
@@ -170,7 +170,7 @@ def run_vllm(arguments: Sequence[str], log: Path, settings: Settings) -> None:
 
 
 def _reason(log: str, otherwise: str) -> str:
-    """The last error in a log that is not the consequence of another, in one line; `otherwise` where there is none."""
+    """The last error in a log that is not the consequence of another, in one line; `otherwise` if there is none."""
     errors = [
         f"{match[1]}: {match[2]}"
         for line in log.splitlines()
@@ -181,7 +181,7 @@ def _reason(log: str, otherwise: str) -> str:
 
 
 def read_log(log: str) -> dict[str, Any]:
-    """What an engine's log says: the kernels it chose, seconds for its weights, bytes they take on a GPU."""
+    """Facts from an engine's log: its kernels, seconds to load its weights, their bytes on a GPU."""
     found: dict[str, Any] = {"kernels": sorted(set(_KERNEL.findall(log)))}
     if loading := _LOADING.search(log):
         found["load_s"] = float(loading[1])

@@ -1,7 +1,7 @@
-"""Generated weights in the four formats that are compared: the tensors of one linear, and what config.json says.
+"""Generated weights in the four compared formats: the tensors of one linear, and the entries of config.json.
 
-What is random takes as long as what was trained: no kernel's time depends on values. Weights have the variance 1/K,
-so that activations stay finite. N outputs, K channels, G group size.
+Random weights take as long as trained ones: no kernel's time depends on values. Weights have the variance 1/K, so
+activations stay finite. N outputs, K channels, G group size.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _gptq(linear: Linear, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _morphoquant(linear: Linear, kind: str, generator: torch.Generator) -> dict[str, Tensor]:
-    """The tensors that the schema names; those of the input depend on K alone, so that fused shards share them."""
+    """The tensors that the schema names; those of the input depend on K alone, so fused shards share them."""
     spec = specification([linear], [f"layer.{linear.name}"], kind)
     (layer,) = spec.layers.values()
     made = {

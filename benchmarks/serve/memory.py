@@ -25,7 +25,7 @@ def of_status(text: str) -> dict[str, int]:
 def of_session(leader: int) -> dict[str, int]:
     """Bytes by FIELDS of the largest process of a session, by its anonymous memory: the engine, which has the weights.
 
-    `leader` is the session's first process, as `subprocess.Popen(..., start_new_session=True)` starts it. Empty where
+    `leader` is the session's first process, as `subprocess.Popen(..., start_new_session=True)` starts it. Empty if
     no process is left. "peak" counts file pages too: weights that are mapped while they are read. "anonymous" does not.
     """
     found = []

@@ -23,14 +23,14 @@ HEADINGS = {
 
 
 def heading(metric: str) -> tuple[str, float]:
-    """Column heading of a metric, and what its values are multiplied with."""
+    """Column heading of a metric, and the factor of its values."""
     if metric.startswith("decode_tokens_s_"):
         return f"decoded tokens/s, {metric.rpartition('_')[2]} at once", 1.0
     return HEADINGS[metric]
 
 
 def write(summary: dict[str, Any], directory: Path, name: str) -> list[Path]:
-    """Write NAME.json, NAME.md and, where anything was measured, NAME.png; return their paths."""
+    """Write NAME.json, NAME.md and, if anything was measured, NAME.png; return their paths."""
     measured = {model: found["methods"] for model, found in summary["models"].items() if found["methods"]}
     return write_results(directory, name, summary, markdown(summary, name), plot(measured) if measured else None)
 
@@ -41,7 +41,7 @@ def _columns(methods: dict[str, Any]) -> list[str]:
 
 
 def markdown(summary: dict[str, Any], name: str) -> str:
-    """A table for each model, with the command, the machine and its load, and what was left out; the files' `name`."""
+    """A table for each model, with the command, the machine, its load, and omissions; `name` is that of the files."""
     done = [len(found["samples"]) for found in summary["models"].values()]
     parts = [
         "# Whole engines",

@@ -1,4 +1,4 @@
-"""What reaches the decoder blocks: embeddings and towers run once on every sample."""
+"""Captures the inputs of the decoder blocks: embeddings and towers run once on every sample."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 
 class BlockInput(Protocol):
-    """One sample on its way through the decoder, in memory (MemoryInput) or in files (work.DiskInput).
+    """One sample on its way through the decoder: in memory as MemoryInput, or in files as work.DiskInput.
 
-    modality int32 [M]: the row of each token; positions int64: the sampled tokens. hidden and served, [1, M, hidden],
-    on the CPU: the hidden states before the next block, of the 16-bit model and after the quantized blocks.
+    modality int32 [M] is the row of each token, positions int64 are the sampled tokens. hidden and served are the
+    states before the next block, in the 16-bit model and after the quantized blocks: [1, M, hidden] on the CPU.
     """
 
     modality: Tensor
@@ -30,18 +30,18 @@ class BlockInput(Protocol):
     def served(self) -> Tensor: ...
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """What the model passes to each block besides the hidden states (positions, mask)."""
+        """The model's other arguments of each block, such as positions and mask."""
 
     def write_hidden(self, value: Tensor) -> None:
-        """Put the 16-bit model's states that the block has made, for the next one; samples come in order."""
+        """Store the block's output in the 16-bit model, for the next block; samples come in order."""
 
     def write_served(self, value: Tensor) -> None:
-        """The same for the states after the quantized blocks."""
+        """Store the output of the quantized block, for the next block; samples come in order."""
 
 
 @dataclass
 class MemoryInput:
-    """A BlockInput in memory; blocks that are given the same arguments share them."""
+    """A BlockInput in memory; blocks with the same arguments share them."""
 
     modality: Tensor
     positions: Tensor
@@ -60,11 +60,11 @@ class MemoryInput:
 def capture_block_inputs(
     model: Any, blocks: Sequence[nn.Module], samples: Sequence[Sample], positions: Sequence[Tensor]
 ) -> Iterator[MemoryInput]:
-    """Run embeddings and towers on one sample after the other and yield what reaches the decoder blocks.
+    """Run embeddings and towers on each sample in turn, and yield the inputs of the decoder blocks.
 
-    The blocks themselves are skipped (what they pass on does not change what else the next one is given), and so
-    is the lm_head: neither needs weights. `positions` are each sample's sampled tokens. Raises MorphoQuantError naming
-    the sample where a token id has no row in the embedding.
+    The blocks and the lm_head are skipped, so neither needs weights. Skipping is safe because a block's output does not
+    change the other arguments of the next block. `positions` are each sample's sampled tokens. Raises MorphoQuantError
+    naming the sample if a token id has no row in the embedding.
     """
     embedding = model.get_input_embeddings().weight
     model.lm_head = nn.Identity()
@@ -88,7 +88,7 @@ def _check_token_ids(samples: Sequence[Sample], rows: int) -> None:
 
 @contextmanager
 def skipped_blocks(blocks: Sequence[nn.Module], entry: MemoryInput) -> Iterator[None]:
-    """Make the blocks record what they are given in `entry` and pass the hidden states on unchanged."""
+    """Make the blocks record their arguments in `entry` and pass the hidden states on unchanged."""
 
     def record(index: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
@@ -110,7 +110,7 @@ def skipped_blocks(blocks: Sequence[nn.Module], entry: MemoryInput) -> Iterator[
 
 
 def _to_model(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Move inputs to the device; pixels and audio features also take the dtype, lists of seconds keep theirs."""
+    """Move inputs to the device; pixels and audio features are cast to `dtype`, lists of seconds are not."""
     return {
         name: value.to(device, dtype) if value.is_floating_point() and value.dim() > 1 else value.to(device)
         for name, value in inputs.items()

@@ -28,24 +28,24 @@ from morphoquant_vllm.host_memory import release_freed_memory
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One finished block; `loss` is the mean output error of its layers (None where none is quantized)."""
+    """One finished block; `loss` is the mean output error of its layers (None if no layer is quantized)."""
 
     index: int
     count: int
     layers: dict[str, QuantizedLayer]
     loss: float | None
-    # What is kept of each input's distribution, by the input's name.
+    # The kept tensors of each input's distribution, by the input's name.
     distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _LoadedBlock:
-    """A block in memory, and this process's samples, which go through it."""
+    """A block in memory, and the samples of this process that run through it."""
 
     module: nn.Module
     index: int
     inputs: Sequence[BlockInput]
-    # The modality of the sample that goes through, for the linears that are quantized already.
+    # Rows of the running sample's tokens, for the linears that are already quantized.
     serving: TokenRows
 
     @property
@@ -61,7 +61,7 @@ class _LoadedBlock:
         *,
         stop: bool = False,
     ) -> Tensor:
-        """The output on one sample, on the CPU; what came in where the run stops early."""
+        """The output for one sample, on the CPU; the input if the run stops early."""
         self.serving.modality = entry.modality
         output = run_observed(
             self.module,
@@ -88,12 +88,12 @@ def calibrate_blocks(
     recipe: Recipe,
     first: int = 0,
 ) -> Iterator[BlockResult]:
-    """Yield the quantized layers of one block after the other, from block `first` on.
+    """Yield the quantized layers of each block in order, from block `first` on.
 
-    Two streams of hidden states go through the decoder: the 16-bit model's, whose layer outputs are aimed at, and that
-    of the layers quantized so far, within the block too. `inputs` come as they are before block `first`, and at each
-    result hold what reaches the next block. One block at a time is in memory. `inputs` are this process's samples, and
-    `tokens` tell of all; every process yields the same.
+    Two streams of hidden states go through the decoder. The 16-bit model's stream gives the target outputs of layers.
+    The served stream runs the layers quantized so far, also within the block. `inputs` hold the states before block
+    `first`; at each result they hold the inputs of the next block. One block at a time is in memory. `inputs` are this
+    process's samples, and `tokens` describes those of all processes. Every process yields the same.
     """
     serving = TokenRows(spec.any_row)
     for index in range(first, len(blocks)):
@@ -118,12 +118,12 @@ def _calibrate_block(
     spec: QuantizationSpec,
     recipe: Recipe,
 ) -> tuple[dict[str, QuantizedLayer], dict[str, dict[str, Tensor]]]:
-    """The block's layers and the distributions of its inputs; afterwards its samples hold what reaches the next one.
+    """The block's layers and the distributions of its inputs; its samples then hold the inputs of the next block.
 
-    `shards_of` has the layers of each input's linears by their names in the block.
+    `shards_of` maps each input's linears, by their names in the block, to layers.
     """
-    # Shards read the same input: it is enough to watch the first.
-    # Only where this process has no samples, for those have a width of their own.
+    # Shards read the same input, so only the first is observed.
+    # Used only if this process has no samples: samples determine the width themselves.
     none = {
         layers[0]: None if block.inputs else _no_tokens(spec, layers[0], block.device) for layers in shards_of.values()
     }
@@ -138,7 +138,7 @@ def _calibrate_block(
         collectors = targets.pop(shards[0]), InputCollector(layers[0], none[layers[0]])
         sample = _sample_input(block, shards[0], *collectors, rows, outlying, tokens.processes)
         weights = {layer: _load_weight(source, layer) for layer in layers}
-        # Of what the forwards and the collectors freed, two gigabytes at K = 11008: most memory is needed next.
+        # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
         release_freed_memory()
         quantized = quantize_input(sample, tokens, weights, spec, recipe)
         for shard, layer in zip(shards, layers, strict=True):
@@ -157,8 +157,8 @@ def _run_16bit(
 ) -> list[Tensor]:
     """Carry the 16-bit hidden states through the block.
 
-    Returns each sample's rows int [tokens]: `massive_row` where the residual stream is outlying before or after the
-    block, the token's modality elsewhere.
+    Returns each sample's rows int [tokens]: `massive_row` for tokens whose residual stream is an outlier before or
+    after the block, else the token's modality.
     """
     norms = [torch.zeros(0)]
     for entry in block.inputs:
@@ -180,7 +180,7 @@ def _sample_input(
     outlying: Tensor,
     processes: Processes,
 ) -> InputSample:
-    """What reaches `linear` after the layers quantized so far; `target` has what the 16-bit model gives it."""
+    """The input of `linear` after the layers quantized so far; `target` holds its input in the 16-bit model."""
     aimed = target.sample()
     for entry, row in zip(block.inputs, rows, strict=True):
         block.run(entry, entry.served, {linear: served}, row, stop=True)

@@ -1,4 +1,4 @@
-"""How much memory a calibration takes at its peak, from sizes alone, and whether it fits. Pure.
+"""Computes a calibration's peak memory from sizes alone, and checks that it fits. Pure.
 
 The formula of docs/design/streaming.md. M tokens of all samples, T sampled tokens, K in, N out, G group.
 """
@@ -20,19 +20,19 @@ from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 
 # Python with torch, transformers and a processor, before any model.
 BASE = 3 * 2**28
-# What one input takes at once, in its three phases. The counts were measured (peaks of quantize_input over T, K and N)
-# and rounded up: of float32 [T, K], [K, K] and [N, K], and of the systems that the scales are solved from.
+# Simultaneous copies for one input in its three phases: of float32 [T, K], [K, K] and [N, K], and of the systems that
+# the scales are solved from. They were measured as peaks of quantize_input over T, K and N, and rounded up.
 SEARCH_COPIES = 3.75
-KEPT_COPIES = 2.25  # as they are and as they should be, and their codes, a byte each
+KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
 FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
-# What lies between tensors in the C library's heap.
+# Gaps between tensors in the C library's heap.
 HEAP = 2**26
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes at the peak of each phase, beside the hidden states."""
+    """Bytes at the peak of each phase, without the hidden states."""
 
     # Embeddings and towers, with the towers' weights in memory, and read module by module.
     front: int
@@ -49,24 +49,24 @@ def memory_need(
     recipe: Recipe,
     sampled_tokens: int,
 ) -> MemoryNeed:
-    """The peaks of a calibration of so many sampled tokens."""
+    """The memory peaks of a calibration with `sampled_tokens` sampled tokens."""
     width = getattr(torch, recipe.dtype).itemsize
 
     def nbytes(infos: Iterable[TensorInfo]) -> int:
         return sum(info.elements for info in infos) * width
 
-    own = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
-    towers = [info for name, info in own.items() if name.startswith(architecture.tower_prefixes)]
+    model_tensors = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
+    towers = [info for name, info in model_tensors.items() if name.startswith(architecture.tower_prefixes)]
     head = f"{architecture.model_prefix}lm_head.weight"
     rest = [
         info
-        for name, info in own.items()
+        for name, info in model_tensors.items()
         if not name.startswith((*architecture.tower_prefixes, f"{names.prefix}.")) and name != head
     ]
     largest = max((info.elements for info in towers), default=0) * width
     blocks = [
         _block(
-            [info for name, info in own.items() if name.startswith(f"{names.prefix}.{index}.")],
+            [info for name, info in model_tensors.items() if name.startswith(f"{names.prefix}.{index}.")],
             [layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.{index}.")],
             width,
             sampled_tokens,
@@ -81,24 +81,24 @@ def memory_need(
 
 
 def _block(infos: Iterable[TensorInfo], layers: Iterable[LayerSpec], width: int, tokens: int) -> int:
-    """One block: its weights, and the most that one of its inputs takes."""
+    """Bytes of one block: its weights, and the largest need of one of its inputs."""
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         inputs.setdefault(layer.shared_input, []).append(layer)
-    # As they are, or in float32 where they are served by now; of the linears at work, both.
+    # In the model's dtype, or in float32 once they are quantized; both for the linears that are being quantized.
     weights = sum(info.elements for info in infos) * max(width, 4)
     peaks = [0]
     waiting = sum(shards[0].in_features for shards in inputs.values())
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
-        # The inputs of later linears, as the 16-bit model has them, wait for their turn.
+        # The 16-bit model's inputs of later linears stay in memory until their turn.
         waiting -= k
         peaks.append(4 * tokens * waiting + input_peak(tokens, k, n, shards[0].group_size) + 4 * n * k)
     return weights + max(peaks)
 
 
 def input_peak(tokens: int, k: int, n: int, group_size: int) -> int:
-    """Bytes that quantizing one input takes, its sampled tokens included: T tokens, K channels, N outputs in all."""
+    """Bytes for quantizing one input, including its sampled tokens: T tokens, K channels, N outputs of all shards."""
     groups = k // group_size
     rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
@@ -112,11 +112,11 @@ def input_peak(tokens: int, k: int, n: int, group_size: int) -> int:
 
 
 def check_budget(need: MemoryNeed, budget: int, model: object) -> None:
-    """MorphoQuantError with the sizes where a stated budget is too small, whatever is kept on disk."""
-    for what, nbytes in (("its embeddings and one tower layer", need.front_streamed), ("a decoder block", need.block)):
+    """Raise MorphoQuantError with the sizes if a stated budget is too small even with streaming from disk."""
+    for held, nbytes in (("its embeddings and one tower layer", need.front_streamed), ("a decoder block", need.block)):
         if nbytes > budget:
             raise MorphoQuantError(
-                f"{model}: does not fit --memory-budget {_gib(budget)}: {what} and what calibration makes of it take "
+                f"{model}: does not fit --memory-budget {_gib(budget)}: {held} and the tensors of its calibration take "
                 f"{_gib(nbytes)}; raise the budget, lower --sample-tokens, or pass --dtype bfloat16"
             )
 

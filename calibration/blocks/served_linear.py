@@ -1,4 +1,4 @@
-"""A quantized linear in the place of a model's own, so that later layers are calibrated on what will be served."""
+"""A quantized linear that replaces the model's linear: later layers are then calibrated on served outputs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from morphoquant_vllm.numerics.linear import weight_record
 
 @dataclass
 class TokenRows:
-    """What tells the linears of a block which modality each token of the running sample has, as a server knows it."""
+    """The modality rows of the running sample's tokens, for the linears of a block; a server has the same rows."""
 
     any_row: int
-    # Row of each token, int [M]; None: not known.
+    # Row of each token, int [M]; None if unknown.
     modality: Tensor | None = None
 
 
 class ServedLinear(nn.Module):
     """The integer layer of a checkpoint's tensors: the sums of numerics.linear in float32, for speed.
 
-    On a CPU the kernels that serve compute it, if they run: sums over a group are whole numbers there, and several
-    times as fast as a product with dequantized weights. `serving` says what row serves each token that is not massive.
+    On a CPU the serving kernels compute it, if they run. Their group sums are exact integers, and they are several
+    times as fast as a product with dequantized weights. `serving` gives the row of each token that is not massive.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ServedLinear(nn.Module):
         super().__init__()
         self.record = activation_record(*(tensors[name].to(device) for name in INPUT_TENSORS))
         weight = weight_record(*(tensors[name] for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
-        # What the kernels read, or else the weights that the codes stand for.
+        # The kernels' records, or else the dequantized weights.
         self.prepared, self.matrix = None, None
         backend = ops.select_backend(device)
         self.backend = ops.BACKENDS[backend]
@@ -64,11 +64,11 @@ class ServedLinear(nn.Module):
         """Codes int8 [M, K] and row int32 [M] of each token of x [M, K]."""
         rows = token_rows(x, self._modality(x), self.record)
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-        # One row for all its tokens is several times faster than a gathered row each.
+        # Processing all tokens of one row at a time is several times faster than gathering a row per token.
         for row in rows.unique().tolist():
             per_row = {name: getattr(self.record, name)[row][None] for name in ("inverse", "centre", "mask", "gain")}
-            own = rows == row
-            codes[own] = act_quant(x[own], rows[own], self.record._replace(**per_row))
+            in_row = rows == row
+            codes[in_row] = act_quant(x[in_row], rows[in_row], self.record._replace(**per_row))
         return codes, rows
 
     def _modality(self, x: Tensor) -> Tensor:

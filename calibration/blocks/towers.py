@@ -1,7 +1,7 @@
-"""Towers that a recipe asks for: their blocks are quantized as the decoder's are, on the patches of the data's media.
+"""Quantizes the towers of a recipe: their blocks are quantized like the decoder's, on patches of the data's media.
 
-What goes through a tower has no token ids: one row, named by the layers' fixed_row, serves all of its patches. The
-image tower of Qwen's models sees pictures and the frames of videos, so its statistics are of both.
+A tower's patches have no token ids: one row, named by the layers' fixed_row, serves all of them. The image tower of
+Qwen's models encodes pictures and video frames, so its statistics cover both.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 
 logger = logging.getLogger(__name__)
 
-# What the processor gives the image tower, by the row of the medium: patches, and [media, 3] patches in time, height
-# and width.
+# The processor's outputs for the image tower, by the medium's row: patches, and their numbers in time, height and
+# width, [media, 3].
 _PATCHES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
@@ -40,12 +40,12 @@ class _Medium:
     row: str
     patches: Tensor
     grid: Tensor
-    # In the order of the data, among those of all processes.
+    # Index in the order of the data, over all processes.
     place: int
 
 
 class _InModel:
-    """Blocks of a model that is in memory, in which what is quantized stays."""
+    """Blocks of a model in memory; their quantized linears stay in the model."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks = blocks
@@ -58,9 +58,9 @@ class _InModel:
 
 
 def check_media(samples: Sequence[Sample], recipe: Recipe, processes: Processes = ONE) -> None:
-    """MorphoQuantError where a tower is to be quantized and the data hold nothing that goes through it."""
+    """Raise MorphoQuantError if a tower is to be quantized and the data have no media for it."""
     for name in recipe.towers:
-        if not any(processes.gather(bool(_media(samples)))):
+        if not any(processes.all_gather(bool(_media(samples)))):
             raise MorphoQuantError(
                 f"towers: the calibration data have no image and no video for the {name} tower; add some, or leave the "
                 "tower out"
@@ -77,9 +77,9 @@ def calibrate_towers(
     recipe: Recipe,
     processes: Processes = ONE,
 ) -> list[BlockResult]:
-    """Quantize the towers that the recipe names; their blocks' results, none where it names none.
+    """Quantize the towers that the recipe names; the results of their blocks, empty if it names none.
 
-    Afterwards the model's own towers compute what will be served. `samples` are this process's.
+    Afterwards the model's towers compute the served outputs. `samples` are those of this process.
     """
     return [
         result
@@ -111,11 +111,11 @@ def _calibrate_tower(
 ) -> list[BlockResult]:
     """Quantize one tower, in the model too."""
     if processes.first:
-        _say_what_stays(tower, source, recipe)
+        _log_unfit_linears(tower, source, recipe)
     module = model.get_submodule(tower.module)
     blocks = list(model.get_submodule(tower.block_module).children())
     inputs, patches = _capture_media(module, blocks, _media(samples), spec, recipe, processes)
-    # A patch has no row of its own modality to take.
+    # All patches take the fixed row, so modality rows would be unused.
     settings = recipe.model_copy(update={"modality_rows": False})
     results = []
     for result in calibrate_blocks(
@@ -147,15 +147,15 @@ def _capture_media(
     recipe: Recipe,
     processes: Processes,
 ) -> tuple[list[MemoryInput], TokenSample]:
-    """What reaches the tower's blocks of each of this process's media, and the patches to look at, of all processes."""
+    """The block inputs of each of this process's media, and the sampled patches of all processes."""
     rows = {
         medium.place: torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int()
         for medium in media
     }
     patches = share_tokens(processes, rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
     inputs = []
-    for medium, own in zip(media, patches.samples, strict=True):
-        entry = MemoryInput(rows[medium.place], patches.positions[own])
+    for medium, index in zip(media, patches.samples, strict=True):
+        entry = MemoryInput(rows[medium.place], patches.positions[index])
         _capture(module, blocks, medium, entry)
         inputs.append(entry)
     return inputs, patches
@@ -163,13 +163,13 @@ def _capture_media(
 
 @torch.no_grad()
 def _capture(module: nn.Module, blocks: Sequence[nn.Module], medium: _Medium, entry: MemoryInput) -> None:
-    """Run the tower up to its first block and keep what reaches the blocks in `entry`."""
+    """Run the tower with skipped blocks and keep the blocks' inputs in `entry`."""
     parameter = next(module.parameters())
     with skipped_blocks(blocks, entry):
         module(medium.patches.to(parameter.device, parameter.dtype), grid_thw=medium.grid.to(parameter.device))
 
 
-def _say_what_stays(tower: Tower, source: Source, recipe: Recipe) -> None:
+def _log_unfit_linears(tower: Tower, source: Source, recipe: Recipe) -> None:
     for name, in_features in unfit_linears(tower, source.tensors, recipe.group_size).items():
         logger.info(
             "%s tower: %s stays in 16 bit: its K = %d is not divisible by group_size %d",

@@ -1,10 +1,10 @@
-"""From the user's files to tokens that the model reads.
+"""From the user's files to the model's input tokens.
 
 conversations  reads JSONL in OpenAI chat format, and plain text files
-media          decodes images, sound and video
-processor      loads the model's own processor
-placeholders   which tokens stand for media, and whether they match it
-model_inputs   one conversation, or one window of a text, as the model takes it
-rendering      conversations and windows of texts become calibration samples
-token_choice   which tokens the search looks at, and how much each counts
+media          decodes images, audio and video
+processor      loads the model's processor
+placeholders   counts the tokens that stand for media, and compares them with the media
+model_inputs   one conversation, or one window of a text, as inputs of the model
+rendering      makes calibration samples of conversations and windows of texts
+token_choice   chooses the tokens of the search, and their weights
 """

@@ -1,4 +1,4 @@
-"""The user's calibration data: JSONL conversations in OpenAI chat format, and plain text files."""
+"""Reads the user's calibration data: JSONL conversations in OpenAI chat format, and plain text files."""
 
 import base64
 import binascii
@@ -57,20 +57,20 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text file, to be cut into token windows, with no chat template; `source` is the file."""
+    """A text file, to be cut into token windows without a chat template; `source` is the file."""
 
     source: str
     text: str
 
 
-# Of what load_conversations gives: where processes share it, they take no other classes from each other.
+# Classes of load_conversations' result: the only ones that processes accept from each other when they broadcast it.
 CLASSES = (Conversation, PlainText, Message, Text, Media, type(Path()))
 
 # part type -> (key that holds its object, modality); OpenAI's types, and vLLM's audio_url and video_url.
 _MEDIA_PARTS = {"image_url": "image", "audio_url": "audio", "video_url": "video", "input_audio": "audio"}
 _PART_TYPES = ("text", *_MEDIA_PARTS)
 _URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# Of a path or URL, in messages.
+# Characters of a path or URL that messages show.
 SHOWN_CHARACTERS = 200
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -78,11 +78,11 @@ _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 def load_conversations(
     data: Path | str | Iterable[Path | str], *, skip_bad: bool = False
 ) -> list[Conversation | PlainText]:
-    """Read calibration data from one path or several, in the order given.
+    """Read calibration data from one or more paths, in the given order.
 
-    A path is a .jsonl file (one conversation a line), a .txt file, or a directory of .txt files. Media files
-    are checked to exist and base64 is undone, but no media is decoded yet. With `skip_bad`, conversations whose media
-    are missing are logged and left out.
+    A path is a .jsonl file (one conversation per line), a .txt file, or a directory of .txt files. Media files
+    are checked to exist and base64 is decoded, but media are not decoded yet. With `skip_bad`, conversations whose
+    media are missing are logged and left out.
 
     Raises MorphoQuantError, naming the file and line, for anything that is missing, empty or malformed.
     """
@@ -160,8 +160,8 @@ def _parse_line(source: str, raw: bytes, folder: Path) -> Conversation:
     except RecursionError as error:
         raise MorphoQuantError(f"{source}: not JSON (nested too deep); write one JSON object per line") from error
     except ValueError as error:
-        # Python converts no whole number of more than 4300 digits.
-        raise MorphoQuantError(f"{source}: holds a number of too many digits; write it as a string") from error
+        # Python refuses to convert an integer of more than 4300 digits.
+        raise MorphoQuantError(f"{source}: holds a number with too many digits; write it as a string") from error
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         _refuse(source, "no 'messages'", 'write {"messages": [{"role": "user", "content": "..."}]}')
@@ -198,7 +198,7 @@ def _parse_part(source: str, part: Any, folder: Path) -> Text | Media:
 
 
 def _resolve(source: str, kind: str, url: str, folder: Path) -> Media:
-    """A data: URL's bytes, or the file that a file:// URL or a path relative to the JSONL names."""
+    """The media of a data: URL, a file:// URL or a path relative to the JSONL file."""
     modality = _MEDIA_PARTS[kind]
     if url[:5].lower() == "data:":
         header = _DATA_URL.match(url)
@@ -210,7 +210,7 @@ def _resolve(source: str, kind: str, url: str, folder: Path) -> Media:
         try:
             parts = urlsplit(url)
         except ValueError as error:
-            raise MorphoQuantError(f"{source}: {_short(url)} is no URL; use file:///absolute/path") from error
+            raise MorphoQuantError(f"{source}: {_short(url)} is not a URL; use file:///absolute/path") from error
         if parts.netloc not in ("", "localhost"):
             _refuse(source, f"{_short(url)} names another machine", "use file:///absolute/path")
         path = Path(unquote(parts.path))

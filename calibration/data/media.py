@@ -1,4 +1,4 @@
-"""Decoding of images, audio and video into what a Hugging Face processor takes."""
+"""Decodes images, audio and video into the inputs of a Hugging Face processor."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,9 @@ from calibration.data.conversations import BadMediaError, Media
 
 
 def decode_image(media: Media) -> Image.Image:
-    """An RGB image, turned upright by its EXIF tag, transparency on white (as vLLM serves it).
+    """An RGB image, turned upright by its EXIF tag, with transparency on white, as in vLLM.
 
-    Raises BadMediaError naming the media when it is not an image or is truncated.
+    Raises BadMediaError naming the media if it is not an image or is truncated.
     """
     try:
         with Image.open(_open(media)) as opened:
@@ -25,7 +25,7 @@ def decode_image(media: Media) -> Image.Image:
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    # Pillow's decoders report broken files in all of these ways.
+    # Pillow's decoders raise all of these for broken files.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise _undecodable(media, error) from error
 
@@ -33,9 +33,9 @@ def decode_image(media: Media) -> Image.Image:
 def decode_audio(media: Media, sampling_rate: int) -> NDArray[np.float32]:
     """The first audio stream, [samples], mixed to mono and resampled to `sampling_rate` Hz, in [-1, 1].
 
-    Raises BadMediaError naming the media when it has no audio or cannot be decoded.
+    Raises BadMediaError naming the media if it has no audio or cannot be decoded.
     """
-    # The file's own channels, averaged: FFmpeg's mix to mono is up to 3 dB louder than the mean vLLM takes.
+    # The mean of the file's channels, as in vLLM: FFmpeg's mix to mono is up to 3 dB louder.
     resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
     pieces: list[NDArray[np.float32]] = []
     try:
@@ -57,13 +57,13 @@ def decode_audio(media: Media, sampling_rate: int) -> NDArray[np.float32]:
 def decode_video(
     media: Media, sample_frames: Callable[[VideoMetadata], Sequence[int]]
 ) -> tuple[NDArray[np.uint8], VideoMetadata]:
-    """The frames that `sample_frames` picks, RGB uint8 [frames, height, width, 3], and their metadata.
+    """The frames that `sample_frames` selects, RGB uint8 [frames, height, width, 3], and their metadata.
 
     `sample_frames` gets the metadata (frame count, frames per second, size) and returns frame numbers.
-    Only those frames are held in memory. Raises BadMediaError naming the media when it has no video or
-    cannot be decoded.
+    Only those frames are held in memory. Raises BadMediaError naming the media if it has no video or cannot be
+    decoded.
     """
-    # transformers' own PyAV reader trusts the container's frame count: WebM has none, a cut file too many.
+    # transformers' PyAV reader trusts the container's frame count: WebM has none, a truncated file states too many.
     try:
         total = sum(1 for _ in _video_frames(media))
         if not total:

@@ -1,4 +1,4 @@
-"""One conversation, or one window of a text, as keyword arguments of the model's forward."""
+"""Turns one conversation, or one window of a text, into keyword arguments of the model's forward."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from calibration.data.placeholders import check_placeholders, check_text, media_
 from calibration.data.processor import failure
 from morphoquant_vllm.errors import MorphoQuantError
 
-# The rate at which Qwen's video processors sample where their config names none; vLLM serves at the same rate.
+# Frames per second of Qwen's video processors if their config names no rate; vLLM uses the same rate.
 DEFAULT_VIDEO_FPS = 2.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """A run of tokens cut from a plain text."""
+    """Consecutive tokens cut from a plain text."""
 
     source: str
     token_ids: list[int]
@@ -28,7 +28,7 @@ class Window:
 def cut_windows(text: PlainText, tokenizer: Any, max_tokens: int) -> list[Window]:
     """The whole text as windows of at most max_tokens tokens."""
     ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    # Served prompts start with the BOS token, where the tokenizer adds one: so does every window.
+    # If the tokenizer adds a BOS token, served prompts start with it, and so does every window.
     start = tokenizer("")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
     start = start if start == [tokenizer.bos_token_id] else []
     step = max_tokens - len(start)
@@ -43,7 +43,7 @@ def model_inputs(
 ) -> tuple[dict[str, torch.Tensor], bool]:
     """Inputs of one sample, a batch of one without padding, and whether they were cut to max_tokens.
 
-    Raises BadMediaError where media cannot be decoded, and MorphoQuantError as build_samples does.
+    Raises BadMediaError if media cannot be decoded, and MorphoQuantError in the cases of build_samples.
     """
     if isinstance(item, Window):
         inputs = _text_inputs(processor, item.token_ids)
@@ -74,11 +74,11 @@ def _render(
     check_text(conversation, tokenizer, placeholder_token_ids)
     text = _apply_template(processor, conversation)
     if not isinstance(processor, ProcessorMixin):
-        # A template writes the special tokens itself; without one the tokenizer adds its own.
+        # A template writes the special tokens itself; without one, the tokenizer adds them.
         special = tokenizer.chat_template is None
         token_ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         if not token_ids:
-            raise MorphoQuantError(f"{source}: the conversation makes no tokens; give it text")
+            raise MorphoQuantError(f"{source}: the conversation has no tokens; give it text")
         return _text_inputs(processor, token_ids)
     inputs = _process(processor, source, text, media)
     check_placeholders(source, inputs["input_ids"], media_tokens(processor, inputs), placeholder_token_ids)
@@ -113,7 +113,7 @@ def _apply_template(processor: Any, conversation: Conversation) -> str:
     generation = conversation.messages[-1].role != "assistant"
     try:
         return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    # The template is a program of the model's: it fails in any way that there is.
+    # The template is a program of the model's publisher and may raise any error.
     except Exception as error:
         raise MorphoQuantError(
             f"{conversation.source}: the model's chat template refuses the conversation ({failure(error)}); "
@@ -122,7 +122,7 @@ def _apply_template(processor: Any, conversation: Conversation) -> str:
 
 
 def _content(message: Message, multimodal: bool) -> Any:
-    """A message's content as templates and vLLM have it: a string, or typed parts for multimodal models."""
+    """A message's content in the form that templates take and vLLM uses: a string, or typed parts if multimodal."""
     if multimodal and not (len(message.parts) == 1 and isinstance(message.parts[0], Text)):
         return [
             {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": part.kind}
@@ -151,7 +151,7 @@ def _process(processor: Any, source: str, text: str, media: list[Media]) -> dict
             return_tensors="pt",
             **options,
         )
-    # StopIteration and IndexError: a template that writes more placeholders than there are media.
+    # StopIteration and IndexError: the template wrote more placeholders than the conversation has media.
     except (ValueError, StopIteration, IndexError) as error:
         raise BadMediaError(
             f"{source}: the model's processor refuses the conversation "
@@ -176,7 +176,7 @@ def _decode_videos(video_processor: Any, media: list[Media]) -> tuple[list[Any],
     fps = video_processor.fps or DEFAULT_VIDEO_FPS
 
     def sample_frames(metadata: Any) -> Sequence[int]:
-        # transformers divides by zero on fewer frames than a temporal patch; the processor repeats the last frame.
+        # transformers divides by zero if there are fewer frames than a temporal patch; the processor repeats the last.
         if metadata.total_num_frames < video_processor.temporal_patch_size:
             return range(metadata.total_num_frames)
         return video_processor.sample_frames(metadata, fps=fps).tolist()
@@ -194,7 +194,7 @@ def _decode_videos(video_processor: Any, media: list[Media]) -> tuple[list[Any],
 def _fit(
     conversation: Conversation, inputs: dict[str, torch.Tensor], max_tokens: int
 ) -> tuple[dict[str, torch.Tensor], bool]:
-    """The inputs, cut to max_tokens where there is only text, and whether they were."""
+    """The inputs, cut to max_tokens if they are only text, and whether they were cut."""
     shape = inputs["input_ids"].shape
     if shape[1] <= max_tokens:
         return inputs, False

@@ -1,4 +1,4 @@
-"""Placeholder tokens: which tokens stand for media, and whether they match it."""
+"""Placeholder tokens stand for media: counts them and compares them with the media."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,19 +10,19 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 
 def check_text(conversation: Conversation, tokenizer: Any, placeholder_token_ids: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a conversation whose own text holds a placeholder token: it would be taken for media."""
+    """Refuse a conversation whose text contains a placeholder token: the model would take it for media."""
     tokens = [token for ids in placeholder_token_ids.values() for token in tokenizer.convert_ids_to_tokens(list(ids))]
     texts = [part.text for message in conversation.messages for part in message.parts if isinstance(part, Text)]
     for token in tokens:
         if any(token in text for text in texts):
             raise MorphoQuantError(
                 f"{conversation.source}: placeholders do not match media: the text itself holds {token}; "
-                "remove it, media parts bring their own"
+                "remove it, since media parts add their placeholders themselves"
             )
 
 
 def media_tokens(processor: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    """For each modality, how many tokens the model will make of each of its media."""
+    """The number of tokens of each medium, by modality."""
     tokens = {}
     if "image_grid_thw" in inputs:
         tokens["image"] = (inputs["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).tolist()
@@ -41,14 +41,14 @@ def check_placeholders(
     media_tokens: Mapping[str, list[int]],
     placeholder_token_ids: Mapping[str, Sequence[int]],
 ) -> None:
-    """Refuse input ids [1, M] that do not hold the `media_tokens` of each modality (tokens of each of its media)."""
+    """Refuse input ids [1, M] whose placeholders differ from `media_tokens`, the tokens of each medium by modality."""
     for kind, ids in placeholder_token_ids.items():
-        found = int(torch.isin(input_ids, torch.tensor(ids)).sum())
+        count = int(torch.isin(input_ids, torch.tensor(ids)).sum())
         expected = media_tokens.get(kind, [])
         if min(expected, default=1) < 1:
-            raise MorphoQuantError(f"{source}: one {kind} part is too short to make a token; use a longer one")
-        if found != sum(expected):
+            raise MorphoQuantError(f"{source}: one {kind} part is too short for a token; use a longer one")
+        if count != sum(expected):
             raise MorphoQuantError(
-                f"{source}: placeholders do not match media: {found} {kind} placeholder tokens, but {len(expected)} "
+                f"{source}: placeholders do not match media: {count} {kind} placeholder tokens, but {len(expected)} "
                 f"{kind} parts of {sum(expected)} tokens; check the text and the model's chat template"
             )

@@ -1,4 +1,4 @@
-"""The model's own processor, which renders conversations as it does when the model is served."""
+"""Loads the model's processor, which renders conversations as in serving."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 
 def load_processor(model_dir: Path | str) -> Any:
-    """The directory's multimodal processor, or its tokenizer where it has none; never runs the model's own code.
+    """The directory's multimodal processor, or its tokenizer if it has none; never runs code from the directory.
 
-    Raises MorphoQuantError naming the directory when neither can be loaded.
+    Raises MorphoQuantError naming the directory if neither can be loaded.
     """
     if not Path(model_dir).is_dir():
         raise MorphoQuantError(f"{model_dir}: no such model directory; give a downloaded Hugging Face model")
@@ -26,7 +26,7 @@ def load_processor(model_dir: Path | str) -> Any:
         ) from error
     except (KeyboardInterrupt, SystemExit):
         raise
-    # Damaged files fail in any way that there is; a panic of the tokenizer's Rust code is no Exception.
+    # Damaged files may raise any error; a panic of the tokenizer's Rust code is not an Exception.
     except BaseException as error:
         raise MorphoQuantError(
             f"{model_dir}: no usable tokenizer or processor ({failure(error)}); copy its files into the directory"
@@ -34,13 +34,13 @@ def load_processor(model_dir: Path | str) -> Any:
     tokenizer = getattr(processor, "tokenizer", processor)
     ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
     if not ordinary:
-        # Where tokenizer.json is missing, transformers builds a tokenizer that knows its special tokens only.
+        # If tokenizer.json is missing, transformers builds a tokenizer with special tokens only.
         raise MorphoQuantError(f"{model_dir}: its tokenizer has no vocabulary; copy tokenizer.json into the directory")
     return processor
 
 
 def failure(error: BaseException) -> str:
-    """What an error of the model's own files says, in one line; its kind where it says little."""
+    """The message of an error in the model's files, in one line; with the error's type if the message is short."""
     text = " ".join(str(error).split())
     plain = isinstance(error, OSError | ValueError | jinja2.TemplateError) and text
     return text if plain else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Calibration samples: conversations and texts, rendered by the model's own processor and chat template."""
+"""Makes calibration samples: conversations and texts, rendered by the model's processor and chat template."""
 
 import logging
 from collections import Counter
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 class Sample:
     """One sequence for the model.
 
-    `inputs`: keyword arguments of the model's forward, a batch of one without padding. `modality`: int32 [M], for
-    each token the number of its row. `source`: the file, or "file:line". `place`: in the order of the data, among those
-    of all processes.
+    `inputs`: keyword arguments of the model's forward, a batch of one without padding. `modality`: int32 [M], the row
+    of each token. `source`: the file, or "file:line". `place`: index of the sample in the order of the data, over all
+    processes.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -48,17 +48,17 @@ def build_samples(
 ) -> list[Sample]:
     """Render this process's share of the calibration data into model inputs, in the order of the data.
 
-    Each conversation makes one sample, each plain text as many windows of `window_tokens` tokens (None: `max_tokens`)
-    as it fills. Where that is more than `max_samples`, evenly spaced ones are taken. Text-only conversations are cut
-    at `max_tokens`. Of several processes each renders every size-th: neighbours are much alike.
+    Each conversation makes one sample. Each plain text is cut into windows of `window_tokens` tokens (None:
+    `max_tokens`). If that gives more than `max_samples`, evenly spaced ones are taken. Text-only conversations are cut
+    at `max_tokens`. Each of `size` processes renders every `size`-th sample, since adjacent samples are similar.
 
-    `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens; a modality
-    that is not there is one the model does not take. `rows` names the rows in order, see token_rows. With `skip_bad`,
+    `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens. The model does
+    not take a modality that is missing there. `rows` names the rows in order, see token_rows. With `skip_bad`,
     conversations whose media cannot be decoded are logged and left out.
 
-    Raises MorphoQuantError where the directory has no usable tokenizer, and, naming the file and line, for media
-    that the model does not take or that cannot be decoded, placeholders that do not match the media, a chat
-    template that refuses the conversation, and a conversation with media of more than `max_tokens` tokens.
+    Raises MorphoQuantError if the directory has no usable tokenizer. Other errors name the file and line: media that
+    the model does not take or that cannot be decoded, and placeholders that do not match the media. They also name a
+    conversation that the chat template refuses, and one with media that has more than `max_tokens` tokens.
     """
     window_tokens = window_tokens or max_tokens
     if min(max_tokens, window_tokens) < 2 or (max_samples is not None and max_samples < 1):
@@ -82,10 +82,10 @@ def build_samples(
         cut += was_cut
         modality = token_rows(inputs["input_ids"][0], placeholder_token_ids, rows)
         samples.append(Sample(inputs, modality, item.source, place))
-    own = Counter({"cut": cut, "skipped": skipped, "samples": len(samples)})
-    total = sum(processes.gather(own), Counter[str]())
-    _tell_losses(total, len(items), max_tokens, processes)
-    _tell_tokens(samples, total["samples"], rows, processes)
+    local = Counter({"cut": cut, "skipped": skipped, "samples": len(samples)})
+    total = sum(processes.all_gather(local), Counter[str]())
+    _log_losses(total, len(items), max_tokens, processes)
+    _log_tokens(samples, total["samples"], rows, processes)
     return samples
 
 
@@ -96,13 +96,13 @@ def _choose_items(
     max_samples: int | None,
     processes: Processes,
 ) -> list[Conversation | Window]:
-    """What makes one sample each: conversations and windows, evenly spaced ones where there are too many."""
+    """Conversations and windows, each for one sample; evenly spaced ones if there are too many."""
     tokenizer = getattr(processor, "tokenizer", processor)
     items: list[Conversation | Window] = []
     for entry in data:
         items += cut_windows(entry, tokenizer, window_tokens) if isinstance(entry, PlainText) else [entry]
     if not items:
-        raise MorphoQuantError("there is no calibration data; give at least one conversation or text")
+        raise MorphoQuantError("no calibration data was given; give at least one conversation or text")
     if max_samples is None or len(items) <= max_samples:
         return items
     if processes.first:
@@ -110,20 +110,20 @@ def _choose_items(
     return [items[i * len(items) // max_samples] for i in range(max_samples)]
 
 
-def _tell_losses(total: Counter[str], items: int, max_tokens: int, processes: Processes) -> None:
-    """Log how many samples of all processes were skipped or cut; MorphoQuantError where none is left."""
+def _log_losses(total: Counter[str], items: int, max_tokens: int, processes: Processes) -> None:
+    """Log the numbers of skipped and cut samples of all processes; MorphoQuantError if none is left."""
     if total["skipped"] and processes.first:
-        logger.warning("%d of %d samples were skipped, their media are broken", total["skipped"], items)
+        logger.warning("%d of %d samples were skipped because their media are broken", total["skipped"], items)
     if not total["samples"]:
         raise MorphoQuantError("no calibration sample is left: the media of all are broken; replace them")
     if total["cut"] and processes.first:
         logger.warning("%d of %d samples were cut to max_tokens=%d tokens", total["cut"], total["samples"], max_tokens)
 
 
-def _tell_tokens(samples: Sequence[Sample], count: int, rows: Sequence[str], processes: Processes) -> None:
-    """Log the tokens of each row in the `count` samples of all processes; `samples` are this one's."""
-    own = sum((Counter(sample.modality.tolist()) for sample in samples), Counter[int]())
-    counts = sum(processes.gather(own), Counter[int]())
+def _log_tokens(samples: Sequence[Sample], count: int, rows: Sequence[str], processes: Processes) -> None:
+    """Log the tokens of each row in the `count` samples of all processes; `samples` are those of this process."""
+    local = sum((Counter(sample.modality.tolist()) for sample in samples), Counter[int]())
+    counts = sum(processes.all_gather(local), Counter[int]())
     described = ", ".join(f"{rows[row]} {number}" for row, number in sorted(counts.items()))
     if processes.first:
         logger.info("calibration data: %d samples, tokens: %s", count, described)

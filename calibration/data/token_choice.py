@@ -1,4 +1,4 @@
-"""Which tokens the search looks at, and how much each counts: the same for the same seed, however many processes."""
+"""Chooses the tokens of the search and their weights: the same for the same seed, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from morphoquant_vllm.errors import MorphoQuantError
 class TokenSample:
     """T tokens chosen from all samples; their activations are kept in this order, sample after sample.
 
-    Every process knows the whole choice, and holds the activations of the tokens of its own samples.
+    Every process has the whole choice, and holds the activations of its local tokens, those of its samples.
     """
 
     # Positions in each sample, ascending, int64.
     positions: tuple[Tensor, ...]
     # Modality row of each chosen token, int32 [T].
     modality: Tensor
-    # What each chosen token counts in a weighted mean, float32 [T], sums to 1.
+    # Weight of each chosen token in a weighted mean, float32 [T], sums to 1.
     weight: Tensor
     # Tokens of each row in all samples, by row index: present rows only.
     counts: dict[int, int]
     processes: Processes = ONE
-    # The process of each sample; one process has them all.
+    # Rank of the process of each sample; empty if one process has all samples.
     owners: tuple[int, ...] = ()
 
     def spread(self, processes: Processes, owners: Sequence[int]) -> TokenSample:
-        """The same tokens, with the samples shared out: `owners` is the process of each sample."""
+        """The same tokens, with the samples divided among processes: `owners` is the rank of each sample."""
         return replace(self, processes=processes, owners=tuple(owners))
 
     @property
@@ -44,42 +44,42 @@ class TokenSample:
 
     @property
     def token_owners(self) -> Tensor:
-        """The process of each token, int64 [T]."""
+        """Rank of the process of each token, int64 [T]."""
         lengths = torch.tensor([positions.numel() for positions in self.positions])
         owners = torch.tensor(self.owners or (0,) * len(self.positions))
         return owners.repeat_interleave(lengths)
 
-    def own(self, value: Tensor) -> Tensor:
-        """Of value [T, ...] on the CPU, this process's tokens."""
+    def local(self, value: Tensor) -> Tensor:
+        """The rows of `value` [T, ...], on the CPU, of this process's tokens: [local T, ...]."""
         return value if self.processes.size == 1 else value[self.token_owners == self.processes.rank]
 
     def every(self, value: Tensor, stride: int) -> Tensor:
-        """Of every `stride`-th token of all, those of this process: from value [own T, ...]."""
+        """Subsample to every `stride`-th token overall and keep this process's; `value` is [local T, ...]."""
         if self.processes.size == 1:
             return value[::stride]
         chosen = (self.token_owners == self.processes.rank).nonzero().flatten() % stride == 0
         return value[chosen.to(value.device)]
 
-    def merge(self, value: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """All processes' values of the tokens `wanted` (indices int64 [n], None: all T), from value [own T, ...]."""
+    def all_gather(self, value: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """All processes' values of the tokens `wanted` (indices int64 [n], None: all T), from value [local T, ...]."""
         if self.processes.size == 1:
             return value if wanted is None else value[wanted.to(value.device)]
         owners = self.token_owners
         if wanted is None:
-            return self.processes.merge(value, owners)
+            return self.processes.all_gather_rows(value, owners)
         wanted = wanted.cpu()
-        own = owners == self.processes.rank
-        places = (own.cumsum(0) - 1)[wanted[own[wanted]]]
-        return self.processes.merge(value[places.to(value.device)], owners[wanted])
+        local = owners == self.processes.rank
+        places = (local.cumsum(0) - 1)[wanted[local[wanted]]]
+        return self.processes.all_gather_rows(value[places.to(value.device)], owners[wanted])
 
 
 def water_fill(counts: Mapping[int, int], budget: int) -> dict[int, int]:
-    """Share `budget` out so that small counts are taken whole and the rest is split evenly among the large."""
+    """Divide `budget` among rows: small counts are taken whole, and the large ones share the rest evenly."""
     quota = {}
     remaining = dict(sorted(counts.items(), key=lambda item: (item[1], item[0])))
     while remaining:
         row = next(iter(remaining))
-        # The smallest first: what it leaves over goes to the larger ones; the last gets all that is left.
+        # The smallest comes first: its unused budget goes to the larger ones, and the last gets the remainder.
         quota[row] = min(remaining.pop(row), budget // (len(remaining) + 1))
         budget -= quota[row]
     return dict(sorted(quota.items()))
@@ -95,8 +95,8 @@ def modality_shares(counts: Mapping[int, int], balance: float) -> dict[int, floa
 def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, seed: int) -> TokenSample:
     """Draw at most `budget` tokens from the samples' modality ids (each int [tokens]), evenly over the rows present.
 
-    The first token of every sample is taken besides: it is unlike all others. A token of row r weighs
-    modality_shares[r] / (chosen tokens of r): how many were drawn does not change what a modality counts.
+    The first token of every sample is added, because it is unlike all others. A token of row r has the weight
+    modality_shares[r] / (chosen tokens of r), so the number drawn does not change a modality's total weight.
     """
     flat = torch.cat([ids.flatten().to("cpu", torch.int64) for ids in modalities]) if modalities else torch.empty(0)
     if not flat.numel():
@@ -126,11 +126,11 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
 def share_tokens(
     processes: Processes, modalities: Mapping[int, Tensor], budget: int, balance: float, seed: int
 ) -> TokenSample:
-    """As `choose_tokens`, where each process has some samples: its modality ids, by their place in the order of all."""
-    found = sorted(
+    """Run `choose_tokens` on the samples of all processes; `modalities` holds this process's ids, by sample index."""
+    samples = sorted(
         (place, rank, ids)
-        for rank, theirs in enumerate(processes.gather(dict(modalities)))
-        for place, ids in theirs.items()
+        for rank, ids_of_rank in enumerate(processes.all_gather(dict(modalities)))
+        for place, ids in ids_of_rank.items()
     )
-    tokens = choose_tokens([ids for _, _, ids in found], budget, balance, seed)
-    return tokens.spread(processes, [rank for _, rank, _ in found])
+    tokens = choose_tokens([ids for _, _, ids in samples], budget, balance, seed)
+    return tokens.spread(processes, [rank for _, rank, _ in samples])

@@ -1,4 +1,4 @@
-"""The architectures that calibration knows: where their decoder blocks are, and which linears share an input."""
+"""The architectures that calibration supports: their decoder blocks, and the linears that share an input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SharedInput:
 
     name: str
     shards: tuple[str, ...]
-    # How tensor parallelism splits them, as in schema.LayerSpec.parallel.
+    # Direction in which tensor parallelism splits them, as in schema.LayerSpec.parallel.
     parallel: str
 
 
@@ -23,12 +23,12 @@ class SharedInput:
 class Tower:
     """An encoder of media whose linears can be quantized on request; its patches have no token ids."""
 
-    # What a recipe calls it. The row of this name serves all of its patches, a video's frames included.
+    # Name of the tower in a recipe. The row of this name serves all of its patches, including video frames.
     name: str
     # Module of the model class, and the list of its blocks below it.
     module: str
     block_module: str
-    # Name of that list in the weight files; some models were published under more than one.
+    # Names of that list in the weight files; some models were published under several names.
     block_prefixes: tuple[str, ...]
     shared_inputs: tuple[SharedInput, ...]
 
@@ -44,7 +44,7 @@ _TOWER_BLOCK = (
     SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
     SharedInput("mlp.down_proj", ("mlp.down_proj",), "row"),
 )
-# Qwen2.5-Omni's files hold q, k and v apart, Qwen2.5-VL's as one matrix.
+# Qwen2.5-Omni's files hold q, k and v separately, Qwen2.5-VL's as one matrix.
 _SPLIT_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.q", "attn.k", "attn.v"), "column"), *_TOWER_BLOCK)
 _FUSED_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.qkv",), "column"), *_TOWER_BLOCK)
 
@@ -58,28 +58,28 @@ class Architecture:
     model_class: str
     # Module of that class that lists the decoder blocks.
     block_module: str
-    # Name of the same list in the weight files; some models were published under more than one.
+    # Names of that list in the weight files; some models were published under several names.
     block_prefixes: tuple[str, ...]
-    # Keys that lead from config.json to the object with the media token ids, and on to the decoder's.
+    # Keys from config.json to the object with the media token ids, and from there to the decoder's config.
     media_config: tuple[str, ...] = ()
     text_config: tuple[str, ...] = ()
-    # Modalities besides text.
+    # Modalities in addition to text.
     media: tuple[str, ...] = ()
-    # Modules of that class that encode media, and what their tensors' names begin with in the weight files.
+    # Modules of that class that encode media; also the prefixes of their tensors in the weight files.
     towers: tuple[str, ...] = ()
     tower_prefixes: tuple[str, ...] = ()
-    # What the names of that class's tensors begin with in the weight files.
+    # Prefix of that class's tensors in the weight files.
     model_prefix: str = ""
     shared_inputs: tuple[SharedInput, ...] = _DECODER_BLOCK
-    # Towers that can be quantized on request. Qwen's audio towers are not among them: vLLM runs them as transformers'
-    # own modules, which no quantization method reaches.
+    # Towers that can be quantized on request. Qwen's audio towers cannot: vLLM runs them as modules of transformers,
+    # which no quantization method reaches.
     quantizable_towers: tuple[Tower, ...] = ()
 
     def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that describes the decoder.
 
-        Raises MorphoQuantError where it is missing, or where its num_hidden_layers, num_attention_heads or (where it
-        states any) num_key_value_heads is no positive whole number.
+        Raises MorphoQuantError if it is missing, or if its num_hidden_layers or num_attention_heads is not a positive
+        integer. The same holds for num_key_value_heads, if present.
         """
         for path in (self.text_config, self.media_config):
             part = _descend(config, path)
@@ -89,7 +89,7 @@ class Architecture:
         raise MorphoQuantError(f"config.json: no num_hidden_layers for model_type '{self.model_type}'; is it complete?")
 
     def tower(self, name: str) -> Tower:
-        """The tower that a recipe names; MorphoQuantError where this architecture has none of that name."""
+        """The tower that a recipe names; MorphoQuantError if this architecture has none of that name."""
         for tower in self.quantizable_towers:
             if tower.name == name:
                 return tower
@@ -98,15 +98,15 @@ class Architecture:
         )
 
     def placeholder_token_ids(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Token ids that stand for a modality in input_ids, by row name; MorphoQuantError where one is missing."""
+        """Token ids that stand for a modality in input_ids, by row name; MorphoQuantError if one is missing."""
         part = _descend(config, self.media_config) or {}
-        found: dict[str, tuple[int, ...]] = {}
+        ids: dict[str, tuple[int, ...]] = {}
         for row in self.media:
             token = next((part[key] for key in (f"{row}_token_id", f"{row}_token_index") if key in part), None)
             if not isinstance(token, int):
                 raise MorphoQuantError(f"config.json: no {row}_token_id for model_type '{self.model_type}'")
-            found[row] = (token,)
-        return found
+            ids[row] = (token,)
+        return ids
 
 
 ARCHITECTURES = (
@@ -128,7 +128,7 @@ ARCHITECTURES = (
         model_class="Qwen2_5_VLForConditionalGeneration",
         block_module="model.language_model.layers",
         block_prefixes=("model.layers", "model.language_model.layers"),
-        # The published configs keep the decoder's settings at the top, newer ones under text_config.
+        # Older configs hold the decoder's settings at the top level, newer ones under text_config.
         text_config=("text_config",),
         media=("image", "video"),
         quantizable_towers=(
@@ -152,7 +152,7 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a config.json; MorphoQuantError naming it where it is unknown or a mixture of experts."""
+    """The architecture of a config.json; MorphoQuantError naming it if it is unknown or a mixture of experts."""
     model_type = config.get("model_type")
     known = ", ".join(architecture.model_type for architecture in ARCHITECTURES)
     if _has_experts(config):
@@ -178,8 +178,8 @@ def _check_counts(decoder_config: Mapping[str, Any]) -> None:
         if value is None and key == "num_key_value_heads":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            found = f"{key} = {value!r} is no positive whole number" if key in decoder_config else f"no {key}"
-            raise MorphoQuantError(f"config.json: {found}; download it again")
+            problem = f"{key} = {value!r} is not a positive integer" if key in decoder_config else f"no {key}"
+            raise MorphoQuantError(f"config.json: {problem}; download it again")
 
 
 def _descend(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The source model: what runs before its decoder blocks, and the blocks themselves, one at a time."""
+"""Loads the source model: the modules before its decoder blocks, and the blocks one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 
-# A config of the wrong types or sizes fails in any of these ways, deep inside transformers.
+# Errors that transformers raises for a config with wrong types or sizes.
 _LOADING_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
     *(SafetensorError, StrictDataclassError),
@@ -30,9 +30,9 @@ _LOADING_ERRORS = (
 
 
 def choose_device(name: str, processes: Processes = ONE) -> torch.device:
-    """The device of a recipe; "auto" is cuda where there is one, and of several processes each takes a GPU of its own.
+    """The device of a recipe; "auto" is cuda if available. With several processes, each takes a different GPU.
 
-    MorphoQuantError where torch does not know it, or where there are fewer GPUs than processes.
+    MorphoQuantError if torch does not support the device, or if there are fewer GPUs than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,16 +58,16 @@ def choose_device(name: str, processes: Processes = ONE) -> torch.device:
 
 
 class Blocks(Protocol):
-    """The decoder's blocks, each asked for once, in order."""
+    """The decoder's blocks; each is loaded once, in order."""
 
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> nn.Module:
-        """One block with its weights, on the device on which it runs; the caller alone holds it."""
+        """One block with its weights, on the device on which it runs; only the caller holds a reference."""
 
 
 def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> Any:
-    """The source model on the meta device: its modules, and no weights. MorphoQuantError where transformers refuses."""
+    """The source model on the meta device, without weights; MorphoQuantError if transformers refuses the config."""
     model_class = getattr(transformers, architecture.model_class)
     with _clear_loading_errors(architecture, source):
         config = model_class.config_class.from_pretrained(
@@ -87,9 +87,9 @@ def load_front(
 ) -> Any:
     """The source model without the weights of its decoder blocks and lm_head: embedding, towers, final norm.
 
-    With `stream_towers` the towers' weights stay in their files too, and each of their modules reads its own whenever
-    it runs: slower, and next to nothing of them is in memory. `device`: None, the recipe's. Raises MorphoQuantError
-    where transformers cannot load the model, or where any weight is missing, the blocks' too.
+    With `stream_towers` the towers' weights stay in their files too, and each module reads its weights when it runs.
+    That is slower and needs almost no memory. `device` None means the recipe's. Raises MorphoQuantError if
+    transformers cannot load the model, or if any weight is missing, including the blocks'.
     """
     model_class = getattr(transformers, architecture.model_class)
     empty = empty_model(architecture, source, recipe)
@@ -110,15 +110,15 @@ def load_front(
         raise MorphoQuantError(
             f"{source.directory}: the weights lack {min(loading['missing_keys'])}; download the model again"
         )
-    # The blocks do not run here: what accelerate hung on them to read their weights goes.
+    # The blocks do not run here, so accelerate's hooks that read their weights are removed.
     remove_hook_from_module(model.get_submodule(architecture.block_module), recurse=True)
     return model.eval()
 
 
 def _places(model: nn.Module, absent: Sequence[str], device: str, prefix: str = "") -> dict[str, str]:
-    """A device map: the modules `absent` stay in their files, which accelerate calls "disk", all others are loaded.
+    """A device map: the modules `absent` stay in their files ("disk" for accelerate), all others are loaded.
 
-    A module that holds an absent one is not named itself, only what is in it: accelerate would load it whole.
+    A module that contains an absent one is not listed itself, only its children: accelerate would load it whole.
     """
     places: dict[str, str] = {}
     for name, module in model.named_children():
@@ -133,7 +133,7 @@ def _places(model: nn.Module, absent: Sequence[str], device: str, prefix: str = 
 
 
 class BlockLoader:
-    """The decoder blocks of a source model, whose weights are read from its files when a block is asked for."""
+    """The decoder blocks of a source model; a block's weights are read from the files when it is loaded."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class BlockLoader:
         recipe: Recipe,
         device: torch.device | None = None,
     ) -> None:
-        """`device`: None, the recipe's.
+        """Create the blocks on the meta device; `device` None means the recipe's.
 
         Raises MorphoQuantError naming the first tensor that the files lack, or that has another shape.
         """
@@ -174,14 +174,14 @@ class BlockLoader:
         return len(self._blocks)
 
     def load(self, index: int) -> nn.Module:
-        """One block with its weights; MorphoQuantError where a file is damaged."""
-        # The block before, and the model that ran up to the first, refer to themselves (accelerate's hooks): Python
-        # would free gigabytes only when it next happens to look for cycles.
+        """One block with its weights; MorphoQuantError if a file is damaged."""
+        # The previous block, and the model that ran before the first, contain reference cycles (accelerate's hooks).
+        # Without this call, Python would free their gigabytes only at its next collection.
         gc.collect()
         block = self._blocks[index]
         weights = {
-            # A copy in memory of its own: what lies in a mapped file is aligned as the file has it, and products of
-            # other alignment can differ in their last bits.
+            # A copy outside the mapped file, whose alignment depends on the file: products of differently aligned
+            # tensors can differ in their last bits.
             name: self._source.load(self._names.layer(index, name)).to(self._device, parameter.dtype, copy=True)
             for name, parameter in block.named_parameters()
         }

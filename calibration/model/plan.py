@@ -1,4 +1,4 @@
-"""Which linears are quantized and how: patterns and sizes become the checkpoint's quantization_config. Pure."""
+"""Plans which linears are quantized and how: makes the quantization_config from patterns and sizes. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class DecoderNames:
-    """How the layers of the decoder, or of a tower, are named: in the weight files `prefix.<block>.<linear>`."""
+    """Names of the layers of the decoder, or of a tower, in the weight files: `prefix.<block>.<linear>`."""
 
     prefix: str
     blocks: int
@@ -43,7 +43,7 @@ def decoder_names(
 
 
 def tower_names(tower: Tower, tensors: Mapping[str, TensorInfo]) -> DecoderNames:
-    """Find a tower's prefix and the number of its blocks in the files; MorphoQuantError where a linear is missing."""
+    """Find a tower's prefix and the number of its blocks in the files; MorphoQuantError if a linear is missing."""
     shards = [shard for shared in tower.shared_inputs for shard in shared.shards]
     for prefix in tower.block_prefixes:
         blocks = 0
@@ -58,15 +58,15 @@ def tower_names(tower: Tower, tensors: Mapping[str, TensorInfo]) -> DecoderNames
     )
 
 
-def _check_linears(names: DecoderNames, shards: Sequence[str], tensors: Mapping[str, TensorInfo], what: str) -> None:
+def _check_linears(names: DecoderNames, shards: Sequence[str], tensors: Mapping[str, TensorInfo], model: str) -> None:
     for block in range(names.blocks):
         for shard in shards:
             name = f"{names.layer(block, shard)}.weight"
             info = tensors.get(name)
             if info is None or len(info.shape) != 2 or not info.is_float:
-                state = "missing" if info is None else f"{info.dtype} {list(info.shape)}, no float matrix"
+                state = "missing" if info is None else f"{info.dtype} {list(info.shape)}, not a float matrix"
                 raise MorphoQuantError(
-                    f"{name}: {state}; the weights do not fit config.json ({what}, {names.blocks} blocks)"
+                    f"{name}: {state}; the weights do not fit config.json ({model}, {names.blocks} blocks)"
                 )
 
 
@@ -81,7 +81,7 @@ def _matches(name: str, pattern: str) -> bool:
     try:
         return re.fullmatch(pattern[3:], name) is not None
     except re.error as error:
-        raise MorphoQuantError(f"pattern '{pattern}' is no regular expression: {error}") from error
+        raise MorphoQuantError(f"pattern '{pattern}' is not a regular expression ({error}); correct it") from error
 
 
 def plan(
@@ -91,11 +91,12 @@ def plan(
     recipe: Recipe,
     created_by: str = "",
 ) -> QuantizationSpec:
-    """The quantization_config of the checkpoint to make, every rule of the format checked.
+    """The quantization_config of the new checkpoint, checked against every rule of the format.
 
-    Raises MorphoQuantError naming the pattern, layer or fused group where targets match nothing, reach outside the
-    decoder or split a fused group, where K is not divisible by the group size, or tensor_parallel breaks a group; and
-    the tower, where one is asked for that the model lacks, or of which no layer would be quantized.
+    Raises MorphoQuantError naming the pattern, layer or fused group if targets match nothing, reach outside the
+    decoder or split a fused group. The same error names a layer if K is not divisible by the group size or
+    tensor_parallel breaks a group. It names a requested tower if the model lacks it or no layer of it would be
+    quantized.
     """
     names = decoder_names(architecture, config, tensors)
     chosen = _choose(names, architecture.shared_inputs, tensors, recipe)
@@ -117,14 +118,14 @@ def plan(
     if not divides_heads(size, decoder_config):
         heads, kv_heads = _head_counts(decoder_config)
         raise MorphoQuantError(
-            f"tensor_parallel = {size}: {heads} attention heads and {kv_heads} key-value heads cannot be shared out "
-            f"over {size} ranks; leave it at auto"
+            f"tensor_parallel = {size}: {heads} attention heads and {kv_heads} key-value heads cannot be divided "
+            f"among {size} ranks; leave it at auto"
         )
     return spec
 
 
 def tower_layers(tower: Tower, tensors: Mapping[str, TensorInfo], recipe: Recipe) -> dict[str, LayerSpec]:
-    """Settings of a tower's linears: all but those that `ignore` matches and those that `unfit_linears` names."""
+    """Settings of a tower's linears, except those that `ignore` matches and those of `unfit_linears`."""
     names = tower_names(tower, tensors)
     unfit = unfit_linears(tower, tensors, recipe.group_size)
     chosen = {
@@ -144,9 +145,9 @@ def tower_layers(tower: Tower, tensors: Mapping[str, TensorInfo], recipe: Recipe
 
 
 def unfit_linears(tower: Tower, tensors: Mapping[str, TensorInfo], group_size: int) -> dict[str, int]:
-    """Inputs of a tower's blocks that stay in 16 bit since groups do not divide their K, by name: K.
+    """K by name of a tower's block inputs that stay in 16 bit because group_size does not divide K.
 
-    3420 in mlp.down_proj of Qwen2.5-Omni and the small Qwen2.5-VLs.
+    An example is K = 3420 in mlp.down_proj of Qwen2.5-Omni and the small Qwen2.5-VLs.
     """
     names = tower_names(tower, tensors)
     sizes = {shared.name: tensors[f"{names.layer(0, shared.shards[0])}.weight"].shape for shared in tower.shared_inputs}
@@ -163,7 +164,7 @@ def largest_tensor_parallel(layers: Iterable[LayerSpec], decoder_config: Mapping
 
 
 def divides_heads(size: int, decoder_config: Mapping[str, Any]) -> bool:
-    """Whether `size` ranks get whole attention heads; key-value heads may be copied where there are fewer."""
+    """Whether `size` ranks get whole attention heads; key-value heads may be copied if there are fewer than ranks."""
     heads, kv_heads = _head_counts(decoder_config)
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
@@ -176,14 +177,14 @@ def _head_counts(decoder_config: Mapping[str, Any]) -> tuple[int, int]:
 def _choose(
     names: DecoderNames, shared_inputs: Sequence[SharedInput], tensors: Mapping[str, TensorInfo], recipe: Recipe
 ) -> set[str]:
-    """The decoder linears that the recipe's patterns pick."""
+    """The decoder linears that the recipe's patterns select."""
     decoder = {
         names.layer(block, shard)
         for block in range(names.blocks)
         for shared in shared_inputs
         for shard in shared.shards
     }
-    # Whatever a pattern could mean: every stored weight matrix, the embeddings and towers included.
+    # Every name that a pattern may match: all stored weight matrices, including embeddings and towers.
     matrices = {
         name.removesuffix(".weight")
         for name, info in tensors.items()
@@ -216,7 +217,7 @@ def _layers(
     recipe: Recipe,
     fixed_row: str = "",
 ) -> dict[str, LayerSpec]:
-    """Settings of the chosen linears of a run of blocks, in the order of the blocks."""
+    """Settings of the chosen linears of all blocks, in the order of the blocks."""
     layers = {}
     for block in range(names.blocks):
         for shared in shared_inputs:
@@ -236,7 +237,7 @@ def _layers(
 
 
 def _whole_group(names: DecoderNames, block: int, shared: SharedInput, chosen: set[str]) -> list[str]:
-    """The shards of one shared input: all of them, or none."""
+    """The chosen shards of one shared input: all of them or none."""
     shards = [names.layer(block, shard) for shard in shared.shards]
     missing = [shard for shard in shards if shard not in chosen]
     if missing and len(missing) < len(shards):

@@ -15,7 +15,7 @@ from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import check_regular, read_json
 from morphoquant_vllm.format.values import check_finite
 
-# Of a model in one file, which needs no index; our checkpoints always have one.
+# Weight file of a model in one file, which needs no index. MorphoQuant checkpoints always have an index.
 SINGLE_FILE = "model.safetensors"
 # Bytes per element by the dtype names of safetensors headers.
 _DTYPE_BYTES = {
@@ -29,7 +29,7 @@ _FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says about one tensor."""
+    """One tensor's entry in a file's header."""
 
     file: Path
     dtype: str
@@ -47,7 +47,7 @@ class TensorInfo:
 
     @property
     def is_float(self) -> bool:
-        """Whether the tensor holds plain floats, so that it can be quantized."""
+        """Whether the tensor holds plain floats; only these can be quantized."""
         return self.dtype in _FLOAT_DTYPES
 
 
@@ -61,7 +61,7 @@ class Source:
     tensors: dict[str, TensorInfo]
 
     def load(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in its own dtype; MorphoQuantError where the file is damaged."""
+        """One tensor, on the CPU, in the file's dtype; MorphoQuantError if the file is damaged."""
         path = self.tensors[name].file
         try:
             with safe_open(str(path), "pt") as file:
@@ -70,7 +70,7 @@ class Source:
             raise MorphoQuantError(f"{path}: {name} cannot be read ({error}); download the file again") from error
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinity in any tensor of floats: what is carried over would be served as it is."""
+        """Refuse NaN and infinity in any float tensor: carried tensors are served unchanged."""
         for name, info in self.tensors.items():
             if info.is_float:
                 check_finite(f"{info.file}: {name}", self.load(name), "download the file again")
@@ -79,8 +79,8 @@ class Source:
 def open_source(directory: Path | str) -> Source:
     """Read config and headers of a Hugging Face model directory.
 
-    Raises MorphoQuantError naming the directory or file where it is missing, damaged, already quantized, or where the
-    weights are not safetensors.
+    Raises MorphoQuantError naming a directory or file that is missing, damaged or already quantized, or whose weights
+    are not safetensors.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -110,7 +110,7 @@ def _is_quantized(config: dict[str, Any]) -> bool:
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
-    """The safetensors files and the names that the index places in each (None: there is no index)."""
+    """The safetensors files and the tensors that the index places in each (None: no index exists)."""
     index = directory / INDEX_FILE
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -119,7 +119,9 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
         files: dict[Path, list[str] | None] = {}
         for name, file_name in weight_map.items():
             if not isinstance(file_name, str) or Path(file_name).name != file_name:
-                raise MorphoQuantError(f"{index}: {name} is placed in {file_name!r}, which is no file name")
+                raise MorphoQuantError(
+                    f"{index}: {name} is placed in {file_name!r}, which is not a file name; download it again"
+                )
             if Path(file_name).suffix != ".safetensors":
                 raise MorphoQuantError(f"{index}: {name} is placed in {file_name}; only safetensors weights are read")
             names = files.setdefault(directory / file_name, [])

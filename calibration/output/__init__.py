@@ -1,12 +1,12 @@
-"""The new checkpoint, its report, and what shows them.
+"""The new checkpoint, its report, and their display.
 
-staging        all or nothing: written beside its place, then renamed
+staging        all or nothing: a checkpoint is written beside its destination, then renamed
 export         writes the checkpoint's files
 convert        makes the newest version of an older one, and two-level scales
 json_file      writes JSON
-report         the JSON report beside the weights
-report_file    that file as it is read
-distributions  what is kept of each input's distribution
+report         makes the JSON report beside the weights
+report_file    reads and checks the JSON report
+distributions  the kept distribution of each input
 inspection     a checkpoint as a table
 page           the HTML report
 """

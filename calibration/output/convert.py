@@ -1,6 +1,6 @@
-"""A checkpoint of the newest version made of an older one, and two-level scales of group scales.
+"""Converts an older checkpoint to the newest version, and group scales to two-level scales.
 
-Holds the tensors of one file that changes, and of one layer besides. Needs torch and safetensors only.
+Holds in memory the tensors of one changed file and of one more layer. Needs torch and safetensors only.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from morphoquant_vllm.format.seal import sealed
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.numerics import weights
 
-# What --scales may say.
+# The value of --scales.
 TWO_LEVEL = "two-level"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a checkpoint's layers."""
+    """The result of a conversion, by layer."""
 
     layers: int
-    # Layers whose group scales are two-level now, to the bit.
+    # Layers whose group scales became two-level exactly.
     exact: tuple[str, ...] = ()
     # Layers whose weights were fitted to two-level scales, with the relative error of the weights.
     errors: Mapping[str, float] = field(default_factory=dict)
-    # Layers that keep their group scales, although two-level ones were asked for.
+    # Layers that keep their group scales, although two-level ones were requested.
     left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        said = [f"format_version {FORMAT_VERSION}, {self.layers} quantized layers"]
+        items = [f"format_version {FORMAT_VERSION}, {self.layers} quantized layers"]
         if self.exact:
-            said.append(f"{len(self.exact)} made two-level exactly")
+            items.append(f"{len(self.exact)} made two-level exactly")
         if self.errors:
             worst = max(self.errors, key=self.errors.__getitem__)
             mean = sum(self.errors.values()) / len(self.errors)
-            said.append(
+            items.append(
                 f"{len(self.errors)} refitted to two-level scales (relative weight error {mean:.2%} in the mean, "
                 f"{self.errors[worst]:.2%} at most, in {worst})"
             )
         if self.left:
-            said.append(f"{len(self.left)} left with group scales")
-        return ", ".join(said)
+            items.append(f"{len(self.left)} left with group scales")
+        return ", ".join(items)
 
 
 def convert(
     directory: Path, output: Path, *, scales: str | None = None, approximate: bool = False, overwrite: bool = False
 ) -> Conversion:
-    """Write the checkpoint `directory` anew to `output`, in the newest version of the format.
+    """Rewrite the checkpoint `directory` to `output`, in the newest version of the format.
 
     Weights and files stay byte for byte. With `scales` "two-level", layers get two-level scales if these are exact,
-    and with `approximate` the other ones get the nearest. Raises MorphoQuantError for whatever the user can mend; then,
-    as after any other failure, `output` is as it was before.
+    and with `approximate` the others get the nearest ones. Raises MorphoQuantError for problems that the user can fix.
+    After any failure, `output` is as it was before.
     """
     if scales not in (None, TWO_LEVEL):
         raise MorphoQuantError(f"--scales '{scales}' is unknown; known: {TWO_LEVEL}")
@@ -100,9 +100,9 @@ def convert(
             layers, errors = _write_weights(directory, partial, files, spec, exact, fitted)
             config = read_json(directory / CONFIG_FILE)
             settings = sealed(partial, config, replace(spec, layers=layers, integrity=None))
-            # Last: a directory in which writing was cut short does not load.
+            # config.json is written last: an incomplete directory does not load.
             write_json(partial / CONFIG_FILE, {**config, "quantization_config": settings.to_dict()})
-        # Its hashes were taken from what was just written: reading it once more would only repeat them.
+        # The hashes were just computed from these files; reading them again would only repeat that.
         verify_checkpoint(partial, checksums=False)
     return Conversion(len(layers), exact, errors, left)
 
@@ -110,8 +110,8 @@ def convert(
 def _nothing_to_do(directory: Path, left: Collection[str]) -> str:
     if left:
         return (
-            f"{directory}: the group scales of {len(left)} layers are no whole multiples of one scale per output, so "
-            "there is nothing to do; --approximate fits the nearest two-level scales"
+            f"{directory}: the group scales of {len(left)} layers are not integer multiples of one scale per output, "
+            "so there is nothing to do; --approximate fits the nearest two-level scales"
         )
     return f"{directory}: has two-level scales already, so there is nothing to do"
 
@@ -119,7 +119,7 @@ def _nothing_to_do(directory: Path, left: Collection[str]) -> str:
 def _plan(
     directory: Path, files: Mapping[str, str], spec: QuantizationSpec, approximate: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Names of the layers to be made two-level exactly, of those to be refitted, of those to be left.
+    """Names of the layers to convert exactly, of those to refit, and of those to leave.
 
     Shards that share an input have one scale scheme: either all of them change, or none.
     """
@@ -149,17 +149,17 @@ def _load(directory: Path, files: Mapping[str, str], layer: str, tensor: str) ->
 
 
 def _other_files(directory: Path, files: Mapping[str, str]) -> list[Path]:
-    """What is carried over besides weights, index and config.json, relative to the directory; nothing hidden."""
+    """Carried files other than weights, index and config.json, relative to the directory; hidden files are excluded."""
     written = {Path(CONFIG_FILE), Path(INDEX_FILE), *map(Path, files.values())}
-    found = []
+    paths = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [(Path(folder) / name).relative_to(directory) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if path not in written]
+        paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names) if not name.startswith(".")]
+    return [path for path in paths if path not in written]
 
 
 def _copy(directory: Path, path: Path, target: Path) -> None:
-    # A FIFO below the top would make the copy wait for ever.
+    # A copy of a FIFO in a subfolder would wait for ever.
     check_regular(directory / path)
     (target / path).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(directory / path, target / path)
@@ -173,7 +173,7 @@ def _write_weights(
     exact: Collection[str],
     fitted: Collection[str],
 ) -> tuple[dict[str, LayerSpec], dict[str, float]]:
-    """Write weight files and index; the layers' settings, and the errors of those that were fitted.
+    """Write weight files and index; the layers' settings, and the errors of fitted layers.
 
     Files without a changed tensor, and the index if no tensor changes its name, are copied.
     """
@@ -208,7 +208,7 @@ def _rewritten(
     """The tensors of a file in which some scales are `changed` to two-level ones, and the file's metadata."""
     tensors: dict[str, Tensor] = {}
     with open_file(directory / file_name) as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             layer, _, tensor = name.rpartition(".")
             if name in changed:
                 level, unit = _levels(directory, files, layer, layer in fitted, errors)
@@ -224,19 +224,19 @@ def _rewritten(
 def _levels(
     directory: Path, files: Mapping[str, str], layer: str, is_fitted: bool, errors: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Levels and channel scale of a layer; notes the error of one that is fitted."""
+    """Levels and channel scale of a layer; adds the error of a fitted layer to `errors`."""
     scale = _load(directory, files, layer, "weight_scale")
     if is_fitted:
         codes = weights.unpack(_load(directory, files, layer, "weight_codes"))
         _, level, unit, errors[layer] = refit(codes, scale)
         return level, unit
-    found = exact_levels(scale)
-    assert found is not None, "the plan says that there are exact levels"
-    return found
+    levels = exact_levels(scale)
+    assert levels is not None, "the plan says that there are exact levels"
+    return levels
 
 
 def _new_codes(directory: Path, files: Mapping[str, str], layer: str) -> Tensor:
-    # Codes and scales may lie in two files, which are written one after the other: a layer is fitted for each.
+    # Codes and scales may be in two files, which are written separately, so a layer is fitted once for each.
     codes = weights.unpack(_load(directory, files, layer, "weight_codes"))
     return weights.pack(refit(codes, _load(directory, files, layer, "weight_scale"))[0])
 

@@ -22,24 +22,24 @@ from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec, stored_name, tensor_specs
 from morphoquant_vllm.format.seal import sealed
 
-# Weights in other clothes: never copied, and never opened.
+# Weights in other formats: never copied and never opened.
 WEIGHT_SUFFIXES = frozenset(
     (
         *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl"),
         *(".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".ot", ".tflite"),
     )
 )
-# transformers refuses Qwen2.5-Omni without it; copied, not opened.
+# transformers refuses Qwen2.5-Omni without this file; it is copied, not opened.
 COPIED_PICKLES = frozenset({"spk_dict.pt"})
 
 
-# A layer's tensor by the names of layer and tensor; each in memory of its own: a file may not hold the same twice.
+# Loads a layer's tensor by the names of layer and tensor. Tensors must not share memory: safetensors refuses that.
 LoadQuantized = Callable[[str, str], Tensor]
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written: its size in bytes, and how to get it when its turn comes."""
+    """A tensor to be written: its size in bytes, and the function that loads it."""
 
     name: str
     nbytes: int
@@ -47,12 +47,12 @@ class OutputTensor:
 
 
 def copied_files(directory: Path) -> list[Path]:
-    """Files of the source, relative to it, that go into a checkpoint byte for byte."""
-    found = []
+    """Files of the source, relative to it, that are copied into a checkpoint byte for byte."""
+    paths = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
-    return [path for path in found if _is_copied(path)]
+        paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
+    return [path for path in paths if _is_copied(path)]
 
 
 def _is_copied(path: Path) -> bool:
@@ -62,7 +62,7 @@ def _is_copied(path: Path) -> bool:
 
 
 def checkpoint_size(source: Source, spec: QuantizationSpec) -> int:
-    """Bytes that the checkpoint will take."""
+    """Bytes of the new checkpoint."""
     copied = sum((source.directory / path).stat().st_size for path in copied_files(source.directory))
     return copied + sum(tensor.nbytes for tensor in output_tensors(source, spec, _nothing))
 
@@ -74,7 +74,7 @@ def quantized_size(source: Source, spec: QuantizationSpec) -> int:
 
 
 def _nothing(layer: str, tensor: str) -> Tensor:
-    raise AssertionError(f"{layer}.{tensor}: only its size was asked for")
+    raise AssertionError(f"{layer}.{tensor}: only its size was requested")
 
 
 def output_tensors(source: Source, spec: QuantizationSpec, quantized: LoadQuantized) -> Iterator[OutputTensor]:
@@ -97,7 +97,7 @@ def output_tensors(source: Source, spec: QuantizationSpec, quantized: LoadQuanti
 
 
 def split_shards(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
-    """Cut into files of at most `limit` bytes of tensors; a larger tensor gets a file of its own."""
+    """Split tensors into files of at most `limit` bytes; a larger tensor gets a separate file."""
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -120,7 +120,7 @@ def write_checkpoint(
 ) -> None:
     """Write a whole checkpoint into an existing empty directory; holds one file's tensors at a time.
 
-    The config comes last: a directory in which writing was cut short does not load.
+    The config is written last: an incomplete directory does not load.
     """
     for path in copied_files(source.directory):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def write_checkpoint(
     names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for file_name, shard in zip(names, shards, strict=True):
         save_file({tensor.name: tensor.load() for tensor in shard}, directory / file_name, metadata={"format": "pt"})
-    # For a single file too: the index lists every tensor, so that a carried-over one that goes missing is noticed.
+    # Written even for a single file: the index lists every tensor, so a missing carried tensor is noticed.
     weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     write_json(

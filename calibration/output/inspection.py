@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as a table for people and as a dict for programs; reads headers and masks only."""
+"""Shows the content of a checkpoint, as a table for people and as a dict for programs; reads headers and masks only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read
 from morphoquant_vllm.format.files import open_file
 from morphoquant_vllm.format.schema import TWO_LEVEL_SCHEME, QuantizationSpec, stored_name, tensor_specs
 
-# Bytes per element, by safetensors' names; carried-over tensors may have any of these.
+# Bytes per element, by safetensors' names; carried tensors may have any of these.
 ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ELEMENT_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 SIXTEEN_BIT = 2
@@ -29,10 +29,10 @@ _LONG_SHARE = 1e4
 
 
 def inspect_data(directory: Path) -> dict[str, Any]:
-    """Layers, masked channels, escape rates and sizes of a checkpoint, as JSON holds them.
+    """Layers, masked channels, escape rates and sizes of a checkpoint, as a JSON object.
 
-    Sizes are in bytes; what calibration would have to tell is None where its report file is missing. Raises
-    MorphoQuantError where the directory is no MorphoQuant checkpoint, or its report file is damaged.
+    Sizes are in bytes. Figures of the calibration report are None if that file is missing. Raises MorphoQuantError if
+    the directory is not a MorphoQuant checkpoint, or if its report file is damaged.
     """
     directory = Path(directory)
     spec = read_spec(directory)
@@ -66,7 +66,7 @@ def inspect_data(directory: Path) -> dict[str, Any]:
 
 
 def effective_bits(escape_rate: float) -> float:
-    """Bits per activation code on average: an escape occupies 8 bits where the others need 4."""
+    """Average bits per activation code: an escape takes 8 bits, other codes take 4."""
     return 4 + 4 * escape_rate
 
 
@@ -110,7 +110,7 @@ def _layer_data(
 def inspect_table(directory: Path) -> RenderableType:
     """The same as a rich renderable: one line per layer, then the totals; layer names fold on narrow terminals."""
     data = inspect_data(directory)
-    # Names of a model share a long beginning: shown once, it leaves room for the figures.
+    # Names of a model share a long prefix: shown once, it leaves room for the figures.
     prefix = common_prefix([layer["name"] for layer in data["layers"]])
     title = Text(f"layers below {prefix}") if prefix else None
     table = Table(
@@ -118,11 +118,11 @@ def inspect_table(directory: Path) -> RenderableType:
     )
     table.add_column("layer", overflow="fold")
     for heading in ("NxK", "G", "masked", "escapes", "size", "of\n16 bit"):
-        # A figure broken in two lines is misread; a name is not.
+        # Figures must not be wrapped; names may be.
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in data["layers"]:
         table.add_row(
-            # Text: a name is no markup.
+            # Text: a name must not be read as markup.
             Text(layer["name"].removeprefix(prefix)),
             f"{layer['out_features']}x{layer['in_features']}",
             str(layer["group_size"]),
@@ -137,7 +137,7 @@ def inspect_table(directory: Path) -> RenderableType:
 def _summary(data: Mapping[str, Any]) -> list[str]:
     totals = data["totals"]
     lines = [
-        f"masked: channels that may escape to 8 bits, in rows {'/'.join(data['rows'])} (one figure where all agree)",
+        f"masked: channels that may escape to 8 bits, in rows {'/'.join(data['rows'])} (one figure if all agree)",
         f"quantized layers: {totals['layers']}, {size_text(totals['quantized_bytes'])}, "
         f"{percent(totals['quantized_bytes'] / totals['quantized_bytes_16bit'])} of 16 bit",
         f"whole checkpoint: {size_text(totals['bytes'])}, {percent(totals['bytes'] / totals['bytes_16bit'])} of "
@@ -146,10 +146,10 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     two_level = sum(layer["scale_scheme"] == TWO_LEVEL_SCHEME for layer in data["layers"])
     if two_level:
         lines.append(f"two-level weight scales: {two_level} of {totals['layers']} layers")
-    own = Counter(row for layer in data["layers"] for row in layer["own_rows"])
-    if own:
-        each = ", ".join(f"{row} {count}" for row, count in own.items())
-        lines.append(f"layers with a row of its own for a modality, of {totals['layers']}: {each}")
+    own_rows = Counter(row for layer in data["layers"] for row in layer["own_rows"])
+    if own_rows:
+        each = ", ".join(f"{row} {count}" for row, count in own_rows.items())
+        lines.append(f"layers with a modality's own row, of {totals['layers']}: {each}")
     if totals["escape_rate"] is not None:
         lines.append(
             f"escape rate in calibration: {percent(totals['escape_rate'])}; "
@@ -178,7 +178,7 @@ def _masked(channels: Mapping[str, int]) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """A share for people; "-" where it is unknown."""
+    """A share for people; "-" if it is unknown."""
     if fraction is None:
         return "-"
     return f"{100 * fraction:.2f}%" if fraction < _LONG_SHARE else f"{100 * fraction:.2g}%"

@@ -9,5 +9,5 @@ from typing import Any
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented; NaN, which JSON does not know, is a ValueError."""
+    """Write a JSON object, indented; NaN, which is not JSON, raises ValueError."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The report that lies beside the weights: settings, data, and what calibration saw in each layer."""
+"""Makes the report beside the weights: settings, data, and calibration's figures of each layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from morphoquant_vllm.format.schema import QuantizationSpec
 
 if TYPE_CHECKING:
-    # `inspect` needs the file's name alone, and neither pydantic nor the numerics.
+    # `inspect` needs only the file's name, and neither pydantic nor the numerics.
     from calibration.quantize.layer_report import LayerRecord
     from calibration.settings.recipe import Recipe
 
@@ -21,7 +21,7 @@ PACKAGE = "morphoquant-vllm"
 
 
 def package_version(name: str = PACKAGE) -> str:
-    """Version of an installed package; "unknown" where it runs from a source tree."""
+    """Version of an installed package; "unknown" if it runs from a source tree."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -36,7 +36,7 @@ def make_report(
     token_counts: Mapping[int, int],
 ) -> dict[str, Any]:
     """The JSON object of REPORT_FILE, the same for the same run (no times, no paths)."""
-    # Without towers a checkpoint is, to the byte, what it was before there was a setting for them.
+    # Without towers, a checkpoint's bytes are the same as before the setting existed.
     settings = recipe.model_dump(mode="json", exclude=None if recipe.towers else {"towers"})
     return {
         "format": REPORT_FORMAT,
@@ -54,9 +54,9 @@ def make_report(
 
 
 def overall_escape_rate(spec: QuantizationSpec, records: Mapping[str, LayerRecord]) -> float:
-    """Codes outside [-8, 7] as a fraction of the decoder's; shards that share an input share its codes, counted once.
+    """Codes outside [-8, 7] as a fraction of the decoder's codes; codes of a shared input count once.
 
-    A tower's codes are not of these tokens: a picture has four patches to a token.
+    A tower's codes are excluded, because its patches are not these tokens: a picture has four patches per token.
     """
     first = [names[0] for names in spec.shared_inputs().values() if not spec.layers[names[0]].fixed_row]
     total = sum(spec.layers[name].in_features for name in first)

@@ -1,4 +1,4 @@
-"""The report file as it is read: whatever lies there has these types, or is refused by the name of its field."""
+"""Reads the report file: its fields have these types, or the file is refused with the name of the field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import read_json
 
-# What is beyond these is no measurement. Shares are sums, which round.
+# Values beyond these limits are not measurements. Shares are sums, which round.
 _LARGEST_SHARE = 1 + 1e-6
 _LARGEST_COUNT = 2**63
 _LARGEST_ERROR = 3e38
@@ -25,18 +25,18 @@ Name = Annotated[str, Field(pattern=_NAME)]
 
 
 class _Part(BaseModel):
-    # Fields that a later version adds are passed over.
+    # Fields of later versions are ignored.
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
 class RowChoice(_Part):
-    """Whether a modality has a row of its own."""
+    """Whether a modality has its own row."""
 
     own: bool = False
 
 
 class LayerReport(_Part):
-    """What calibration measured of one layer; as LayerRecord."""
+    """Calibration's figures of one layer; the fields of LayerRecord."""
 
     escape_rate: dict[Name, Share] | None = None
     output_error: Error | None = None
@@ -44,7 +44,7 @@ class LayerReport(_Part):
 
 
 class Data(_Part):
-    """What it was calibrated on: samples, and tokens by row."""
+    """The calibration data: samples, and tokens by row."""
 
     samples: Count | None = None
     tokens: dict[Name, Count] = {}
@@ -62,7 +62,7 @@ class Report(_Part):
 
 
 def read_report(directory: Path) -> Report | None:
-    """A checkpoint's report; None where it has none. Raises MorphoQuantError naming file and field."""
+    """A checkpoint's report; None if it has none. Raises MorphoQuantError naming file and field."""
     path = directory / REPORT_FILE
     if not path.exists() and not path.is_symlink():
         return None

@@ -1,4 +1,4 @@
-"""All or nothing: a checkpoint is written beside its place and renamed into it when it is complete."""
+"""All or nothing: a checkpoint is written beside its destination and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | None = None) -> Iterator[Path]:
     """A new directory beside `output` to write into; it becomes `output` on success and disappears on any failure.
 
-    What a killed run with the same `tag` (default: the process) left behind is tidied away first; the caller sees to it
-    that no other run has it.
+    Leftovers of a killed run with the same `tag` (default: the process id) are removed first. The caller ensures that
+    no other run uses the tag.
 
-    Raises MorphoQuantError where `output` exists and may not be replaced (before the work, and again after it: it may
-    have been filled meanwhile), is a mount point, overlaps the source `model`, cannot be written, or the disk is full.
+    Raises MorphoQuantError if `output` exists and may not be replaced, is a mount point or overlaps the source `model`.
+    A full disk and other failures to write raise it too. `output` is checked before and after the work, since others
+    may fill it meanwhile.
     """
-    # "." and ".." have no name to build a sibling's from.
+    # "." and ".." have no name from which to build a sibling's.
     place = Path(os.path.realpath(output))
     tag = tag or str(os.getpid())
     partial, old = (place.with_name(f"{place.name}.{kind}-{tag}") for kind in ("partial", "old"))
@@ -38,7 +39,7 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
             place.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
         yield partial
-        # Hours may have passed: what others put there since then is theirs.
+        # Hours may have passed, and others may have put files there.
         check_output(output, model, overwrite=overwrite)
         with clear_write_errors(output):
             _sync_files(partial)
@@ -49,41 +50,41 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_free_space(directory: Path, needed: int, what: str = "the checkpoint", flag: str = "--output") -> None:
-    """MorphoQuantError where the disk that holds `directory` has fewer than `needed` bytes left for `what`."""
+def check_free_space(directory: Path, needed: int, name: str = "the checkpoint", flag: str = "--output") -> None:
+    """Raise MorphoQuantError if the disk of `directory` has fewer than `needed` bytes free for `name`."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise MorphoQuantError(
-            f"{directory.parent}: {what} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
+            f"{directory.parent}: {name} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
             f"make room, or choose another {flag}"
         )
 
 
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
-    """MorphoQuantError where no checkpoint may be put at `output`."""
+    """Raise MorphoQuantError if a checkpoint may not be written to `output`."""
     here, there = Path(os.path.realpath(output)), Path(os.path.realpath(model))
     if here == there or here in there.parents or there in here.parents:
         raise MorphoQuantError(f"{output}: --output and the model directory {model} overlap; choose another --output")
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
-        raise MorphoQuantError(f"{output}: exists and is no directory; choose another --output")
+        raise MorphoQuantError(f"{output}: exists and is not a directory; choose another --output")
     if os.path.ismount(Path(os.path.realpath(output))):
-        # A finished checkpoint is renamed into its place, and nothing can be renamed onto a mount point.
+        # A finished checkpoint is renamed into place, and renaming onto a mount point fails.
         raise MorphoQuantError(f"{output}: is a mount point, which cannot be replaced; choose a directory below it")
     if not any(output.iterdir()):
         return
     if not overwrite:
         raise MorphoQuantError(f"{output}: exists and is not empty; choose another --output, or pass --overwrite")
     if output.is_symlink() or not (output / CONFIG_FILE).is_file():
-        # --overwrite replaces an older checkpoint, and must not delete what was never one.
+        # --overwrite replaces an older checkpoint; it must not delete other directories.
         raise MorphoQuantError(
-            f"{output}: holds no checkpoint ({CONFIG_FILE}), so it is not overwritten; remove it yourself"
+            f"{output}: is not a checkpoint (it lacks {CONFIG_FILE}), so it is not overwritten; remove it yourself"
         )
 
 
 def _tidy(partial: Path, old: Path, output: Path) -> None:
-    """Undo what a run was at when it was killed: writing, or between the two renames of a replacement."""
+    """Undo the leftovers of a run that was killed while writing, or between the two renames of a replacement."""
     if partial.exists():
         shutil.rmtree(partial)
     if not old.exists():
@@ -95,7 +96,7 @@ def _tidy(partial: Path, old: Path, output: Path) -> None:
 
 
 def _sync_files(directory: Path) -> None:
-    """Wait until every file has reached the disk: what it was made from is removed next."""
+    """Wait until every file has reached the disk: the work directory is removed next."""
     for path in directory.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -104,7 +105,7 @@ def _sync_files(directory: Path) -> None:
 
 def _swap_in(partial: Path, output: Path, old: Path, overwrite: bool) -> None:
     if not overwrite or not output.exists():
-        # Also onto an empty directory; the system refuses to rename onto one that holds anything.
+        # Renaming onto an empty directory works; the system refuses to rename onto a filled one.
         partial.rename(output)
         return
     output.rename(old)
@@ -122,9 +123,9 @@ def clear_write_errors(
     model: Path | None = None,
     remedy: str = "nothing was left there: make room or choose another --output",
 ) -> Iterator[None]:
-    """Turn what the system says while writing below or beside `output` into a MorphoQuantError that ends in `remedy`.
+    """Turn OS errors while writing below or beside `output` into a MorphoQuantError that ends in `remedy`.
 
-    An error about a file of the directory `model`, which is copied from, says that this file cannot be read.
+    For a file of the source directory `model`, the error says that this file cannot be read.
     """
 
     def failed(reason: str) -> MorphoQuantError:
@@ -133,11 +134,11 @@ def clear_write_errors(
     try:
         yield
     except SafetensorError as error:
-        # safetensors reports a full disk only in words.
+        # safetensors reports a full disk only in its message.
         full = f"os error {errno.ENOSPC})" in str(error)
         raise failed(os.strerror(errno.ENOSPC) if full else str(error)) from error
     except OSError as error:
-        # Where both files of a copy are named, reading had begun, and it is writing that failed.
+        # If both files of a copy are named, reading had begun, and writing failed.
         if model is not None and error.filename and error.filename2 is None:
             source = Path(os.fsdecode(error.filename))
             if source.is_relative_to(model):

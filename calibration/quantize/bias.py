@@ -51,11 +51,11 @@ def _means_in_any_row(
 ) -> tuple[Tensor, Tensor]:
     """Means, [K] each, of the tokens `chosen` of x, were all of them served by the row for any."""
     record, row, weight = coded.record, coded.sets.rows[0], coded.weight[chosen]
-    total = processes.reduce(weight.sum(), "SUM")
+    total = processes.all_reduce(weight.sum(), "SUM")
     code_mean, value_mean = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     for part, token_weight in zip(chunks(chosen, x.shape[1]), chunks(weight, x.shape[1]), strict=True):
         rows = row.int().expand(part.numel())
         codes = activation.act_quant(x[part], rows, record).float() * record.gain[rows.long()][:, None]
         code_mean += token_weight @ codes / total
         value_mean += token_weight @ (target[part].index_select(1, coded.order) - record.centre[rows.long()]) / total
-    return processes.reduce(code_mean, "SUM"), processes.reduce(value_mean, "SUM")
+    return processes.all_reduce(code_mean, "SUM"), processes.all_reduce(value_mean, "SUM")

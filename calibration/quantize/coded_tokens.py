@@ -73,7 +73,7 @@ def code_tokens(
 ) -> CodedTokens:
     """Rows and codes of x [own T, K], in natural order; massive, bool [own T], tells the massive row's."""
     device = x.device
-    weight, modality = (tokens.own(value).to(device) for value in (tokens.weight, tokens.modality))
+    weight, modality = (tokens.local(value).to(device) for value in (tokens.weight, tokens.modality))
     record = activation.activation_record(*(found.tensors[name].to(device) for name in INPUT_TENSORS))
     sets = BiasSets.of(found.grids.own, spec, device)
     ordinary = torch.where(sets.of_row[modality.long()] > 0, modality, spec.any_row)

@@ -79,7 +79,7 @@ def find_input(
     With `full_mask`, every channel may escape in the reference's grid.
     """
     evidence = gather_evidence(observation, tokens, massive.own, recipe, len(spec.rows) - 1, full_mask=full_mask)
-    massive_x = tokens.merge(observation.sample, tokens.merge(massive.own).nonzero().flatten())
+    massive_x = tokens.all_gather(observation.sample, tokens.all_gather(massive.own).nonzero().flatten())
 
     def find() -> FoundInput:
         grids = find_grids(evidence, matrix, recipe)
@@ -89,7 +89,7 @@ def find_input(
             grids, input_tensors(massive_x, grids, order, massive.intervals, len(spec.rows), spec.any_row)
         )
 
-    return tokens.processes.decide(find, (FoundInput, InputGrids, activation.Grid, ModalityRow, RowChoice))
+    return tokens.processes.broadcast(find, (FoundInput, InputGrids, activation.Grid, ModalityRow, RowChoice))
 
 
 def gather_evidence(
@@ -101,7 +101,7 @@ def gather_evidence(
     """
     x = observation.sample
     # Which of all sampled tokens are ordinary.
-    all_massive = tokens.merge(massive).cpu()
+    all_massive = tokens.all_gather(massive).cpu()
     ordinary = (~all_massive).nonzero().flatten()
     by_modality = {row: statistics for row, statistics in observation.statistics.items() if row != massive_row}
     # Where no interval tells massive tokens, this grid serves them too.
@@ -111,7 +111,7 @@ def gather_evidence(
     pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *together_with])
     if recipe.grid == "reference":
         own = (~massive).nonzero().flatten()
-        parts = together(x[own], tokens.own(tokens.weight).to(x.device)[own])
+        parts = together(x[own], tokens.local(tokens.weight).to(x.device)[own])
         found = reference_grid(
             list(by_modality.values()), pooled, parts, recipe, full_mask=full_mask, processes=tokens.processes
         )
@@ -119,7 +119,7 @@ def gather_evidence(
     weight, modality = (value[ordinary].to(x.device) for value in (tokens.weight, tokens.modality))
     # Every n-th token: a modality's share stays what its weights make it.
     stride = max(1, ordinary.numel() // SEARCH_TOKENS)
-    sample = tokens.merge(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
+    sample = tokens.all_gather(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
     present = modality.unique().tolist()
     if not recipe.modality_rows or len(present) < 2:
         return Evidence(pooled, by_modality, sample)
@@ -127,7 +127,7 @@ def gather_evidence(
     for row in present:
         reach[row] = reduce(ChannelStatistics.merge, [by_modality[row], *together_with])
         chosen = ordinary[modality.cpu() == row]
-        rows[row] = RowTokens(chosen.numel(), *(tokens.merge(x, part) for part in row_tokens(chosen)))
+        rows[row] = RowTokens(chosen.numel(), *(tokens.all_gather(x, part) for part in row_tokens(chosen)))
     return Evidence(pooled, reach, sample, rows)
 
 

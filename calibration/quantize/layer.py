@@ -73,7 +73,7 @@ def quantize_input(
     served = round_weights(matrix, step, moments, first, recipe, processes)
     means = find_means(moments, coded, x, target, massive.own, processes)
     any_massive = bool(massive.all.any())
-    bias = processes.decide(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
+    bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
     record = input_record(coded, tokens, massive.all, found, spec.rows)
     judged = JudgedTokens.of(coded, target, tokens)
     errors = _output_errors(judged, shards, matrix, served.matrix, bias, processes)

@@ -86,7 +86,7 @@ def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names:
     massive, bool [T], of all processes' tokens: those that took the last row.
     """
     own = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
-    per_token = tokens.merge(own).cpu()
+    per_token = tokens.all_gather(own).cpu()
     rates = {row: float(per_token[tokens.modality == row].mean()) for row in tokens.counts}
     total = sum(tokens.counts.values())
     overall = sum(rates[row] * count / total for row, count in tokens.counts.items())
@@ -110,5 +110,5 @@ def output_error(
         found = part @ served.T + bias[which]
         error += float(weight @ (found - expected).square().sum(1))
         power += float(weight @ expected.square().sum(1))
-    error, power = processes.reduce(torch.tensor([error, power], dtype=torch.float64), "SUM").tolist()
+    error, power = processes.all_reduce(torch.tensor([error, power], dtype=torch.float64), "SUM").tolist()
     return (error / power) ** 0.5 if power > 0 else 0.0

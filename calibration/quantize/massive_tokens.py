@@ -63,7 +63,7 @@ def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: TokenSample, 
         else no_intervals(x.shape[1], blocks)
     )
     own = holds(x, intervals)
-    return MassiveTokens(intervals, own, tokens.merge(own).cpu())
+    return MassiveTokens(intervals, own, tokens.all_gather(own).cpu())
 
 
 def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
@@ -71,7 +71,7 @@ def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> T
 
     Each process has some of the tokens; outlying is what stands out of all.
     """
-    parts = processes.gather((norms, modality))
+    parts = processes.all_gather((norms, modality))
     found = _candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return found.split([part.numel() for part, _ in parts])[processes.rank]
 
@@ -116,7 +116,7 @@ def find_intervals(x: Tensor, massive: Tensor, blocks: int, processes: Processes
 
 
 def _count(tokens: int, processes: Processes) -> int:
-    return int(processes.reduce(torch.tensor(tokens), "SUM"))
+    return int(processes.all_reduce(torch.tensor(tokens), "SUM"))
 
 
 def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
@@ -124,7 +124,7 @@ def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
     least = operation == "MIN"
     none = values.new_full(values.shape[1:], float("inf") if least else -float("inf"))
     own = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
-    return processes.reduce(own, operation)
+    return processes.all_reduce(own, operation)
 
 
 def _separate(
@@ -166,7 +166,7 @@ def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Process
         inside = ((part >= low) & (part <= high)).sum(0)
         found.append((inside, *(torch.cat((value, none)).amin(0) for value in (below, above))))
     inside, below, above = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return processes.reduce(inside, "SUM"), processes.reduce(below, "MIN"), processes.reduce(above, "MIN")
+    return processes.all_reduce(inside, "SUM"), processes.all_reduce(below, "MIN"), processes.all_reduce(above, "MIN")
 
 
 def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:

@@ -80,7 +80,7 @@ class Moments:
     def reduce(self, processes: Processes) -> None:
         """Take in what the other processes have seen, too."""
         for field, operation in REDUCTIONS.items():
-            setattr(self, field, processes.reduce(getattr(self, field), operation))
+            setattr(self, field, processes.all_reduce(getattr(self, field), operation))
 
     def take_centred(self, channels: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Codes by codes [K, K], and by the outputs of these output channels [K, n], about each set's own means.

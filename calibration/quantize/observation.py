@@ -86,11 +86,11 @@ class InputCollector(SampleCollector):
         """Everything gathered so far, the statistics in all processes."""
         sample = self.sample()
         found = {}
-        for row in sorted(set().union(*processes.gather(set(self._statistics)))):
+        for row in sorted(set().union(*processes.all_gather(set(self._statistics)))):
             own = self._statistics.get(row) or _no_tokens(sample)
             found[row] = ChannelStatistics(
                 **{
-                    field.name: processes.reduce(getattr(own, field.name), REDUCTIONS[field.name])
+                    field.name: processes.all_reduce(getattr(own, field.name), REDUCTIONS[field.name])
                     for field in fields(own)
                 }
             )

@@ -76,4 +76,4 @@ def _search(
             cosine_weight=cosine,
             token_weight=weight,
         )
-    return reference.best_ratio(processes.reduce(scores, "SUM").cpu(), recipe.lower).to(low.device)
+    return reference.best_ratio(processes.all_reduce(scores, "SUM").cpu(), recipe.lower).to(low.device)

@@ -49,7 +49,7 @@ def round_weights(
     own = _round(absorbed, moments, channels, layer, recipe)
     del absorbed
     owners = processes.owners(matrix.shape[0])
-    int4, *scales = (processes.merge(part, owners) for part in own)
+    int4, *scales = (processes.all_gather_rows(part, owners) for part in own)
     packed = weights.pack(int4)
     stored = dict(zip(_STORED[layer.scale_scheme], (packed, *scales), strict=True))
     return ServedWeights(stored, weights.dequantize_weight(packed, *scales))

@@ -1,6 +1,6 @@
 """The settings of a calibration, each declared once.
 
 recipe  the declaration: name, type, default, meaning
-flags   flags of the command, made of it
-table   the table of the documentation, made of it
+flags   the command's flags, made from the recipe
+table   the documentation's table, made from the recipe
 """

@@ -1,7 +1,7 @@
-"""The settings of a calibration: names, types, defaults, ranges, help; and the YAML recipe that changes them.
+"""The settings of a calibration: names, types, defaults, ranges, help. Reads the YAML recipe that changes them.
 
-Each setting is declared here and nowhere else. `setting_flags` makes the command line of it, `settings_table` the table
-in docs/reference/recipe.md. Imports no torch, so that the command line may read it first.
+Each setting is declared only here. `flags.with_setting_flags` makes the command line from it, `table.settings_table`
+the table in docs/reference/recipe.md. Does not import torch: the command line reads this module first.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ else:
 
 @dataclass(frozen=True)
 class Flag:
-    """The flag of a setting that is not called as the setting is."""
+    """The flag of a setting whose name differs from the setting's."""
 
     name: str
 
 
 class Recipe(BaseModel):
-    """All settings of `calibrate`. Patterns on HF layer names are fnmatch, or regular expressions after `re:`."""
+    """All settings of `calibrate`. Patterns of HF layer names are fnmatch, or regular expressions after `re:`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +49,7 @@ class Recipe(BaseModel):
     )
     ignore: Patterns = Field(default=(), description="Linears to leave in 16 bit although a target matches them.")
     towers: Annotated[tuple[Literal["image"], ...], Flag("--tower")] = Field(
-        default=(), description="Encoders of media to quantize besides: image (of pictures and video frames)."
+        default=(), description="Encoders of media to quantize as well: image (for pictures and video frames)."
     )
     group_size: GroupSize = Field(
         default=GROUP_SIZES[0],
@@ -57,40 +57,40 @@ class Recipe(BaseModel):
     )
     tensor_parallel: Literal["auto"] | int = Field(
         default="auto",
-        description="Ranks the checkpoint can be split over; auto: the largest of 8, 4, 2, 1 that the model allows.",
+        description="Ranks that can share the checkpoint; auto: the largest of 8, 4, 2, 1 that the model allows.",
     )
     grid: Literal["budget", "reference"] = Field(
         default="budget",
-        description="How a channel's step is found: budget (by what the output loses within escape_budget) "
+        description="Search of a channel's step: budget (smallest output error within escape_budget) "
         "or reference (as the authors do: tau, full_mask, lam, lower, lp_norm, cosine_weight).",
     )
     escape_budget: float = Field(
         default=0.04,
         ge=0,
         le=0.2,
-        description="Part of any modality's codes in a layer that may leave the 4-bit range; 0: none may.",
+        description="Fraction of a modality's codes in a layer that may leave the 4-bit range; 0: none may.",
     )
     massive_row: bool = Field(
-        default=True, description="Whether massive tokens (the first of a sequence, as a rule) get a row of their own."
+        default=True, description="Whether massive tokens (usually the first of a sequence) get their own row."
     )
     modality_rows: bool = Field(
-        default=True, description="Budget grid: whether modalities get rows of their own where that pays."
+        default=True, description="Budget grid: whether a modality gets its own row if that lowers its error enough."
     )
     row_margin: float = Field(
         default=0.02,
         ge=0,
         lt=1,
-        description="How much lower a modality's output error on held-back tokens must be for a row of its own.",
+        description="Relative reduction of a modality's output error on held-back tokens that its own row must reach.",
     )
     regression: bool = Field(
-        default=True, description="Whether weights make up for what rounding activations and the layers before lost."
+        default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
     )
     shrinkage: float = Field(
-        default=0.02, ge=1e-3, le=10, description="How strongly the regression is drawn to the original weights."
+        default=0.02, ge=1e-3, le=10, description="Strength of the regression's pull towards the original weights."
     )
     rounding: Literal["compensated", "nearest"] = Field(
         default="compensated",
-        description="How weights are rounded: compensated (GPTQ and refinement) or nearest (each by itself).",
+        description="Rounding of weights: compensated (GPTQ and refinement) or nearest (each weight separately).",
     )
     scale_levels: int = Field(
         default=MAX_LEVEL,
@@ -145,21 +145,21 @@ class Recipe(BaseModel):
     sample_tokens: int = Field(
         default=16384,
         ge=16,
-        description="Tokens on which steps and weights are found, shared out over the modalities.",
+        description="Tokens from which steps and weights are computed, divided among the modalities.",
     )
     modality_balance: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="1: every modality present weighs the same; 0: every token weighs the same. "
+        description="1: every modality present has the same weight; 0: every token has the same weight. "
         "A modality's share of a weighted mean is proportional to (its number of tokens) ** (1 - balance).",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the choice of sampled tokens.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="In which the model is run: float32, bfloat16 or float16."
+        default="float32", description="Dtype in which the model runs: float32, bfloat16 or float16."
     )
     device: str = Field(
-        default="auto", description="On which the model is run: auto (cuda where there is one), cpu, cuda, cuda:1..."
+        default="auto", description="Device on which the model runs: auto (cuda if available), cpu, cuda, cuda:1..."
     )
     shard_size: ByteSize = Field(default=ByteSize(4_000_000_000), description="Largest weight file, e.g. 4GB.")
 
@@ -184,8 +184,8 @@ class Recipe(BaseModel):
 
     @property
     def scale_scheme(self) -> str:
-        """How the checkpoint stores the scales of weights."""
-        # Not at the top: it imports torch.
+        """The checkpoint's storage scheme of weight scales."""
+        # Imported here: it imports torch.
         from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME
 
         return TWO_LEVEL_SCHEME if self.scale_levels else GROUP_SCHEME
@@ -201,31 +201,31 @@ class Recipe(BaseModel):
 def read_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML file, changed by `overrides` (a value of None overrides nothing).
 
-    Raises MorphoQuantError naming the file and the setting where the file cannot be read, is no mapping, names an
-    unknown setting, or where a value is out of range.
+    Raises MorphoQuantError naming the file and the setting if the file cannot be read or is not a mapping. Unknown
+    settings and values out of range raise it too.
     """
     settings = _read_yaml(Path(path)) if path is not None else {}
     settings |= {key: value for key, value in (overrides or {}).items() if value is not None}
-    where = str(path) if path is not None else "settings"
+    origin = str(path) if path is not None else "settings"
     unknown = [str(key) for key in settings if key not in Recipe.model_fields]
     if unknown:
         raise MorphoQuantError(
-            f"{where}: unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(Recipe.model_fields)}"
+            f"{origin}: unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(Recipe.model_fields)}"
         )
     try:
         return Recipe(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise MorphoQuantError(f"{where}: {name} = {settings.get(name)!r} is not allowed: {first['msg']}") from error
+        raise MorphoQuantError(f"{origin}: {name} = {settings.get(name)!r} is not allowed: {first['msg']}") from error
 
 
 def read_size(name: str, text: str) -> int:
-    """Bytes of a size such as 6GiB; MorphoQuantError naming `name` where it is none."""
+    """Bytes of a size such as 6GiB; MorphoQuantError naming `name` if `text` is not a size."""
     try:
         size = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError as error:
-        raise MorphoQuantError(f"{name} = {text!r} is no size; write it as 6GiB or 500MB") from error
+        raise MorphoQuantError(f"{name} = {text!r} is not a size; write it as 6GiB or 500MB") from error
     if size < 1:
         raise MorphoQuantError(f"{name} = {text!r} must be at least 1 byte")
     return int(size)
@@ -235,12 +235,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise MorphoQuantError(f"{path}: no readable recipe ({error.strerror}); give an existing file") from error
+        raise MorphoQuantError(
+            f"{path}: the recipe cannot be read ({error.strerror}); give an existing file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise MorphoQuantError(f"{path}: the recipe is not YAML ({reason})") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise MorphoQuantError(f"{path}: the recipe is no mapping; write one 'setting: value' per line")
+        raise MorphoQuantError(f"{path}: the recipe is not a mapping; write one 'setting: value' per line")
     return content

@@ -1,11 +1,11 @@
-"""The work directory: what makes a run resumable, to the byte.
+"""The work directory: it makes a run resumable, to the byte.
 
 directory        the finished blocks and hidden states on disk
-opening          takes hold of a work directory, or refuses
-identity         what a run was begun with: it goes on only with the same
-code_files       which files of this project are part of that
+opening          opens a work directory for one run, or refuses it
+identity         the fingerprint of a run's inputs: a run resumes only if it is unchanged
+code_files       the files of this project that are part of the fingerprint
 hidden_states    the hidden states between two blocks
-block_arguments  what a model passes to its blocks, as tensors and JSON
-durable_files    files that a crash leaves whole or not at all
+block_arguments  a model's arguments for its blocks, as tensors and JSON
+durable_files    files that a crash leaves complete or absent
 lock             one run at a time
 """

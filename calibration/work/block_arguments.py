@@ -1,4 +1,4 @@
-"""What a model passes to its decoder blocks besides hidden states, as tensors and JSON, so that files can hold it."""
+"""Packs a model's arguments for its decoder blocks, other than hidden states, into tensors and JSON for files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
 
-# What the names of the tensors begin with.
+# Prefix of the tensors' names.
 ARGUMENT = "argument."
 
 
 def pack(arguments: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and the JSON text that puts them back; what blocks share is held once.
+    """Tensors by name, and the JSON text from which `unpack` restores `arguments`; shared values are stored once.
 
-    `arguments`: of each block, by keyword. MorphoQuantError where a value is of a kind that no file
-    can hold.
+    `arguments` holds those of each block, by keyword. Raises MorphoQuantError if a file cannot hold a value's type.
     """
     tensors: dict[int, tuple[str, Tensor]] = {}
 
@@ -32,7 +31,8 @@ def pack(arguments: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], str
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
         raise MorphoQuantError(
-            f"the model passes its blocks {name} of type {type(value).__name__}, which cannot be kept"
+            f"the model passes its blocks {name} of type {type(value).__name__}, which cannot be kept; "
+            "this model is not supported"
         )
 
     distinct: dict[str, int] = {}
@@ -45,7 +45,7 @@ def pack(arguments: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], str
 
 
 def unpack(tensors: Mapping[str, Tensor], layout: str, device: torch.device) -> list[Mapping[str, Any]]:
-    """The arguments of each block again, on `device`; blocks that shared them do again."""
+    """Restore the arguments of each block, on `device`; blocks share values as before."""
     moved: dict[str, Tensor] = {}
 
     def decode(code: Mapping[str, Any]) -> Any:

@@ -1,6 +1,6 @@
-"""Which of this project's files decide the bytes of a checkpoint: what calibration imports, and the data beside it.
+"""Finds this project's files that decide the bytes of a checkpoint: calibration's imports, and the data beside them.
 
-Found by reading the import statements, not from a list: a file that is renamed or added is found too.
+It reads the import statements instead of a list, so renamed and added files are included.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-# Every module that a calibration runs is imported from here, directly or not.
+# This module imports every module that a calibration runs, directly or indirectly.
 ENTRY = "calibration.calibrate"
-# Top-level packages of this project; what others hold is known by its version.
+# Top-level packages of this project; other packages are identified by their version.
 PACKAGES = ("calibration", "morphoquant_vllm")
 
 
 def code_files(root: Path, entry: str = ENTRY) -> dict[str, Path]:
     """Files that `entry` imports, by their path below `root`, with the data files in the folders of their packages.
 
-    `root` is the folder that holds PACKAGES. Imports inside functions and of types alone count too. Raises
-    ModuleNotFoundError where an imported module of this project has no file.
+    `root` is the folder that holds PACKAGES. Imports inside functions and for type checking count too. Raises
+    ModuleNotFoundError if an imported module of this project has no file.
     """
     modules = _imported_modules(root, entry)
     packages = {path.parent for path in modules.values()}
@@ -28,25 +28,25 @@ def code_files(root: Path, entry: str = ENTRY) -> dict[str, Path]:
 
 
 def _imported_modules(root: Path, entry: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     waiting = [entry]
     while waiting:
         module = waiting.pop()
-        if module in found:
+        if module in files:
             continue
         path = _module_file(root, module)
         if path is None:
             raise ModuleNotFoundError(f"{module}: is imported by calibration, but has no file below {root}")
-        found[module] = path
+        files[module] = path
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         waiting += _imports_of(root, path, package)
-        # Python runs every package on the way to a module.
-        waiting += [parent for parent in _parents(module) if parent not in found]
-    return found
+        # Importing a module also runs its parent packages.
+        waiting += [parent for parent in _parents(module) if parent not in files]
+    return files
 
 
 def _imports_of(root: Path, path: Path, package: str) -> Iterator[str]:
-    """Modules of this project that the file imports; `package` is the one it lies in."""
+    """Modules of this project that the file imports; `package` is the package of the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if _is_ours(alias.name))
@@ -75,7 +75,7 @@ def _module_file(root: Path, module: str) -> Path | None:
 
 
 def _data_files(package: Path) -> Iterator[Path]:
-    """Files of a package's folder, and of its folders that are no packages, that are not Python: kernels, tables."""
+    """Files other than Python in a package's folder and in its subfolders that are not packages: kernels, tables."""
     for path in package.iterdir():
         if path.is_dir():
             if path.name != "__pycache__" and not (path / "__init__.py").exists():

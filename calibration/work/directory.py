@@ -1,19 +1,19 @@
-"""The work directory of a calibration: what is finished, so that a run that was cut short goes on where it stopped.
+"""The work directory of a calibration: the finished work, from which an interrupted run resumes.
 
-    lock                        held by the run at work
-    run.json                    what the run was begun with (calibration.work.identity), and on how many threads
-    samples.json                the samples, and their files' sizes and hashes: written when all are there
-    towers.safetensors          the tensors of towers that are quantized too, and their distributions
-    sample-00000.safetensors    what reaches the decoder of one sample
-    block-00000.safetensors     a finished block's tensors, as the checkpoint will have them, and its distributions
-    block-00000.json            its record, and the hashes of all files that came of it: written last
-    hidden-00001.safetensors    hidden states before the next block, of the 16-bit model
+    lock                        held by the active run
+    run.json                    fingerprint of the run (calibration.work.identity), and its number of threads
+    samples.json                the samples, and their files' sizes and hashes: written when all files are complete
+    towers.safetensors          the tensors of quantized towers, and their distributions
+    sample-00000.safetensors    the decoder's inputs of one sample
+    block-00000.safetensors     a finished block's tensors in their final form, and its distributions
+    block-00000.json            its layer records, and the hashes of all its files: written last
+    hidden-00001.safetensors    hidden states before the next block, in the 16-bit model
     served-00001.safetensors    the same, after the quantized blocks
-    hidden-00001-process1.safetensors, ...  those of the samples of other processes than the first
-    exported.json               hashes by which the finished checkpoint is known: written before it takes its place
+    hidden-00001-process1.safetensors, ...  the same for the samples of processes other than the first
+    exported.json               hashes that identify the finished checkpoint: written before it is renamed into place
 
-Every file gets its name when it is complete and has reached the disk; a block is finished when its .json is there.
-Of several processes, each writes what comes of its own samples; the first one writes all else, and holds the lock.
+Every file gets its name when it is complete and on the disk. A block is finished when its .json exists. Each process
+writes the files of its samples; the first one writes all other files, and holds the lock.
 """
 
 from __future__ import annotations
@@ -55,48 +55,48 @@ RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.json"
 TOWERS_FILE = "towers.safetensors"
 EXPORTED_FILE = "exported.json"
-# Files by which a checkpoint is known again.
-_TELLING = (CONFIG_FILE, REPORT_FILE)
-# Of the names of a block file's tensors that are no part of the checkpoint.
+# Files that identify a checkpoint.
+_IDENTIFYING = (CONFIG_FILE, REPORT_FILE)
+# Prefix of a block file's tensors that are not part of the checkpoint.
 _DISTRIBUTION = "distribution"
 
 
 def block_file(directory: Path, index: int) -> Path:
-    """A finished block's tensors."""
+    """The file of a finished block's tensors."""
     return directory / f"block-{index:05}.safetensors"
 
 
 @dataclass
 class WorkDirectory:
-    """A work directory that this run holds; all its processes have one, and make the same calls."""
+    """A work directory that this run holds; each of its processes has an instance, and makes the same calls."""
 
     path: Path
     device: torch.device
-    # Hash of what the run was begun with.
+    # Hash of the run's fingerprint.
     begun_with: str
-    # On which each process computes, from the run's beginning to its end.
+    # Number of threads of each process, from the run's first start to its end.
     threads: int
     # Hash of its RUN_FILE, which every manifest repeats.
     settings: str = ""
-    # Blocks that are finished; None: not even the samples are.
+    # Number of finished blocks; None if the samples are not finished either.
     finished: int | None = None
-    # Whether the checkpoint is in its place, and only removing the work is left to do.
+    # Whether the checkpoint is in place; only the work directory must then be removed.
     exported: bool = False
     processes: Processes = ONE
     _streams: dict[str, Stream] = field(default_factory=dict)
-    # What samples.json will tell of quantized towers.
+    # Entry of samples.json about quantized towers.
     _towers: dict[str, Any] = field(default_factory=dict)
 
     def keep_towers(self, results: Sequence[BlockResult]) -> None:
-        """Write the quantized towers; they count as finished when the samples do."""
+        """Write the quantized towers; they count as finished when the samples are."""
         tensors = {name: value for result in results for name, value in _packed(result).items()}
-        record = self.processes.decide(lambda: write_tensors_durably(self.path / TOWERS_FILE, tensors), [FileRecord])
+        record = self.processes.broadcast(lambda: write_tensors_durably(self.path / TOWERS_FILE, tensors), [FileRecord])
         layers = {name: asdict(layer.record) for result in results for name, layer in result.layers.items()}
         self._towers = {"towers": {"layers": layers, **asdict(record)}}
 
     def keep_samples(self, sources: Mapping[int, str], captured: Iterable[MemoryInput]) -> None:
-        """Write what reaches the decoder, one of this process's samples at a time; where each comes from, by index."""
-        own: dict[int, dict[str, Any]] = {}
+        """Write the decoder's inputs, one of this process's samples at a time; `sources` names them by index."""
+        entries_of_rank: dict[int, dict[str, Any]] = {}
         for (index, source), entry in zip(sources.items(), captured, strict=True):
             arguments, layout = pack(entry.arguments)
             tensors = {"modality": entry.modality, "positions": entry.positions, "hidden": entry.hidden, **arguments}
@@ -105,52 +105,53 @@ class WorkDirectory:
             path = sample_file(self.path, index)
             record = write_tensors_durably(path, tensors, {"arguments": layout})
             shape = {"states": list(entry.hidden.shape), "states_nbytes": entry.hidden.nbytes}
-            own[index] = {"source": source, "process": self.processes.rank, **shape, **asdict(record)}
+            entries_of_rank[index] = {"source": source, "process": self.processes.rank, **shape, **asdict(record)}
         sync_directory(self.path)
-        entries = _united(self.processes.gather(own))
+        entries = _united(self.processes.all_gather(entries_of_rank))
         manifest = {"settings": self.settings, "samples": [entries[index] for index in sorted(entries)], **self._towers}
-        self.processes.decide(lambda: write_json_durably(self.path / SAMPLES_FILE, manifest))
+        self.processes.broadcast(lambda: write_json_durably(self.path / SAMPLES_FILE, manifest))
         self.finished = 0
 
     def inputs(self, *, in_memory: bool) -> list[BlockInput]:
-        """This process's samples as they reach the first unfinished block.
+        """This process's samples as inputs of the first unfinished block.
 
-        They are held in memory, or read whenever they are needed.
+        They are held in memory, or else read from disk at each use.
         """
         assert self.finished is not None
-        apart = "towers" in _manifest(self.path / SAMPLES_FILE, self.settings)
+        separate = "towers" in _manifest(self.path / SAMPLES_FILE, self.settings)
         samples, rank = self._own_samples(), self.processes.rank
         shapes = [sample["states"] for sample in samples.values()]
         self._streams = {
-            name: Stream(self.path, name, self.finished, list(samples), shapes, rank, apart=apart) for name in STREAMS
+            name: Stream(self.path, name, self.finished, list(samples), shapes, rank, separate=separate)
+            for name in STREAMS
         }
-        found: list[BlockInput] = []
+        inputs: list[BlockInput] = []
         for index, sample in enumerate(samples):
             path = sample_file(self.path, sample)
             tokens = read_tensors(path, ("modality", "positions"))
             if in_memory:
                 states = {name: stream.read(index) for name, stream in self._streams.items()}
-                found.append(MemoryInput(**tokens, **states, arguments=read_arguments(path, self.device)))
+                inputs.append(MemoryInput(**tokens, **states, arguments=read_arguments(path, self.device)))
             else:
-                found.append(DiskInput(**tokens, index=index, path=path, streams=self._streams, device=self.device))
-        return found
+                inputs.append(DiskInput(**tokens, index=index, path=path, streams=self._streams, device=self.device))
+        return inputs
 
     def finish_block(self, result: BlockResult, inputs: Sequence[BlockInput]) -> None:
-        """Keep a finished block and the hidden states that reach the next; from now on the run goes on from there."""
+        """Keep a finished block and the hidden states before the next; a resumed run then starts there."""
         assert self.finished == result.index
-        own: dict[str, FileRecord] = {}
+        local_files: dict[str, FileRecord] = {}
         if self.processes.first:
             path = block_file(self.path, result.index)
-            own[path.name] = write_tensors_durably(path, _packed(result))
+            local_files[path.name] = write_tensors_durably(path, _packed(result))
         # A process without samples has no states.
         for name, stream in self._streams.items() if inputs else ():
             if not stream.writing:
                 for index, entry in enumerate(inputs):
                     stream.write(index, getattr(entry, name))
             states, record = stream.finish()
-            own[states.name] = record
+            local_files[states.name] = record
         sync_directory(self.path)
-        files = _united(self.processes.gather(own, [FileRecord]))
+        files = _united(self.processes.all_gather(local_files, [FileRecord]))
 
         def note() -> None:
             manifest = {
@@ -162,67 +163,67 @@ class WorkDirectory:
             }
             write_json_durably(self._manifest_file(result.index), manifest)
 
-        self.processes.decide(note)
+        self.processes.broadcast(note)
         self.finished += 1
         for name in STREAMS:
             states_file(self.path, name, result.index, self.processes.rank).unlink(missing_ok=True)
 
     def records(self) -> dict[str, LayerRecord]:
         """The records of all finished layers, towers' first."""
-        found = {}
+        records = {}
         towers = _manifest(self.path / SAMPLES_FILE, self.settings).get("towers")
         parts = [towers["layers"]] if towers else []
         parts += [_manifest(self._manifest_file(index), self.settings)["layers"] for index in range(self.finished or 0)]
         for part in parts:
             for name, record in part.items():
                 rows = {row: RowChoice(**choice) for row, choice in record.pop("modality_rows").items()}
-                found[name] = LayerRecord(**record, modality_rows=rows)
-        return found
+                records[name] = LayerRecord(**record, modality_rows=rows)
+        return records
 
     def distributions(self) -> dict[str, dict[str, Tensor]]:
-        """What was kept of every input's distribution."""
-        found: dict[str, dict[str, Tensor]] = {}
+        """The kept distributions of all inputs."""
+        distributions: dict[str, dict[str, Tensor]] = {}
         towers = self.path / TOWERS_FILE
         files = [towers] if towers.exists() else []
         for file in (*files, *(block_file(self.path, index) for index in range(self.finished or 0))):
             for name, value in read_tensors(file, prefix=_DISTRIBUTION).items():
                 _, shared, key = name.split(" ", 2)
-                found.setdefault(shared, {})[key] = value
-        return found
+                distributions.setdefault(shared, {})[key] = value
+        return distributions
 
     def tensor(self, block: int | None, layer: str, tensor: str) -> Tensor:
-        """One tensor of a layer of a finished block, None: of a tower."""
+        """One tensor of a layer of the finished `block`; None means a tower."""
         name = stored_name(layer, tensor)
         file = self.path / TOWERS_FILE if block is None else block_file(self.path, block)
         return read_tensors(file, (name,))[name]
 
     def modalities(self) -> dict[int, Tensor]:
-        """The row of each token of each of this process's samples, int32 [M], by index."""
+        """The rows of the tokens of each of this process's samples, int32 [M], by index."""
         names = ("modality",)
         return {index: read_tensors(sample_file(self.path, index), names)["modality"] for index in self._own_samples()}
 
     def states_size(self) -> int:
-        """Bytes that this process's samples take in memory: both streams, and what the blocks are given besides."""
+        """Bytes of this process's samples in memory: both streams, and the blocks' other arguments."""
         return sum(sample["nbytes"] + sample["states_nbytes"] for sample in self._own_samples().values())
 
     def _own_samples(self) -> dict[int, dict[str, Any]]:
-        """What the manifest tells of this process's samples, by index."""
+        """The manifest's entries of this process's samples, by index."""
         samples = enumerate(_manifest(self.path / SAMPLES_FILE, self.settings)["samples"])
         return {index: sample for index, sample in samples if sample["process"] == self.processes.rank}
 
     def note_export(self, directory: Path) -> None:
-        """Note the complete checkpoint in `directory`, which is about to take its place."""
+        """Note the complete checkpoint in `directory` before it is renamed into place."""
         write_json_durably(self.path / EXPORTED_FILE, self._export(directory))
 
     def was_exported_to(self, output: Path) -> bool:
-        """Whether `output` is the checkpoint that this work ended in."""
+        """Whether `output` is the checkpoint that this run made."""
         noted = self.path / EXPORTED_FILE
-        if not noted.exists() or not all((output / name).is_file() for name in _TELLING):
+        if not noted.exists() or not all((output / name).is_file() for name in _IDENTIFYING):
             return False
         return read_manifest(noted) == self._export(output)
 
     def _export(self, directory: Path) -> dict[str, str]:
-        return {"begun_with": self.begun_with, **{name: hash_file(directory / name) for name in _TELLING}}
+        return {"begun_with": self.begun_with, **{name: hash_file(directory / name) for name in _IDENTIFYING}}
 
     def _manifest_file(self, index: int) -> Path:
         return block_file(self.path, index).with_suffix(".json")
@@ -231,11 +232,11 @@ class WorkDirectory:
         return self._manifest_file(index - 1) if index else self.path / SAMPLES_FILE
 
     def find_finished(self, blocks: int) -> None:
-        """Check what is there against its manifests, of a model of so many blocks, and set `finished`."""
+        """Check the files of a model of `blocks` blocks against their manifests, and set `finished`."""
         manifests = sorted(self.path.glob("block-*.json"))
         if not (self.path / SAMPLES_FILE).exists():
             if manifests:
-                raise damaged(self.path / SAMPLES_FILE, "it is gone")
+                raise damaged(self.path / SAMPLES_FILE, "it is missing")
             return
         known = _manifest(self.path / SAMPLES_FILE, self.settings)
         if "towers" in known:
@@ -245,11 +246,11 @@ class WorkDirectory:
             check_file(sample_file(self.path, index), FileRecord(sample["nbytes"], sample["sha256"]))
         for index, path in enumerate(manifests):
             if path != self._manifest_file(index):
-                raise damaged(self._manifest_file(index), "it is gone")
+                raise damaged(self._manifest_file(index), "it is missing")
             manifest = _manifest(path, self.settings)
             if manifest["inputs"] != hash_file(self._before(index)):
                 raise damaged(path, "it does not follow from the manifest before it")
-            # Hidden states are kept only of the newest generation, and needed only while there are blocks to come.
+            # Only the newest hidden states are kept, and they are needed only while blocks are left.
             needed: list[str] = [block_file(self.path, index).name]
             if index == len(manifests) - 1 and len(manifests) < blocks:
                 needed = list(manifest["files"])
@@ -271,8 +272,8 @@ def _packed(result: BlockResult) -> dict[str, Tensor]:
     }
     tensors |= {
         f"{_DISTRIBUTION} {shared} {key}": value
-        for shared, found in result.distributions.items()
-        for key, value in found.items()
+        for shared, distribution in result.distributions.items()
+        for key, value in distribution.items()
     }
     return tensors
 

@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole or not at all, and that are known again by size and hash."""
+"""Files that a crash leaves complete or absent, and that size and hash identify."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torch import Tensor
 from calibration.output.staging import clear_write_errors
 from morphoquant_vllm.errors import MorphoQuantError
 
-# What a file is called until it is complete.
+# Suffix of a file until it is complete.
 PARTIAL = ".partial"
-# Where a JSON file holds the hash of all else in it.
+# Field of a JSON file that holds the hash of the other fields.
 _OWN_HASH = "sha256_of_the_rest"
-_KEPT = "what is finished is kept: make room there and run the same command again"
+_KEPT = "finished blocks are kept: make room there and run the same command again"
 # The names that safetensors headers give to the dtypes in which a model runs.
 _HEADER_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """By what a file is known again: its size in bytes, and the SHA-256 of its content."""
+    """Identity of a file: its size in bytes, and the SHA-256 of its content."""
 
     nbytes: int
     sha256: str
@@ -42,7 +42,7 @@ def hash_file(path: Path) -> str:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory last: new, renamed and removed ones."""
+    """Flush a directory's names to the disk: new, renamed and removed ones."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +51,7 @@ def sync_directory(path: Path) -> None:
 
 
 def write_json_durably(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file, which gets its own hash, as one step: after a crash it is as it was, or as it shall be."""
+    """Replace a JSON file in one step and add its hash; after a crash it is either the old or the new file."""
     content = {**content, _OWN_HASH: _json_hash(content)}
     partial = path.with_name(path.name + PARTIAL)
     with clear_write_errors(path.parent, remedy=_KEPT):
@@ -78,10 +78,10 @@ def write_tensors_durably(
 
 
 class StatesWriter:
-    """Writes one tensor after the other, of known shapes and one dtype, into a safetensors file named "0", "1", ...
+    """Writes tensors "0", "1", ... of known shapes and one dtype into a safetensors file, one at a time.
 
-    So that all of a stream's hidden states need never be in memory; safetensors itself writes a file at once. The file
-    appears with `finish`.
+    So a stream's hidden states need not all be in memory: safetensors itself writes only whole files. `finish` gives
+    the file its name.
     """
 
     def __init__(self, path: Path, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
@@ -93,7 +93,7 @@ class StatesWriter:
             start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
             header[str(index)] = {"dtype": _HEADER_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        # The format wants the data at a multiple of 8 bytes.
+        # The format requires that data start at a multiple of 8 bytes.
         text += b" " * (-len(text) % 8)
         self._hash = hashlib.sha256()
         with clear_write_errors(path.parent, remedy=_KEPT):
@@ -106,14 +106,14 @@ class StatesWriter:
         self._hash.update(data)
 
     def write(self, index: int, value: Tensor) -> None:
-        """Write the tensor `index`; they come in order, of the shapes and dtype that were announced."""
+        """Write the tensor `index`; tensors come in order, with the announced shapes and dtype."""
         if index != self._written or tuple(value.shape) != self._shapes[index] or value.dtype != self._dtype:
-            raise ValueError(f"{self._path}: state {index} {value.dtype} {list(value.shape)} is not what comes next")
+            raise ValueError(f"{self._path}: state {index} {value.dtype} {list(value.shape)} is not the next one")
         self._put(value.contiguous().flatten().view(torch.uint8).numpy().data)
         self._written += 1
 
     def finish(self) -> FileRecord:
-        """Make the file last and give it its name."""
+        """Flush the file to the disk and give it its name."""
         if self._written != len(self._shapes):
             raise ValueError(f"{self._path}: {self._written} of {len(self._shapes)} states were written")
         with clear_write_errors(self._path.parent, remedy=_KEPT):
@@ -128,19 +128,19 @@ class StatesWriter:
 def read_tensors(path: Path, names: Sequence[str] | None = None, *, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of a safetensors file (None: all whose names begin so), each in memory of its own, on the CPU.
 
-    MorphoQuantError naming the file where it is gone, damaged, or lacks a tensor.
+    Raises MorphoQuantError naming the file if it is missing or damaged, or lacks a tensor.
     """
     try:
         with safe_open(str(path), "pt") as file:
             wanted = [name for name in file.keys() if name.startswith(prefix)] if names is None else names  # noqa: SIM118
-            # A copy: the last bits of a product can depend on how its factors are aligned in memory.
+            # A copy: the last bits of a product can depend on the alignment of its factors in memory.
             return {name: file.get_tensor(name).clone() for name in wanted}
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error)) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; MorphoQuantError naming it where it is gone or damaged."""
+    """The metadata of a safetensors file; MorphoQuantError naming it if it is missing or damaged."""
     try:
         with safe_open(str(path), "pt") as file:
             return file.metadata() or {}
@@ -149,15 +149,15 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A JSON object that write_json_durably wrote; MorphoQuantError naming the file where it is gone or damaged."""
+    """A JSON object that write_json_durably wrote; MorphoQuantError naming the file if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise damaged(path, error.strerror or str(error)) from error
     except ValueError as error:
-        raise damaged(path, f"no JSON: {error}") from error
+        raise damaged(path, f"not JSON: {error}") from error
     if not isinstance(content, dict) or content.pop(_OWN_HASH, None) != _json_hash(content):
-        raise damaged(path, "its content is not what was written")
+        raise damaged(path, "its content has changed")
     return content
 
 
@@ -166,19 +166,19 @@ def _json_hash(content: Mapping[str, Any]) -> str:
 
 
 def check_file(path: Path, record: FileRecord) -> None:
-    """MorphoQuantError naming the file where it is gone or no longer what was written."""
+    """Raise MorphoQuantError naming the file if it is missing or its content has changed."""
     try:
         size = path.stat().st_size
         if size != record.nbytes:
             raise damaged(path, f"{size} bytes, {record.nbytes} were written")
         if hash_file(path) != record.sha256:
-            raise damaged(path, "its content is not what was written")
+            raise damaged(path, "its content has changed")
     except OSError as error:
         raise damaged(path, error.strerror or str(error)) from error
 
 
 def damaged(path: Path, reason: str) -> MorphoQuantError:
-    """What is said of a file of a work directory that cannot be used; nothing is removed."""
+    """Error for an unusable file of a work directory; nothing is deleted."""
     return MorphoQuantError(
         f"{path}: cannot be used ({reason}); put the file back, or pass --restart to begin anew (which drops the "
         "finished blocks)"

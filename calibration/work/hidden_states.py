@@ -1,4 +1,4 @@
-"""The hidden states between two blocks, on disk: the newest complete generation, and the next while it is written."""
+"""The hidden states between two blocks, on disk: the newest complete generation, and the one being written."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ STREAMS = ("hidden", "served")
 
 
 def sample_file(directory: Path, index: int) -> Path:
-    """What reached the decoder of one sample: its modality, positions, hidden states and the blocks' arguments."""
+    """The file of one sample's decoder inputs: its modality, positions, hidden states and the blocks' arguments."""
     return directory / f"sample-{index:05}.safetensors"
 
 
 def states_file(directory: Path, stream: str, generation: int, process: int = 0) -> Path:
-    """One stream's hidden states of all samples of a process before the block `generation`."""
+    """The file of one stream's hidden states of all samples of a process before the block `generation`."""
     of_process = f"-process{process}" if process else ""
     return directory / f"{stream}-{generation:05}{of_process}.safetensors"
 
 
 class Stream:
-    """One stream's hidden states before the block `generation`, in the model's own dtype, bit for bit.
+    """One stream's hidden states before the block `generation`, in the model's dtype, bit for bit.
 
-    What comes before the first block lies in the samples' files: one state for both streams, unless towers are
-    quantized too, of which `apart` tells. `samples` and `shapes` are of the samples of a process, in order.
+    The states before the first block are in the samples' files: one state for both streams, or two if `separate`.
+    They are separate if towers are quantized too. `samples` and `shapes` are those of a process's samples, in order.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class Stream:
         shapes: Sequence[Sequence[int]],
         process: int = 0,
         *,
-        apart: bool = False,
+        separate: bool = False,
     ) -> None:
         self.generation = generation
-        self._first = name if apart else "hidden"
+        self._first = name if separate else "hidden"
         self._directory, self._name, self._samples, self._shapes = directory, name, samples, shapes
         self._process = process
         self._writer: StatesWriter | None = None
 
     def read(self, index: int) -> Tensor:
-        """States [1, M, hidden] of the process's sample `index`; MorphoQuantError where the file is gone or damaged."""
+        """States [1, M, hidden] of the process's sample `index`; MorphoQuantError if the file is missing or damaged."""
         if self.generation == 0:
             path, name = sample_file(self._directory, self._samples[index]), self._first
         else:
@@ -69,16 +69,16 @@ class Stream:
 
     @property
     def file(self) -> Path:
-        """What is read, but before the first block."""
+        """The file that is read, except before the first block."""
         return states_file(self._directory, self._name, self.generation, self._process)
 
     @property
     def writing(self) -> bool:
-        """Whether a part of the next generation has been written."""
+        """Whether some of the next generation has been written."""
         return self._writer is not None
 
     def finish(self) -> tuple[Path, FileRecord]:
-        """Complete the next generation, which from now on is read; the older file is left."""
+        """Complete the next generation, from which `read` then reads; the older file stays."""
         assert self._writer is not None
         record = self._writer.finish()
         self._writer = None
@@ -88,7 +88,7 @@ class Stream:
 
 @dataclass
 class DiskInput:
-    """A capture.BlockInput whose hidden states and arguments are read and written when they are asked for."""
+    """A capture.BlockInput whose hidden states and arguments are read from and written to files at each call."""
 
     modality: Tensor
     positions: Tensor
@@ -117,7 +117,7 @@ class DiskInput:
 
 
 def read_arguments(path: Path, device: torch.device) -> list[Mapping[str, Any]]:
-    """What the model passes to each block with one sample, from the sample's file."""
+    """The model's arguments of each block for one sample, from the sample's file."""
     layout = read_metadata(path).get("arguments")
     if layout is None:
         raise damaged(path, "it holds no arguments")

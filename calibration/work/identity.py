@@ -1,4 +1,4 @@
-"""What a calibration was begun with: a run may only go on with the same, or its bytes would be another's."""
+"""Fingerprint of everything that the checkpoint's bytes depend on. A run may resume only if it is unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from morphoquant_vllm import ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 
-# Differences that an error message tells.
+# Differences that an error message lists.
 _SHOWN = 6
 
 
@@ -39,12 +39,12 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that the checkpoint's bytes depend on, as a JSON object: settings, versions, model and data.
 
-    Files are known by the SHA-256 of their content, weight files too: size and time of change can stay as they were
-    when the content does not. The number of threads is not part of it: a run goes on with the recorded one.
-    That of processes is.
+    Files, including weight files, are identified by the SHA-256 of their content: size and time can stay the same when
+    the content changes. The number of threads is not included, because a resumed run uses the recorded number. The
+    number of processes is included.
     """
     settings = recipe.model_dump(mode="json") | {
-        # Of several processes, each has a GPU of its own.
+        # With several processes, each has a different GPU.
         "device": str(device) if processes == 1 else device.type,
         "processes": processes,
         "skip_bad": skip_bad,
@@ -67,48 +67,48 @@ def identity(
 
 
 def _instructions() -> list[str]:
-    """With which this machine multiplies codes; none where it does so in float32."""
+    """Names of the integer products and kernels of this machine; empty if it multiplies codes in float32."""
     served = ops.BACKENDS[ops.select_backend(torch.device("cpu"))].instructions()
     return ["int8 products"] * has_exact_products() + ([f"{served} kernels"] if served else [])
 
 
 def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when the work was begun, in words."""
-    found = []
+    """Sentences about the differences between the fingerprints `begun` and `now`."""
+    changes = []
     for part in ("settings", "versions", "model"):
         old, new = begun[part], now[part]
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) == new.get(name):
                 continue
             if part == "model" or name == "code":
-                found.append(f"{'the package itself' if name == 'code' else name} has changed")
+                changes.append(f"{'the package itself' if name == 'code' else name} has changed")
             else:
-                found.append(f"{name} was {_shown(old.get(name))}, now {_shown(new.get(name))}")
-    return found + _data_differences(begun["data"], now["data"])
+                changes.append(f"{name} was {_shown(old.get(name))}, now {_shown(new.get(name))}")
+    return changes + _data_differences(begun["data"], now["data"])
 
 
 def refuse_changes(work: Path, begun: Mapping[str, Any], now: Mapping[str, Any], finished: int) -> None:
-    """MorphoQuantError naming what differs, if anything does."""
-    found = differences(begun, now)
-    if found:
-        more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    """Raise MorphoQuantError naming the differences, if there are any."""
+    changes = differences(begun, now)
+    if changes:
+        more = f", and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise MorphoQuantError(
-            f"{work}: was begun with other settings or data ({'; '.join(found[:_SHOWN])}{more}); give those again, "
+            f"{work}: was begun with other settings or data ({'; '.join(changes[:_SHOWN])}{more}); give those again, "
             f"choose another --work, or pass --restart, which drops its {finished} finished blocks"
         )
 
 
 def _data_differences(old: Sequence[Sequence[str]], new: Sequence[Sequence[str]]) -> list[str]:
-    found: list[str] = []
+    changes: list[str] = []
     for before, after in zip(old, new, strict=False):
         if before[0] != after[0]:
-            # From here on everything is shifted, which need not be told item by item.
-            return [*found, f"where the data had {before[0]} it now has {after[0]}"]
+            # All later items are shifted, so they are not listed.
+            return [*changes, f"where the data had {before[0]} it now has {after[0]}"]
         if before[1] != after[1]:
-            found.append(f"{after[0]} or its media have changed")
+            changes.append(f"{after[0]} or its media have changed")
     if len(old) != len(new):
-        found.append(f"the data were {len(old)} conversations and texts, now {len(new)}")
-    return found
+        changes.append(f"the data were {len(old)} conversations and texts, now {len(new)}")
+    return changes
 
 
 def _shown(value: Any) -> str:
@@ -116,29 +116,29 @@ def _shown(value: Any) -> str:
 
 
 def _code_hash() -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, path in code_files(Path(calibration.__file__).parent.parent).items():
-        found.update(f"{name} {hash_file(path)}\n".encode())
-    return found.hexdigest()
+        sha256.update(f"{name} {hash_file(path)}\n".encode())
+    return sha256.hexdigest()
 
 
 def _model_files(source: Source) -> dict[str, str]:
     plain = [Path(CONFIG_FILE), *copied_files(source.directory)]
-    found = {str(path): hash_file(source.directory / path) for path in plain}
+    hashes = {str(path): hash_file(source.directory / path) for path in plain}
     weights = sorted({info.file for info in source.tensors.values()})
-    return found | {path.name: hash_file(path) for path in weights}
+    return hashes | {path.name: hash_file(path) for path in weights}
 
 
 def _content_hash(item: Conversation | PlainText) -> str:
     if isinstance(item, PlainText):
         return hashlib.sha256(item.text.encode()).hexdigest()
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for message in item.messages:
         for part in message.parts:
             content = _media_hash(part) if isinstance(part, Media) else part.text
             kind = part.kind if isinstance(part, Media) else "text"
-            found.update(json.dumps([message.role, kind, content]).encode() + b"\n")
-    return found.hexdigest()
+            sha256.update(json.dumps([message.role, kind, content]).encode() + b"\n")
+    return sha256.hexdigest()
 
 
 def _media_hash(media: Media) -> str:

@@ -1,4 +1,4 @@
-"""One run at a time on a work directory: a lock that the system takes back when its holder dies, however it dies."""
+"""Locks a work directory for one run at a time. The system releases the lock when its holder dies, for any reason."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LOCK_FILE = "lock"
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold an existing work directory (flock on a file in it); MorphoQuantError where another run holds it."""
+    """Hold an existing work directory by flock on a file in it; MorphoQuantError if another run holds it."""
     lock = FileLock(directory / LOCK_FILE, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise MorphoQuantError(
-            f"{directory}: another calibration is at work there; wait for it to end, or choose another --work"
+            f"{directory}: another calibration uses this work directory; wait for its end, or choose another --work"
         ) from error
     try:
         yield

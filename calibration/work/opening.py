@@ -1,4 +1,4 @@
-"""Taking hold of a work directory: one run at a time, of the same settings, and nobody else's files."""
+"""Opens a work directory: for one run at a time, with unchanged inputs, and without foreign files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-# In the order in which they are removed: what tells of others goes before them, so that a crash leaves no lie.
+# Removal order: a manifest goes before the files it describes, so a crash never leaves a manifest without its files.
 _FILES = tuple(
     re.compile(rf"{pattern}({re.escape(PARTIAL)})?")
     for pattern in (
@@ -49,24 +49,24 @@ def open_work(
     restart: bool = False,
     processes: Processes = ONE,
 ) -> Iterator[WorkDirectory]:
-    """Hold the work directory `path`, made where there is none, for a run over so many blocks that ends in `output`.
+    """Hold the work directory `path` for a run over `blocks` blocks that ends in `output`; create it if it is missing.
 
-    `begun_with` is what work.identity tells of the run. Where the directory holds finished work, it must
-    have been begun with the same. With `restart` it is dropped. Where nothing is finished when the run ends, nothing
-    stays. Of several processes the first holds it for all; they leave the block together.
+    `begun_with` is the run's fingerprint from work.identity. Finished work in the directory must have the same
+    fingerprint, or `restart` drops it. The directory is removed if nothing is finished when the run ends. With several
+    processes the first one holds it for all; they leave the block together.
 
-    Raises MorphoQuantError where another run holds the directory, it is no work directory, it was begun with other
-    settings or data, or a file of it is gone or damaged; then it stays as it is.
+    Raises MorphoQuantError if another run holds the directory, or if it is not a work directory. Other settings or data
+    than at its beginning raise it too, as do missing and damaged files. The directory then stays unchanged.
     """
     if not processes.first:
-        work = WorkDirectory(path, device, processes=processes, **processes.decide(dict))
+        work = WorkDirectory(path, device, processes=processes, **processes.broadcast(dict))
         with processes.failing_together():
             yield work
         return
     with _held(path, begun_with, device, blocks, output, restart=restart) as work:
         work.processes = processes
         names = ("begun_with", "threads", "settings", "finished", "exported")
-        processes.decide(lambda: {name: getattr(work, name) for name in names})
+        processes.broadcast(lambda: {name: getattr(work, name) for name in names})
         with processes.failing_together():
             yield work
 
@@ -77,9 +77,11 @@ def _held(
 ) -> Iterator[WorkDirectory]:
     with clear_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-    others = [found.name for found in path.iterdir() if found.name != LOCK_FILE and not _is_ours(found)]
+    others = [entry.name for entry in path.iterdir() if entry.name != LOCK_FILE and not _is_ours(entry)]
     if others and not (path / RUN_FILE).exists():
-        raise MorphoQuantError(f"{path}: holds {min(others)}, but no calibration's work; choose another --work")
+        raise MorphoQuantError(
+            f"{path}: holds {min(others)} and is not a calibration's work directory; choose another --work"
+        )
     with locked(path):
         _drop_files(path, partial_only=not restart)
         work = WorkDirectory(path, device, _hash(begun_with), torch.get_num_threads())
@@ -87,7 +89,7 @@ def _held(
         if not work.exported:
             _begin(work, begun_with, blocks)
         if work.finished is not None:
-            logger.info("%s: going on after %d of %d blocks", path, work.finished, blocks)
+            logger.info("%s: resuming after %d of %d blocks", path, work.finished, blocks)
         try:
             yield work
         finally:
@@ -98,7 +100,7 @@ def _held(
 
 
 def clear_work(path: Path) -> None:
-    """Remove a run's files, and the directory where it then is empty: what others put there stays."""
+    """Remove a run's files, and the directory if it is then empty; foreign files stay."""
     _drop_files(path)
     (path / LOCK_FILE).unlink(missing_ok=True)
     if not any(path.iterdir()):
@@ -106,7 +108,7 @@ def clear_work(path: Path) -> None:
 
 
 def _begin(work: WorkDirectory, begun_with: Mapping[str, Any], blocks: int) -> None:
-    """Go on with what is finished, or begin anew where nothing is."""
+    """Resume finished work, or begin anew if there is none."""
     run = work.path / RUN_FILE
     manifests = list(work.path.glob("block-*.json"))
     if run.exists() and (manifests or (work.path / SAMPLES_FILE).exists()):
@@ -132,6 +134,6 @@ def _is_ours(path: Path) -> bool:
 
 def _drop_files(path: Path, *, partial_only: bool = False) -> None:
     for pattern in _FILES:
-        for found in sorted(path.iterdir()):
-            if pattern.fullmatch(found.name) and (found.name.endswith(PARTIAL) or not partial_only):
-                found.unlink()
+        for entry in sorted(path.iterdir()):
+            if pattern.fullmatch(entry.name) and (entry.name.endswith(PARTIAL) or not partial_only):
+                entry.unlink()

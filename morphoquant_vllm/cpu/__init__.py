@@ -2,7 +2,7 @@
 
 backend  checked calls of the compiled linear layer
 head     checked calls of the compiled heads
-layout   how a layer lies in memory for the kernels
+layout   the memory layout of a layer for the kernels
 build    compiles the kernels and loads them
-cache    where built kernels are kept: who may write there, and what is intact
+cache    the directory of built kernels: write permissions, and checks for damage
 """

@@ -1,9 +1,9 @@
 """The CPU backend: checked calls of the compiled functions (cpu/kernels/) on records that cpu.layout.prepare made.
 
-M tokens, K input channels, N output channels, R modality rows. A call costs microseconds before native code begins,
-which counts at M = 1: what can be checked once is checked when records are prepared. Here are checked the tensors'
-dtypes, shapes, layouts and devices; in native code, before it reads more of a record than its header, that the record
-fits them, and the modality of each token.
+M tokens, K input channels, N output channels, R modality rows. At M = 1 the microseconds before native code are a
+large share of a call, so most checks run once, when records are prepared. This module checks the tensors' dtypes,
+shapes, layouts and devices at each call. Native code checks that a record's header fits the tensors before it reads
+the rest, and checks the modality of each token.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["RECORD_SIZES", "act_quant", "available", "instructions", "linear", "
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The fields of Request in cpu/kernels/record.h.
 _REQUEST = struct.Struct("=18q")
-# What the functions return (cpu/kernels/entry.cpp).
+# Return codes of the functions (cpu/kernels/entry.cpp).
 _BAD_ROW, _NO_MEMORY = 1, 3
 
 
 def available() -> bool:
-    """Whether the kernels run here; builds them at the first call, and warns once where they do not."""
+    """Whether the kernels run here; builds them at the first call, and warns once if they do not."""
     return kernels() is not None
 
 
@@ -118,11 +118,11 @@ def _error(status: int) -> Exception:
         return IndexError("modality names a row that the activation record does not have")
     if status == _NO_MEMORY:
         return MemoryError("no memory for the codes of these tokens")
-    return ValueError("the records must be what cpu.layout.prepare made for inputs and outputs of these sizes")
+    return ValueError("the records must come from cpu.layout.prepare, for inputs and outputs of these sizes")
 
 
 def _inputs(x: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
-    """x with adjacent channels and modality without gaps, after checks of both."""
+    """Check `x` and `modality`; x with adjacent channels, modality contiguous."""
     if x.dtype not in _DTYPES or not x.is_cpu or not modality.is_cpu:
         raise ValueError(f"x must be float32, bfloat16 or float16 on the CPU, got {x.dtype} on {x.device}")
     return x if x.stride(1) == 1 else x.contiguous(), modality.contiguous()

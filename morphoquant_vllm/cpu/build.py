@@ -1,8 +1,9 @@
 """Build and load the CPU kernels: compiled with the machine's g++ at first use, then kept in a cache.
 
-The cache is a directory of shared objects, named by a hash of all that decides their content. A build is written
-beside its place and moved there in one step, so that any number of workers may start at once: at worst several compile
-the same. A library that is damaged, or that another user may have written, is never loaded: it is built anew.
+The cache is a directory of shared objects. A hash of everything that decides a library's content names its file. A
+build is written to a scratch folder and moved into the cache in one step. So any number of workers may start at once;
+at worst several compile the same library. A library that is damaged, or that another user may have written, is never
+loaded: it is built anew.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from morphoquant_vllm.errors import one_line
 logger = logging.getLogger("vllm.morphoquant_vllm.cpu.build")
 
 SOURCES = Path(__file__).parent / "kernels"
-# Instruction sets, best first: the flags in /proc/cpuinfo that they need, and what tells the compiler so.
+# Instruction sets, best first: the flags in /proc/cpuinfo that they need, and the compiler's flags.
 _BASE_CPU, _BASE_FLAGS = ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")
 INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512_vnni": (
@@ -40,24 +41,24 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx_vnni": ((*_BASE_CPU, "avx_vnni"), (*_BASE_FLAGS, "-mavxvnni")),
     "avx2": (_BASE_CPU, _BASE_FLAGS),
 }
-# Those that have run on a processor, best first. The other has been compiled; environment.CPU turns it on.
+# Instruction sets that have run on a processor, best first. The other was only compiled; environment.CPU selects it.
 RUN_ON_HARDWARE = ("avx512_vnni", "avx2")
-# No contraction: the quantizer rounds after each operation, as torch does. The warning is false in gcc 12's headers.
+# No contraction: the quantizer rounds after each operation, as torch does. gcc 12's headers cause the false warning.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
-# A compiler that takes longer than this for a file hangs (s).
+# Seconds per file after which a compiler is considered to hang.
 COMPILE_TIMEOUT = 120
 
 
 class BuildError(Exception):
-    """The kernels cannot be built or loaded here; the message says why and what helps."""
+    """The kernels cannot be built or loaded here; the message names the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library: functions of a packed Request (cpu/kernels/record.h), HeadCall (head.h) or HeadBFloat16Call.
+    """The loaded library: functions of a packed Request, HeadCall or HeadBFloat16Call (see cpu/kernels/).
 
-    They return 0, 1 for a bad row, 2 for a bad record, 3 without memory. `head_bfloat16` is None where the processor
-    has no AVX512-BF16.
+    They return 0, 1 for a bad row, 2 for a bad record, 3 if memory is exhausted. `head_bfloat16` is None if the
+    processor lacks AVX512-BF16.
     """
 
     act_quant: Callable[[bytes], int]
@@ -69,56 +70,60 @@ class Kernels:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What the processor can do, by the kernel's names; empty where that is not known."""
+    """The processor's features by the Linux kernel's names; empty if they are unknown."""
     if not cpuinfo.is_file():
         return frozenset()
-    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+    match = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
 
 
 def instruction_set(flags: frozenset[str], choice: str = "") -> str:
-    """The instruction set that serves on a processor with `flags`: `choice`, else the best that has run on hardware.
+    """The instruction set for a processor with `flags`: `choice`, else the best that has run on hardware.
 
-    Raises BuildError where the processor has none, or not the one that is asked for.
+    Raises BuildError if the processor supports none, or not `choice`.
     """
     if choice:
         if choice not in INSTRUCTION_SETS or not flags.issuperset(INSTRUCTION_SETS[choice][0]):
-            here = [name for name, (needed, _) in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
-            raise BuildError(f"{environment.CPU}={choice}: not an instruction set of this processor; it has {here}")
+            supported = [name for name, (needed, _) in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
+            raise BuildError(
+                f"{environment.CPU}={choice}: not an instruction set of this processor; it has {supported}"
+            )
         return choice
     for name in RUN_ON_HARDWARE:
         if flags.issuperset(INSTRUCTION_SETS[name][0]):
             return name
-    raise BuildError("the processor has no AVX2, FMA and F16C; nothing helps but another machine")
+    raise BuildError("the CPU kernels need AVX2, FMA and F16C, which this processor lacks; serve on another machine")
 
 
 def find_compiler() -> list[str]:
-    """Command of the C++ compiler: the user's, else g++ or c++. Raises BuildError where there is none."""
+    """Command of the C++ compiler: the user's, else g++ or c++. Raises BuildError if there is none."""
     try:
         command = environment.compiler()
     except ValueError as error:
-        raise BuildError(f"{environment.CXX} is no command ({error}); set it to a C++ compiler, such as g++") from error
+        raise BuildError(
+            f"{environment.CXX} is not a command ({error}); set it to a C++ compiler, such as g++"
+        ) from error
     for name in (command[0],) if command else ("g++", "c++"):
-        if found := shutil.which(name):
-            return [found, *command[1:]]
+        if path := shutil.which(name):
+            return [path, *command[1:]]
     raise BuildError(
         f"no C++ compiler ({command[0] if command else 'g++'}); install g++ or set {environment.CXX} to one"
     )
 
 
 def torch_openmp(maps: Path = Path("/proc/self/maps")) -> Path | None:
-    """The OpenMP library that torch has loaded: its threads are the ones that vLLM binds to cores.
+    """The OpenMP library that torch has loaded: vLLM binds its threads to cores.
 
-    Other packages may have brought their own copies; torch's lies in its own directory, if it bundles one.
+    Other packages may bundle further copies. If torch bundles one, it lies in torch's directory.
     """
     if not maps.is_file():
         return None
     mapped = os.fsdecode(maps.read_bytes())
     paths = dict.fromkeys(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)\b[^/\s]*\.so\S*)$", mapped, re.MULTILINE))
     site = Path(torch.__file__).parent
-    own = [path for path in paths if Path(path).parent in (site / "lib", site.parent / "torch.libs")]
+    bundled = [path for path in paths if Path(path).parent in (site / "lib", site.parent / "torch.libs")]
     shared = [path for path in paths if not Path(path).parent.name.endswith(".libs")]
-    return next((Path(path) for path in (*own, *shared)), None)
+    return next((Path(path) for path in (*bundled, *shared)), None)
 
 
 def build(
@@ -129,10 +134,10 @@ def build(
     extra: Sequence[str] = (),
     sources: Path = SOURCES,
 ) -> Path:
-    """Compile `sources` for an instruction set unless the cache has them; the shared object in `directory`.
+    """Compile `sources` for an instruction set unless `directory` holds the library; the path of the shared object.
 
-    `openmp` is the library to link with (the compiler's own where None), `extra` are further compiler flags. Raises
-    BuildError with the compiler's first complaint, or the reason why the directory cannot be written.
+    `openmp` is the library to link with (None: the compiler's), `extra` are further compiler flags. Raises BuildError
+    with the compiler's first error, or the reason why the directory cannot be written.
     """
     define = f"-DMORPHOQUANT_{instructions.upper()}"
     flags = [*COMPILE_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
@@ -153,7 +158,7 @@ def build(
             for source in (path for path in files if path.suffix == ".cpp"):
                 objects.append(f"{scratch}/{source.stem}.o")
                 _run([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
-            # Linked by name, and not by -fopenmp: that would bring in the compiler's own copy of the library.
+            # Linked by path: -fopenmp would add the compiler's copy of the library.
             library = [str(openmp)] if openmp else ["-fopenmp"]
             _run([*compiler, *extra, "-shared", *objects, *library, "-o", str(made)])
             put(made, target)
@@ -163,9 +168,9 @@ def build(
 
 
 def _run(command: list[str]) -> str:
-    """What a command prints. Raises BuildError where it fails, hangs or cannot be started."""
+    """Run a command; its output. Raises BuildError if it fails, hangs or cannot be started."""
     try:
-        # A session of its own: whatever the compiler has started ends with it.
+        # A new session: killing it also ends the compiler's child processes.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -176,7 +181,7 @@ def _run(command: list[str]) -> str:
             start_new_session=True,
         )
         try:
-            output, complaint = process.communicate(timeout=COMPILE_TIMEOUT)
+            output, errors = process.communicate(timeout=COMPILE_TIMEOUT)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -190,23 +195,23 @@ def _run(command: list[str]) -> str:
             f"{command[0]} does not run ({error.strerror}); install g++ or set {environment.CXX} to one"
         ) from error
     if process.returncode:
-        lines = complaint.strip().splitlines() or [f"exit code {process.returncode}"]
+        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])
         raise BuildError(f"{command[0]} failed: {first}; g++ 11 or newer is known to work")
     return output
 
 
 def load(path: Path, instructions: str) -> Kernels:
-    """Load a built library. Raises BuildError where the system refuses it."""
+    """Load a built library. Raises BuildError if the system refuses it."""
     try:
         library = ctypes.CDLL(str(path.absolute()))
         functions = (library.morphoquant_act_quant, library.morphoquant_linear, library.morphoquant_head)
         head_bfloat16 = library.morphoquant_head_bfloat16
         request_size, has_head_bfloat16 = library.morphoquant_request_size, library.morphoquant_has_head_bfloat16
-    # ValueError: the loader's message quotes bytes of a damaged file. AttributeError: another library.
+    # ValueError: the loader's message quotes bytes of a damaged file. AttributeError: it is another library.
     except (OSError, ValueError, AttributeError) as error:
         raise BuildError(
-            f"{path} does not load ({error}); remove it, and set {environment.CXX} to g++ if it is another"
+            f"{path} does not load ({error}); remove it, and set {environment.CXX} to g++ if it names another compiler"
         ) from error
     for function in (*functions, head_bfloat16):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
@@ -220,16 +225,16 @@ def load(path: Path, instructions: str) -> Kernels:
 
 
 def cache_directory() -> Path:
-    """Where built kernels are kept. Raises BuildError where there is no such place."""
+    """The directory of built kernels. Raises BuildError if there is none."""
     directory = environment.cache_directory()
     if directory is None:
-        raise BuildError(f"there is no home directory for the built kernels; set {environment.CACHE} to a directory")
+        raise BuildError(f"no home directory exists for the built kernels; set {environment.CACHE} to a directory")
     return directory
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels for this machine, or None after one warning that says why there are none and what helps."""
+    """The kernels for this machine, or None after one warning that names the reason and the remedy."""
     try:
         instructions = instruction_set(cpu_flags(), environment.cpu_instructions())
         compiler = find_compiler()

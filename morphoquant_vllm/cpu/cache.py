@@ -1,7 +1,7 @@
-"""The cache of built libraries: who may write there, and whether a file is what was put there.
+"""The cache of built libraries: checks of write permissions and of damaged files.
 
-A library that is loaded runs, and one that is cut short ends the process with SIGBUS. So each ends with the SHA-256 of
-what comes before, which is read first. The loader passes over what stands behind the library.
+Loading a library runs it, and a truncated one ends the process with SIGBUS. So each file ends with the SHA-256 of the
+bytes before it, which is checked first. The loader ignores bytes after the library.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ logger = logging.getLogger("vllm.morphoquant_vllm.cpu.cache")
 
 _MARK = b"morphoquant-sha256:"
 _DIGEST_BYTES = hashlib.sha256().digest_size
-# Nothing else may be written by, and others than these may not own what is loaded.
+# User id of root: only this user and root may own or write a library that is loaded.
 _ROOT = 0
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 @contextmanager
 def usable_directory(directory: Path) -> Iterator[Path]:
-    """`directory` if only this user and root may write there, or if it is not there yet; else a private one, once."""
+    """`directory` if it does not exist yet or only this user and root may write there; else a temporary private one."""
     if not directory.exists() or _is_private(directory.stat()):
         yield directory
         return
@@ -38,18 +38,18 @@ def usable_directory(directory: Path) -> Iterator[Path]:
         ascii(str(directory)),
         environment.CACHE,
     )
-    # A loaded library stays loaded when its file is gone.
+    # A loaded library stays loaded after its file is removed.
     with tempfile.TemporaryDirectory(prefix="morphoquant-") as private:
         yield Path(private)
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Whether this user or root owns a file or folder, and nobody else may write it."""
+    """Whether this user or root owns a file or folder, and no other user may write it."""
     return status.st_uid in (os.geteuid(), _ROOT) and not status.st_mode & _WRITABLE_BY_OTHERS
 
 
 def put(made: Path, target: Path) -> None:
-    """Move a new library to its place in one step, its digest at its end; what is there survives a loss of power."""
+    """Append the digest to a new library and move it to `target` in one step; `target` survives a power failure."""
     digest = hashlib.sha256(made.read_bytes()).digest()
     made.chmod(stat.S_IRWXU)
     with made.open("ab") as file:
@@ -65,9 +65,9 @@ def put(made: Path, target: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file is there that `put` wrote: undamaged, and written by nobody but this user or root."""
+    """Whether `path` is a file that `put` wrote: undamaged, and writable only by this user and root."""
     try:
-        # Never waits for a writer, as opening a FIFO does.
+        # O_NONBLOCK: opening a FIFO would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False

@@ -1,6 +1,6 @@
 """lm_head on a CPU, 8-bit or bfloat16: checked calls of the compiled functions (cpu/kernels/head.h, head_bfloat16.h).
 
-M tokens, K channels, N outputs. Everything that native code relies on is checked at each call.
+M tokens, K channels, N outputs. Each call checks everything that native code relies on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from morphoquant_vllm.cpu.build import Kernels, cpu_flags, kernels
 
-# K must be a multiple of what one vector holds on any of the instruction sets, of bfloat16 in the second place.
+# K must be a multiple of the longest vector of any instruction set: of float32, and of bfloat16.
 CHANNEL_MULTIPLE, BFLOAT16_MULTIPLE = 16, 32
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The fields of HeadCall in cpu/kernels/head.h, and of HeadBFloat16Call in head_bfloat16.h.
@@ -40,7 +40,7 @@ def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None
     y = x.new_empty((tokens, outputs))
     library = library or _loaded()
     if library.head_bfloat16 is not None and x.dtype is torch.bfloat16 and channels % BFLOAT16_MULTIPLE == 0:
-        # Whatever M is, so that a token's logits are the same in every batch.
+        # For every M: a token's logits must be the same in every batch.
         _run_bfloat16(library.head_bfloat16, x, codes, scale, y)
     elif tokens and outputs:
         floats = torch.empty((tokens, channels), dtype=torch.float32)
@@ -79,16 +79,16 @@ def _run_bfloat16(run: Callable[[bytes], int], x: Tensor, weight: Tensor, scale:
 
 
 def eight_bit_refusal(weight: Tensor) -> str | None:
-    """Why `head` does not take codes of a weight [N, K], in words; None if it does."""
+    """The reason why `head` cannot use codes of a weight [N, K]; None if it can."""
     if weight.shape[1] % CHANNEL_MULTIPLE:
-        return f"K = {weight.shape[1]} is no multiple of {CHANNEL_MULTIPLE}"
+        return f"K = {weight.shape[1]} is not a multiple of {CHANNEL_MULTIPLE}"
     return None
 
 
 def serves_bfloat16(weight: Tensor) -> bool:
-    """Whether `head_bfloat16` takes `weight` on this machine, and is the best that it has.
+    """Whether `head_bfloat16` takes `weight` on this machine, and is the fastest choice.
 
-    A processor with AMX multiplies many tokens' bfloat16 several times as fast: there vLLM's own head stays.
+    A processor with AMX multiplies bfloat16 of many tokens several times as fast: there vLLM's head stays.
     """
     library = kernels() if weight.device.type == "cpu" else None
     fits = weight.dtype is torch.bfloat16 and weight.dim() == 2 and weight.shape[1] % BFLOAT16_MULTIPLE == 0

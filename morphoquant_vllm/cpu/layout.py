@@ -1,14 +1,15 @@
-"""Records as cpu/kernels/ reads them: each one block of bytes, so that a call passes and checks few tensors.
+"""Lays out records for cpu/kernels/: each record is one block of bytes, so a call passes and checks few tensors.
 
 Weight record      block uint8: header, codes, scale bfloat16: panels of 2 blocks of 16 outputs, the last
                    narrower, [K/8, blocks, 64] and [K/G, blocks, 16] (see gemm.h); absorbed_bias float32 [R, N].
-                   With two-level scales the levels, uint8, in the place of scale, then channel_scale float32 and what
-                   sums start at (see gemm_two_level.h) int32, both [N rounded up to 16]
-Activation record  block uint8: header, then the canonical fields in an order of their own
+                   With two-level scales the levels, uint8, replace scale; then follow channel_scale float32 and the
+                   start values of the sums (see gemm_two_level.h) int32, both [N rounded up to 16]
+Activation record  block uint8: header, then the canonical fields in another order
 
-A header is 8 int64: a magic number, the block's bytes, and its sizes; cpu/kernels/record.h compares them with those of
-the tensors of each call. Each part begins at a multiple of 64 bytes. Together the records are as large as the canonical
-ones, which need not be kept. What else native code relies on, values that index others, is checked here.
+A header is 8 int64: a magic number, the block's size in bytes, and its dimensions. cpu/kernels/record.h compares them
+with those of the tensors of each call. Each field begins at a multiple of 64 bytes. Together the records are as large
+as the canonical ones, which need not be kept. This module also checks values that index others, which native code
+relies on.
 
 K input channels, N output channels, G group size along K, R modality rows, B sets of J massive intervals.
 """
@@ -27,7 +28,7 @@ from morphoquant_vllm.numerics.limits import GROUP_SIZES
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.numerics.weights import unpack
 
-# Outputs of a block, channels in each of its rows of 64 bytes, blocks of a panel.
+# Outputs of a block, channels in 64 bytes of a block, blocks of a panel.
 BLOCK, OCTET, PANEL = 16, 8, 2
 HEADER_BYTES = 64
 # Tensors of a weight and an activation record, as `prepare` makes them.
@@ -35,7 +36,7 @@ RECORD_SIZES = (2, 1)
 ACTIVATION_MAGIC, WEIGHT_MAGIC = 0x314143514D, 0x315457514D
 # Two canonical bytes of q = 0.
 _ZERO_CODES = 0x88
-# Outputs repacked at a time: bounds what loading needs besides the records themselves.
+# Outputs repacked at a time: bounds the memory that loading needs in addition to the records.
 _REPACK_OUTPUTS = 1024
 _ACTIVATION_DTYPES = {
     **dict.fromkeys(("inverse", "centre", "gain", "massive_low", "massive_high"), torch.float32),
@@ -45,7 +46,7 @@ _ACTIVATION_DTYPES = {
 
 
 def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
-    """Lay canonical records out for the kernels. Raises ValueError where they contradict each other."""
+    """Lay out canonical records for the kernels. Raises ValueError if they contradict each other."""
     outputs, half = weight.codes.shape
     channels = activation.channel_order.numel()
     groups = weight.scale.shape[1]
@@ -69,26 +70,26 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     )
     _check_activation(activation, channels, rows)
     blocks = -(-outputs // BLOCK)
-    parts: list[tuple[tuple[int, ...], torch.dtype]] = [
+    fields: list[tuple[tuple[int, ...], torch.dtype]] = [
         ((blocks * channels // OCTET * 64,), torch.uint8),
         ((blocks * groups * BLOCK,), weight.scale.dtype),
     ]
     if weight.two_level:
-        parts += [((blocks * BLOCK,), torch.float32), ((blocks * BLOCK,), torch.int32)]
-    made, (codes, scale, *of_outputs) = _block(
-        WEIGHT_MAGIC, (channels, outputs, group_size, int(weight.two_level)), parts
+        fields += [((blocks * BLOCK,), torch.float32), ((blocks * BLOCK,), torch.int32)]
+    block, (codes, scale, *per_output) = _block(
+        WEIGHT_MAGIC, (channels, outputs, group_size, int(weight.two_level)), fields
     )
     for first in range(0, outputs, _REPACK_OUTPUTS):
-        part = slice(first, first + _REPACK_OUTPUTS)
-        _fill_panels(codes, first, _blocks_of_codes(weight.codes[part]))
-        _fill_panels(scale, first, _padded(weight.scale[part], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
+        chunk = slice(first, first + _REPACK_OUTPUTS)
+        _fill_panels(codes, first, _blocks_of_codes(weight.codes[chunk]))
+        _fill_panels(scale, first, _padded(weight.scale[chunk], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
         if weight.two_level:
-            channel_scale, start = (whole[:outputs][part] for whole in of_outputs)
-            channel_scale.copy_(weight.channel_scale[part])
-            # What code + 128 in the place of code adds to a sum, taken back.
-            sums = unpack(weight.codes[part]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
-            start.copy_(-128 * (sums * weight.scale[part]).sum(1, dtype=torch.int32))
-    return [made, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
+            channel_scale, start = (whole[:outputs][chunk] for whole in per_output)
+            channel_scale.copy_(weight.channel_scale[chunk])
+            # Cancels the contribution of the 128 in code + 128.
+            sums = unpack(weight.codes[chunk]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
+            start.copy_(-128 * (sums * weight.scale[chunk]).sum(1, dtype=torch.int32))
+    return [block, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
 
 
 def _check_activation(activation: ActivationRecord, channels: int, rows: int) -> None:
@@ -101,8 +102,8 @@ def _check_activation(activation: ActivationRecord, channels: int, rows: int) ->
         "channel_order": (channels,),
     }
     for name, dtype in _ACTIVATION_DTYPES.items():
-        part: Tensor = getattr(activation, name)
-        _require(part.dtype is dtype and part.shape == shapes[name], f"{name} must be {dtype} {list(shapes[name])}")
+        field: Tensor = getattr(activation, name)
+        _require(field.dtype is dtype and field.shape == shapes[name], f"{name} must be {dtype} {list(shapes[name])}")
     for name in ("channel_order", "massive_channel"):
         index = getattr(activation, name)
         inside = not index.numel() or (int(index.min()) >= 0 and int(index.max()) < channels)
@@ -115,52 +116,52 @@ def _activation_block(activation: ActivationRecord, channels: int, rows: int) ->
     in_order = torch.equal(order, torch.arange(channels, dtype=order.dtype))
     if in_order:
         activation = activation._replace(channel_order=order[:0])
-    parts: list[Tensor] = [getattr(activation, name) for name in names]
+    fields: list[Tensor] = [getattr(activation, name) for name in names]
     sizes = (channels, rows, *activation.massive_channel.shape, int(in_order))
-    made, places = _block(ACTIVATION_MAGIC, sizes, [(tuple(part.shape), part.dtype) for part in parts])
-    for place, part in zip(places, parts, strict=True):
-        place.copy_(part)
-    return made
+    block, places = _block(ACTIVATION_MAGIC, sizes, [(tuple(field.shape), field.dtype) for field in fields])
+    for place, field in zip(places, fields, strict=True):
+        place.copy_(field)
+    return block
 
 
 def _block(
-    magic: int, sizes: Sequence[int], parts: Sequence[tuple[tuple[int, ...], torch.dtype]]
+    magic: int, sizes: Sequence[int], fields: Sequence[tuple[tuple[int, ...], torch.dtype]]
 ) -> tuple[Tensor, list[Tensor]]:
-    """A block with its header, and its parts, to be filled: views of shapes and dtypes."""
+    """A block with its header, and its fields to be filled: views of the given shapes and dtypes."""
     places, end = [], HEADER_BYTES
-    for shape, dtype in parts:
+    for shape, dtype in fields:
         places.append(slice(end, end + math.prod(shape) * dtype.itemsize))
         end = -(-places[-1].stop // 64) * 64
     block = zero_bytes(end)
     header = [magic, end, *sizes]
     block[:HEADER_BYTES].view(torch.int64)[: len(header)] = torch.tensor(header)
-    return block, [block[at].view(dtype).view(shape) for at, (shape, dtype) in zip(places, parts, strict=True)]
+    return block, [block[at].view(dtype).view(shape) for at, (shape, dtype) in zip(places, fields, strict=True)]
 
 
 def _blocks_of_codes(codes: Tensor) -> Tensor:
-    """uint8 [N, K/2], as weights.pack makes them, as uint8 [ceil(N/16), K/8, 64]; outputs past N have q = 0."""
+    """Repack uint8 [N, K/2] of weights.pack to uint8 [ceil(N/16), K/8, 64]; outputs past N have q = 0."""
     octets = codes.shape[1] * 2 // OCTET
-    part = _padded(codes, _ZERO_CODES)
+    padded = _padded(codes, _ZERO_CODES)
     # [..., byte, nibble] of 8 channels: channels 0-3 become the low nibbles of four bytes, 4-7 the high ones.
-    nibbles = torch.stack((part & 0xF, part >> 4), -1).view(-1, BLOCK, octets, 2, OCTET // 2)
+    nibbles = torch.stack((padded & 0xF, padded >> 4), -1).view(-1, BLOCK, octets, 2, OCTET // 2)
     merged = nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)
     return merged.transpose(1, 2).flatten(2)
 
 
 def _fill_panels(panels: Tensor, first: int, blocks: Tensor) -> None:
-    """Blocks [count, rows, row] from output `first` on into the panels [rows, 2, row] that begin there."""
-    _, rows, row = blocks.shape
-    start = first // BLOCK * rows * row
-    for part in blocks.split(PANEL):
-        panels[start : start + part.numel()].view(rows, -1, row).copy_(part.transpose(0, 1))
-        start += part.numel()
+    """Write blocks [count, depth, width] from output `first` on into panels [depth, 2, width] that begin there."""
+    _, depth, width = blocks.shape
+    start = first // BLOCK * depth * width
+    for pair in blocks.split(PANEL):
+        panels[start : start + pair.numel()].view(depth, -1, width).copy_(pair.transpose(0, 1))
+        start += pair.numel()
 
 
-def _padded(rows: Tensor, value: int) -> Tensor:
-    missing = -rows.shape[0] % BLOCK
-    return torch.cat((rows, rows.new_full((missing, rows.shape[1]), value))) if missing else rows
+def _padded(outputs: Tensor, value: int) -> Tensor:
+    missing = -outputs.shape[0] % BLOCK
+    return torch.cat((outputs, outputs.new_full((missing, outputs.shape[1]), value))) if missing else outputs
 
 
-def _require(condition: bool, what: str) -> None:
+def _require(condition: bool, rule: str) -> None:
     if not condition:
-        raise ValueError(f"the CPU kernels do not take these records: {what}")
+        raise ValueError(f"the CPU kernels do not take these records: {rule}")

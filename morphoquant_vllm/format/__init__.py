@@ -1,7 +1,7 @@
 """The checkpoint as files: names, shapes, dtypes and rules. Needs torch and safetensors only.
 
 schema       quantization_config and the tensors of a layer
-integrity    what a checkpoint says about itself: its tensors, files and settings
+integrity    a checkpoint's lists and hashes of its tensors, files and settings
 values       the values that a layer's tensors may hold
 files        opens JSON and safetensors files, or refuses them in one line
 checkpoint   reads a directory's settings, headers and tensors

@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory: its settings, its headers, its tensors, and whether they obey the format.
+"""Reads a checkpoint directory: its settings, headers and tensors. Checks that they obey the format.
 
 Imports torch, safetensors and the standard library only: `morphoquant verify` runs without vLLM and transformers.
 `verify` checks values and content too.
@@ -38,14 +38,14 @@ HEADER_DTYPES = {
     torch.float16: "F16",
 }
 BIAS_DTYPES = ("F32", "BF16", "F16")
-# What only a quantized layer holds.
+# Tensors that only a quantized layer holds.
 _LAYER_TENSORS = frozenset((*INPUT_TENSORS, *(name for names in OUTPUT_TENSORS.values() for name in names)))
 CALIBRATE_AGAIN = "copy the checkpoint again, or calibrate again"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says about one tensor: the file that holds it, its dtype as safetensors spells it, its shape."""
+    """One tensor's entry in a header: its file, its dtype as safetensors spells it, its shape."""
 
     file: str
     dtype: str
@@ -53,12 +53,12 @@ class StoredTensor:
 
 
 def read_spec(directory: Path) -> QuantizationSpec:
-    """The quantization_config of a checkpoint directory, checked; MorphoQuantError where it is not one of ours."""
+    """The checked quantization_config of a checkpoint directory; MorphoQuantError if it is not a MorphoQuant one."""
     path = directory / CONFIG_FILE
     config = read_json(path).get("quantization_config")
     if not isinstance(config, dict):
         raise MorphoQuantError(
-            f"{path}: no quantization_config: this is a plain model; make a MorphoQuant checkpoint of it with "
+            f"{path}: has no quantization_config, so this is a plain model; make a MorphoQuant checkpoint of it with "
             "`morphoquant calibrate`"
         )
     try:
@@ -75,7 +75,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     stored = {}
     for file_name in sorted(set(index.values())):
         with open_file(directory / file_name) as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 if index.get(name) != file_name:
                     raise MorphoQuantError(
                         f"{directory / file_name}: holds {name}, which {INDEX_FILE} does not place there; "
@@ -90,7 +90,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name. The format has an index even for one file: without it a lost tensor is not missed."""
+    """Tensor name -> file name. Even a single file has an index: without it, a lost tensor would go unnoticed."""
     path = directory / INDEX_FILE
     if not path.is_file():
         raise MorphoQuantError(
@@ -100,15 +100,15 @@ def read_index(directory: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise MorphoQuantError(f"{path}: no weight_map; {COPY_AGAIN}")
     for name, file_name in weight_map.items():
-        # A plain name of this directory, and never a pickle under another suffix.
+        # A plain file name in this directory, never a pickle under another suffix.
         if (
             not isinstance(file_name, str)
             or Path(file_name).name != file_name
             or Path(file_name).suffix != ".safetensors"
-            # The system knows no name with a zero byte in it or of half a character.
+            # File systems refuse names with a zero byte or half a character.
             or not file_name.isprintable()
         ):
-            raise MorphoQuantError(f"{path}: {name} is placed in {file_name!r}, which is no safetensors file name")
+            raise MorphoQuantError(f"{path}: {name} is placed in {file_name!r}, which is not a safetensors file name")
     return weight_map
 
 
@@ -117,14 +117,14 @@ def _refuse_other_weights(directory: Path, index: Mapping[str, str]) -> None:
     others = sorted({path.name for path in directory.glob("*.safetensors")} - set(index.values()))
     if others:
         raise MorphoQuantError(
-            f"{directory / others[0]}: lies beside {INDEX_FILE}, which does not name it; remove one of the two"
+            f"{directory / others[0]}: is not named in {INDEX_FILE} beside it; remove one of the two"
         )
 
 
 def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
-    """File name of every tensor, after checking names, dtypes and shapes of the quantized layers (no values are read).
+    """Check names, dtypes and shapes of the quantized layers from the headers alone; the file name of every tensor.
 
-    Raises MorphoQuantError naming the file or tensor where one is missing, unexpected, truncated or misshapen.
+    Raises MorphoQuantError naming a file or tensor that is missing, unexpected, truncated or misshapen.
     """
     stored = read_headers(directory)
     for name, layer in spec.layers.items():
@@ -147,12 +147,12 @@ def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
 
 
 def _check_list(directory: Path, carried: list[str], files: set[str], integrity: Integrity) -> None:
-    """Refuse carried tensors and files that are not those that the checkpoint lists."""
+    """Refuse carried tensors and files that differ from the checkpoint's lists."""
     listed = set(integrity.carried)
     for name in sorted(listed - set(carried)):
         raise MorphoQuantError(f"{directory}: tensor {name} is missing; {CALIBRATE_AGAIN}")
     for name in sorted(set(carried) - listed):
-        raise MorphoQuantError(f"{directory}: tensor {name} is none of the checkpoint's; {CALIBRATE_AGAIN}")
+        raise MorphoQuantError(f"{directory}: tensor {name} is not in the checkpoint's list; {CALIBRATE_AGAIN}")
     for name in sorted(files ^ integrity.files.keys()):
         raise MorphoQuantError(
             f"{directory / name}: {INDEX_FILE} and quantization_config disagree about it; {CALIBRATE_AGAIN}"
@@ -177,12 +177,12 @@ def _check_layer_headers(
         expected["bias"] = (BIAS_DTYPES, (layer.out_features,))
     for tensor, (dtypes, shape) in expected.items():
         full_name = stored_name(name, tensor)
-        found = stored.get(full_name)
-        if found is None:
+        header = stored.get(full_name)
+        if header is None:
             raise MorphoQuantError(f"{directory}: tensor {full_name} is missing; {CALIBRATE_AGAIN}")
-        if found.dtype not in dtypes or found.shape != shape:
+        if header.dtype not in dtypes or header.shape != shape:
             raise MorphoQuantError(
-                f"{directory / found.file}: {full_name} is {found.dtype} {list(found.shape)}, expected "
+                f"{directory / header.file}: {full_name} is {header.dtype} {list(header.shape)}, expected "
                 f"{' or '.join(dtypes)} {list(shape)}; {CALIBRATE_AGAIN}"
             )
 
@@ -198,7 +198,7 @@ def owner_of(tensor: str, layers: Mapping[str, LayerSpec]) -> str | None:
 
 
 def _check_belongs(file: Path, name: str, owner: str, spec: QuantizationSpec) -> None:
-    """Refuse a tensor below a quantized layer that the format does not know there."""
+    """Refuse a tensor below the quantized layer `owner` that the format does not define."""
     tensor = name.removeprefix(f"{owner}.")
     if tensor in tensor_specs(spec.layers[owner], len(spec.rows), spec.tensor_parallel):
         return
@@ -210,13 +210,13 @@ def _check_belongs(file: Path, name: str, owner: str, spec: QuantizationSpec) ->
     elif tensor == "weight":
         raise MorphoQuantError(f"{file}: {name} is a 16-bit weight of a quantized layer; {CALIBRATE_AGAIN}")
     else:
-        raise MorphoQuantError(f"{file}: {name} is no tensor of a quantized layer; {CALIBRATE_AGAIN}")
+        raise MorphoQuantError(f"{file}: {name} is not a tensor of a quantized layer; {CALIBRATE_AGAIN}")
 
 
 def load_layer(directory: Path, files: Mapping[str, str], name: str, spec: QuantizationSpec) -> dict[str, Tensor]:
-    """The tensors of one quantized layer by their name below it, its own `bias` included where it has one.
+    """The tensors of one quantized layer by their name below it, with `bias` if the layer has one.
 
-    `files` is what `check_headers` returned.
+    `files` is the result of `check_headers`.
     """
     wanted = list(tensor_specs(spec.layers[name], len(spec.rows), spec.tensor_parallel)) + (
         ["bias"] if spec.layers[name].bias else []

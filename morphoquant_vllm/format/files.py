@@ -1,4 +1,4 @@
-"""Opening the files of a model directory: each is a regular file that can be read, or it is refused in one line."""
+"""Opens the files of a model directory. A file that is not regular or cannot be read is refused in one line."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from safetensors import SafetensorError, safe_open
 from morphoquant_vllm.errors import MorphoQuantError
 
 COPY_AGAIN = "copy it again"
-# Nothing that a model needs is nested half as deep, and what walks through it may call itself so often.
+# Deepest nesting of a JSON file. Files of models stay below half of it, and recursive functions can follow it.
 DEEPEST_JSON = 64
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file: a FIFO or a device would make the reader wait for ever.
+    """Refuse a `path` that is not a regular file: a reader would wait for ever at a FIFO or a device.
 
     Links are followed. Raises FileNotFoundError if nothing is there, another OSError if it cannot be reached.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise MorphoQuantError(f"{path}: is no regular file; {COPY_AGAIN}")
+        raise MorphoQuantError(f"{path}: is not a regular file; {COPY_AGAIN}")
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory that is missing, or that holds something else than files, folders and links to them."""
+    """Refuse a directory that is missing, or that holds anything but files, folders and links to them."""
     if not directory.is_dir():
         raise MorphoQuantError(f"{directory}: no such directory")
     try:
@@ -40,7 +40,7 @@ def check_directory(directory: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; MorphoQuantError naming the file if there is none.
+    """The JSON object in a file; MorphoQuantError naming the file if it does not hold one.
 
     NaN and Infinity, which are not JSON, are refused.
     """
@@ -56,12 +56,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if _depth(content) > DEEPEST_JSON:
         raise MorphoQuantError(f"{path}: is nested too deep; {COPY_AGAIN}")
     if not isinstance(content, dict):
-        raise MorphoQuantError(f"{path}: holds no JSON object; {COPY_AGAIN}")
+        raise MorphoQuantError(f"{path}: does not hold a JSON object; {COPY_AGAIN}")
     return content
 
 
 def _depth(content: Any) -> int:
-    """How many lists and objects lie in each other."""
+    """The depth of lists and objects nested in `content`."""
     depth, level = 0, [content]
     while level:
         containers = [value for value in level if isinstance(value, (dict, list))]
@@ -71,12 +71,12 @@ def _depth(content: Any) -> int:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[Any]:
-    """An open safetensors file; MorphoQuantError naming it if it is missing, truncated or something else."""
+    """An open safetensors file; MorphoQuantError naming it if it is missing, truncated or not safetensors."""
     try:
         check_regular(path)
         with safe_open(str(path), "pt") as file:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, so that a missing tensor or a damaged file is noticed (format v3).
+"""A checkpoint's lists and hashes of itself: they show a missing tensor or a damaged file (format v3).
 
 A v3 checkpoint lists the tensors that it carries over, the SHA-256 of each weight file, and a digest of each field of
 config.json. Imports the standard library only.
@@ -15,17 +15,17 @@ from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
 
-# Top-level fields of config.json that may change without changing what the weights mean. `quantization_config` is
-# checked by rules of its own.
+# Top-level fields of config.json that may change without changing the meaning of the weights. `quantization_config`
+# has separate rules.
 FREE_FIELDS = frozenset(
     (
         *("quantization_config", "_name_or_path", "_commit_hash", "transformers_version"),
         *("dtype", "torch_dtype", "use_cache"),
     )
 )
-# Bytes that are read and hashed at once.
+# Bytes that are read and hashed per step.
 CHUNK_BYTES = 1 << 22
-# Hex digits of SHA-256 that are kept of a field: enough against damage, and short beside the field itself.
+# Hex digits of a field's SHA-256 that are kept: enough to notice damage, and short compared with the field.
 DIGEST_DIGITS = 16
 
 
@@ -39,15 +39,15 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Integrity:
-    """The part of quantization_config that says what the whole checkpoint holds."""
+    """The part of quantization_config that lists the content of the whole checkpoint."""
 
     # Weight files by name.
     files: dict[str, FileDigest]
-    # Names of the tensors that belong to no quantized layer, sorted.
+    # Sorted names of the tensors outside quantized layers.
     carried: tuple[str, ...]
-    # First digits of the SHA-256 of each field of config.json but FREE_FIELDS.
+    # First digits of the SHA-256 of each field of config.json except FREE_FIELDS.
     config: dict[str, str]
-    # The same of quantization_config itself; see QuantizationSpec.settings_digest.
+    # The digest of quantization_config itself; see QuantizationSpec.settings_digest.
     settings: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,14 +68,14 @@ class Integrity:
                 raise ValueError(f"files: {name} has no size and SHA-256")
         carried, config = value["carried"], value["config"]
         if not files or not isinstance(carried, list) or not all(type(name) is str for name in carried):
-            raise ValueError("files and carried must list what the checkpoint holds")
+            raise ValueError("files and carried must list the checkpoint's files and tensors")
         if not isinstance(config, dict) or not all(type(digest) is str for digest in config.values()):
             raise ValueError("config must hold a digest of each field")
         return Integrity(files, tuple(carried), dict(config), str(value["settings"]))
 
 
 def config_digests(config: Mapping[str, Any]) -> dict[str, str]:
-    """A short digest of each field of a config.json that decides what the weights mean."""
+    """A short digest of each field of a config.json that decides the meaning of the weights."""
     return {name: digest(value) for name, value in sorted(config.items()) if name not in FREE_FIELDS}
 
 
@@ -86,7 +86,7 @@ def digest(value: Any) -> str:
 
 
 def check_config(path: Path, config: Mapping[str, Any], integrity: Integrity) -> None:
-    """Refuse a config.json, read from `path`, whose fields are not those that the checkpoint was made with."""
+    """Refuse a config.json, read from `path`, whose fields changed after the checkpoint was made."""
     now = config_digests(config)
     changed = sorted(
         name for name in now.keys() | integrity.config.keys() if now.get(name) != integrity.config.get(name)
@@ -100,12 +100,12 @@ def check_config(path: Path, config: Mapping[str, Any], integrity: Integrity) ->
 
 
 def file_digest(path: Path, on_bytes: Callable[[int], None] | None = None) -> FileDigest:
-    """Size and SHA-256 of a file, which is read once; `on_bytes` is told how much was read, piece by piece."""
-    found, size = hashlib.sha256(), 0
+    """Size and SHA-256 of a file, which is read once; `on_bytes` gets the bytes of each chunk that was read."""
+    sha256, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
-            found.update(chunk)
+            sha256.update(chunk)
             size += len(chunk)
             if on_bytes is not None:
                 on_bytes(len(chunk))
-    return FileDigest(size, found.hexdigest())
+    return FileDigest(size, sha256.hexdigest())

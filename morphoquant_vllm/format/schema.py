@@ -1,6 +1,6 @@
 """The checkpoint format: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
 
-docs/reference/format.md explains the format; this module is what holds.
+docs/reference/format.md explains the format; this module is authoritative.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from morphoquant_vllm.format.integrity import Integrity, digest
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 QUANT_METHOD = "morphoquant"
-# Written by this version, and read by it. Version 2 has no `integrity`: less can be checked.
+# This version writes FORMAT_VERSION and reads KNOWN_VERSIONS. Version 2 has no `integrity`: less can be checked.
 FORMAT_VERSION = 3
 KNOWN_VERSIONS = (2, 3)
 ANY_ROW = "any"
 TEXT_ROW = "text"
-# The open list of row names starts with these; placeholders of a model's modality map to the row of the same name.
-# The last row serves massive tokens, which the quantizer knows by their values.
+# The list of row names is open and starts with these. Placeholders of a modality map to the row of the same name.
+# The last row serves massive tokens, which the quantizer recognises by value.
 MASSIVE_ROW = "massive"
 DEFAULT_ROWS = (TEXT_ROW, "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
-# Intervals of a set by which a massive token is known.
+# Number of channel intervals that identify a massive token.
 MASSIVE_CHANNELS = 4
-# How the scales of a layer's groups of weights are stored: each by itself, or as whole multiples of one per output.
+# Storage of a layer's weight scales: one per group, or integer multiples of one scale per output channel.
 GROUP_SCHEME, TWO_LEVEL_SCHEME = "group", "two_level"
 SCALE_SCHEMES = (GROUP_SCHEME, TWO_LEVEL_SCHEME)
 # Input channels up to which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
 MAX_TWO_LEVEL_CHANNELS = 2**17 - 1
 PARALLEL_KINDS = ("column", "row")
-# Bits of a weight code. The format has room for 8; a version that serves them will say so here.
+# Bits of a weight code. The format has room for 8; a version that serves them will list them here.
 WEIGHT_BITS = (4,)
-# Settings that later versions of this package may fill without a new format version; here they must be empty.
+# Settings that later versions of this package may fill without a new format version. Here they must be empty.
 RESERVED = ("experts", "kv_cache")
-# Names of layers and rows come from files and go to terminals and pages: plain, and not too long for a line.
+# Names of layers and rows come from files and are shown in terminals and pages, so they are plain and short.
 _NAME = re.compile(r"[\w.\-]{1,200}", re.ASCII)
 
 # JSON types of a layer's settings.
@@ -57,12 +57,12 @@ FIELD_TYPES = {
 # Settings that the shards of a fused layer have in common.
 SHARED_SETTINGS = ("in_features", "group_size", "scale_scheme", "parallel", "fixed_row", "weight_bits")
 
-# Tensors that every shard of a fused layer must carry with the same bytes: they belong to the shared input.
+# Tensors of the shared input: every shard of a fused layer must carry the same bytes.
 INPUT_TENSORS = (
     *("activation_step", "channel_order", "modality_mask", "centre", "gain"),
     *("massive_channel", "massive_low", "massive_high"),
 )
-# Tensors of one shard's own outputs, by scale scheme, in the order of numerics.linear.weight_record's arguments.
+# Tensors of one shard's outputs, by scale scheme, in the order of numerics.linear.weight_record's arguments.
 OUTPUT_TENSORS = {
     GROUP_SCHEME: ("weight_codes", "weight_scale", "absorbed_bias"),
     TWO_LEVEL_SCHEME: ("weight_codes", "weight_level", "absorbed_bias", "weight_channel_scale"),
@@ -79,32 +79,33 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Settings of one quantized linear, as they stand in quantization_config.layers under its HF name."""
+    """Settings of one quantized linear: its entry in quantization_config.layers under its HF name."""
 
     in_features: int
     out_features: int
     group_size: int
-    # "row" where tensor parallelism splits K (o_proj, down_proj), else "column".
+    # "row" if tensor parallelism splits K (o_proj, down_proj), else "column".
     parallel: str
-    # Name of the fused layer that shares this layer's input, e.g. "model.layers.0.self_attn.qkv_proj"; else its own.
+    # Name of the fused layer that shares this layer's input, e.g. "model.layers.0.self_attn.qkv_proj"; else the
+    # layer's name.
     shared_input: str
-    # Whether the source layer has a bias of its own, carried over as `<layer>.bias`.
+    # Whether the source layer has a bias, carried over as `<layer>.bias`.
     bias: bool = False
     scale_scheme: str = GROUP_SCHEME
-    # Row of every token of this layer, for towers, whose tokens have no ids; empty: the row of the token's modality.
+    # Row of every token of this layer, for towers, whose tokens have no ids. Empty: the row of the token's modality.
     fixed_row: str = ""
     # Bits of a weight code.
     weight_bits: int = 4
 
     def check(self, name: str, tensor_parallel: int = 1) -> None:
-        """Raise MorphoQuantError naming the layer where a rule of the format is broken."""
+        """Raise MorphoQuantError naming the layer if a rule of the format is broken."""
         for setting, wanted in FIELD_TYPES.items():
-            # type(), not isinstance(): JSON's true is no number.
+            # type(), not isinstance(): JSON's true is not a number.
             if type(getattr(self, setting)) is not wanted:
                 raise MorphoQuantError(f"{name}: {setting} must be {wanted.__name__}, got {getattr(self, setting)!r}")
         if self.weight_bits not in WEIGHT_BITS:
             raise MorphoQuantError(
-                f"{name}: weight_bits {self.weight_bits} is not served by this version, which knows "
+                f"{name}: weight_bits {self.weight_bits} is not served by this version, which serves "
                 f"{list(WEIGHT_BITS)}; upgrade morphoquant-vllm"
             )
         if self.scale_scheme not in SCALE_SCHEMES:
@@ -126,7 +127,7 @@ class LayerSpec:
 
 
 def check_group_size(name: str, in_features: int, group_size: int) -> None:
-    """Refuse a group size that the format does not know, or that does not divide K."""
+    """Refuse a group size that the format does not list, or that does not divide K."""
     if group_size not in GROUP_SIZES:
         raise MorphoQuantError(f"{name}: group_size {group_size} is not one of {list(GROUP_SIZES)}")
     if in_features % group_size:
@@ -159,16 +160,19 @@ class QuantizationSpec:
     tensor_parallel: int = 1
     # Token ids that stand for a modality in input_ids, by row name.
     placeholder_token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    # Free text about what made the file; never interpreted (vLLM claims the name "producer" for a format of its own).
+    # Free text about the program that made the file; never interpreted. (vLLM uses the name "producer" for a format
+    # of its own.)
     created_by: str = ""
-    # What the whole checkpoint holds; None in version 2, and before a checkpoint is written.
+    # Content of the whole checkpoint; None in version 2, and before a checkpoint is written.
     integrity: Integrity | None = None
 
     def __post_init__(self) -> None:
         shared = (layer.shared_input for layer in self.layers.values() if type(layer.shared_input) is str)
         for name in (*self.rows, *self.layers, *shared):
             if type(name) is not str or not _NAME.fullmatch(name):
-                raise MorphoQuantError(f"quantization_config: {name!r} is no name of a row or layer; copy it again")
+                raise MorphoQuantError(
+                    f"quantization_config: {name!r} is not a name of a row or layer; copy config.json again"
+                )
         if ANY_ROW not in self.rows or len(set(self.rows)) != len(self.rows):
             raise MorphoQuantError(f"quantization_config: rows must be distinct and hold '{ANY_ROW}', got {self.rows}")
         if self.rows[-1] != MASSIVE_ROW:
@@ -184,7 +188,7 @@ class QuantizationSpec:
             layer.check(name, self.tensor_parallel)
             if layer.fixed_row and layer.fixed_row not in self.rows[:-1]:
                 raise MorphoQuantError(
-                    f"{name}: fixed_row '{layer.fixed_row}' is no modality's row; known: {list(self.rows[:-1])}"
+                    f"{name}: fixed_row '{layer.fixed_row}' is not a modality's row; known: {list(self.rows[:-1])}"
                 )
         for group, names in self.shared_inputs().items():
             first = self.layers[names[0]]
@@ -203,9 +207,9 @@ class QuantizationSpec:
                 )
             for token in ids:
                 if token < 0 or token in row_of:
-                    what = f"is in '{row_of[token]}' too" if token in row_of else "is negative"
+                    problem = f"is in '{row_of[token]}' too" if token in row_of else "is negative"
                     raise MorphoQuantError(
-                        f"quantization_config: placeholder_token_ids has token {token} in '{row}', but it {what}; "
+                        f"quantization_config: placeholder_token_ids has token {token} in '{row}', but it {problem}; "
                         "calibrate again"
                     )
                 row_of[token] = row
@@ -216,7 +220,7 @@ class QuantizationSpec:
         return self.rows.index(ANY_ROW)
 
     def shared_inputs(self) -> dict[str, list[str]]:
-        """Layer names by the input they share, in the order of the file."""
+        """Layer names by the input that they share, in the order of the file."""
         groups: dict[str, list[str]] = {}
         for name, layer in self.layers.items():
             groups.setdefault(layer.shared_input, []).append(name)
@@ -228,7 +232,7 @@ class QuantizationSpec:
         return {**self._settings(), **integrity}
 
     def settings_digest(self) -> str:
-        """What `integrity.settings` must be: a digest of all that stands beside it but the free text."""
+        """The expected `integrity.settings`: a digest of the other settings, except the free text."""
         return digest({**self._settings(), "format_version": FORMAT_VERSION, "created_by": ""})
 
     def _settings(self) -> dict[str, Any]:
@@ -244,7 +248,7 @@ class QuantizationSpec:
 
     @staticmethod
     def from_dict(config: Mapping[str, Any]) -> QuantizationSpec:
-        """Parse and check a quantization_config; MorphoQuantError if it is not one that this version knows."""
+        """Parse and check a quantization_config; MorphoQuantError if this version cannot read it."""
         if config.get("quant_method") != QUANT_METHOD:
             raise MorphoQuantError(
                 f"quantization_config: quant_method is {config.get('quant_method')!r}, not '{QUANT_METHOD}'; "
@@ -269,13 +273,13 @@ class QuantizationSpec:
 
 
 def _check_fields(config: Mapping[str, Any], version: int) -> None:
-    """Refuse fields that this version does not know, by name."""
+    """Refuse unknown fields by name."""
     needed = {"quant_method", "format_version", "rows", "tensor_parallel", "placeholder_token_ids", "layers"}
     if version == FORMAT_VERSION:
         needed.add("integrity")
         unknown = config.keys() - needed - {"created_by", *RESERVED}
     else:
-        # Loaders of version 2 passed over what they did not know.
+        # Loaders of version 2 ignored unknown fields.
         unknown = config.keys() & {"integrity", *RESERVED}
     for name in sorted(needed - config.keys()):
         raise MorphoQuantError(f"quantization_config: {name} is missing; copy config.json again")
@@ -312,7 +316,7 @@ def _whole(value: Any, name: str) -> int:
     return value
 
 
-# Settings of a layer that stand in config.json only if they are not the default: older files do not have them.
+# Settings of a layer that config.json holds only if they differ from the default: older files lack them.
 _OPTIONAL = {"fixed_row": "", "weight_bits": 4}
 
 
@@ -323,12 +327,12 @@ def _settings(layer: LayerSpec) -> dict[str, Any]:
 
 
 def input_blocks(layer: LayerSpec, tensor_parallel: int) -> int:
-    """Blocks of K that may lie on ranks of their own: what is summed over ranks is stored per block."""
+    """Number of blocks of K that may lie on different ranks; tensors summed over ranks are stored per block."""
     return tensor_parallel if layer.parallel == "row" else 1
 
 
 def tensor_specs(layer: LayerSpec, rows: int, tensor_parallel: int) -> dict[str, TensorSpec]:
-    """Every tensor of one quantized linear by its name below the layer; the layer's own bias is not among them.
+    """Every tensor of one quantized linear by its name below the layer, except the source layer's bias.
 
     `tensor_parallel` is the checkpoint's.
     """

@@ -1,4 +1,4 @@
-"""Sealing a checkpoint: its weight files and index are written, and config.json comes last, with what they hold."""
+"""Seals a checkpoint: after the weight files and the index, config.json is written with their lists and hashes."""
 
 from __future__ import annotations
 

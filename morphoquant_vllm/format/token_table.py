@@ -1,4 +1,4 @@
-"""From token ids to rows: the table that a checkpoint's placeholder ids make, and whether it fits model and tokenizer.
+"""Maps token ids to rows by a checkpoint's placeholder ids, and checks these against model and tokenizer.
 
 Imports torch and the standard library only: `morphoquant verify` checks a table without vLLM and transformers.
 """
@@ -17,16 +17,16 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import ANY_ROW, TEXT_ROW, QuantizationSpec
 
-# How configs of transformers name the token that stands for a medium.
+# Keys in transformers' configs of the token that stands for a medium.
 _MEDIA_KEY = re.compile(r"(image|video|audio)_token_(?:id|index)")
-_MEND = "calibrate again from this model's own files"
+_REMEDY = "calibrate again from this model's own files"
 
 
 def token_rows(token_ids: Tensor, placeholder_token_ids: Mapping[str, Sequence[int]], rows: Sequence[str]) -> Tensor:
     """The row of each token, int32, shape and device of `token_ids`.
 
     `placeholder_token_ids` maps "image", "video" and "audio" to token ids; every other token is text. `rows` names the
-    rows in order. A modality that has no row of its own gets row "any"; ValueError where that is missing too.
+    rows in order. A modality without its own row gets row "any"; ValueError if that is missing too.
     """
     modality = torch.full_like(token_ids, _row(TEXT_ROW, rows), dtype=torch.int32)
     for name, ids in placeholder_token_ids.items():
@@ -41,8 +41,8 @@ def _row(name: str, rows: Sequence[str]) -> int:
 def row_table(spec: QuantizationSpec, vocabulary: int) -> Tensor:
     """Row of every token id, int32 [vocabulary + 1]; the last entry is 'any', for ids outside the vocabulary.
 
-    Index it with `ids.clamp(-1, vocabulary)`: -1 is the last entry, too. Every id of the spec's placeholders must
-    lie in the vocabulary.
+    Index it with `ids.clamp(-1, vocabulary)`: -1 is the last entry, too. Every placeholder id of the spec must be in
+    the vocabulary.
     """
     table = token_rows(torch.arange(vocabulary + 1), spec.placeholder_token_ids, spec.rows)
     table[vocabulary] = spec.any_row
@@ -62,40 +62,40 @@ def check_token_table(directory: Path, config: Mapping[str, Any], spec: Quantiza
     for modality, token in _media_tokens(config):
         media.setdefault(token, set()).add(modality)
     for token, modalities in media.items():
-        # Where two media share a token, its row may be either's.
+        # If two media share a token, its row may be that of either.
         if row_of.get(token) not in {*modalities, "any"}:
-            found = f"has it under '{row_of[token]}'" if token in row_of else "has no such token"
+            problem = f"has it under '{row_of[token]}'" if token in row_of else "does not have it"
             raise MorphoQuantError(
                 f"{directory}: config.json has {'/'.join(sorted(modalities))} token {token}, but "
-                f"quantization_config.placeholder_token_ids {found}; {_MEND}"
+                f"quantization_config.placeholder_token_ids {problem}; {_REMEDY}"
             )
     added = added_token_ids(directory)
     for token, row in row_of.items():
         if added and token not in added:
             raise MorphoQuantError(
-                f"{directory}: placeholder_token_ids has token {token} for {row}, but to the tokenizer it is no added "
-                f"token; {_MEND}"
+                f"{directory}: placeholder_token_ids has token {token} for {row}, but the tokenizer does not list it "
+                f"as an added token; {_REMEDY}"
             )
 
 
-def untold_media(taken: Iterable[str], config: Mapping[str, Any], spec: QuantizationSpec) -> list[str]:
-    """Modalities of `taken` whose tokens the table does not list, sorted: they would pass for text.
+def unlisted_media(taken: Iterable[str], config: Mapping[str, Any], spec: QuantizationSpec) -> list[str]:
+    """Sorted modalities of `taken` whose tokens the table does not list: they would be served as text.
 
-    One that config.json places under a token of another modality's row is listed there.
+    A modality counts as listed if config.json gives it a token that the table lists under another row.
     """
     listed = {token for ids in spec.placeholder_token_ids.values() for token in ids}
-    told = {row for row, ids in spec.placeholder_token_ids.items() if ids}
-    told |= {modality for modality, token in _media_tokens(config) if token in listed}
-    return sorted(set(taken) - told)
+    modalities = {row for row, ids in spec.placeholder_token_ids.items() if ids}
+    modalities |= {modality for modality, token in _media_tokens(config) if token in listed}
+    return sorted(set(taken) - modalities)
 
 
 def _media_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every (modality, token id) that a config names, at whatever depth."""
-    # Of a model with a talker, whose config names ids of its own, the thinker is what is served.
+    """Every (modality, token id) that a config names, at any depth."""
+    # A model with a talker: its config has other ids, and only the thinker is served.
     if isinstance(config.get("thinker_config"), Mapping):
         config = config["thinker_config"]
     for key, value in config.items():
-        match = _MEDIA_KEY.fullmatch(str(key))  # in memory, labels may have numbers for keys
+        match = _MEDIA_KEY.fullmatch(str(key))  # in memory, keys may be numbers (id2label)
         if match and type(value) is int:
             yield match[1], value
         elif isinstance(value, Mapping) and key != "quantization_config":
@@ -103,7 +103,7 @@ def _media_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def added_token_ids(directory: Path) -> set[int]:
-    """Ids of the tokens that were added to the tokenizer's vocabulary; empty where its files do not say."""
+    """Ids of the tokens added to the tokenizer's vocabulary; empty if its files list none."""
     ids: set[int] = set()
     fast = _optional(directory / "tokenizer.json").get("added_tokens", [])
     ids |= {entry["id"] for entry in _list(fast) if isinstance(entry, dict) and type(entry.get("id")) is int}
@@ -122,5 +122,5 @@ def _list(value: Any) -> list[Any]:
 
 
 def _is_id(token: str) -> bool:
-    # Python refuses to read a number of thousands of digits.
+    # Python refuses to parse a number with thousands of digits.
     return token.isascii() and token.isdecimal() and len(token) < 20

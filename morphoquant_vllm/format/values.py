@@ -1,4 +1,4 @@
-"""The values that a layer's tensors may hold: finite, positive where they divide, small enough for float32."""
+"""Checks the values of a layer's tensors: finite, positive if they divide, small enough for float32."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import ANY_ROW, INPUT_TENSORS, TWO_LEVEL_SCHEME, scale_scheme_of
 from morphoquant_vllm.numerics.limits import MAX_LEVEL
 
-# Largest magnitude of a value and of an output's bound. The square of an output, which the next norm takes, is still
-# finite in float32 then; real layers stay below 1e6.
+# Largest magnitude of a value and of an output's bound. The next norm squares an output, and that square is still
+# finite in float32. Real layers stay below 1e6.
 MAX_MAGNITUDE = 1.8e19
 # Codes lie in [-128, 127], weight codes in [-8, 7].
 _LARGEST_PRODUCT = 128.0 * 8.0
-# Elements whose finiteness is judged at once: they stay in the processor's cache.
+# Elements per step of the finiteness check: they stay in the processor's cache.
 _FINITE_ELEMENTS = 1 << 18
 
-# Floats that know neither NaN nor infinity.
+# Float dtypes that have neither NaN nor infinity.
 _ALWAYS_FINITE = (torch.float4_e2m1fn_x2,)
 
 
 def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *, parallel: str, blocks: int) -> None:
-    """Raise MorphoQuantError naming the layer and tensor where values break a rule of the format.
+    """Raise MorphoQuantError naming the layer and tensor if values break a rule of the format.
 
-    `tensors` are one layer's, already of the right shapes; `blocks` is the checkpoint's tensor_parallel.
+    `tensors` are those of one layer, and their shapes are already checked. `blocks` is the checkpoint's
+    tensor_parallel.
     """
     two_level = scale_scheme_of(tensors) == TWO_LEVEL_SCHEME
     scale = "weight_channel_scale" if two_level else "weight_scale"
@@ -42,7 +43,7 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *
             raise MorphoQuantError(f"{name}.weight_level: every level must be 1 to {MAX_LEVEL}; the file is damaged")
     _check_magnitudes(name, tensors, two_level)
     mask = tensors["modality_mask"]
-    # The massive row stands apart: the quantizer itself knows its tokens.
+    # The massive row is exempt: the quantizer recognises its tokens by value.
     if bool((mask[:-1] & ~mask[any_row]).any()):
         raise MorphoQuantError(f"{name}.modality_mask: row '{ANY_ROW}' must hold the channels of every modality's row")
     check_massive_channels(name, tensors["massive_channel"], tensors["channel_order"].numel())
@@ -50,7 +51,7 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *
 
 
 def _check_magnitudes(name: str, tensors: Mapping[str, torch.Tensor], two_level: bool) -> None:
-    """Refuse values whose products leave float32; those of outputs by a bound over every code that there can be."""
+    """Refuse values whose products overflow float32; outputs are bounded over all possible codes."""
     grid = tensors["activation_step"].double()[None] * tensors["gain"].double()[:, None]
     if float(1.0 / grid.min()) > torch.finfo(torch.float32).max:
         raise MorphoQuantError(f"{name}.activation_step: a step is too small to invert in float32")
@@ -66,44 +67,44 @@ def _check_magnitudes(name: str, tensors: Mapping[str, torch.Tensor], two_level:
         scale = tensors["weight_scale"].double().mean(1)
     bound = float(scale.max() * tensors["gain"].double().max()) * _LARGEST_PRODUCT * channels
     if bound > MAX_MAGNITUDE:
-        which = "weight_channel_scale" if two_level else "weight_scale"
-        raise MorphoQuantError(f"{name}.{which}: a scale is too large for float32; the file is damaged")
+        tensor = "weight_channel_scale" if two_level else "weight_scale"
+        raise MorphoQuantError(f"{name}.{tensor}: a scale is too large for float32; the file is damaged")
 
 
 def check_bias(name: str, bias: torch.Tensor) -> None:
-    """Refuse a layer's own bias, called `name`, whose values are not finite or too large for float32."""
+    """Refuse the source layer's bias, called `name`, if a value is not finite or too large for float32."""
     if not bool(bias.isfinite().all()):
         raise MorphoQuantError(f"{name}: holds NaN or infinite values; the file is damaged")
     if float(bias.abs().max()) > MAX_MAGNITUDE:
         raise MorphoQuantError(f"{name}: a value is too large for float32; the file is damaged")
 
 
-def check_finite(what: str, tensor: torch.Tensor, remedy: str) -> None:
-    """Refuse NaN and infinity in a tensor of floats; one of zeros and infinities alone is a mask, and may be.
+def check_finite(name: str, tensor: torch.Tensor, remedy: str) -> None:
+    """Refuse NaN and infinity in a float tensor; a tensor of only zeros and infinities is a mask and passes.
 
-    `what` and `remedy` begin and end the error's line.
+    `name` and `remedy` begin and end the error's line.
     """
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype in _ALWAYS_FINITE:
         return
-    # torch judges few of the 8-bit floats itself.
+    # torch has `isfinite` for few of the 8-bit floats.
     flat = (tensor.float() if tensor.itemsize == 1 else tensor).reshape(-1)
-    # Of 16-bit floats the exponent is looked at: the comparison of whole numbers is ten times as fast.
+    # For 16-bit floats the exponent bits are compared: an integer comparison is ten times as fast.
     exponent = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}.get(tensor.dtype)
     if exponent is None:
-        finite = all(bool(part.isfinite().all()) for part in flat.split(_FINITE_ELEMENTS))
+        finite = all(bool(chunk.isfinite().all()) for chunk in flat.split(_FINITE_ELEMENTS))
     else:
-        parts = flat.view(torch.int16).split(_FINITE_ELEMENTS)
-        finite = all(int((part & 0x7FFF).max()) < exponent for part in parts)
+        chunks = flat.view(torch.int16).split(_FINITE_ELEMENTS)
+        finite = all(int((chunk & 0x7FFF).max()) < exponent for chunk in chunks)
     if finite or bool(((flat == 0) | flat.isinf()).all()):
         return
-    found = "NaN" if bool(flat.isnan().any()) else "infinity"
-    raise MorphoQuantError(f"{what} holds {found}; {remedy}")
+    value = "NaN" if bool(flat.isnan().any()) else "infinity"
+    raise MorphoQuantError(f"{name} holds {value}; {remedy}")
 
 
 def check_massive_channels(name: str, channel: torch.Tensor, in_features: int) -> None:
-    """Each block's massive channels [B, J] must lie in that block of the K channels."""
+    """Check that each block's massive channels [B, J] lie in that block of the K channels."""
     width = in_features // channel.shape[0]
     start = torch.arange(channel.shape[0], device=channel.device)[:, None] * width
     if bool(((channel < start) | (channel >= start + width)).any()):
@@ -111,15 +112,15 @@ def check_massive_channels(name: str, channel: torch.Tensor, in_features: int) -
 
 
 def check_order(name: str, order: torch.Tensor, blocks: int) -> None:
-    """The channel order [K] must be a permutation that stays within each of `blocks` equal blocks."""
+    """Check that the channel order [K] is a permutation within each of `blocks` equal blocks."""
     expected = torch.arange(order.numel(), device=order.device).view(blocks, -1)
     if not torch.equal(order.long().view(blocks, -1).sort(dim=1).values, expected):
-        where = f"within {blocks} tensor-parallel blocks " if blocks > 1 else ""
-        raise MorphoQuantError(f"{name}.channel_order: must permute the {order.numel()} channels {where}exactly once")
+        within = f"within {blocks} tensor-parallel blocks " if blocks > 1 else ""
+        raise MorphoQuantError(f"{name}.channel_order: must permute the {order.numel()} channels {within}exactly once")
 
 
 def unequal_input_tensors(
     reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], names: Sequence[str] = INPUT_TENSORS
 ) -> list[str]:
-    """Which of the shared-input tensors differ between two shards of a fused layer."""
+    """Names of the shared-input tensors that differ between two shards of a fused layer."""
     return [name for name in names if not torch.equal(reference[name], other[name])]

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole and undamaged: every rule of the format, values and content included."""
+"""Verifies that a checkpoint is whole and undamaged: every rule of the format, including values and content."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec, stor
 from morphoquant_vllm.format.token_table import check_token_table
 from morphoquant_vllm.format.values import check_bias, check_finite, check_values, unequal_input_tensors
 
-# Said of a checkpoint whose format cannot say more.
+# Warning for a checkpoint whose format cannot show more.
 OLD_VERSION = (
     "format_version 2 lists neither tensors nor hashes: a missing norm, embedding or head and damaged weights are not "
     "noticed; `morphoquant convert` makes version 3 of it"
 )
-# What tokenizer, processor and server read beside the weights: damaged, it ends a start in others' words.
+# Files beside the weights that tokenizer, processor and server read. If one is damaged, their errors do not name it.
 _READ_BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
@@ -37,11 +37,11 @@ _READ_BESIDE = (
 def verify_checkpoint(
     directory: Path, *, checksums: bool = True, on_bytes: Callable[[int], None] | None = None
 ) -> QuantizationSpec:
-    """Check everything that the format promises; the checkpoint's settings.
+    """Check every rule of the format; the checkpoint's settings.
 
-    Raises MorphoQuantError at the first thing that is wrong. Holds one layer at a time. With `checksums` every weight
-    file is read once, for its SHA-256 and for NaN and infinity in the tensors that are carried over; `on_bytes` is
-    told how much was read.
+    Raises MorphoQuantError at the first violation. Holds one layer in memory at a time. With `checksums` every weight
+    file is read once, for its SHA-256 and for NaN and infinity in the carried tensors. `on_bytes` gets the bytes of
+    each chunk that was read.
     """
     spec = read_spec(directory)
     config = read_json(directory / CONFIG_FILE)
@@ -64,7 +64,7 @@ def verify_checkpoint(
 def _check_group(
     directory: Path, files: Mapping[str, str], group: str, names: list[str], spec: QuantizationSpec
 ) -> None:
-    """The values of the layers that share one input."""
+    """Check the values of the layers that share one input."""
     first: dict[str, Tensor] = {}
     for name in names:
         tensors = load_layer(directory, files, name, spec)
@@ -83,9 +83,9 @@ def _check_group(
 def _check_content(
     path: Path, carried: set[str], spec: QuantizationSpec, on_bytes: Callable[[int], None] | None
 ) -> None:
-    """A pass over a file's carried tensors, then one over its bytes if there is a hash to compare them with."""
+    """Check a file's carried tensors for NaN and infinity, then its SHA-256 if the checkpoint lists one."""
     with open_file(path) as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             if name in carried:
                 check_finite(f"{path}: {name}", file.get_tensor(name), CALIBRATE_AGAIN)
     if spec.integrity is not None and file_digest(path, on_bytes) != spec.integrity.files[path.name]:

@@ -1,10 +1,10 @@
 """After `import morphoquant_vllm.hf` transformers loads MorphoQuant checkpoints with its own `from_pretrained`.
 
-The quantized linears run on the torch reference (`numerics`): the served numbers, or the exact mode. For studies and
+The quantized linears run on the torch reference (`numerics`), in served or exact mode. This package is for studies and
 evaluation, not for speed. Imports neither vLLM nor calibration.
 
     linear     a quantized linear as a module of transformers
-    quantizer  what `from_pretrained` runs
+    quantizer  the quantizer that `from_pretrained` runs
     settings   served numbers or exact mode, and which row serves which token
 """
 
@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    # An ImportError, as whoever guards an import expects.
+    # An ImportError: code that guards an import expects it.
     raise ImportError(
         "morphoquant_vllm.hf needs the Python package 'transformers'; install morphoquant-vllm[hf]"
     ) from error

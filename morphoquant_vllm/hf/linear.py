@@ -19,15 +19,15 @@ from morphoquant_vllm.numerics.linear import linear, weight_record
 
 @dataclass
 class Mode:
-    """How the quantized linears of one model compute; they share the object. `settings.configure` changes it."""
+    """The mode in which the quantized linears of one model compute; they share it. `settings.configure` changes it."""
 
     # Index of the row that serves a token of unknown modality.
     row: int
-    # Whether what escapes the 4-bit grid bypasses it, unrounded.
+    # Whether values that escape the 4-bit grid bypass it unrounded.
     exact: bool = False
-    # Row of every token of the running forward pass, int32 [tokens]; None where one row serves all.
+    # Row of every token of the running forward pass, int32 [tokens]; None if one row serves all.
     token_rows: Tensor | None = None
-    # What watches the tokens, while anything does.
+    # Hooks that note the tokens' rows; empty if `token_rows` is not filled.
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -44,14 +44,14 @@ class MorphoQuantLinear(nn.Module):
         self.tensors = tuple(tensor_specs(layer, len(spec.rows), spec.tensor_parallel))
         for tensor, want in tensor_specs(layer, len(spec.rows), spec.tensor_parallel).items():
             self.register_buffer(tensor, torch.empty(want.shape, dtype=want.dtype))
-        # In the model's dtype, as vLLM adds it.
+        # The bias has the model's dtype, as in vLLM.
         self.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if layer.bias else None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MorphoQuantLinear:
-        """Follow the model to another device, but not to another dtype: the buffers' are the format's."""
+        """Follow the model to another device, but keep the format's dtypes."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -61,7 +61,7 @@ class MorphoQuantLinear(nn.Module):
         return self
 
     def check(self) -> None:
-        """MorphoQuantError naming the layer where loaded values break a rule of the format."""
+        """Raise MorphoQuantError naming the layer if loaded values break a rule of the format."""
         tensors = {tensor: self.get_buffer(tensor) for tensor in self.tensors}
         if not any(tensor.is_meta for tensor in tensors.values()):
             parallel = self.spec.layers[self.name].parallel

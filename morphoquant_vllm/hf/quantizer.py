@@ -1,4 +1,4 @@
-"""The quantizer that transformers' `from_pretrained` runs where config.json names quant_method 'morphoquant'."""
+"""The quantizer that transformers' `from_pretrained` runs if config.json names quant_method 'morphoquant'."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from morphoquant_vllm.hf.settings import TOKEN_ROWS, configure
 
 @register_quantization_config(QUANT_METHOD)
 class MorphoQuantHfConfig(QuantizationConfigMixin):
-    """The quantization_config of a checkpoint; MorphoQuantError where it is not one this version knows."""
+    """The quantization_config of a checkpoint; MorphoQuantError if this version cannot read it."""
 
     def __init__(self, **config: Any) -> None:
         self.quant_method = QUANT_METHOD
@@ -38,14 +38,14 @@ class MorphoQuantHfConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class MorphoQuantHfQuantizer(HfQuantizer):
-    """Swaps the listed linears for MorphoQuantLinear before the weights are loaded, and checks them afterwards."""
+    """Replaces the listed linears by MorphoQuantLinear before the weights are loaded, and checks them afterwards."""
 
     requires_calibration = False
 
     def __init__(self, quantization_config: MorphoQuantHfConfig, **arguments: Any) -> None:
         super().__init__(quantization_config, **arguments)
-        # Checkpoints always are. But where this is true, transformers leaves every tensor whose name it changes (all
-        # of a thinker's) in the file's dtype and ignores the one asked for.
+        # Checkpoints are always pre-quantized. But if this is true, transformers keeps the file's dtype of every tensor
+        # that it renames, and ignores the requested one. It renames all tensors of a thinker.
         self.pre_quantized = False
 
     def validate_environment(self, *arguments: Any, device_map: Any = None, **others: Any) -> None:
@@ -58,7 +58,7 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         spec: QuantizationSpec = self.quantization_config.spec
         if not checkpoint_files:
             raise MorphoQuantError("a MorphoQuant model is loaded from its checkpoint directory, not from a state_dict")
-        # transformers reports a missing tensor in its log, and goes on with random numbers in its place.
+        # transformers only logs a missing tensor, and continues with random numbers.
         directory = Path(checkpoint_files[0]).parent
         verify_checkpoint(directory, checksums=checksums_wanted())
         mode = Mode(spec.any_row)
@@ -74,12 +74,12 @@ class MorphoQuantHfQuantizer(HfQuantizer):
             if isinstance(module, MorphoQuantLinear):
                 module.check()
         if self.quantization_config.spec.placeholder_token_ids:
-            # As vLLM serves it: each token by its modality's row.
+            # As in vLLM: each token is quantized by its modality's row.
             configure(model, row=TOKEN_ROWS)
         return model
 
     def is_serializable(self) -> NoReturn:
-        """What save_pretrained asks; the answer says why not."""
+        """Refuse save_pretrained, which calls this; the error names the reason."""
         raise MorphoQuantError(
             "save_pretrained: a MorphoQuant model is not saved back, since transformers renames tensors and rewrites "
             "the files that the checkpoint carries byte for byte; copy the checkpoint directory instead"
@@ -91,14 +91,14 @@ class MorphoQuantHfQuantizer(HfQuantizer):
 
 
 def _module_names(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, str]:
-    """Module of each quantized layer that the model has, by the same rules by which transformers renames weights."""
+    """Module name of each quantized layer of the model, by the rules by which transformers renames weights."""
     renamed = _renaming(model)
     weights = model.state_dict()
-    found, missing = {}, []
+    modules, missing = {}, []
     for name in spec.layers:
         key = renamed(stored_name(name, "weight"))
         if key in weights:
-            found[name] = key.removesuffix(".weight")
+            modules[name] = key.removesuffix(".weight")
         else:
             missing.append(name)
     if missing:
@@ -106,11 +106,11 @@ def _module_names(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, s
             f"{type(model).__name__} has no layer {missing[0]} ({len(missing)} of {len(spec.layers)} quantized layers "
             "are missing); load the class that config.json names under 'architectures'"
         )
-    return found
+    return modules
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """What transformers makes of a stored name."""
+    """A function from a stored name to transformers' name of the tensor in `model`."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -119,7 +119,7 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def _check_nothing_missing(model: PreTrainedModel, directory: Path) -> None:
-    """Refuse a checkpoint without one of the model's tensors, also where the checkpoint lists none (version 2)."""
+    """Refuse a checkpoint that lacks a tensor of the model, also one without a list of tensors (version 2)."""
     renamed = _renaming(model)
     stored = {renamed(name) for name in read_headers(directory)}
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys() - stored
@@ -141,23 +141,23 @@ def _check_linear(name: str, module: nn.Module, in_features: int, out_features: 
 
 
 class _ThinkerConfigs:
-    """A thinker's own config is a part of config.json, outside of which quantization_config stands.
+    """Copies quantization_config into a thinker's section of config.json, which does not contain it.
 
     Without it `Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(DIR)` would fill the quantized layers with
-    random numbers. So the reading of that one class of configs hands it over.
+    random numbers. So `get_config_dict` of that one config class is replaced.
     """
 
     original = Qwen2_5OmniThinkerConfig.get_config_dict
 
     @classmethod
     def get_config_dict(cls, name: Any, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        found, rest = cls.original(name, **arguments)
-        quantization = found.get("quantization_config")
-        part = found.get("thinker_config")
+        config, rest = cls.original(name, **arguments)
+        quantization = config.get("quantization_config")
+        thinker = config.get("thinker_config")
         ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-        if ours and isinstance(part, dict):
-            found = {**found, "thinker_config": {**part, "quantization_config": quantization}}
-        return found, rest
+        if ours and isinstance(thinker, dict):
+            config = {**config, "thinker_config": {**thinker, "quantization_config": quantization}}
+        return config, rest
 
 
 Qwen2_5OmniThinkerConfig.get_config_dict = _ThinkerConfigs.get_config_dict

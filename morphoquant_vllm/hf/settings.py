@@ -1,4 +1,4 @@
-"""How a loaded model computes: served numbers or exact mode, and which row serves which token."""
+"""Settings of a loaded model: served numbers or exact mode, and which row serves which token."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import token_rows
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 
-# Of `configure`: each token takes the row of its own modality.
+# Value of `row` in `configure`: each token takes the row of its modality.
 TOKEN_ROWS = "token"
 
 
 def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | None = None) -> None:
-    """Change how a loaded MorphoQuant model computes, from its next forward pass on; None leaves a setting as it is.
+    """Change the mode of a loaded MorphoQuant model from its next forward pass on; None keeps a setting.
 
     exact: whether masked values that leave the 4-bit grid bypass it unrounded (the oracle) instead of taking an 8-bit
-    code. row: the name of the row that serves every token, or "token": each token takes the row of its modality, known
-    by the checkpoint's placeholder_token_ids. After loading it is "token" where the checkpoint has such ids, else
-    "any", as vLLM serves it. Massive tokens keep their own row in any case, and a tower's patches their fixed one.
-    Raises MorphoQuantError for a model that holds no quantized layer, and for an unknown row.
+    code. row: the name of the row that serves every token, or "token". With "token" each token takes the row of its
+    modality, by the checkpoint's placeholder_token_ids. After loading, row is "token" if the checkpoint has such ids,
+    else "any", as in vLLM. Massive tokens always take the massive row, and a tower's patches their fixed row.
+    Raises MorphoQuantError for a model without a quantized layer, and for an unknown row.
     """
     mode, spec = _mode_and_spec(model)
     if exact is not None:
@@ -42,8 +42,8 @@ def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | N
 
 
 def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) -> list[RemovableHandle]:
-    """Hooks that note the rows of each forward pass where its token ids are embedded."""
-    # The full Qwen2.5-Omni has no embedding of its own.
+    """Hooks that note the rows of each forward pass when its token ids are embedded."""
+    # The full Qwen2.5-Omni model has no embedding; its thinker has.
     decoder = getattr(model, "thinker", model)
 
     def forget(module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -10,12 +10,12 @@ Notation
     R  modality rows (text, image, video, audio, any, ...)
 
     limits       group sizes and levels that a layer may have (imports nothing)
-    statistics   what calibration collects per input channel
+    statistics   statistics that calibration collects per input channel
     reference    the authors' algorithm: dispersion score, mask, range search, 4-bit grid, 16-bit bypass (exact mode)
     activation   the form that integer hardware serves: step, centre, gain, mask -> codes (escape mode)
     weights      absorption of steps into weights, channel order, int4 rounding, packing, absorbed bias
     linear       the integer linear layer: codes x int4 -> output
-    exact        exact mode: what escapes is not rounded at all
+    exact        exact mode: values that escape the grid are not rounded
     head         the 8-bit lm_head
     golden       command: replays the authors' recorded outputs
 """

@@ -7,8 +7,8 @@ in float32, half to even; NaN becomes 0, +-inf the limit. [low, high] is the 4-b
 for channels masked in row r. Masked values outside [-8, 7] are *escapes*. This defines the served codes; the
 reference's round(inverse * x - zero_point) may differ from them by one code at ties.
 
-A *massive* token (the first of a sequence, as a rule) is known by its values: within every one of a few channels'
-intervals. It takes the last row, whatever its modality; calibration gives that row its own centre, gain and mask.
+A *massive* token (usually the first of a sequence) is recognised by its values: they lie within the intervals of a few
+channels. It takes the last row, whatever its modality. Calibration gives that row a separate centre, gain and mask.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from morphoquant_vllm.numerics import reference
 from morphoquant_vllm.numerics.reference import CODE_MAX, CODE_MIN
 
 ESCAPE_MIN, ESCAPE_MAX = -128, 127
-# Codes that the largest value seen in calibration may use: leaves room for slightly larger ones when serving.
+# Largest code of the values seen in calibration: leaves room for slightly larger values when serving.
 GUARD_CODES = 120
-# A channel whose range is empty gets this fraction of the layer's median step, so that its inverse stays finite.
+# A channel with an empty range gets this fraction of the layer's median step, which keeps its inverse finite.
 STEP_FLOOR = 1e-3
 
 
 class ActivationRecord(NamedTuple):
-    """What quantizes one layer's input. K follows the permuted channel order; R counts the modality rows."""
+    """The quantizer of one layer's input. K follows the permuted channel order; R counts the modality rows."""
 
     inverse: Tensor  # float32 [R, K]
     centre: Tensor  # float32 [R, K]
@@ -39,11 +39,11 @@ class ActivationRecord(NamedTuple):
     # B sets of J intervals: a token is massive if any set holds it. Channels of x, not positions.
     massive_channel: Tensor  # int32 [B, J]
     massive_low: Tensor  # float32 [B, J]
-    massive_high: Tensor  # float32 [B, J]; below massive_low where the set holds no token
+    massive_high: Tensor  # float32 [B, J]; below massive_low if the set matches no token
 
 
 class Grid(NamedTuple):
-    """Step and centre of each channel, float32 [K], and how far the guard raised the step (factor >= 1)."""
+    """Step and centre of each channel, float32 [K], and the factor >= 1 by which the guard raised the step."""
 
     step: Tensor
     centre: Tensor
@@ -55,9 +55,9 @@ def served_grid(
 ) -> Grid:
     """Turn the reference's ranges [K] into a grid that integers can serve.
 
-    The centre is the reference's zero point times its step: 0 on two-sided ranges, where the reference's rounding of
-    +-7.5 is a matter of float noise. On masked channels the step is raised until nothing seen in calibration
-    (minimum, maximum) leaves GUARD_CODES. Dead channels get a floor: no step is zero, none infinite.
+    The centre is the reference's zero point times its step. It is 0 on two-sided ranges, whose rounding of +-7.5 in
+    the reference depends on float noise. On masked channels the step is raised until all values seen in calibration
+    (minimum, maximum) lie within GUARD_CODES. Dead channels get a floor, so every step is positive and finite.
     """
     inverse = reference.inverse_step(range_min, range_max)
     step = 1 / inverse
@@ -70,12 +70,12 @@ def served_grid(
 
 
 def is_dead(step: Tensor) -> Tensor:
-    """Channels whose step [K] says that they never varied, bool [K]."""
+    """Channels that never varied, by their step [K]: bool [K]."""
     return step <= 2 * reference.MIN_RANGE_WIDTH / reference.LEVELS
 
 
 def floor_dead(step: Tensor) -> Tensor:
-    """`step` [K] with dead channels raised to STEP_FLOOR of the live ones' median; 1 where the whole layer is dead."""
+    """`step` [K] with dead channels raised to STEP_FLOOR of the live ones' median; 1 if the whole layer is dead."""
     dead = is_dead(step)
     live = step[~dead]
     floor = STEP_FLOOR * live.median() if live.numel() else torch.tensor(1.0)
@@ -83,7 +83,7 @@ def floor_dead(step: Tensor) -> Tensor:
 
 
 def inverse_steps(step: Tensor, gain: Tensor) -> Tensor:
-    """1 / (step * gain) as float32 [R, K], from step [K] and gain [R]: computed here, once, for every backend."""
+    """1 / (step * gain) as float32 [R, K], from step [K] and gain [R]: computed only here, for every backend."""
     return 1.0 / (step.float()[None, :] * gain.float()[:, None])
 
 
@@ -112,7 +112,7 @@ def activation_record(
 
 
 def code_limits(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest code where `mask` (bool, any shape) holds and where not, as float32."""
+    """Lowest and highest code of each element of `mask` (bool, any shape), as float32."""
     low = torch.where(mask, float(ESCAPE_MIN), float(CODE_MIN))
     return low, torch.where(mask, float(ESCAPE_MAX), float(CODE_MAX))
 
@@ -127,7 +127,7 @@ def is_massive(x: Tensor, channel: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def token_rows(x: Tensor, modality: Tensor, record: ActivationRecord) -> Tensor:
-    """Row that serves each token of x [M, K], int32 [M]: its modality's, or the last one where it is massive."""
+    """Row that serves each token of x [M, K], int32 [M]: its modality's, or the last one if it is massive."""
     massive = is_massive(x, record.massive_channel, record.massive_low, record.massive_high)
     return torch.where(massive, record.gain.numel() - 1, modality)
 
@@ -149,10 +149,10 @@ def act_quant(x: Tensor, rows: Tensor, record: ActivationRecord) -> Tensor:
 
 
 def dequantize(codes: Tensor, rows: Tensor, record: ActivationRecord) -> Tensor:
-    """The activation that codes [M, K] of tokens in `rows` [M] stand for, float32 [M, K], in permuted order."""
+    """The activation of codes [M, K] of tokens in `rows` [M], float32 [M, K], in permuted order."""
     return codes.float() / record.inverse[rows.long()] + record.centre[rows.long()]
 
 
 def escapes(codes: Tensor) -> Tensor:
-    """Which codes lie outside the 4-bit grid, bool, shape of `codes`."""
+    """True for codes outside the 4-bit grid, bool, shape of `codes`."""
     return (codes < CODE_MIN) | (codes > CODE_MAX)

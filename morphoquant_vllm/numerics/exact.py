@@ -1,7 +1,7 @@
-"""Exact mode of the served form: what escapes the 4-bit grid is not rounded at all. An oracle, never served.
+"""Exact mode of the served form: values that escape the 4-bit grid are not rounded. An oracle, never served.
 
 The authors' quantizer lets a masked outlier bypass the grid in 16 bit; serving gives it an 8-bit code instead. Here the
-bypass is computed on the served grid: the difference between both modes is what 8-bit escapes cost.
+bypass is computed on the served grid: the difference between both modes is the cost of 8-bit escapes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from morphoquant_vllm.numerics.linear import WeightRecord, matmul
 
 
 def exact_codes(x: Tensor, rows: Tensor, record: ActivationRecord) -> Tensor:
-    """Codes of x [M, K] as float64 [M, K] in permuted order: integers, but unrounded where a masked value escapes.
+    """Codes of x [M, K] as float64 [M, K] in permuted order: integers, except that masked escapes are not rounded.
 
-    rows int32 [M], as from `token_rows`. NaN and infinite values are what `act_quant` makes of them.
+    rows int32 [M], as from `token_rows`. NaN and infinite values get the codes of `act_quant`.
     """
     codes = act_quant(x, rows, record)
     row = rows.long()

@@ -1,4 +1,4 @@
-"""Replay a golden file: does the torch reference reproduce the authors' activation quantizer?
+"""Replays a golden file: compares the torch reference with recorded outputs of the authors' activation quantizer.
 
 Usage: python -m morphoquant_vllm.numerics.golden FILE
 """
@@ -20,13 +20,13 @@ from morphoquant_vllm.numerics import reference
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 
 CALIBRATION_BATCHES, SEARCH_BATCHES, INFERENCE_BATCH = (0, 1, 2), (1, 2), 4
-# Ranges, masks and outputs must be equal; the dispersion sums in another order than the authors' code did.
+# Ranges, masks and outputs must be equal. The dispersion adds up in another order than the authors' code.
 RELATIVE_TOLERANCE = {"dispersion": 1e-5}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one replayed tensor lies from the recorded one."""
+    """The difference between one replayed tensor and the recorded one."""
 
     case: int
     layer: str
@@ -37,7 +37,7 @@ class Difference:
 
 
 def replay_case(settings: dict[str, Any], batches: list[Tensor]) -> dict[str, Tensor]:
-    """Run steps 1-7 of the reference algorithm as the file's protocol says; the keys are the file's."""
+    """Run steps 1-7 of the reference algorithm by the file's protocol; the keys are the file's."""
     statistics = ChannelStatistics.of(batches[0])
     for index in CALIBRATION_BATCHES[1:]:
         statistics = statistics.merge(ChannelStatistics.of(batches[index]))
@@ -90,7 +90,7 @@ def compare(case: int, layer: str, tensor: str, ours: Tensor, recorded: Tensor) 
 
 
 def replay_file(path: Path | str) -> list[Difference]:
-    """Replay every case of a golden file; raises MorphoQuantError where the file cannot be read as one."""
+    """Replay every case of a golden file; raises MorphoQuantError if the file cannot be read as one."""
     differences = []
     try:
         with safe_open(str(path), "pt") as file:
@@ -110,7 +110,7 @@ def replay_file(path: Path | str) -> list[Difference]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table of differences; 0 where everything agrees, 1 where it does not, 2 on a bad file."""
+    """Print the table of differences; 0 if all tensors agree, 1 if any differs, 2 for a bad file."""
     if len(arguments) != 1:
         print("usage: python -m morphoquant_vllm.numerics.golden FILE", file=sys.stderr)
         return 2

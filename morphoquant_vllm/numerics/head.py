@@ -3,7 +3,8 @@
     codes[n, k] = rint(w[n, k] / scale[n]),  scale[n] = max_k |w[n, k]| / 127
     y[m, n]     = scale[n] * sum_k codes[n, k] * x[m, k]
 
-Made while a model is loaded, from its 16-bit head; no checkpoint holds it. M tokens, K channels, N outputs.
+The codes are made from the 16-bit head while a model is loaded; no checkpoint holds them. M tokens, K channels, N
+outputs.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _ROWS = 4096
 def quantize_rows(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes int8 [N, K] and scale float32 [N] of a float weight [N, K]; a row of zeros has scale 0.
 
-    `codes` is where they go, if not to memory of their own.
+    If `codes` is given, they are written there.
     """
     codes = weight.new_empty(weight.shape, dtype=torch.int8) if codes is None else codes
     scale = weight.new_empty(weight.shape[:1], dtype=torch.float32)
     for first in range(0, weight.shape[0], _ROWS):
         rows = weight[first : first + _ROWS].float()
-        own = rows.abs().amax(1) / LARGEST_CODE
-        scale[first : first + _ROWS] = own
-        codes[first : first + _ROWS] = (rows / own.where(own > 0, 1)[:, None]).round()
+        scales = rows.abs().amax(1) / LARGEST_CODE
+        scale[first : first + _ROWS] = scales
+        codes[first : first + _ROWS] = (rows / scales.where(scales > 0, 1)[:, None]).round()
     return codes, scale
 
 
@@ -37,15 +38,15 @@ def head(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounding_bound(x: Tensor, scale: Tensor) -> Tensor:
-    """How far y may lie from x times the unquantized weight before either is cast, float64 [M, N].
+    """Largest difference between y and x times the unquantized weight before either is cast, float64 [M, N].
 
-    Each weight moves by at most half a scale; the 2^-13 are the division's float32 rounding of a code up to 127.
+    Each weight moves by at most half a scale. The 2^-13 cover the division's float32 rounding of a code up to 127.
     """
     return (0.5 + 2.0**-13) * x.double().abs().sum(1)[:, None] * scale.double()
 
 
 def output_bound(x: Tensor, codes: Tensor, scale: Tensor, reference: Tensor) -> Tensor:
-    """How far another implementation's y may lie from `reference` [M, N] (in its dtype), float64 [M, N].
+    """Largest difference of another implementation's y from `reference` [M, N] (in its dtype), float64 [M, N].
 
     One unit in the last place of the output dtype, plus K + 2 float32 roundings of the sum of magnitudes.
     """

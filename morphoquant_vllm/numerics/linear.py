@@ -6,8 +6,8 @@ Two-level scales are scale[n, g] = level[n, g] * channel_scale[n] with whole lev
 
     y[m, n] = gain[r] * channel_scale[n] * sum_g level[n, g] * sum_{k in g} code[m, k] * q[n, k]  +  ...
 
-Group sums are exact integers, and so is their sum weighted by levels: below 2^31 while K < 2^17. Here a sum over groups
-that is no integer runs in float64, and the result is cast once; another backend may differ by `output_bound`.
+Group sums are exact integers, and so is their sum weighted by levels: below 2^31 while K < 2^17. Here a sum of scaled
+group sums runs in float64, and the result is cast once. Another backend may differ by `output_bound`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class WeightRecord(NamedTuple):
         return scale * self.channel_scale.double()[:, None] if self.two_level else scale
 
     def dequantized(self) -> Tensor:
-        """What the codes stand for, float32 [N, K]; see weights.dequantize_weight."""
+        """The weights of the codes, float32 [N, K]; see weights.dequantize_weight."""
         return dequantize_weight(self.codes, self.scale, self.channel_scale if self.two_level else None)
 
 
 def weight_record(
     codes: Tensor, scale: Tensor, absorbed_bias: Tensor, channel_scale: Tensor | None = None
 ) -> WeightRecord:
-    """The record of a checkpoint's tensors; absorbed_bias [B, R, N] is summed over the blocks of K at hand.
+    """The record of a checkpoint's tensors; absorbed_bias [B, R, N] is summed over its blocks of K.
 
     With `channel_scale`, float32 [N], `scale` holds the levels of two-level scales.
     """
@@ -59,8 +59,8 @@ def weight_record(
 def matmul(codes: Tensor, rows: Tensor, weight: WeightRecord, gain: Tensor, bias: Tensor | None) -> Tensor:
     """y as float64 [M, N] from activation codes int8 [M, K] of tokens in `rows` int32 [M].
 
-    One float64 product: code * q * scale has at most 20 significant bits, so that every group sum is exact. With levels
-    in the place of scales all of it is: it adds up integers.
+    One float64 product: code * q * scale has at most 20 significant bits, so every group sum is exact. With levels
+    instead of scales the whole sum is exact, because it adds up integers.
     """
     rows = rows.long()
     y = codes.double() @ times_group(weight.codes, weight.scale).double().T
@@ -80,7 +80,7 @@ def linear(
 
 
 def group_sums(codes: Tensor, weight: WeightRecord) -> Tensor:
-    """The integer group sums, int32 [M, N, K/G]: for tests of other backends."""
+    """The integer group sums, int32 [M, N, K/G], for tests of other backends."""
     groups = weight.scale.shape[1]
     left = codes.unflatten(1, (groups, -1)).float()
     right = unpack(weight.codes).unflatten(1, (groups, -1)).float()
@@ -88,7 +88,7 @@ def group_sums(codes: Tensor, weight: WeightRecord) -> Tensor:
 
 
 def output_bound(codes: Tensor, rows: Tensor, weight: WeightRecord, gain: Tensor, reference: Tensor) -> Tensor:
-    """How far another backend's output may lie from `reference` [M, N] (in its dtype), float64 [M, N].
+    """Largest difference of another backend's output from `reference` [M, N] (in its dtype), float64 [M, N].
 
     One unit in the last place of the output dtype, plus (K/G + 4) * 2^-23 * (gain * sum_g |scale_g * acc_g| +
     |absorbed_bias|): K/G + 4 float32 roundings.

@@ -1,4 +1,4 @@
-"""Per-channel activation statistics, with the reduction that merges them."""
+"""Per-channel activation statistics and the reduction that merges them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-# How each field of ChannelStatistics merges, over batches and over processes alike
-# (the names are those of torch.distributed.ReduceOp).
+# The reduction of each field of ChannelStatistics, over batches and over ranks. The names are those of
+# torch.distributed.ReduceOp.
 REDUCTIONS = {
     "minimum": "MIN",
     "maximum": "MAX",
@@ -23,7 +23,7 @@ _MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"MIN": torch.minimum, "
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Statistics of one activation over tokens: float32 [K] each, and the number of tokens as a float64 scalar."""
+    """Statistics of one activation over tokens: each float32 [K], and the number of tokens as a float64 scalar."""
 
     minimum: Tensor
     maximum: Tensor
@@ -68,7 +68,7 @@ class ChannelStatistics:
 
     @property
     def abs_mean(self) -> Tensor:
-        """Mean magnitude per channel, float32 [K]; 0 where no token was seen."""
+        """Mean magnitude per channel, float32 [K]; 0 if no token was seen."""
         return self.abs_sum / self.count.clamp(min=1).float()
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 INT4_MIN, INT4_MAX = -8, 7
 # Candidate scales of the clip search, as fractions of the scale that clips nothing.
 CLIP_RATIOS = tuple(1.0 - 0.025 * index for index in range(21))
-# Scale of a group whose weights are all zero: any positive number serves, this one is exact in bfloat16.
+# Scale of a group whose weights are all zero. Any positive number works; this one is exact in bfloat16.
 EMPTY_GROUP_SCALE = 2.0**-20
 
 
@@ -18,7 +18,7 @@ def absorb(weight: Tensor, step: Tensor) -> Tensor:
 
 
 def channel_order(absorbed: Tensor, blocks: int = 1) -> Tensor:
-    """Channels by falling column norm of W' [N, K], int32 [K]: like sizes share a group.
+    """Channels by falling column norm of W' [N, K], int32 [K]: columns of similar size share a group.
 
     `absorbed` holds the concatenated shards of a fused layer. With `blocks` > 1 (tensor-parallel ranks of a
     row-parallel layer) the order stays within each of `blocks` equal blocks of K. Equal norms keep their order.
@@ -35,7 +35,7 @@ def channel_order(absorbed: Tensor, blocks: int = 1) -> Tensor:
 def quantize_int4(absorbed: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Round W' [N, K] (columns already in channel order) to symmetric int4: codes int8 [N, K], scale bfloat16 [N, K/G].
 
-    Each weight is rounded by itself, against the group's scale as `group_scales` finds it.
+    Each weight is rounded separately, with its group's scale from `group_scales`.
     """
     rows, in_features = absorbed.shape
     if in_features % group_size:
@@ -48,8 +48,8 @@ def quantize_int4(absorbed: Tensor, importance: Tensor, group_size: int) -> tupl
 def group_scales(grouped: Tensor, importance: Tensor) -> Tensor:
     """Scale of each group, bfloat16 [N, groups], of weights float32 [N, groups, G], searched over CLIP_RATIOS.
 
-    The error of a column weighs importance [groups, G] = E[code^2], which makes the sum the error of the output. Errors
-    are those against the scale as rounded to bfloat16.
+    A column's error is weighted by importance [groups, G] = E[code^2], which makes the sum the error of the output.
+    Errors are measured with the scale rounded to bfloat16.
     """
     weight = importance[None]
     peak = grouped.abs().amax(-1)
@@ -67,7 +67,7 @@ def group_scales(grouped: Tensor, importance: Tensor) -> Tensor:
 
 
 def round_int4(weight: Tensor, scale: Tensor) -> Tensor:
-    """The nearest int4 codes, as floats, of weights against a scale that broadcasts."""
+    """The nearest int4 codes of weight / scale, as floats; `scale` broadcasts."""
     return torch.round(weight / scale).clamp_(INT4_MIN, INT4_MAX)
 
 
@@ -98,7 +98,7 @@ def times_group(packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def dequantize_weight(packed: Tensor, scale: Tensor, channel_scale: Tensor | None = None) -> Tensor:
-    """What the codes stand for, float32 [N, K] in permuted order: q * scale, exact.
+    """The weights of the codes, float32 [N, K] in permuted order: q * scale, exact.
 
     With `channel_scale`, float32 [N], `scale` holds levels: q * level * channel_scale, the last product rounded once.
     """
@@ -107,9 +107,9 @@ def dequantize_weight(packed: Tensor, scale: Tensor, channel_scale: Tensor | Non
 
 
 def absorbed_bias(weight: Tensor, centre: Tensor, blocks: int = 1) -> Tensor:
-    """What centres add to the output: W @ centre, float32 [B, R, N], from full-precision W [N, K] and centre [R, K].
+    """The centres' contribution W @ centre to the output, float32 [B, R, N]; W [N, K] in full precision, centre [R, K].
 
-    One sum for each of B equal `blocks` of K, which may lie on different ranks; their sum is the layer's.
+    One sum for each of B equal `blocks` of K, which may lie on different ranks; their total is the layer's bias.
     """
     left = centre.double().unflatten(1, (blocks, -1))
     right = weight.double().unflatten(1, (blocks, -1))

@@ -1,8 +1,8 @@
-"""What vLLM calls: the one room that imports vLLM.
+"""The classes that vLLM calls; the one room that imports vLLM.
 
-config             which layers of a model are quantized, and what is checked before workers start
-checkpoint_check   a checkpoint's files are checked before vLLM loads a weight
-last_word          a refusal in a worker is said again in the last line of the log
+config             which layers of a model are quantized, and the checks before workers start
+checkpoint_check   checks a checkpoint's files before vLLM loads a weight
+last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one
@@ -13,7 +13,7 @@ silu_mul_pass      a pass of vLLM's compiler that joins silu(gate) * up with the
 
 
 def register() -> None:
-    """Entry point of vLLM's general plugins: make `--quantization morphoquant` known. Runs in every vLLM process."""
+    """Entry point of vLLM's general plugins: register `--quantization morphoquant`. Runs in every vLLM process."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from morphoquant_vllm.format.schema import QUANT_METHOD

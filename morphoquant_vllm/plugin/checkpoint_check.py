@@ -1,4 +1,4 @@
-"""The checkpoint's files are checked before vLLM loads a weight: it serves what is missing as uninitialised memory."""
+"""Checks a checkpoint's files before vLLM loads a weight. vLLM would serve missing tensors as uninitialised memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import OLD_VERSION, verify_checkpoint
 
-# vLLM writes the messages of loggers below its own.
+# vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
-# A bar appears if the check takes longer than so many seconds.
+# Seconds after which a progress bar appears.
 _PROGRESS_AFTER = 2.0
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a checkpoint that is not whole or damaged; one line in the log says what was checked, and how long."""
+    """Refuse an incomplete or damaged checkpoint. One line in the log names the check and its time."""
     started = time.monotonic()
     checksums = checksums_wanted()
     total = sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.is_file())
@@ -45,23 +45,23 @@ def check_directory(directory: Path) -> None:
 
 
 def cached_snapshot(model: str, revision: str | None, spec: QuantizationSpec) -> Path | None:
-    """The folder of a hub model whose files all lie in the local cache; None if some do not, or they are not listed."""
-    found = try_to_load_from_cache(model, CONFIG_FILE, revision=revision)
-    if not isinstance(found, str) or spec.integrity is None:
+    """The folder of a hub model if the local cache holds all its files; None if not, or if `spec` lists none."""
+    config = try_to_load_from_cache(model, CONFIG_FILE, revision=revision)
+    if not isinstance(config, str) or spec.integrity is None:
         return None
-    folder = Path(found).parent
+    folder = Path(config).parent
     return folder if all((folder / name).exists() for name in (INDEX_FILE, *spec.integrity.files)) else None
 
 
 def download(model: str, config: VllmConfig) -> Path:
-    """Bring a hub model's weight files and index onto the disk, where vLLM's loader finds them; their folder."""
-    revision, place = config.model_config.revision, config.load_config.download_dir
+    """Download a hub model's weight files and index to the place where vLLM's loader looks; their folder."""
+    revision, cache = config.model_config.revision, config.load_config.download_dir
     local = maybe_download_from_modelscope(model, revision)
     if local is not None:
         return Path(local)
-    folder = Path(download_weights_from_hf(model, place, ["*.safetensors"], revision))
+    folder = Path(download_weights_from_hf(model, cache, ["*.safetensors"], revision))
     for name in (INDEX_FILE, CONFIG_FILE):
-        # They lie beside the weights then, whatever folder vLLM read them from. The check says what is missing.
+        # They then lie beside the weights, whatever folder vLLM read them from. The check names a missing file.
         with suppress(EntryNotFoundError):
-            hf_hub_download(model, name, revision=revision, cache_dir=place)
+            hf_hub_download(model, name, revision=revision, cache_dir=cache)
     return folder

@@ -1,4 +1,4 @@
-"""How vLLM finds out which of a model's layers are quantized.
+"""The quantization config of vLLM: it decides the method of each layer of a model.
 
 The config object is pickled to the engine and its workers; it holds plain data only.
 """
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
 
-# vLLM writes the messages of loggers below its own.
+# vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
-# What vLLM puts before the names of a draft model's layers.
+# Prefix that vLLM adds to the names of a draft model's layers.
 DRAFT_PREFIX = "draft_model."
 
-# What vLLM calls of a layer's method while it loads a model, and where it may be refused.
+# Functions of a layer's method that vLLM calls while it loads a model, and that may refuse the checkpoint.
 _STEPS = ("create_weights", "process_weights_after_loading")
 
 
@@ -37,14 +37,14 @@ class MorphoQuantConfig(QuantizationConfig):
 
     def __init__(self, spec: QuantizationSpec | None = None) -> None:
         super().__init__()
-        # None where the user named this method for a model that has no quantization_config.
+        # None if the user named this method for a model without a quantization_config.
         self.spec = spec
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
-        # Made with the layers of a model, in the process that has them.
+        # Created with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
         self._mlps: dict[str, Intermediate] = {}
-        # A model's hub id until a worker has looked at it, and whether its files were checked before.
+        # A model's hub id until a worker has checked its files, and whether they were checked before that.
         self._hub_id: str | None = None
         self._checked = False
         # None until the process that configures the engine has checked the files.
@@ -89,19 +89,19 @@ class MorphoQuantConfig(QuantizationConfig):
         if directory.is_dir():
             check_directory(directory)
         else:
-            self._hub_id, found = model_name, cached_snapshot(model_name, revision, self.spec)
-            self._checked = found is not None
-            if found is not None:
-                check_directory(found)
+            self._hub_id, snapshot = model_name, cached_snapshot(model_name, revision, self.spec)
+            self._checked = snapshot is not None
+            if snapshot is not None:
+                check_directory(snapshot)
             else:
                 logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
         if self._last_word is None:
             self._last_word = open_last_word()
 
     def _check_downloaded(self) -> None:
-        """In a worker, before it loads: check a hub model that was not there when the engine was configured.
+        """In a worker, before it loads: check a hub model that was not on the disk when the engine was configured.
 
-        One that was, too, if vLLM reads another copy of it: --download-dir is not known earlier.
+        A model that was there is checked again if vLLM reads another copy: --download-dir is not known earlier.
         """
         from vllm.config import get_current_vllm_config_or_none
 
@@ -120,10 +120,10 @@ class MorphoQuantConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self._last_word is None:
             return self._method_of(layer, prefix)
-        with self._last_word.told():
+        with self._last_word.keep_refusal():
             method = self._method_of(layer, prefix)
         for step in _STEPS if method is not None else ():
-            setattr(method, step, self._last_word.told()(getattr(method, step)))
+            setattr(method, step, self._last_word.keep_refusal()(getattr(method, step)))
         return method
 
     def _method_of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -163,7 +163,7 @@ class MorphoQuantConfig(QuantizationConfig):
         return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix))
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> Intermediate | None:
-        """What the quantized gate_up_proj and down_proj of one MLP share, where its channels may be renumbered."""
+        """The state that gate_up_proj and down_proj of one MLP share; None if its channels may not be renumbered."""
         from vllm.config import get_current_vllm_config_or_none
 
         from morphoquant_vllm.plugin.mlp_channel_order import DOWN, GATE_UP, MODEL_TYPES, Intermediate
@@ -176,14 +176,14 @@ class MorphoQuantConfig(QuantizationConfig):
                 return None
             mlp = self._mlps[prefix.removesuffix(GATE_UP)] = Intermediate()
             return mlp
-        # Taken out of the dictionary: no layer of another model of this process finds it.
-        found = self._mlps.pop(prefix.removesuffix(DOWN), None) if prefix.endswith(DOWN) else None
-        if found is not None:
-            found.down = layer
-        return found
+        # Removed from the dictionary: a layer of another model in this process must not get it.
+        shared = self._mlps.pop(prefix.removesuffix(DOWN), None) if prefix.endswith(DOWN) else None
+        if shared is not None:
+            shared.down = layer
+        return shared
 
     def modality_bus(self) -> ModalityBus:
-        """What tells this model's linears their tokens' rows: one for all layers of the process."""
+        """The bus that gives this model's linears the rows of their tokens: one per process."""
         from morphoquant_vllm.plugin.modality_bus import ModalityBus
 
         assert self.spec is not None, "maybe_update_config refuses a model without a spec"
@@ -194,9 +194,9 @@ class MorphoQuantConfig(QuantizationConfig):
     def shard_names(self, prefix: str) -> list[str]:
         """The unfused names behind a vLLM layer: ...qkv_proj -> q_proj, k_proj, v_proj; else the name itself.
 
-        The longest packed key wins: the towers have `attn.qkv` beside `qkv`.
+        The longest packed key wins: the towers have both `attn.qkv` and `qkv`.
         """
-        # The draft model of speculative decoding has the names of its own checkpoint.
+        # The draft model of speculative decoding has the names of its checkpoint.
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         packed = [key for key in self.packed_modules_mapping if prefix.endswith("." + key)]
         if not packed:

@@ -1,7 +1,7 @@
-"""A refusal in a worker is said again in the last line; vLLM's own is "Engine core initialization failed".
+"""Repeats a worker's refusal in the last line of the log. vLLM says only "Engine core initialization failed" there.
 
-vLLM tells the process that configures the engine that a worker failed, but not why. So the worker leaves its line in a
-file, which that process prints when it ends, after the traceback.
+The process that configures the engine learns from vLLM that a worker failed, but not why. So the worker writes its
+line to a file. The configuring process prints it when it ends, after the traceback.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from pathlib import Path
 
 from morphoquant_vllm.errors import MorphoQuantError
 
-# A line in UTF-8 is not longer.
+# Longest line in bytes of UTF-8.
 _LONGEST = 1 << 14
 
 
 @dataclass(frozen=True)
 class LastWord:
-    """Where workers leave the line; plain data that goes to them with the configuration."""
+    """The file in which workers leave the line. Plain data: it goes to the workers with the configuration."""
 
     path: Path
-    # The process that prints it.
+    # Id of the process that prints the line.
     process: int
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """In a worker: what is refused here is kept for the last line. The first to be refused is heard."""
+    def keep_refusal(self) -> Iterator[None]:
+        """In a worker: write the MorphoQuantError raised inside to the file. Only the first refusal is kept."""
         try:
             yield
         except MorphoQuantError as error:
             if os.getpid() != self.process:
-                # Without a folder to write to it stands in the log above, as everything else.
+                # Without a writable folder, the line is only in the log above.
                 with suppress(OSError):
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                     with os.fdopen(os.open(self.path, flags, stat.S_IRUSR | stat.S_IWUSR), "wb") as file:
                         file.write(str(error).encode(errors="backslashreplace"))
             raise
 
-    def say(self) -> None:
-        """Print the line that a worker left, if any, and remove it."""
-        # A forked process may end with what was registered here.
+    def print_refusal(self) -> None:
+        """Print the line that a worker left, if any, and remove the file."""
+        # A forked process inherits the exit handler.
         if os.getpid() != self.process:
             return
         with suppress(OSError):
@@ -60,9 +60,9 @@ class LastWord:
 
 
 def open_last_word() -> LastWord:
-    """In the process that configures the engine: it prints what its workers leave when it ends."""
-    # A name that nobody can guess; there is no file unless a worker refuses.
+    """In the process that configures the engine: print the workers' refusal when this process ends."""
+    # The name cannot be guessed. The file exists only if a worker refuses.
     path = Path(tempfile.gettempdir()) / f"morphoquant-{secrets.token_hex(16)}"
     word = LastWord(path, os.getpid())
-    atexit.register(word.say)
+    atexit.register(word.print_refusal)
     return word

@@ -1,4 +1,4 @@
-"""The quantized linear inside vLLM: create parameters, check what was loaded, call the op."""
+"""The quantized linear inside vLLM: creates parameters, checks the loaded tensors, calls the op."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from morphoquant_vllm.plugin.parameters import LoadLog, make_parameters
 class MorphoQuantLinearMethod(LinearMethodBase):
     """Quantization method of one (fused) linear layer.
 
-    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output; `bus` knows the
-    rows of the model's tokens; gate_up_proj and down_proj share an `mlp` where its channels may be renumbered.
+    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output. `bus` holds the
+    rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its channels may be renumbered.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.spec = spec
         self.bus = bus
         self.mlp = mlp
-        # Whether the channels that this layer and its neighbour have in common are.
+        # True once the channels between gate_up_proj and down_proj are in down_proj's order.
         self.renumbered = False
         self.shards = shards
         self.layer_spec = next(iter(shards.values()))
@@ -76,7 +76,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     ) -> None:
         self._check_shapes(layer, input_size)
         self.activation_dtype = params_dtype
-        # Here, since vLLM copies the compiler's settings when a model has all its layers, before weights are loaded.
+        # vLLM copies the compiler's settings when a model has all its layers, before weights are loaded.
         fusion.install(get_current_vllm_config(), ops.select_backend(torch.get_default_device()))
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
@@ -125,7 +125,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self._check_bias(layer)
         row_parallel = self.layer_spec.parallel == "row"
         rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
-        # Channels are counted over the whole K; this rank's part starts at rank * K / size.
+        # Channels are numbered over the whole K; this rank's channels start at rank * K / size.
         first_channel = rank * tensors["channel_order"].numel()
         for tensor in ("channel_order", "massive_channel"):
             tensors[tensor] = tensors[tensor] - first_channel
@@ -136,7 +136,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             parallel=self.layer_spec.parallel,
             blocks=self.spec.tensor_parallel // size,
         )
-        tensors = self._in_order(layer, tensors)
+        tensors = self._reordered(layer, tensors)
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
         weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
         device = weight.codes.device
@@ -151,16 +151,16 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         prepared[0][-1] = handle
         self.weight_size, self.activation_size = (len(record) for record in prepared)
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
-            for index, part in enumerate(record):
-                layer.register_buffer(f"{kind}_record_{index}", part, persistent=False)
+            for index, buffer in enumerate(record):
+                layer.register_buffer(f"{kind}_record_{index}", buffer, persistent=False)
         if not self.layer_spec.fixed_row:
             layer.register_buffer("modality", self.bus.rows(device), persistent=False)
         if device.type == "cpu":
             del tensors, weight, activation, parameter
             release_freed_memory()
 
-    def _in_order(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, with the channels between gate_up_proj and down_proj in the latter's order."""
+    def _reordered(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` with the channels between gate_up_proj and down_proj in down_proj's order."""
         if self.mlp is None:
             return tensors
         codes = tensors["weight_codes"]
@@ -179,9 +179,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         return intermediate.reorder_outputs(tensors, order)
 
     def _check_bias(self, layer: torch.nn.Module) -> None:
-        """The layer's own bias: vLLM allocates it uninitialised and does not report that nothing was loaded."""
+        """Check the source layer's bias: vLLM allocates it uninitialised and does not report a missing one."""
         bias = getattr(layer, "bias", None)
-        has = {False: "none", True: "a bias"}
+        has = {False: "no bias", True: "a bias"}
         for name, shard in self.shards.items():
             if shard.bias != (bias is not None):
                 raise MorphoQuantError(
@@ -197,7 +197,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             row = self.spec.rows.index(self.layer_spec.fixed_row)
         else:
             modality: Tensor = layer.modality  # type: ignore[assignment]
-            # vLLM compiles for at most the buffer's tokens: the graph needs no second way.
+            # vLLM compiles for at most the buffer's tokens, so the graph needs no second branch.
             if torch.compiler.is_compiling() or x.shape[0] <= modality.numel():
                 return modality
             row = self.spec.any_row
@@ -216,7 +216,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         return handle
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        # No view where none is needed: it would hide what comes before from the pass of `fusion`.
+        # An unneeded view would hide the operation before it from the pass of `fusion`.
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y = ops.bound_linear(flat, self.token_rows(layer, flat), self.handle(layer), bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

@@ -1,11 +1,11 @@
-"""lm_head: the 16-bit one, read in place where the CPU allows, and the optional 8-bit one.
+"""lm_head: the 16-bit head, read in place if the CPU allows, and the optional 8-bit head.
 
-The latter is made from the 16-bit one while the model is loaded, where the user asks for it:
+The 8-bit head is made from the 16-bit one while the model is loaded, if the user asks for it:
 
     vllm serve OUT --additional-config '{"morphoquant": {"lm_head": "int8"}}'
 
-vLLM hands `additional_config` to every worker. Each rank quantizes its own rows of the vocabulary by themselves, so
-that logits do not depend on the tensor-parallel size.
+vLLM hands `additional_config` to every worker. Each rank quantizes each output channel of its vocabulary separately,
+so logits do not depend on the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import move_to_large_pages, zero_bytes
 from morphoquant_vllm.numerics.head import quantize_rows
 
-# vLLM writes the messages of loggers below its own.
+# vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
 
 SETTINGS = "morphoquant"
@@ -31,11 +31,11 @@ KINDS = ("16bit", "int8")
 
 
 def wants_eight_bits(additional_config: Any) -> bool:
-    """Whether vLLM's additional_config asks for an 8-bit head; MorphoQuantError where it asks for what is not known."""
+    """Whether vLLM's `additional_config` asks for an 8-bit head; MorphoQuantError if it has an unknown setting."""
     settings = additional_config.get(SETTINGS, {}) if isinstance(additional_config, dict) else {}
     if not isinstance(settings, dict) or not settings.keys() <= {"lm_head"}:
         raise MorphoQuantError(
-            f"--additional-config: '{SETTINGS}' knows the one setting lm_head, got {settings!r}; "
+            f"--additional-config: '{SETTINGS}' takes only the setting lm_head, got {settings!r}; "
             'write {"morphoquant": {"lm_head": "int8"}}'
         )
     kind = settings.get("lm_head", KINDS[0])
@@ -50,9 +50,9 @@ def megabytes(*tensors: Tensor) -> float:
 
 
 class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
-    """vLLM's 16-bit head; on a CPU with AVX512-BF16 (and no AMX) logits are made from the loaded weight itself.
+    """vLLM's 16-bit head. On a CPU with AVX512-BF16 and without AMX, it multiplies with the loaded weight itself.
 
-    vLLM's own product keeps a second, packed copy of the weight, and reads it more slowly.
+    vLLM's product keeps a second, packed copy of the weight, and reads it more slowly.
     """
 
     in_place = False
@@ -79,7 +79,7 @@ def _head_on(device: torch.device) -> ops.Head | None:
 
 
 def _logits(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """y [M, N] in the shape of x [..., K], with the head's own bias."""
+    """y [M, N] plus the head's bias, with the leading dimensions of x [..., K]."""
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -87,14 +87,14 @@ def _logits(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 class EightBitHeadMethod(SixteenBitHeadMethod):
     """vLLM's 16-bit head while it is loaded, then codes int8 [N, K] and scale float32 [N]; N is this rank's vocabulary.
 
-    The weight of an untied head is freed. A tied one is the embedding's and stays: the codes are an extra copy.
+    The weight of an untied head is freed. A tied weight belongs to the embedding and stays: the codes are extra.
     """
 
     supports_pre_processed_weights = False
 
     def __init__(self, config: VllmConfig) -> None:
         model = config.model_config
-        # Another dtype of logits reads the weight itself.
+        # Logits in another dtype need the weight itself.
         self.head_dtype = model.head_dtype if model is not None else None
         self.tied = self.eight_bit = False
 

@@ -1,9 +1,9 @@
-"""The channels between an MLP's gate_up_proj and down_proj, numbered in memory as down_proj takes them.
+"""Reorders the channels between an MLP's gate_up_proj and down_proj to down_proj's channel order, in memory only.
 
-silu(gate) * up treats every channel alike and by itself: rows of gate and up may stand in any order if the columns of
-down follow. In down_proj's own channel order its quantizer reads its input from one end to the other and gathers
-nothing. Each output of a linear comes from its own row of weights, so no bit of the model's output changes. The
-checkpoint's files keep the source's numbering, in which adapters (LoRA) are written too: with them nothing is moved.
+silu(gate) * up treats each channel separately: rows of gate and up may be in any order if the columns of down follow.
+In down_proj's channel order its quantizer reads its input sequentially, without a gather. Each output of a linear
+depends only on its row of weights, so no bit of the model's output changes. The checkpoint's files keep the source's
+numbering. Adapters (LoRA) use that numbering too, so nothing is moved if they are enabled.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from morphoquant_vllm.format.schema import INPUT_TENSORS
 
 GATE_UP, DOWN = ".mlp.gate_up_proj", ".mlp.down_proj"
-# Models whose MLP, in vLLM, is gate_up_proj, silu(gate) * up and down_proj, with nothing else between them; the
-# decoders of the multimodal ones under their own names, as vLLM passes their part of config.json on.
+# Models whose MLP in vLLM is exactly gate_up_proj, silu(gate) * up and down_proj. The decoders of multimodal models
+# have separate entries: vLLM passes them their section of config.json.
 MODEL_TYPES = frozenset(
     (
         *("llama", "qwen2", "qwen3", "qwen2_5_vl", "qwen2_5_vl_text"),
@@ -25,19 +25,19 @@ MODEL_TYPES = frozenset(
 
 
 class Intermediate:
-    """What gate_up_proj and down_proj of one MLP know of each other while they are loaded, on one rank."""
+    """State that gate_up_proj and down_proj of one MLP share on one rank while they are loaded."""
 
     def __init__(self) -> None:
-        # vLLM's layer, until gate_up_proj has been processed.
+        # vLLM's down_proj, until gate_up_proj has been processed.
         self.down: torch.nn.Module | None = None
-        # down_proj's channel order on this rank, int64 [K], from when gate_up_proj takes it until down_proj follows.
+        # down_proj's channel order on this rank, int64 [K], between the processing of gate_up_proj and of down_proj.
         self._order: Tensor | None = None
 
     def rows(self, out_features: int) -> Tensor | None:
-        """The order of rows for gate_up_proj with `out_features` outputs, int64; None where they stay.
+        """The order of rows for gate_up_proj with `out_features` outputs, int64; None if they stay.
 
-        down_proj must follow, by `columns`. Where its tensors are gone or are no permutation (which its own
-        checks refuse) nothing is moved.
+        down_proj must follow, by `columns`. Nothing is moved if its tensors are gone, or if its channel order is not a
+        permutation, which the checks of down_proj refuse.
         """
         down, self.down = self.down, None
         stored = getattr(down, "channel_order", None)
@@ -50,13 +50,13 @@ class Intermediate:
         return torch.cat((order, order + order.numel()))
 
     def columns(self) -> Tensor | None:
-        """The order in which down_proj's input comes, int64 [K]; None where it is the source's. Asked for once."""
+        """The order of down_proj's input channels, int64 [K]; None for the source's order. May be called once."""
         order, self._order = self._order, None
         return order
 
 
 def reorder_outputs(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """A (fused) layer's tensors with its outputs in the order `rows` [N]; those of its input as they are."""
+    """A (fused) layer's tensors with its outputs in the order `rows` [N]; tensors of the input are unchanged."""
     return {
         name: value if name in INPUT_TENSORS else value.index_select(-1 if name == "absorbed_bias" else 0, rows)
         for name, value in tensors.items()
@@ -64,7 +64,7 @@ def reorder_outputs(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tenso
 
 
 def reorder_inputs(tensors: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
-    """A layer's tensors for an input whose channels come in its own channel order, int64 [K]."""
+    """A layer's tensors for an input whose channels come in the layer's channel order `order`, int64 [K]."""
     position = torch.empty_like(order)
     position[order] = torch.arange(order.numel(), device=order.device)
     return {

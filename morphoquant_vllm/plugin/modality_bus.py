@@ -1,9 +1,9 @@
-"""The modality bus: each token's row, from the embedding that sees its id to the linears that quantize it.
+"""The modality bus: it carries each token's row from the embedding, which sees its id, to the quantized linears.
 
-One buffer per model and process holds the row of every token of the step. vLLM embeds the tokens of a step, eagerly,
-before it runs the decoder on them (prefill chunks, cached prefixes and decoded tokens alike); a hook on that embedding
-fills the buffer, and every quantized linear of the decoder reads it. It starts as 'any', and stays so where the hook
-would not see what the linears see.
+One buffer per model and process holds the row of every token of the step. vLLM embeds the tokens of a step eagerly,
+before it runs the decoder on them. This holds for prefill chunks, cached prefixes and decoded tokens. A hook on the
+embedding fills the buffer, and every quantized linear of the decoder reads it. The buffer starts as 'any'. It stays so
+if the tokens of the linears may differ from those of the embedding.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 
 from morphoquant_vllm.format.schema import ANY_ROW, QuantizationSpec
-from morphoquant_vllm.format.token_table import row_table, untold_media
+from morphoquant_vllm.format.token_table import row_table, unlisted_media
 from morphoquant_vllm.plugin.lm_head import SixteenBitHeadMethod
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-# vLLM writes the messages of loggers below its own.
+# vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
 
 
 def off_reason(config: VllmConfig) -> str | None:
-    """Why the embedding does not see the tokens that the linears of this engine will get, or None where it does."""
+    """Why the embedding and the linears of this engine may get different tokens; None if they get the same."""
     model, parallel = config.model_config, config.parallel_config
     reasons = {
         # A text model's embedding is part of the compiled graph; it has no use for rows either.
         "the engine takes no media": model is None or not model.supports_multimodal_inputs,
         # Cross-attention reads the encoder's states, not the tokens.
         "the model is an encoder-decoder": model is not None and model.is_encoder_decoder,
-        # Whatever was embedded elsewhere comes without ids.
+        # Tokens that were embedded elsewhere have no ids.
         "prompts may come as embeddings": model is not None and model.enable_prompt_embeds,
         "pipeline parallelism: later ranks see no token ids": parallel.pipeline_parallel_size > 1,
         "context parallelism: a rank's linears get a part of the tokens": (
@@ -49,7 +49,7 @@ def off_reason(config: VllmConfig) -> str | None:
 
 
 def taken_media(config: VllmConfig) -> set[str]:
-    """Modalities that this engine of a multimodal model takes, by vLLM's names."""
+    """Modalities that this engine of a multimodal model accepts, by vLLM's names."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     limits = MULTIMODAL_REGISTRY.get_processing_info(config.model_config).allowed_mm_limits
@@ -57,7 +57,7 @@ def taken_media(config: VllmConfig) -> set[str]:
 
 
 class ModalityBus:
-    """Row of each token of a step in a model of one process: int32 [max_num_batched_tokens]."""
+    """The row of each token of a step, int32 [max_num_batched_tokens]; one per model and process."""
 
     def __init__(self, spec: QuantizationSpec) -> None:
         self.spec = spec
@@ -66,11 +66,11 @@ class ModalityBus:
         self._table = torch.empty(0)
 
     def attach(self, embedding: torch.nn.Module) -> None:
-        """Let this embedding of token ids fill the buffer. A model with two such embeddings is served with 'any'."""
+        """Let `embedding` fill the buffer. A model with two embeddings of token ids is served with 'any'."""
         self._hooked.append((embedding, embedding.register_forward_pre_hook(self._fill, with_kwargs=True)))
 
     def rows(self, device: torch.device) -> Tensor:
-        """The buffer. The first call, when all layers exist, decides whether it is filled, and logs that once."""
+        """The buffer. The first call comes when all layers exist; it decides and logs whether the buffer is filled."""
         if self.buffer is None:
             self._start(get_current_vllm_config(), device)
         assert self.buffer is not None
@@ -100,11 +100,11 @@ class ModalityBus:
         if reason is not None:
             return reason
         if len(self._hooked) != 1:
-            return f"the model has {len(self._hooked)} token embeddings that know this method, not one"
-        untold = untold_media(taken_media(config), config.model_config.hf_config.to_dict(), self.spec)
-        if untold:
+            return f"the model has {len(self._hooked)} token embeddings that use this method, not one"
+        unlisted = unlisted_media(taken_media(config), config.model_config.hf_config.to_dict(), self.spec)
+        if unlisted:
             # As in vLLM's InternVL, whose config names the image token alone.
-            return f"the token table does not say which tokens are {' or '.join(untold)}"
+            return f"the token table does not list the tokens of {' or '.join(unlisted)}"
         vocabulary = int(self._hooked[0][0].num_embeddings)  # type: ignore[arg-type]
         outside = [token for token in placeholders if token >= vocabulary]
         if outside:
@@ -113,7 +113,7 @@ class ModalityBus:
         return None
 
     def _fill(self, embedding: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the embedding: ids [M] (any shape, any integer dtype) become rows; entries past M keep theirs."""
+        """Pre-hook of the embedding: write the rows of M ids (any shape and integer dtype); later entries stay."""
         if self.buffer is None:
             return
         ids = (args[0] if args else kwargs["input_"]).reshape(-1)
@@ -125,12 +125,12 @@ class ModalityBus:
 
 
 def warn_of_long_step(tokens: int, held: int) -> None:
-    """Say once that a step has more tokens than the buffer: they are served with row 'any'."""
+    """Log once that a step has more tokens than the buffer: they are served with row 'any'."""
     logger.warning_once("MorphoQuant: row '%s' serves a step of %d tokens; %d were announced", ANY_ROW, tokens, held)
 
 
 class ModalityEmbeddingMethod(SixteenBitHeadMethod):
-    """vLLM's own 16-bit embedding, which also tells the bus the tokens that it embeds."""
+    """vLLM's 16-bit embedding, which also passes its token ids to the bus."""
 
     def __init__(self, bus: ModalityBus) -> None:
         self.bus = bus
@@ -141,10 +141,10 @@ class ModalityEmbeddingMethod(SixteenBitHeadMethod):
         self.bus.attach(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Nothing yet: on a CPU vLLM would keep a second, packed copy, for a product that few embeddings are asked."""
+        """Deferred to the first `apply`: on a CPU, vLLM would pack a second copy that only tied heads need."""
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        # A model whose head is the embedding itself.
+        # Only called if the model's head is the embedding itself.
         if not self.prepared:
             super().process_weights_after_loading(layer)
             self.prepared = True

@@ -1,4 +1,4 @@
-"""Parameters that know how one checkpoint tensor is cut for fused layers and tensor-parallel ranks."""
+"""Parameters that cut one checkpoint tensor for fused layers and tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from morphoquant_vllm.format.schema import MASSIVE_CHANNELS, TWO_LEVEL_SCHEME
 class SharedInputParameter(BasevLLMParameter):
     """A tensor of the layer's input: shards of a fused layer must bring the same values; row-parallel ranks cut K.
 
-    vLLM's own RowvLLMParameter would silently keep the last shard's. `cut` is the dimension that runs over K, or over
-    blocks of K; None where there is none, as in gain.
+    vLLM's RowvLLMParameter would silently keep the values of the last shard. `cut` is the dimension over K or over
+    blocks of K; None if the tensor has none, as gain.
     """
 
     def __init__(self, *, data: Tensor, weight_loader: Callable[..., None], name: str, cut: int | None) -> None:
@@ -49,7 +49,7 @@ class SharedInputParameter(BasevLLMParameter):
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         if self.cut is not None:
-            loaded_weight = _own_part(loaded_weight, self.cut, self.data.shape[self.cut], self.tp_rank)
+            loaded_weight = _rank_slice(loaded_weight, self.cut, self.data.shape[self.cut], self.tp_rank)
         self._fill(loaded_weight)
 
 
@@ -57,39 +57,39 @@ class AbsorbedBiasParameter(ChannelQuantScaleParameter):
     """absorbed_bias [B, R, N]: fused shards and column-parallel ranks cut N, row-parallel ranks the blocks of K."""
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        super().load_row_parallel_weight(_own_part(loaded_weight, 0, self.data.shape[0], self.tp_rank))
+        super().load_row_parallel_weight(_rank_slice(loaded_weight, 0, self.data.shape[0], self.tp_rank))
 
 
-def _own_part(loaded_weight: Tensor, dimension: int, size: int, rank: int) -> Tensor:
+def _rank_slice(loaded_weight: Tensor, dimension: int, size: int, rank: int) -> Tensor:
     return loaded_weight.narrow(dimension, rank * size, size)
 
 
 class LoadLog:
-    """Which shards of which tensor were loaded: vLLM does not report what a quantized model misses."""
+    """The loaded shards of each tensor: vLLM does not report the missing tensors of a quantized model."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, set[Any]] = {}
 
     def watch(self, tensor: str, loader: Callable[..., None], fused: bool) -> Callable[..., None]:
-        """`loader` that also notes the shard it loaded; `fused` where vLLM's layer is one of several linears."""
+        """`loader` that also notes the shard it loaded; `fused` if vLLM's layer joins several linears."""
 
         def load(param: BasevLLMParameter, loaded_weight: Tensor, *shard: Any, **named_shard: Any) -> None:
-            part = tuple(value for value in (*shard, *named_shard.values()) if value is not None)
-            if fused and not part and isinstance(param, SharedInputParameter):
+            shard_id = tuple(value for value in (*shard, *named_shard.values()) if value is not None)
+            if fused and not shard_id and isinstance(param, SharedInputParameter):
                 # Fused in the file already (attn.qkv of Qwen2.5-VL): vLLM would cut it along an output dimension.
                 param.load_column_parallel_weight(loaded_weight)
             else:
                 loader(param, loaded_weight, *shard, **named_shard)
-            self._loaded.setdefault(tensor, set()).add(part)
+            self._loaded.setdefault(tensor, set()).add(shard_id)
 
         return load
 
     def check(self, name: str, tensor: str, shards: int) -> None:
         """Raise MorphoQuantError unless `shards` shards of the tensor were loaded."""
-        found = len(self._loaded.get(tensor, ()))
-        if found != shards:
+        loaded = len(self._loaded.get(tensor, ()))
+        if loaded != shards:
             raise MorphoQuantError(
-                f"{name}.{tensor}: {found} of {shards} shards were loaded; the checkpoint is incomplete"
+                f"{name}.{tensor}: {loaded} of {shards} shards were loaded; the checkpoint is incomplete"
             )
 
 
@@ -105,7 +105,7 @@ def make_parameters(
 ) -> dict[str, BasevLLMParameter]:
     """One rank's parameters of one (fused) layer under the format's tensor names; `watch` gives each its loader.
 
-    `blocks`: how many of the blocks of K that the checkpoint stores are this rank's.
+    `blocks` is the number of this rank's blocks of K, of those that the checkpoint stores.
     """
 
     def shared(tensor: str, shape: tuple[int, ...], dtype: torch.dtype, cut: int | None) -> SharedInputParameter:

@@ -1,7 +1,7 @@
-"""silu(gate) * up computed by the quantizer of the layer after it, in compiled models: one launch less for each MLP.
+"""A graph pass for compiled models: the quantizer of down_proj also computes silu(gate) * up. Saves a launch per MLP.
 
-vLLM runs graph passes of its own and one more, which its compilation config names. Its own fusions are tied to its FP8
-and FP4 operators; the pass here takes the free place. What it does not recognise stays as it was.
+vLLM runs its built-in graph passes and one more, which its compilation config names. The built-in fusions are tied to
+vLLM's FP8 and FP4 operators; this pass uses the free slot. Graphs that it does not recognise stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def install(config: VllmConfig, backend: str) -> None:
     """Let vLLM's compiler run the pass for layers of `backend`, if that has a fused op and the environment asks for it.
 
-    Off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named stays in its place.
+    It is off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named is kept.
     """
     if ops.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
         passes = config.compilation_config.inductor_compile_config
@@ -51,22 +51,22 @@ class SiluMulFusion(InductorPass):
 
 @cache
 def replacements() -> PatternMatcherPass:
-    """What is found and what takes its place; traced, as the compiler traces the model. Once: torch keeps a list."""
+    """The pattern and its replacement, traced as the compiler traces the model. Cached: torch keeps a global list."""
 
-    def found(gate_up: Tensor, modality: Tensor, handle: Tensor) -> Tensor:
-        # As vLLM's SiluAndMul has it; down_proj has no bias of its own in the MLPs that use it.
+    def pattern(gate_up: Tensor, modality: Tensor, handle: Tensor) -> Tensor:
+        # As in vLLM's SiluAndMul; down_proj has no bias in the MLPs that use it.
         half = gate_up.shape[-1] // 2
         x = silu(gate_up[..., :half]) * gate_up[..., half:]
         return ops.bound_linear(x, modality, handle, None)
 
-    def instead(gate_up: Tensor, modality: Tensor, handle: Tensor) -> Tensor:
+    def replacement(gate_up: Tensor, modality: Tensor, handle: Tensor) -> Tensor:
         return ops.bound_silu_mul_linear(gate_up, modality, handle, None)
 
     patterns = PatternMatcherPass(pass_name="morphoquant_silu_mul")
     with FakeTensorMode():
-        # Shapes and dtypes are placeholders: torch traces again with those that it meets.
+        # Shapes and dtypes are placeholders: torch traces again with those of the graph.
         gate_up = torch.empty(5, 16, dtype=torch.bfloat16)
         modality = torch.empty(5, dtype=torch.int32)
         handle = torch.empty(3, 4)
-        register_replacement(found, instead, [gate_up, modality, handle], fwd_only, patterns)
+        register_replacement(pattern, replacement, [gate_up, modality, handle], fwd_only, patterns)
     return patterns

@@ -1,4 +1,4 @@
-"""benchmarks.cpu_linear: what is compared computes what it should, fairly, and is reported as measured."""
+"""benchmarks.cpu_linear: right outputs of the compared linears, equal conditions, and faithful reports."""
 
 import json
 import weakref

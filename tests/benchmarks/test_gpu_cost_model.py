@@ -1,4 +1,4 @@
-"""The cost model's arithmetic, and that what it prints and writes is marked as an estimate."""
+"""The cost model's arithmetic, and its output is marked as an estimate."""
 
 import dataclasses
 import json

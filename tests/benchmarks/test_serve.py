@@ -1,4 +1,4 @@
-"""benchmarks.serve: checkpoints that vLLM loads, what is read from its reports, what the tables say of it."""
+"""benchmarks.serve: checkpoints that vLLM loads, figures read from its reports, and the tables of them."""
 
 import json
 import os
@@ -57,11 +57,11 @@ def test_a_checkpoint_is_written_once(work: Path) -> None:
     before = (directory / "config.json").stat().st_mtime_ns
     assert write_checkpoint("tiny", "bf16", work) == directory
     assert (directory / "config.json").stat().st_mtime_ns == before
-    assert 1 < weight_bytes(directory) / sixteen_bit_bytes("tiny") < 1.1, "norms, biases and headers besides"
+    assert 1 < weight_bytes(directory) / sixteen_bit_bytes("tiny") < 1.1, "also norms, biases and headers"
 
 
 def test_generated_weights_keep_the_variance_of_their_input() -> None:
-    """Every format's matrix has rows of norm 1 or so, so that activations stay finite."""
+    """Every format's matrix has rows of norm about 1, so activations stay finite."""
     linear = next(linear for linear in linears("tiny") if linear.name == "mlp.down_proj")
     generator = torch.Generator().manual_seed(0)
     made = {kind: formats.tensors(kind, linear, generator) for kind in ("bf16", "gptq", "w8a8", "morphoquant-g32")}
@@ -78,7 +78,7 @@ def test_generated_weights_keep_the_variance_of_their_input() -> None:
     }
     for kind, matrix in matrices.items():
         assert matrix.shape == (linear.outputs, linear.channels), kind
-        # Uniform codes have a mean of -1/2 besides.
+        # Uniform codes also have a mean of -1/2.
         assert 0.9 < float(matrix.norm(dim=1).mean()) < 1.1, kind
 
 

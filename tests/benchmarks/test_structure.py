@@ -1,4 +1,4 @@
-"""What keeps benchmarks apart: imports, sizes of folders, and which results are tracked."""
+"""The structure of benchmarks: imports, sizes of folders, and tracked results."""
 
 import ast
 import subprocess
@@ -58,7 +58,7 @@ def test_only_tests_import_the_main_module_of_a_benchmark() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_folder_has_few_modules_and_all_its_modules_are_importable(package: str) -> None:
     for folder in {path.parent for path in (BENCHMARKS / package).rglob("*.py")}:
-        assert (folder / "__init__.py").is_file(), f"{folder} is no package"
+        assert (folder / "__init__.py").is_file(), f"{folder} is not a package"
         modules = [path for path in folder.glob("*.py") if not path.name.startswith("__")]
         assert len(modules) <= MOST_MODULES, f"{folder} has {len(modules)} modules: sort them into folders by purpose"
 

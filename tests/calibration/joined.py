@@ -82,6 +82,6 @@ def _be(rank: int, count: int, port: int) -> None:
 
 
 def messages(results: Sequence[Any]) -> list[str]:
-    """What each process said when it failed."""
+    """The error message of each process."""
     assert all(isinstance(result, MorphoQuantError) for result in results), results
     return [str(result) for result in results]

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-# What a process does to the file system, by the names of Python's audit events.
+# Steps of a process on the file system, by the names of Python's audit events.
 STEPS = frozenset(("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"))
 
 

@@ -1,4 +1,4 @@
-"""End to end on tiny models; what is checked against is transformers and the numerics, not calibration's own parts."""
+"""End to end on tiny models; results are compared with transformers and the numerics, not with calibration itself."""
 
 import json
 import shutil
@@ -161,7 +161,7 @@ def test_weights_with_nan_or_activations_that_overflow_name_the_layer(tiny: Tiny
     norm = "model.layers.1.post_attention_layernorm.weight"
     attempt("a", norm, 3e38, r"model.layers.1.mlp.gate_proj: its input holds NaN or infinite")
     attempt("b", "model.layers.1.mlp.down_proj.weight", float("nan"), r"layers.1.mlp.down_proj.weight holds NaN")
-    # What is carried over is read by no block here.
+    # No block reads the carried tensors here.
     attempt("c", "model.norm.weight", float("inf"), r"model.safetensors: model.norm.weight holds infinity; download")
     assert sorted(path.name for path in tmp_path.glob("*.work")) == ["a.work"], "b and c ended before any work"
 
@@ -182,7 +182,7 @@ def test_a_talker_with_token_ids_of_its_own_does_not_matter(tiny: TinyModels, tm
     config = json.loads((source / "config.json").read_text())
     served = {row: config["thinker_config"][f"{row}_token_index"] for row in ("image", "video", "audio")}
     for row, token in served.items():
-        # One that is another medium's to the thinker, one that is no placeholder at all.
+        # One id belongs to another medium in the thinker, the other is not a placeholder.
         config["talker_config"][f"{row}_token_index"] = {"image": served["audio"], "video": 5}.get(row, token + 1)
     (source / "config.json").write_text(json.dumps(config))
     recipe = Recipe(device="cpu", max_samples=8, rounding="nearest", regression=False)

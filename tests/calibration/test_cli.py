@@ -1,4 +1,4 @@
-"""The commands as a user meets them: what goes wrong is one line on stderr, exit status 1, and leaves nothing."""
+"""The commands from a user's view: a failure is one line on stderr, exit status 1, and leaves no file."""
 
 import inspect as python_inspect
 import json
@@ -132,7 +132,7 @@ def refused(result: tuple[int, str, str], expected: str) -> None:
         (["--tensor-parallel", "3"], "tensor parallel size 3 breaks a group"),
         (["--tau", "-1"], "tau = -1.0 is not allowed"),
         (["--device", "toaster"], "device = 'toaster'"),
-        (["--recipe", "none.yaml"], "none.yaml: no readable recipe"),
+        (["--recipe", "none.yaml"], "none.yaml: the recipe cannot be read"),
         (["--data", "none.jsonl"], "none.jsonl: no such calibration data"),
         (["--data", "empty.jsonl"], "empty.jsonl: no conversations"),
         (["--data", "broken.jsonl"], "broken.jsonl:1: not JSON"),

@@ -1,4 +1,4 @@
-"""What the processes of a calibration tell each other, and how they fail together."""
+"""The collectives of a calibration's processes, and how these fail together."""
 
 import os
 import signal
@@ -31,13 +31,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.bool)
 def test_one_process_is_all_of_them() -> None:
     value = torch.arange(3.0)
     assert ONE.first and ONE.size == 1
-    assert ONE.reduce(value, "SUM") is value
-    assert ONE.merge(value, torch.zeros(3)) is value
-    assert ONE.gather("a") == ["a"] and ONE.decide(lambda: "b") == "b"
+    assert ONE.all_reduce(value, "SUM") is value
+    assert ONE.all_gather_rows(value, torch.zeros(3)) is value
+    assert ONE.all_gather("a") == ["a"] and ONE.broadcast(lambda: "b") == "b"
     assert ONE.share(7) == slice(0, 7)
     with pytest.raises(MorphoQuantError, match=r"^wrong$"), ONE.failing_together():
         raise MorphoQuantError("wrong")
-    assert not ONE.told
+    assert not ONE.failure_announced
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -61,16 +61,16 @@ def united(processes: Processes) -> dict[str, Any]:
     rows = torch.arange(4)[owner == processes.rank]
     called = []
     found: dict[str, Any] = {
-        "reduced": {operation: processes.reduce(own, operation).tolist() for operation in ("SUM", "MIN", "MAX")},
-        "count": processes.reduce(torch.tensor(processes.rank + 1.0, dtype=torch.float64), "SUM").item(),
+        "reduced": {operation: processes.all_reduce(own, operation).tolist() for operation in ("SUM", "MIN", "MAX")},
+        "count": processes.all_reduce(torch.tensor(processes.rank + 1.0, dtype=torch.float64), "SUM").item(),
         "merged": {
-            str(dtype): processes.merge((rows[:, None] + torch.zeros(3)).to(dtype), owner).float().tolist()
+            str(dtype): processes.all_gather_rows((rows[:, None] + torch.zeros(3)).to(dtype), owner).float().tolist()
             for dtype in DTYPES
         },
         # Process 0 has none of them.
-        "one has all": processes.merge(rows[: 2 * processes.rank].float(), torch.tensor([1, 1])).tolist(),
-        "gathered": processes.gather({"rank": processes.rank, "tensor": torch.ones(processes.rank)}),
-        "decided": processes.decide(lambda: called.append(1) or (processes.rank, torch.ones(2))),
+        "one has all": processes.all_gather_rows(rows[: 2 * processes.rank].float(), torch.tensor([1, 1])).tolist(),
+        "gathered": processes.all_gather({"rank": processes.rank, "tensor": torch.ones(processes.rank)}),
+        "decided": processes.broadcast(lambda: called.append(1) or (processes.rank, torch.ones(2))),
         "calls": len(called),
     }
     assert torch.equal(own, before)
@@ -100,15 +100,15 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path: Path, failing: int, wh
     def work(processes: Processes) -> None:
         try:
             with processes.failing_together():
-                processes.reduce(torch.ones(2), "SUM")
+                processes.all_reduce(torch.ones(2), "SUM")
                 if processes.rank == failing:
                     raise MorphoQuantError("data.jsonl:3: its picture is broken")
                 if where == "reduce":
-                    processes.reduce(torch.ones(2), "SUM")
+                    processes.all_reduce(torch.ones(2), "SUM")
                 elif where == "decide":
-                    processes.decide(lambda: None)
+                    processes.broadcast(lambda: None)
         finally:
-            assert processes.told
+            assert processes.failure_announced
 
     expected = ["data.jsonl:3: its picture is broken"] * 2
     expected[1 - failing] = f"process {failing}: {expected[0]}"
@@ -117,13 +117,13 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path: Path, failing: int, wh
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path: Path) -> None:
     def work(processes: Processes) -> None:
-        processes.reduce(torch.ones(2), "SUM")
+        processes.all_reduce(torch.ones(2), "SUM")
         if processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
-            processes.reduce(torch.ones(2), "SUM")
+            processes.all_reduce(torch.ones(2), "SUM")
         finally:
-            assert not processes.told
+            assert not processes.failure_announced
 
     start = time.monotonic()
     first, second = in_processes(tmp_path, work)
@@ -137,7 +137,7 @@ def test_a_process_that_does_not_answer_ends_the_others(tmp_path: Path) -> None:
     def work(processes: Processes) -> None:
         if processes.rank == 1:
             time.sleep(2.5)
-        processes.reduce(torch.ones(2), "SUM")
+        processes.all_reduce(torch.ones(2), "SUM")
 
     first, second = messages(in_processes(tmp_path, work, timeout=timedelta(seconds=1)))
     assert "process 0: another process of this calibration has died or does not answer" in first
@@ -147,19 +147,19 @@ def test_a_process_that_does_not_answer_ends_the_others(tmp_path: Path) -> None:
 def test_processes_that_make_different_calls_are_no_users_mistake(tmp_path: Path) -> None:
     def work(processes: Processes) -> str:
         try:
-            processes.reduce(torch.ones(2 + processes.rank), "SUM")
+            processes.all_reduce(torch.ones(2 + processes.rank), "SUM")
         except AssertionError as error:
             return str(error)
         return ""
 
-    assert all("another one is not" in said for said in in_processes(tmp_path, work))
+    assert all("but another rank does not" in said for said in in_processes(tmp_path, work))
 
 
-# --- what is not believed
+# --- untrusted data
 
 
 class Harm:
-    """What unpickling it would run: it makes a file."""
+    """An object whose unpickling would create a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -175,11 +175,11 @@ def test_what_another_process_sends_runs_no_code(tmp_path: Path, call: str) -> N
     def work(processes: Processes) -> Any:
         with processes.failing_together():
             value = Harm(place) if processes.first else None
-            return processes.gather(value) if call == "gather" else processes.decide(lambda: value)
+            return processes.all_gather(value) if call == "gather" else processes.broadcast(lambda: value)
 
     first, second = in_processes(tmp_path, work)
-    assert "process 0 has sent what is no part of a calibration" in str(second)
-    assert isinstance(first, MorphoQuantError), "the others are told"
+    assert "process 0 has sent data that do not belong to a calibration" in str(second)
+    assert isinstance(first, MorphoQuantError), "the other ranks learn of the failure"
     assert not place.exists()
 
 
@@ -188,14 +188,16 @@ def test_a_class_is_taken_where_it_is_named(tmp_path: Path) -> None:
     sent = [Conversation("data.jsonl:1", (Message("user", (Text("ä\n"), *media)),)), PlainText("b.txt", "b")]
 
     def work(processes: Processes) -> Any:
-        return processes.decide(lambda: sent, CLASSES), processes.decide(lambda: [FileRecord(1, "a")], [FileRecord])
+        return processes.broadcast(lambda: sent, CLASSES), processes.broadcast(
+            lambda: [FileRecord(1, "a")], [FileRecord]
+        )
 
     assert in_processes(tmp_path, work) == [(sent, [FileRecord(1, "a")])] * 2
-    unnamed = messages(in_processes(tmp_path, lambda processes: processes.gather([FileRecord(1, "a")])))
-    assert all("is no part of a calibration" in said for said in unnamed)
+    unnamed = messages(in_processes(tmp_path, lambda processes: processes.all_gather([FileRecord(1, "a")])))
+    assert all("do not belong to a calibration" in said for said in unnamed)
 
 
-# --- what is computed together
+# --- distributed calibration of a layer
 
 SHARDS = {"m.q": matrix(33), "m.k": matrix(16, 4)}
 SAMPLES = 7
@@ -203,7 +205,7 @@ SAMPLES = 7
 
 @dataclass
 class Made:
-    """What a calibration of one input has made."""
+    """The results of calibrating one input."""
 
     layers: dict[str, QuantizedLayer]
     positions: tuple[Tensor, ...]
@@ -211,7 +213,7 @@ class Made:
 
 
 def make(processes: Processes, recipe: Recipe) -> Made:
-    """Two linears calibrated on 7 samples, of which each process has every size-th."""
+    """Two linears calibrated on 7 samples; each process has every size-th of them."""
     x, modality, outlying = with_massive()
     # A modality that is better off with a row of its own.
     modality[200:] = AUDIO
@@ -241,7 +243,7 @@ def make(processes: Processes, recipe: Recipe) -> Made:
 def test_processes_make_the_layer_that_one_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], count: int
 ) -> None:
-    """All that is chosen is the same; what rests on float32 sums of another order may differ, at ties alone."""
+    """All choices are the same; values from float32 sums in another order may differ, only at ties."""
     # So that every n-th token is taken of those of all.
     for place in (
         "quantize.grids.SEARCH_TOKENS",

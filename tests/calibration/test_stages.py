@@ -1,4 +1,4 @@
-"""What is in memory during a calibration, and that where things are kept changes no byte."""
+"""The memory of a calibration; keeping data in memory or on disk changes no byte."""
 
 import gc
 import weakref
@@ -56,13 +56,13 @@ def test_hidden_states_on_disk_give_the_bytes_of_those_in_memory(
 
 
 def test_one_block_at_a_time_is_in_memory(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted at each block's loading: what torch's modules of the decoder hold off the meta device."""
+    """Counted when each block is loaded: the decoder's parameters that are not on the meta device."""
     load, loaded = BlockLoader.load, list[weakref.ref[nn.Module]]()
     alive: list[int] = []
 
     def watched(self: BlockLoader, index: int) -> nn.Module:
         block = load(self, index)
-        # Nothing is collected here: what a cycle of references holds is in memory, too.
+        # No garbage collection runs here: tensors in reference cycles count too.
         alive.append(sum(other() is not None for other in loaded))
         loaded.append(weakref.ref(block))
         held = sum(
@@ -99,7 +99,7 @@ def test_a_model_that_does_not_fit_the_budget_is_refused_with_the_sizes(tiny: Ti
 def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
     small, large = (need_of(tiny.model("omni"), RECIPE, tokens) for tokens in (1000, 100_000))
     assert large.front == small.front > small.front_streamed
-    # Of the widest input, float32: as it is and as it should be, at least.
+    # At least the served and the target values of the widest input, in float32.
     assert large.block - small.block > 2 * 4 * 99_000 * 256
     half = need_of(tiny.model("omni"), Recipe(device="cpu", dtype="bfloat16"), 1000)
     weights = sum(

@@ -1,4 +1,4 @@
-"""A calibration by several processes: the checkpoint of one, resumed to the byte, and one word where it fails."""
+"""A calibration by several processes: the checkpoint of one process, resumed to the byte, one message if it fails."""
 
 import json
 import os
@@ -36,7 +36,7 @@ TURNS = (
     "The bridge was built of stone after the flood, and it still stands.",
     "Ask the miller.",
 )
-# What is chosen; the rest follows from sums.
+# Chosen values; the others depend on sums.
 CHOSEN = ("activation_step", "centre", "gain", "channel_order", "modality_mask", "massive_channel", "massive_low")
 
 
@@ -50,7 +50,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(model: Path, data: Path, output: Path, recipe: Recipe = SMALL, **options: Any) -> Callable[[Processes], Any]:
-    """What each process does."""
+    """The call of each process."""
     return lambda processes: calibrate(model, data, output, recipe=recipe, processes=processes, **options)
 
 
@@ -131,7 +131,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, tiny: TinyModels, texts: 
 
 
 def killed(tiny: TinyModels, texts: Path, directory: Path, rank: int, step: int, expected: dict[str, bytes]) -> None:
-    """A run of which one process is killed before a step, and the same command again."""
+    """A run in which one process is killed before a step, and the same command again."""
     work = call(tiny.model("llama"), texts, directory / "out")
     results = in_processes(directory, work, kill=(rank, step))
     assert results[rank] is None
@@ -193,7 +193,7 @@ def test_states_on_disk_and_a_stop_change_no_byte(
     assert content(output) == expected
 
 
-# --- what goes wrong
+# --- failures
 
 
 def test_a_bad_sample_of_one_process_is_one_line_in_all(tiny: TinyModels, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_bad_sample_of_one_process_is_one_line_in_all(tiny: TinyModels, tmp_pa
 
 
 def test_a_budget_is_shared_by_the_processes_of_a_machine(tiny: TinyModels, texts: Path, tmp_path: Path) -> None:
-    """What is enough for one is too little for two."""
+    """Memory that is enough for one process is too little for two."""
     model, data = tiny.model("llama"), texts
     calibrate(model, data, tmp_path / "one", recipe=SMALL, memory_budget=2**30)
     work = call(model, data, tmp_path / "out", memory_budget=2**30)
@@ -298,7 +298,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(
     assert process.returncode != 0
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert re.search("another process of this calibration has died|SIGTERM, which torchrun sends", line)
-    # What torchrun itself says has a traceback of its own.
+    # torchrun itself prints another traceback.
     assert "/calibration/" not in err
     process = torchrun(tiny.model("llama"), texts, tmp_path / "out")
     _, err = process.communicate()

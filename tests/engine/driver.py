@@ -71,7 +71,7 @@ def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callabl
 
 
 def _watch_towers(model: torch.nn.Module, seen: dict[str, list[list[float]]]) -> None:
-    """Note what the image and the audio tower make of the first medium that they are given."""
+    """Note the outputs of the image and the audio tower for their first medium."""
 
     def after(name: str, tower: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         # The audio tower is transformers' own.
@@ -93,7 +93,7 @@ def _linear_methods(model: torch.nn.Module) -> dict[str, str]:
 
 
 def run(job: dict[str, Any]) -> None:
-    """Start one engine, generate, write what the test asked for."""
+    """Start one engine, generate, write the requested results."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 

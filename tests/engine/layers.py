@@ -1,4 +1,4 @@
-"""What the driver captured inside an engine's layers, against the torch reference on the checkpoint's own tensors."""
+"""Compares tensors captured inside an engine's layers with the torch reference on the checkpoint's tensors."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def collect(worker: Any) -> dict[str, Any]:
 
 
 def swap_rows(worker: Any, one: int, other: int) -> None:
-    """Make the bus take one modality for another: what a wrong token table would do."""
+    """Make the bus take one modality for another, as a wrong token table would."""
     table = decoder_layers(worker.model_runner.model)[0].quant_method.bus._table
     ones, others = table == one, table == other
     table[ones], table[others] = other, one

@@ -34,7 +34,7 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 64,
     "enforce_eager": True,
     "limit_mm_per_prompt": {"image": 2, "audio": 2, "video": 1},
-    # Few tokens of a picture; two seconds between pairs of frames, so that sound comes between them.
+    # Few tokens of a picture; two seconds between pairs of frames, which puts sound between them.
     "mm_processor_kwargs": {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28, "fps": 1.0},
 }
 
@@ -87,7 +87,7 @@ def assert_every_token_has_its_row(result: dict[str, Any], spec_rows: tuple[str,
     steps = kinds_and_rows(result, spec_rows)
     for kinds, rows in steps:
         assert rows == kinds
-    # Where prefixes are cached, the images are not computed again.
+    # If prefixes are cached, the images are not computed again.
     assert {kind for kinds, _ in steps for kind in kinds} >= {"text", "video", "audio"}
 
 
@@ -103,7 +103,7 @@ def shape_of_steps(result: dict[str, Any]) -> Counter[str]:
         for part in prefills:
             inside = part["kinds"][0] != "text" and part["first"] > 0
             shapes["chunk starts inside a medium"] += inside
-            # Only where sound is woven into a video does no text lie between the two.
+            # Only if sound is interleaved with a video, no text lies between the two.
             shapes["interleaved"] += ("audio", "video") in pairwise(part["kinds"])
     return shapes
 

@@ -41,7 +41,7 @@ class Memory:
     names: dict[int, str] = field(default_factory=dict)
 
     def sample(self, root: psutil.Process, done: int) -> None:
-        """Note what every process of the tree holds now."""
+        """Note the current memory of every process of the tree."""
         sizes = {}
         for process in (root, *root.children(recursive=True)):
             try:

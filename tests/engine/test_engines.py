@@ -1,4 +1,4 @@
-"""vLLM engines over a calibrated tiny Qwen2.5-Omni: what goes through its layers, and in which modes."""
+"""vLLM engines over a calibrated tiny Qwen2.5-Omni: the values in its layers, in each mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 # float32 sums in another order, as the issue allows between engines; logits of the tiny model are of size 10.
 SAME_NUMERICS = 1e-3
-# Of a layer of vLLM's Qwen2.5-Omni, and in the checkpoint.
+# Name of a layer in vLLM's Qwen2.5-Omni, and in the checkpoint.
 STORED_PREFIX = ("language_model.model.", "thinker.model.")
 
 
@@ -56,7 +56,7 @@ def test_activations_really_are_four_bit(engines: Engines, checkpoint: Checkpoin
         # On a prompt that calibration did not see; the budget there is 4 %, and the bar of a layer 20 %.
         assert float(escapes(codes).float().mean()) < 0.2, layer
         assert int(codes.unique().numel()) > 8, "a layer that sees real input uses more than half its grid"
-        # The same weights under 16-bit activations: undo what absorption and order did to them.
+        # The same weights under 16-bit activations: undo absorption and channel order.
         matrix = torch.empty(y.shape[1], x.shape[1])
         matrix[:, activation.channel_order.long()] = weight.dequantized()
         bias = torch.cat([shard["bias"] for shard in shards]) if "bias" in shards[0] else 0.0
@@ -88,7 +88,7 @@ def test_only_the_listed_layers_are_quantized(engines: Engines, checkpoint: Chec
 
 
 def towers_of(source: Path, media: dict[str, Path], media_text: str, quantize: str = "") -> dict[str, Tensor]:
-    """What the source model's towers make of the question's image and sound; one linear in int4 where it is named."""
+    """The outputs of the source model's towers for the question's image and sound; one linear in int4 if named."""
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     if quantize:
         weight = model.get_submodule(quantize).weight

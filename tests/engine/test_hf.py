@@ -29,7 +29,7 @@ def request_of(engines: Engines, index: int) -> dict[str, Any]:
 
 
 def assert_served(model: nn.Module, inputs: dict[str, Tensor], request: dict[str, Any]) -> None:
-    """Log probabilities of the prompt, and of what was generated, are the served ones."""
+    """Log probabilities of the prompt, and of the generated tokens, are the served ones."""
     assert inputs["input_ids"][0].tolist() == request["prompt_token_ids"]
     tokens = torch.tensor(request["prompt_token_ids"] + request["token_ids"])
     extended = {**inputs, "input_ids": tokens[None], "attention_mask": torch.ones_like(tokens[None])}

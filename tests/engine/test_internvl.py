@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """An engine that takes pictures, and one that takes videos besides."""
+    """An engine that takes pictures, and one that takes videos too."""
     directory = tmp_path_factory.mktemp("media")
     (directory / "picture.png").write_bytes(image_bytes(3))
     media = {"image": [str(directory / "picture.png")]}
@@ -51,5 +51,5 @@ def test_every_token_takes_any_where_a_video_would_pass_for_text(recorded: dict[
     assert {row for _, rows in steps for row in rows} == {"any"}
     lines = [line.split("MorphoQuant: ")[1] for line in recorded["log"].splitlines() if "MorphoQuant: " in line]
     assert lines[-1] == (
-        "row 'any' quantizes the tokens of every modality (the token table does not say which tokens are video)"
+        "row 'any' quantizes the tokens of every modality (the token table does not list the tokens of video)"
     )

@@ -12,7 +12,7 @@ from tests import harness
 
 pytestmark = pytest.mark.slow
 
-# Of a sum over a few tokens, each within 1e-3 of the served one.
+# Tolerance of a sum over a few tokens, each within 1e-3 of the served one.
 TOLERANCE = 5e-3
 
 

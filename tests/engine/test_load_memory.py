@@ -1,4 +1,4 @@
-"""What loading a checkpoint takes: the weights once, and never much more."""
+"""The memory of loading a checkpoint: the weights once, and never much more."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_weights_are_repacked_layer_by_layer(tmp_path: Path, monkeypatch: pytest
     peak = 0
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=output)
-        # From outside, so that Python's own lock hides nothing.
+        # Measured from another process, since Python's lock would hide peaks.
         while process.poll() is None:
             peak = max(peak, memory.of_status(Path(f"/proc/{process.pid}/status").read_text()).get("anonymous", 0))
             time.sleep(0.003)

@@ -61,7 +61,7 @@ def test_pipeline_parallel_ranks_serve_any(
     by_any: torch.Tensor,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    # Not eager: without a warm-up vLLM's CPU runner has no buffers for what the first stage sends.
+    # Not eager: without a warm-up vLLM's CPU runner has no buffers for the first stage's outputs.
     engine = {**ENGINE, "pipeline_parallel_size": 2, "enforce_eager": False}
     passes = {"fresh": {"prompts": prompts, "prompt_logprobs": True}}
     job = {"model": str(rows_checkpoint), "engine": engine, "passes": passes}

@@ -29,7 +29,7 @@ def test_open_answers_are_judged(server: Server, tmp_path: Path) -> None:
     with serving(say=lambda text: "8 5") as (judge, asked):
         summary = run(server, "air-bench-chat", data, tmp_path / "out", "--judge-url", judge)
     assert len(asked) == 16
-    # 5 where the response stands second, 8 where it stands first.
+    # 5 if the response comes second, 8 if it comes first.
     assert (summary["all"]["judged"], summary["all"]["refused"], summary["all"]["score"]) == (8, 0, 6.5)
 
 
@@ -40,7 +40,7 @@ def test_every_question_is_answered(server: Server, tmp_path: Path, name: str) -
     expected = {"scienceqa": 4, "mmmu": 3, "video-mme": 3, "air-bench": 3}[name]
     found = summary["all"]
     assert (summary["questions"], found["answered"], found["refused"]) == (expected, expected, 0)
-    # A random model: its words are no letters, and must be counted as what they are.
+    # A random model: its words are not letters, and must count as not parsed.
     assert found["right"] + found["wrong"] + found["unparsed"] == expected
     assert sum(entry["answered"] for entry in summary["by"]["subject"].values()) == expected
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]

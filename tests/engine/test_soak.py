@@ -21,7 +21,7 @@ REQUESTS = 2000
 # Sent before memory is looked at, since allocators keep what the largest batches so far took: of 3.8 GiB they still
 # gain 50 MiB between the 500th request and the 2000th, and 20 MiB in the 4000 after that.
 WARM_UP = 1000
-# More than ten times what it takes on two cores.
+# More than ten times the time on two cores.
 SECONDS = 600.0
 MEBI = 2**20
 # An image is 0.2 MiB as its tower takes it, and 300 come after the first quarter: kept, they would pass the bound, and
@@ -31,7 +31,7 @@ MOST_GROWTH = 60 * MEBI
 
 @dataclass
 class Soaked:
-    """What a server said before and after the crowd, and what it held."""
+    """A server's answers before and after the crowd, and its memory."""
 
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]

@@ -49,7 +49,7 @@ def served(
     prompts: list[dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, Path, Path, dict[str, Any], dict[str, Any]]:
-    """The model's name, its source and checkpoint, the question that is compared, and what the engines gave."""
+    """The model's name, its source and checkpoint, the compared question, and the engines' results."""
     directory = tmp_path_factory.mktemp(f"tower of {request.param}")
     source, data, engine = omni_source, omni_data, ENGINE
     if request.param == "qwen2_5_vl":

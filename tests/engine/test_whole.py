@@ -1,4 +1,4 @@
-"""What is not whole is refused before a worker starts; what is whole passes vLLM's own check, by path and by hub id."""
+"""Incomplete checkpoints are refused before a worker starts; complete ones pass vLLM's check, by path and by hub id."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def changed(**fields: Any) -> Callable[[Path], None]:
         ("qwen2", without("lm_head."), "tensor lm_head.weight is missing"),
         ("qwen2", without("model.layers.1."), "its settings changed after the checkpoint was made"),
         ("qwen2", without("model.layers.1.mlp."), "its settings changed after the checkpoint was made"),
-        # Of a Llama: transformers itself counts the kinds of a Qwen2's layers.
+        # A Llama: for a Qwen2, transformers itself counts the kinds of layers.
         ("llama", changed(num_hidden_layers=3), "num_hidden_layers changed after the checkpoint was made"),
         ("llama", changed(num_hidden_layers=1), "num_hidden_layers changed after the checkpoint was made"),
         ("qwen2", changed(tie_word_embeddings=True), "tie_word_embeddings changed after the checkpoint was made"),
@@ -98,12 +98,12 @@ def test_what_is_missing_is_refused_while_the_engine_is_configured(
     with pytest.raises(Exception, match=expected) as caught:
         configure(directory)
     lines = [line for line in str(caught.value).splitlines() if expected in line]
-    # Of quantization_config alone vLLM does not say where it was.
+    # vLLM gives no location for quantization_config alone.
     assert len(lines) == 1 and (str(directory) in lines[0] or lines[0].startswith("quantization_config: "))
 
 
 def configure(directory: Path) -> None:
-    """What vLLM does before it starts a worker."""
+    """vLLM's steps before it starts a worker."""
     from vllm.engine.arg_utils import EngineArgs
 
     EngineArgs(model=str(directory), dtype="float32", max_model_len=128).create_engine_config()

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def summary(found: list[Finding]) -> str:
-    """A line for each file and kind of damage: how many mutants, and what came of them."""
+    """A line for each file and kind of damage: the number of mutants, and their outcomes."""
     counts: dict[str, Counter[str]] = {}
     for finding in found:
         counts.setdefault(f"{finding.file}, {finding.kind}", Counter())[finding.outcome] += 1

@@ -12,7 +12,7 @@ import torch
 from tests.fuzz.examine import Finding, examine
 from tests.fuzz.judge import Judge
 
-# Mutants of one process: what one leaves in memory does not follow the others for long.
+# Mutants of one process: leftovers of one mutant in memory do not affect many others.
 BATCH = 500
 # Seconds after which a mutant counts as one that hangs.
 HANGS_AFTER = 30.0
@@ -21,7 +21,7 @@ HANGS_AFTER = 30.0
 def findings(
     intact: Path, place: Path, seed: int, numbers: Iterable[int], hangs_after: float = HANGS_AFTER
 ) -> Iterator[Finding]:
-    """What came of each mutant, in order; their files lie in `place` while they are tried."""
+    """The outcome of each mutant, in order; its files are in `place` while it is tried."""
     left = list(numbers)
     judge = Judge(intact)
     while left:
@@ -67,7 +67,7 @@ def _work(sender: Connection, intact: Path, place: Path, judge: Judge, seed: int
     for number in numbers:
         sender.send(examine(intact, place, judge, seed, number))
     sender.close()
-    # Without what the parent would do at its end.
+    # Skips the parent's exit handlers.
     os._exit(0)
 
 

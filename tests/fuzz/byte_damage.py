@@ -9,7 +9,7 @@ _LONGEST_PIECE = 64
 
 
 def damage_bytes(path: Path, random: Random) -> str:
-    """Change the file's bytes in one way; what was done, for people."""
+    """Change the file's bytes in one way; a description of the change."""
     content = path.read_bytes()
     start = _place(content, path, random)
     length = 1 + random.randrange(_LONGEST_PIECE)

@@ -1,4 +1,4 @@
-"""One mutant through everything that reads a checkpoint without an engine, and what came of it."""
+"""Runs one mutant through everything that reads a checkpoint without an engine; its outcome."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ GOOD = ("refused", "harmless", "resealed: finite")
 
 @dataclass(frozen=True)
 class Finding:
-    """A mutant and its outcome: one of GOOD, or a fault with what tells about it."""
+    """A mutant and its outcome: one of GOOD, or a fault with its description."""
 
     number: int
     file: str
@@ -74,7 +74,7 @@ def _try(directory: Path, judge: Judge, mutant: Mutant) -> tuple[str, str]:
             if not _is_one_line(line):
                 return f"{name}: no line", ascii(line)
             refusals.append(f"{name}: {line}")
-        # What escapes is what this looks for: AssertionError, MemoryError and SystemExit as well.
+        # Any escaping error is a fault, including AssertionError, MemoryError and SystemExit.
         except BaseException as error:
             return f"{name}: {type(error).__name__}", "".join(traceback.format_exception(error)[-6:])
     if refusals and refusals[0].startswith("verify"):

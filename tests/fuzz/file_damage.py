@@ -14,7 +14,7 @@ _NEW_NAMES = (
 
 
 def damage_place(directory: Path, path: Path, random: Random) -> str:
-    """Change what lies at `path`, a file of the directory, or beside it; what was done, for people."""
+    """Change what lies at `path`, a file of the directory, or beside it; a description of the change."""
     kinds = ("missing", "empty", "fifo", "directory", "dangling", "loop", "device", "socket", "elsewhere", "swapped")
     kind = random.choice((*kinds, "renamed", "extra", "extra", "extra fifo", "extra directory", "hard link"))
     other = directory / random.choice(_NEW_NAMES)

@@ -1,4 +1,4 @@
-"""Damage to the content of JSON: what faulty writers, merges and other tools make of it."""
+"""Damage to the content of JSON, as by faulty writers, merges and other tools."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ _STOP = 0.25
 
 
 def damage_json(content: Any, random: Random) -> tuple[str, str]:
-    """Change a JSON value in one way: the new text, and what was done, for people."""
+    """Change a JSON value in one way: the new text, and a description of the change."""
     content = copy.deepcopy(content)
     parent, key, where = _choose(content, random)
     if parent is None:
@@ -98,7 +98,7 @@ def _choose(content: Any, random: Random) -> tuple[Any, Any, str]:
             break
         parent = value
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        # What holds something is chosen more often: there is more to damage in it.
+        # Containers are chosen more often: there is more to damage in them.
         full = [key for key in keys if isinstance(value[key], (dict, list)) and value[key]]
         key = random.choice(full if full and random.random() < 0.5 else keys)
         value, path = parent[key], f"{path}/{str(key)[:60]}"
@@ -111,7 +111,7 @@ def _names(random: Random) -> list[str]:
 
 
 def _near(old: Any, random: Random) -> Any:
-    """A value like the old one, of its type where there is one."""
+    """A value like the old one, of its type if possible."""
     if isinstance(old, bool):
         return not old
     if isinstance(old, int):

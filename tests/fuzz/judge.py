@@ -15,7 +15,7 @@ from torch import Tensor
 from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.numerics.linear import linear, weight_record
 
-# What may differ in config.json without another model being served.
+# Fields of config.json that may differ without changing the served model.
 FREE = ("quantization_config", "_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
 FREE += ("use_cache",)
 DEFAULTS = {"bias": False, "scale_scheme": "group", "fixed_row": "", "weight_bits": 4}
@@ -55,7 +55,7 @@ def outputs(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
 
 
 def meaning(config: Mapping[str, Any]) -> str:
-    """What config.json says of the model and its quantization, apart from free text and what checks it."""
+    """The content of config.json about the model and its quantization, except free text and digests."""
     settings = dict(config["quantization_config"])
     layers = {name: DEFAULTS | layer for name, layer in settings.get("layers", {}).items()}
     kept = {key: value for key, value in settings.items() if key not in ("created_by", "integrity")}
@@ -77,7 +77,7 @@ class Judge:
         assert all(bool(value.isfinite().all()) for value in self._outputs.values())
 
     def fault(self, directory: Path, *, resealed: bool) -> str | None:
-        """What is wrong with a checkpoint that was accepted; None if nothing is.
+        """The fault of an accepted checkpoint; None if it has none.
 
         One that was resealed may hold other values than the intact one, but its outputs must be finite.
         """

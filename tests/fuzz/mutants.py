@@ -22,10 +22,10 @@ RESEALED = 0.4
 
 @dataclass(frozen=True)
 class Mutant:
-    """What was done to a copy of the intact checkpoint."""
+    """A change to a copy of the intact checkpoint."""
 
     number: int
-    # The first damaged file, and what kind of damage it got.
+    # The first damaged file, and its kind of damage.
     file: str
     kind: str
     steps: tuple[str, ...]

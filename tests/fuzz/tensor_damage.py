@@ -1,4 +1,4 @@
-"""Damage to tensors that file and index agree about: what a faulty writer makes."""
+"""Damage to tensors on which file and index agree, as by a faulty writer."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ _HUGE = (float("nan"), float("inf"), -float("inf"), 3.3e38, -3.3e38, 1e19, 1e-38
 
 
 def damage_tensors(directory: Path, path: Path, random: Random) -> str:
-    """Change the tensors of a safetensors file in one way, in the index too; what was done, for people.
+    """Change the tensors of a safetensors file in one way, in the index too; a description of the change.
 
     Raises what safetensors raises where earlier damage keeps the file from being read or written.
     """

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are refused in one line or harmless; and the fuzzer notices where they are not."""
+"""Damaged checkpoints are refused in one line or harmless; and the fuzzer notices if they are not."""
 
 import os
 import signal

@@ -26,7 +26,7 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engine_context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What vLLM's layers expect around them: a configuration, and a process group of one."""
+    """The environment of vLLM's layers: a configuration, and a process group of one."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
@@ -40,7 +40,7 @@ def engine_context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["avx2", "avx_vnni", "avx512_vnni", "avx512_vnni emulated"])
 def library(request) -> Kernels:
-    """The CPU kernels of each instruction set, on the processor or emulated; skips where neither can be."""
+    """The CPU kernels of each instruction set, on the processor or emulated; skips if neither is possible."""
     if request.param.endswith("emulated"):
         return cpu_libraries.emulated()
     return cpu_libraries.native(request.param)

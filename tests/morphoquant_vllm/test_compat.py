@@ -1,4 +1,4 @@
-"""What the plugin uses of vLLM is listed whole, the list is true of the vLLM installed, and a difference is named."""
+"""The list of used vLLM interfaces is complete and fits the installed vLLM, and a difference is named."""
 
 import ast
 import importlib

@@ -15,9 +15,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache" / "cuda-wheels"
-# What the plugin is for, and the next release, which pyproject.toml does not admit yet.
+# The supported release, and the next one, which pyproject.toml does not admit yet.
 SUPPORTED, NEXT = "0.32.0", "0.33.0"
-# What the next release has otherwise. Widen pyproject.toml when all of it is dealt with.
+# Differences of the next release. Widen pyproject.toml when all of them are handled.
 NEXT_DIFFERENCES: list[str] = []
 # Tests of the plugin that need vLLM's Python code alone.
 PLUGIN_TESTS = (
@@ -27,7 +27,7 @@ PLUGIN_TESTS = (
     "test_registration.py",
     "test_silu_mul_pass.py",
 )
-# What benchmarks.gpu_linear asks of vLLM.
+# Interfaces of vLLM that benchmarks.gpu_linear uses.
 BENCHMARK = (
     "vllm.config:set_current_vllm_config",
     "vllm.scalar_type:scalar_types",
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.full
 
 
 def install(version: str) -> Path:
-    """The build's Python code; skips where the package index does not give it."""
+    """The build's Python code; skips if the package index does not provide it."""
     target = CACHE / f"vllm-{version}"
     if target.is_dir():
         return target

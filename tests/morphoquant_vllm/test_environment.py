@@ -11,7 +11,7 @@ from morphoquant_vllm import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENT = REPOSITORY / "docs" / "reference" / "environment.md"
-# Besides environment.py: what torchrun sets for the processes of a calibration.
+# Other readers than environment.py: processes.py reads torchrun's variables.
 READERS = {"morphoquant_vllm/environment.py", "calibration/processes.py"}
 TORCHRUN = {"WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
 
@@ -43,7 +43,7 @@ def test_processes_read_only_what_torchrun_sets() -> None:
         and node.value.attr == "environ"
     ]
     assert set(keys) == TORCHRUN
-    assert len(keys) == len(reads(path))  # there is no other way of reading
+    assert len(keys) == len(reads(path))  # other ways of reading do not exist
 
 
 def test_the_documentation_has_the_table_of_the_module() -> None:

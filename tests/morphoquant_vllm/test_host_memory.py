@@ -1,4 +1,4 @@
-"""Memory of records: zeros, large ones in large pages where the system has them."""
+"""Memory of records: zeros, large ones in large pages if the system has them."""
 
 import re
 from pathlib import Path

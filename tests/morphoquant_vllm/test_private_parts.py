@@ -1,4 +1,4 @@
-"""What the packages use of torch and transformers beyond what those promise to keep is listed, and is as listed."""
+"""The private interfaces of torch and transformers in use are listed, and fit the list."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ from morphoquant_vllm import compat
 
 PACKAGES = (morphoquant_vllm, calibration)
 LIBRARIES = ("torch", "transformers")
-# What Python documents of NamedTuple.
+# Documented attributes of NamedTuple.
 NAMED_TUPLE = {"_replace", "_fields", "_asdict", "_make"}
 
 

@@ -24,9 +24,9 @@ from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 
 # The published files were cut so.
 SHARD_SIZE = "5GB"
-# Tokenizer, config and index, and what a file system takes besides the tensors.
+# Bytes of tokenizer, config and index, and of the file system's overhead.
 OTHER_BYTES = 100_000_000
-# In the published files; transformers computes it today, and so keeps it out of its state dict.
+# A tensor of the published files; transformers now computes it, so its state dict lacks it.
 INV_FREQ = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
 ROPE_BASE = 10_000
 
@@ -51,8 +51,8 @@ def generate(
 ) -> Path:
     """Write the model into `output`, which appears when it is complete; holds one tensor at a time.
 
-    `layers` keeps the width but only so many decoder blocks of the thinker. Raises MorphoQuantError for an unknown
-    layout, where `output` holds anything, or where the disk has too little room.
+    `layers` keeps the width but only this many decoder blocks of the thinker. Raises MorphoQuantError for an unknown
+    layout, if `output` is not empty, or if the disk has too little room.
     """
     config = layout_config(layout, layers)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

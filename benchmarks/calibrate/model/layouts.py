@@ -1,8 +1,9 @@
 """The configs of published Qwen2.5-Omni models, and a tiny one of the same structure.
 
-The 3B layout: see `published`; its model.safetensors.index.json stands beside that config and states the figures in
-PUBLISHED. The 7B layout: the defaults of transformers' Qwen2.5-Omni configs, which are its thinker's; its talker as in
-rtp-llm's test of that model (hidden_size 896, 24 layers, 12 and 4 heads); the total size from the index of a full
+The 3B layout: see `published`. The model.safetensors.index.json beside that config states the figures in PUBLISHED.
+
+The 7B layout: the defaults of transformers' Qwen2.5-Omni configs are those of its thinker. Its talker is that of
+rtp-llm's test of that model: hidden_size 896, 24 layers, 12 and 4 heads. The total size comes from the index of a full
 fine-tune (huggingface.co/XD-MU/ScriptAgent), the number of files from the original's listing.
 """
 
@@ -19,7 +20,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 @dataclass(frozen=True)
 class Published:
-    """What the published files state about themselves: bytes of all tensors, and number of weight files."""
+    """Figures of the published files: bytes of all tensors, and number of weight files."""
 
     total_size: int
     files: int
@@ -27,10 +28,10 @@ class Published:
 
 PUBLISHED = {"3B": Published(11_972_343_936, 3), "7B": Published(22_362_553_472, 5)}
 LAYOUTS = ("3B", "7B", "tiny")
-# Says in a model's directory, and in the checkpoints made of it, what was generated.
+# File in a model's directory, and in the checkpoints made of it, that describes the generated model.
 GENERATED_FILE = "generated.json"
 
-# What differs from 3B, by the path of the part that it is in.
+# Differences from 3B, by the path of the section of config.json.
 _Changes = dict[tuple[str, ...], dict[str, Any]]
 _CHANGES: dict[str, _Changes] = {
     "3B": {},
@@ -55,8 +56,8 @@ _CHANGES: dict[str, _Changes] = {
             "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
         },
     },
-    # The vocabulary stays: the token ids are the published ones. head_dim 32 is the smallest that vLLM's CPU attention
-    # takes; K of every linear is whole groups of 32 on two ranks.
+    # The vocabulary stays, since the token ids are the published ones. head_dim 32 is the smallest that vLLM's CPU
+    # attention takes. K of every linear consists of whole groups of 32 on two ranks.
     "tiny": {
         ("thinker_config", "text_config"): {
             "hidden_size": 128,
@@ -99,7 +100,7 @@ _CHANGES: dict[str, _Changes] = {
 
 
 def layout_config(layout: str, layers: int | None = None) -> dict[str, Any]:
-    """The config.json of a layout as a JSON object; `layers` keeps its width but only so many decoder blocks.
+    """The config.json of a layout as a JSON object; `layers` keeps its width but only this many decoder blocks.
 
     Raises MorphoQuantError for an unknown layout, or more blocks than it has.
     """

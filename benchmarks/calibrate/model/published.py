@@ -1,8 +1,8 @@
 """The config.json of Qwen2.5-Omni-3B, as published.
 
 Source: the config published as Qwen/Qwen2.5-Omni-3B, read from the copy in the GitHub repository xygu/MusicQnA
-(models/Qwen2.5-Omni-3B, commit 37bf9fc1). Keys are spelled as there (rope_scaling, torch_dtype, dim, depth). Left out
-are keys that only repeat what every config had in 2025 (top_k, num_beams, id2label, ...).
+(models/Qwen2.5-Omni-3B, commit 37bf9fc1). Keys are spelled as there (rope_scaling, torch_dtype, dim, depth). Keys with
+the defaults of every config of 2025 are left out (top_k, num_beams, id2label, ...).
 """
 
 from __future__ import annotations

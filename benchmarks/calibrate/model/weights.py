@@ -1,6 +1,6 @@
-"""Seeded weights with what makes trained ones hard: outlier channels, a massive token, channels heavy in one modality.
+"""Seeded weights with the difficulties of trained ones: outlier channels, a massive token, modality-specific channels.
 
-Every tensor is drawn from its name and the seed alone, whatever is drawn before it.
+Every tensor depends only on its name and the seed, not on the order of drawing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DECODER_NORMS = ("input_layernorm", "post_attention_layernorm")
 def draw(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int, massive_token: int) -> Tensor:
     """A tensor by its published name. `massive_token` is the id that starts every conversation.
 
-    Matrices keep the variance of their input, so that activations are of order 1 at any size; logits have a standard
+    Matrices keep the variance of their input, so activations are of order 1 at any size. Logits have a standard
     deviation of about 4.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)

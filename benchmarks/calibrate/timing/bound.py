@@ -8,9 +8,10 @@
     factorisation     4/3 K^3 of every input: Cholesky (1/3), inverse from it (2/3), Cholesky of the inverse (1/3)
     GPTQ updates      N K^2 of every input: column j changes the K - j columns after it
 
-Forwards and Hessians at the rate of bf16 products, the rest at that of fp32 products. Left out, all of which a real
-calibration does: reading weights, norms and activation functions, quantizing activations, the search for steps, the
-regression of weights on codes and its products, fitting scales and codes to each other, float64 in the served layers.
+Forwards and Hessians run at the rate of bf16 products, the rest at that of fp32 products. The bound leaves out these
+steps of a real calibration: reading weights, norms and activation functions, quantizing activations and the search for
+steps. It also leaves out the regression of weights on codes and its products, fitting scales and codes to each other,
+and float64 in the served layers.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def block_work(decoder: Decoder, samples: int, tokens: int, drawn: int) -> Work:
     """The work for one block, with `samples` sequences of `tokens` tokens each, `drawn` of all of them for moments."""
     shapes = decoder.inputs().values()
     linears = sum(2 * samples * tokens * n * k for n, k in shapes)
-    # Scores and their product with the values: 2 L^2 each and channel, of which the causal half.
+    # Scores and their product with the values: half (causal) of 2 L^2 each per channel.
     attention = samples * 2 * tokens**2 * decoder.num_attention_heads * decoder.head_dim
     return Work(
         forwards=2 * (linears + attention),

@@ -1,4 +1,4 @@
-"""Runs a calibration in a process of its own and times its blocks; keeps what it has measured."""
+"""Runs a calibration in a separate process and times its blocks; keeps the measured times."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ STOP_SECONDS = 30
 
 @dataclass
 class Measured:
-    """One calibration, perhaps of several runs: what is known of each block by its number, and of the whole."""
+    """One calibration, perhaps of several runs: figures of each block by its number, and of the whole."""
 
     # Seconds (None: other work stood before the block in its run), and the peak of memory while it was worked on.
     blocks: dict[int, dict[str, Any]] = field(default_factory=dict)
     # Seconds from the start to the end of the first block of an uninterrupted first run.
     to_first_block: float | None = None
-    # From the last block to the end; None where the run was stopped after some blocks.
+    # From the last block to the end; None if the run was stopped after some blocks.
     after_last_block: float | None = None
     finished: bool = False
-    # Of the largest process, as the kernel counted it.
+    # Peak memory of the largest process, by the operating system's count.
     peak: int = 0
     profile: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     # FLOP/s of products by dtype, on the same cores: the best of all runs.
@@ -44,7 +44,7 @@ class Measured:
         return statistics.median(seconds) if seconds else None
 
     def setup(self) -> float | None:
-        """Seconds before the first block: what the first took longer than a typical one."""
+        """Seconds before the first block: the time to its end, minus that of a typical block."""
         typical = self.typical_block()
         if self.to_first_block is None or typical is None:
             return None
@@ -63,10 +63,10 @@ class Measured:
 
 
 def measure(job: Job, work: Path, progress: Callable[[str], None] = lambda line: None) -> Measured:
-    """Calibrate as `job` says and time it; a run that was cut short before adds to what it had measured.
+    """Run the calibration `job` and time it; a resumed run adds to the times measured before.
 
     `work` holds the measurements, by a hash of the job without its number of blocks. Raises MorphoQuantError with the
-    calibration's own message where it fails.
+    calibration's message if it fails.
     """
     key = digest({name: value for name, value in asdict(job).items() if name != "blocks"})[:16]
     kept = work / f"measured-{key}.json"
@@ -104,7 +104,7 @@ def measure(job: Job, work: Path, progress: Callable[[str], None] = lambda line:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """End the calibration as Ctrl-C does, so that it removes what is half written; insist where that takes long."""
+    """End the calibration as Ctrl-C does, which lets it remove half-written files; kill it if that takes long."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:

@@ -1,4 +1,4 @@
-"""What matrix products this machine does in a second, in the types that the bound is stated in."""
+"""Measures this machine's rates of matrix products, in the dtypes of the bound."""
 
 from __future__ import annotations
 

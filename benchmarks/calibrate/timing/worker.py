@@ -1,4 +1,4 @@
-"""The process that calibrates and is measured: it says on stdout what rates it has, and when a block is done.
+"""The process that calibrates and is measured: it prints its rates and the end of each block to stdout.
 
 Each as one JSON object a line.
 
@@ -33,7 +33,7 @@ ROWS = 25
 
 @dataclass(frozen=True)
 class Job:
-    """What to calibrate, on how many cores, after how many blocks to stop, and in how many bytes (None: no limit)."""
+    """A calibration, its number of cores, the blocks after which it stops, and its bytes of memory (None: no limit)."""
 
     model: str
     data: list[str]
@@ -102,7 +102,7 @@ def table(profile: cProfile.Profile, rows: int = ROWS) -> dict[str, list[dict[st
 
 
 def _label(place: tuple[str, int, str]) -> str:
-    """package.module.function, or what the profiler calls a built-in one."""
+    """package.module.function, or the profiler's name of a built-in function."""
     path, _, function = place
     if path == "~":
         return function.strip("<>{}").removeprefix("built-in ").replace("torch._C.", "")

@@ -49,7 +49,7 @@ async def ask_all(
 ) -> None:
     """Fill `answers`, greedily decoded. A request that the server refuses is noted as such.
 
-    Raises MorphoQuantError where the server stops answering; every answer until then is kept.
+    Raises MorphoQuantError if the server stops answering; every answer until then is kept.
     """
     waiting = [item for item in items if item.id not in answers.responses]
     queue = iter(waiting)
@@ -78,7 +78,7 @@ async def ask_all(
                 group.create_task(worker())
     except* STOPPED as stopped:
         reason = " ".join(str(stopped.exceptions[0]).split())
-    # Not in the block above: Python 3.11.2 puts what is raised there into a group of its own.
+    # Outside the block above: Python 3.11.2 wraps exceptions raised there in an exception group.
     if reason is not None:
         done = sum(item.id in answers.responses for item in items)
         raise MorphoQuantError(

@@ -33,7 +33,7 @@ class Media:
 
 @dataclass(frozen=True)
 class Item:
-    """One question: what is asked, in order, and what is right."""
+    """One question: its parts in order, and the right answer."""
 
     id: str
     parts: tuple[str | Media, ...]
@@ -41,9 +41,9 @@ class Item:
     choices: Mapping[str, str]
     # The right letter; of an open question every accepted answer.
     answers: tuple[str, ...]
-    # What accuracy is broken down by: "subject" and "modality" always, others as a benchmark has them.
+    # Groups by which accuracy is broken down: always "subject" and "modality", and others of the benchmark.
     groups: Mapping[str, str] = field(default_factory=dict)
-    # What a judge is told of the media, where one is asked.
+    # Description of the media for a judge, if the benchmark has one.
     description: str = ""
 
 
@@ -67,7 +67,7 @@ def listing(directory: Path) -> str:
 
 
 def present(items: Sequence[Item], benchmark: str, *, skip: bool) -> list[Item]:
-    """The questions whose media files are all there; the wrong layout where one is not, unless those are skipped."""
+    """The questions whose media files all exist; the error of a wrong layout if one is missing and not skipped."""
     absent = {
         item.id: part
         for item in items
@@ -82,7 +82,7 @@ def present(items: Sequence[Item], benchmark: str, *, skip: bool) -> list[Item]:
 
 
 def read_json(place: Path, benchmark: str, kind: type[T]) -> T:
-    """The content of a JSON file that holds a `kind`; the wrong layout where there is none or it holds another."""
+    """The content of a JSON file that holds a `kind`; the error of a wrong layout if it is missing or differs."""
     if not place.is_file():
         raise wrong_layout(place.parent, benchmark, place.name, listing(place.parent))
     try:
@@ -95,7 +95,7 @@ def read_json(place: Path, benchmark: str, kind: type[T]) -> T:
 
 
 def parquet_rows(files: Sequence[Path], benchmark: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of parquet files that must have `columns`; the wrong layout where they do not."""
+    """Rows of parquet files that must have `columns`; the error of a wrong layout if they do not."""
     import pyarrow
     import pyarrow.parquet as parquet
 

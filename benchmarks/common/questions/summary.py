@@ -19,7 +19,7 @@ T = TypeVar("T")
 def summarise(items: Sequence[Item], responses: Mapping[str, str | None], score: Score) -> dict[str, Any]:
     """Figures of the answered questions: "all", and "by" every kind of group.
 
-    What cannot be parsed and what the server refused count as not right, and are counted apart.
+    Responses that are not parsed and requests that the server refused count as not right, and are counted separately.
     """
     outcomes = [(item, outcome(item, responses[item.id], score)) for item in items if item.id in responses]
     by = {kind: {name: figures(found) for name, found in groups.items()} for kind, groups in grouped(outcomes).items()}

@@ -1,4 +1,4 @@
-// What the machine can do at most, in the run that measures the kernels: byte dot products, and reading memory.
+// Upper limits of the machine in the run that measures the kernels: byte dot products, and reading memory.
 #include <omp.h>
 
 #include "dot.h"

@@ -34,7 +34,7 @@ def onednn_bf16(outputs: int, channels: int) -> Linear:
 
 
 def torch_bf16(outputs: int, channels: int) -> Linear:
-    """torch's own linear, which vLLM takes where oneDNN has none for the processor."""
+    """torch's linear, which vLLM uses if oneDNN has none for the processor."""
     weight = torch.randn(outputs, channels, dtype=torch.bfloat16)
     return lambda x: torch.nn.functional.linear(x, weight)
 

@@ -1,4 +1,4 @@
-"""AMD's zentorch linears as vLLM's "zen" extra calls them; ImportError where the package is not installed."""
+"""AMD's zentorch linears as vLLM's "zen" extra calls them; ImportError if the package is not installed."""
 
 from __future__ import annotations
 

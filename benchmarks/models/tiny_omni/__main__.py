@@ -18,7 +18,7 @@ from benchmarks.models.tiny_omni.train import trained_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(".cache/omni"), help="where model and media go")
+    parser.add_argument("--work", type=Path, default=Path(".cache/omni"), help="folder of the model and the media")
     parser.add_argument("--seed", type=int, default=0, help="of the training and the questions")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -118,7 +118,7 @@ def write_speakers(directory: Path, ids: dict[str, int], *, conditioning: int = 
 
 
 def write_config(directory: Path, config: PreTrainedConfig, architecture: str, ids: dict[str, int]) -> None:
-    """Write config.json (bfloat16, `architecture` where it names none) and a greedy generation_config.json."""
+    """Write config.json (bfloat16, `architecture` if it names none) and a greedy generation_config.json."""
     config.architectures = config.architectures or [architecture]
     config.dtype = torch.bfloat16
     config.save_pretrained(directory)

@@ -20,7 +20,7 @@ from benchmarks.models.tiny_omni.processor import SENTENCES, VOCAB_SIZE, Process
 PATCH_SIZE = 56
 PICTURE_PIXELS = (4 * PATCH_SIZE) ** 2
 HEAD_DIM = 64
-# What the chat template writes where a conversation has no system turn.
+# Text of the chat template for a conversation without a system turn.
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 
@@ -85,9 +85,9 @@ def initial_model(settings: ModelSettings, ids: dict[str, int]) -> Qwen2_5OmniFo
 
 
 def _draw(name: str, parameter: Tensor, settings: ModelSettings) -> None:
-    """Draw a matrix so that outputs vary as inputs do: small models learn faster so than with a spread of 0.02.
+    """Draw a matrix that keeps the variance of its inputs: small models then learn faster than with a spread of 0.02.
 
-    Embeddings and what towers put in their place start with about a spread of 1, so that heavy rows stay heavy.
+    Embeddings and tower outputs start with a spread of about 1, so heavy rows stay heavy.
     """
     if parameter.ndim < 2:
         return

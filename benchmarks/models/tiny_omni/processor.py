@@ -73,7 +73,7 @@ _TEMPLATE = """
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """What media become: patches of `patch_size` pixels, images between two numbers of pixels, audio up to a length.
+    """Sizes of media: patches of `patch_size` pixels, images between two numbers of pixels, audio up to a length.
 
     The defaults make 4 to 64 tokens of an image and at most 250 of audio. `sentences` train the tokenizer.
     """

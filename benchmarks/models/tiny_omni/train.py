@@ -36,7 +36,7 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that the trained weights depend on, besides the machine's arithmetic.
+    """Everything that the trained weights depend on, except the machine's arithmetic.
 
     `threads`: how many of torch's; another number adds in another order.
     """
@@ -58,7 +58,7 @@ def trained_model(
 ) -> Path:
     """The model directory, trained in `work` unless a model of the same settings is there; `settings` have their seed.
 
-    It appears when training has ended, or not at all. Raises MorphoQuantError where espeak-ng is missing.
+    It appears only when training has ended. Raises MorphoQuantError if espeak-ng is missing.
     """
     settings = settings or TrainingSettings(seed)
     data = [asdict(SPLITS["train"]), STAGES, all_texts()]
@@ -200,7 +200,7 @@ def _threads(number: int) -> Iterator[None]:
 
 @contextmanager
 def _fast_patches(visual: Any) -> Iterator[None]:
-    """Multiply patches by the embedding's matrix: the same numbers, where a convolution takes most of a step."""
+    """Multiply patches by the embedding's matrix: the same numbers, but a convolution would take most of a step."""
     embedding = visual.patch_embed
 
     def forward(hidden_states: Tensor) -> Tensor:

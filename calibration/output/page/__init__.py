@@ -1,6 +1,6 @@
-"""`morphoquant report`: one self-contained HTML file about a checkpoint, made from what calibration recorded.
+"""`morphoquant report`: one self-contained HTML file about a checkpoint, made from calibration's figures.
 
-content  what the page shows, gathered from a checkpoint
+content  gathers the content of the page from a checkpoint
 figures  draws its pictures
 render   fills the template page.html.j2 with them, and writes the file
 """

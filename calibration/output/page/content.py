@@ -1,4 +1,4 @@
-"""What the page shows, gathered from a checkpoint directory; no model is loaded, and nothing is drawn here."""
+"""Gathers the page's content from a checkpoint directory; it loads no model and draws nothing."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_s
 from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
 from morphoquant_vllm.numerics.reference import outlier_mask
 
-# Inputs that are drawn channel by channel where none is named.
+# Number of inputs that are drawn channel by channel if none is named.
 CHOSEN = 6
 
 
 @dataclass(frozen=True)
 class Input:
-    """One linear input: what was recorded of it, and its grid."""
+    """One linear input: its distribution and its grid."""
 
     name: str
-    # The linears that read it.
+    # Linears that read the input.
     layers: tuple[str, ...]
-    # As `calibration.output.distributions.observe` describes.
-    record: dict[str, Tensor]
+    # In the form of `calibration.output.distributions.observe`.
+    distribution: dict[str, Tensor]
     # The checkpoint's INPUT_TENSORS; filled for inputs that are drawn channel by channel.
     grid: dict[str, Tensor]
     output_error: float | None
     escape_rate: dict[str, float]
 
     def rows(self, known: Sequence[str]) -> list[str]:
-        """Rows that had tokens, in the order of the checkpoint's."""
-        return [row for row in known if f"{row}.dispersion" in self.record]
+        """Rows of `known` that had tokens, in their order."""
+        return [row for row in known if f"{row}.dispersion" in self.distribution]
 
     def dispersed_channels(self, row: str) -> int:
         """Channels that the reference's rule (mean + 2 deviations) would let escape in a row."""
-        return int(outlier_mask(self.record[f"{row}.dispersion"].float()).sum())
+        return int(outlier_mask(self.distribution[f"{row}.dispersion"].float()).sum())
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Content:
 
     name: str
     spec: QuantizationSpec
-    # As `inspect_data` returns it.
+    # Result of `inspect_data`.
     inspected: dict[str, Any]
     report: Report
     inputs: tuple[Input, ...]
@@ -63,43 +63,43 @@ class Content:
 def gather(directory: Path, patterns: Sequence[str] = ()) -> Content:
     """Gather the page of a checkpoint; `patterns` choose the layers whose inputs are drawn channel by channel.
 
-    Raises MorphoQuantError where the directory is no MorphoQuant checkpoint, its calibration report is missing, it or
-    the distributions are damaged, or no layer matches.
+    Raises MorphoQuantError if the directory is not a MorphoQuant checkpoint, or if no layer matches. So do a missing or
+    damaged calibration report, and damaged distributions.
     """
     inspected = inspect_data(directory)
     spec = read_spec(directory)
     report = read_report(directory)
     if report is None:
         raise MorphoQuantError(
-            f"{directory / REPORT_FILE}: missing: there is nothing to report; copy it from the original checkpoint"
+            f"{directory / REPORT_FILE}: missing, so there is nothing to report; copy it from the original checkpoint"
         )
-    records = read_distributions(directory, spec)
+    distributions = read_distributions(directory, spec)
     measured = {layer["name"]: layer for layer in inspected["layers"]}
     inputs = tuple(
-        _input(name, layers, records.get(name, {}), measured) for name, layers in spec.shared_inputs().items()
+        _input(name, layers, distributions.get(name, {}), measured) for name, layers in spec.shared_inputs().items()
     )
     files = check_headers(directory, spec)
     chosen = []
-    for entry in _choose([entry for entry in inputs if entry.record], patterns):
+    for entry in _choose([entry for entry in inputs if entry.distribution], patterns):
         tensors = load_layer(directory, files, entry.layers[0], spec)
         grid = {tensor: tensors[tensor] for tensor in INPUT_TENSORS}
-        chosen.append(Input(entry.name, entry.layers, entry.record, grid, entry.output_error, entry.escape_rate))
+        chosen.append(Input(entry.name, entry.layers, entry.distribution, grid, entry.output_error, entry.escape_rate))
     if patterns and not any(matches(name, tuple(patterns)) for name in (*spec.layers, *spec.shared_inputs())):
         raise MorphoQuantError(f"--layer {' '.join(patterns)!r} matches no layer; `morphoquant inspect` lists them")
     return Content(Path(os.path.realpath(directory)).name, spec, inspected, report, inputs, tuple(chosen))
 
 
 def _input(
-    name: str, layers: Sequence[str], record: dict[str, Tensor], measured: Mapping[str, Mapping[str, Any]]
+    name: str, layers: Sequence[str], distribution: dict[str, Tensor], measured: Mapping[str, Mapping[str, Any]]
 ) -> Input:
     errors = [measured[layer]["output_error"] for layer in layers]
     known = [error for error in errors if error is not None]
     rates = measured[layers[0]]["escape_rate"] or {}
-    return Input(name, tuple(layers), record, {}, max(known) if known else None, rates)
+    return Input(name, tuple(layers), distribution, {}, max(known) if known else None, rates)
 
 
 def _choose(inputs: Sequence[Input], patterns: Sequence[str]) -> list[Input]:
-    """The inputs that match; without patterns the first and last ones, and those that lose or escape most."""
+    """The inputs that match; without patterns, the first and last, and those with the largest error or escape rate."""
     if patterns:
         chosen = tuple(patterns)
         return [entry for entry in inputs if any(matches(name, chosen) for name in (entry.name, *entry.layers))]

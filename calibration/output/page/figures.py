@@ -1,4 +1,4 @@
-"""The page's pictures, each as PNG bytes. Colours: one per modality, the same everywhere; red is what escapes."""
+"""Draws the page's pictures, each as PNG bytes. Each modality has one colour everywhere; escapes are red."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ WIDTH = 10.0
 
 
 def colour(row: str) -> str:
-    """Of a modality."""
+    """The colour of a modality."""
     return COLOURS.get(row, OTHER_COLOUR)
 
 
 def channels(entry: Input, rows: Sequence[str]) -> bytes:
-    """Range of every kept channel by modality, with the 4-bit grid and what lies outside it."""
+    """Range of every kept channel by modality, with the 4-bit grid and the values outside it."""
     present = entry.rows(rows)
     figure, axes = plt.subplots(len(present), 1, figsize=(WIDTH, 0.6 + 1.9 * len(present)), sharex=True, squeeze=False)
-    kept = entry.record["channels"].long()
+    kept = entry.distribution["channels"].long()
     step = entry.grid["activation_step"][kept]
-    # Neighbours of like step make the grid a curve instead of a thicket.
+    # Sorted by step, the grid is drawn as a curve instead of a zigzag.
     order = step.argsort(stable=True)
     for axis, row in zip(axes[:, 0], present, strict=True):
         index = rows.index(row)
         centre, gain = entry.grid["centre"][index][kept][order], entry.grid["gain"][index]
         low, high = centre + (CODE_MIN - 0.5) * step[order] * gain, centre + (CODE_MAX + 0.5) * step[order] * gain
         mask = entry.grid["modality_mask"][index][kept][order].numpy()
-        _channel_ranges(axis, {key: entry.record.get(f"{row}.{key}") for key in ("minimum", "maximum", "low", "high")},
-                        order, low.numpy(), high.numpy(), mask, colour(row))  # fmt: skip
+        ranges = {key: entry.distribution.get(f"{row}.{key}") for key in ("minimum", "maximum", "low", "high")}
+        _channel_ranges(axis, ranges, order, low.numpy(), high.numpy(), mask, colour(row))
         axis.set_ylabel(row)
     axes[-1, 0].set_xlabel(f"{kept.numel()} of {entry.grid['activation_step'].numel()} channels, by rising step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -88,13 +88,13 @@ def _channel_ranges(
 
 
 def codes(entry: Input, rows: Sequence[str]) -> bytes:
-    """How often each served code occurs, by modality, with the 4-bit codes shaded."""
-    present = [row for row in entry.rows(rows) if int(entry.record[f"{row}.codes"].sum())]
+    """Histogram of the served codes, by modality, with the 4-bit codes shaded."""
+    present = [row for row in entry.rows(rows) if int(entry.distribution[f"{row}.codes"].sum())]
     figure, axis = plt.subplots(figsize=(WIDTH, 2.6))
     axis.axvspan(CODE_MIN - 0.5, CODE_MAX + 0.5, color=GRID_COLOUR, alpha=0.7, linewidth=0, label="4-bit codes")
     x = np.arange(ESCAPE_MIN, ESCAPE_MAX + 1)
     for row in present:
-        counts = entry.record[f"{row}.codes"].numpy()
+        counts = entry.distribution[f"{row}.codes"].numpy()
         share = counts / counts.sum()
         outside = float(share[(x < CODE_MIN) | (x > CODE_MAX)].sum())
         seen = share > 0
@@ -135,14 +135,14 @@ def losses(content: Content) -> bytes:
 
 def dispersion(content: Content) -> bytes:
     """Dispersion scores over the decoder: median, 99th percentile and largest channel of every input, by modality."""
-    inputs = [entry for entry in content.inputs if entry.record]
+    inputs = [entry for entry in content.inputs if entry.distribution]
     kinds = list(dict.fromkeys(entry.name.rsplit(".", 1)[-1] for entry in inputs))
     figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 3.0), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        own = [entry for entry in inputs if entry.name.endswith(f".{kind}")]
+        inputs_of_kind = [entry for entry in inputs if entry.name.endswith(f".{kind}")]
         for row in content.spec.rows:
-            at = [number for number, entry in enumerate(own) if f"{row}.dispersion" in entry.record]
-            scores = [own[number].record[f"{row}.dispersion"].float().numpy() for number in at]
+            at = [number for number, entry in enumerate(inputs_of_kind) if f"{row}.dispersion" in entry.distribution]
+            scores = [inputs_of_kind[number].distribution[f"{row}.dispersion"].float().numpy() for number in at]
             if not scores:
                 continue
             for quantile, line in ((1.0, "-"), (0.99, "--"), (0.5, ":")):
@@ -172,11 +172,11 @@ def sizes(content: Content) -> bytes:
 
 
 def _png(figure: Figure, *, top: float = 0.1) -> bytes:
-    """The picture, `top` inches above its axes kept free. (matplotlib's own layout would draw everything twice.)"""
+    """The picture, with `top` inches free above its axes. (matplotlib's automatic layout would draw it twice.)"""
     width, height = figure.get_size_inches()
     figure.subplots_adjust(0.75 / width, 0.5 / height, 1 - 0.1 / width, 1 - top / height, wspace=0.05, hspace=0.1)
     buffer = io.BytesIO()
-    # Without the software's version in it: the same checkpoint gives the same page.
+    # The software's version is left out, so the same checkpoint gives the same page.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The page itself: pictures drawn, template filled, one file written."""
+"""Draws the pictures, fills the template and writes the page to one file."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from calibration.output.page.content import Content, gather
 from morphoquant_vllm.errors import MorphoQuantError, one_line
 
 CAPTIONS = {
-    "sizes": "Weights on disk: the quantized layers, and what is carried over as it was.",
+    "sizes": "Weights on disk: the quantized layers, and the carried tensors.",
     "losses": "Above: error of each layer's output on the calibration sample, relative to the 16-bit layer's on "
     "16-bit inputs. Below: share of its activation codes that leave the 4-bit range.",
     "dispersion": "Dispersion of the channels of each input, (max - min) / log1p(mean|x|): largest channel (solid), "
     "99th percentile (dashed), median (dotted). High means a long tail.",
-    "channels": "Values of each channel by modality, before quantization. The band is what 4-bit codes reach; red is "
-    "what reaches beyond it on channels that may escape, and takes 8-bit codes on the same grid. Ticks at 0 mark "
+    "channels": "Values of each channel by modality, before quantization. The band is the range of 4-bit codes. Red "
+    "marks values beyond it on channels that may escape; they take 8-bit codes on the same grid. Ticks at 0 mark "
     "channels that may escape. Half the channels shown are the most dispersed ones, the others are evenly spaced.",
-    "codes": "How often each code occurs, over all channels of the input.",
+    "codes": "Frequency of each code, over all channels of the input.",
 }
-# Letters of a value that the page shows.
+# Characters of a value that the page shows.
 LONGEST_CELL = 200
 FIGURE = Markup(
     '<figure id="{name}"><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption>'
@@ -36,10 +36,10 @@ FIGURE = Markup(
 
 
 def write_page(directory: Path, output: Path, patterns: Sequence[str] = (), *, overwrite: bool = False) -> Content:
-    """Write the page about the checkpoint `directory` to the file `output`; what it shows is returned.
+    """Write the page about the checkpoint `directory` to the file `output`; returns its content.
 
-    `patterns` choose the layers that are drawn channel by channel. Raises MorphoQuantError where the directory is no
-    checkpoint, no layer matches, or `output` exists and may not be replaced; then nothing is written.
+    `patterns` choose the layers that are drawn channel by channel. Nothing is written if a MorphoQuantError is raised:
+    the directory is not a checkpoint, no layer matches, or `output` exists and may not be replaced.
     """
     if output.is_dir():
         raise MorphoQuantError(f"{output}: is a directory; name a file with --output")
@@ -57,7 +57,7 @@ def write_page(directory: Path, output: Path, patterns: Sequence[str] = (), *, o
 
 
 def render(content: Content) -> str:
-    """The HTML, its pictures inside."""
+    """The HTML with embedded pictures."""
     drawn = draw(content)
 
     def figure(name: str) -> Markup:
@@ -81,7 +81,7 @@ def render(content: Content) -> str:
         totals=content.inspected["totals"],
         escape_rows=escape_rows,
         prefix=common_prefix([layer["name"] for layer in content.inspected["layers"]]),
-        has_distributions=any(entry.record for entry in content.inputs),
+        has_distributions=any(entry.distribution for entry in content.inputs),
         figure=figure,
         percent=percent,
         size=size_text,
@@ -89,7 +89,7 @@ def render(content: Content) -> str:
 
 
 def short(value: object) -> str:
-    """A value from a file, for the page: whatever it is, it is some text of one line."""
+    """A value from a file as one line of text for the page, whatever its type."""
     values = value if isinstance(value, list) else [value]
     return one_line(", ".join(map(str, values)), LONGEST_CELL)
 
@@ -97,7 +97,7 @@ def short(value: object) -> str:
 def draw(content: Content) -> dict[str, bytes]:
     """Every picture as PNG, by its name on the page."""
     drawn: dict[str, Any] = {"sizes": figures.sizes(content), "losses": figures.losses(content)}
-    if any(entry.record for entry in content.inputs):
+    if any(entry.distribution for entry in content.inputs):
         drawn["dispersion"] = figures.dispersion(content)
     for number, entry in enumerate(content.chosen, start=1):
         drawn[f"channels-{number}"] = figures.channels(entry, content.spec.rows)

@@ -1,7 +1,7 @@
-// What one call of the kernels gets: pointers into torch tensors. record.h makes it of what Python hands over.
+// The arguments of one call of the kernels: pointers into torch tensors. record.h fills them from Python's Request.
 //
 // M tokens, K input channels, N output channels, G group size along K, R modality rows, B sets of J massive intervals.
-// K is a multiple of G, and G one of the sizes that record.h lets through.
+// K is a multiple of G, and G is one of the sizes that record.h accepts.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,13 @@ struct Call {
   const uint8_t* mask;           // [R, K], 0 or 1
   const float* gain;             // [R]
   int64_t rows;                  // R
-  const int32_t* channel_order;  // [K], or null where channels come in order
+  const int32_t* channel_order;  // [K], or null if channels come in order
   const int32_t* massive_channel;  // [B, J]
   const float* massive_low;        // [B, J]
   const float* massive_high;       // [B, J]
   int64_t massive_sets;            // B
   int64_t massive_channels;        // J
-  // Workspace; act_quant has no sums
+  // Workspace; act_quant needs no sums
   int8_t* codes;       // [M, K], in permuted channel order
   bool unsigned_codes;  // whether they are stored as code + 128
   int32_t* token_row;  // [M]
@@ -49,7 +49,7 @@ struct Call {
   void* y;             // [M, N], contiguous
 };
 
-// Outputs that lie side by side in the weight record.
+// Adjacent outputs in the weight record.
 constexpr int64_t kBlock = 16;
 // Blocks of a panel; the last may have one.
 constexpr int64_t kPanel = 2;

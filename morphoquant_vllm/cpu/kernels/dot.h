@@ -1,6 +1,6 @@
-// The instruction set of this build. A Dot gives vectors of kWidth int32, each the dot products of 4 channels of
-// kWidth outputs: weights q + 8 as unsigned bytes, codes as signed ones. The 8 is taken back by Call::offset, so that
-// neither nibbles need a sign nor codes an offset, and the integer group sum is exact.
+// The instruction set of this build. A Dot computes vectors of kWidth int32: dot products over 4 channels for kWidth
+// outputs. Weights are q + 8 as unsigned bytes, codes are signed bytes. Call::offset subtracts the 8 again. So nibbles
+// need no sign, codes need no offset, and the integer group sum is exact.
 #pragma once
 
 #if defined(MORPHOQUANT_AVX512_VNNI)

@@ -1,4 +1,4 @@
-// Dot products of 4 bytes on AVX2, without and with the AVX-VNNI instruction. See dot.h for what a Dot is.
+// Dot products of 4 bytes on AVX2, without and with the AVX-VNNI instruction. See dot.h for the interface of a Dot.
 #pragma once
 
 #include <immintrin.h>
@@ -11,9 +11,9 @@ struct DotAvx2 {
   using Ints = __m256i;
   using Floats = __m256;
   static constexpr int kWidth = 8;
-  // Blocks and most tokens of a tile, bounded by 16 registers.
+  // Blocks and largest number of tokens of a tile, bounded by 16 registers.
   static constexpr int kTileBlocks = 1, kTileTokens = 4;
-  // Whether dot() sums in 16 bits, which take 32 channels.
+  // Whether dot() sums in 16 bits, which hold sums over 32 channels.
   static constexpr bool kNarrowSums = true;
   // Tokens and outputs of a tile of the 8-bit head.
   static constexpr int kHeadTokens = 2, kHeadOutputs = 4;
@@ -56,7 +56,7 @@ struct DotAvx2 {
   static Ints levelled_add(Ints sum, Ints ints, Ints level) {
     return _mm256_add_epi32(sum, _mm256_mullo_epi32(ints, level));
   }
-  // q * level as bytes, of bytes q + 8: (q + 8) * level is below 256, so that a product of words is one of bytes.
+  // q * level as bytes, from bytes q + 8. (q + 8) * level is below 256, so a 16-bit product multiplies two bytes.
   static Ints levelled_bytes(Ints weights, Ints level) {
     const Ints eight = _mm256_slli_epi16(_mm256_or_si256(level, _mm256_slli_epi16(level, 8)), 3);
     return _mm256_sub_epi8(_mm256_mullo_epi16(weights, level), eight);

@@ -11,7 +11,7 @@ struct DotAvx512Vnni {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int kWidth = 16;
-  // Blocks and most tokens of a tile: 24 registers of sums.
+  // Blocks and largest number of tokens of a tile: 24 registers of sums.
   static constexpr int kTileBlocks = 2, kTileTokens = 6;
   static constexpr bool kNarrowSums = false;
   static constexpr int kHeadTokens = 4, kHeadOutputs = 4;
@@ -54,7 +54,7 @@ struct DotAvx512Vnni {
   static Ints levelled_add(Ints sum, Ints ints, Ints level) {
     return _mm512_add_epi32(sum, _mm512_mullo_epi32(ints, level));
   }
-  // q * level as bytes, of bytes q + 8: (q + 8) * level is below 256, so that a product of words is one of bytes.
+  // q * level as bytes, from bytes q + 8. (q + 8) * level is below 256, so a 16-bit product multiplies two bytes.
   static Ints levelled_bytes(Ints weights, Ints level) {
     const Ints eight = _mm512_slli_epi16(_mm512_or_si512(level, _mm512_slli_epi16(level, 8)), 3);
     return _mm512_sub_epi8(_mm512_mullo_epi16(weights, level), eight);

@@ -1,5 +1,5 @@
-// The C interface that cpu/build.py loads. Threads are OpenMP's, of the library that torch has loaded, so that they are
-// the threads (and the cores) that torch and vLLM have set up.
+// The C interface that cpu/build.py loads. Threads come from the OpenMP library that torch has loaded: they are the
+// threads, and the cores, that torch and vLLM have set up.
 #include <omp.h>
 
 #include <atomic>
@@ -20,7 +20,7 @@ namespace {
 int run(const Request& request, bool multiply) {
   Call c;
   if (!morphoquant::read(request, multiply, c)) return 2;
-  // Rows and, for a product, codes and group offsets. K is a multiple of 32: what has 4 bytes is aligned.
+  // Rows and, for a product, codes and group offsets. K is a multiple of 32, so 4-byte fields are aligned.
   const int64_t offsets = multiply ? c.tokens * (c.channels / c.group_size) : 0;
   const int64_t bytes = 4 * (c.tokens + offsets) + (multiply ? c.tokens * c.channels : 0);
   const std::unique_ptr<char[]> workspace(new (std::nothrow) char[bytes]);
@@ -47,8 +47,8 @@ int run(const Request& request, bool multiply) {
 
 }  // namespace
 
-// 0; 1 where the modality of a token that is not massive is no row: then the output is undefined; 2 where a record is
-// not what the request needs; 3 where there is no memory.
+// Return codes: 0 for success; 1 if the modality of a token that is not massive is not a row. The output is then
+// undefined. 2 if a record does not fit the request; 3 if memory is exhausted.
 extern "C" int morphoquant_act_quant(const Request* request) { return run(*request, false); }
 extern "C" int morphoquant_linear(const Request* request) { return run(*request, true); }
 extern "C" int morphoquant_head(const morphoquant::HeadCall* call) {

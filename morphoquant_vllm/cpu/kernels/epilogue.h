@@ -1,4 +1,4 @@
-// What follows the integer product: gain, absorbed bias, the layer's own bias, the dtype of y.
+// The epilogue after the integer product: gain, absorbed bias, the source layer's bias, the cast to the dtype of y.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +7,13 @@
 
 namespace morphoquant {
 
-// Tokens whose absorbed biases and outputs are fetched before a panel is computed; of more, while they are written.
+// Tokens whose absorbed biases and outputs are prefetched before a panel is computed. With more tokens, they are
+// prefetched while outputs are written.
 constexpr int64_t kFetchTokens = 24;
 
 inline int64_t element_size(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// What token m of a panel reads and writes at its end: it was not used since the last layer, or ever.
+// Prefetches the memory that the epilogue of token m reads and writes: it is not in the cache yet.
 template <int Blocks>
 inline void fetch_outputs(const Call& c, int64_t block, int64_t m) {
   const int64_t n = block * kBlock;
@@ -27,7 +28,7 @@ inline void fetch_for_epilogue(const Call& c, int64_t block, int64_t first, int6
   for (int64_t m = first; m < std::min(first + kFetchTokens, last); ++m) fetch_outputs<Blocks>(c, block, m);
 }
 
-// The layer's own bias of outputs [n, n + 8) as float32.
+// The source layer's bias of outputs [n, n + 8) as float32.
 inline __m256 own_bias(const Call& c, int64_t n, int64_t count) {
   if (!c.bias) return _mm256_setzero_ps();
   if (c.bias_dtype == kFloat32) return load_part<kFloat32>(static_cast<const float*>(c.bias) + n, count);

@@ -1,12 +1,12 @@
 // The integer GEMM: codes int8 [M, K] times int4 weights, in exact int32 per group, float32 over the groups.
 //
-// Weight record: panels of 2 blocks of 16 outputs; the last may have one. In each, 64 bytes hold 8 channels of a block:
-// byte 4 n + i has q + 8 of output n and channel 8 j + i in its low nibble, of channel 8 j + 4 + i in its high one. So a
-// load, a shift and two masks give the operands of two dot products over 4 channels, in ports that dot products do not
-// need. A panel's blocks lie side by side for each 8 channels: it is one stream of memory.
+// Weight record: panels of 2 blocks of 16 outputs; the last panel may have one. In a panel, 64 bytes hold 8 channels of
+// a block. Byte 4 n + i holds q + 8 of output n: of channel 8 j + i in its low nibble, of channel 8 j + 4 + i in its
+// high one. So a load, a shift and two masks give the operands of two dot products over 4 channels. They use ports that
+// dot products do not need. A panel's blocks are adjacent for each 8 channels, so a panel is one stream of memory.
 //
 // A panel goes over K in strips that stay in the first-level cache, and over the tokens in tiles whose sums stay in
-// registers; meanwhile the next strip is fetched. The order of float additions depends on nothing but K and G: not on M,
+// registers. Meanwhile the next strip is prefetched. The order of float additions depends only on K and G: not on M,
 // nor on the number of threads.
 #pragma once
 
@@ -20,19 +20,19 @@
 
 namespace morphoquant {
 
-// A strip's channels: a multiple of every G. 512 of 32 outputs are 8 KiB. Two tiles wait less for a shorter one, in
-// which the first fetches less of the next at a time.
+// Channels of a strip, a multiple of every G. 512 channels of 32 outputs are 8 KiB. With exactly two tiles a shorter
+// strip is faster: the first tile has less of the next strip to prefetch.
 constexpr int64_t kStrip = 512, kStripOfTwo = 256;
-// Most tokens for which a panel keeps its float sums (24 KiB for 32 outputs).
+// Largest number of tokens for which a panel keeps its float sums (24 KiB for 32 outputs).
 constexpr int64_t kMostTokens = 192;
-// How far ahead weights are fetched where each is used once (bytes), and scales (groups).
+// Prefetch distance of weights that are used once (bytes), and of scales (groups).
 constexpr int64_t kFetchNear = 4096, kFetchFar = 8192, kFetchGroups = 16;
-// Tokens up to which the first-level cache keeps up with one tile that reads a stream.
+// Up to this many tokens, the first-level cache keeps up with one tile that reads a stream.
 constexpr int64_t kNearTokens = 2;
 
 inline int64_t blocks_of(const Call& c) { return (c.outputs + kBlock - 1) / kBlock; }
 
-// Where a block's weights and scales lie in its panel, and how far apart the next 8 channels, the next group are.
+// Addresses of a block's weights and scales in its panel, and the strides to the next 8 channels and the next group.
 struct Place {
   const uint8_t* weight;
   int64_t weight_stride;
@@ -47,8 +47,8 @@ inline Place place_of(const Call& c, int64_t block) {
           c.scale + (first * (c.channels / c.group_size) + block - first) * bytes, width * bytes};
 }
 
-// What is fetched for later while a tile is computed: `bytes` from `at` on for every 8 channels. Into the first-level
-// cache where that leaves time; else into the second, which has room for more requests at a time.
+// Memory to prefetch while a tile is computed: `bytes` from `at` on for every 8 channels. It goes into the first-level
+// cache if time allows, else into the second-level cache, which takes more requests at a time.
 struct Fetch {
   const uint8_t* at;
   int64_t bytes;
@@ -74,8 +74,8 @@ template <class D>
   return D::broadcast(four);
 }
 
-// Dot products of 8 channels of `Tokens` tokens and `Vectors` vectors of outputs: those of the first 4 are added to
-// sums, of the others to more_sums, which may be the same.
+// Dot products of 8 channels of `Tokens` tokens and `Vectors` vectors of outputs. Those of the first 4 channels are
+// added to sums, those of the others to more_sums, which may be the same array.
 template <class D, int Tokens, int Vectors>
 [[gnu::always_inline]] inline void octet(const uint8_t* weights, const int8_t* codes, int64_t codes_stride,
                                          typename D::Ints (&sums)[Tokens][Vectors],
@@ -101,7 +101,7 @@ template <class D, int Tokens, int Vectors>
   }
 }
 
-// How group sums are added up: float32 of sum * scale, or with levels exact int32 of sum * level.
+// Adds up group sums: sum * scale in float32, or with levels sum * level in exact int32.
 template <class D>
 struct Scaled {
   using Sums = typename D::Floats;
@@ -168,7 +168,7 @@ inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin
         }
       }
     } else {
-      // One token has few sums: twice as many, so that dot products do not wait for each other.
+      // One token has few sums. With twice as many, dot products do not wait for each other.
       constexpr bool kTwice = Tokens == 1;
       typename D::Ints more[Tokens][kVectors];
 #pragma GCC unroll 16
@@ -196,8 +196,8 @@ inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin
   }
 }
 
-// Calls run(size, first token, what to fetch) for every tile of tokens [first, last) on channels [begin, end). One tile
-// reads a stream; several share the fetching of the next strip, which lies behind this one.
+// Calls run(size, first token, prefetch) for every tile of tokens [first, last) on channels [begin, end). A single tile
+// reads a stream; several tiles share the prefetching of the next strip, which follows this one.
 template <class D, class Run>
 [[gnu::always_inline]] inline void tiles(const Place& place, int64_t first, int64_t last, int64_t begin, int64_t end,
                                          Run run) {
@@ -222,7 +222,7 @@ template <class D, class Run>
   }
 }
 
-// `Blocks` blocks for tokens [first, last), at most kMostTokens, in tiles of like sizes.
+// `Blocks` blocks for tokens [first, last), at most kMostTokens, in tiles of similar size.
 template <class D, class Groups, int Blocks>
 inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   alignas(64) float out[kMostTokens * Blocks * kBlock];
@@ -239,19 +239,19 @@ inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   epilogue<Blocks>(c, block, first, last, out);
 }
 
-// Blocks that a unit of work takes: a tile's, or one where there are too few for the threads.
+// Blocks of a unit of work: those of a tile, or one if there are too few for the threads.
 inline int64_t unit_blocks(const Call& c) {
   return blocks_of(c) < 4 * Dot::kTileBlocks * c.threads ? 1 : Dot::kTileBlocks;
 }
 
-// Chunks of tokens that panels take, and units of work: panels times chunks.
+// Chunks of tokens of a panel, and units of work: panels times chunks.
 inline int64_t token_chunks(const Call& c) { return (c.tokens + kMostTokens - 1) / kMostTokens; }
 inline int64_t gemm_units(const Call& c) {
   return (blocks_of(c) + unit_blocks(c) - 1) / unit_blocks(c) * token_chunks(c);
 }
 
-// What a thread takes of the `gemm_units`: wide_panel(c, block, first token, last token) computes a tile's blocks,
-// narrow_panel one.
+// A thread's share of the `gemm_units`: wide_panel(c, block, first token, last token) computes the blocks of a tile,
+// narrow_panel computes one block.
 template <class Panel>
 inline void panels(const Call& c, Share& share, Panel wide_panel, Panel narrow_panel) {
   const int64_t blocks = blocks_of(c), width = unit_blocks(c), chunks = token_chunks(c);

@@ -1,9 +1,9 @@
-// The integer GEMM of two-level scales, where many tokens share what is unpacked.
+// The integer GEMM of two-level scales for many tokens, which share the unpacked weights.
 //
-// A weight times its group's level is a byte: q in [-8, 7], level 1 to 16. So a strip is unpacked once to bytes
-// q * level, and nothing is left to do for a group: one int32 sum runs over the whole K. Bytes are the signed operand of
-// vpdpbusd then and codes the unsigned one, as code + 128; sums start at -128 * (sum of q * level), which was added up
-// when the record was made. The integer is the one that gemm.h gets for few tokens, and so is the output.
+// A weight times its group's level is a byte: q in [-8, 7], level 1 to 16. So a strip is unpacked once to bytes q *
+// level, and groups need no further work: one int32 sum runs over the whole K. These bytes are the signed operand of
+// vpdpbusd, and codes are the unsigned one, as code + 128. Sums start at -128 * (sum of q * level), which is computed
+// when the record is made. The integers, and so the outputs, equal those of gemm.h for few tokens.
 #pragma once
 
 #include "gemm.h"
@@ -86,10 +86,10 @@ inline void byte_panel(const Call& c, int64_t block, int64_t first, int64_t last
   epilogue<Blocks>(c, block, first, last, out);
 }
 
-// Fewest tokens for which unpacking a strip pays.
+// Smallest number of tokens for which unpacking a strip is faster.
 constexpr int64_t kByteTokens = 25;
 
-// Whether a call's products take bytes: then codes are stored as code + 128.
+// Whether a call multiplies bytes q * level; codes are then stored as code + 128.
 inline bool takes_bytes(const Call& c) { return c.two_level && !Dot::kNarrowSums && c.tokens >= kByteTokens; }
 
 inline void gemm(const Call& c, Share& share) {

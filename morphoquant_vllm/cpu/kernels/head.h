@@ -1,7 +1,7 @@
 // Weight-only 8 bit, for lm_head: y[m, n] = scale[n] * sum_k codes[n, k] * x[m, k], in float32, cast to the dtype of x.
 //
-// Reading the codes takes the time, so they are read from memory once for as many tokens as the second-level cache
-// holds. The order of additions depends on K alone: not on M, nor on the number of threads.
+// Reading the codes takes most of the time, so they are read from memory once for as many tokens as the second-level
+// cache holds. The order of additions depends on K alone: not on M, nor on the number of threads.
 #pragma once
 
 #include <omp.h>
@@ -94,14 +94,14 @@ inline void head_outputs(const HeadCall& c, int64_t output, int64_t first, int64
 template <class D, int64_t T>
 inline void head(const HeadCall& c, int64_t thread, int64_t threads) {
   const int64_t chunk = std::max<int64_t>(D::kHeadTokens, kHeadFloats / c.channels / D::kHeadTokens * D::kHeadTokens);
-  // Shares are multiples of 8 outputs, so that the last thread alone has a rest.
+  // Shares are multiples of 8 outputs, so only the last thread has a remainder.
   const int64_t eights = (c.outputs + 7) / 8;
   const int64_t begin = eights * thread / threads * 8, end = std::min(eights * (thread + 1) / threads * 8, c.outputs);
   for (int64_t first = 0; first < c.tokens; first += chunk) {
     const int64_t last = std::min(first + chunk, c.tokens);
     int64_t n = begin;
     if (last - first == 1) {
-      // One token: more outputs at a time, whose additions do not wait for each other.
+      // One token: with more outputs at a time, additions do not wait for each other.
       for (; n + 8 <= end; n += 8) head_tile<D, T, 1, 8>(c, first, n);
     }
     for (; n + D::kHeadOutputs <= end; n += D::kHeadOutputs) head_outputs<D, T, D::kHeadOutputs>(c, n, first, last);

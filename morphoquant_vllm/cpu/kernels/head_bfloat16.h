@@ -1,9 +1,9 @@
 // lm_head of tokens in bfloat16: y[m, n] = scale[n] * sum_k weight[n, k] * x[m, k] in float32, cast once. Weights are
-// bfloat16, read where the embedding lies, their scale is 1; or int8, which bfloat16 holds exactly.
+// either bfloat16 with scale 1, read from the embedding itself, or int8, which bfloat16 holds exactly.
 //
-// vdpbf16ps multiplies pairs of bfloat16, so that up to 8 tokens take about as long as reading the weights, each of which
-// is read from memory once for a chunk of tokens. The order of additions depends on K alone: not on M, nor on the number
-// of threads. The instruction takes subnormal numbers for 0.
+// vdpbf16ps multiplies pairs of bfloat16. Up to 8 tokens take about as long as reading the weights, and each weight is
+// read from memory once for a chunk of tokens. The order of additions depends on K alone: not on M, nor on the number
+// of threads. The instruction treats subnormal numbers as 0.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +28,8 @@ struct HeadBFloat16Call {
 };
 static_assert(sizeof(HeadBFloat16Call) == 9 * 8, "as cpu/head.py packs it");
 
-// Compiled into every AVX512 build of a compiler that knows the instruction and the pragma (clang ignores it), and called
-// where the processor has it.
+// Compiled into every AVX512 build if the compiler supports the instruction and the pragma (clang ignores it). Called
+// if the processor has the instruction.
 #if defined(__AVX512VNNI__) && __GNUC__ >= 10 && !defined(__clang__)
 inline bool has_head_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
@@ -38,10 +38,11 @@ inline bool has_head_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
 // Outputs whose sums are kept before they are cast: a multiple of the outputs of every tile.
 constexpr int kHeadStep = 24;
-// Most tokens of a tile, and of a chunk for which weights are read from memory once.
+// Largest number of tokens of a tile, and of a chunk for which weights are read from memory once.
 constexpr int kHeadTileTokens = 8, kHeadChunk = 128;
-// Elements of x, tokens times channels, that stay in the first-level cache while they meet a step's weights; more are
-// taken in strips of kHeadStrip, whose sums are put aside. Not with int8: half as many bytes leave time for x.
+// Elements of x, tokens times channels, that stay in the first-level cache while they meet a step's weights. More are
+// split into strips of kHeadStrip, whose sums are stored. int8 weights need no strips: they are half as many bytes,
+// which leaves time to load x.
 constexpr int64_t kHeadWhole = 12288, kHeadStrip = 8192;
 
 // 32 weights as bfloat16.
@@ -62,8 +63,8 @@ inline __m256 sums_of_lanes(const __m512 (&v)[8]) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-// Adds `channels` channels of `Outputs` outputs and `Tokens` tokens to the lanes of sums, which begin at zero. `next` is
-// where the next tile's weights begin, which are fetched meanwhile; `row` is how far apart outputs are.
+// Adds `channels` channels of `Outputs` outputs and `Tokens` tokens to the lanes of sums, which begin at zero. `next`
+// is the start of the next tile's weights, which are prefetched meanwhile; `row` is the stride between outputs.
 template <class Weight, int Tokens, int Outputs>
 inline void head_bfloat16_tile(const Weight* weight, const Weight* next, int64_t row, const uint16_t* x,
                                int64_t x_stride, int64_t channels, bool first, __m512 (*all)[Tokens]) {
@@ -107,7 +108,7 @@ inline void head_bfloat16_step(const HeadBFloat16Call& c, int64_t token, int64_t
     const int64_t channels = std::min(strip, c.channels - begin);
     const auto tile = [&](auto outputs, int64_t n) {
       const Weight* at = weight + n * c.channels + begin;
-      // After a strip's last tile: the next strip, or the next step, whose first follows.
+      // After a strip's last tile, the first tile of the next strip or of the next step follows.
       const bool last = n + outputs() == count;
       const Weight* next = last && begin + strip < c.channels ? weight + begin + strip : at + outputs() * c.channels;
       head_bfloat16_tile<Weight, Tokens, outputs()>(at, next, c.channels, x + begin, c.x_stride, channels, begin == 0,

@@ -2,7 +2,7 @@
 //
 //     code = clamp(rint((x - centre) * inverse), low, high), NaN -> 0
 //
-// in float32 without contraction. Clamping before rounding gives the same, since the limits are integers.
+// in float32 without contraction. Clamping before rounding gives the same codes, since the limits are integers.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace morphoquant {
 
-// Channels that one thread quantizes at a time: splits a single token over the threads. A multiple of every G.
+// Channels that one thread quantizes at a time, a multiple of every G. It splits a single token over the threads.
 constexpr int64_t kQuantizeChannels = 2048;
 
 template <int64_t D>
@@ -28,7 +28,7 @@ inline float value_at(const typename Element<D>::Type* p) {
   }
 }
 
-// Row of a token, or -1 where its modality is no row.
+// Row of a token, or -1 if its modality is not a row.
 template <int64_t D>
 inline int64_t token_row(const Call& c, const typename Element<D>::Type* x, int64_t token) {
   for (int64_t set = 0; set < c.massive_sets; ++set) {
@@ -43,8 +43,8 @@ inline int64_t token_row(const Call& c, const typename Element<D>::Type* x, int6
   return row >= 0 && row < c.rows ? row : -1;
 }
 
-// 8 channels of a token. There is no 16-bit gather, AVX2's own gathers are no faster, and a vector load waits for
-// narrower stores: each channel is put into its place in a register.
+// 8 channels of a token. Each channel is inserted into a register: a 16-bit gather does not exist, AVX2's gathers are
+// not faster, and a vector load would wait for narrower stores.
 template <int64_t D>
 inline __m256 gathered(const typename Element<D>::Type* x, const int32_t* at) {
   if constexpr (D == kFloat32) {
@@ -71,7 +71,7 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
   // Turns code into code + 128.
   const __m128i flip = _mm_set1_epi8(static_cast<char>(c.unsigned_codes ? 0x80 : 0));
   const int64_t step = c.offset ? c.group_size : 32;
-  // The next token's channels, fetched in order before they are gathered in another.
+  // Prefetches the next token's channels in memory order, before they are gathered in channel order.
   const auto* next = reinterpret_cast<const char*>(x + c.x_stride + begin);
   for (int64_t group = begin; group < end; group += step) {
     for (int64_t bytes = step * sizeof(*x); bytes > 0; bytes -= 64, next += 64) __builtin_prefetch(next);
@@ -101,7 +101,7 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
   }
 }
 
-// This thread's share of the tokens; false where a token's modality is no row.
+// This thread's share of the tokens; false if a token's modality is not a row.
 template <int64_t D>
 inline bool quantize(const Call& c, int64_t thread, int64_t threads) {
   const int64_t parts = (c.channels + kQuantizeChannels - 1) / kQuantizeChannels;

@@ -1,8 +1,8 @@
-// What Python hands over, and how the kernels' Call is made of it.
+// The Request that Python passes, and its conversion to the kernels' Call.
 //
-// Each record is one block of bytes, so that a call passes few tensors: a header of 8 integers, which says what the
-// block holds, then its parts, each at the next multiple of 64 bytes. cpu/layout.py writes both. Headers are compared
-// with the sizes that the tensors have, before anything else of a block is read.
+// Each record is one block of bytes, so a call passes few tensors. A header of 8 integers describes the block; its
+// fields follow, each at the next multiple of 64 bytes. cpu/layout.py writes both. Headers are compared with the
+// tensors' sizes before the rest of a block is read.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace morphoquant {
 
-// All fields are 8 bytes wide.
+// Each field is 8 bytes wide.
 struct Request {
   const void* x;  // [M, K] of dtype; rows x_stride elements apart
   int64_t x_stride;
@@ -40,7 +40,7 @@ constexpr int64_t kLargest = int64_t{1} << 24;
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Walks over a block's parts.
+// Iterates over the fields of a block.
 struct Parts {
   const uint8_t* at;
   template <class T>
@@ -51,7 +51,7 @@ struct Parts {
   }
 };
 
-// Header of a block whose magic, size and `sizes` sizes are plausible, or null.
+// Header of a block if its magic number, its size and its `sizes` dimensions are plausible, else null.
 inline const int64_t* header(const uint8_t* block, int64_t bytes, int64_t magic, int sizes) {
   const auto* head = reinterpret_cast<const int64_t*>(block);
   if (bytes < kHeader * 8 || head[0] != magic || head[1] != bytes) return nullptr;
@@ -61,7 +61,7 @@ inline const int64_t* header(const uint8_t* block, int64_t bytes, int64_t magic,
   return head;
 }
 
-// Fields of the activation record; false where the block is none for K channels.
+// Fields of the activation record; false if the block is not one for K channels.
 inline bool read_activation(const Request& r, Call& c) {
   const int64_t* head = header(r.activation, r.activation_bytes, kActivationMagic, 5);
   if (!head || head[2] != r.channels || r.channels < 32 || r.channels % 32 || head[3] < 1) return false;
@@ -80,7 +80,7 @@ inline bool read_activation(const Request& r, Call& c) {
   return parts.at - r.activation == r.activation_bytes;
 }
 
-// Fields of the weight record; false where the block is none for K channels and N outputs.
+// Fields of the weight record; false if the block is not one for K channels and N outputs.
 inline bool read_weight(const Request& r, Call& c) {
   const int64_t* head = header(r.weight, r.weight_bytes, kWeightMagic, 4);
   if (!head || head[2] != r.channels || head[3] != r.outputs || r.rows != c.rows) return false;
@@ -99,7 +99,7 @@ inline bool read_weight(const Request& r, Call& c) {
   return parts.at - r.weight == r.weight_bytes;
 }
 
-// False where a block is not what the tensors' sizes ask for.
+// False if a block does not fit the tensors' sizes.
 inline bool read(const Request& r, bool multiply, Call& c) {
   c = Call{};
   c.x = r.x;

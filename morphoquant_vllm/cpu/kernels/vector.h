@@ -1,4 +1,4 @@
-// Eight floats at a time, in AVX2, F16C and FMA: what is the same on every processor that the kernels serve.
+// Operations on eight floats in AVX2, F16C and FMA: the same code on every processor that the kernels support.
 #pragma once
 
 #include <immintrin.h>
@@ -63,7 +63,7 @@ struct Element<kFloat16> {
   }
 };
 
-// Up to 8 values; what lies past `count` is neither read nor written.
+// Up to 8 values; memory past `count` is neither read nor written.
 template <int64_t D>
 inline __m256 load_part(const typename Element<D>::Type* p, int64_t count) {
   if (count >= 8) return Element<D>::load(p);

@@ -1,6 +1,6 @@
-// How threads share out work: whoever has time takes the next part.
+// Dynamic distribution of work over threads: a free thread takes the next range of units.
 //
-// A server's other processes take a core away for a while. With equal shares the others would wait for its thread.
+// Other processes of a server occupy a core for a while. With equal shares, all threads would wait for that core's.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ class Share {
  public:
   Share(int64_t units, int64_t threads) : units_(units), threads_(threads) {}
 
-  // The next part, empty where nothing is left: large ones first, since a part is read as one stream; small ones last,
-  // so that threads end together.
+  // The next range of units, empty if none is left. Large ranges come first, since a range is read as one stream. Small
+  // ones come last, which lets threads end together.
   Range take() {
     int64_t begin = next_.load(std::memory_order_relaxed);
     int64_t size;

@@ -54,5 +54,5 @@ def test_a_result_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(MorphoQuantError, match=r"none\.json: no such result; measure first"):
         read_result(tmp_path, "none")
     (tmp_path / "half.json").write_text('{"x"')
-    with pytest.raises(MorphoQuantError, match=r"half\.json: no JSON .* run the benchmark again"):
+    with pytest.raises(MorphoQuantError, match=r"half\.json: not JSON .* run the benchmark again"):
         read_result(tmp_path, "half")

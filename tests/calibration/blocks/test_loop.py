@@ -1,4 +1,4 @@
-"""The loop over the decoder: what each linear is shown, and what it is asked to give."""
+"""The loop over the decoder: the inputs and targets of each linear."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_pro
 
 
 class Run:
-    """One calibration, with what `quantize_input` was given and what it made, by the name of its first linear."""
+    """One calibration, with the arguments and results of `quantize_input`, by the name of its first linear."""
 
     def __init__(self, source_directory: Path, data: Path, monkeypatch: pytest.MonkeyPatch, massive: bool) -> None:
         self.seen: dict[str, InputSample] = {}
@@ -76,7 +76,7 @@ class Run:
         )
 
     def inputs_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """What the chosen tokens give each first linear when a whole model runs on the samples."""
+        """The inputs of each first linear for the chosen tokens when a whole model runs on the samples."""
         caught: dict[str, list[Tensor]] = {name: [] for name in self.seen}
         for name, parts in caught.items():
             model.get_submodule(name).register_forward_pre_hook(
@@ -123,7 +123,7 @@ def test_results_come_block_by_block_and_carry_the_inputs_on(tiny: TinyModels, m
     for result in run.results:
         errors = [layer.record.output_error for layer in result.layers.values()]
         assert result.loss == pytest.approx(sum(errors) / 7)
-    # What is left is the state after the last block, 16 bit and served.
+    # The remaining states are those after the last block, 16 bit and served.
     assert all(0 < gap(entry.served, entry.hidden) < 1 for entry in run.inputs)
 
 
@@ -133,7 +133,7 @@ def test_tokens_with_an_outlying_residual_stream_are_massive(tiny: TinyModels, m
     assert int(first.sum()) == len(run.samples) >= 2
     for sample in run.seen.values():
         assert torch.equal(sample.outlying, first)
-        # The statistics, of all tokens, keep them apart too: they are no part of what sets the steps.
+        # The statistics of all tokens also separate them: they do not influence the steps.
         assert sorted(sample.observation.statistics) == [0, MASSIVE]
         assert sample.observation.statistics[MASSIVE].tokens == len(run.samples)
     ordinary = Run(tiny.model("llama"), tiny.data("llama"), monkeypatch, massive=False)

@@ -1,4 +1,4 @@
-"""The stand-in for a served layer computes what numerics.linear defines."""
+"""The stand-in for a served layer computes the outputs of numerics.linear."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_it_computes_the_definition(
     x = torch.randn(60, K, generator=torch.Generator().manual_seed(4)).to(dtype)
     massive = is_massive(x, *(tensors[f"massive_{name}"] for name in ("channel", "low", "high")))
     assert 5 < int(massive.sum()) < 55
-    # Of known modality and not.
+    # Tokens of known and of unknown modality.
     modality = (torch.arange(60) % 3).int() if with_bias else None
     served = ServedLinear(tensors, bias, TokenRows(spec.any_row, modality), torch.device("cpu"))
     assert (served.prepared is not None) == kernels
@@ -46,7 +46,7 @@ def test_it_computes_the_definition(
     expected = linear(x, rows, weight_of(tensors), activation_of(tensors), bias)
     y = served(x)
     assert y.dtype is dtype
-    # float32 sums of 128 products in the place of float64 ones, at outputs of about 100; then one rounding to dtype.
+    # float32 sums of 128 products instead of float64 ones, at outputs of about 100; then one rounding to dtype.
     tolerance = torch.finfo(dtype).eps * expected.float().abs() + 128 * 2.0**-24 * 1000
     assert bool(((y.float() - expected.float()).abs() <= tolerance).all())
 

@@ -1,4 +1,4 @@
-"""Image towers quantized on request, end to end on tiny models, and what is refused."""
+"""Image towers quantized on request, end to end on tiny models, and refusals."""
 
 import json
 import logging

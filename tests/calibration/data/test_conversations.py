@@ -1,4 +1,4 @@
-"""Reading the user's calibration data: what is accepted, and one clear line for what is not."""
+"""Reading the user's calibration data: accepted data, and one clear line for refused data."""
 
 import base64
 import json
@@ -97,7 +97,7 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         ("[" * 200_000, "not JSON", "one JSON object per line"),
         ({"prompt": "x"}, "no 'messages'", '"messages"'),
         ([1], "no 'messages'", '"messages"'),
-        ('{"messages": ' + "1" * 5000 + "}", "a number of too many digits", "as a string"),
+        ('{"messages": ' + "1" * 5000 + "}", "a number with too many digits", "as a string"),
         ({"messages": []}, "no 'messages'", '"messages"'),
         ({"messages": ["hi"]}, "without a 'role'", '"role"'),
         ({"messages": [{"role": "user"}]}, "no 'content'", "string or a list"),
@@ -121,7 +121,7 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         (url("image_url", "https://x.org/a.png"), "is remote", "download it first"),
         (url("video_url", "s3://bucket/a.mp4"), "is remote", "download it first"),
         (url("audio_url", "file://host/a.wav"), "another machine", "file:///"),
-        (url("audio_url", "file://[x"), "file://[x is no URL", "file:///"),
+        (url("audio_url", "file://[x"), "file://[x is not a URL", "file:///"),
         (url("image_url", "iVBORw0KGgo" * 1000), "cannot be looked up (File name too long)", "data:<type>;base64,"),
         (url("image_url", "gone/" * 100), "gone/gone/", "relative to"),
         (url("image_url", "data:image/png,abc"), "not base64", ";base64,"),
@@ -196,7 +196,7 @@ def test_conversations_with_missing_media_are_left_out_only_on_request(
     path.write_text(json.dumps({"messages": [{"role": "user", "content": bad}]}) + "\n")
     with pytest.raises(MorphoQuantError, match="the media of all its 1 conversations are broken"):
         load_conversations(path, skip_bad=True)
-    # What is malformed is no broken medium.
+    # Malformed data do not count as broken media.
     path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}) + "\n")
     with pytest.raises(MorphoQuantError, match="unknown part type"):
         load_conversations(path, skip_bad=True)

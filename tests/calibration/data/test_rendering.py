@@ -94,7 +94,7 @@ def test_vl_sample_runs_through_the_model(vl: Path, folder: Path) -> None:
         for sample in samples:
             logits = model(**sample.inputs).logits
             assert logits.shape[1] == sample.modality.numel() and logits.isfinite().all()
-    # 25 frames at 8 fps, of which 6 are taken, two to a grid step.
+    # 25 frames at 8 fps: 6 of them are taken, two per grid step.
     assert samples[0].inputs["second_per_grid_ts"].item() == pytest.approx(2 / (6 / 25 * 8))
 
 
@@ -135,7 +135,7 @@ def test_tokenizer_without_a_template_joins_with_newlines(llama: Path, tmp_path:
     (sample,) = build(tmp_path, [Conversation("c", turns)])
     assert AutoTokenizer.from_pretrained(tmp_path).decode(sample.inputs["input_ids"][0]) == "Hello\nHi"
     empty = Conversation("file:3", (Message("user", (Text(""),)),))
-    assert "file:3: the conversation makes no tokens" in refusal(tmp_path, [empty])
+    assert "file:3: the conversation has no tokens" in refusal(tmp_path, [empty])
 
 
 def test_processor_without_a_template_refuses_media(omni: Path, folder: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_undecodable_media_are_left_out_only_on_request(
     assert [sample.source[-2:] for sample in samples] == [":1", ":3"]
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("skipped: ") and "data.jsonl:2: " in first and "long.wav" in first
-    assert last == "1 of 3 samples were skipped, their media are broken"
+    assert last == "1 of 3 samples were skipped because their media are broken"
     with pytest.raises(MorphoQuantError, match="no calibration sample is left"):
         build(omni, data[1:2], skip_bad=True)
 

@@ -39,7 +39,7 @@ def test_a_choice_of_tokens() -> None:
     parts = [ids[positions] for ids, positions in zip((first, second), tokens.positions, strict=True)]
     assert torch.equal(torch.cat(parts), tokens.modality)
     drawn = [int((tokens.modality == row).sum()) for row in (0, 2, 3)]
-    # Two samples start with a text token, each of which may come on top of those drawn.
+    # Two samples start with a text token; each of these tokens may be added to those drawn.
     assert drawn[1:] == [4, 20] and 20 <= drawn[0] <= 22
     for row in (0, 2, 3):
         assert float(tokens.weight[tokens.modality == row].sum()) == pytest.approx(1 / 3, rel=1e-6)  # float32 sum
@@ -63,7 +63,7 @@ def test_the_first_token_of_every_sample_is_always_chosen(lengths: list[int], bu
     assert float(tokens.weight.sum()) == pytest.approx(1, rel=1e-5)  # float32 sum
     for row in tokens.counts:
         assert float(tokens.weight[tokens.modality == row].sum()) == pytest.approx(1 / rows, rel=1e-5)
-        assert tokens.weight[tokens.modality == row].unique().numel() == 1, "those taken besides weigh no more"
+        assert tokens.weight[tokens.modality == row].unique().numel() == 1, "the added tokens have no larger weight"
 
 
 def test_without_balance_every_token_counts_the_same_in_the_mean() -> None:

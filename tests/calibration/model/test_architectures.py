@@ -57,10 +57,10 @@ def test_the_decoder_config_of_qwen2_5_vl_may_be_flat_or_nested() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"num_hidden_layers": None}, "num_hidden_layers = None is no positive whole number"),
-        ({"num_attention_heads": "8"}, "num_attention_heads = '8' is no positive"),
-        ({"num_attention_heads": True}, "num_attention_heads = True is no positive"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads = 0 is no positive"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = None is not a positive integer"),
+        ({"num_attention_heads": "8"}, "num_attention_heads = '8' is not a positive"),
+        ({"num_attention_heads": True}, "num_attention_heads = True is not a positive"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads = 0 is not a positive"),
     ],
 )
 def test_counts_of_the_decoder_are_checked(change: dict[str, Any], expected: str) -> None:

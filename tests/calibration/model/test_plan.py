@@ -73,7 +73,7 @@ def test_a_chosen_tensor_parallel_is_checked() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (8, 3)])
 def test_a_chosen_tensor_parallel_must_divide_the_heads(heads: int, kv_heads: int) -> None:
     config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    expected = f"tensor_parallel = 4: {heads} attention heads and {kv_heads} key-value heads cannot be shared out"
+    expected = f"tensor_parallel = 4: {heads} attention heads and {kv_heads} key-value heads cannot be divided among"
     with pytest.raises(MorphoQuantError, match=expected):
         make_plan(config=config, tensor_parallel=4)
     # Fewer key-value heads than ranks are copied.
@@ -99,7 +99,7 @@ def test_patterns_choose_layers() -> None:
     [
         ({"targets": ("*.qq_proj",)}, r"targets: '\*.qq_proj' matches no layer"),
         ({"ignore": ("*.qq_proj",)}, r"ignore: '\*.qq_proj' matches no layer"),
-        ({"targets": ("re:(",)}, "is no regular expression"),
+        ({"targets": ("re:(",)}, "is not a regular expression"),
         ({"ignore": ("model.*",)}, "no layer is left"),
         ({"targets": ("*.q_proj",)}, "layers.0.self_attn.qkv_proj: its shards .* leave out .*k_proj.*v_proj"),
         ({"ignore": ("*.1.mlp.up_proj",)}, "layers.1.mlp.gate_up_proj: its shards"),

@@ -70,7 +70,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (model / "config.json").write_text("{")
     refuse(model, "config.json: cannot be read as JSON")
     (model / "config.json").write_text("[]")
-    refuse(model, "config.json: holds no JSON object")
+    refuse(model, "config.json: does not hold a JSON object")
 
 
 def test_an_index_must_fit_its_files(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_index_must_fit_its_files(tmp_path: Path) -> None:
     write_index(model, {"z": "weights.bin"})
     refuse(model, "only safetensors weights are read")
     write_index(model, {"z": "../model.safetensors"})
-    refuse(model, "which is no file name")
+    refuse(model, "which is not a file name")
     write_index(model, {})
     refuse(model, "no weight_map")
 

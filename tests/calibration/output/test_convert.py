@@ -82,7 +82,7 @@ def outputs(directory: Path, name: str) -> Tensor:
 
 
 def refused(directory: Path, output: Path, *fragments: str, **settings: Any) -> None:
-    """One line that names the thing, and nothing is left beside what was there."""
+    """One line names the thing, and no file is left behind."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(MorphoQuantError) as caught:
         convert(directory, output, **settings)
@@ -130,7 +130,7 @@ def test_an_unknown_version_is_refused_with_those_that_are_known(old: Path, tmp_
 def test_version_3_leaves_nothing_to_do(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "old", two_level=(GATE_UP,))
     refused(tmp_path / "old", tmp_path / "new", "format_version 3 already", "nothing to do", "--scales two-level")
-    refused(tmp_path / "old", tmp_path / "new", "12 layers are no whole", "--approximate", scales="two-level")
+    refused(tmp_path / "old", tmp_path / "new", "12 layers are not integer", "--approximate", scales="two-level")
 
 
 def test_two_level_already(tmp_path: Path) -> None:

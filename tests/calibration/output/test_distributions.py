@@ -1,4 +1,4 @@
-"""What calibration keeps of each input's distribution."""
+"""The kept distribution of each input."""
 
 from pathlib import Path
 

@@ -124,7 +124,7 @@ def test_the_size_is_known_before_the_work(tmp_path: Path) -> None:
     out.mkdir()
     write_checkpoint(out, source, SPEC, loads(quantized_tensors()), 10**9, {}, {})
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    # What is missing is the header of the weights, the index, the config and the report: kilobytes.
+    # The difference is the header of the weights, the index, the config and the report: kilobytes.
     assert 0 <= written - checkpoint_size(source, SPEC) < 20_000
     ours = sum(tensor.nbytes for layer in quantized_tensors().values() for tensor in layer.values())
     assert quantized_size(source, SPEC) == ours

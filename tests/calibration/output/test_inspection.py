@@ -1,4 +1,4 @@
-"""What `morphoquant inspect` shows of a checkpoint."""
+"""The output of `morphoquant inspect` for a checkpoint."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def test_table_fits_the_terminal_and_loses_nothing(checkpoint: Path, width: int)
 
 def test_rows_of_modalities_are_counted(checkpoint: Path) -> None:
     layers = len(inspect_data(checkpoint)["layers"])
-    assert f"a modality, of {layers}: image 1, audio 1" in render(checkpoint)
+    assert f"own row, of {layers}: image 1, audio 1" in render(checkpoint)
 
 
 def test_missing_report_is_shown_as_such(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_figures_are_never_broken_at_80_columns(checkpoint: Path, monkeypatch: p
     assert max(map(len, lines)) <= 80
     pattern = r"18944x18944 +128 +18944 +100\.00% +512\.0 MiB +100\.00%"
     assert sum(bool(re.search(pattern, line)) for line in lines) == len(data["layers"])
-    # Names fold, in full, into what is left.
+    # Names are wrapped, in full, into the remaining width.
     names = "".join(re.split(r" +(?=18944x)|\s*$", line.strip())[0] for line in lines)
     assert all(layer["name"] in names for layer in data["layers"])
 

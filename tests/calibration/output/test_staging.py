@@ -71,7 +71,7 @@ def test_an_empty_directory_may_be_filled_but_a_checkpoint_only_overwritten(tmp_
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_appears_at_the_output_during_the_run_survives(tmp_path: Path, overwrite: bool) -> None:
     output = tmp_path / "out"
-    expected = "out: holds no checkpoint" if overwrite else r"out: exists and is not empty; .*--overwrite"
+    expected = "out: is not a checkpoint" if overwrite else r"out: exists and is not empty; .*--overwrite"
     with (
         pytest.raises(MorphoQuantError, match=expected),
         staged_directory(output, tmp_path / "model", overwrite=overwrite) as directory,
@@ -118,7 +118,7 @@ def test_overwrite_does_not_delete_what_is_no_checkpoint(tmp_path: Path) -> None
     output = tmp_path / "out"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
-    with pytest.raises(MorphoQuantError, match="holds no checkpoint"):
+    with pytest.raises(MorphoQuantError, match="is not a checkpoint"):
         write(output, "1", overwrite=True)
     assert (output / "thesis.tex").exists()
 
@@ -135,7 +135,7 @@ def test_the_model_is_never_the_output(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MorphoQuantError, match="file: exists and is no directory"):
+    with pytest.raises(MorphoQuantError, match="file: exists and is not a directory"):
         write(tmp_path / "file", "1")
     with pytest.raises(MorphoQuantError, match=r"file/out: cannot be written \(.*"):
         write(tmp_path / "file" / "out", "1")
@@ -152,7 +152,7 @@ def test_an_output_without_permission_is_named(tmp_path: Path) -> None:
     "error",
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors"),
-        # Word for word what safetensors 0.8 raises on a full tmpfs.
+        # The exact message of safetensors 0.8 on a full tmpfs.
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""From flags to what the recipe is given."""
+"""From flags to the recipe's values."""
 
 import pytest
 

@@ -57,7 +57,7 @@ def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
         ("shard_size: large", "shard_size = 'large' is not allowed"),
         ("shard_size: 0", "shard_size = 0 is not allowed"),
         ("targets: []", "targets = .* is not allowed"),
-        ("- a\n- b", "no mapping"),
+        ("- a\n- b", "not a mapping"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -70,5 +70,5 @@ def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, text: str, expected
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MorphoQuantError, match="no readable recipe"):
+    with pytest.raises(MorphoQuantError, match="the recipe cannot be read"):
         read_recipe(tmp_path / "none.yaml")

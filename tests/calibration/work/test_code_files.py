@@ -1,4 +1,4 @@
-"""What decides a resume: the files that calibration imports, wherever they lie and whatever they are called."""
+"""The files that decide a resume: those that calibration imports, whatever their folder and name."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_a_renamed_module_stays_in_the_hash(project: Path) -> None:
 
 
 def test_kernels_numerics_and_schema_decide_a_resume_and_the_page_does_not() -> None:
-    """By content, so that no name of a file stands here: each holds a thing that changes bytes."""
+    """Files are found by content, not by name: each holds something that changes bytes."""
     texts = {name: path.read_text(encoding="utf-8") for name, path in code_files(ROOT).items()}
     for part in ("def act_quant(", "def quantize_input(", "def tensor_specs(", "def token_rows(", "void octet("):
         assert any(part in text for text in texts.values()), part

@@ -44,7 +44,7 @@ def test_states_are_written_one_by_one_bit_for_bit(tmp_path: Path, dtype: torch.
 def test_states_of_another_order_shape_or_dtype_are_refused(tmp_path: Path) -> None:
     writer = StatesWriter(tmp_path / "s", [(1, 2, 4), (1, 3, 4)], torch.float32)
     for index, state in ((1, torch.ones(1, 3, 4)), (0, torch.ones(1, 3, 4)), (0, torch.ones(1, 2, 4).bfloat16())):
-        with pytest.raises(ValueError, match="is not what comes next"):
+        with pytest.raises(ValueError, match="is not the next one"):
             writer.write(index, state)
     writer.write(0, torch.ones(1, 2, 4))
     with pytest.raises(ValueError, match="1 of 2 states"):
@@ -86,7 +86,7 @@ def test_a_manifest_is_replaced_as_one_step(tmp_path: Path) -> None:
         write_json_durably(path, {"a": float("nan")})
     assert read_manifest(path) == {"a": 0.1}
     changed = path.read_text().replace("0.1", "0.2")
-    for text, reason in (("{", "no JSON"), ("[]", "not what was written"), (changed, "not what was written")):
+    for text, reason in (("{", "not JSON"), ("[]", "its content has changed"), (changed, "its content has changed")):
         path.write_text(text)
         with pytest.raises(MorphoQuantError, match=rf"run.json: cannot be used \(.*{reason}"):
             read_manifest(path)

@@ -1,4 +1,4 @@
-"""What a run was begun with names the kernels that compute its products."""
+"""A run's fingerprint names the kernels that compute its products."""
 
 from dataclasses import replace
 from pathlib import Path

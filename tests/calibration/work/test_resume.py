@@ -1,4 +1,4 @@
-"""A calibration that is cut short goes on where it stopped, to the same bytes, or says why it cannot."""
+"""An interrupted calibration resumes to the same bytes, or names the reason why it cannot."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ class Case:
         return calibrate(self.model, self.data, output, recipe=recipe, **options)
 
     def begin(self, output: Path, recipe: Recipe = RECIPE, **options: Any) -> dict[str, bytes]:
-        """A run that is stopped after its first block; what its work directory holds."""
+        """A run that is stopped after its first block; the content of its work directory."""
         with pytest.raises(Stopped):
             self.run(output, recipe, on_block=stop, **options)
         return content(output.with_name(f"{output.name}.work"))
@@ -111,7 +111,7 @@ def test_finished_blocks_are_not_computed_again(case: Case, tmp_path: Path, capl
     with caplog.at_level(logging.INFO, logger="calibration"):
         case.run(tmp_path / "out", on_block=lambda result: blocks.append(result.index))
     assert blocks == [1]
-    assert "going on after 1 of 2 blocks" in caplog.text
+    assert "resuming after 1 of 2 blocks" in caplog.text
     assert content(tmp_path / "out") == case.expected
 
 
@@ -206,7 +206,7 @@ def test_a_second_run_is_refused_while_the_first_lives(case: Case, tmp_path: Pat
             os.write(write, b"x")
             signal.pause()
     assert os.read(read, 1) == b"x"
-    refused(case, tmp_path / "out", r"out\.work: another calibration is at work there")
+    refused(case, tmp_path / "out", r"out\.work: another calibration uses this work directory")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     finish(case, tmp_path / "out")
@@ -246,14 +246,14 @@ def test_only_the_removal_of_the_work_was_left(case: Case, tmp_path: Path, monke
 def test_a_work_directory_is_never_somebody_elses(case: Case, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(MorphoQuantError, match=r"mine: holds thesis.tex, but no calibration's work"):
+    with pytest.raises(MorphoQuantError, match=r"mine: holds thesis.tex and is not a calibration's work directory"):
         case.run(tmp_path / "out", work=tmp_path / "mine", restart=True)
     for work in (case.model / "work", tmp_path / "out" / "work", tmp_path):
         with pytest.raises(MorphoQuantError, match=r"overlap; choose another --work"):
             case.run(tmp_path / "out", work=work)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "mine/thesis.tex"]
 
-    # One that is given is used, and what others put there meanwhile stays.
+    # A given work directory is used, and foreign files in it stay.
     def add(result: BlockResult) -> None:
         (tmp_path / "given" / "note").write_text("mine")
 

@@ -102,7 +102,7 @@ def compare_shape(outputs: int, channels: int, group_size: int, library: Kernels
 
 
 def compare_many(library: Kernels) -> None:
-    """`compare` where one panel does not hold the tokens, and where threads share a token."""
+    """`compare` for more tokens than a panel holds, and for a token that threads share."""
     for outputs, channels, group_size, tokens in MANY:
         for two_level in (False, True):
             weight, record = case(outputs, channels, group_size, two_level)
@@ -110,7 +110,7 @@ def compare_many(library: Kernels) -> None:
 
 
 def compare_in_order(library: Kernels) -> None:
-    """`compare` where channels come in channel order, of every dtype."""
+    """`compare` for channels that come in channel order, in every dtype."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for (outputs, channels, group_size), dtype in zip(SHAPES[1:4], dtypes, strict=True):
         weight, record = case(outputs, channels, group_size)

@@ -10,7 +10,7 @@ from morphoquant_vllm.numerics.head import head, output_bound, quantize_rows
 # N, K: N below, at and past tiles of 4 and of 8; of the last, the cache takes 8 tokens at a time.
 HEADS = ((1, 16), (4, 32), (7, 48), (24, 112), (29, 528), (12, 8192))
 TOKENS = (1, 2, 3, 4, 5, 8, 11)
-# Of bfloat16, N below, at and past a step of 24, and K past a vector of 32; the last is taken in strips.
+# bfloat16: N below, at and past a step of 24, and K past a vector of 32; the last is split into strips.
 BFLOAT16_HEADS = ((1, 32), (23, 64), (24, 96), (77, 160), (50, 2080))
 # Every remainder of tiles of 8, and more than a chunk.
 BFLOAT16_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 21, 131)

@@ -13,7 +13,7 @@ EMULATION = Path(__file__).parents[2] / "simde"
 
 
 def compiler() -> list[str]:
-    """The machine's compiler; skips where there is none."""
+    """The machine's compiler; skips if there is none."""
     try:
         return cpu_build.find_compiler()
     except BuildError as error:
@@ -21,7 +21,7 @@ def compiler() -> list[str]:
 
 
 def native(instructions: str) -> Kernels:
-    """The kernels as they are served; skips where the machine cannot run them."""
+    """The kernels as they are served; skips if the machine cannot run them."""
     if not cpu_build.cpu_flags().issuperset(INSTRUCTION_SETS[instructions][0]):
         pytest.skip(f"this processor has no {instructions}")
     if instructions not in (*cpu_build.RUN_ON_HARDWARE, environment.cpu_instructions()):
@@ -31,7 +31,7 @@ def native(instructions: str) -> Kernels:
 
 
 def emulated() -> Kernels:
-    """The AVX512-VNNI kernels over SIMDe; skips where its headers are not installed."""
+    """The AVX512-VNNI kernels over SIMDe; skips if its headers are not installed."""
     command = compiler()
     probe = subprocess.run(
         [*command, "-E", "-x", "c++", "-"], input="#include <simde/x86/avx512.h>", capture_output=True, text=True

@@ -113,7 +113,7 @@ def test_the_repacked_weights_are_no_larger_than_the_canonical_ones(two_level: b
     weight, record = case(64, 1024, 64, two_level)
     packed, _ = cpu.prepare(weight, record)
     size = sum(part.numel() * part.element_size() for part in packed)
-    # With levels, what the sums of each output start at: an int32.
+    # With levels, the start value of each output's sums: an int32.
     own = HEADER_BYTES + (4 * 64 if two_level else 0)
     assert size == sum(part.numel() * part.element_size() for part in weight) + own
     assert not any(part.data_ptr() == weight.codes.data_ptr() for part in packed)
@@ -186,7 +186,7 @@ def _header(block: torch.Tensor, place: int, value: int) -> torch.Tensor:
 )
 def test_records_that_do_not_fit_raise_before_they_are_read(library: Kernels, weight: list, record: list) -> None:
     x, modality = tokens_of(3, 96, torch.float32)
-    with pytest.raises(ValueError, match=r"the records must be what cpu\.layout\.prepare made"):
+    with pytest.raises(ValueError, match=r"the records must come from cpu\.layout\.prepare"):
         cpu.linear(x, modality, weight, record, None, library)
 
 
@@ -201,7 +201,7 @@ def test_the_native_code_takes_the_group_sizes_of_the_format(
     if group_size in GROUP_SIZES:
         cpu.linear(x, modality, packed, prepared, None, library)
         return
-    with pytest.raises(ValueError, match=r"the records must be what"):
+    with pytest.raises(ValueError, match="the records must come from"):
         cpu.linear(x, modality, packed, prepared, None, library)
 
 

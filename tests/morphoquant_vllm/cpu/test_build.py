@@ -1,4 +1,4 @@
-"""Building and loading the CPU kernels: the cache, many workers at once, and machines where it cannot work."""
+"""Building and loading the CPU kernels: the cache, many workers at once, and machines on which it cannot work."""
 
 import ctypes
 import logging
@@ -42,7 +42,7 @@ def recording(tmp_path: Path) -> tuple[list[str], Path]:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """kernels() forgets what it found, before and after."""
+    """The cache of kernels() is cleared before and after."""
     cpu_build.kernels.cache_clear()
     yield
     cpu_build.kernels.cache_clear()
@@ -152,7 +152,7 @@ def replace_by_a_fifo(path: Path) -> None:
 def test_a_library_that_is_not_what_was_built_is_built_anew(
     damage: Callable[[Path], None], tmp_path: Path, sources: Path
 ) -> None:
-    """Loaded as it is, it would end the process with SIGBUS, or run what somebody else wrote."""
+    """Loaded as it is, it would end the process with SIGBUS, or run another user's code."""
 
     def build() -> Path:
         return cpu_build.build("avx2", cpu_libraries.compiler(), tmp_path / "cache", None, sources=sources)
@@ -184,7 +184,7 @@ def test_a_relative_cache_is_taken_from_here(tmp_path: Path, sources: Path, monk
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The directories in which kernels() asks for a build, none of which is made."""
+    """The directories in which kernels() requests a build; none is made."""
     directories: list[Path] = []
 
     def build(instructions: str, compiler: list[str], directory: Path, openmp: Path | None) -> Path:
@@ -242,7 +242,7 @@ def test_a_compiler_that_does_not_work_ends_in_one_line(
 
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [("CXX", "g++ '", "CXX is no command"), ("MORPHOQUANT_CACHE", "", "no home directory")],
+    [("CXX", "g++ '", "CXX is not a command"), ("MORPHOQUANT_CACHE", "", "no home directory")],
 )
 def test_an_environment_that_leads_nowhere_is_one_warning(
     name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, warnings: list[str], fresh: None
@@ -285,7 +285,7 @@ def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) ->
     [
         ("avx2 fma f16c", "", "avx2"),
         ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx_vnni", "", "avx512_vnni"),
-        # What has not run on a processor is there for whoever asks.
+        # Instruction sets that have not run on a processor are used on request.
         ("avx2 fma f16c avx_vnni", "", "avx2"),
         ("avx2 fma f16c avx_vnni", "avx_vnni", "avx_vnni"),
         # A part of AVX512 does not serve.
@@ -307,7 +307,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(choice: str) -> None:
 def test_an_old_processor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("flags : fpu sse2 avx\n")
     for path in (tmp_path / "cpuinfo", tmp_path / "none"):
-        with pytest.raises(BuildError, match="no AVX2"):
+        with pytest.raises(BuildError, match="need AVX2, FMA and F16C, which this processor lacks"):
             cpu_build.instruction_set(cpu_build.cpu_flags(path))
 
 
@@ -353,5 +353,5 @@ def test_every_instruction_set_compiles_to_its_instructions(instructions: str) -
     assert len(dots) > 50
     assert all(opcode in line and register in line for line in dots), dots[:3]
     assert ("%zmm" in listing) == (instructions == "avx512_vnni")
-    # The head's, which is called where the processor has it.
+    # The head's code, which is called if the processor supports it.
     assert ("vdpbf16ps" in listing) == (instructions == "avx512_vnni")

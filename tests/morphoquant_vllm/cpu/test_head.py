@@ -26,7 +26,7 @@ def test_strided_tokens(library: Kernels) -> None:
 
 @pytest.fixture
 def bfloat16(library: Kernels) -> Kernels:
-    """Kernels with the bfloat16 head; skips where the processor has none."""
+    """Kernels with the bfloat16 head; skips if the processor has none."""
     if library.head_bfloat16 is None:
         pytest.skip(f"no bfloat16 head: {library.instructions}, or this processor has no AVX512-BF16")
     return library

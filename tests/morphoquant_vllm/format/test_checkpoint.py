@@ -192,7 +192,9 @@ def test_missing_tensor(checkpoint: Path, tensor: str) -> None:
     refused(checkpoint, name, "missing")
 
 
-@pytest.mark.parametrize(("tensor", "fragment"), [("weight", "16-bit weight"), ("g_idx", "no tensor of a quantized")])
+@pytest.mark.parametrize(
+    ("tensor", "fragment"), [("weight", "16-bit weight"), ("g_idx", "not a tensor of a quantized")]
+)
 def test_extra_tensor(checkpoint: Path, tensor: str, fragment: str) -> None:
     path = file_of(checkpoint, f"{Q}.gain")
     edit_tensors(path, {f"{Q}.{tensor}": torch.zeros(3)})

@@ -1,4 +1,4 @@
-"""Files that are not what they should be are refused at once, in one line."""
+"""Files of the wrong type or content are refused at once, in one line."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None
     write_random_checkpoint(tmp_path, single_file=True)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    refused(tmp_path, f"{name}: is no regular file")
+    refused(tmp_path, f"{name}: is not a regular file")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", FILE, "tokenizer.json"])
@@ -44,10 +44,10 @@ def test_a_directory_in_the_place_of_a_file(tmp_path: Path, name: str) -> None:
         ("[" * 10_000 + "]" * 10_000, "nested too deep"),
         ('{"a":' * 10_000 + "1" + "}" * 10_000, "nested too deep"),
         (json.dumps({"a": [1]}).replace("1", "[" * DEEPEST_JSON + "]" * DEEPEST_JSON), "nested too deep"),
-        ('{"a": Infinity}', "Infinity is no JSON"),
-        ('{"a": NaN}', "NaN is no JSON"),
+        ('{"a": Infinity}', "Infinity is not JSON"),
+        ('{"a": NaN}', "NaN is not JSON"),
         ('{"a": ' + "9" * 5000 + "}", "cannot be read as JSON"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "does not hold a JSON object"),
         ("", "cannot be read as JSON"),
         ('{"a": "\udcff"}', "cannot be read as JSON"),
     ],

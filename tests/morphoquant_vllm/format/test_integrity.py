@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole, or not as it was made, is refused by the name of what is missing or changed."""
+"""An incomplete or changed checkpoint is refused with the name of the missing or changed thing."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def test_a_layer_that_is_gone_with_its_entry(whole: Path) -> None:
 
 
 def test_tensors_of_a_layer_that_is_not_listed(whole: Path) -> None:
-    """Of version 2, too, which has no list."""
+    """Also in version 2, which has no list."""
     to_version_2(whole)
     edit_config(whole, lambda config: config["quantization_config"]["layers"].pop("model.layers.0.mlp.down_proj"))
     refused(whole, "model.layers.0.mlp.down_proj.", "quantized layer that quantization_config does not list")
@@ -67,7 +67,7 @@ def test_a_tensor_that_nobody_wrote(whole: Path) -> None:
     tensors = {**load_file(whole / FILE), "model.extra.weight": torch.ones(2)}
     save_file(tensors, whole / FILE)
     (whole / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, FILE)}))
-    refused(whole, "tensor model.extra.weight is none of the checkpoint's")
+    refused(whole, "tensor model.extra.weight is not in the checkpoint's list")
 
 
 @pytest.mark.parametrize(
@@ -176,4 +176,4 @@ def test_settings_survive_the_file(whole: Path) -> None:
 
 def test_weights_beside_those_of_the_index(whole: Path) -> None:
     save_file({"a": torch.ones(1)}, whole / "model.safetensors")
-    refused(whole, "model.safetensors: lies beside", "remove one of the two")
+    refused(whole, "model.safetensors: is not named in", "remove one of the two")

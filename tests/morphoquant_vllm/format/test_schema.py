@@ -1,4 +1,4 @@
-"""The rules of the format, one by one; and what importing schema, numerics and checkpoint reader brings in."""
+"""The rules of the format, one by one; and the imports of schema, numerics and checkpoint reader."""
 
 import inspect
 import json
@@ -74,7 +74,7 @@ def test_a_fixed_row_is_a_modalitys_and_stands_in_the_file_only_where_there_is_o
     assert stored["tower.down"]["fixed_row"] == "image" and "fixed_row" not in stored["a.down"]
     assert QuantizationSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     for row in ("massive", "smell"):
-        with pytest.raises(MorphoQuantError, match=f"tower.down: fixed_row '{row}' is no modality's row"):
+        with pytest.raises(MorphoQuantError, match=f"tower.down: fixed_row '{row}' is not a modality's row"):
             QuantizationSpec(layers={"tower.down": LayerSpec(**{**vars(tower), "fixed_row": row})})
 
 

@@ -9,7 +9,13 @@ import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, QuantizationSpec
-from morphoquant_vllm.format.token_table import added_token_ids, check_token_table, row_table, token_rows, untold_media
+from morphoquant_vllm.format.token_table import (
+    added_token_ids,
+    check_token_table,
+    row_table,
+    token_rows,
+    unlisted_media,
+)
 from morphoquant_vllm.format.verify import verify_checkpoint
 
 LAYERS = {"a": LayerSpec(64, 32, 32, "column", "a")}
@@ -59,13 +65,13 @@ def test_tables_that_cannot_be_right_are_refused(ids: dict[str, tuple[int, ...]]
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"image_token_id": 8}, "has image token 8, but .* has no such token"),
+        ({"image_token_id": 8}, "has image token 8, but .* does not have it"),
         ({"thinker_config": {"audio_token_index": 7}}, "has audio token 7, but .* has it under 'image'"),
         (
             {"thinker_config": {"image_token_id": 5}, "talker_config": {"image_token_id": 7}},
-            "has image token 5, but .* has no such token",
+            "has image token 5, but .* does not have it",
         ),
-        ({"image_token_id": 7, "video_token_id": 11}, "has video token 11, but .* has no such token"),
+        ({"image_token_id": 7, "video_token_id": 11}, "has video token 11, but .* does not have it"),
     ],
 )
 def test_a_table_of_another_model_is_refused(tmp_path: Path, config: dict[str, Any], expected: str) -> None:
@@ -115,7 +121,7 @@ QWEN2_5_VL = {"model_type": "qwen2_5_vl", "image_token_id": 151655, "video_token
         # Video under the image's token, as its config says.
         ({"image_token_id": 7, "video_token_id": 7}, {"image": (7,)}, []),
         ({"image_token_id": 7, "video_token_id": 8}, {"image": (7,), "video": ()}, ["video"]),
-        # What the talker names is never in a prompt.
+        # The talker's token ids never occur in a prompt.
         (
             {"thinker_config": {"image_token_id": 7}, "talker_config": {"video_token_id": 7}},
             {"image": (7,)},
@@ -128,16 +134,18 @@ QWEN2_5_VL = {"model_type": "qwen2_5_vl", "image_token_id": 151655, "video_token
 def test_media_whose_tokens_the_table_lacks_are_found(
     config: dict[str, Any], ids: dict[str, tuple[int, ...]], untold: list[str]
 ) -> None:
-    assert untold_media({"image", "video"}, config, specification(ids)) == untold
+    assert unlisted_media({"image", "video"}, config, specification(ids)) == untold
 
 
 def test_internvls_table_is_held_against_config_and_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": 151667, "<img>": 151665}))
     check_token_table(tmp_path, INTERNVL, specification({"image": (151667,)}))
     check_token_table(tmp_path, INTERNVL_CHAT, specification({"image": (151667,)}))
-    with pytest.raises(MorphoQuantError, match=r"has image token 151667, but .* has no such token"):
+    with pytest.raises(MorphoQuantError, match=r"has image token 151667, but .* does not have it"):
         check_token_table(tmp_path, INTERNVL, specification({"image": (151665,)}))
-    with pytest.raises(MorphoQuantError, match="token 92546 for image, but to the tokenizer it is no added token"):
+    with pytest.raises(
+        MorphoQuantError, match="token 92546 for image, but the tokenizer does not list it as an added token"
+    ):
         check_token_table(tmp_path, INTERNVL_CHAT, specification({"image": (92546,)}))
 
 
@@ -153,7 +161,9 @@ def test_a_placeholder_is_an_added_token(tmp_path: Path, file: str, content: dic
     (tmp_path / file).write_text(json.dumps(content))
     assert added_token_ids(tmp_path) == {7}
     check_token_table(tmp_path, {}, specification({"image": (7,)}))
-    with pytest.raises(MorphoQuantError, match="has token 5 for audio, but to the tokenizer it is no added token"):
+    with pytest.raises(
+        MorphoQuantError, match="has token 5 for audio, but the tokenizer does not list it as an added token"
+    ):
         check_token_table(tmp_path, {}, specification({"image": (7,), "audio": (5,)}))
     (tmp_path / file).write_text("{")
     with pytest.raises(MorphoQuantError, match=f"{file}: cannot be read as JSON"):

@@ -1,4 +1,4 @@
-"""Exact mode: what escapes bypasses the grid, everything else is the served form."""
+"""Exact mode: escapes bypass the grid, all other values are those of the served form."""
 
 import torch
 

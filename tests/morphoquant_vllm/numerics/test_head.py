@@ -1,4 +1,4 @@
-"""The 8-bit head in torch: what quantizing may do to a logit."""
+"""The 8-bit head in torch: the effect of quantization on a logit."""
 
 import torch
 from hypothesis import given, settings

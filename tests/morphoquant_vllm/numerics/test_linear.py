@@ -106,7 +106,7 @@ def test_nothing_is_lost_where_codes_and_weights_lie_on_the_grid() -> None:
     codes = (torch.rand(TOKENS, IN, generator=generator) * 2 * limit - limit).round()
     x = codes * step + centre
     q = torch.randint(-8, 8, (OUT, IN), generator=generator)
-    q[:, ::32] = 7  # every group reaches its peak, so that no clipping pays
+    q[:, ::32] = 7  # every group reaches its peak, so clipping never helps
     scale = 2.0 ** torch.randint(-4, 0, (OUT, IN // 32), generator=generator)
     permuted = q * scale.repeat_interleave(32, 1)
     order = torch.randperm(IN, generator=generator)
@@ -164,7 +164,7 @@ def row_parallel_layer(blocks: int, seed: int = 0) -> tuple[dict[str, Tensor], T
 
 
 def over_ranks(x: Tensor, modality: Tensor, tensors: dict[str, Tensor], ranks: int) -> Tensor:
-    """The sum of what each rank computes from its own part of K, float64 [M, N]."""
+    """The sum over ranks, each computed from the rank's slice of K, float64 [M, N]."""
     total = torch.zeros(x.shape[0], OUT, dtype=torch.float64)
     for rank, part in enumerate(x.chunk(ranks, 1)):
         own = rank_part(tensors, rank, ranks)
@@ -242,7 +242,7 @@ def test_a_token_on_the_centre_of_the_massive_row_gets_w_centre_exactly(ranks: i
 
 
 def float32_backend(codes: Tensor, modality: Tensor, weight: WeightRecord, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """What a kernel does: integer group sums, everything after them in float32, groups from last to first."""
+    """The steps of a kernel: integer group sums, everything after them in float32, groups from last to first."""
     sums = group_sums(codes, weight).float()
     y = torch.zeros(codes.shape[0], OUT)
     for group in reversed(range(sums.shape[2])):

@@ -29,7 +29,7 @@ def test_outlier_mask_finds_the_long_tail() -> None:
 
 
 def test_outlier_mask_uses_the_unbiased_deviation() -> None:
-    # Of five scores one is 5: mean 1, deviation 2.236 unbiased (2.0 biased), so the threshold is met at tau <= 1.788.
+    # One of five scores is 5: mean 1, deviation 2.236 unbiased (2.0 biased), so the threshold is met at tau <= 1.788.
     scores = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0])
     assert reference.outlier_mask(scores, tau=1.78).tolist() == [False] * 4 + [True]
     assert not reference.outlier_mask(scores, tau=1.9).any()
@@ -50,7 +50,7 @@ def test_grid_has_sixteen_values_and_half_a_step_of_error() -> None:
     quantized = reference.fake_quantize(x, low, high)
     step = 1 / reference.inverse_step(low, high)
     assert len(quantized.unique()) <= 16
-    # Half a step, but where the range ends between two grid points; 1e-6 for float32 noise of values near 5.
+    # Half a step, except if the range ends between two grid points; 1e-6 for float32 noise of values near 5.
     inside = x.abs() <= 7 * step
     assert ((quantized - x).abs() <= step / 2 + 1e-6)[inside].all()
 

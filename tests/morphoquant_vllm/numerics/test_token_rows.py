@@ -1,4 +1,4 @@
-"""Which row serves a token: its modality's, or the last one where its values make it a massive token."""
+"""The row of a token: its modality's, or the last one if its values make it a massive token."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ from tests.records import activation_of, weight_of
 
 
 def two_level_layer(group_size: int, seed: int = 0) -> tuple[WeightRecord, ActivationRecord, Tensor, Tensor]:
-    """`random_layer` with levels 1 to 16 and channel scales of which float32 holds no short fractions."""
+    """`random_layer` with levels 1 to 16 and channel scales that are not short fractions in float32."""
     weight, activation, x, modality = random_layer(group_size, seed=seed)
     generator = torch.Generator().manual_seed(seed + 100)
     level = torch.randint(1, 17, weight.scale.shape, generator=generator).to(torch.uint8)
@@ -71,7 +71,7 @@ def test_group_scales_of_both_schemes() -> None:
 
 
 def two_level_float32_backend(codes: Tensor, modality: Tensor, weight: WeightRecord, gain: Tensor) -> Tensor:
-    """What a kernel does: one integer sum over the whole K, everything after it in float32."""
+    """The steps of a kernel: one integer sum over the whole K, everything after it in float32."""
     y = level_sums(codes, weight).float() * weight.channel_scale
     return y * gain[modality.long(), None] + weight.absorbed_bias[modality.long()]
 

@@ -1,4 +1,4 @@
-"""What is logged of a checkpoint's check, and which folder is checked where a model is named by its hub id."""
+"""The log of a checkpoint's check, and the checked folder if a model is named by its hub id."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAME = "some/model"
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the check and the config log, as `LEVEL: message`."""
+    """Messages of the check and the config, as `LEVEL: message`."""
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
@@ -41,13 +41,13 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, where huggingface_hub looks."""
+    """An empty cache of the hub, in the folder that huggingface_hub uses."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 def damage(directory: Path) -> None:
-    """What only the SHA-256 shows: every value stays legal."""
+    """Damage that only the SHA-256 shows: every value stays legal."""
     flip_bit(directory, "model.layers.0.mlp.down_proj.weight_codes")
 
 
@@ -118,7 +118,7 @@ def test_a_hub_model_in_the_cache_is_checked_before_any_worker(pristine: Path, c
     config = config_of(pristine)
     config.maybe_update_config(NAME)
     assert f"{snapshot}: " in lines[0] and lines[0].endswith("all in order")
-    # Of the same repository by the name of its revision, too.
+    # The same repository by the name of its revision, too.
     config.maybe_update_config(NAME, revision=REVISION)
     assert len(lines) == 2
 
@@ -147,7 +147,7 @@ def test_a_hub_model_of_version_2_is_left_to_the_workers(checkpoint: Path, cache
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What a worker knows of the engine while it makes the layers of a model."""
+    """A worker's configuration of the engine while it makes the layers of a model."""
     engine = SimpleNamespace(
         model_config=SimpleNamespace(revision=None), load_config=SimpleNamespace(download_dir=None)
     )
@@ -156,7 +156,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def downloads(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> list[str]:
-    """Let `source` be what the hub has; the names of the models that were asked for."""
+    """Let the hub hold `source`; the names of the requested models."""
     asked: list[str] = []
 
     def download(model: str, config: Any) -> Path:

@@ -98,7 +98,9 @@ def test_files_are_checked_before_any_worker_starts(tmp_path: Path) -> None:
     config = MorphoQuantConfig.from_config(spec.to_dict())
     config.maybe_update_config(str(tmp_path / "checkpoint"))
     (tmp_path / "checkpoint" / "added_tokens.json").write_text('{"<image>": 1}')
-    with pytest.raises(MorphoQuantError, match="has token 7 for image, but to the tokenizer it is no added token"):
+    with pytest.raises(
+        MorphoQuantError, match="has token 7 for image, but the tokenizer does not list it as an added token"
+    ):
         config.maybe_update_config(str(tmp_path / "checkpoint"))
     (tmp_path / "checkpoint" / "added_tokens.json").unlink()
     file_of(tmp_path / "checkpoint", "model.layers.0.mlp.down_proj.weight_codes").unlink()

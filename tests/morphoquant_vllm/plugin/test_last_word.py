@@ -1,4 +1,4 @@
-"""What a worker refuses is said by the process that configured the engine, when it ends."""
+"""The process that configured the engine prints a worker's refusal when it ends."""
 
 import multiprocessing
 import os
@@ -14,8 +14,8 @@ from morphoquant_vllm.plugin.last_word import LastWord
 
 
 def refuse(word: LastWord, line: str) -> None:
-    """What a worker does, as a process of its own."""
-    with pytest.raises(MorphoQuantError), word.told():
+    """The steps of a worker, in a separate process."""
+    with pytest.raises(MorphoQuantError), word.keep_refusal():
         raise MorphoQuantError(line)
 
 
@@ -32,8 +32,8 @@ def test_the_first_refusal_of_the_workers_is_said_once(tmp_path: Path, capfd: py
     in_worker(word, "second")
     assert (tmp_path / "word").stat().st_mode & 0o777 == 0o600
     capfd.readouterr()
-    word.say()
-    word.say()
+    word.print_refusal()
+    word.print_refusal()
     assert capfd.readouterr().err == "MorphoQuantError: layer 3: wrong\\nsize; choose another\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -43,7 +43,7 @@ def test_what_is_refused_in_the_process_itself_stands_in_its_traceback(
 ) -> None:
     word = LastWord(tmp_path / "word", os.getpid())
     refuse(word, "here")
-    word.say()
+    word.print_refusal()
     assert capfd.readouterr().err == ""
 
 
@@ -51,7 +51,7 @@ def test_other_errors_and_a_folder_that_is_gone_change_nothing(tmp_path: Path) -
     word = LastWord(tmp_path / "gone" / "word", os.getpid() + 1)
     refuse(word, "the error goes on its way")
     here = LastWord(tmp_path / "word", os.getpid() + 1)
-    with pytest.raises(ValueError), here.told():
+    with pytest.raises(ValueError), here.keep_refusal():
         raise ValueError("not ours")
     assert list(tmp_path.iterdir()) == []
 
@@ -64,7 +64,7 @@ def test_it_comes_after_the_traceback() -> None:
         word = open_last_word()
         if os.fork() == 0:
             try:
-                with word.told():
+                with word.keep_refusal():
                     raise MorphoQuantError("refused below")
             finally:
                 os._exit(0)

@@ -1,4 +1,4 @@
-"""Loading into vLLM's own linear layers, one process: what is checked, what is refused, what is computed."""
+"""Loading into vLLM's own linear layers, one process: checks, refusals and outputs."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -204,7 +204,7 @@ class TestFusedLayer:
 
     def test_a_bias_the_checkpoint_does_not_know_is_refused(self) -> None:
         spec = specification(bias=False)
-        with pytest.raises(MorphoQuantError, match=r"mlp.gate_proj: the model has a bias, the checkpoint has none"):
+        with pytest.raises(MorphoQuantError, match=r"mlp.gate_proj: the model has a bias, the checkpoint has no bias"):
             load(merged_layer(spec, bias=True), stored(spec, 2))
 
     def test_a_bias_with_nan_is_refused(self) -> None:

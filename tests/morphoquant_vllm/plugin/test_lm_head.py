@@ -1,4 +1,4 @@
-"""The head in vLLM's own layers: 8-bit where asked for, else 16-bit and read in place where the CPU allows."""
+"""The head in vLLM's own layers: 8-bit if requested, else 16-bit and read in place if the CPU allows."""
 
 from collections.abc import Iterator
 
@@ -60,13 +60,13 @@ def assert_eight_bit(layer: torch.nn.Module, weight: Tensor) -> None:
 
 
 def assert_sixteen_bit(layer: torch.nn.Module, weight: Tensor) -> None:
-    """Logits are those of the 16-bit weight, summed in float32, and no packed copy is kept where they need none."""
+    """Logits are those of the 16-bit weight, summed in float32, and no unneeded packed copy is kept."""
     in_place = cpu_head.serves_bfloat16(weight)
     x = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(5)).to(weight.dtype)
     y = layer.quant_method.apply(layer, x)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
     biased = layer.quant_method.apply(layer, x[0], torch.ones(layer.num_embeddings_padded, dtype=x.dtype))
-    # Where the product adds the bias itself, it casts once: half a unit more for y, and for its sum with 1.
+    # If the product adds the bias itself, it casts once: half a unit more for y, and for its sum with 1.
     allowed = float(y.abs().max() + 1) * torch.finfo(y.dtype).eps
     torch.testing.assert_close(biased, y[0] + 1, rtol=0, atol=allowed)
     assert hasattr(layer, "cpu_linear") != in_place

@@ -1,4 +1,4 @@
-"""The channels between gate_up_proj and down_proj in the latter's order: nothing changes but where they stand."""
+"""The channels between gate_up_proj and down_proj in down_proj's order: only their positions change."""
 
 import pickle
 from dataclasses import replace
@@ -81,7 +81,7 @@ def process(*layers: torch.nn.Module) -> None:
 
 
 def output(layers: tuple[torch.nn.Module, torch.nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
-    """What gate_up_proj gives, and the MLP's output."""
+    """The outputs of gate_up_proj and of the MLP."""
     gate_up, down = layers
     between, _ = gate_up(x)
     gate, up = between.chunk(2, 1)
@@ -122,7 +122,7 @@ class TestLoading:
     def test_models_that_are_not_known_stay_as_they_are(
         self, monkeypatch: pytest.MonkeyPatch, engine: SimpleNamespace | None
     ) -> None:
-        """Between their two layers may lie what does not treat every channel alike."""
+        """Operations between their two layers may not treat every channel alike."""
         gate_up, down = mlp_layers(monkeypatch, MorphoQuantConfig(specification()), engine)
         assert gate_up.quant_method.mlp is None and down.quant_method.mlp is None
 

@@ -1,4 +1,4 @@
-"""The modality bus without an engine: when it switches, what its hook writes, what it does with what it cannot know."""
+"""The modality bus without an engine: when it switches off, the rows that its hook writes, and unknown ids."""
 
 import logging
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def started(
 
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    """What the plugin logs; vLLM's logger keeps its messages to itself."""
+    """Messages of the plugin; vLLM's logger does not propagate them."""
     logger = logging.getLogger("vllm.morphoquant_vllm.plugin.modality_bus")
     seen: list[str] = []
     handler = logging.Handler()
@@ -153,7 +153,7 @@ def test_what_the_hook_cannot_see_keeps_any(monkeypatch: pytest.MonkeyPatch, mes
             f"placeholder token {VOCABULARY} is outside the vocabulary of",
         ),
         # An InternVL's: its config names the image token only, and vLLM gives videos another.
-        ({"image": (7,)}, 1, "the token table does not say which tokens are audio"),
+        ({"image": (7,)}, 1, "the token table does not list the tokens of audio"),
     ],
 )
 def test_tables_and_models_that_leave_doubt_keep_any(
@@ -185,5 +185,5 @@ def test_vllms_configuration_has_the_settings_that_decide() -> None:
 
     from morphoquant_vllm.plugin.modality_bus import off_reason
 
-    # Without a model every one of them is read, and the model is what is missing.
+    # Without a model every one of them is read, and the reason is the missing model.
     assert off_reason(VllmConfig()) == "the engine takes no media"

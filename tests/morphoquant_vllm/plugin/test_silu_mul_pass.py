@@ -1,4 +1,4 @@
-"""The graph pass: what it fuses, what it leaves alone, and how it gets into vLLM's compiler."""
+"""The graph pass: the graphs that it fuses, those that it leaves alone, and its installation in vLLM's compiler."""
 
 import pickle
 from collections.abc import Callable
@@ -167,7 +167,7 @@ def test_inductor_runs_the_pass_and_computes_the_same(handle: Tensor) -> None:
 
 @pytest.mark.usefixtures("engine_context")
 def test_vllm_s_own_mlp_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What vLLM's modules leave in the graph between SiluAndMul and our op is nothing."""
+    """vLLM's modules leave no operation in the graph between SiluAndMul and our op."""
     from vllm.model_executor.models.qwen2 import Qwen2MLP
 
     monkeypatch.setattr(ops, "select_backend", lambda _: "reference")

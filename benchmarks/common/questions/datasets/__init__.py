@@ -1,4 +1,4 @@
-"""The published benchmarks: how each lies on disk, what it asks, and how its answers are read.
+"""The published benchmarks: the files, questions and scoring rules of each.
 
 air_bench       AIR-Bench Foundation
 air_bench_chat  AIR-Bench Chat, and its judge

@@ -1,12 +1,13 @@
 """AIR-Bench Foundation (Yang et al., 2024, arXiv 2402.07729), as published (qyang1021/AIR-Bench-Dataset).
 
 Layout, prompt and rule: OFA-Sys/AIR-Bench, Inference_Foundation.py (commit 8d217d6) and score_foundation.py (commit
-d5c1bdf). Foundation/Foundation_meta.json; the audio is Foundation/<task_name>_<dataset_name>/<path>, as .flac whatever
-`path` says for Audio_Grounding. The prompt names options C and D even where a question has two ("C. None").
+d5c1bdf). The questions are in Foundation/Foundation_meta.json, the audio in
+Foundation/<task_name>_<dataset_name>/<path>. For Audio_Grounding the file is .flac, whatever `path` says. The prompt
+names options C and D even if a question has only two ("C. None").
 
-The rule takes the response's first letter, else its last but one ("The answer is A."), where that is A, B, C or D. It
-differs here in that the letter must be no part of a word ("Anyone" is not A). The authors leave what has no letter out
-of the accuracy; here it counts as not right, in a column of its own. Chat: `air_bench_chat`.
+The rule takes the response's first letter, else its last but one ("The answer is A."), if that is A, B, C or D. Here
+the letter must also stand alone ("Anyone" is not A). The authors leave responses without a letter out of the accuracy.
+Here they count as not right, in a separate column. Chat: `air_bench_chat`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ INSTRUCTION = (
 
 
 def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
-    """Questions of a local copy, named by their place in the file; MorphoQuantError where its layout is another."""
+    """Questions of a local copy, named by their index in the file; MorphoQuantError if its layout differs."""
     for number, entry in entries(directory, split, FIELDS, NAME):
         texts = {letter: entry.get(f"choice_{letter.lower()}") for letter in LETTERS}
         choices = {letter: text for letter, text in texts.items() if text is not None}
@@ -51,7 +52,7 @@ def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
 def entries(
     directory: Path, split: str, fields: Sequence[str], benchmark: str
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Entries of <split>/<split>_meta.json with their places; the wrong layout where one lacks a field."""
+    """Entries of <split>/<split>_meta.json with their indices; the error of a wrong layout if one lacks a field."""
     meta = directory / split / f"{split}_meta.json"
     if not meta.is_file():
         raise wrong_layout(directory, benchmark, f"{split}/{split}_meta.json", listing(directory))

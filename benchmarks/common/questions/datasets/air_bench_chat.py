@@ -1,13 +1,14 @@
 """AIR-Bench Chat (Yang et al., 2024, arXiv 2402.07729), as published (qyang1021/AIR-Bench-Dataset): open questions
 about sounds, whose answers a judge model scores against a reference.
 
-Layout and prompt: OFA-Sys/AIR-Bench, Inference_Chat.py (commit 09f83c1): Chat/Chat_meta.json, the audio in
-Chat/<task_name>_<dataset_name>/<path>, and the question as it is. Judging prompt: score_chat.py (commit 1b5bd7f),
-which tells the judge a description of the sound, the reference (`answer_gt`) and the response, and asks for two scores
-from 1 to 10. Scores, and the tasks' categories: cal_score.py (commit 2c35f44), which wants two whole numbers of at
-most 10, and reads judgements in either order of the two answers ("cir" is the other one). As in the paper, every
-answer is judged in both orders and gets the mean. The published "Average" is that of speech, sound, music and mixed
-audio, mixed being the mean of the last two categories; it can be checked on the README's leaderboard.
+Layout and prompt: OFA-Sys/AIR-Bench, Inference_Chat.py (commit 09f83c1). The questions are in Chat/Chat_meta.json, the
+audio in Chat/<task_name>_<dataset_name>/<path>, and the question is asked unchanged. Judging prompt: score_chat.py
+(commit 1b5bd7f). It gives the judge a description of the sound, the reference (`answer_gt`) and the response, and asks
+for two scores from 1 to 10. Scores, and the tasks' categories: cal_score.py (commit 2c35f44). It expects two integers
+of at most 10, and reads judgements in either order of the two answers ("cir" is the reversed one).
+
+As in the paper, every answer is judged in both orders and gets the mean. The published "Average" is that of speech,
+sound, music and mixed audio, where mixed is the mean of the last two categories. The README's leaderboard confirms it.
 
 The judge is asked at temperature 0; the authors ask gpt-4-0125-preview at 1, or at 2 every other time.
 """
@@ -67,7 +68,7 @@ The two scores are separated by a space."""
 
 
 def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
-    """Questions of a local copy, named by their place in the file; MorphoQuantError where its layout is another."""
+    """Questions of a local copy, named by their index in the file; MorphoQuantError if its layout differs."""
     for number, entry in entries(directory, split, FIELDS, NAME):
         yield Item(
             id=str(number),
@@ -85,7 +86,7 @@ def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
 
 
 def judgements(items: Sequence[Item], responses: Mapping[str, str | None]) -> list[Item]:
-    """What the judge is asked: two questions for each answer that the model gave."""
+    """The questions to the judge: two for each answer of the model."""
     asked = []
     for item in items:
         response = responses.get(item.id)
@@ -100,7 +101,7 @@ def judgements(items: Sequence[Item], responses: Mapping[str, str | None]) -> li
 
 
 def scores(judgement: str | None) -> tuple[int, int] | None:
-    """The two numbers of a judgement; None where it is not two whole numbers from 0 to 10 and nothing else."""
+    """The two numbers of a judgement; None unless it consists of exactly two integers from 0 to 10."""
     found = (judgement or "").strip().replace("\n", "").split(" ")
     if len(found) != len(ORDERS) or not all(part.isdecimal() and int(part) <= HIGHEST for part in found):
         return None
@@ -108,7 +109,7 @@ def scores(judgement: str | None) -> tuple[int, int] | None:
 
 
 def verdict(name: str, judged: Mapping[str, str | None]) -> tuple[float, float] | None:
-    """Mean scores of response and reference over both orders; None where a judgement is missing or not parsed."""
+    """Mean scores of response and reference over both orders; None if a judgement is missing or not parsed."""
     first, second = (scores(judged.get(f"{name}, {order}")) for order in ORDERS)
     if first is None or second is None:
         return None
@@ -118,8 +119,9 @@ def verdict(name: str, judged: Mapping[str, str | None]) -> tuple[float, float] 
 def summarise(
     items: Sequence[Item], responses: Mapping[str, str | None], judged: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    """Figures of the judged answers: "all", "by" every kind of group, and the published "average" of four kinds of
-    audio, None where one of them is missing.
+    """Figures of the judged answers: "all", "by" every kind of group, and the published "average".
+
+    The average is over four kinds of audio, and None if one of them is missing.
     """
     outcomes = [(item, REFUSED if responses.get(item.id) is None else verdict(item.id, judged)) for item in items]
     by = {kind: {name: figures(found) for name, found in groups.items()} for kind, groups in grouped(outcomes).items()}

@@ -1,9 +1,9 @@
 """MMMU (Yue et al., 2023, arXiv 2311.16502), as published on Hugging Face (MMMU/MMMU): <Subject>/validation-*.parquet.
 
-Prompt: the authors' for LLaVA 1.5 (MMMU-Benchmark/MMMU, configs/llava1.5.yaml, and construct_prompt of
-utils/data_utils.py, which ends every option with a newline; the same without YAML in the authors' answer to issue 9).
-lm-eval and VILA have blank lines where the template has line breaks: a YAML scalar in quotes folds each blank line
-into one break. Images go where the text has <image N>; the authors sent the first one only, ahead of the text, since
+Prompt: the authors' for LLaVA 1.5, from MMMU-Benchmark/MMMU, configs/llava1.5.yaml, and construct_prompt of
+utils/data_utils.py, which ends every option with a newline. The authors' answer to issue 9 has the same prompt without
+YAML. lm-eval and VILA have blank lines in place of the template's line breaks: a YAML scalar in quotes folds each blank
+line into one break. Images replace <image N> in the text. The authors sent only the first image, before the text, since
 the models of that time took one (issues 9 and 16). Rules: `mmmu_rules`.
 """
 
@@ -41,7 +41,7 @@ _IMAGE = re.compile(r"<image (\d+)>")
 
 
 def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
-    """Questions of a local copy; MorphoQuantError where its layout is another, or its answers are withheld."""
+    """Questions of a local copy; MorphoQuantError if its layout differs or its answers are withheld."""
     files = sorted(directory.glob(f"*/{split}-*.parquet"))
     if not files:
         raise wrong_layout(directory, NAME, f"<Subject>/{split}-*.parquet", listing(directory))
@@ -75,7 +75,7 @@ def _item(row: Mapping[str, Any], path: Path) -> Item:
 
 
 def prompt(question: str, choices: Mapping[str, str]) -> str:
-    """The text that is asked, with <image N> where images belong."""
+    """The text of the question, with <image N> in place of images."""
     if not choices:
         return f"{question}\n{OPEN_INSTRUCTION}"
     options = "".join(f"({letter}) {text}\n" for letter, text in choices.items())
@@ -96,7 +96,7 @@ def _interleave(text: str, row: Mapping[str, Any], path: Path) -> Iterator[str |
 
 
 def score(item: Item, response: str) -> str:
-    """By the authors' rules, but that what they would answer at random is not parsed."""
+    """Score by the authors' rules, except that a random guess of theirs counts as not parsed."""
     if item.choices:
         return chosen(item, choice(response, item.choices))
     if not response.strip():

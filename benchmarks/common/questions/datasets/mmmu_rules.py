@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 MARKS = ",.!?;:'"
-# Where the part of a line that holds the answer may begin; "=" too in the last line.
+# The answer in a line may begin after one of these; in the last line also after "=".
 INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 # Decimals to which numbers must agree.
 DECIMALS = 2
@@ -23,10 +23,10 @@ _NUMBERS = (
 
 
 def choice(response: str, choices: Mapping[str, str]) -> str | None:
-    """The letter that a response chooses (parse_multi_choice_response): the last "(B)", else the last " B ", else in
-    more than five words the choice whose text is named last. None where the authors' rule guesses at random.
+    """The letter that a response chooses (parse_multi_choice_response); None if the authors' rule guesses at random.
 
-    White space around the response is taken off first: a server may send a newline that the authors' models did not.
+    It is the last "(B)", else the last " B ", else, in more than five words, the choice whose text is named last.
+    White space around the response is removed first: a server may send a newline that the authors' models did not.
     """
     text = response.strip()
     for mark in MARKS:
@@ -47,8 +47,9 @@ def _last(positions: Mapping[str, int]) -> str | None:
 
 
 def matches(response: str, answers: Iterable[str]) -> bool:
-    """Whether an open question's response holds an accepted answer (parse_open_response and eval_open): a number equal
-    to two decimals, or the accepted string inside a part that the rule takes for the answer.
+    """Whether an open question's response holds an accepted answer (parse_open_response and eval_open).
+
+    It must hold a number equal to two decimals, or the accepted string in a passage that the rule takes for the answer.
     """
     wanted = [value for answer in answers for value in _normalised(answer)]
     texts = [value for value in wanted if isinstance(value, str)]
@@ -66,7 +67,7 @@ def _predictions(response: str) -> Iterator[str | float]:
 
 
 def _parts(response: str) -> list[str]:
-    """Of every line the shortest end that an indicator opens; the whole response where none does."""
+    """The shortest end of every line that follows an indicator; the whole response if no line has one."""
     whole = response.strip().strip(".").lower()
     # The authors' pattern splits at sentences, too, but wants a capital there, after everything is in lower case.
     lines = whole.split("\n")

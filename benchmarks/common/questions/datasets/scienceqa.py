@@ -36,7 +36,7 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
 def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
-    """Questions of a local copy; MorphoQuantError where its layout is another."""
+    """Questions of a local copy; MorphoQuantError if its layout differs."""
     if (directory / "problems.json").is_file():
         yield from _load_json(directory, split)
         return

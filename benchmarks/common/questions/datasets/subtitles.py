@@ -13,10 +13,10 @@ _TAG = re.compile(r"<[^>]*>")
 
 
 def subtitles_of(place: Path, video: Path | zipfile.Path, frames: int, benchmark: str) -> list[str]:
-    """Texts of an SRT file in their order, without tags: all for frames 0, else those shown at the times of `frames`
-    frames, evenly spaced from the video's first to its last, each once (lmms-eval 0.7.3, tasks/videomme/utils.py).
+    """Texts of an SRT file in their order, without tags: all for `frames` 0, else those shown at `frames` frames.
 
-    Raises MorphoQuantError where one of the files cannot be read.
+    The frames are evenly spaced from the video's first to its last, and each text appears once (lmms-eval 0.7.3,
+    tasks/videomme/utils.py). Raises MorphoQuantError if one of the files cannot be read.
     """
     import av
 

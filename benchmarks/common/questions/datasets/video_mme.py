@@ -6,10 +6,10 @@ data/ is read from the published archives, videos_chunked_*.zip; subtitles must 
 
 Prompt: "The common prompt used in our evaluation", README of MME-Benchmarks/Video-MME (commit 120729e), with or
 without subtitles. Rule: extract_characters_regex of BradyFU/Video-MME, evaluation/eval_your_results.py (commit
-4e7566d): without phrases like "The best answer is", the first of A, B, C, D. It differs here in two things. Only a
-letter that is no part of a word counts (the authors' takes the C of "Cannot tell"). And two commas that the authors'
-list of phrases lacks are there, so that "Best option: C" is C, not B. The authors leave responses without a letter
-out of the accuracy; here they count as not right, in a column of their own.
+4e7566d): without phrases like "The best answer is", the first of A, B, C, D. This rule differs in two ways. Only a
+letter that stands alone counts (the authors' takes the C of "Cannot tell"). Two commas that the authors' list of
+phrases lacks are added, so "Best option: C" is C, not B. The authors leave responses without a letter out of the
+accuracy. Here they count as not right, in a separate column.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PHRASES = (
 
 
 def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -> Iterator[Item]:
-    """Questions of a local copy; MorphoQuantError where its layout is another.
+    """Questions of a local copy; MorphoQuantError if its layout differs.
 
     subtitles: None for the setting without them; otherwise those at this many frames, evenly spaced over the video,
     or all of them for 0.
@@ -90,7 +90,7 @@ def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -
 
 
 def _video(directory: Path, name: str, archived: Mapping[str, zipfile.Path]) -> Path | zipfile.Path:
-    """The video's file, or its member of an archive; the first name if there is none, for `present` to name."""
+    """The video's file or its member of an archive; else the first possible name, which `present` then reports."""
     places = [directory / "data" / f"{name}{suffix}" for suffix in SUFFIXES]
     members = (archived[place.name] for place in places if place.name in archived)
     return next((place for place in places if place.is_file()), next(members, places[0]))
@@ -98,19 +98,19 @@ def _video(directory: Path, name: str, archived: Mapping[str, zipfile.Path]) -> 
 
 def _archived(directory: Path) -> dict[str, zipfile.Path]:
     """Videos in the published archives, by file name; the wrong layout if an archive cannot be read."""
-    found: dict[str, zipfile.Path] = {}
+    members: dict[str, zipfile.Path] = {}
     for place in sorted(directory.glob(ARCHIVES)):
         try:
             archive = zipfile.ZipFile(place)
         except (zipfile.BadZipFile, OSError) as error:
             raise wrong_layout(place, NAME, "a zip archive", str(error)) from error
         names = [name for name in archive.namelist() if name.endswith(SUFFIXES)]
-        found |= {name.rsplit("/", 1)[-1]: zipfile.Path(archive, name) for name in names}
-    return found
+        members |= {name.rsplit("/", 1)[-1]: zipfile.Path(archive, name) for name in names}
+    return members
 
 
 def _spoken(directory: Path, name: str, video: Path | zipfile.Path, frames: int) -> list[str]:
-    """Texts of a video's subtitles; none if it has no file, as 156 of the 900 videos."""
+    """Texts of a video's subtitles; empty if it has no file, as for 156 of the 900 videos."""
     place = directory / "subtitle" / f"{name}.srt"
     return subtitles_of(place, video, frames, NAME) if place.is_file() and video.is_file() else []
 

@@ -3,6 +3,6 @@
 digits     images of digits, and clips of them
 encoding   questions as the model's inputs
 pool       the media of each split
-questions  what is asked, and the answers
+questions  the questions and their answers
 speech     spoken digits
 """

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# The processor enlarges pictures and clips four times, so that a cell, which holds one digit, is one token in both.
+# The processor enlarges pictures and clips four times. So a cell, which holds one digit, is one token in both.
 CELL = 28
 PICTURE_CELLS, CLIP_CELLS = (2, 2), (2, 4)
 # vLLM and transformers sample Qwen's videos at two frames a second, and a temporal patch is two frames: at this rate
@@ -61,7 +61,7 @@ def _place(cells: tuple[int, int], generator: np.random.Generator) -> tuple[int,
 
 
 def write_picture(path: Path, picture: NDArray[np.float64], generator: np.random.Generator) -> None:
-    """Write a PNG of 2 x 2 cells, one of which holds the digit."""
+    """Write a PNG of 2 x 2 cells with the digit in one of them."""
     place = _place(PICTURE_CELLS, generator)
     Image.fromarray(_scene(cell(picture, generator), PICTURE_CELLS, place, generator)).save(path)
 

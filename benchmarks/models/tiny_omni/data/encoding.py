@@ -1,4 +1,4 @@
-"""Questions as model inputs: what the model's own processor makes of them, with each medium processed once."""
+"""Turns questions into model inputs by the model's processor; each medium is processed once."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from benchmarks.models.tiny_omni.data import digits, speech
 
 @dataclass(frozen=True)
 class Split:
-    """What a split is made of: which of the 1797 written digits, whose voices, and how many media of each kind."""
+    """The sources of a split: its share of the 1797 written digits, its voices, and its numbers of media by kind."""
 
     written: tuple[int, int]
     voices: speech.Voices
@@ -66,7 +66,7 @@ def staged(target: Path) -> Iterator[Path]:
 def media_pool(work: Path, name: str) -> Pool:
     """The media of split `name`, written into `work` unless they are there.
 
-    Raises MorphoQuantError where espeak-ng is missing.
+    Raises MorphoQuantError if espeak-ng is missing.
     """
     split = SPLITS[name]
     folder = work.resolve() / f"media-{name}-{settings_hash(asdict(split))}"

@@ -17,7 +17,7 @@ KINDS = ("text", "image", "audio", "video", "image+text", "image+audio", "video+
 SPLIT_KINDS_SEED = {"train": 0, "calibration": 1, "test": 2}
 CALIBRATION_PER_KIND = 36
 LIST_LENGTH = 3
-# What is asked of a list of digits. The lists of the splits are disjoint, see `_list_split`.
+# Questions about a list of digits. The lists of the splits are disjoint, see `_list_split`.
 _LIST_QUESTIONS: dict[str, Callable[[Sequence[int]], int]] = {
     "first": lambda listed: listed[0],
     "second": lambda listed: listed[1],
@@ -38,7 +38,7 @@ class Question:
 
 
 def all_texts() -> list[str]:
-    """Every text a question can hold, with one example of each number: what the tokenizer learns from."""
+    """Every text of a question, with one example of each number; the tokenizer is trained on them."""
     texts = [_list_text(which, [3, 1, 4]) for which in _LIST_QUESTIONS]
     return [*texts, *_TEXTS.values(), *(_ADD_TEXT.format(number) for number in range(10))]
 

@@ -39,7 +39,7 @@ TEST = Voices(("m3", "m8", "f3", "john", "belinda", "michel", "paul", "shelby"),
 
 
 def require_espeak() -> str:
-    """The espeak-ng command; MorphoQuantError naming the package where it is missing."""
+    """The espeak-ng command; MorphoQuantError naming the package if it is missing."""
     command = shutil.which("espeak-ng")
     if command is None:
         raise MorphoQuantError("espeak-ng, which speaks the benchmark's digits, is missing; apt-get install espeak-ng")

@@ -1,4 +1,4 @@
-"""Generated models: names, shapes, files and ids of the published ones, and what is refused."""
+"""Generated models: names, shapes, files and ids of the published ones, and refusals."""
 
 import json
 import shutil
@@ -61,10 +61,10 @@ def test_real_layouts_have_the_published_size_and_files(layout: str) -> None:
     assert split.metadata["total_size"] == PUBLISHED[layout].total_size
     assert len(split.filename_to_tensors) == PUBLISHED[layout].files
     if layout == "3B":
-        # The published index has so many characters: every name is as long as there, and they are as many.
+        # The published index has this many characters: every name is as long as there, and they are as many.
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         assert len(json.dumps(index, indent=2) + "\n") == 241_817
-        # Where the published second file ends.
+        # End of the published second file.
         mlp = "talker.model.layers.18.mlp"
         assert split.tensor_to_filename[f"{mlp}.gate_proj.weight"] == "model-00002-of-00003.safetensors"
         last = "model-00003-of-00003.safetensors"

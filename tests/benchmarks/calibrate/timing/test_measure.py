@@ -1,4 +1,4 @@
-"""What is made of the calibrating process's events, and a whole run of the command on a tiny model."""
+"""The handling of the calibrating process's events, and a whole run of the command on a tiny model."""
 
 import json
 import subprocess
@@ -110,7 +110,7 @@ def test_the_command_calibrates_and_says_what_it_took(
     assert "all 2 blocks measured" in report and "extrapolated" not in report
     served = describe(work / "tiny-MorphoQuant")
     assert served["model"]["layout"] == "tiny" and served["settings"]["rounding"] == "compensated"
-    # What was measured is kept.
+    # Measured times are kept.
     kept = (results / "calibrate.json").stat().st_mtime_ns
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("calibrates again"))
     run(monkeypatch, "--work", str(work), "--results", str(results), *sizes)

@@ -14,9 +14,9 @@ class Handler(BaseHTTPRequestHandler):
     answers = 1000
     refuse = ""
     asked: list[dict[str, Any]]
-    # From the text that is asked to what is said.
+    # Maps the text of a question to the answer.
     say: Callable[[str], str]
-    # Both workers must be inside a request at once, where a test wants to see that.
+    # Both workers must be inside a request at once, if a test checks that.
     together: threading.Barrier | None = None
 
     def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""What a response is worth by each benchmark's rule."""
+"""The score of a response by each benchmark's rule."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The training script in seconds: caching, frozen heavy rows, and inputs that are what calibration and serving see."""
+"""The training script in seconds: caching, frozen heavy rows, and the same inputs as in calibration and serving."""
 
 import json
 import wave

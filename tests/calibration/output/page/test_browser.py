@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no browser found: apt-get install chromium"),
 ]
 WIDTH, HEIGHT = 1000, 12000
-# Writes where the browser put each figure's image, and how large it decoded it, into the page.
+# Writes the position and decoded size of each figure's image into the page.
 MEASURE = """<script>
 addEventListener("load", () => {
   const boxes = [...document.querySelectorAll("figure")].map(figure => {

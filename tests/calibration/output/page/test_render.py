@@ -1,4 +1,4 @@
-"""The page of `morphoquant report`: what is in it, and how it refuses."""
+"""The page of `morphoquant report`: its content and its refusals."""
 
 import base64
 import io
@@ -102,7 +102,7 @@ def test_refusals_leave_nothing(omni_directory: Path, tmp_path: Path) -> None:
     refused(omni_directory, "'\\*.nothing' matches no layer", ("*.nothing",))
     lost = Path(shutil.copytree(omni_directory, tmp_path / "lost"))
     (lost / REPORT_FILE).unlink()
-    refused(lost, f"{REPORT_FILE}: missing: there is nothing to report")
+    refused(lost, f"{REPORT_FILE}: missing, so there is nothing to report")
 
 
 def test_the_command(

@@ -1,4 +1,4 @@
-"""What a judge is asked, and what is made of its answers."""
+"""The questions to a judge, and the scoring of its answers."""
 
 from pathlib import Path
 

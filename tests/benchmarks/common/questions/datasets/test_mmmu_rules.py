@@ -14,7 +14,7 @@ from benchmarks.common.questions.datasets.mmmu import prompt
 from benchmarks.common.questions.datasets.mmmu_rules import choice, matches
 
 CHOICES = {"A": "Oak", "B": "$6", "C": "a word", "D": "<image 1>"}
-# Few pieces each, so that orders and repetitions that tell the rules' steps apart are likely.
+# Few pieces each, so orders and repetitions that tell the rules' steps apart are likely.
 CHOOSING = ("(A)", "(C)", " A ", " B ", "oak", "$6", "a word", "x y ", ".", ",")
 OPEN = ("so ", "is ", "= ", "84 ", "oak ", "x ", "-3.14159", "1,234", "2e-3", ".5", "\n", ". ", "T")
 
