@@ -36,6 +36,7 @@ from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
+from morphoquant_vllm.numerics import norm as norm_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 
@@ -260,3 +261,86 @@ linear = torch.ops.morphoquant.linear
 silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
 head = torch.ops.morphoquant.head
 head_bfloat16 = torch.ops.morphoquant.head_bfloat16
+
+# RMSNorm, numerics/norm.py, and the layer after it in one op. Where a backend has no kernel, two steps:
+#   morphoquant::rms_norm_linear(x, norm_weight, epsilon, ...)               -> the linear of rms_norm(x)
+#   morphoquant::add_rms_norm_linear(x, residual, norm_weight, epsilon, ...) -> the same of x + residual, new residual
+#   x, residual [M, K] and norm_weight [K] have one dtype. The rest is what `linear` takes after x, in its order.
+NORM_LINEARS = {"triton": gpu_backend.norm_linear}
+_LINEAR_ARGUMENTS = "Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend"
+
+
+def _rms_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    modality: Tensor,
+    weight: list[Tensor],
+    activation: list[Tensor],
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    _check_inputs(x, modality)
+    fused = NORM_LINEARS.get(backend)
+    if fused is not None:
+        modality = modality[: x.shape[0]]
+        return fused(x, None, norm_weight, epsilon, modality, weight, activation, bias)[0]
+    normed = norm_numerics.rms_norm(x, norm_weight, epsilon)
+    return BACKENDS[backend].linear(normed, modality, weight, activation, bias)
+
+
+def _add_rms_norm_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    modality: Tensor,
+    weight: list[Tensor],
+    activation: list[Tensor],
+    bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _check_inputs(x, modality)
+    fused = NORM_LINEARS.get(backend)
+    if fused is not None:
+        modality = modality[: x.shape[0]]
+        y, total = fused(x, residual, norm_weight, epsilon, modality, weight, activation, bias)
+        assert total is not None
+        return y, total
+    normed, total = norm_numerics.add_rms_norm(x, residual, norm_weight, epsilon)
+    return BACKENDS[backend].linear(normed, modality, weight, activation, bias), total
+
+
+def _rms_norm_linear_fake(
+    x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, weight: list[Tensor], *_: object
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight[-1].shape[-1]))
+
+
+def _add_rms_norm_linear_fake(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, weight: list[Tensor], *_: object
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], weight[-1].shape[-1])), x.new_empty(x.shape)
+
+
+_NORM_OPS: tuple[tuple[str, str, Callable[..., object], Callable[..., object]], ...] = (
+    (
+        "rms_norm_linear",
+        f"(Tensor x, Tensor norm_weight, float epsilon, {_LINEAR_ARGUMENTS}) -> Tensor",
+        _rms_norm_linear,
+        _rms_norm_linear_fake,
+    ),
+    (
+        "add_rms_norm_linear",
+        f"(Tensor x, Tensor residual, Tensor norm_weight, float epsilon, {_LINEAR_ARGUMENTS}) -> (Tensor, Tensor)",
+        _add_rms_norm_linear,
+        _add_rms_norm_linear_fake,
+    ),
+)
+for _norm_name, _norm_schema, _norm_implementation, _norm_fake in _NORM_OPS:
+    _LIBRARY.define(_norm_name + _norm_schema)
+    _LIBRARY.impl(_norm_name, _norm_implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"morphoquant::{_norm_name}", _norm_fake, lib=_LIBRARY)
+
+rms_norm_linear = torch.ops.morphoquant.rms_norm_linear
+add_rms_norm_linear = torch.ops.morphoquant.add_rms_norm_linear

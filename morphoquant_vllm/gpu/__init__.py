@@ -8,6 +8,7 @@ Notation
     backend      the entry `triton` of ops.BACKENDS
     layout       how packed weights, scales and the activation's tables lie in GPU memory (torch only)
     launch       the two ops: allocates, chooses tiles, launches
+    norm_launch  the op that norms before it quantizes
     tiles        which tile sizes serve which architecture and shape, read from tiles.json (neither torch nor Triton)
     device       what the GPU at hand is
     load_checks  what is refused when a layer is loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from morphoquant_vllm import environment
 from morphoquant_vllm.gpu import device, layout
 from morphoquant_vllm.gpu import load_checks as checks
 from morphoquant_vllm.numerics.activation import ActivationRecord
@@ -27,11 +28,13 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
 
 def warm(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
     """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU."""
-    from morphoquant_vllm.gpu import launch, selfcheck
+    from morphoquant_vllm.gpu import launch, norm_launch, selfcheck
 
     profile = device.profile_of(weight[0].device)
     prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
     launch.warm(*prepared, bias, dtype, profile)
+    if environment.fusion():
+        norm_launch.warm(prepared[1], dtype, profile)
     selfcheck.check(*prepared, dtype, profile)
 
 
@@ -60,3 +63,21 @@ def silu_mul_linear(
     return launch.linear(
         gate_up, modality, layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, profile, silu_mul=True
     )
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    epsilon: float,
+    modality: Tensor,
+    weight: list[Tensor],
+    activation: list[Tensor],
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] of the RMSNorm of x [M, K], or of x + residual, and then the new residual; the quantizer norms."""
+    from morphoquant_vllm.gpu import norm_launch
+
+    profile = device.profile_of(x.device)
+    records = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
+    return norm_launch.norm_linear(x, residual, norm_weight, epsilon, modality, *records, bias, profile)

@@ -1,6 +1,7 @@
 """The Triton kernels. Only this package and what launches or compiles it import Triton.
 
 act_quant       activation -> int8 codes, and the row of each token
+norm_quant      RMSNorm and the quantizer after it
 gemm            codes x int4 weights, scaled per group
 gemm_two_level  the loop of gemm for two-level scales
 epilogue        from sums to outputs

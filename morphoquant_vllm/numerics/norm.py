@@ -1,0 +1,29 @@
+"""RMSNorm as vLLM's intermediate representation defines it: what a fused quantizer computes before it quantizes.
+
+    h = x + residual                                    float32; without a residual h = x
+    y = (h / sqrt(mean_k h^2 + epsilon)) * weight       rounded to 16 bit after the division, and after the product
+
+The new residual is h rounded to 16 bit. vLLM's other implementations may round less often or more: torch's compiler
+leaves the middle rounding out, and the CUDA kernel rounds h before it squares it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """y [M, K] of x [M, K] and weight [K], all of one dtype."""
+    return _normed(x.float(), weight, epsilon)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """y and the new residual, both [M, K], of x and residual [M, K] and weight [K], all of one dtype."""
+    h = x.float() + residual.float()
+    return _normed(h, weight, epsilon), h.to(x.dtype)
+
+
+def _normed(h: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    variance = h.pow(2).mean(dim=-1, keepdim=True)
+    return (h * torch.rsqrt(variance + epsilon)).to(weight.dtype) * weight
