@@ -15,6 +15,8 @@ from morphoquant_vllm.numerics import norm
 
 # The widest token that a program holds in registers. Wider ones are normed by torch.
 WIDEST_NORM = 16384
+# The widest of which the tables of both rows lie in registers, too.
+WIDEST_EARLY = 4096
 # Channels that each of its threads holds, if that takes no more than MOST_WARPS warps.
 NORM_ELEMENTS = 8
 MOST_WARPS = 16
@@ -41,12 +43,12 @@ def norm_quantize(
         raise ValueError(f"the norm needs x as [M, {activation.in_features}] of {WIDEST_NORM} channels at most")
     if norm_weight.dtype != x.dtype or norm_weight.shape != x.shape[1:]:
         raise ValueError(f"the norm's weight must be {x.dtype} [{in_features}]")
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = _aligned(x)
     codes = torch.empty((tokens, in_features), dtype=torch.int8, device=x.device)
     rows = torch.empty((tokens,), dtype=torch.int32, device=x.device)
     new_residual = None
     if residual is not None:
-        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+        residual = _aligned(residual)
         new_residual = torch.empty((tokens, in_features), dtype=x.dtype, device=x.device)
     if tokens:
         each = triton.cdiv(tokens, launch.QUANTIZE_PROGRAMS * units)
@@ -66,12 +68,21 @@ def norm_quantize(
             ADD=residual is not None,
             WRITE_NORMED=normed is not None,
             IN_ORDER=activation.in_order,
+            EARLY=tokens < launch.WHOLE_TOKENS and width <= WIDEST_EARLY,
             PDL=pdl,
             num_warps=norm_warps(width),
             # Each operation must round, as in the reference.
             enable_fp_fusion=False,
         )
     return codes, rows, new_residual
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x [M, K], copied if its tokens do not begin on 16 bytes and multiples of 16 elements apart."""
+    alignment = launch.IN_ORDER_ALIGNMENT
+    if x.stride(1) == 1 and not x.stride(0) % alignment and not x.data_ptr() % alignment:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def norm_warps(width: int) -> int:
@@ -107,11 +118,15 @@ def norm_linear(
 
 
 def warm(activation: GpuActivation, dtype: torch.dtype, profile: Profile) -> None:
-    """Compile, by running it on one token, the kernel with and without a residual; the rest is `launch.warm`'s."""
+    """Compile, by running it, the kernel for few tokens and many, with and without a residual.
+
+    The rest of the layer is `launch.warm`'s.
+    """
     if activation.in_features > WIDEST_NORM:
         return
     device = activation.gain.device
-    x = torch.zeros((1, activation.in_features), dtype=dtype, device=device)
-    modality = torch.zeros(1, dtype=torch.int32, device=device)
-    for residual in (None, x):
-        norm_quantize(x, residual, x[0], 1e-6, modality, activation, profile.pdl, profile.units)
+    for tokens in (1, launch.WHOLE_TOKENS):
+        x = torch.zeros((tokens, activation.in_features), dtype=dtype, device=device)
+        modality = torch.zeros(tokens, dtype=torch.int32, device=device)
+        for residual in (None, x):
+            norm_quantize(x, residual, x[0], 1e-6, modality, activation, profile.pdl, profile.units)

@@ -172,7 +172,7 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
     if environment.fusion() and activation.in_features <= norm_launch.WIDEST_NORM:
         problems += [
             problem_of_norm_quantizer(activation.in_features, activation.in_order, tokens, add, dtype, device, profile)
-            for tokens in (3, 8 * profile.units)
+            for tokens in (3, launch.WHOLE_TOKENS)
             for add in (False, True)
         ]
     problems += [

@@ -52,10 +52,15 @@ def is_massive_normed(
     return tl.max(tl.min(inside.to(tl.int32), axis=1), axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["x_stride", "residual_stride", "M", "tokens"],
-    do_not_specialize_on_alignment=["x_ptr", "residual_ptr", "modality_ptr"],
-)
+@triton.jit
+def load_tables(centre_ptr, inverse_ptr, limit_ptr, table, exists):
+    """Centre, inverse and limit at the places `table` of the quantizer's tables."""
+    centre = tl.load(centre_ptr + table, mask=exists, other=0.0)
+    inverse = tl.load(inverse_ptr + table, mask=exists, other=0.0)
+    return centre, inverse, tl.load(limit_ptr + table, mask=exists, other=0)
+
+
+@triton.jit(do_not_specialize=["M", "tokens"], do_not_specialize_on_alignment=["modality_ptr"])
 def quantize_normed(
     x_ptr,  # [M, K], rows x_stride elements apart
     residual_ptr,  # the same, residual_stride apart; with ADD
@@ -86,11 +91,14 @@ def quantize_normed(
     ADD: tl.constexpr,
     WRITE_NORMED: tl.constexpr,
     IN_ORDER: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """All codes of `tokens` tokens; WIDTH a power of two from K on, held in registers; grid (M / tokens).
 
-    Where channels come in no order their values are gathered in shared memory, BLOCK_K at a time.
+    Where channels come in no order their values are gathered in shared memory, BLOCK_K at a time. Tokens of x and
+    residual begin on 16 bytes: they are read 16 bytes at a time. EARLY: of few tokens, for which waiting is what costs,
+    tables are read for both rows that a token may have, before its norm.
     """
     let_next_start(PDL)
     channel = tl.arange(0, WIDTH)
@@ -100,6 +108,12 @@ def quantize_normed(
     for token in tl.range(0, min(tokens, M - tl.program_id(0) * tokens), num_stages=1):
         m = first + token
         x_row, residual_row = x_ptr + m * x_stride, residual_ptr + m * residual_stride
+        modality = tl.load(modality_ptr + m)
+        if EARLY:
+            # Both rows that the token may have: what does not wait for the norm is read before it.
+            order = channel if IN_ORDER else tl.load(order_ptr + channel, mask=exists, other=0)
+            own = load_tables(centre_ptr, inverse_ptr, limit_ptr, modality * K + channel, exists)
+            last = load_tables(centre_ptr, inverse_ptr, limit_ptr, (R - 1) * K + channel, exists)
         total = load_sum(x_row, residual_row, channel, exists, ADD)
         if ADD:
             tl.store(new_residual_ptr + m * K + channel, rounded(total, weight.dtype).to(weight.dtype), mask=exists)
@@ -112,28 +126,26 @@ def quantize_normed(
             *(x_row, residual_row, norm_weight_ptr, root),
             *(massive_channel_ptr, massive_low_ptr, massive_high_ptr, B, J, ADD),
         )
-        row = tl.where(massive > 0, R - 1, tl.load(modality_ptr + m))
+        row = tl.where(massive > 0, R - 1, modality)
         tl.store(rows_ptr + m, row)
-        if IN_ORDER:
-            table = row * K + channel
+        values = normed.to(weight.dtype)
+        if EARLY:
+            gathered = normed if IN_ORDER else tl.gather(values, order, 0).to(tl.float32)
             codes = codes_of(
-                normed,
-                tl.load(centre_ptr + table, mask=exists, other=0.0),
-                tl.load(inverse_ptr + table, mask=exists, other=0.0),
-                tl.load(limit_ptr + table, mask=exists, other=0),
+                gathered,
+                tl.where(massive > 0, last[0], own[0]),
+                tl.where(massive > 0, last[1], own[1]),
+                tl.where(massive > 0, last[2], own[2]),
             )
             tl.store(codes_ptr + m * K + channel, codes.to(tl.int8), mask=exists)
+        elif IN_ORDER:
+            centre, inverse, limit = load_tables(centre_ptr, inverse_ptr, limit_ptr, row * K + channel, exists)
+            codes = codes_of(normed, centre, inverse, limit)
+            tl.store(codes_ptr + m * K + channel, codes.to(tl.int8), mask=exists)
         else:
-            values = normed.to(weight.dtype)
             for start in tl.range(0, K, BLOCK_K, num_stages=1):
                 k = start + tl.arange(0, BLOCK_K)
                 within = k < K
-                table = row * K + k
                 gathered = tl.gather(values, tl.load(order_ptr + k, mask=within, other=0), 0).to(tl.float32)
-                codes = codes_of(
-                    gathered,
-                    tl.load(centre_ptr + table, mask=within, other=0.0),
-                    tl.load(inverse_ptr + table, mask=within, other=0.0),
-                    tl.load(limit_ptr + table, mask=within, other=0),
-                )
-                tl.store(codes_ptr + m * K + k, codes.to(tl.int8), mask=within)
+                centre, inverse, limit = load_tables(centre_ptr, inverse_ptr, limit_ptr, row * K + k, within)
+                tl.store(codes_ptr + m * K + k, codes_of(gathered, centre, inverse, limit).to(tl.int8), mask=within)

@@ -8,10 +8,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from morphoquant_vllm.gpu import launch
+from morphoquant_vllm.gpu import launch, norm_launch
 from morphoquant_vllm.gpu.device import OLDEST_PDL
 from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
+from morphoquant_vllm.gpu.kernels.norm_quant import quantize_normed
 from morphoquant_vllm.gpu.kernels.reduce_splits import reduce_splits
 from morphoquant_vllm.gpu.layout import TILE_N, tile_channels
 from morphoquant_vllm.gpu.tiles import Tile
@@ -28,7 +29,7 @@ TARGETS = {
 # Names of 16-bit activations in Triton's signatures.
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
 # Kernels that wait for none before them.
-QUANTIZERS = (quantize_activation, quantize_in_order, quantize_tokens)
+QUANTIZERS = (quantize_activation, quantize_in_order, quantize_tokens, quantize_normed)
 # Types of the parts' sums of a split K, of group scales and of two-level ones.
 SUMS = {False: "*fp32", True: "*i32"}
 
@@ -178,4 +179,55 @@ def build_reduce(
         target,
         num_warps=4,
         enable_fp_fusion=True,
+    )
+
+
+def build_norm_quantize(
+    target: str,
+    width: int,
+    *,
+    dtype: str = "bfloat16",
+    blocks: int = 1,
+    add: bool = True,
+    in_order: bool = False,
+    many: bool = False,
+    fusion: bool = False,
+) -> CompiledKernel:
+    """The kernel that norms and quantizes tokens of up to `width` channels; `many`: the one for many tokens.
+
+    `fusion` True: not as it is launched.
+    """
+    tables = {
+        "inverse_ptr": "*fp32",
+        "centre_ptr": "*fp32",
+        "limit_ptr": "*i8",
+        "order_ptr": "*i32",
+        "massive_channel_ptr": "*i32",
+        "massive_low_ptr": "*fp32",
+        "massive_high_ptr": "*fp32",
+        "codes_ptr": "*i8",
+        "rows_ptr": "*i32",
+    }
+    x = TYPES[dtype]
+    aligned = {"x_ptr": x, "residual_ptr": x, "norm_weight_ptr": x} | tables
+    aligned |= {"new_residual_ptr": x, "normed_ptr": x}
+    sizes = ("x_stride", "residual_stride", "K", "R", "M", "tokens")
+    return build(
+        quantize_normed,
+        {"modality_ptr": "*i32", "epsilon": "fp32"} | aligned | dict.fromkeys(sizes, "i32"),
+        {
+            "B": blocks,
+            "J": 4,
+            "WIDTH": width,
+            "BLOCK_K": launch.gather_block(width),
+            "ADD": add,
+            "WRITE_NORMED": False,
+            "IN_ORDER": in_order,
+            "EARLY": not many and width <= norm_launch.WIDEST_EARLY,
+            "PDL": pdl(target),
+        },
+        (*aligned, "K", "x_stride", "residual_stride"),
+        target,
+        num_warps=norm_launch.norm_warps(width),
+        enable_fp_fusion=fusion,
     )
