@@ -7,6 +7,7 @@
     plugin       what vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
     compat       command: whether the vLLM at hand has the interfaces that the plugin needs
+    handles      layers that are bound to a backend, found by a tensor of theirs
     host_memory  gives freed memory back, large pages
     environment  the environment variables that are read
     errors       the one error type for what a user can mend

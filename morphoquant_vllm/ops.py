@@ -13,12 +13,22 @@
     backend     a key of BACKENDS; its `prepare` made the records
     gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
 
+Layers in vLLM are bound to their backend when they are loaded, by `bind`, and called by a handle:
+
+    morphoquant::bound_linear(x, modality, handle, bias)                -> y [M, N], as `linear`
+    morphoquant::bound_silu_mul_linear(gate_up, modality, handle, bias) -> y [M, N], as `silu_mul_linear`
+
+    handle      the layer's own absorbed_bias, float32 [R, N]: where it lies says which layer it is
+
+So a call looks one address up. A graph takes the handle as it takes any weight: layers share compiled graphs, a cached
+graph serves the next process, and a layer lives as long as its handle. It must be passed as it is, not a copy.
+
 lm_head has its own. They run if the backend of the device of x has a `head`:
 
     morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit one, see numerics/head.py
     morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit one, for weights that the backend serves
 
-The other signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
+The signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
 out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
 """
 
@@ -31,6 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from morphoquant_vllm import handles
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
@@ -53,8 +64,7 @@ def _has_no_instructions() -> str:
     return ""
 
 
-def _needs_no_warming(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
-    """The warm-up of a backend that compiles nothing."""
+Bind = Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], handles.Bound]
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,8 @@ class Backend:
     # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
     check: Callable[[str, WeightRecord, ActivationRecord, torch.dtype], None] = _takes_any_layer
     # Compile for prepared records, a bias and a dtype of activations whatever would else be compiled during a request.
-    warm: Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], None] = _needs_no_warming
+    # None for a backend that has nothing to prepare for its calls.
+    bind: Bind | None = None
     # The layer with silu(gate) * up before it, where that costs the backend less than two steps do.
     silu_mul_linear: Linear | None = None
     # lm_head, if the backend computes it; elsewhere vLLM's own does.
@@ -138,7 +149,7 @@ BACKENDS = {
         act_quant=_triton_act_quant,
         linear=_triton_linear,
         check=gpu_backend.check,
-        warm=gpu_backend.warm,
+        bind=gpu_backend.bind,
         silu_mul_linear=_triton_silu_mul_linear,
     ),
     "cpu": Backend(
@@ -160,6 +171,50 @@ def select_backend(device: torch.device) -> str:
     if device.type == "cpu" and cpu.available():
         return "cpu"
     return BACKEND_OF_DEVICE.get(device.type, "reference")
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A layer of a backend that does not bind layers itself."""
+
+    backend: str
+    weight: list[Tensor]
+    activation: list[Tensor]
+
+    def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        return BACKENDS[self.backend].linear(x, modality, [*self.weight, handle], self.activation, bias)
+
+    def silu_mul_linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        return _silu_mul_linear(x, modality, [*self.weight, handle], self.activation, bias, self.backend)
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        handle: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        normed, total = norm_numerics.normed(x, residual, norm_weight, epsilon)
+        return self.linear(normed, modality, handle, bias), total
+
+
+def bind(
+    weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Bind a layer, of prepared records and the bias that it may be called with, and return its handle.
+
+    It takes the place of the weight record's last tensor, and mostly is that tensor. The layer is freed with it.
+    """
+    *rest, handle = weight
+    if handles.is_taken(handle):
+        # Another layer has the same tensor.
+        handle = handle.clone()
+    own = BACKENDS[backend].bind
+    handles.keep(handle, own([*rest, handle], activation, bias, dtype) if own else _Plain(backend, rest, activation))
+    return handle
 
 
 def _check_inputs(x: Tensor, modality: Tensor) -> None:
@@ -195,6 +250,16 @@ def _silu_mul_linear(
     return BACKENDS[backend].linear(silu(gate) * up, modality, weight, activation, bias)
 
 
+def _bound_linear(x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+    _check_inputs(x, modality)
+    return handles.layer_of(handle).linear(x, modality, handle, bias)
+
+
+def _bound_silu_mul_linear(gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+    _check_inputs(gate_up, modality)
+    return handles.layer_of(handle).silu_mul_linear(gate_up, modality, handle, bias)
+
+
 def _head_of(x: Tensor) -> Head:
     found = BACKENDS[select_backend(x.device)].head
     if found is None:
@@ -218,6 +283,10 @@ def _linear_fake(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight[-1].shape[-1]))
+
+
+def _bound_fake(x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], handle.shape[1]))
 
 
 def _head_fake(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -249,6 +318,18 @@ for _name, _schema, _implementation, _fake in (
         _silu_mul_linear,
         _linear_fake,
     ),
+    (
+        "bound_linear",
+        "(Tensor x, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
+        _bound_linear,
+        _bound_fake,
+    ),
+    (
+        "bound_silu_mul_linear",
+        "(Tensor gate_up, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
+        _bound_silu_mul_linear,
+        _bound_fake,
+    ),
     ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", _head, _head_fake),
     ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", _head_bfloat16, _head_bfloat16_fake),
 ):
@@ -259,34 +340,23 @@ for _name, _schema, _implementation, _fake in (
 act_quant = torch.ops.morphoquant.act_quant
 linear = torch.ops.morphoquant.linear
 silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
+bound_linear = torch.ops.morphoquant.bound_linear
+bound_silu_mul_linear = torch.ops.morphoquant.bound_silu_mul_linear
 head = torch.ops.morphoquant.head
 head_bfloat16 = torch.ops.morphoquant.head_bfloat16
 
-# RMSNorm, numerics/norm.py, and the layer after it in one op. Where a backend has no kernel, two steps:
-#   morphoquant::rms_norm_linear(x, norm_weight, epsilon, ...)               -> the linear of rms_norm(x)
-#   morphoquant::add_rms_norm_linear(x, residual, norm_weight, epsilon, ...) -> the same of x + residual, new residual
-#   x, residual [M, K] and norm_weight [K] have one dtype. The rest is what `linear` takes after x, in its order.
-NORM_LINEARS = {"triton": gpu_backend.norm_linear}
-_LINEAR_ARGUMENTS = "Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend"
+# RMSNorm, numerics/norm.py, and the layer after it in one op. x, residual [M, K] and norm_weight [K] have one dtype.
+#   morphoquant::rms_norm_linear(x, norm_weight, epsilon, modality, handle, bias)
+#       -> y [M, N], `bound_linear` of rms_norm(x)
+#   morphoquant::add_rms_norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+#       -> y [M, N] of rms_norm(x + residual), and x + residual [M, K]
 
 
 def _rms_norm_linear(
-    x: Tensor,
-    norm_weight: Tensor,
-    epsilon: float,
-    modality: Tensor,
-    weight: list[Tensor],
-    activation: list[Tensor],
-    bias: Tensor | None,
-    backend: str,
+    x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, handle: Tensor, bias: Tensor | None
 ) -> Tensor:
     _check_inputs(x, modality)
-    fused = NORM_LINEARS.get(backend)
-    if fused is not None:
-        modality = modality[: x.shape[0]]
-        return fused(x, None, norm_weight, epsilon, modality, weight, activation, bias)[0]
-    normed = norm_numerics.rms_norm(x, norm_weight, epsilon)
-    return BACKENDS[backend].linear(normed, modality, weight, activation, bias)
+    return handles.layer_of(handle).norm_linear(x, None, norm_weight, epsilon, modality, handle, bias)[0]
 
 
 def _add_rms_norm_linear(
@@ -295,44 +365,44 @@ def _add_rms_norm_linear(
     norm_weight: Tensor,
     epsilon: float,
     modality: Tensor,
-    weight: list[Tensor],
-    activation: list[Tensor],
+    handle: Tensor,
     bias: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     _check_inputs(x, modality)
-    fused = NORM_LINEARS.get(backend)
-    if fused is not None:
-        modality = modality[: x.shape[0]]
-        y, total = fused(x, residual, norm_weight, epsilon, modality, weight, activation, bias)
-        assert total is not None
-        return y, total
-    normed, total = norm_numerics.add_rms_norm(x, residual, norm_weight, epsilon)
-    return BACKENDS[backend].linear(normed, modality, weight, activation, bias), total
+    y, total = handles.layer_of(handle).norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+    assert total is not None
+    return y, total
 
 
 def _rms_norm_linear_fake(
-    x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, weight: list[Tensor], *_: object
+    x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, handle: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return x.new_empty((x.shape[0], weight[-1].shape[-1]))
+    return x.new_empty((x.shape[0], handle.shape[1]))
 
 
 def _add_rms_norm_linear_fake(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, weight: list[Tensor], *_: object
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    modality: Tensor,
+    handle: Tensor,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], weight[-1].shape[-1])), x.new_empty(x.shape)
+    return x.new_empty((x.shape[0], handle.shape[1])), x.new_empty(x.shape)
 
 
 _NORM_OPS: tuple[tuple[str, str, Callable[..., object], Callable[..., object]], ...] = (
     (
         "rms_norm_linear",
-        f"(Tensor x, Tensor norm_weight, float epsilon, {_LINEAR_ARGUMENTS}) -> Tensor",
+        "(Tensor x, Tensor norm_weight, float epsilon, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
         _rms_norm_linear,
         _rms_norm_linear_fake,
     ),
     (
         "add_rms_norm_linear",
-        f"(Tensor x, Tensor residual, Tensor norm_weight, float epsilon, {_LINEAR_ARGUMENTS}) -> (Tensor, Tensor)",
+        "(Tensor x, Tensor residual, Tensor norm_weight, float epsilon, Tensor modality, Tensor handle, Tensor? bias) "
+        "-> (Tensor, Tensor)",
         _add_rms_norm_linear,
         _add_rms_norm_linear_fake,
     ),

@@ -23,12 +23,13 @@ ROOMS = {
     "errors": set(),
     "environment": set(),
     "compat": set(),  # vLLM by name, while it compares
+    "handles": {"torch"},
     "host_memory": {"torch"},
     "numerics": {"errors", "torch", "safetensors"},
     "format": {"errors", "numerics", "torch", "safetensors"},
     "cpu": {"environment", "errors", "host_memory", "numerics", "torch"},
     "gpu": {"environment", "errors", "numerics", "torch", "triton", "typer"},
-    "ops": {"cpu", "gpu", "numerics", "torch"},
+    "ops": {"cpu", "gpu", "handles", "numerics", "torch"},
     "hf": {"environment", "errors", "format", "numerics", "torch", "transformers"},
     "plugin": {
         *("environment", "errors", "format", "host_memory", "numerics", "ops"),

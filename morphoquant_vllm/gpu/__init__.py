@@ -7,8 +7,13 @@ Notation
 
     backend      the entry `triton` of ops.BACKENDS
     layout       how packed weights, scales and the activation's tables lie in GPU memory (torch only)
-    launch       the two ops: allocates, chooses tiles, launches
-    norm_launch  the op that norms before it quantizes
+    bound            a layer bound to its kernels when it is loaded: what serves
+    launch           the two ops through Triton's own launches, for tests and tools
+    quantize_launch  which kernel quantizes how many tokens, and its launch
+    product_launch   the launches of the product and of the addition of a split K
+    norm_launch      the kernel that norms before it quantizes: its launch, and the layer behind it
+    bound_norm       that kernel bound, for a bound layer
+    launcher         one launch: described, run by Triton, or bound so that it costs the host little
     tiles        which tile sizes serve which architecture and shape, read from tiles.json (neither torch nor Triton)
     device       what the GPU at hand is
     load_checks  what is refused when a layer is loaded

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import environment
 from morphoquant_vllm.gpu import device, layout
 from morphoquant_vllm.gpu import load_checks as checks
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
+
+if TYPE_CHECKING:
+    from morphoquant_vllm.gpu import bound
 
 # Tensors of a weight and an activation record, as `prepare` makes them.
 RECORD_SIZES = (len(layout.GpuWeight._fields), len(layout.GpuActivation._fields))
@@ -26,16 +30,20 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     return list(layout.prepare_weight(weight)), list(layout.prepare_activation(activation))
 
 
-def warm(weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
-    """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU."""
-    from morphoquant_vllm.gpu import launch, norm_launch, selfcheck
+def bind(
+    weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> bound.BoundLayer | bound.PlainLayer:
+    """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU.
+
+    Raises MorphoQuantError for such a kernel.
+    """
+    from morphoquant_vllm.gpu import bound, selfcheck
 
     profile = device.profile_of(weight[0].device)
     prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
-    launch.warm(*prepared, bias, dtype, profile)
-    if environment.fusion():
-        norm_launch.warm(prepared[1], dtype, profile)
+    layer = bound.bind(*prepared, bias, dtype, profile)
     selfcheck.check(*prepared, dtype, profile)
+    return layer
 
 
 def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
@@ -63,21 +71,3 @@ def silu_mul_linear(
     return launch.linear(
         gate_up, modality, layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, profile, silu_mul=True
     )
-
-
-def norm_linear(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    epsilon: float,
-    modality: Tensor,
-    weight: list[Tensor],
-    activation: list[Tensor],
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] of the RMSNorm of x [M, K], or of x + residual, and then the new residual; the quantizer norms."""
-    from morphoquant_vllm.gpu import norm_launch
-
-    profile = device.profile_of(x.device)
-    records = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
-    return norm_launch.norm_linear(x, residual, norm_weight, epsilon, modality, *records, bias, profile)

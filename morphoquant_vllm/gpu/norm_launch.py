@@ -1,6 +1,8 @@
-"""RMSNorm and the quantizer after it in one launch, and the layer behind them."""
+"""RMSNorm and the quantizer after it in one launch, and the layer behind them through Triton's own launches."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -9,7 +11,9 @@ from torch import Tensor
 from morphoquant_vllm.gpu import launch
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.kernels.norm_quant import quantize_normed
+from morphoquant_vllm.gpu.launcher import Launch
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
+from morphoquant_vllm.gpu.quantize_launch import QUANTIZE_PROGRAMS, WHOLE_TOKENS, aligned, gather_block
 from morphoquant_vllm.gpu.tiles import splits_of
 from morphoquant_vllm.numerics import norm
 
@@ -20,6 +24,96 @@ WIDEST_EARLY = 4096
 # Channels that each of its threads holds, if that takes no more than MOST_WARPS warps.
 NORM_ELEMENTS = 8
 MOST_WARPS = 16
+# What differs from call to call, the first arguments of the kernel.
+VARYING = (
+    *("x_ptr", "residual_ptr", "norm_weight_ptr", "modality_ptr", "codes_ptr", "rows_ptr", "new_residual_ptr"),
+    *("epsilon", "x_stride", "residual_stride", "M", "tokens"),
+)
+
+
+@dataclass(frozen=True)
+class NormQuantizer:
+    """What the launches of a layer's norm and quantizer have in common."""
+
+    activation: GpuActivation
+    # Whether the next kernel may start while this one ends.
+    pdl: bool
+    units: int  # multiprocessors of the device
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.activation.in_features
+
+    @property
+    def fits(self) -> bool:
+        """Whether a program can hold a token."""
+        return self.in_features <= WIDEST_NORM
+
+    def programs(self, tokens: int) -> tuple[int, int]:
+        """How many programs there are, and how many tokens each takes."""
+        each = -(-tokens // (QUANTIZE_PROGRAMS * self.units))
+        return -(-tokens // each), each
+
+    def launch(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        codes: Tensor,
+        rows: Tensor,
+        new_residual: Tensor | None,
+        normed: Tensor | None = None,
+    ) -> Launch:
+        """The launch for x and residual [M, K], M >= 1, as `aligned` makes them; all of one dtype.
+
+        It writes codes int8 [M, K] and rows int32 [M]; with a residual new_residual [M, K]; and where the norm's
+        values go, normed [M, K].
+        """
+        tokens = x.shape[0]
+        programs, each = self.programs(tokens)
+        width = triton.next_power_of_2(self.in_features)
+        blocks, intervals = self.activation.massive_channel.shape
+        # A pointer that is neither read nor written must still be one.
+        second = x if residual is None else residual
+        arguments = {
+            "x_ptr": x,
+            "residual_ptr": second,
+            "norm_weight_ptr": norm_weight,
+            "modality_ptr": modality,
+            "codes_ptr": codes,
+            "rows_ptr": rows,
+            "new_residual_ptr": x if new_residual is None else new_residual,
+            "epsilon": epsilon,
+            "x_stride": x.stride(0),
+            "residual_stride": second.stride(0),
+            "M": tokens,
+            "tokens": each,
+            "normed_ptr": self.activation.inverse if normed is None else normed,
+            "inverse_ptr": self.activation.inverse,
+            "centre_ptr": self.activation.centre,
+            "limit_ptr": self.activation.limit,
+            "order_ptr": self.activation.massive_channel if self.activation.in_order else self.activation.channel_order,
+            "massive_channel_ptr": self.activation.massive_channel,
+            "massive_low_ptr": self.activation.massive_low,
+            "massive_high_ptr": self.activation.massive_high,
+            "K": self.in_features,
+            "R": self.activation.gain.numel(),
+            "B": blocks,
+            "J": intervals,
+            "WIDTH": width,
+            "BLOCK_K": gather_block(width),
+            "ADD": residual is not None,
+            "WRITE_NORMED": normed is not None,
+            "IN_ORDER": self.activation.in_order,
+            "EARLY": tokens < WHOLE_TOKENS and width <= WIDEST_EARLY,
+            "PDL": self.pdl,
+        }
+        # Each operation must round, as in the reference.
+        options = {"num_warps": norm_warps(width), "enable_fp_fusion": False}
+        return Launch(quantize_normed, (programs, 1), arguments, options)
 
 
 def norm_quantize(
@@ -28,61 +122,32 @@ def norm_quantize(
     norm_weight: Tensor,
     epsilon: float,
     modality: Tensor,
-    activation: GpuActivation,
-    pdl: bool = False,
-    units: int = 1,
+    quantizer: NormQuantizer,
     normed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes int8 [M, K] and rows int32 [M] of the norm of x [M, K], or of x + residual, and then the new residual.
 
-    `norm_weight` [K] has the dtype of x. `normed` [M, K]: where the norm's values go, too. `pdl` and `units` as in
-    `launch.quantize`.
+    `norm_weight` [K] has the dtype of x. `normed` [M, K]: where the norm's values go, too. Raises ValueError for
+    another width or weight.
     """
     tokens, in_features = x.shape
-    if in_features != activation.in_features or in_features > WIDEST_NORM:
-        raise ValueError(f"the norm needs x as [M, {activation.in_features}] of {WIDEST_NORM} channels at most")
+    if in_features != quantizer.in_features or not quantizer.fits:
+        raise ValueError(f"the norm needs x as [M, {quantizer.in_features}], {WIDEST_NORM} channels at most")
     if norm_weight.dtype != x.dtype or norm_weight.shape != x.shape[1:]:
         raise ValueError(f"the norm's weight must be {x.dtype} [{in_features}]")
-    x = _aligned(x)
     codes = torch.empty((tokens, in_features), dtype=torch.int8, device=x.device)
     rows = torch.empty((tokens,), dtype=torch.int32, device=x.device)
-    new_residual = None
-    if residual is not None:
-        residual = _aligned(residual)
-        new_residual = torch.empty((tokens, in_features), dtype=x.dtype, device=x.device)
+    new_residual = None if residual is None else x.new_empty((tokens, in_features))
     if tokens:
-        each = triton.cdiv(tokens, launch.QUANTIZE_PROGRAMS * units)
-        width = triton.next_power_of_2(in_features)
-        # A pointer that is neither read nor written must still be one.
-        second = x if residual is None else residual
-        quantize_normed[(triton.cdiv(tokens, each),)](
-            *(x, second, norm_weight, modality, activation.inverse, activation.centre, activation.limit),
-            activation.massive_channel if activation.in_order else activation.channel_order,
-            *(activation.massive_channel, activation.massive_low, activation.massive_high),
-            *(codes, rows, x if new_residual is None else new_residual, x if normed is None else normed),
-            *(epsilon, x.stride(0), second.stride(0), in_features, activation.gain.numel(), tokens, each),
-            B=activation.massive_channel.shape[0],
-            J=activation.massive_channel.shape[1],
-            WIDTH=width,
-            BLOCK_K=launch.gather_block(width),
-            ADD=residual is not None,
-            WRITE_NORMED=normed is not None,
-            IN_ORDER=activation.in_order,
-            EARLY=tokens < launch.WHOLE_TOKENS and width <= WIDEST_EARLY,
-            PDL=pdl,
-            num_warps=norm_warps(width),
-            # Each operation must round, as in the reference.
-            enable_fp_fusion=False,
-        )
+        second = None if residual is None else _readable(residual)
+        weight = _readable(norm_weight[None])[0]
+        quantizer.launch(_readable(x), second, weight, epsilon, modality, codes, rows, new_residual, normed).run()
     return codes, rows, new_residual
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x [M, K], copied if its tokens do not begin on 16 bytes and multiples of 16 elements apart."""
-    alignment = launch.IN_ORDER_ALIGNMENT
-    if x.stride(1) == 1 and not x.stride(0) % alignment and not x.data_ptr() % alignment:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+def _readable(x: Tensor) -> Tensor:
+    """x [M, K] as the kernel reads it, copied if it must be."""
+    return aligned(x if x.stride(1) == 1 else x.contiguous())
 
 
 def norm_warps(width: int) -> int:
@@ -102,31 +167,12 @@ def norm_linear(
     profile: Profile,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] of the norm of x [M, K], or of x + residual, and then the new residual; as `launch.linear`."""
-    if x.shape[1] > WIDEST_NORM:
-        if residual is None:
-            normed = norm.rms_norm(x, norm_weight, epsilon)
-        else:
-            normed, residual = norm.add_rms_norm(x, residual, norm_weight, epsilon)
-        return launch.linear(normed, modality, weight, activation, bias, profile), residual
-    codes, rows, new_residual = norm_quantize(
-        x, residual, norm_weight, epsilon, modality, activation, profile.pdl, profile.units
-    )
+    quantizer = NormQuantizer(activation, profile.pdl, profile.units)
+    if not quantizer.fits or norm_weight.dtype != x.dtype:
+        normed, new_residual = norm.normed(x, residual, norm_weight, epsilon)
+        return launch.linear(normed, modality, weight, activation, bias, profile), new_residual
+    codes, rows, new_residual = norm_quantize(x, residual, norm_weight, epsilon, modality, quantizer)
     tile = profile.architecture.tile(x.shape[0], group_size_of(weight), weight.two_level)
     splits = splits_of(tile, max(1, x.shape[0]), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
     settings = (tile, splits, profile.inline_assembly, profile.pdl)
     return launch.matmul(codes, rows, weight, activation.gain, bias, x.dtype, *settings), new_residual
-
-
-def warm(activation: GpuActivation, dtype: torch.dtype, profile: Profile) -> None:
-    """Compile, by running it, the kernel for few tokens and many, with and without a residual.
-
-    The rest of the layer is `launch.warm`'s.
-    """
-    if activation.in_features > WIDEST_NORM:
-        return
-    device = activation.gain.device
-    for tokens in (1, launch.WHOLE_TOKENS):
-        x = torch.zeros((tokens, activation.in_features), dtype=dtype, device=device)
-        modality = torch.zeros(tokens, dtype=torch.int32, device=device)
-        for residual in (None, x):
-            norm_quantize(x, residual, x[0], 1e-6, modality, activation, profile.pdl, profile.units)

@@ -1,7 +1,8 @@
 """Each kernel beside the torch reference on the GPU at hand, once in a process, while a first layer is loaded.
 
 Interpreter and binaries show much, but no GPU can be tested that is not at hand, and another release of Triton compiles
-another binary. A kernel that gives another result is refused with its layer instead of serving it.
+another binary. A kernel that gives another result is refused with its layer instead of serving it. They are launched as
+bound layers launch them (bound.py): what is checked is what serves.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import torch
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.gpu import launch, layout, norm_launch
+from morphoquant_vllm.gpu import bound, bound_norm, layout, norm_launch
 from morphoquant_vllm.gpu.device import Profile
+from morphoquant_vllm.gpu.product_launch import Product
+from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer
 from morphoquant_vllm.gpu.tiles import Tile
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
@@ -48,11 +51,11 @@ def problem_of_tile(
     weight = WeightRecord(packed, scale, channel_scale, constant)
     gain = torch.rand(ROWS, generator=generator) / 256
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
-    bound = linear_numerics.output_bound(codes, rows, weight, gain, expected)
+    allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
-    settings = (tile, splits, profile.inline_assembly, profile.pdl)
-    y = launch.matmul(codes.to(device), rows.to(device), prepared, gain.to(device) / 16, None, dtype, *settings)
-    error = float(((y.cpu().double() - expected.double()).abs() / bound).max())
+    product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
+    y = bound.multiplied(codes.to(device), rows.to(device), product, dtype, tile, splits)
+    error = float(((y.cpu().double() - expected.double()).abs() / allowed).max())
     if error <= 1:
         return ""
     kind = "two-level scales" if tile.two_level else f"group_size {group_size}"
@@ -83,7 +86,8 @@ def problem_of_quantizer(
     x = (torch.randn((tokens, in_features * (1 + silu_mul)), generator=generator) * 4).to(dtype)
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
-    found = launch.quantize(x.to(device), modality.to(device), prepared, silu_mul, profile.pdl, profile.units)
+    quantizer = Quantizer(prepared, silu_mul, profile.pdl, profile.units)
+    found = bound.quantized(x.to(device), modality.to(device), quantizer)
     if silu_mul:
         gate, up = x.chunk(2, dim=1)
         x = torch.nn.functional.silu(gate) * up
@@ -120,12 +124,10 @@ def problem_of_norm_quantizer(
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
     values = torch.empty_like(x, device=device)
-    arguments = (
-        *(x.to(device), residual.to(device) if add else None, weight.to(device), EPSILON, modality.to(device)),
-        *(prepared, profile.pdl, profile.units),
-    )
-    found = norm_launch.norm_quantize(*arguments, normed=values)
-    served = norm_launch.norm_quantize(*arguments)
+    quantizer = norm_launch.NormQuantizer(prepared, profile.pdl, profile.units)
+    inputs = (x.to(device), residual.to(device) if add else None, weight.to(device), EPSILON, modality.to(device))
+    found = norm_launch.norm_quantize(*inputs, quantizer, values)
+    served = bound_norm.norm_quantized(*inputs, quantizer)
     normed, expected, total = values.cpu(), norm.rms_norm(x, weight, EPSILON), None
     if add:
         expected, total = norm.add_rms_norm(x, residual, weight, EPSILON)
@@ -166,13 +168,13 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
     group_size, two_level = layout.group_size_of(weight), weight.two_level
     problems = [
         problem_of_quantizer(activation.in_features, activation.in_order, tokens, silu_mul, dtype, device, profile)
-        for tokens in (3, launch.WHOLE_TOKENS)
+        for tokens in (3, WHOLE_TOKENS)
         for silu_mul in (False, True)
     ]
     if environment.fusion() and activation.in_features <= norm_launch.WIDEST_NORM:
         problems += [
             problem_of_norm_quantizer(activation.in_features, activation.in_order, tokens, add, dtype, device, profile)
-            for tokens in (3, launch.WHOLE_TOKENS)
+            for tokens in (3, WHOLE_TOKENS)
             for add in (False, True)
         ]
     problems += [

@@ -94,6 +94,21 @@ class Architecture:
             f"unset {environment.TILES} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
 
+    def tiles_of(self, group_size: int, two_level: bool) -> list[Tile]:
+        """The tiles that serve a layer, by rising `max_tokens`, the last one without: `tile` returns one of them."""
+        found: list[Tile] = []
+        for tile in self.tiles:
+            reached = not found or tile.max_tokens is None or tile.max_tokens > (found[-1].max_tokens or 0)
+            if tile.serves(group_size, two_level) and reached:
+                found.append(tile)
+                if tile.max_tokens is None:
+                    return found
+        raise MorphoQuantError(
+            f"{self.name}: the tile table has no entry for any number of tokens at group_size {group_size}"
+            f"{' with two-level scales' * two_level}; "
+            f"unset {environment.TILES} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+        )
+
 
 # A part of K shorter than this many steps is not worth its partial sums.
 MIN_STEPS_PER_SPLIT = 4

@@ -27,3 +27,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 def _normed(h: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     variance = h.pow(2).mean(dim=-1, keepdim=True)
     return (h * torch.rsqrt(variance + epsilon)).to(weight.dtype) * weight
+
+
+def normed(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None]:
+    """`add_rms_norm`, or without a residual `rms_norm` and None."""
+    if residual is None:
+        return rms_norm(x, weight, epsilon), None
+    return add_rms_norm(x, residual, weight, epsilon)

@@ -145,9 +145,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         backend.check(self.name, weight, activation, self.activation_dtype)
         prepared = backend.prepare(weight, activation)
         try:
-            backend.warm(*prepared, getattr(layer, "bias", None), self.activation_dtype)
+            handle = ops.bind(*prepared, getattr(layer, "bias", None), self.activation_dtype, self.backend)
         except MorphoQuantError as problem:
             raise MorphoQuantError(f"{self.name}: {problem}") from None
+        prepared[0][-1] = handle
         self.weight_size, self.activation_size = (len(record) for record in prepared)
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
             for index, part in enumerate(record):
@@ -204,14 +205,18 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         return torch.full(x.shape[:1], row, dtype=torch.int32, device=x.device)
 
     def records(self, layer: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """The weight and activation records that the ops take."""
+        """The weight and activation records, which the ops of layers that are not bound take."""
         weight = [getattr(layer, f"weight_record_{index}") for index in range(self.weight_size)]
         activation = [getattr(layer, f"activation_record_{index}") for index in range(self.activation_size)]
         return weight, activation
 
+    def handle(self, layer: torch.nn.Module) -> Tensor:
+        """The layer's handle: the last tensor of its weight record."""
+        handle: Tensor = getattr(layer, f"weight_record_{self.weight_size - 1}")
+        return handle
+
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight, activation = self.records(layer)
         # No view where none is needed: it would hide what comes before from the pass of `fusion`.
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = ops.linear(flat, self.token_rows(layer, flat), weight, activation, bias, self.backend)
+        y = ops.bound_linear(flat, self.token_rows(layer, flat), self.handle(layer), bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

@@ -30,46 +30,43 @@ def install(config: VllmConfig, backend: str) -> None:
     """
     if ops.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
         passes = config.compilation_config.inductor_compile_config
-        passes.setdefault(current_platform.pass_key, SiluMulFusion(backend))
+        passes.setdefault(current_platform.pass_key, SiluMulFusion())
 
 
 class SiluMulFusion(InductorPass):
-    """Graph pass: linear(silu(gate_up[:, :K]) * gate_up[:, K:]) of one backend becomes silu_mul_linear(gate_up).
+    """Graph pass: bound_linear(silu(gate_up[:, :K]) * gate_up[:, K:]) becomes bound_silu_mul_linear(gate_up).
 
     Holds plain data: vLLM copies it with its configuration.
     """
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        self.sizes = ops.BACKENDS[backend].record_sizes
+    def __init__(self) -> None:
         self.matched = 0
 
     def uuid(self) -> str:
-        return self.hash_source(type(self), replacements.__wrapped__, f"{self.backend} {self.sizes}")
+        return self.hash_source(type(self), replacements.__wrapped__)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        self.matched = replacements(self.backend, *self.sizes).apply(graph)
+        self.matched = replacements().apply(graph)
 
 
 @cache
-def replacements(backend: str, weight_size: int, activation_size: int) -> PatternMatcherPass:
+def replacements() -> PatternMatcherPass:
     """What is found and what takes its place; traced, as the compiler traces the model. Once: torch keeps a list."""
 
-    def found(gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor]) -> Tensor:
+    def found(gate_up: Tensor, modality: Tensor, handle: Tensor) -> Tensor:
         # As vLLM's SiluAndMul has it; down_proj has no bias of its own in the MLPs that use it.
         half = gate_up.shape[-1] // 2
         x = silu(gate_up[..., :half]) * gate_up[..., half:]
-        return ops.linear(x, modality, weight, activation, None, backend)
+        return ops.bound_linear(x, modality, handle, None)
 
-    def instead(gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor]) -> Tensor:
-        return ops.silu_mul_linear(gate_up, modality, weight, activation, None, backend)
+    def instead(gate_up: Tensor, modality: Tensor, handle: Tensor) -> Tensor:
+        return ops.bound_silu_mul_linear(gate_up, modality, handle, None)
 
     patterns = PatternMatcherPass(pass_name="morphoquant_silu_mul")
     with FakeTensorMode():
         # Shapes and dtypes are placeholders: torch traces again with those that it meets.
         gate_up = torch.empty(5, 16, dtype=torch.bfloat16)
         modality = torch.empty(5, dtype=torch.int32)
-        weight = [torch.empty(3, 4) for _ in range(weight_size)]
-        activation = [torch.empty(3, 4) for _ in range(activation_size)]
-        register_replacement(found, instead, [gate_up, modality, weight, activation], fwd_only, patterns)
+        handle = torch.empty(3, 4)
+        register_replacement(found, instead, [gate_up, modality, handle], fwd_only, patterns)
     return patterns

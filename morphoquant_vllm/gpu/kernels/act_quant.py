@@ -81,6 +81,9 @@ def codes_of(x, centre, inverse, limit):
 def quantize_activation(
     x_ptr,  # [M, K], rows x_stride elements apart; with SILU_MUL [M, 2K]
     modality_ptr,  # int32 [M]
+    codes_ptr,  # int8 [M, K], written
+    rows_ptr,  # int32 [M], written
+    x_stride,
     inverse_ptr,  # float32 [R, K]
     centre_ptr,  # float32 [R, K]
     limit_ptr,  # int8 [R, K]: the highest code; the lowest is -1 - limit
@@ -88,9 +91,6 @@ def quantize_activation(
     massive_channel_ptr,  # int32 [B, J]
     massive_low_ptr,  # float32 [B, J]
     massive_high_ptr,  # float32 [B, J]
-    codes_ptr,  # int8 [M, K], written
-    rows_ptr,  # int32 [M], written
-    x_stride,
     K,
     R,
     B: tl.constexpr,
@@ -138,6 +138,11 @@ def quantize_activation(
 def quantize_tokens(
     x_ptr,
     modality_ptr,
+    codes_ptr,
+    rows_ptr,
+    x_stride,
+    M,
+    tokens,
     inverse_ptr,
     centre_ptr,
     limit_ptr,
@@ -145,13 +150,8 @@ def quantize_tokens(
     massive_channel_ptr,
     massive_low_ptr,
     massive_high_ptr,
-    codes_ptr,
-    rows_ptr,
-    x_stride,
     K,
     R,
-    M,
-    tokens,
     B: tl.constexpr,
     J: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -192,19 +192,19 @@ def quantize_tokens(
 def quantize_in_order(
     x_ptr,
     modality_ptr,
+    codes_ptr,
+    rows_ptr,
+    x_stride,
+    M,
+    tokens,
     inverse_ptr,
     centre_ptr,
     limit_ptr,
     massive_channel_ptr,
     massive_low_ptr,
     massive_high_ptr,
-    codes_ptr,
-    rows_ptr,
-    x_stride,
     K,
     R,
-    M,
-    tokens,
     B: tl.constexpr,
     J: tl.constexpr,
     BLOCK_K: tl.constexpr,

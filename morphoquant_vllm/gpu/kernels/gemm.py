@@ -99,18 +99,18 @@ def group_sums(
 @triton.jit(do_not_specialize=["M", "splits"])
 def int4_gemm(
     codes_ptr,  # int8 [M, K]
+    rows_ptr,  # int32 [M]
+    out_ptr,  # y [M, N], or with PARTIAL the parts' sums, float32 (TWO_LEVEL: int32) [splits, M, N]
+    M,
+    splits,
     weight_ptr,  # int8 [N/TILE_N, K/P, TILE_N, P/2]
     scale_ptr,  # int32 or float32 [K/P, N rounded up to TILE_N]; TWO_LEVEL: int32 [K/2P, same]; see layout.py
     channel_scale_ptr,  # float32 [N], times 16; with TWO_LEVEL
-    rows_ptr,  # int32 [M]
     gain_ptr,  # float32 [R], divided by 16
     absorbed_bias_ptr,  # float32 [R, N]
     bias_ptr,  # [N] or unused
-    out_ptr,  # y [M, N], or with PARTIAL the parts' sums, float32 (TWO_LEVEL: int32) [splits, M, N]
-    M,
     N,
     K,
-    splits,
     G: tl.constexpr,
     P: tl.constexpr,
     TILE_N: tl.constexpr,

@@ -66,6 +66,15 @@ def quantize_normed(
     residual_ptr,  # the same, residual_stride apart; with ADD
     norm_weight_ptr,  # [K], dtype of x
     modality_ptr,  # int32 [M]
+    codes_ptr,  # int8 [M, K], written
+    rows_ptr,  # int32 [M], written
+    new_residual_ptr,  # [M, K], written with ADD
+    epsilon,
+    x_stride,
+    residual_stride,
+    M,
+    tokens,
+    normed_ptr,  # [M, K], written with WRITE_NORMED
     inverse_ptr,  # float32 [R, K]
     centre_ptr,  # float32 [R, K]
     limit_ptr,  # int8 [R, K]
@@ -73,17 +82,8 @@ def quantize_normed(
     massive_channel_ptr,  # int32 [B, J]
     massive_low_ptr,  # float32 [B, J]
     massive_high_ptr,  # float32 [B, J]
-    codes_ptr,  # int8 [M, K], written
-    rows_ptr,  # int32 [M], written
-    new_residual_ptr,  # [M, K], written with ADD
-    normed_ptr,  # [M, K], written with WRITE_NORMED
-    epsilon,
-    x_stride,
-    residual_stride,
     K,
     R,
-    M,
-    tokens,
     B: tl.constexpr,
     J: tl.constexpr,
     WIDTH: tl.constexpr,

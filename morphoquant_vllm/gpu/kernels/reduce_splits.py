@@ -9,15 +9,15 @@ from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
 @triton.jit(do_not_specialize=["M", "splits"])
 def reduce_splits(
     part_ptr,  # float32 (TWO_LEVEL: int32) [splits, M, N]
-    channel_scale_ptr,  # float32 [N], times 16; with TWO_LEVEL
     rows_ptr,  # int32 [M]
+    out_ptr,  # [M, N]
+    M,
+    splits,
+    channel_scale_ptr,  # float32 [N], times 16; with TWO_LEVEL
     gain_ptr,  # float32 [R], divided by 16
     absorbed_bias_ptr,  # float32 [R, N]
     bias_ptr,  # [N] or unused
-    out_ptr,  # [M, N]
-    M,
     N,
-    splits,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TWO_LEVEL: tl.constexpr,

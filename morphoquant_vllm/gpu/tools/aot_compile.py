@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from morphoquant_vllm.gpu import launch, norm_launch
+from morphoquant_vllm.gpu import norm_launch, product_launch, quantize_launch
 from morphoquant_vllm.gpu.device import OLDEST_PDL
 from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
@@ -70,7 +70,7 @@ def build_gemm(
     even_k: bool = True,
     aligned: bool = True,
 ) -> CompiledKernel:
-    """The matrix kernel with the constants that `launch.matmul` would give it. `aligned` False: as if none were."""
+    """The matrix kernel with the constants that `product_launch` would give it. `aligned` False: as if none were."""
     pointers = {
         "codes_ptr": "*i8",
         "weight_ptr": "*i8",
@@ -89,7 +89,7 @@ def build_gemm(
         "BLOCK_N": tile.block_n,
         "BLOCK_M": tile.block_m,
         "PARTIAL": partial,
-        "GROUP_M": launch.GROUP_M,
+        "GROUP_M": product_launch.GROUP_M,
         "EVEN_K": even_k,
         "HAS_BIAS": has_bias,
         "ASM": TARGETS[target].backend == "cuda",
@@ -145,7 +145,11 @@ def build_quantize(
     constants = {"B": blocks, "J": 4, "SILU_MUL": silu_mul, "PDL": pdl(target)}
     if kernel is quantize_activation:
         constants["IN_ORDER"] = in_order
-    whole = {"WIDTH": width, "BLOCK_K": launch.gather_block(width)} if width else {"BLOCK_K": launch.QUANTIZE_BLOCK_K}
+    whole = (
+        {"WIDTH": width, "BLOCK_K": quantize_launch.gather_block(width)}
+        if width
+        else {"BLOCK_K": quantize_launch.QUANTIZE_BLOCK_K}
+    )
     sizes = ("x_stride", "K", "R", *(("M", "tokens") if width or many else ()))
     return build(
         kernel,
@@ -153,7 +157,7 @@ def build_quantize(
         constants | whole,
         (*aligned, "K", *(("x_stride",) if many else ())),
         target,
-        num_warps=launch.GATHER_WARPS if width else launch.QUANTIZE_WARPS,
+        num_warps=quantize_launch.GATHER_WARPS if width else quantize_launch.QUANTIZE_WARPS,
         enable_fp_fusion=fusion,
     )
 
@@ -174,7 +178,7 @@ def build_reduce(
     return build(
         reduce_splits,
         pointers | dict.fromkeys(("M", "N", "splits"), "i32"),
-        {"BLOCK_N": launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level, "PDL": pdl(target)},
+        {"BLOCK_N": product_launch.REDUCE_BLOCK_N, "HAS_BIAS": has_bias, "TWO_LEVEL": two_level, "PDL": pdl(target)},
         (*pointers, "N"),
         target,
         num_warps=4,
@@ -219,7 +223,7 @@ def build_norm_quantize(
             "B": blocks,
             "J": 4,
             "WIDTH": width,
-            "BLOCK_K": launch.gather_block(width),
+            "BLOCK_K": quantize_launch.gather_block(width),
             "ADD": add,
             "WRITE_NORMED": False,
             "IN_ORDER": in_order,

@@ -210,27 +210,28 @@ class AlignedTokens:
         self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Any:
-        def run(x: Tensor, *arguments: Any, **settings: Any) -> Any:
-            assert x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
-            return self.kernel[grid](x, *arguments, **settings)
+        def run(**arguments: Any) -> Any:
+            x = arguments["x_ptr"]
+            assert x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and arguments["x_stride"] == x.stride(0)
+            return self.kernel[grid](**arguments)
 
         return run
 
 
 def strided_input_agrees(case: Case, first: int, width: int) -> bool:
     """Codes of a slice from channel `first` on of wider tokens: its rows do not follow each other."""
-    from morphoquant_vllm.gpu import launch
+    from morphoquant_vllm.gpu import launch, quantize_launch
 
     _, record = layer(case)
     x, modality = tokens(case, record)
     wide = torch.cat((x, x), 1)[:, :width].contiguous()[:, first : first + case.in_features]
     rows = activation_numerics.token_rows(wide, modality, record)
-    kernel = launch.quantize_in_order
-    launch.quantize_in_order = AlignedTokens(kernel)
+    kernel = quantize_launch.quantize_in_order
+    quantize_launch.quantize_in_order = AlignedTokens(kernel)
     try:
         codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
     finally:
-        launch.quantize_in_order = kernel
+        quantize_launch.quantize_in_order = kernel
     return torch.equal(codes, activation_numerics.act_quant(wide, rows, record))
 
 

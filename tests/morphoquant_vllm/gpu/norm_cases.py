@@ -65,9 +65,10 @@ def compare(case: Case, add: bool) -> NormAgreement:
         expected, new_residual = norm.rms_norm(x, weight, EPSILON), None
     normed = torch.empty_like(x)
     prepared = layout.prepare_activation(record)
-    arguments = (x, residual if add else None, weight, EPSILON, modality, prepared)
-    codes, rows, found_residual = norm_launch.norm_quantize(*arguments, normed=normed)
-    served = norm_launch.norm_quantize(*arguments, units=2)
+    arguments = (x, residual if add else None, weight, EPSILON, modality)
+    one, two = (norm_launch.NormQuantizer(prepared, False, units) for units in (1, 2))
+    codes, rows, found_residual = norm_launch.norm_quantize(*arguments, one, normed)
+    served = norm_launch.norm_quantize(*arguments, two)
     own_rows = activation_numerics.token_rows(normed, modality, record)
     other = ~((normed == expected) | (normed.isnan() & expected.isnan()))
     off = (normed.float() - expected.float()).abs() / (2 * torch.finfo(case.dtype).eps * expected.float().abs())
@@ -95,29 +96,29 @@ class AlignedTokens:
         self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Any:
-        def run(x: Tensor, residual: Tensor, *arguments: Any, **settings: Any) -> Any:
-            for tokens in (x, residual):
+        def run(**arguments: Any) -> Any:
+            for tokens in (arguments["x_ptr"], arguments["residual_ptr"]):
                 assert tokens.data_ptr() % 16 == 0 and tokens.stride(0) % 16 == 0 and tokens.stride(1) == 1
-            return self.kernel[grid](x, residual, *arguments, **settings)
+            return self.kernel[grid](**arguments)
 
         return run
 
 
 def strided_input_agrees(case: Case, first: int) -> bool:
-    """Codes of slices from channel `first` on of tokens twice as wide: rows of x and residual do not follow each other."""
+    """Codes of slices from channel `first` on of tokens twice as wide: rows do not follow each other."""
     from morphoquant_vllm.gpu import norm_launch
 
     _, record = layer(case)
     x, residual, weight, modality = inputs(case, record)
-    prepared = layout.prepare_activation(record)
+    quantizer = norm_launch.NormQuantizer(layout.prepare_activation(record), False, 1)
     wide = [torch.cat((tensor, tensor), 1)[:, first : first + case.in_features] for tensor in (x, residual)]
     kernel = norm_launch.quantize_normed
     norm_launch.quantize_normed = AlignedTokens(kernel)
     try:
-        found = norm_launch.norm_quantize(*wide, weight, EPSILON, modality, prepared)
+        found = norm_launch.norm_quantize(*wide, weight, EPSILON, modality, quantizer)
     finally:
         norm_launch.quantize_normed = kernel
-    expected = norm_launch.norm_quantize(*(part.contiguous() for part in wide), weight, EPSILON, modality, prepared)
+    expected = norm_launch.norm_quantize(*(part.contiguous() for part in wide), weight, EPSILON, modality, quantizer)
     return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -133,15 +134,14 @@ def fused(case: Case, architecture: str, add: bool, widest: int | None = None) -
     x, residual, norm_weight, modality = inputs(case, record)
     longer = torch.cat((modality, torch.full((9,), 1, dtype=torch.int32)))
     prepared = ops.BACKENDS["triton"].prepare(weight, record)
+    handle = ops.bind(*prepared, None, case.dtype, "triton")
     normed = torch.empty_like(x)
-    norm_launch.norm_quantize(
-        *(x, residual if add else None, norm_weight, EPSILON, modality, layout.GpuActivation(*prepared[1])),
-        normed=normed,
-    )
+    quantizer = norm_launch.NormQuantizer(layout.GpuActivation(*prepared[1]), False, 4)
+    norm_launch.norm_quantize(x, residual if add else None, norm_weight, EPSILON, modality, quantizer, normed)
     before = norm_launch.WIDEST_NORM
     norm_launch.WIDEST_NORM = before if widest is None else widest
     try:
-        arguments = (norm_weight, EPSILON, longer, *prepared, None, "triton")
+        arguments = (norm_weight, EPSILON, longer, handle, None)
         if add:
             y, new_residual = ops.add_rms_norm_linear(x, residual, *arguments)
         else:
@@ -150,20 +150,21 @@ def fused(case: Case, architecture: str, add: bool, widest: int | None = None) -
         norm_launch.WIDEST_NORM = before
     expected = norm.add_rms_norm(x, residual, norm_weight, EPSILON)[1] if add else None
     return (
-        torch.equal(y, ops.linear(normed, longer, *prepared, None, "triton")),
+        torch.equal(y, ops.bound_linear(normed, longer, handle, None)),
         not add or torch.equal(new_residual, expected),
     )
 
 
 def self_check() -> tuple[list[str], list[str]]:
     """What `selfcheck` says of the sound kernel, and of three that are wrong: a code, a row, a residual."""
-    from morphoquant_vllm.gpu import device, launch, norm_launch, selfcheck, tiles
+    from morphoquant_vllm.gpu import bound_norm, device, norm_launch, selfcheck, tiles
+    from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS
 
     profile = device.Profile(tiles.architectures()["sm_80"], 1, inline_assembly=False, pdl=False)
     settings = (torch.bfloat16, torch.device("cpu"), profile)
     sound = [
         selfcheck.problem_of_norm_quantizer(96, in_order, tokens, add, *settings)
-        for in_order, tokens, add in ((False, 3, False), (True, 3, True), (False, launch.WHOLE_TOKENS, True))
+        for in_order, tokens, add in ((False, 3, False), (True, 3, True), (False, WHOLE_TOKENS, True))
     ]
     kernel = norm_launch.norm_quantize
     wrong = []
@@ -174,9 +175,9 @@ def self_check() -> tuple[list[str], list[str]]:
             found[index].flatten()[1] += 1
             return found
 
-        norm_launch.norm_quantize = spoiled
+        norm_launch.norm_quantize = bound_norm.norm_quantize = spoiled
         try:
             wrong.append(selfcheck.problem_of_norm_quantizer(96 + index, False, 3, True, *settings))
         finally:
-            norm_launch.norm_quantize = kernel
+            norm_launch.norm_quantize = bound_norm.norm_quantize = kernel
     return sound, wrong

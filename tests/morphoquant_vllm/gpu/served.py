@@ -13,8 +13,14 @@ from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from tests.morphoquant_vllm.gpu.cases import Case, layer, tokens
 
-# Everything that launch.py launches.
-KERNELS = ("quantize_activation", "quantize_in_order", "quantize_tokens", "int4_gemm", "reduce_splits")
+# Everything that is launched, by the module that describes the launch.
+KERNELS = {
+    "quantize_activation": "quantize_launch",
+    "quantize_in_order": "quantize_launch",
+    "quantize_tokens": "quantize_launch",
+    "int4_gemm": "product_launch",
+    "reduce_splits": "product_launch",
+}
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,17 @@ def pretend(architecture: str, units: int) -> None:
 
 
 def run(case: Case, architecture: str, units: int = 4) -> Served:
-    """`warm` and both ops of the backend, with the tiles that the table names for an architecture."""
+    """A bound layer and the quantizer's op, with the tiles that the table names for an architecture."""
     pretend(architecture, units)
     weight, record = layer(case)
     x, modality = tokens(case, record)
     longer = torch.cat((modality, torch.full((9,), 1, dtype=torch.int32)))
     bias = torch.linspace(-1, 1, case.out_features).to(case.dtype) if case.bias else None
-    backend = ops.BACKENDS["triton"]
-    prepared, prepared_activation = backend.prepare(weight, record)
-    backend.warm(prepared, prepared_activation, bias, case.dtype)
+    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    handle = ops.bind(prepared, prepared_activation, bias, case.dtype, "triton")
     codes = ops.act_quant(x, longer, prepared_activation, "triton")
-    y: Tensor = ops.linear(x, longer, prepared, prepared_activation, bias, "triton")
+    y: Tensor = ops.bound_linear(x, longer, handle, bias)
+    assert torch.equal(y, ops.linear(x, longer, prepared, prepared_activation, bias, "triton"))
     rows = activation_numerics.token_rows(x, modality, record)
     expected_codes = activation_numerics.act_quant(x, rows, record)
     expected = linear_numerics.matmul(expected_codes, rows, weight, record.gain, bias).to(case.dtype)
@@ -82,6 +88,7 @@ class Counted:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.launches = 0
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Any:
         self.launches += 1
@@ -90,23 +97,24 @@ class Counted:
 
 def launches(case: Case, architecture: str, units: int, silu_mul: bool) -> dict[str, int]:
     """How often one call of an op launches each kernel; `silu_mul`: the op that computes silu(gate) * up as well."""
-    from morphoquant_vllm.gpu import launch
+    from importlib import import_module
 
     pretend(architecture, units)
     weight, record = layer(case)
     x, modality = tokens(case, record)
     prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
-    kernels = {name: Counted(getattr(launch, name)) for name in KERNELS}
+    rooms = {name: import_module(f"morphoquant_vllm.gpu.{module}") for name, module in KERNELS.items()}
+    kernels = {name: Counted(getattr(room, name)) for name, room in rooms.items()}
     try:
         for name, kernel in kernels.items():
-            setattr(launch, name, kernel)
+            setattr(rooms[name], name, kernel)
         if silu_mul:
             ops.silu_mul_linear(torch.cat((x, x), 1), modality, prepared, prepared_activation, None, "triton")
         else:
             ops.linear(x, modality, prepared, prepared_activation, None, "triton")
     finally:
         for name, kernel in kernels.items():
-            setattr(launch, name, kernel.kernel)
+            setattr(rooms[name], name, kernel.kernel)
     return {name: kernel.launches for name, kernel in kernels.items()}
 
 
@@ -124,46 +132,46 @@ def fused(case: Case, architecture: str) -> bool:
 
 def self_check(two_level: bool) -> tuple[list[str], str]:
     """What `selfcheck` says of sound kernels, tiles of a table and all quantizers, and of one that is not."""
-    from morphoquant_vllm.gpu import device, launch, selfcheck, tiles
+    from morphoquant_vllm.gpu import bound, device, quantize_launch, selfcheck, tiles
 
     profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     found = [
         selfcheck.problem_of_quantizer(288, in_order, tokens, silu_mul, dtype, cpu, profile)
         for in_order in (False, True)
-        for tokens in (3, launch.WHOLE_TOKENS)
+        for tokens in (3, quantize_launch.WHOLE_TOKENS)
         for silu_mul in (False, True)
     ]
     tile = profile.architecture.tile(16, 32, two_level)
     found += [selfcheck.problem_of_tile(tile, 32, splits, dtype, cpu, profile) for splits in (1, 2)]
-    sound = launch.matmul
+    sound = bound.multiplied
 
     def wrong(codes: Tensor, *arguments: Any) -> Tensor:
         y = sound(codes, *arguments)
         y[-1, -1] += 1 + y[-1, -1].abs() / 16
         return y
 
-    launch.matmul = wrong
+    bound.multiplied = wrong
     try:
         return found, selfcheck.problem_of_tile(tile, 32, 1, torch.float16, cpu, profile)
     finally:
-        launch.matmul = sound
+        bound.multiplied = sound
 
 
 def self_check_of_the_quantizer() -> str:
     """What `selfcheck` says of a quantizer of which one code is wrong."""
-    from morphoquant_vllm.gpu import device, launch, selfcheck, tiles
+    from morphoquant_vllm.gpu import bound, device, selfcheck, tiles
 
     profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
-    sound = launch.quantize
+    sound = bound.quantized
 
     def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
         codes, rows = sound(*arguments)
         codes[1, 1] ^= 1
         return codes, rows
 
-    launch.quantize = wrong
+    bound.quantized = wrong
     try:
         return selfcheck.problem_of_quantizer(96, False, 3, False, torch.float16, torch.device("cpu"), profile)
     finally:
-        launch.quantize = sound
+        bound.quantized = sound

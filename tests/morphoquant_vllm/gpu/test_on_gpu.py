@@ -14,7 +14,6 @@ from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 from tests.morphoquant_vllm.gpu.cases import Case, layer, tokens
-from tests.morphoquant_vllm.gpu.served import KERNELS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +48,8 @@ def test_ops_agree_with_the_reference(case: Case) -> None:
     expected_codes = activation_numerics.act_quant(x, rows, record)
     assert torch.equal(ops.act_quant(x, modality, prepared_activation, "triton"), expected_codes)
     y = ops.linear(x, modality, prepared, prepared_activation, bias, "triton")
+    handle = ops.bind(prepared, prepared_activation, bias, case.dtype, "triton")
+    assert torch.equal(ops.bound_linear(x, modality, handle, bias), y)
     expected = linear_numerics.matmul(expected_codes, rows, weight, record.gain, bias).to(case.dtype)
     # On the CPU: the bound's group sums would need a float32 product without TF32.
     on_cpu = WeightRecord(*(t.cpu() for t in weight))
@@ -77,23 +78,24 @@ def test_a_captured_graph_replays_on_new_input(count: int, in_order: bool) -> No
     case = Case(count, 3584, 3584, 64, in_order=in_order)
     weight, record, x, modality = on_gpu(case)
     prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
-    ops.BACKENDS["triton"].warm(prepared, prepared_activation, None, case.dtype)
+    handle = ops.bind(prepared, prepared_activation, None, case.dtype, "triton")
     torch.cuda.synchronize()
     static = torch.zeros_like(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = ops.linear(static, modality, prepared, prepared_activation, None, "triton")
+        y = ops.bound_linear(static, modality, handle, None)
     static.copy_(x)
     graph.replay()
-    expected = ops.linear(x, modality, prepared, prepared_activation, None, "triton")
+    expected = ops.bound_linear(x, modality, handle, None)
     assert torch.equal(y, expected), "the same bits: no sum depends on the order in which programs end"
 
 
 @pytest.mark.parametrize("in_order", [False, True])
 def test_no_call_synchronises_with_the_host_or_compiles(in_order: bool) -> None:
-    from morphoquant_vllm.gpu import launch
+    from morphoquant_vllm.gpu import product_launch, quantize_launch
 
-    kernels = [getattr(launch, name) for name in KERNELS]
+    kernels = [quantize_launch.quantize_activation, quantize_launch.quantize_in_order, quantize_launch.quantize_tokens]
+    kernels += [product_launch.int4_gemm, product_launch.reduce_splits]
 
     def compiled() -> list[int]:
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
@@ -101,14 +103,14 @@ def test_no_call_synchronises_with_the_host_or_compiles(in_order: bool) -> None:
     case = Case(512, 896, 4864, 128, in_order=in_order)
     weight, record, x, modality = on_gpu(case)
     prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
-    ops.BACKENDS["triton"].warm(prepared, prepared_activation, None, case.dtype)
+    handle = ops.bind(prepared, prepared_activation, None, case.dtype, "triton")
     gate_up = torch.cat((x, x), 1)
     before = compiled()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for count in (1, 2, 3, 16, 17, 31, 64, 65, 511, 512):
-            ops.linear(x[:count], modality, prepared, prepared_activation, None, "triton")
-            ops.silu_mul_linear(gate_up[:count], modality, prepared, prepared_activation, None, "triton")
+            ops.bound_linear(x[:count], modality, handle, None)
+            ops.bound_silu_mul_linear(gate_up[:count], modality, handle, None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert compiled() == before

@@ -32,6 +32,12 @@ def records() -> tuple[list[Tensor], list[Tensor]]:
     return list(weight_of(tensors)), list(activation_of(tensors))
 
 
+@pytest.fixture(scope="module")
+def handle(records: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    """Of a layer that is bound to the reference, which has no fused kernel."""
+    return ops.bind(*records, None, torch.float32, "reference")
+
+
 def gate_up(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Input whose number of tokens alone is dynamic, as in vLLM, and a buffer of rows that is longer."""
     generator = torch.Generator().manual_seed(tokens)
@@ -55,28 +61,28 @@ def compiled(function: Callable, pass_: SiluMulFusion) -> tuple[Callable, list[s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_silu_and_mul_become_part_of_the_op(records, dtype: torch.dtype) -> None:
+def test_silu_and_mul_become_part_of_the_op(handle: Tensor, dtype: torch.dtype) -> None:
     from vllm.model_executor.layers.activation import SiluAndMul
 
     def layer(x: Tensor, modality: Tensor) -> Tensor:
-        return ops.linear(SiluAndMul.forward_native(x), modality, *records, None, "reference") + 1
+        return ops.bound_linear(SiluAndMul.forward_native(x), modality, handle, None) + 1
 
     with torch.no_grad():
-        pass_ = SiluMulFusion("reference")
+        pass_ = SiluMulFusion()
         fused, targets = compiled(layer, pass_)
         for tokens in (6, 3):
             x, modality = gate_up(tokens, dtype)
             assert torch.equal(fused(x, modality), layer(x, modality)), "the reference has no fused kernel: same bits"
         assert pass_.matched == 1
-        assert [target for target in targets if "morphoquant" in target] == ["morphoquant.silu_mul_linear.default"]
+        assert [target for target in targets if "morphoquant" in target] == [
+            "morphoquant.bound_silu_mul_linear.default"
+        ]
         assert not [target for target in targets if "exp" in target or "sigmoid" in target]
 
 
-def others(records) -> dict[str, Callable]:
-    weight, activation = records
-
+def others(handle: Tensor) -> dict[str, Callable]:
     def linear(x: Tensor, modality: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.linear(x, modality, weight, activation, bias, "reference")
+        return ops.bound_linear(x, modality, handle, bias)
 
     def used_twice(x: Tensor, modality: Tensor) -> Tensor:
         y = silu(x[:, :K]) * x[:, K:]
@@ -95,24 +101,22 @@ CASES = ["another activation", "gate and up the other way round", "halves of oth
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_not_that_pattern_stays(records, case: str) -> None:
-    function = others(records)[case]
+def test_what_is_not_that_pattern_stays(handle: Tensor, case: str) -> None:
+    function = others(handle)[case]
     with torch.no_grad():
-        pass_ = SiluMulFusion("reference")
+        pass_ = SiluMulFusion()
         same, targets = compiled(function, pass_)
         x, modality = gate_up(5, torch.float32)
         assert torch.allclose(same(x, modality), function(x, modality), rtol=1e-6)
     assert pass_.matched == 0
-    assert "morphoquant.linear.default" in targets
+    assert "morphoquant.bound_linear.default" in targets
 
 
-def test_another_backend_s_layers_stay(records, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_of_layers_that_are_not_bound_stays(records: tuple[list[Tensor], list[Tensor]]) -> None:
     def layer(x: Tensor, modality: Tensor) -> Tensor:
         return ops.linear(silu(x[:, :K]) * x[:, K:], modality, *records, None, "reference")
 
-    # Its records have the same number of tensors.
-    monkeypatch.setitem(ops.BACKENDS, "other", ops.BACKENDS["reference"])
-    pass_ = SiluMulFusion("other")
+    pass_ = SiluMulFusion()
     with torch.no_grad():
         same, targets = compiled(layer, pass_)
         x, modality = gate_up(5, torch.float32)
@@ -145,13 +149,13 @@ def test_vllm_s_compiler_takes_the_pass_where_asked_and_keeps_the_user_s(monkeyp
     assert config.compilation_config.inductor_compile_config[current_platform.pass_key] is users
 
 
-def test_inductor_runs_the_pass_and_computes_the_same(records) -> None:
+def test_inductor_runs_the_pass_and_computes_the_same(handle: Tensor) -> None:
     """Through the compiler itself."""
 
     def layer(x: Tensor, modality: Tensor) -> Tensor:
-        return ops.linear(silu(x[:, :K]) * x[:, K:], modality, *records, None, "reference")
+        return ops.bound_linear(silu(x[:, :K]) * x[:, K:], modality, handle, None)
 
-    pass_ = SiluMulFusion("reference")
+    pass_ = SiluMulFusion()
     options = {"post_grad_custom_post_pass": pass_}
     # A graph from the cache has been through the pass already.
     with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
@@ -186,11 +190,11 @@ def test_vllm_s_own_mlp_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(9, hidden, generator=generator).bfloat16()
     torch._dynamo.mark_dynamic(x, 0)
     with torch.no_grad():
-        fused, targets = compiled(mlp, SiluMulFusion("reference"))
+        fused, targets = compiled(mlp, SiluMulFusion())
         # Not mlp(x): outside of compiled models vLLM compiles SiluAndMul alone, which rounds once.
         middle = mlp.act_fn.forward_native(mlp.gate_up_proj(x)[0])
         assert torch.equal(fused(x), mlp.down_proj(middle)[0])
     assert [target for target in targets if "morphoquant" in target] == [
-        "morphoquant.linear.default",
-        "morphoquant.silu_mul_linear.default",
+        "morphoquant.bound_linear.default",
+        "morphoquant.bound_silu_mul_linear.default",
     ]

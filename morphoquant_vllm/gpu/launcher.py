@@ -1,0 +1,102 @@
+"""One launch of a kernel: described and run by Triton, or compiled, so that a call costs the host little.
+
+`Launch.run` goes through Triton's JIT: at every call it binds some thirty arguments by name, asks each for its type and
+alignment, and hashes the answers. `compiled` does that once, while a layer is loaded, and keeps the kernel with the
+arguments that stay the same. Those that vary are the first ones of each kernel:
+
+    int4_gemm   codes_ptr, rows_ptr, out_ptr, M, splits | weight_ptr, scale_ptr, ..., N, K, G, P, ..., PDL
+                given at each call                      | kept, tensors as addresses
+
+A compiled kernel relies on what its arguments were then: which pointers and sizes are multiples of 16. Whoever varies
+one promises that it is one again, unless the kernel says that it is not specialised on it;
+tests/morphoquant_vllm/gpu/test_bound.py holds bound.py to that.
+
+The form of Triton's launcher is private to it (compat.PRIVATE_PARTS), and the same in 3.6 to 3.9. If it has another, as
+in Triton's interpreter, there is no compiled launch, and `Launch.run` serves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from triton import knobs
+
+# What a launcher is given before the kernel's arguments. It may take those from the sixth on with the arguments.
+LEADING = (
+    *("gridX", "gridY", "gridZ", "stream", "function"),
+    *("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"),
+)
+NEEDED_BY_NAME = 5
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch, described."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    # All of the kernel's, constants included, by name.
+    arguments: dict[str, Any]
+    # What is Triton's own: num_warps, launch_pdl and so on.
+    options: dict[str, Any]
+
+    def run(self) -> Any:
+        """Launch through Triton's JIT. Returns the compiled kernel; in the interpreter None."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
+
+
+class CompiledLaunch:
+    """The launch of a compiled kernel. Tensors among the arguments that it keeps must outlive it at their addresses."""
+
+    __slots__ = ("function", "kept", "kernel", "metadata", "start")
+
+    def __init__(self, kernel: Any, launch: Launch, varying: int) -> None:
+        """`varying`: how many of the kernel's arguments, from the first on, are given at each call."""
+        self.kernel, self.start = kernel, kernel.run
+        self.function, self.metadata = kernel.function, kernel.packed_metadata
+        # Addresses instead of tensors: Triton's launcher would ask the driver about each tensor.
+        self.kept = tuple(_address(launch.arguments[name]) for name in launch.kernel.arg_names[varying:])
+
+    def __call__(self, first: int, second: int, stream: int, *values: Any) -> None:
+        """Launch on a grid [first, second], with addresses and sizes as the kernel's first arguments."""
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        described = None
+        if _is_empty(enter) and _is_empty(leave):
+            enter = leave = None
+        else:
+            described = self.kernel.launch_metadata((first, second, 1), stream, *values, *self.kept)
+        self.start(
+            *(first, second, 1, stream, self.function, self.metadata, described, enter, leave), *values, *self.kept
+        )
+
+
+def compiled(launch: Launch, varying: int) -> CompiledLaunch | None:
+    """Run a launch once, and return it compiled, with its first `varying` arguments left open; None if it cannot be."""
+    kernel = launch.run()
+    return CompiledLaunch(kernel, launch, varying) if has_known_form(kernel) else None
+
+
+def has_known_form(kernel: Any) -> bool:
+    """Whether a compiled kernel can be launched as `CompiledLaunch` does."""
+    if not all(hasattr(kernel, name) for name in ("run", "function", "packed_metadata", "launch_metadata")):
+        return False
+    try:
+        parameters = list(inspect.signature(kernel.run).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
+        return False
+    names = tuple(parameter.name for parameter in parameters[:-1])
+    return len(names) >= NEEDED_BY_NAME and names == LEADING[: len(names)]
+
+
+def _address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _is_empty(hook: Any) -> bool:
+    """Whether a hook of Triton, None or a chain of functions, does nothing."""
+    return hook is None or getattr(hook, "calls", None) == []

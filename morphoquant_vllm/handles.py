@@ -1,0 +1,61 @@
+"""Layers that are bound to a backend, found by a tensor of theirs: the one place where they are kept.
+
+    keep(handle, layer)    when the layer is loaded
+    layer_of(handle)       at each call: the address of the tensor is the key
+
+The handle is a weight of the layer that no other layer has. A compiled graph takes it as it takes any weight, so layers
+share graphs, and a cached graph serves the next process. A layer is forgotten when its handle is freed, and before any
+other tensor can take that address. Weights that are loaded anew into the same tensors keep their layer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Bound(Protocol):
+    """A bound layer. It does not hold its handle, which each call brings."""
+
+    def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        """y [M, N] of x [M, K]; inputs are checked."""
+
+    def silu_mul_linear(self, gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        """y [M, N] of silu(gate) * up, gate_up [M, 2K]; inputs are checked."""
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        handle: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [M, N] of the RMSNorm of x [M, K], or of x + residual, and then that sum; inputs are checked."""
+
+
+_LAYERS: dict[int, Bound] = {}
+
+
+def is_taken(tensor: Tensor) -> bool:
+    """Whether a layer that lives has this tensor as its handle."""
+    return tensor.data_ptr() in _LAYERS
+
+
+def keep(handle: Tensor, layer: Bound) -> None:
+    """Keep a layer for as long as its handle lives."""
+    address = handle.data_ptr()
+    _LAYERS[address] = layer
+    weakref.finalize(handle, _LAYERS.pop, address, None).atexit = False
+
+
+def layer_of(handle: Tensor) -> Bound:
+    """The layer of a handle; raises RuntimeError for another tensor."""
+    try:
+        return _LAYERS[handle.data_ptr()]
+    except KeyError:
+        raise RuntimeError("no layer is bound to this tensor: it is a copy of a handle, or was never one") from None
