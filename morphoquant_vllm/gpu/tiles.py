@@ -17,11 +17,14 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 # The group size of which a tile along K holds two groups, each with a scale of its own.
 UNJOINABLE = 32
 # Output channels of a program lie in one tile of packed weights, of 128.
 BLOCK_SIZES = {"block_n": (16, 32, 64, 128), "block_m": (8, 16, 32, 64, 128, 256)}
+# Of the int8 path: they divide the workspace's sizes.
+INT8_BLOCK_SIZES = {"block_n": (32, 64, 128), "block_m": (16, 32, 64, 128, 256), "block_k": (32, 64, 128)}
+WARPS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,46 @@ class Tile:
 
     def check(self, where: str) -> None:
         """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
-        for name, sizes in BLOCK_SIZES.items():
-            if getattr(self, name) not in sizes:
-                size = getattr(self, name)
-                raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; mend the tile table")
+        _check_sizes(self, BLOCK_SIZES, where)
         if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
             raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
         if self.joined and not self.two_level and UNJOINABLE in self.group_sizes:
             raise MorphoQuantError(f"{where}: operands of groups of {UNJOINABLE} cannot be joined; mend the tile table")
-        if self.warps not in (1, 2, 4, 8, 16):
-            raise MorphoQuantError(f"{where}: warps = {self.warps} is no power of two up to 16; mend the tile table")
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
             if getattr(self, name) < 1:
                 raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+
+
+@dataclass(frozen=True)
+class Int8Tile:
+    """The other path of layers with two-level scales: unpacked once into int8, then one int8 product; int8_path.py."""
+
+    # Tokens from which it serves; null: never, though `autotune` tries it.
+    min_tokens: int | None
+    block_n: int
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+    # Whether operands come through tensor descriptors, which compute capability 9.0 and later have.
+    descriptors: bool
+    programs_per_unit: int
+    reason: str
+
+    def check(self, where: str) -> None:
+        """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
+        _check_sizes(self, INT8_BLOCK_SIZES, where)
+        for name in ("stages", "programs_per_unit", "min_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+
+
+def _check_sizes(tile: Tile | Int8Tile, allowed: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for name, sizes in {**allowed, "warps": WARPS}.items():
+        size = getattr(tile, name)
+        if size not in sizes:
+            raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; mend the tile table")
 
 
 @dataclass(frozen=True)
@@ -80,8 +110,14 @@ class Architecture:
     unit_shared_memory: int  # bytes that the programs of one multiprocessor share
     unit_registers: int  # of 32 bits, that they share
     unit_threads: int  # that it holds at a time
+    int8: Int8Tile
     tiles: tuple[Tile, ...]
     reason: str
+
+    def int8_tile(self, tokens: int, two_level: bool) -> Int8Tile | None:
+        """The tile of the int8 path if that serves `tokens` tokens of such a layer, else None."""
+        least = self.int8.min_tokens
+        return self.int8 if two_level and least is not None and tokens >= least else None
 
     def tile(self, tokens: int, group_size: int, two_level: bool = False) -> Tile:
         """The first tile of the table that takes `tokens` tokens at `group_size`, with two-level scales or others."""
@@ -134,28 +170,36 @@ def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
     architectures = {}
     try:
         for name, entry in table["architectures"].items():
-            tiles = tuple(_tile(tile) for tile in entry["tiles"])
+            read = {"tiles": tuple(_tile(tile) for tile in entry["tiles"]), "int8": _int8_tile(entry["int8"])}
             rest: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
             }
-            architectures[name] = Architecture(name=name, **(rest | {"tiles": tiles}))
+            architectures[name] = Architecture(name=name, **(rest | read))
     except (KeyError, TypeError, AttributeError) as problem:
         raise MorphoQuantError(f"{source}: malformed tile table ({problem}); compare it with {DEFAULT_TABLE}") from None
     for architecture in architectures.values():
+        architecture.int8.check(f"{source}: {architecture.name}, int8")
         for index, tile in enumerate(architecture.tiles):
             tile.check(f"{source}: {architecture.name}, tile {index}")
     return architectures
 
 
-def _tile(entry: Mapping[str, Any]) -> Tile:
-    for field in fields(Tile):
-        value, wanted = (
-            entry[field.name],
-            {"group_sizes": list, "reason": str, "two_level": bool, "joined": bool}.get(field.name, int),
-        )
-        if not isinstance(value, wanted) and not (field.name == "max_tokens" and value is None):
+def _typed(entry: Mapping[str, Any], tile: type[Tile | Int8Tile], types: Mapping[str, type], optional: str) -> None:
+    """Raise KeyError or TypeError where a field is missing or of a wrong type; `types` are those beside int."""
+    for field in fields(tile):
+        value, wanted = entry[field.name], types.get(field.name, int)
+        if not isinstance(value, wanted) and not (field.name == optional and value is None):
             raise TypeError(f"{field.name} must be {wanted.__name__}, got {value!r}")
+
+
+def _tile(entry: Mapping[str, Any]) -> Tile:
+    _typed(entry, Tile, {"group_sizes": list, "reason": str, "two_level": bool, "joined": bool}, "max_tokens")
     return Tile(**{**entry, "group_sizes": tuple(entry["group_sizes"])})
+
+
+def _int8_tile(entry: Mapping[str, Any]) -> Int8Tile:
+    _typed(entry, Int8Tile, {"descriptors": bool, "reason": str}, "min_tokens")
+    return Int8Tile(**entry)
 
 
 @cache

@@ -4,6 +4,8 @@ act_quant       activation -> int8 codes, and the row of each token
 norm_quant      RMSNorm and the quantizer after it
 gemm            codes x int4 weights, scaled per group
 gemm_two_level  the loop of gemm for two-level scales
+unpack_int8     a layer with two-level scales -> int8
+int8_gemm       codes x int8 weights
 epilogue        from sums to outputs
 reduce_splits   adds the partial sums of a split K
 pdl             programmatic dependent launch: a kernel starts while the one before ends

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Tokens whose outputs are finished at a time, of sums over all of K.
+PART_M = tl.constexpr(32)
+
 
 @triton.jit
 def output_terms(m, n, rows_ptr, gain_ptr, absorbed_bias_ptr, M, N):
@@ -55,12 +58,12 @@ def write_parts(
     N,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PART_M: tl.constexpr,
+    TOGETHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
 ):
-    """`write_output` for tokens `first_m` and after, PART_M at a time, which bounds the registers it takes."""
-    if BLOCK_M > PART_M:
+    """`write_output` for tokens `first_m` and after, TOGETHER at a time, which bounds the registers it takes."""
+    if BLOCK_M > TOGETHER:
         # Halves of a thread's own registers: nothing moves.
         low, high = tl.split(acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1))
         for second in tl.static_range(2):
@@ -78,7 +81,7 @@ def write_parts(
                 N,
                 BLOCK_N,
                 BLOCK_M // 2,
-                PART_M,
+                TOGETHER,
                 HAS_BIAS,
                 TWO_LEVEL,
             )

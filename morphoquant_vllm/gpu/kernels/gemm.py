@@ -9,12 +9,10 @@ units want their left operand, and a few tokens waste less of the narrow side. S
 import triton
 import triton.language as tl
 
-from morphoquant_vllm.gpu.kernels.epilogue import output_terms, write_output, write_parts
+from morphoquant_vllm.gpu.kernels.epilogue import PART_M, output_terms, write_output, write_parts
 from morphoquant_vllm.gpu.kernels.gemm_two_level import two_level_sums
 from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
 
-# Tokens whose outputs are finished at a time, with two-level scales.
-TWO_LEVEL_PART_M = tl.constexpr(32)
 # Tokens up to which a tile's gains and absorbed biases are read before the loop: of few they fit in registers, and at
 # decode the loop is so short that reading them after it would be felt.
 EARLY_M = tl.constexpr(16)
@@ -217,7 +215,7 @@ def int4_gemm(
         write_output(acc, gain, constant, m, n, channel_scale_ptr, bias_ptr, out_ptr, M, N, HAS_BIAS, TWO_LEVEL)
     else:
         # Without a second accumulator in the loop the ending would need the most registers.
-        PART_M: tl.constexpr = min(BLOCK_M, TWO_LEVEL_PART_M) if TWO_LEVEL else BLOCK_M
+        TOGETHER: tl.constexpr = min(BLOCK_M, PART_M) if TWO_LEVEL else BLOCK_M
         write_parts(
             acc,
             tile_m * BLOCK_M,
@@ -232,7 +230,7 @@ def int4_gemm(
             N,
             BLOCK_N,
             BLOCK_M,
-            PART_M,
+            TOGETHER,
             HAS_BIAS,
             TWO_LEVEL,
         )

@@ -5,5 +5,6 @@ aot_compile       compiles the kernels for a GPU that is not at hand
 binary_resources  what a compiled kernel uses: registers, shared memory, instructions
 binary_checks     what must hold of a compiled kernel before it is shipped
 occupancy         programs of a kernel that one multiprocessor holds at a time
+no_device         a driver for Triton that launches nothing: what a call costs the host
 timing            times of layers inside a CUDA graph, with weights that are not in the cache
 """

@@ -1,0 +1,95 @@
+"""Kernel: int8 codes x int8 weights q * level in exact int32 over all of K, then the ending of the other kernels.
+
+For many tokens of layers with two-level scales, after `unpack_int8`. Weights are the left operand here too, and the
+accumulator is [N, M], so that the ending is theirs: same sums, same order of float32 operations, same bound.
+
+DESCRIPTORS: operands come through tensor descriptors, which copy whole blocks without a thread's help and read zeros
+outside the tensor. The host makes them, `launch` of int8_path.py, and not the kernel: a descriptor made in the kernel
+needs memory from Triton's global allocator at every launch, and a store, a fence and a wait in every program. Made by
+the host it is an argument of the launch: a captured CUDA graph keeps it by value, and that of the workspace stays the
+same from call to call. Else, on GPUs without them, pointers: the loop then copies asynchronously, 16 bytes a thread.
+"""
+
+import triton
+import triton.language as tl
+
+from morphoquant_vllm.gpu.kernels.epilogue import PART_M, write_parts
+from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_gemm(
+    codes,  # int8 [M, K]; DESCRIPTORS: in blocks [BLOCK_M, BLOCK_K]
+    weights,  # int8 [N', K'], N and K rounded up; DESCRIPTORS: in blocks [BLOCK_N, BLOCK_K]
+    channel_scale_ptr,  # float32 [N], times 16
+    rows_ptr,  # int32 [M]
+    gain_ptr,  # float32 [R], divided by 16
+    absorbed_bias_ptr,  # float32 [R, N]
+    bias_ptr,  # [N] or unused
+    out_ptr,  # [M, N]
+    M,
+    N,
+    K,
+    padded_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One tile [BLOCK_N, BLOCK_M] of the output; grid (tiles). EVEN_K: BLOCK_K divides K. `padded_k` is K'."""
+    let_next_start(PDL)
+    token_tiles = tl.cdiv(M, BLOCK_M)
+    channel_tiles = tl.cdiv(N, BLOCK_N)
+    # GROUP_M token tiles share a tile of weights before the next one is read.
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * channel_tiles)
+    group_tokens = min(token_tiles - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * channel_tiles)
+    first_m = (group * GROUP_M + within % group_tokens) * BLOCK_M
+    first_n = (within // group_tokens) * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    wait_for_previous(PDL)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    if DESCRIPTORS:
+        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            left = weights.load([first_n, start])
+            right = codes.load([first_m, start])
+            acc = tl.dot(left, right.T, acc=acc, out_dtype=tl.int32)
+    else:
+        token_exists = (m < M)[None, :]
+        # Rows and channels that fill the workspace up can be read: BLOCK_N and BLOCK_K divide its sizes.
+        weight_ptrs = weights + n[:, None].to(tl.int64) * padded_k + k[None, :]
+        code_ptrs = codes + m[None, :].to(tl.int64) * K + k[:, None]
+        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            exists = token_exists
+            if not EVEN_K:
+                exists = exists & (start + k < K)[:, None]
+            left = tl.load(weight_ptrs + start)
+            right = tl.load(code_ptrs + start, mask=exists, other=0)
+            acc = tl.dot(left, right, acc=acc, out_dtype=tl.int32)
+    write_parts(
+        acc,
+        first_m,
+        n,
+        channel_scale_ptr,
+        rows_ptr,
+        gain_ptr,
+        absorbed_bias_ptr,
+        bias_ptr,
+        out_ptr,
+        M,
+        N,
+        BLOCK_N,
+        BLOCK_M,
+        min(BLOCK_M, PART_M),
+        HAS_BIAS,
+        True,
+    )
