@@ -1,13 +1,11 @@
 """silu(gate) * up computed by the quantizer of the layer after it, in compiled models: one launch less for each MLP.
 
-vLLM runs graph passes of its own and one more, which its compilation config names. Its own fusions are tied to its FP8
-and FP4 operators; the pass here takes the free place. What it does not recognise stays as it was.
+What the pass does not recognise stays as it was. fusion.py says when it runs.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,22 +13,8 @@ from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, regist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.platforms import current_platform
 
-from morphoquant_vllm import environment, ops
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-
-def install(config: VllmConfig, backend: str) -> None:
-    """Let vLLM's compiler run the pass for layers of `backend`, if that has a fused op and the environment asks for it.
-
-    Off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named stays in its place.
-    """
-    if ops.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
-        passes = config.compilation_config.inductor_compile_config
-        passes.setdefault(current_platform.pass_key, SiluMulFusion())
+from morphoquant_vllm import ops
 
 
 class SiluMulFusion(InductorPass):
