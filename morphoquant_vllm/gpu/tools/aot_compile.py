@@ -12,6 +12,7 @@ from morphoquant_vllm.gpu import norm_launch, product_launch, quantize_launch
 from morphoquant_vllm.gpu.device import OLDEST_PDL
 from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
+from morphoquant_vllm.gpu.kernels.gemm_adding import int4_gemm_adding
 from morphoquant_vllm.gpu.kernels.norm_quant import quantize_normed
 from morphoquant_vllm.gpu.kernels.reduce_splits import reduce_splits
 from morphoquant_vllm.gpu.layout import TILE_N, tile_channels
@@ -234,4 +235,48 @@ def build_norm_quantize(
         target,
         num_warps=norm_launch.norm_warps(width),
         enable_fp_fusion=fusion,
+    )
+
+
+def build_gemm_adding(
+    target: str, tile: Tile, group_size: int, *, dtype: str = "bfloat16", has_bias: bool = False
+) -> CompiledKernel:
+    """The matrix kernel over a split K that adds its parts itself."""
+    pointers = {
+        "codes_ptr": "*i8",
+        "rows_ptr": "*i32",
+        "part_ptr": SUMS[tile.two_level],
+        "out_ptr": TYPES[dtype],
+        "counter_ptr": "*i32",
+        "weight_ptr": "*i8",
+        "scale_ptr": "*i32" if tile.two_level or group_size < tile_channels(group_size) else "*fp32",
+        "channel_scale_ptr": "*fp32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+    }
+    constants = {
+        "G": group_size,
+        "P": tile_channels(group_size, tile.two_level),
+        "TILE_N": TILE_N,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "GROUP_M": product_launch.GROUP_M,
+        "EVEN_K": True,
+        "HAS_BIAS": has_bias,
+        "ASM": TARGETS[target].backend == "cuda",
+        "STAGES": tile.stages,
+        "UNROLL": tile.unroll,
+        "JOINED": tile.joined,
+        "TWO_LEVEL": tile.two_level,
+        "PDL": pdl(target),
+    }
+    return build(
+        int4_gemm_adding,
+        pointers | dict.fromkeys(("M", "N", "K", "splits"), "i32"),
+        constants,
+        (*pointers, "N", "K"),
+        target,
+        num_warps=tile.warps,
+        enable_fp_fusion=True,
     )
