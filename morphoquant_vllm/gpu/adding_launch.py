@@ -2,7 +2,7 @@
 
 Nothing that serves uses it: no GPU has measured it. A layer that does keeps counters of its own, `counters` of its
 widest tile, zeroed when it is loaded; every launch leaves them zeroed. Two calls of one layer at a time, on two
-streams, would mix up their numbers.
+streams, would mix up their numbers. For NVIDIA only: AMD's barrier does not wait for the sums that other waves store.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def int4_gemm_adding(
         tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP_M)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         PART_M: tl.constexpr = min(BLOCK_M, ADDED_M)
-        for first in tl.range(tile_m * BLOCK_M, min((tile_m + 1) * BLOCK_M, M), PART_M):
-            m = first + tl.arange(0, PART_M)
+        for first in tl.static_range(0, BLOCK_M, PART_M):
+            m = tile_m * BLOCK_M + first + tl.arange(0, PART_M)
             exists = (n < N)[:, None] & (m < M)[None, :]
             acc = tl.zeros((BLOCK_N, PART_M), dtype=part_ptr.dtype.element_ty)
             for part in tl.range(0, splits, num_stages=1):

@@ -131,6 +131,34 @@ def test_the_reduction() -> None:
         assert proof.spill_problems(resources.resources(ahead.build_reduce("sm_90", two_level=two_level))) == []
 
 
+def adding_problems(name: str, tile: Tile, group_size: int, target: str, **variant: object) -> list[str]:
+    kernel = ahead.build_gemm_adding(target, tile, group_size, **variant)
+    return proof.gemm_problems(resources.resources(kernel), TABLE[name], tile) + proof.counter_problems(kernel)
+
+
+@pytest.mark.parametrize(("name", "two_level"), [("sm_80", False), ("sm_90", True)])
+def test_the_kernel_that_adds_the_parts_itself(name: str, two_level: bool) -> None:
+    assert adding_problems(name, tiles_of(name, two_level)[0], 32, name) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "target", "index"),
+    [
+        (name, target, index)
+        for name, architecture in TABLE.items()
+        for target in TARGETS.get(name, (name,))
+        for index, tile in enumerate(architecture.tiles)
+        # Of many tokens K is seldom split, and the sums of two tiles would not fit the registers.
+        if tile.max_splits > 1 and tile.block_m <= 64 and architecture.vendor == "nvidia"
+    ],
+)
+def test_every_tile_of_few_tokens_may_add_its_parts(name: str, target: str, index: int) -> None:
+    tile = TABLE[name].tiles[index]
+    for dtype, has_bias in (("bfloat16", False), ("float16", True)):
+        assert adding_problems(name, tile, tile.group_sizes[0], target, dtype=dtype, has_bias=has_bias) == []
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
