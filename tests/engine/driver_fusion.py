@@ -9,6 +9,7 @@ silu(gate) * up they fused.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def _let_the_cpu_fuse() -> None:
 
 
 def run(job: dict[str, Any]) -> None:
-    """One engine, with what its passes matched."""
+    """One engine, with MORPHOQUANT_FUSION as the job says, and what its passes matched."""
+    os.environ["MORPHOQUANT_FUSION"] = job["fusion"]
     from morphoquant_vllm.plugin.fusion import Fusions
 
     matched = {"norms": 0, "silu_mul": 0}
