@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """y [M, K] of x [M, K] and weight [K], all of one dtype."""
-    return _normed(x.float(), weight, epsilon)
+    """y [M, K] of x [M, K] and weight [K]; y has the dtype of x."""
+    return _normed(x.float(), weight, epsilon).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """y and the new residual, both [M, K], of x and residual [M, K] and weight [K], all of one dtype."""
+    """y and the new residual, both [M, K], of x and residual [M, K] and weight [K]; in the dtype of x."""
     h = x.float() + residual.float()
-    return _normed(h, weight, epsilon), h.to(x.dtype)
+    return _normed(h, weight, epsilon).to(x.dtype), h.to(x.dtype)
 
 
 def _normed(h: Tensor, weight: Tensor, epsilon: float) -> Tensor:
