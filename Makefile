@@ -30,3 +30,5 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/pymarkdown scan README.md CONTRIBUTING.md docs/*/*.md docs/*.md

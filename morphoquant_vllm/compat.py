@@ -1,6 +1,7 @@
 """What the plugin uses of vLLM 0.32, and how the vLLM installed differs: `python -m morphoquant_vllm.compat`.
 
-PRIVATE_PARTS lists what this project uses of torch and transformers that neither promises to keep. Tests compare it.
+PRIVATE_PARTS lists what this project uses of torch, transformers and Triton that they do not promise to keep. Tests
+compare it.
 
 The package has no branch on vLLM's version. One that becomes necessary belongs here, with a test that fails when the
 oldest vLLM of pyproject.toml no longer needs it; `tests/morphoquant_vllm/test_compat.py` refuses it anywhere else.
@@ -136,8 +137,15 @@ _LOADING = "transformers.core_model_loading"
 _QUANTIZER = "transformers.quantizers.base:HfQuantizer"
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
 
+_COMPILED = "triton.compiler.compiler:CompiledKernel"
+# In Triton 3.6 what follows `function` is part of args.
+_LAUNCHER = (
+    "(self, gridX, gridY, gridZ, stream, function, kernel_metadata, launch_metadata, launch_enter_hook, "
+    "launch_exit_hook, *args)"
+)
+
 # In the same words, of morphoquant_vllm and calibration: names with an underscore, names that transformers keeps in its
-# modules, and what is read or overridden there.
+# modules, what is read or overridden there, and how Triton launches.
 PRIVATE_PARTS: dict[str, str] = {
     # plugin/silu_mul_pass.py: the graph pass of torch's compiler
     f"{_PATTERNS}:PatternMatcherPass": "class(object)",
@@ -184,6 +192,16 @@ PRIVATE_PARTS: dict[str, str] = {
     # calibration/model/loading.py: a model without weights
     f"{_MODEL}._from_config": "(config, **kwargs)",
     f"{_MODEL}.all_tied_weights_keys": "attribute",
+    # gpu/launcher.py and gpu/int8_path.py: how Triton launches a compiled kernel, and what it reads of a descriptor
+    f"{_COMPILED}.run": "property",
+    f"{_COMPILED}.function": "attribute",
+    f"{_COMPILED}.packed_metadata": "attribute",
+    f"{_COMPILED}.launch_metadata": "(self, grid, stream, *args)",
+    "triton.backends.nvidia.driver:CudaLauncher.__call__": _LAUNCHER,
+    "triton.backends.amd.driver:HIPLauncher.__call__": _LAUNCHER,
+    "triton.knobs:HookChain.calls": "attribute",
+    "triton.runtime.driver:DriverConfig._active": "attribute",
+    "triton.tools.tensor_descriptor:TensorDescriptor": "class(object)",
     # calibration/data/media.py and cli.py
     "transformers.video_utils:VideoMetadata": "class(Mapping)",
     "transformers.utils:logging": "object",

@@ -1,7 +1,7 @@
 """The environment variables that this project reads: names, defaults, meaning. Standard library only.
 
 Each is read when it is asked for, never at import. `python -m morphoquant_vllm.environment` prints the table that
-docs/environment.md holds.
+docs/reference/environment.md holds.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ FUSION = Variable(
     "`0`",
     "`1`: in compiled models on a GPU, quantizers compute the RMSNorm or the silu(gate) * up before them, too.",
 )
+WORKSPACE = Variable(
+    "MORPHOQUANT_WORKSPACE",
+    "`1`",
+    "`0`: on a GPU, no int8 memory is held, into which layers with two-level scales are unpacked for long prompts.",
+)
 CHECKSUMS = Variable(
     "MORPHOQUANT_CHECKSUMS",
     "`1`",
@@ -56,7 +61,7 @@ WAIT_POLICY = Variable(
     "`PASSIVE` in the command `morphoquant`",
     "Whether OpenMP's threads sleep or spin (`ACTIVE`) while they wait; it matters if cores are shared.",
 )
-VARIABLES = (CPU, CACHE, CACHE_HOME, CXX, TILES, FUSION, CHECKSUMS, WAIT_POLICY)
+VARIABLES = (CPU, CACHE, CACHE_HOME, CXX, TILES, FUSION, WORKSPACE, CHECKSUMS, WAIT_POLICY)
 
 
 def cpu_instructions() -> str:
@@ -88,6 +93,11 @@ def tile_table() -> Path | None:
 def fusion() -> bool:
     """Whether the graph passes that fuse quantizers with what is before them are wanted."""
     return FUSION.text() == "1"
+
+
+def workspace_wanted() -> bool:
+    """Whether the GPU backend may hold an int8 workspace."""
+    return WORKSPACE.text() != "0"
 
 
 def checksums_wanted() -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("morphoquant_vllm", "calibration", "benchmarks", "tests", "docs", "scripts", ".ci")
 # Stands in a path for whatever a reader puts there.
 PLACEHOLDER = "NAME"
-# Files of other projects that docs/evaluation.md and docs/kernels.md quote.
+# Files of other projects that docs/guide/evaluate.md and docs/design/kernels_gpu.md quote.
 FOREIGN = {
     *("utils.py", "models/base_prompt.py", "eval/eval_utils.py", "evaluation/eval_your_results.py"),
     *("Inference_Foundation.py", "score_foundation.py", "align_in_foundation.py"),
@@ -92,7 +92,7 @@ def anchors_of(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 class TestADocument:
     def test_names_files_that_exist(self, document: Path) -> None:
         named = [item for span in spans_of(text_of(document)) for item in names_of(span)]
@@ -119,6 +119,18 @@ class TestADocument:
         assert broken == []
 
 
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    text = text_of(ROOT / "docs" / "guide" / "troubleshoot.md")
+    tables = re.findall(r"^\| line \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    quoted = re.findall(r"^\| `([^`]+)`", "".join(tables), re.MULTILINE)
+    assert len(quoted) > 30
+    files = [path for package in FOLDERS[:2] for path in (ROOT / package).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(text_of(path)))]
+    literals = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    pieces = [piece for line in quoted for piece in line.split("...")]
+    assert [piece for piece in pieces if not any(piece in literal for literal in literals)] == []
+
+
 def test_files_of_other_projects_are_still_quoted() -> None:
     quoted = "\n".join(span for document in DOCUMENTS for span in spans_of(text_of(document)))
     assert [path for path in sorted(FOREIGN) if path not in quoted] == []
@@ -127,5 +139,5 @@ def test_files_of_other_projects_are_still_quoted() -> None:
 def test_the_map_holds_every_room() -> None:
     rooms = [path.parent for package in FOLDERS[:3] for path in (ROOT / package).glob("*/__init__.py")]
     assert len(rooms) > 20
-    spans = set(spans_of(text_of(ROOT / "docs" / "architecture.md")))
+    spans = set(spans_of(text_of(ROOT / "docs" / "design" / "architecture.md")))
     assert [f"{room.relative_to(ROOT)}/" for room in rooms if f"{room.relative_to(ROOT)}/" not in spans] == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,29 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def vllm_context() -> AbstractContextManager[Any] | str:
-    """What vLLM's kernels expect around them, or why they cannot run here."""
+def why_no_vllm() -> str:
+    """Why vLLM's kernels cannot run here; empty if they can."""
     try:
-        from vllm.config import VllmConfig, set_current_vllm_config
+        import vllm.config  # noqa: F401 - the import is the test
     except ImportError as problem:
         return f"vLLM does not load: {problem}"
-    return set_current_vllm_config(VllmConfig())
+    return ""
+
+
+@contextmanager
+def vllm_context() -> Iterator[None]:
+    """What vLLM's kernels expect around them: a configuration, and groups of this one process."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        # gloo: there is nobody to talk to, and no GPU is needed.
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        try:
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
 
 
 def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dict[str, Any]]:
@@ -51,7 +69,7 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
     import torch
 
     from benchmarks.gpu_linear.layers import LAYERS
-    from morphoquant_vllm.gpu.tools.timing import cold_copies, graph_of, microseconds
+    from morphoquant_vllm.gpu.tools.timing import cold_copies, graph_of, host_microseconds, microseconds
 
     out_features, in_features = GPU_LAYERS[layer]
     # Of the smallest weights: of 4 bit.
@@ -71,15 +89,18 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
         graphs = {name: graph_of(calls, x) for name, calls in built.items()}
         times: dict[str, list[float]] = {name: [] for name in built}
+        host: dict[str, list[float]] = {name: [] for name in built}
         for _ in range(ROUNDS):
             for name, graph in graphs.items():
                 times[name].append(microseconds(graph, copies))
+                host[name].append(host_microseconds(built[name], x))
         for name in arguments.methods:
             row = {"layer": layer, "N": out_features, "K": in_features, "M": tokens, "method": name}
             if name in reasons:
                 rows.append(row | {"skipped": reasons[name]})
             else:
-                rows.append(row | {"us": statistics.median(times[name]), "spread": spread(times[name])})
+                measured = {"us": statistics.median(times[name]), "spread": spread(times[name])}
+                rows.append(row | measured | {"host_us": statistics.median(host[name])})
     return rows
 
 
@@ -99,15 +120,15 @@ def main() -> None:
     from rich.table import Table
 
     device = torch.cuda.get_device_name()
-    table = Table(title=f"{device}, G = {arguments.group_size}: microseconds (x over bf16)")
+    table = Table(title=f"{device}, G = {arguments.group_size}: microseconds (x over bf16), of the host without graphs")
     for heading in ("layer", "M", *arguments.methods):
         table.add_column(heading, justify="right")
     rows = []
     name = f"{device.replace(' ', '-')}-G{arguments.group_size}"
     # Ours run without vLLM.
-    context = vllm_context() if set(arguments.methods) & set(PEERS) else nullcontext()
-    refused = context if isinstance(context, str) else ""
-    with nullcontext() if isinstance(context, str) else context:
+    asked = bool(set(arguments.methods) & set(PEERS))
+    refused = why_no_vllm() if asked else ""
+    with vllm_context() if asked and not refused else nullcontext():
         for layer in arguments.layers:
             rows += measure(layer, arguments, refused)
             # After each layer: a later failure loses nothing.

@@ -49,14 +49,13 @@ def _activation(out_features: int, in_features: int) -> ActivationRecord:
 
 
 def _ours(weight: WeightRecord, out_features: int, in_features: int) -> Call:
-    """Both of our ops: quantizer, product and, where K is split, the reduction."""
+    """A bound layer: quantizer, product and, where K is split, the reduction."""
     activation = _activation(out_features, in_features)
     backend = ops.BACKENDS["triton"]
     backend.check("benchmark", weight, activation, torch.bfloat16)
-    prepared, prepared_activation = backend.prepare(weight, activation)
-    backend.warm(prepared, prepared_activation, None, torch.bfloat16)
+    handle = ops.bind(*backend.prepare(weight, activation), None, torch.bfloat16, "triton")
     modality = torch.full((65536,), ROWS - 2, dtype=torch.int32, device="cuda")
-    return lambda x: ops.linear(x, modality, prepared, prepared_activation, None, "triton")
+    return lambda x: ops.bound_linear(x, modality, handle, None)
 
 
 def morphoquant(out_features: int, in_features: int, group_size: int) -> Built:

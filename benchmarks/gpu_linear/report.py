@@ -6,13 +6,15 @@ from typing import Any
 
 
 def cells(found: dict[str, dict[str, Any]]) -> list[str]:
-    """For one layer and number of tokens: µs and times faster than bf16, or why a method was skipped, by method."""
+    """For one layer and number of tokens, by method: µs, times faster than bf16 and the host's µs, or why skipped."""
     base = found.get("bf16", {}).get("us")
     made = []
     for row in found.values():
         time = row.get("us")
         ratio = f" ({base / time:.2f}x)" if time and base else ""
-        made.append(f"{time:.1f}{ratio}" if time else row["skipped"])
+        # Results of earlier releases lack the host's time.
+        host = f", host {row['host_us']:.0f}" if "host_us" in row else ""
+        made.append(f"{time:.1f}{ratio}{host}" if time else row["skipped"])
     return made
 
 
@@ -33,7 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"# Linear layers on a GPU: {result['device']}, G = {result['group_size']}",
         "",
         f"`python -m benchmarks.gpu_linear --group-size {result['group_size']}`; {versions}. Median µs of rounds over "
-        "all methods, in CUDA graphs, activation quantization included (times faster than bf16).",
+        "all methods, in CUDA graphs, activation quantization included (times faster than bf16). Host: what one call "
+        "without a graph costs the CPU until it returns, while the GPU's queue has room.",
         "",
         f"| layer | M | {' | '.join(methods)} |",
         "|---" * (len(methods) + 2) + "|",

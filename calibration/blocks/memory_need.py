@@ -1,6 +1,6 @@
 """How much memory a calibration takes at its peak, from sizes alone, and whether it fits. Pure.
 
-The formula of docs/calibration.md. M tokens of all samples, T sampled tokens, K in, N out, G group.
+The formula of docs/design/streaming.md. M tokens of all samples, T sampled tokens, K in, N out, G group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The settings of a calibration: names, types, defaults, ranges, help; and the YAML recipe that changes them.
 
 Each setting is declared here and nowhere else. `setting_flags` makes the command line of it, `settings_table` the table
-in docs/calibration.md. Imports no torch, so that the command line may read it first.
+in docs/reference/recipe.md. Imports no torch, so that the command line may read it first.
 """
 
 from __future__ import annotations

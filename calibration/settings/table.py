@@ -1,4 +1,4 @@
-"""`python -m calibration.settings.table` prints the table of settings that docs/calibration.md holds."""
+"""`python -m calibration.settings.table` prints the table of settings that docs/reference/recipe.md holds."""
 
 from calibration.settings.flags import default_text, flag_of
 from calibration.settings.recipe import Recipe

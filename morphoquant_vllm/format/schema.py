@@ -1,6 +1,6 @@
 """The checkpoint format: names, shapes, dtypes and rules. Exporter and plugin both import this; it needs torch only.
 
-docs/checkpoint.md explains the format; this module is what holds.
+docs/reference/format.md explains the format; this module is what holds.
 """
 
 from __future__ import annotations

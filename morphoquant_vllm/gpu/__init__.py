@@ -8,6 +8,10 @@ Notation
     backend          the entry `triton` of ops.BACKENDS
     layout           how packed weights, scales and the activation's tables lie in GPU memory (torch only)
     bound            a layer bound to its kernels when it is loaded: what serves
+    bound_kernels    its quantizer and its product, compiled
+    bound_int8       its int8 path, compiled
+    steps            each of these by itself, for the self-check
+    workspace        the int8 memory that the layers of a device share
     launch           the two ops through Triton's own launches, for tests and tools
     launcher         one launch: described and run by Triton, or compiled, so that it costs the host little
     quantize_launch  which kernel quantizes how many tokens, and its launch

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from morphoquant_vllm.gpu.launcher import CompiledLaunch, compiled
+from morphoquant_vllm.gpu.bound_kernels import MAX_STRIDE, current_stream_of
+from morphoquant_vllm.gpu.launcher import CompiledLaunch, UnknownFormError, must_be_compiled
 from morphoquant_vllm.gpu.norm_launch import VARYING, NormQuantizer, norm_quantize
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, aligned
 
-# Triton passes how far tokens lie apart in 32 bits.
-MAX_STRIDE = 2**31 - 1
 # Kernels take addresses for multiples of that.
 ALIGNMENT = 16
 
@@ -69,7 +67,7 @@ class BoundNorm:
 def bind_norm(quantizer: NormQuantizer, dtype: torch.dtype) -> BoundNorm | None:
     """The kernel for few tokens and many, with and without a residual, compiled by running it.
 
-    None for tokens that are too wide, and if Triton launches kernels in another way.
+    None for tokens that are too wide. Raises UnknownFormError.
     """
     if not quantizer.fits:
         return None
@@ -84,10 +82,7 @@ def bind_norm(quantizer: NormQuantizer, dtype: torch.dtype) -> BoundNorm | None:
             part = x[:tokens]
             sums = (part, total) if add else (None, None)
             described = quantizer.launch(part, sums[0], x[0], 1e-6, modality, codes, rows, sums[1])
-            found = compiled(described, len(VARYING))
-            if found is None:
-                return None
-            kernels[add, tokens >= WHOLE_TOKENS] = found
+            kernels[add, tokens >= WHOLE_TOKENS] = must_be_compiled(described, VARYING[-1])
     return BoundNorm(quantizer, dtype, kernels)
 
 
@@ -100,12 +95,14 @@ def norm_quantized(
     quantizer: NormQuantizer,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `norm_launch.norm_quantize` returns, M >= 1, as a bound layer makes it here; for the self-check."""
-    bound = bind_norm(quantizer, x.dtype)
+    try:
+        bound, stream = bind_norm(quantizer, x.dtype), current_stream_of(x.device)()
+    except UnknownFormError:
+        bound = None
     if bound is None:
         return norm_quantize(x, residual, norm_weight, epsilon, modality, quantizer)
     codes, rows = torch.empty_like(x, dtype=torch.int8), torch.empty_like(modality)
     new_residual = None if residual is None else torch.empty_like(x)
-    stream = triton.runtime.driver.active.get_current_stream(torch.cuda.current_device())
     addresses = (codes.data_ptr(), rows.data_ptr())
     bound(stream, x, residual, norm_weight, epsilon, modality, *addresses, new_residual)
     return codes, rows, new_residual

@@ -4,46 +4,57 @@ The workspace holds one layer at a time, so all layers can share one that the la
 kernels of one stream run in order, so a layer is unpacked when the product before has read the workspace; two streams
 need a workspace each.
 
-    launch = unpack_launch(...)    all its arguments stay the same from call to call
-    launch = gemm_launch(...)      codes, rows, out and M change, and with M the grid; `weights` stays
+    unpack_launch(...)    all its arguments, and the grid, stay the same from call to call
+    gemm_launch(...)      its first four vary: codes, rows, out and M; and the grid with M
 
-`unpack` and `int8_matmul` make and run them. What is launched depends on shapes and addresses alone, so that a CUDA
-graph can be captured.
+`unpack` and `int8_matmul` make and run them. A bound layer keeps them compiled; with descriptors it gives `codes` as an
+AddressDescriptor, made anew at each call, and keeps that of the workspace. What is launched depends on shapes and
+addresses alone, so that a CUDA graph can be captured.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from morphoquant_vllm.gpu.kernels.int8_gemm import int8_gemm
 from morphoquant_vllm.gpu.kernels.unpack_int8 import unpack_int8
+from morphoquant_vllm.gpu.launcher import Launch
 from morphoquant_vllm.gpu.layout import TILE_N, GpuWeight
 from morphoquant_vllm.gpu.tiles import Int8Tile
 
-# A thread unpacks 16 bytes of each of the two tiles of a program: 128 rows of 32 bytes.
-UNPACK_WARPS = 8
+# A thread unpacks 16 bytes of each of a program's two tiles of 4 KiB: 256 threads, in warps of 64 on AMD. With half as
+# many, NVIDIA's would pass levels through shared memory.
+UNPACK_WARPS = {"nvidia": 8, "amd": 4}
 # Tiles of tokens that pass over one tile of weights before the next.
 GROUP_M = 8
 
 
-class Launch(NamedTuple):
-    """One launch of a kernel: what a bound handle needs."""
+class AddressDescriptor:
+    """What Triton's launcher reads of a TensorDescriptor, over a bare address: for launches of a compiled kernel.
 
-    kernel: Any
-    grid: tuple[int]
-    # Those of the kernel that are no constants, in its order.
-    arguments: tuple[Any, ...]
-    # Constants by name, and options of the launch.
-    settings: dict[str, Any]
+    Its blocks are those that the kernel was compiled for. Costs less than a TensorDescriptor and needs no tensor.
+    """
 
-    def run(self) -> None:
-        """Launch it through Triton's own path."""
-        self.kernel[self.grid](*self.arguments, **self.settings)
+    __slots__ = ("address", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, address: int, rows: int, columns: int) -> None:
+        """Of an int8 matrix [rows, columns], row-major, at an address that is a multiple of 16."""
+        self.address, self.shape, self.strides = address, (rows, columns), (columns, 1)
+
+    @property
+    def base(self) -> AddressDescriptor:
+        """Itself: it has the one method of a tensor that is called."""
+        return self
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.address
 
 
 def workspace_shape(weight: GpuWeight) -> tuple[int, int]:
@@ -75,13 +86,21 @@ def unpack_launch(*, weight: GpuWeight, workspace: Tensor, inline_assembly: bool
         raise ValueError("only weights with two-level scales fit int8")
     matrix = unpacked(weight, workspace)
     turns = weight.scale.shape[0]
-    settings = {"P": 2 * weight.codes.shape[3], "TILE_N": TILE_N, "ASM": inline_assembly, "num_warps": UNPACK_WARPS}
-    return Launch(
-        kernel=unpack_int8,
-        grid=(weight.codes.shape[0] * turns,),
-        arguments=(weight.codes.view(torch.int8), weight.scale, matrix, matrix.shape[0], turns),
-        settings=settings | _options(pdl),
-    )
+    arguments = {
+        "weight_ptr": weight.codes.view(torch.int8),
+        "level_ptr": weight.scale,
+        "out_ptr": matrix,
+        "padded_n": matrix.shape[0],
+        "turns": turns,
+        "P": 2 * weight.codes.shape[3],
+        "TILE_N": TILE_N,
+        "ASM": inline_assembly,
+        "PDL": pdl,
+    }
+    warps = UNPACK_WARPS["nvidia" if inline_assembly else "amd"]
+    # It has no float operation.
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return Launch(unpack_int8, (weight.codes.shape[0] * turns, 1), arguments, options | _dependent(pdl))
 
 
 def operand(matrix: Tensor, block: tuple[int, int], descriptors: bool) -> Tensor | TensorDescriptor:
@@ -114,9 +133,20 @@ def gemm_launch(
     """
     tokens, in_features = codes.shape
     out_features = out.shape[1]
-    # A pointer that is not read must still be one.
-    terms = (weight.channel_scale, rows, gain, weight.absorbed_bias, weight.absorbed_bias if bias is None else bias)
-    constants = {
+    arguments = {
+        "codes": operand(codes, (tile.block_m, tile.block_k), tile.descriptors),
+        "rows_ptr": rows,
+        "out_ptr": out,
+        "M": tokens,
+        "weights": weights,
+        "channel_scale_ptr": weight.channel_scale,
+        "gain_ptr": gain,
+        "absorbed_bias_ptr": weight.absorbed_bias,
+        # A pointer that is not read must still be one.
+        "bias_ptr": weight.absorbed_bias if bias is None else bias,
+        "N": out_features,
+        "K": in_features,
+        "padded_k": workspace_shape(weight)[1],
         "BLOCK_N": tile.block_n,
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
@@ -125,18 +155,19 @@ def gemm_launch(
         "EVEN_K": in_features % tile.block_k == 0,
         "HAS_BIAS": bias is not None,
         "DESCRIPTORS": tile.descriptors,
+        "PDL": pdl,
     }
-    left = operand(codes, (tile.block_m, tile.block_k), tile.descriptors)
-    return Launch(
-        kernel=int8_gemm,
-        grid=(triton.cdiv(tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n),),
-        arguments=(left, weights, *terms, out, tokens, out_features, in_features, workspace_shape(weight)[1]),
-        settings=constants | {"num_warps": tile.warps, "enable_fp_fusion": True} | _options(pdl),
-    )
+    options = {"num_warps": tile.warps, "enable_fp_fusion": True}
+    return Launch(int8_gemm, (programs(tile, tokens, out_features), 1), arguments, options | _dependent(pdl))
 
 
-def _options(pdl: bool) -> dict[str, Any]:
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+def programs(tile: Int8Tile, tokens: int, out_features: int) -> int:
+    """The grid of the product, of so many tokens."""
+    return -(-tokens // tile.block_m) * -(-out_features // tile.block_n)
+
+
+def _dependent(pdl: bool) -> dict[str, Any]:
+    return {"launch_pdl": True} if pdl else {}
 
 
 def unpack(weight: GpuWeight, workspace: Tensor, *, inline_assembly: bool, pdl: bool = False) -> None:

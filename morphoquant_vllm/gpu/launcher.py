@@ -1,8 +1,8 @@
 """One launch of a kernel: described and run by Triton, or compiled, so that a call costs the host little.
 
 `Launch.run` goes through Triton's JIT: at every call it binds some thirty arguments by name, asks each for its type and
-alignment, and hashes the answers. `compiled` does that once, while a layer is loaded, and keeps the kernel with the
-arguments that stay the same. Those that vary are the first ones of each kernel:
+alignment, and hashes the answers. `must_be_compiled` does that once, while a layer is loaded, and keeps the kernel with
+the arguments that stay the same. Those that vary are the first ones of each kernel:
 
     int4_gemm   codes_ptr, rows_ptr, out_ptr, M, splits | weight_ptr, scale_ptr, ..., N, K, G, P, ..., PDL
                 given at each call                      | kept, tensors as addresses
@@ -48,17 +48,27 @@ class Launch:
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 
+class UnknownFormError(Exception):
+    """Triton launches compiled kernels in another way, or interprets them: there is nothing to keep."""
+
+
 class CompiledLaunch:
     """The launch of a compiled kernel. Tensors among the arguments that it keeps must outlive it at their addresses."""
 
-    __slots__ = ("function", "kept", "kernel", "metadata", "start")
+    __slots__ = ("function", "kept", "kernel", "metadata", "names", "start")
 
     def __init__(self, kernel: Any, launch: Launch, varying: int) -> None:
         """`varying`: how many of the kernel's arguments, from the first on, are given at each call."""
         self.kernel, self.start = kernel, kernel.run
         self.function, self.metadata = kernel.function, kernel.packed_metadata
+        self.names = launch.kernel.arg_names[varying:]
         # Addresses instead of tensors: Triton's launcher would ask the driver about each tensor.
-        self.kept = tuple(_address(launch.arguments[name]) for name in launch.kernel.arg_names[varying:])
+        self.kept = tuple(_address(launch.arguments[name]) for name in self.names)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Give this value to an argument from now on, which must be as aligned as the one before."""
+        place = self.names.index(name)
+        self.kept = (*self.kept[:place], _address(value), *self.kept[place + 1 :])
 
     def __call__(self, first: int, second: int, stream: int, *values: Any) -> None:
         """Launch on a grid [first, second], with addresses and sizes as the kernel's first arguments."""
@@ -73,10 +83,16 @@ class CompiledLaunch:
         )
 
 
-def compiled(launch: Launch, varying: int) -> CompiledLaunch | None:
-    """Run a launch once, and return it compiled, with its first `varying` arguments left open; None if it cannot be."""
+def must_be_compiled(launch: Launch, last_varying: str | None) -> CompiledLaunch:
+    """Run a launch once, and return it compiled; its arguments up to `last_varying`, or none, are given at each call.
+
+    Raises UnknownFormError.
+    """
     kernel = launch.run()
-    return CompiledLaunch(kernel, launch, varying) if has_known_form(kernel) else None
+    if not has_known_form(kernel):
+        raise UnknownFormError
+    varying = 0 if last_varying is None else launch.kernel.arg_names.index(last_varying) + 1
+    return CompiledLaunch(kernel, launch, varying)
 
 
 def has_known_form(kernel: Any) -> bool:

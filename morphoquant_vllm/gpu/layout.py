@@ -1,9 +1,16 @@
 """How a layer's records lie in GPU memory. Torch only; each tensor is laid out once, after loading.
 
 Weights: tiles [N/128, K/P, 128, P/2], so that a program reads whole tiles in a row. P = max(G, 64) channels share a
-tile: byte p holds channel p of the tile in its low nibble and channel p + P/2 in its high one, as two's complement.
-Each half then is one operand of the int8 matrix units, which take 32 channels at a time: two halves of one group
-(G = 64, 128), or two groups (G = 32). N is rounded up to 128 and K to P with weights of 0.
+tile:
+
+    a tile: 128 output channels, P channels of K        byte p of a row         its operands
+    row 0    | byte 0 | byte 1 | ... | byte P/2 - 1 |   | high   | low    |     low:  channels 0 to P/2 - 1
+    row 1    | byte 0 | byte 1 | ... | byte P/2 - 1 |   | k =    | k =    |     high: channels P/2 to P - 1
+    ...                                                 | p + P/2| p      |
+    row 127  | byte 0 | byte 1 | ... | byte P/2 - 1 |     4 bit    4 bit
+
+Nibbles are two's complement. Each half is one operand of the int8 matrix units, which take 32 channels at a time: two
+halves of one group (G = 64, 128), or two groups (G = 32). N is rounded up to 128 and K to P with weights of 0.
 
 Unpacked in place, a nibble is 16 * q. The kernels divide by 16 where they multiply by the gain.
 
@@ -12,9 +19,13 @@ scales of the tile's low and high nibbles, from the lower bits up, at G = 64 and
 by itself is not: on an H100 each turn of the loop then waited for memory.)
 
 With two-level scales P is 64, and nibbles are q + 8. K is rounded up to 2P with levels of 0, which make any weight 0.
-A word of 32 bits holds the levels of two tiles: of the first one's low and high nibbles, then of the second's, from the
-lowest byte up. So a level is there once at G = 32, twice at 64, four times at 128. Channel scales are multiplied by 16,
-as the gain is divided.
+A word of 32 bits holds the levels of two tiles, one for each half of a tile:
+
+    bits    31 .. 24      23 .. 16      15 .. 8       7 .. 0         a level is there
+            high nibbles  low nibbles   high nibbles  low nibbles    once at G = 32, twice at 64,
+            tile 2t + 1   tile 2t + 1   tile 2t       tile 2t        four times at 128
+
+Channel scales are multiplied by 16, as the gain is divided.
 """
 
 from __future__ import annotations

@@ -7,22 +7,24 @@ bound layers launch them (bound.py): what is checked is what serves.
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import torch
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.gpu import bound, bound_norm, layout, norm_launch
+from morphoquant_vllm.gpu import bound_norm, layout, norm_launch, steps
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.product_launch import Product
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer
-from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics import norm
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
+from morphoquant_vllm.numerics.weights import times_group
 
 # No multiple of a tile but of 16, as sizes of layers are, for which Triton compiles a kernel of its own; several turns.
 OUT_FEATURES, IN_FEATURES = 176, 768
@@ -30,31 +32,37 @@ ROWS = 3
 EPSILON = 1e-6
 
 
-@cache
-def problem_of_tile(
-    tile: Tile, group_size: int, splits: int, dtype: torch.dtype, device: torch.device, profile: Profile
-) -> str:
-    """What is wrong with a tile's kernel on `device`, empty if nothing: outputs within the reference's bound."""
-    generator = torch.Generator().manual_seed(tile.block_n)
-    tokens = tile.block_m + 3
+def _random_product(
+    seed: int, tokens: int, group_size: int, two_level: bool
+) -> tuple[torch.Tensor, torch.Tensor, WeightRecord, torch.Tensor]:
+    """Codes int8 [M, K], rows int32 [M], a layer of that kind, and gain float32 [R], all random."""
+    generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-128, 128, (tokens, IN_FEATURES), generator=generator, dtype=torch.int8)
     rows = torch.randint(ROWS, (tokens,), generator=generator, dtype=torch.int32)
     packed = torch.randint(256, (OUT_FEATURES, IN_FEATURES // 2), generator=generator).to(torch.uint8)
     groups = (OUT_FEATURES, IN_FEATURES // group_size)
     channel_scale = torch.zeros(0)
-    if tile.two_level:
+    if two_level:
         scale = torch.randint(1, 17, groups, generator=generator).to(torch.uint8)
         channel_scale = torch.rand(OUT_FEATURES, generator=generator) + 0.5
     else:
         scale = (torch.rand(groups, generator=generator) + 0.5).bfloat16()
     constant = torch.randn((ROWS, OUT_FEATURES), generator=generator)
-    weight = WeightRecord(packed, scale, channel_scale, constant)
     gain = torch.rand(ROWS, generator=generator) / 256
+    return codes, rows, WeightRecord(packed, scale, channel_scale, constant), gain
+
+
+@cache
+def problem_of_tile(
+    tile: Tile, group_size: int, splits: int, dtype: torch.dtype, device: torch.device, profile: Profile
+) -> str:
+    """What is wrong with a tile's kernel on `device`, empty if nothing: outputs within the reference's bound."""
+    codes, rows, weight, gain = _random_product(tile.block_n, tile.block_m + 3, group_size, tile.two_level)
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
     product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
-    y = bound.multiplied(codes.to(device), rows.to(device), product, dtype, tile, splits)
+    y = steps.multiplied(codes.to(device), rows.to(device), product, dtype, tile, splits)
     error = float(((y.cpu().double() - expected.double()).abs() / allowed).max())
     if error <= 1:
         return ""
@@ -64,6 +72,28 @@ def problem_of_tile(
         f"splits {splits}) is off by {error:.3g} of what rounding allows on this GPU; "
         f"name another tile table with {environment.TILES}, or serve on a CPU, and report it with the versions of GPU, "
         "driver and Triton"
+    )
+
+
+@cache
+def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.device, profile: Profile) -> str:
+    """What is wrong with the int8 path on `device`, empty if nothing: unpacked weights equal, outputs in the bound."""
+    codes, rows, weight, gain = _random_product(tile.block_n, tile.block_m + 3, layout.UNIT_K, two_level=True)
+    expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
+    allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
+    prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
+    product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
+    y, matrix = steps.multiplied_in_int8(codes.to(device), rows.to(device), product, dtype, tile)
+    unpacked = matrix[:OUT_FEATURES, :IN_FEATURES].cpu()
+    differing = float((unpacked != times_group(weight.codes, weight.scale)).float().mean())
+    error = float(((y.cpu().double() - expected.double()).abs() / allowed).max())
+    if not differing and error <= 1:
+        return ""
+    return (
+        f"the int8 path, tile {tile.block_n}x{tile.block_m} (warps {tile.warps}, stages {tile.stages}), is off by "
+        f"{error:.3g} of what rounding allows on this GPU, with {100 * differing:.3g} % of its weights wrong; "
+        f"name a tile table without it with {environment.TILES}, or serve on a CPU, and report it with the versions of "
+        "GPU, driver and Triton"
     )
 
 
@@ -87,7 +117,7 @@ def problem_of_quantizer(
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
     quantizer = Quantizer(prepared, silu_mul, profile.pdl, profile.units)
-    found = bound.quantized(x.to(device), modality.to(device), quantizer)
+    found = steps.quantized(x.to(device), modality.to(device), quantizer)
     if silu_mul:
         gate, up = x.chunk(2, dim=1)
         x = torch.nn.functional.silu(gate) * up
@@ -183,6 +213,9 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
         if tile.serves(group_size, two_level)
         for splits in sorted({1, min(tile.max_splits, 2)})
     ]
+    int8_tile = profile.architecture.int8_tile(sys.maxsize, two_level)
+    if int8_tile is not None and environment.workspace_wanted():
+        problems.append(problem_of_int8_path(int8_tile, dtype, device, profile))
     for problem in problems:
         if problem:
             raise MorphoQuantError(problem)

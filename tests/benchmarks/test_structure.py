@@ -73,7 +73,7 @@ def test_the_docstring_of_benchmarks_lists_its_packages() -> None:
 def test_tracked_results_are_json_short_summaries_and_pictures_that_docs_show() -> None:
     done = subprocess.run(["git", "ls-files", "benchmarks/results"], cwd=REPOSITORY, capture_output=True, text=True)
     tracked = [REPOSITORY / line for line in done.stdout.splitlines()]
-    pages = "".join(path.read_text() for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
+    pages = "".join(path.read_text() for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")])
     for path in tracked:
         assert path.suffix in (".json", ".md", ".png"), path
         if path.suffix == ".md":

@@ -10,7 +10,7 @@ import pytest
 from morphoquant_vllm import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENT = REPOSITORY / "docs" / "environment.md"
+DOCUMENT = REPOSITORY / "docs" / "reference" / "environment.md"
 # Besides environment.py: what torchrun sets for the processes of a calibration.
 READERS = {"morphoquant_vllm/environment.py", "calibration/processes.py"}
 TORCHRUN = {"WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}

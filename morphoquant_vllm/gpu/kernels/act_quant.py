@@ -6,6 +6,10 @@ and gathered in shared memory: each gathered load from memory takes a sector of 
 serves many tokens whose channels come in channel order (mlp_channel_order.py): a program quantizes the same channels of
 several tokens, whose tables then lie in the cache of its multiprocessor.
 
+    x [M, K] --by order--> x - centre --times inverse--> clamp, round --> codes [M, K]
+                 |                 of the token's row: its modality's, or the last one's
+                 +--> intervals of a few channels: is it massive? --> rows [M]
+
 The order of float32 operations is that of numerics.activation: subtract, multiply, round half to even, clamp.
 Clamping first gives the same codes, since the limits are integers, and keeps the rounding constant valid.
 SILU_MUL: what is quantized is silu(gate) * up of x = [gate, up].
@@ -159,7 +163,7 @@ def quantize_tokens(
     SILU_MUL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All codes of `tokens` tokens, BLOCK_K at a time; arguments as above, WIDTH a power of two from K on.
+    """All codes of `tokens` tokens, BLOCK_K at a time; arguments as `quantize_activation`'s, WIDTH a power of two >= K.
 
     Grid (M / tokens). Of narrow layers the tables stay in a cache from one token to the next.
     """
@@ -211,7 +215,7 @@ def quantize_in_order(
     SILU_MUL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_K codes of each of `tokens` tokens; arguments as above; grid (M / tokens * tiles of K).
+    """BLOCK_K codes of each of `tokens` tokens; arguments as `quantize_activation`'s; grid (M / tokens * tiles of K).
 
     Tokens begin on 16 bytes, unlike those of the other quantizers: they are read 16 bytes at a time.
     """

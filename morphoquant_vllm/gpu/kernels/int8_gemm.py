@@ -19,15 +19,16 @@ from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
 
 @triton.jit(do_not_specialize=["M"])
 def int8_gemm(
+    # Those that vary from call to call come first.
     codes,  # int8 [M, K]; DESCRIPTORS: in blocks [BLOCK_M, BLOCK_K]
+    rows_ptr,  # int32 [M]
+    out_ptr,  # [M, N]
+    M,
     weights,  # int8 [N', K'], N and K rounded up; DESCRIPTORS: in blocks [BLOCK_N, BLOCK_K]
     channel_scale_ptr,  # float32 [N], times 16
-    rows_ptr,  # int32 [M]
     gain_ptr,  # float32 [R], divided by 16
     absorbed_bias_ptr,  # float32 [R, N]
     bias_ptr,  # [N] or unused
-    out_ptr,  # [M, N]
-    M,
     N,
     K,
     padded_k,
@@ -54,7 +55,6 @@ def int8_gemm(
     first_n = (within // group_tokens) * BLOCK_N
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
 
     wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
@@ -64,17 +64,22 @@ def int8_gemm(
             right = codes.load([first_m, start])
             acc = tl.dot(left, right.T, acc=acc, out_dtype=tl.int32)
     else:
+        # Two products a turn: of one alone, Triton 3.9 carries the next operands from turn to turn byte by byte.
+        HALF: tl.constexpr = BLOCK_K // 2
+        k = tl.arange(0, HALF)
         token_exists = (m < M)[None, :]
         # Rows and channels that fill the workspace up can be read: BLOCK_N and BLOCK_K divide its sizes.
         weight_ptrs = weights + n[:, None].to(tl.int64) * padded_k + k[None, :]
         code_ptrs = codes + m[None, :].to(tl.int64) * K + k[:, None]
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            exists = token_exists
-            if not EVEN_K:
-                exists = exists & (start + k < K)[:, None]
-            left = tl.load(weight_ptrs + start)
-            right = tl.load(code_ptrs + start, mask=exists, other=0)
-            acc = tl.dot(left, right, acc=acc, out_dtype=tl.int32)
+        for turn in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            for second in tl.static_range(2):
+                start = turn + second * HALF
+                exists = token_exists
+                if not EVEN_K:
+                    exists = exists & (start + k < K)[:, None]
+                left = tl.load(weight_ptrs + start)
+                right = tl.load(code_ptrs + start, mask=exists, other=0)
+                acc = tl.dot(left, right, acc=acc, out_dtype=tl.int32)
     write_parts(
         acc,
         first_m,

@@ -8,15 +8,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from morphoquant_vllm.gpu import norm_launch, product_launch, quantize_launch
+from morphoquant_vllm.gpu import int8_path, norm_launch, product_launch, quantize_launch
 from morphoquant_vllm.gpu.device import OLDEST_PDL
 from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
 from morphoquant_vllm.gpu.kernels.gemm_adding import int4_gemm_adding
+from morphoquant_vllm.gpu.kernels.int8_gemm import int8_gemm
 from morphoquant_vllm.gpu.kernels.norm_quant import quantize_normed
 from morphoquant_vllm.gpu.kernels.reduce_splits import reduce_splits
+from morphoquant_vllm.gpu.kernels.unpack_int8 import unpack_int8
 from morphoquant_vllm.gpu.layout import TILE_N, tile_channels
-from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -276,6 +278,68 @@ def build_gemm_adding(
         pointers | dict.fromkeys(("M", "N", "K", "splits"), "i32"),
         constants,
         (*pointers, "N", "K"),
+        target,
+        num_warps=tile.warps,
+        enable_fp_fusion=True,
+    )
+
+
+def build_unpack(target: str) -> CompiledKernel:
+    """The kernel that unpacks a layer into int8, as `int8_path.unpack_launch` launches it."""
+    pointers = {"weight_ptr": "*i8", "level_ptr": "*i32", "out_ptr": "*i8"}
+    nvidia = TARGETS[target].backend == "cuda"
+    constants = {
+        "P": tile_channels(0, two_level=True),
+        "TILE_N": TILE_N,
+        "ASM": nvidia,
+        "PDL": pdl(target),
+    }
+    return build(
+        unpack_int8,
+        pointers | {"padded_n": "i32", "turns": "i32"},
+        constants,
+        (*pointers, "padded_n"),
+        target,
+        num_warps=int8_path.UNPACK_WARPS["nvidia" if nvidia else "amd"],
+        # It has no float operation.
+        enable_fp_fusion=False,
+    )
+
+
+def build_int8_gemm(
+    target: str, tile: Int8Tile, *, dtype: str = "bfloat16", has_bias: bool = False, even_k: bool = True
+) -> CompiledKernel:
+    """The product of the int8 path with the constants that `int8_path.gemm_launch` would give it."""
+    pointers = {
+        "channel_scale_ptr": "*fp32",
+        "rows_ptr": "*i32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+        "out_ptr": TYPES[dtype],
+    }
+    operands = {"codes": "*i8", "weights": "*i8"}
+    if tile.descriptors:
+        operands = {
+            "codes": f"tensordesc<i8[{tile.block_m}, {tile.block_k}]>",
+            "weights": f"tensordesc<i8[{tile.block_n}, {tile.block_k}]>",
+        }
+    constants = {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": int8_path.GROUP_M,
+        "STAGES": tile.stages,
+        "EVEN_K": even_k,
+        "HAS_BIAS": has_bias,
+        "DESCRIPTORS": tile.descriptors,
+        "PDL": pdl(target),
+    }
+    return build(
+        int8_gemm,
+        operands | pointers | dict.fromkeys(("M", "N", "K", "padded_k"), "i32"),
+        constants,
+        (*(() if tile.descriptors else operands), *pointers, "N", "K", "padded_k"),
         target,
         num_warps=tile.warps,
         enable_fp_fusion=True,

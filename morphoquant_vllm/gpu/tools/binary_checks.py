@@ -6,8 +6,8 @@ import re
 
 from triton.compiler import CompiledKernel
 
-from morphoquant_vllm.gpu.tiles import Architecture, Tile
-from morphoquant_vllm.gpu.tools.binary_resources import Resources
+from morphoquant_vllm.gpu.tiles import Architecture, Int8Tile, Tile
+from morphoquant_vllm.gpu.tools.binary_resources import Resources, resources
 from morphoquant_vllm.gpu.tools.occupancy import programs_per_unit
 
 # Where accumulators are in tensor memory, scales need another layout each turn; nothing else may in a loop.
@@ -19,11 +19,15 @@ WIDE = {
     "sm_90": re.compile(r"wgmma\.mma_async\S*k32\.s32\.s8\.s8"),
     "sm_100": re.compile(r"tcgen05\.mma\S*kind::i8"),
 }
+# Copies through a tensor descriptor.
+BULK_COPY = re.compile(r"cp\.async\.bulk\.tensor")
+# Loads and stores of 16 bytes.
+WIDE_ACCESS = re.compile(r"\.128|dwordx4")
 # Not 4x4x4: a sixteenth of the unit's throughput.
 AMD = re.compile(r"v_mfma_i32_(16x16x32|32x32x16)_i8")
 
 
-def matrix_instruction(architecture: Architecture, tile: Tile) -> re.Pattern[str]:
+def matrix_instruction(architecture: Architecture, tile: Tile | Int8Tile) -> re.Pattern[str]:
     """The int8 matrix instruction that a tile must be compiled to."""
     if architecture.vendor == "amd":
         return AMD
@@ -41,8 +45,8 @@ def spill_problems(used: Resources) -> list[str]:
     return problems
 
 
-def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> list[str]:
-    """All that is wrong with the matrix kernel compiled for `tile`; empty if it may be shipped."""
+def _program_problems(used: Resources, architecture: Architecture, tile: Tile | Int8Tile) -> list[str]:
+    """Spills, what a program takes of its multiprocessor, and the matrix instruction."""
     problems = spill_problems(used)
     if used.shared_memory > architecture.shared_memory:
         problems.append(f"shared memory: {used.shared_memory} bytes, the limit is {architecture.shared_memory}")
@@ -55,6 +59,12 @@ def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> li
     wanted = matrix_instruction(architecture, tile)
     if len(used.matrix) != 1 or not wanted.fullmatch(next(iter(used.matrix))):
         problems.append(f"matrix instruction: {sorted(used.matrix)}, not {wanted.pattern}")
+    return problems
+
+
+def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> list[str]:
+    """All that is wrong with the matrix kernel compiled for `tile`; empty if it may be shipped."""
+    problems = _program_problems(used, architecture, tile)
     # Weights and both halves of the codes, at least one copy each for every step in flight; with two-level scales
     # of two steps a turn, and of their levels. Codes of joined operands are one copy.
     copies = (7 - 3 * tile.joined if tile.two_level else 3 - tile.joined) * tile.stages * tile.unroll
@@ -66,6 +76,45 @@ def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> li
     conversions = any(name.startswith(TENSOR_MEMORY) for name in used.matrix)
     if used.layout_conversions > conversions:
         problems.append(f"layout conversions in the loop: {used.layout_conversions}, over {int(conversions)}")
+    return problems
+
+
+def int8_problems(kernel: CompiledKernel, architecture: Architecture, tile: Int8Tile) -> list[str]:
+    """All that is wrong with the product of the int8 path compiled for `tile`; empty if it may be shipped."""
+    used = resources(kernel)
+    problems = _program_problems(used, architecture, tile)
+    # One copy of either operand for every turn in flight; of pointers one for each half of a turn.
+    kind = "bulk copies" if tile.descriptors else "asynchronous copies"
+    found, wanted = used.asynchronous_copies, 4 * tile.stages
+    if tile.descriptors:
+        found, wanted = len(BULK_COPY.findall(kernel.asm["ptx"])), 2 * tile.stages
+    if architecture.vendor == "nvidia" and found < wanted:
+        problems.append(f"{kind}: {found}, fewer than {wanted}")
+    products = 1 if tile.descriptors else 2
+    if used.waits > products:
+        problems.append(f"waits for matrix instructions in the loop: {used.waits}, over {products}")
+    if used.layout_conversions:
+        problems.append(f"layout conversions in the loop: {used.layout_conversions}, over 0")
+    return problems
+
+
+def unpack_problems(kernel: CompiledKernel) -> list[str]:
+    """All that is wrong with the kernel that unpacks into int8: it must move 16 bytes at a time, by registers alone."""
+    used = resources(kernel)
+    problems = spill_problems(used)
+    if used.shared_memory or "ttg.convert_layout" in kernel.asm["ttgir"]:
+        problems.append(f"shared memory: {used.shared_memory} bytes, where nothing needs to move")
+    if "ptx" in kernel.asm:
+        problems += level_problems(kernel)
+    loads, stores = (
+        sorted({opcode for opcode in used.instructions if re.match(pattern, opcode)})
+        for pattern in (r"LDG|(global|buffer)_load", r"STG|(global|buffer)_store")
+    )
+    # Levels are words.
+    if not any(WIDE_ACCESS.search(opcode) for opcode in loads) or len(loads) > 2:
+        problems.append(f"loads: {', '.join(loads)}, not of 16 bytes")
+    if not stores or not all(WIDE_ACCESS.search(opcode) for opcode in stores):
+        problems.append(f"stores: {', '.join(stores)}, not of 16 bytes")
     return problems
 
 

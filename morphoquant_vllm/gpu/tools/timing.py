@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 # A server reads all other layers between two uses of one: so many times the cache lie between two uses here.
 COLD_CACHES = 4
 REPLAYS = 20
+# Calls of which the host's time is taken, and so many at a time: a queue holds about a thousand launches.
+HOST_CALLS, QUEUED_CALLS = 200, 20
 
 
 def cold_copies(weight_bytes: int) -> int:
@@ -33,6 +36,23 @@ def graph_of(calls: Sequence[Callable[[Tensor], object]], x: Tensor) -> torch.cu
         for call in calls:
             call(x)
     return graph
+
+
+def host_microseconds(calls: Sequence[Callable[[Tensor], object]], x: Tensor) -> float:
+    """Median time that one of the `calls` takes the host, outside a CUDA graph, until it returns.
+
+    The GPU's queue is empty at first and never full, or a call would wait for the GPU: so few calls follow each other.
+    """
+    times = []
+    for start in range(0, HOST_CALLS, QUEUED_CALLS):
+        torch.cuda.synchronize()
+        for index in range(start, start + QUEUED_CALLS):
+            call = calls[index % len(calls)]
+            before = time.perf_counter_ns()
+            call(x)
+            times.append(time.perf_counter_ns() - before)
+    torch.cuda.synchronize()
+    return statistics.median(times) / 1000
 
 
 def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:

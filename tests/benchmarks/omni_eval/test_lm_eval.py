@@ -1,4 +1,4 @@
-"""MMMU by lm-eval from a local copy, with the command of docs/evaluation.md."""
+"""MMMU by lm-eval from a local copy, with the command of docs/guide/evaluate.md."""
 
 import os
 import re
@@ -17,7 +17,9 @@ from tests.harness import REPOSITORY
 # Imports all of lm-eval in a process of its own.
 @pytest.mark.full
 def test_the_command_of_the_docs_reads_a_local_copy(tmp_path: Path) -> None:
-    found = re.search(r"HF_HUB_OFFLINE=1 (lm_eval run [^`]+)", (REPOSITORY / "docs" / "evaluation.md").read_text())
+    found = re.search(
+        r"HF_HUB_OFFLINE=1 (lm_eval run [^`]+)", (REPOSITORY / "docs" / "guide" / "evaluate.md").read_text()
+    )
     assert found is not None
     write_mmmu(tmp_path / "MMMU" / "MMMU")
     with serving() as (url, asked):

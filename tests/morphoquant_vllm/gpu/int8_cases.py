@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -103,3 +104,28 @@ def no_tokens() -> tuple[int, ...]:
         tile=tile_of(case, descriptors=True),
     )
     return tuple(y.shape)
+
+
+def self_check(broken: str) -> str:
+    """What `selfcheck` says of the path: of sound kernels, or of a wrong weight or output."""
+    from morphoquant_vllm.gpu import device, int8_path, selfcheck, tiles
+
+    profile = device.Profile(tiles.architectures()["sm_90"], 4, inline_assembly=False, pdl=False)
+    sound = {"unpack": int8_path.unpack, "int8_matmul": int8_path.int8_matmul}
+
+    def wrong_weight(weight: layout.GpuWeight, workspace: torch.Tensor, **settings: Any) -> None:
+        sound["unpack"](weight, workspace, **settings)
+        workspace[1] += 1
+
+    def wrong_output(**arguments: Any) -> torch.Tensor:
+        y = sound["int8_matmul"](**arguments)
+        y[-1, -1] += 1 + y[-1, -1].abs() / 16
+        return y
+
+    try:
+        if broken:
+            setattr(int8_path, broken, {"unpack": wrong_weight, "int8_matmul": wrong_output}[broken])
+        tile = Int8Tile(1, 64, 32, 128, 4, 2, True, 1, broken)
+        return selfcheck.problem_of_int8_path(tile, torch.float16, torch.device("cpu"), profile)
+    finally:
+        int8_path.unpack, int8_path.int8_matmul = sound["unpack"], sound["int8_matmul"]

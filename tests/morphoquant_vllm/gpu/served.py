@@ -20,6 +20,8 @@ KERNELS = {
     "quantize_tokens": "quantize_launch",
     "int4_gemm": "product_launch",
     "reduce_splits": "product_launch",
+    "unpack_int8": "int8_path",
+    "int8_gemm": "int8_path",
 }
 
 
@@ -132,7 +134,7 @@ def fused(case: Case, architecture: str) -> bool:
 
 def self_check(two_level: bool) -> tuple[list[str], str]:
     """What `selfcheck` says of sound kernels, tiles of a table and all quantizers, and of one that is not."""
-    from morphoquant_vllm.gpu import bound, device, quantize_launch, selfcheck, tiles
+    from morphoquant_vllm.gpu import device, quantize_launch, selfcheck, steps, tiles
 
     profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
     cpu, dtype = torch.device("cpu"), torch.bfloat16
@@ -144,34 +146,34 @@ def self_check(two_level: bool) -> tuple[list[str], str]:
     ]
     tile = profile.architecture.tile(16, 32, two_level)
     found += [selfcheck.problem_of_tile(tile, 32, splits, dtype, cpu, profile) for splits in (1, 2)]
-    sound = bound.multiplied
+    sound = steps.multiplied
 
     def wrong(codes: Tensor, *arguments: Any) -> Tensor:
         y = sound(codes, *arguments)
         y[-1, -1] += 1 + y[-1, -1].abs() / 16
         return y
 
-    bound.multiplied = wrong
+    steps.multiplied = wrong
     try:
         return found, selfcheck.problem_of_tile(tile, 32, 1, torch.float16, cpu, profile)
     finally:
-        bound.multiplied = sound
+        steps.multiplied = sound
 
 
 def self_check_of_the_quantizer() -> str:
     """What `selfcheck` says of a quantizer of which one code is wrong."""
-    from morphoquant_vllm.gpu import bound, device, selfcheck, tiles
+    from morphoquant_vllm.gpu import device, selfcheck, steps, tiles
 
     profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
-    sound = bound.quantized
+    sound = steps.quantized
 
     def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
         codes, rows = sound(*arguments)
         codes[1, 1] ^= 1
         return codes, rows
 
-    bound.quantized = wrong
+    steps.quantized = wrong
     try:
         return selfcheck.problem_of_quantizer(96, False, 3, False, torch.float16, torch.device("cpu"), profile)
     finally:
-        bound.quantized = sound
+        steps.quantized = sound

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from morphoquant_vllm import ops
-from morphoquant_vllm.gpu import bound, device, launcher, layout, tiles
+from morphoquant_vllm.gpu import bound, bound_kernels, device, launcher, layout, tiles
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS
 from morphoquant_vllm.gpu.tools.no_device import Launched, no_device, noted
 from tests.morphoquant_vllm.gpu.cases import Case, layer, tokens
@@ -43,7 +43,8 @@ def profile() -> device.Profile:
     for two_level in (False, True):
         few, *_, many = shipped.tiles_of(64, two_level)
         chosen += [replace(few, max_tokens=16), many]
-    return device.Profile(replace(shipped, tiles=tuple(chosen)), UNITS, inline_assembly=True, pdl=True)
+    int8 = replace(shipped.int8, min_tokens=None)
+    return device.Profile(replace(shipped, tiles=tuple(chosen), int8=int8), UNITS, inline_assembly=True, pdl=True)
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def test_the_known_forms_of_triton_s_launcher() -> None:
 def test_splits_by_tiles_are_those_of_the_table() -> None:
     for tile in tiles.load(tiles.DEFAULT_TABLE)["sm_90"].tiles:
         for out_features, steps, units in ((37888, 56, 132), (3584, 296, 132), (64, 4, 4)):
-            found = bound.splits_by_tiles(tile, out_features, steps, units)
+            found = bound_kernels.splits_by_tiles(tile, out_features, steps, units)
             for count in (1, 2, 7, 16, 17, 100, 1000, 9000):
                 expected = tiles.splits_of(tile, count, out_features, steps, units)
                 assert found[min(-(-count // tile.block_m), len(found)) - 1] == expected
@@ -342,3 +343,16 @@ def test_layouts_of_scratch_do_not_overlap() -> None:
         assert codes >= 96 * count and rows >= 4 * count and parts == 4 * 3 * count * 50
         assert codes % bound.ALIGNMENT == rows % bound.ALIGNMENT == 0
     assert layout.UNIT_K % bound.ALIGNMENT == 0, "the codes of a token begin on 16 bytes"
+
+
+def test_two_level_scales_are_named_once_for_layers_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bound.logger, "propagate", True)
+    bound._say_that_two_level_is_faster.cache_clear()
+    with caplog.at_level("INFO", logger=bound.logger.name):
+        kept = [made(replace(CASE, two_level=True))]
+        assert not caplog.messages
+        kept += [made(CASE), made(CASE)]
+    (line,) = caplog.messages
+    assert "`morphoquant convert`" in line and len(kept) == 3

@@ -60,3 +60,40 @@ def test_what_does_not_fit_is_refused(interpreter: Interpreter) -> None:
 
 def test_no_tokens_give_no_outputs(interpreter: Interpreter) -> None:
     assert interpreter(int8_cases.no_tokens) == (0, 200)
+
+
+def test_a_path_that_is_wrong_is_found_while_loading(interpreter: Interpreter) -> None:
+    assert interpreter(int8_cases.self_check, "") == ""
+    wrong_weight = interpreter(int8_cases.self_check, "unpack")
+    assert "with 0.00074 % of its weights wrong" in wrong_weight
+    wrong_output = interpreter(int8_cases.self_check, "int8_matmul")
+    assert "the int8 path, tile 64x32" in wrong_output and "with 0 % of its weights wrong" in wrong_output
+    assert "MORPHOQUANT_TILES" in wrong_output
+
+
+def test_a_descriptor_over_an_address_is_encoded_as_one_over_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own code, with only the driver's call replaced: what it is given, and what the kernel gets."""
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver", reason="needs triton")
+    int8_path = pytest.importorskip("morphoquant_vllm.gpu.int8_path", reason="needs triton")
+    calls: list[tuple[object, ...]] = []
+
+    class Driver:
+        class utils:
+            @staticmethod
+            def fill_tma_descriptor_tiled(*arguments: object) -> str:
+                calls.append(tuple(list(item) if isinstance(item, tuple) else item for item in arguments))
+                return "map"
+
+    monkeypatch.setattr(nvidia.triton.runtime.driver, "_active", Driver)
+    codes = torch.zeros((5, 96), dtype=torch.int8)
+    metadata = {"swizzle": 3, "elem_size": 1, "elem_type": 0, "block_size": [128, 128], "fp4_padded": False}
+    known = int8_path.operand(codes, (128, 128), True)
+    descriptors = known, int8_path.AddressDescriptor(codes.data_ptr(), 5, 96)
+    signature = {0: "tensordesc<i8[128, 128]>", 1: "i32"}
+    passed: list[list[object]] = []
+    launcher = nvidia.wrap_handle_tensordesc(lambda *arguments: passed.append(list(arguments)), signature, [metadata])
+    for descriptor in descriptors:
+        launcher(*range(11), (descriptor, 7))
+    assert calls[0] == calls[1] and calls[0][0] == codes.data_ptr()
+    assert passed[0] == passed[1]
+    assert tuple(passed[0][-1]) == ("map", 5, 96, 96, 1, 7)

@@ -25,6 +25,16 @@ def test_every_architecture_serves_every_number_of_tokens_and_group_size() -> No
         assert all(tile.reason for tile in architecture.tiles)
 
 
+def test_the_int8_path_serves_many_tokens_of_two_level_layers_where_the_table_says_so() -> None:
+    table = tiles.load(tiles.DEFAULT_TABLE)
+    hopper = table["sm_90"]
+    assert hopper.int8_tile(1024, two_level=True) is hopper.int8
+    assert hopper.int8_tile(1023, two_level=True) is None
+    assert hopper.int8_tile(4096, two_level=False) is None
+    assert [name for name, item in table.items() if item.int8_tile(10**6, two_level=True)] == ["sm_90"]
+    assert all(item.int8.reason for item in table.values())
+
+
 def test_no_device_is_served_twice() -> None:
     devices = [device for item in tiles.load(tiles.DEFAULT_TABLE).values() for device in item.devices]
     assert len(devices) == len(set(devices))
@@ -60,6 +70,15 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
         ),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages=0), "stages must be at least 1"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages="4"), "stages must be int, got '4'"),
+        # A table of version 3 has no other path; its version is refused first.
+        (
+            lambda table: table.update(version=3),
+            "version 3 is unknown, this release reads 4; write the table anew with",
+        ),
+        (lambda table: table["architectures"]["sm_80"].pop("int8"), "malformed tile table ('int8')"),
+        (lambda table: table["architectures"]["sm_80"]["int8"].update(block_k=96), "int8: block_k = 96 is not one of"),
+        (lambda table: table["architectures"]["sm_80"]["int8"].update(min_tokens=0), "min_tokens must be at least 1"),
+        (lambda table: table["architectures"]["sm_80"]["int8"].update(min_tokens="9"), "min_tokens must be int"),
     ],
 )
 def test_a_malformed_table_is_refused_in_one_line(change, fragment: str, tmp_path: Path) -> None:

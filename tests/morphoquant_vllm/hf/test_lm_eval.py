@@ -1,4 +1,4 @@
-"""lm-eval on a checkpoint through transformers, by README's one-line wrapper."""
+"""lm-eval on a checkpoint through transformers, by the one-line wrapper of docs/guide/evaluate.md."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_the_wrapper_evaluates_the_quantized_model(
     tiny = TinyModels(tmp_path)
     checkpoint = tmp_path / "checkpoint"
     calibrate(tiny.model("llama"), tiny.data("llama"), checkpoint)
-    wrapper = re.search(r"python -c '(.*)'", (harness.REPOSITORY / "README.md").read_text())
+    wrapper = re.search(r"python -c '(.*)'", (harness.REPOSITORY / "docs" / "guide" / "evaluate.md").read_text())
     assert wrapper is not None
     assert wrapper[1] == "import morphoquant_vllm.hf, lm_eval.__main__ as m; m.cli_evaluate()"
     arguments = ("--model", "hf", "--model_args", f"pretrained={checkpoint},dtype=float32", "--device", "cpu")

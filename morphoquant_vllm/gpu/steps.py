@@ -1,0 +1,70 @@
+"""One step of a bound layer by itself, as a bound layer takes it here: for the self-check."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.gpu import int8_path, launch
+from morphoquant_vllm.gpu.bound_int8 import BoundInt8
+from morphoquant_vllm.gpu.bound_kernels import BoundProduct, BoundQuantizer, current_stream_of
+from morphoquant_vllm.gpu.launcher import UnknownFormError
+from morphoquant_vllm.gpu.product_launch import Product
+from morphoquant_vllm.gpu.quantize_launch import Quantizer
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
+from morphoquant_vllm.gpu.workspace import Workspace
+
+
+def quantized(x: Tensor, modality: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] and rows int32 [M], M >= 1, as a bound layer makes them here."""
+    codes = x.new_empty((x.shape[0], quantizer.in_features), dtype=torch.int8)
+    rows = x.new_empty((x.shape[0],), dtype=torch.int32)
+    try:
+        quantize = BoundQuantizer(quantizer, x.dtype)
+        quantize(current_stream_of(x.device)(), x, modality, codes.data_ptr(), rows.data_ptr())
+    except UnknownFormError:
+        return launch.quantize(x, modality, quantizer.activation, quantizer.silu_mul, quantizer.pdl, quantizer.units)
+    return codes, rows
+
+
+def multiplied(codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype, tile: Tile, splits: int) -> Tensor:
+    """y [M, N] of codes and rows, M >= 1, without a bias, as a bound layer makes it here."""
+    tokens = codes.shape[0]
+    y = codes.new_empty((tokens, product.out_features), dtype=dtype)
+    parts = codes.new_empty((splits, tokens, product.out_features), dtype=product.sums)
+    try:
+        multiply = BoundProduct(product, codes.shape[1], None, dtype, tile, (splits,))
+        stream = current_stream_of(codes.device)()
+        multiply(stream, codes.data_ptr(), rows.data_ptr(), parts.data_ptr(), y.data_ptr(), tokens, splits)
+    except UnknownFormError:
+        settings = (tile, splits, product.inline_assembly, product.pdl)
+        return launch.matmul(codes, rows, product.weight, product.gain, None, dtype, *settings)
+    return y
+
+
+def multiplied_in_int8(
+    codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype, tile: Int8Tile
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] as `multiplied`, by the int8 path; and the unpacked weights, int8 [N', K'], as int8_path.py has them."""
+    tokens = codes.shape[0]
+    y = codes.new_empty((tokens, product.out_features), dtype=dtype)
+    workspace = Workspace(codes.device)
+    workspace.grow(int8_path.workspace_bytes(product.weight))
+    try:
+        multiply = BoundInt8(product, codes.shape[1], None, dtype, tile, workspace)
+        multiply(current_stream_of(codes.device)(), codes.data_ptr(), rows.data_ptr(), y.data_ptr(), tokens)
+    except UnknownFormError:
+        assembly, pdl = product.inline_assembly, product.pdl
+        int8_path.unpack(product.weight, workspace.memory, inline_assembly=assembly, pdl=pdl)
+        y = int8_path.int8_matmul(
+            codes=codes,
+            rows=rows,
+            weight=product.weight,
+            workspace=workspace.memory,
+            gain=product.gain,
+            bias=None,
+            dtype=dtype,
+            tile=tile,
+            pdl=pdl,
+        )
+    return y, int8_path.unpacked(product.weight, workspace.memory)

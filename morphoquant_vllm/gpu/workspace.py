@@ -1,0 +1,87 @@
+"""The int8 memory that one layer at a time is unpacked into, shared by all layers of a device; see int8_path.py.
+
+It grows while layers are loaded, to what the largest of them needs, and is freed with the last layer.
+
+The layers of one stream run in order, so each finds it free. Two streams do not, so one stream has it at a time.
+Another takes it over when that one has nothing left to do, and is served without it until then. vLLM runs our layers in
+order on one stream; it has a second one for the shared experts of mixtures of experts, whose layers are not ours. CUDA
+graphs are captured on a stream of their own and replayed in order with the rest. Memory that a graph has seen is not
+freed before the layers are.
+"""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from morphoquant_vllm import environment
+from morphoquant_vllm.errors import MorphoQuantError
+
+logger = logging.getLogger("vllm.morphoquant_vllm.gpu.workspace")
+MIB = 1 << 20
+
+
+class Workspace:
+    """The workspace of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory = torch.empty(0, dtype=torch.int8, device=device)
+        self.address = 0
+        # Of graphs that were captured before it grew.
+        self.seen_by_graphs: list[Tensor] = []
+        self.is_seen = False
+        self.stream: int | None = None
+
+    def grow(self, size: int) -> None:
+        """Hold `size` bytes at least; the address changes if it grows. Raises MorphoQuantError if they do not fit."""
+        if size <= self.memory.numel():
+            return
+        if self.is_seen:
+            self.seen_by_graphs.append(self.memory)
+        # Freed first: the larger one may take its place.
+        self.memory = torch.empty(0, dtype=torch.int8, device=self.device)
+        try:
+            self.memory = torch.empty(size, dtype=torch.int8, device=self.device)
+        except torch.OutOfMemoryError:
+            raise MorphoQuantError(
+                f"the int8 workspace of {size / MIB:.1f} MiB does not fit into what is free on {self.device}; "
+                f"set {environment.WORKSPACE}=0 to serve long prompts without it, or serve on more GPUs"
+            ) from None
+        self.address, self.is_seen = self.memory.data_ptr(), False
+        logger.info(
+            "The int8 workspace of long prompts takes %.1f MiB on %s, shared by all layers; %s=0 turns it off.",
+            *(size / MIB, self.device, environment.WORKSPACE),
+        )
+
+    def serves(self, stream: int) -> bool:
+        """Whether a call on this stream, the current one, may use it now."""
+        if self.device.type == "cpu":
+            return True
+        if torch.cuda.is_current_stream_capturing():
+            self.is_seen = True
+            return True
+        if stream != self.stream and not self._is_idle():
+            return False
+        self.stream = stream
+        return True
+
+    def _is_idle(self) -> bool:
+        """Whether the stream that has it has done all its work."""
+        return self.stream is None or torch.cuda.ExternalStream(self.stream, self.device).query()
+
+
+# Kept by the layers that use them.
+_WORKSPACES: WeakValueDictionary[torch.device, Workspace] = WeakValueDictionary()
+
+
+def workspace_of(device: torch.device) -> Workspace:
+    """The one workspace of a device; whoever asks must keep it."""
+    found = _WORKSPACES.get(device)
+    if found is None:
+        found = Workspace(device)
+        _WORKSPACES[device] = found
+    return found
