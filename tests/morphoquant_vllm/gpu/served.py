@@ -22,6 +22,8 @@ KERNELS = {
     "reduce_splits": "product_launch",
     "unpack_int8": "int8_path",
     "int8_gemm": "int8_path",
+    "quantize_normed": "norm_launch",
+    "int4_gemm_adding": "adding_launch",
 }
 
 
