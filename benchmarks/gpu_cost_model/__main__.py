@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict
 from functools import cache
@@ -14,7 +15,9 @@ from benchmarks.models.shapes import GPU_LAYERS, GPU_TOKENS
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 if TYPE_CHECKING:
-    from morphoquant_vllm.gpu.tiles import Tile
+    from benchmarks.gpu_cost_model.gpus import Gpu
+    from benchmarks.gpu_cost_model.model import Estimate
+    from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
     from morphoquant_vllm.gpu.tools.binary_resources import Resources
 
 
@@ -38,6 +41,39 @@ def compiled(architecture: str, tile: Tile, group_size: int, partial: bool) -> R
     return resources(ahead.build_gemm(architecture, tile, group_size, partial=partial))
 
 
+@cache
+def compiled_int8(architecture: str, tile: Int8Tile) -> tuple[Resources, Resources]:
+    """What the two kernels of the int8 path use: unpacking, and the product compiled for a tile."""
+    from morphoquant_vllm.gpu.tools import aot_compile as ahead
+    from morphoquant_vllm.gpu.tools.binary_resources import resources
+
+    return resources(ahead.build_unpack(architecture)), resources(ahead.build_int8_gemm(architecture, tile))
+
+
+def estimates(
+    gpu: Gpu, tokens: int, out_features: int, in_features: int, group_size: int, two_level: bool
+) -> tuple[dict[str, Estimate], str]:
+    """One product by each path that can serve it, and the path that the tile table chooses."""
+    from benchmarks.gpu_cost_model.model import estimate, estimate_int8, turn_channels
+    from morphoquant_vllm.gpu import tiles
+    from morphoquant_vllm.gpu.tools.occupancy import programs_per_unit
+
+    architecture = tiles.architectures()[gpu.architecture]
+    tile = architecture.tile(tokens, group_size, two_level)
+    # An even number with two-level scales, which take two steps a turn.
+    steps = (1 + two_level) * -(-in_features // turn_channels(group_size, two_level))
+    splits = tiles.splits_of(tile, tokens, out_features, steps, gpu.units)
+    used = compiled(gpu.architecture, tile, group_size, splits > 1)
+    fitting = programs_per_unit(used, architecture)
+    sizes = (tokens, out_features, in_features)
+    found = {"int4": estimate(gpu, tile, splits, used, fitting, *sizes, group_size)}
+    if two_level:
+        unpacking, used = compiled_int8(gpu.architecture, architecture.int8)
+        fitting = programs_per_unit(used, architecture)
+        found["int8"] = estimate_int8(gpu, architecture.int8, unpacking, used, fitting, *sizes)
+    return found, "int8" if architecture.int8_tile(tokens, two_level) else "int4"
+
+
 def main() -> None:
     """Compile the shipped tiles, estimate, print."""
     arguments = parser().parse_args()
@@ -47,42 +83,40 @@ def main() -> None:
     from rich.table import Table
 
     from benchmarks.gpu_cost_model.gpus import GPUS
-    from benchmarks.gpu_cost_model.model import estimate, turn_channels
-    from morphoquant_vllm.gpu import tiles
-    from morphoquant_vllm.gpu.tools.occupancy import programs_per_unit
 
     console = Console(width=120)
     rows = []
     for gpu in (GPUS[name] for name in arguments.gpus):
-        architecture = tiles.architectures()[gpu.architecture]
         title = f"ESTIMATES, nothing measured: {gpu.name}, G = {arguments.group_size}, times in microseconds"
         table = Table(title=title + ", two-level scales" * arguments.two_level)
-        for heading in ("layer", "N x K", "M", "splits", "bandwidth", "issue", "tensor cores", "limit", "waves"):
+        for heading in (
+            "layer",
+            "N x K",
+            "M",
+            "path",
+            "splits",
+            "bandwidth",
+            "issue",
+            "tensor cores",
+            "limit",
+            "waves",
+        ):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         table.add_column("estimate", justify="right")
         table.add_column("bf16 roofline", justify="right")
-        for layer, (out_features, in_features) in GPU_LAYERS.items():
-            for tokens in arguments.tokens:
-                tile = architecture.tile(tokens, arguments.group_size, arguments.two_level)
-                # An even number with two-level scales, which take two steps a turn.
-                width = 1 + arguments.two_level
-                steps = width * -(-in_features // turn_channels(arguments.group_size, arguments.two_level))
-                splits = tiles.splits_of(tile, tokens, out_features, steps, gpu.units)
-                used = compiled(gpu.architecture, tile, arguments.group_size, splits > 1)
-                fitting = programs_per_unit(used, architecture)
-                found = estimate(
-                    gpu, tile, splits, used, fitting, tokens, out_features, in_features, arguments.group_size
-                )
-                shape = {"gpu": gpu.name, "layer": layer, "N": out_features, "K": in_features, "M": tokens}
-                shape["two_level"] = arguments.two_level
+        for (layer, sizes), tokens in itertools.product(GPU_LAYERS.items(), arguments.tokens):
+            paths, chosen = estimates(gpu, tokens, *sizes, arguments.group_size, arguments.two_level)
+            for path, found in paths.items():
+                shape = {"gpu": gpu.name, "layer": layer, "N": sizes[0], "K": sizes[1], "M": tokens}
+                shape |= {"two_level": arguments.two_level, "path": path, "chosen": path == chosen}
                 rows.append(shape | {"estimate": True, "limit": found.limit} | asdict(found))
-                times = [found.bandwidth, found.issue, found.units]
                 table.add_row(
                     layer,
-                    f"{out_features}x{in_features}",
+                    f"{sizes[0]}x{sizes[1]}",
                     str(tokens),
-                    str(splits),
-                    *(f"{1e6 * time:.1f}" for time in times),
+                    path + "*" * (path == chosen),
+                    str(found.splits),
+                    *(f"{1e6 * time:.1f}" for time in (found.bandwidth, found.issue, found.units)),
                     found.limit,
                     f"{found.waves:.2f}",
                     f"~{1e6 * found.seconds:.1f}",
@@ -90,7 +124,8 @@ def main() -> None:
                 )
         console.print(table)
     console.print(
-        "Lower bounds by a model (see benchmarks/gpu_cost_model/model.py). No GPU was used and no speed is claimed."
+        "Lower bounds by a model (see benchmarks/gpu_cost_model/model.py). No GPU was used and no speed is claimed. "
+        "*: the path that the tile table chooses."
     )
     if arguments.json:
         arguments.json.write_text(json.dumps({"estimates_only": True, "rows": rows}, indent=2) + "\n")

@@ -1,9 +1,12 @@
-"""The estimate: how long the matrix kernel needs at least, by what it must read, issue and multiply.
+"""The estimate: how long the matrix kernels need at least, by what they must read, issue and multiply.
 
     bandwidth  bytes of weights, scales, codes and output (partial sums twice) over the GPU's bandwidth
     issue      warp instructions of the main loop over what the schedulers issue
     units      int8 multiply-adds, filled-up tiles included, over the tensor cores' peak
     estimate   the largest of the three; the last two are stretched where programs do not divide evenly
+
+The int8 path is two kernels, one after the other: unpacking takes the larger of its bandwidth and its issue, the
+product what is above. Its limits are sums over both kernels.
 
 Left out, all of which make the real time longer: latency, cache misses, instructions outside the loop, conversions at
 less than full rate, clocks below boost, launches (two or three kernels of some microseconds outside a CUDA graph).
@@ -15,8 +18,8 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.gpu_cost_model.gpus import ISSUES_PER_CYCLE, Gpu
-from morphoquant_vllm.gpu.layout import tile_channels
-from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.layout import TILE_N, tile_channels
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 from morphoquant_vllm.gpu.tools.binary_resources import Resources
 
 
@@ -78,21 +81,77 @@ def estimate(
     group_size: int,
 ) -> Estimate:
     """One product of M x N x K at a group size, by a tile compiled to `used`, of which `fitting` share a unit."""
-    tiles_m, tiles_n = _ceil(tokens, tile.block_m), _ceil(out_features, tile.block_n)
-    programs = tiles_m * tiles_n * splits
     weights = out_features * in_features // 2 + scale_bytes(out_features, in_features, group_size, tile.two_level)
     moved = weights + tokens * in_features + 2 * tokens * out_features
     if splits > 1:
         moved += 2 * 4 * splits * tokens * out_features
     turns = _ceil(in_features, turn_channels(group_size, tile.two_level))
-    per_turn = len(used.loop) / tile.unroll * (used.threads // 32)
-    instructions = tiles_m * tiles_n * turns * per_turn
+    per_turn = len(used.loop) / tile.unroll
+    issue, units, waves = _compute(
+        gpu, tile, splits, used, fitting, tokens, out_features, in_features, turns * per_turn
+    )
+    bandwidth = moved / gpu.bandwidth
+    bfloat16 = bfloat16_seconds(gpu, tokens, out_features, in_features)
+    return Estimate(bandwidth, issue, units, waves, splits, max(bandwidth, issue, units), bfloat16)
+
+
+def estimate_int8(
+    gpu: Gpu,
+    tile: Int8Tile,
+    unpacking: Resources,
+    used: Resources,
+    fitting: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+) -> Estimate:
+    """The same product by the int8 path, of layers with two-level scales; two kernels compiled to these resources."""
+    turn = turn_channels(0, two_level=True)
+    unpacked = _ceil(out_features, TILE_N) * TILE_N * _ceil(in_features, turn) * turn
+    packed = unpacked // 2 + scale_bytes(out_features, in_features, 0, two_level=True)
+    unpack_bandwidth = (packed + unpacked) / gpu.bandwidth
+    # A program runs through all its instructions once.
+    warp_instructions = unpacked // (TILE_N * turn) * len(unpacking.instructions) * (unpacking.threads // 32)
+    unpack_issue = warp_instructions / (ISSUES_PER_CYCLE * gpu.units * gpu.clock)
+    turns = _ceil(in_features, tile.block_k)
+    issue, units, waves = _compute(
+        gpu, tile, 1, used, fitting, tokens, out_features, in_features, turns * len(used.loop)
+    )
+    bandwidth = (unpacked + tokens * in_features + 2 * tokens * out_features) / gpu.bandwidth
+    return Estimate(
+        bandwidth=unpack_bandwidth + bandwidth,
+        issue=unpack_issue + issue,
+        units=units,
+        waves=waves,
+        splits=1,
+        seconds=max(unpack_bandwidth, unpack_issue) + max(bandwidth, issue, units),
+        bfloat16=bfloat16_seconds(gpu, tokens, out_features, in_features),
+    )
+
+
+def _compute(
+    gpu: Gpu,
+    tile: Tile | Int8Tile,
+    splits: int,
+    used: Resources,
+    fitting: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    per_warp: float,
+) -> tuple[float, float, float]:
+    """Seconds of issue and of the matrix units, and waves; a warp issues `per_warp` instructions over the whole K."""
+    tiles_m, tiles_n = _ceil(tokens, tile.block_m), _ceil(out_features, tile.block_n)
+    programs = tiles_m * tiles_n * splits
     # Multiprocessors without work lengthen compute; a few of them still use the whole bandwidth.
     uneven = stretch(programs, gpu.units, fitting)
+    instructions = tiles_m * tiles_n * per_warp * (used.threads // 32)
     issue = instructions / (ISSUES_PER_CYCLE * gpu.units * gpu.clock) * uneven
     units = 2 * tiles_m * tile.block_m * tiles_n * tile.block_n * in_features / gpu.int8 * uneven
-    bandwidth = moved / gpu.bandwidth
-    bfloat16_bytes = 2 * (out_features * in_features + tokens * in_features + tokens * out_features)
-    bfloat16 = max(bfloat16_bytes / gpu.bandwidth, 2 * tokens * out_features * in_features / gpu.bfloat16)
-    waves = programs / gpu.units / fitting
-    return Estimate(bandwidth, issue, units, waves, splits, max(bandwidth, issue, units), bfloat16)
+    return issue, units, programs / gpu.units / fitting
+
+
+def bfloat16_seconds(gpu: Gpu, tokens: int, out_features: int, in_features: int) -> float:
+    """The same product in bfloat16, by bandwidth and peak alone."""
+    moved = 2 * (out_features * in_features + tokens * in_features + tokens * out_features)
+    return max(moved / gpu.bandwidth, 2 * tokens * out_features * in_features / gpu.bfloat16)

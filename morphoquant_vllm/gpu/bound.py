@@ -89,11 +89,11 @@ class BoundLayer:
                 self.products[term is not None].append(bound)
         self.int8_from = sys.maxsize
         int8_tile = profile.architecture.int8_tile(sys.maxsize, weight.two_level)
-        if int8_tile is not None and environment.workspace_wanted():
+        if int8_tile is not None and (int8_tile.fused or environment.workspace_wanted()):
             self.int8_from = int8_tile.min_tokens or 1
-            self.workspace = workspace_of(weight.codes.device)
+            workspace = None if int8_tile.fused else workspace_of(weight.codes.device)
             self.int8 = {
-                term is not None: BoundInt8(product, self.in_features, term, dtype, int8_tile, self.workspace)
+                term is not None: BoundInt8(product, self.in_features, term, dtype, int8_tile, workspace)
                 for term in terms
             }
 
@@ -137,7 +137,7 @@ class BoundLayer:
     def _run(self, x: Tensor, modality: Tensor, has_bias: bool, quantizer: Quantize) -> Tensor:
         tokens, stream = x.shape[0], self.stream()
         product = self.products[has_bias][bisect_left(self.bounds, tokens)]
-        in_int8 = tokens >= self.int8_from and self.workspace.serves(stream)
+        in_int8 = tokens >= self.int8_from and self.int8[has_bias].serves(stream)
         splits = 1 if in_int8 else product.splits_of(tokens)
         sizes = scratch_sizes(tokens, self.in_features, self.out_features, splits)
         y = x.new_empty((tokens, self.out_features))

@@ -1,4 +1,7 @@
-"""The int8 path of a bound layer: unpack it into the workspace, then multiply int8 x int8; see int8_path.py."""
+"""The int8 path of a bound layer: unpack it into the workspace, then multiply int8 x int8; see int8_path.py.
+
+A fused tile unpacks in the product's kernel, and has no workspace.
+"""
 
 from __future__ import annotations
 
@@ -22,47 +25,51 @@ class BoundInt8:
         bias: Tensor | None,
         dtype: torch.dtype,
         tile: Int8Tile,
-        workspace: Workspace,
+        workspace: Workspace | None,
     ) -> None:
-        """Compiles both kernels, and lets the workspace grow. Raises UnknownFormError, and MorphoQuantError."""
+        """Compiles its kernels, and lets the workspace grow. Raises UnknownFormError, and MorphoQuantError."""
         weight, device = product.weight, product.gain.device
-        workspace.grow(int8_path.workspace_bytes(weight))
+        if workspace is not None:
+            workspace.grow(int8_path.workspace_bytes(weight))
         self.tile, self.workspace, self.address = tile, workspace, 0
         self.shape = int8_path.workspace_shape(weight)
         self.in_features, self.out_features = in_features, product.out_features
-        unpack = int8_path.unpack_launch(
-            weight=weight,
-            workspace=workspace.memory,
-            inline_assembly=product.inline_assembly,
-            pdl=product.pdl,
-        )
+        memory = None if workspace is None else workspace.memory
         multiply = int8_path.gemm_launch(
             codes=torch.zeros((1, in_features), dtype=torch.int8, device=device),
             rows=torch.zeros(1, dtype=torch.int32, device=device),
             weight=weight,
-            weights=int8_path.weight_operand(weight, workspace.memory, tile),
+            weights=int8_path.weight_operand(weight, memory, tile),
             gain=product.gain,
             bias=bias,
             out=torch.empty((1, self.out_features), dtype=dtype, device=device),
             tile=tile,
             pdl=product.pdl,
         )
-        self.unpack_programs = unpack.grid[0]
-        self.unpack = must_be_compiled(unpack, None)
         self.multiply = must_be_compiled(multiply, "M")
-        self._follow()
+        if memory is not None:
+            unpack = int8_path.unpack_launch(
+                weight=weight, workspace=memory, inline_assembly=product.inline_assembly, pdl=product.pdl
+            )
+            self.unpack_programs = unpack.grid[0]
+            self.unpack = must_be_compiled(unpack, None)
+
+    def serves(self, stream: int) -> bool:
+        """Whether a call on this stream, the current one, may take this path now."""
+        return self.workspace is None or self.workspace.serves(stream)
 
     def __call__(self, stream: int, codes: int, rows: int, y: int, tokens: int) -> None:
-        """Fill y, M >= 1; all tensors by their addresses. The workspace must serve the stream."""
-        if self.address != self.workspace.address:
-            self._follow()
-        self.unpack(self.unpack_programs, 1, stream)
+        """Fill y, M >= 1; all tensors by their addresses. `serves` must have said so."""
+        if self.workspace is not None:
+            if self.address != self.workspace.address:
+                self._follow(self.workspace.address)
+            self.unpack(self.unpack_programs, 1, stream)
         programs = int8_path.programs(self.tile, tokens, self.out_features)
         self.multiply(programs, 1, stream, self._operand(codes, tokens, self.in_features), rows, y, tokens)
 
-    def _follow(self) -> None:
+    def _follow(self, address: int) -> None:
         """Use the workspace where it is now."""
-        self.address = self.workspace.address
+        self.address = address
         self.unpack.keep("out_ptr", self.address)
         self.multiply.keep("weights", self._operand(self.address, *self.shape))
 

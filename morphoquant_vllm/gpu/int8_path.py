@@ -1,5 +1,7 @@
 """Many tokens of a layer with two-level scales: unpack it once into int8, then multiply int8 x int8.
 
+A fused tile unpacks in the product's own kernel instead, and needs no workspace: kernels/fused_int8.py.
+
 The workspace holds one layer at a time, so all layers can share one that the largest fits into: `workspace_bytes`. The
 kernels of one stream run in order, so a layer is unpacked when the product before has read the workspace; two streams
 need a workspace each.
@@ -110,8 +112,12 @@ def operand(matrix: Tensor, block: tuple[int, int], descriptors: bool) -> Tensor
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
-def weight_operand(weight: GpuWeight, workspace: Tensor, tile: Int8Tile) -> Tensor | TensorDescriptor:
-    """The operand that stays the same from call to call: the unpacked weights."""
+def weight_operand(weight: GpuWeight, workspace: Tensor | None, tile: Int8Tile) -> Tensor | TensorDescriptor:
+    """The operand that stays the same from call to call: the unpacked weights, or of a fused tile the packed ones."""
+    if tile.fused:
+        return weight.codes.view(torch.int8)
+    if workspace is None:
+        raise ValueError("a tile that is not fused needs a workspace")
     return operand(unpacked(weight, workspace), (tile.block_n, tile.block_k), tile.descriptors)
 
 
@@ -133,12 +139,7 @@ def gemm_launch(
     """
     tokens, in_features = codes.shape
     out_features = out.shape[1]
-    arguments = {
-        "codes": operand(codes, (tile.block_m, tile.block_k), tile.descriptors),
-        "rows_ptr": rows,
-        "out_ptr": out,
-        "M": tokens,
-        "weights": weights,
+    terms = {
         "channel_scale_ptr": weight.channel_scale,
         "gain_ptr": gain,
         "absorbed_bias_ptr": weight.absorbed_bias,
@@ -146,19 +147,36 @@ def gemm_launch(
         "bias_ptr": weight.absorbed_bias if bias is None else bias,
         "N": out_features,
         "K": in_features,
-        "padded_k": workspace_shape(weight)[1],
-        "BLOCK_N": tile.block_n,
+    }
+    constants = {
         "BLOCK_M": tile.block_m,
-        "BLOCK_K": tile.block_k,
         "GROUP_M": GROUP_M,
         "STAGES": tile.stages,
         "EVEN_K": in_features % tile.block_k == 0,
         "HAS_BIAS": bias is not None,
-        "DESCRIPTORS": tile.descriptors,
         "PDL": pdl,
     }
-    options = {"num_warps": tile.warps, "enable_fp_fusion": True}
-    return Launch(int8_gemm, (programs(tile, tokens, out_features), 1), arguments, options | _dependent(pdl))
+    grid = (programs(tile, tokens, out_features), 1)
+    options = {"num_warps": tile.warps, "enable_fp_fusion": True} | _dependent(pdl)
+    varying = {"rows_ptr": rows, "out_ptr": out, "M": tokens}
+    if tile.fused:
+        # Imported here: a Triton without Gluon serves all other tiles.
+        from morphoquant_vllm.gpu.kernels.fused_int8 import fused_int8
+
+        packed = {"weight_ptr": weights, "level_ptr": weight.scale}
+        return Launch(fused_int8, grid, {"codes_ptr": codes} | varying | packed | terms | constants, options)
+    arguments = {
+        "codes": operand(codes, (tile.block_m, tile.block_k), tile.descriptors),
+        **varying,
+        "weights": weights,
+        **terms,
+        "padded_k": workspace_shape(weight)[1],
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "DESCRIPTORS": tile.descriptors,
+        **constants,
+    }
+    return Launch(int8_gemm, grid, arguments, options)
 
 
 def programs(tile: Int8Tile, tokens: int, out_features: int) -> int:
@@ -180,14 +198,17 @@ def int8_matmul(
     codes: Tensor,
     rows: Tensor,
     weight: GpuWeight,
-    workspace: Tensor,
+    workspace: Tensor | None,
     gain: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
     tile: Int8Tile,
     pdl: bool = False,
 ) -> Tensor:
-    """y [M, N] in `dtype` from codes int8 [M, K] and rows int32 [M], after `unpack` of the layer."""
+    """y [M, N] in `dtype` from codes int8 [M, K] and rows int32 [M].
+
+    After `unpack` of the layer; a fused tile needs neither that nor a workspace.
+    """
     y = torch.empty((codes.shape[0], weight.absorbed_bias.shape[1]), dtype=dtype, device=codes.device)
     if codes.shape[0]:
         gemm_launch(

@@ -84,8 +84,10 @@ def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.devic
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
     product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
     y, matrix = steps.multiplied_in_int8(codes.to(device), rows.to(device), product, dtype, tile)
-    unpacked = matrix[:OUT_FEATURES, :IN_FEATURES].cpu()
-    differing = float((unpacked != times_group(weight.codes, weight.scale)).float().mean())
+    differing = 0.0
+    if matrix is not None:
+        unpacked = matrix[:OUT_FEATURES, :IN_FEATURES].cpu()
+        differing = float((unpacked != times_group(weight.codes, weight.scale)).float().mean())
     error = float(((y.cpu().double() - expected.double()).abs() / allowed).max())
     if not differing and error <= 1:
         return ""
@@ -214,7 +216,7 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
         for splits in sorted({1, min(tile.max_splits, 2)})
     ]
     int8_tile = profile.architecture.int8_tile(sys.maxsize, two_level)
-    if int8_tile is not None and environment.workspace_wanted():
+    if int8_tile is not None and (int8_tile.fused or environment.workspace_wanted()):
         problems.append(problem_of_int8_path(int8_tile, dtype, device, profile))
     for problem in problems:
         if problem:

@@ -44,27 +44,30 @@ def multiplied(codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype
 
 def multiplied_in_int8(
     codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype, tile: Int8Tile
-) -> tuple[Tensor, Tensor]:
-    """y [M, N] as `multiplied`, by the int8 path; and the unpacked weights, int8 [N', K'], as int8_path.py has them."""
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] as `multiplied`, by the int8 path; and the unpacked weights, int8 [N', K'], but of a fused tile None."""
     tokens = codes.shape[0]
     y = codes.new_empty((tokens, product.out_features), dtype=dtype)
-    workspace = Workspace(codes.device)
-    workspace.grow(int8_path.workspace_bytes(product.weight))
+    workspace = None if tile.fused else Workspace(codes.device)
+    if workspace is not None:
+        workspace.grow(int8_path.workspace_bytes(product.weight))
+    memory = None if workspace is None else workspace.memory
     try:
         multiply = BoundInt8(product, codes.shape[1], None, dtype, tile, workspace)
         multiply(current_stream_of(codes.device)(), codes.data_ptr(), rows.data_ptr(), y.data_ptr(), tokens)
     except UnknownFormError:
         assembly, pdl = product.inline_assembly, product.pdl
-        int8_path.unpack(product.weight, workspace.memory, inline_assembly=assembly, pdl=pdl)
+        if memory is not None:
+            int8_path.unpack(product.weight, memory, inline_assembly=assembly, pdl=pdl)
         y = int8_path.int8_matmul(
             codes=codes,
             rows=rows,
             weight=product.weight,
-            workspace=workspace.memory,
+            workspace=memory,
             gain=product.gain,
             bias=None,
             dtype=dtype,
             tile=tile,
             pdl=pdl,
         )
-    return y, int8_path.unpacked(product.weight, workspace.memory)
+    return y, None if memory is None else int8_path.unpacked(product.weight, memory)

@@ -25,6 +25,9 @@ BLOCK_SIZES = {"block_n": (16, 32, 64, 128), "block_m": (8, 16, 32, 64, 128, 256
 # Of the int8 path: they divide the workspace's sizes.
 INT8_BLOCK_SIZES = {"block_n": (32, 64, 128), "block_m": (16, 32, 64, 128, 256), "block_k": (32, 64, 128)}
 WARPS = (1, 2, 4, 8, 16)
+# block_n, block_k and warps that the fused kernel is written for, and its least block_m.
+FUSED = (128, 128, 8)
+FUSED_BLOCK_M = 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Int8Tile:
-    """The other path of layers with two-level scales: unpacked once into int8, then one int8 product; int8_path.py."""
+    """The other path of layers with two-level scales: one int8 product, unpacked before it or in it; int8_path.py."""
 
     # Tokens from which it serves; null: never, though `autotune` tries it.
     min_tokens: int | None
@@ -79,6 +82,8 @@ class Int8Tile:
     stages: int
     # Whether operands come through tensor descriptors, which compute capability 9.0 and later have.
     descriptors: bool
+    # Whether weights are unpacked in the product's own kernel, which needs no workspace; compute capability 9.0.
+    fused: bool
     programs_per_unit: int
     reason: str
 
@@ -89,6 +94,12 @@ class Int8Tile:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+        sizes = (self.block_n, self.block_k, self.warps)
+        if self.fused and (sizes != FUSED or self.block_m < FUSED_BLOCK_M or self.stages < 3 or self.descriptors):
+            raise MorphoQuantError(
+                f"{where}: a fused tile has block_n, block_k and warps {list(FUSED)}, block_m from {FUSED_BLOCK_M} on, "
+                "3 stages or more and no descriptors; mend the tile table"
+            )
 
 
 def _check_sizes(tile: Tile | Int8Tile, allowed: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -198,7 +209,7 @@ def _tile(entry: Mapping[str, Any]) -> Tile:
 
 
 def _int8_tile(entry: Mapping[str, Any]) -> Int8Tile:
-    _typed(entry, Int8Tile, {"descriptors": bool, "reason": str}, "min_tokens")
+    _typed(entry, Int8Tile, {"descriptors": bool, "fused": bool, "reason": str}, "min_tokens")
     return Int8Tile(**entry)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_cost_model.gpus import GPUS
-from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 
 model = pytest.importorskip("benchmarks.gpu_cost_model.model", reason="needs triton")
 resources = pytest.importorskip("morphoquant_vllm.gpu.tools.binary_resources", reason="needs triton")
@@ -45,6 +45,22 @@ def test_two_level_scales_are_a_word_for_128_channels_in_two_steps_a_turn(group_
     assert found.issue == pytest.approx(grouped.issue), "both loops take 128 channels a turn"
 
 
+def test_the_int8_path_unpacks_first_and_then_multiplies() -> None:
+    tile = Int8Tile(None, 128, 128, 128, 8, 3, True, False, 2, "test")
+    unpacking = dataclasses.replace(USED, threads=256, instructions=("LDG",) * 200)
+    used = dataclasses.replace(USED, threads=256, loop=("IGMMA",) * 80)
+    gpu = GPUS["H100"]
+    found = model.estimate_int8(gpu, tile, unpacking, used, 2, 2048, 3584, 18944)
+    size = 3584 * 18944
+    # Half a byte and a thirty-second of a level are read, a byte is written and read again.
+    moved = size * (0.5 + 1 / 32 + 1 + 1) + 4 * 3584 + 2048 * 18944 + 2 * 2048 * 3584
+    assert found.bandwidth * gpu.bandwidth == pytest.approx(moved)
+    # Programs of 8 warps: one for each 128 x 128 weights, and one for each 128 x 128 outputs over 148 turns.
+    issued = 8 * (28 * 148 * 200 + 16 * 28 * 148 * 80 * model.stretch(16 * 28, gpu.units, 2))
+    assert found.issue * 4 * gpu.units * gpu.clock == pytest.approx(issued)
+    assert found.seconds > found.units, "unpacking comes on top of the limit of the product"
+
+
 @pytest.mark.parametrize(
     ("programs", "expected"), [(132, 1.0), (66, 2.0), (264, 1.0), (265, 396 / 265), (528, 1.0), (529, 1056 / 529)]
 )
@@ -73,4 +89,6 @@ def test_the_command_marks_everything_as_an_estimate(tmp_path: Path, options: li
     assert "no speed is claimed" in " ".join(done.stdout.split())
     written = json.loads(path.read_text())
     assert written["estimates_only"] is True
+    assert {row["path"] for row in written["rows"]} == ({"int4", "int8"} if options else {"int4"})
+    assert all(row["chosen"] == (row["path"] == "int4") for row in written["rows"]), "of one token"
     assert all(row["estimate"] is True and row["seconds"] > 0 and row["issue"] > 0 for row in written["rows"])

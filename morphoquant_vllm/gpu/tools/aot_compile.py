@@ -7,10 +7,12 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from morphoquant_vllm.gpu import int8_path, norm_launch, product_launch, quantize_launch
 from morphoquant_vllm.gpu.device import OLDEST_PDL
 from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
+from morphoquant_vllm.gpu.kernels.fused_int8 import fused_int8
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
 from morphoquant_vllm.gpu.kernels.gemm_adding import int4_gemm_adding
 from morphoquant_vllm.gpu.kernels.int8_gemm import int8_gemm
@@ -52,7 +54,7 @@ def build(
     a launch would find them: without that Triton builds another, slower kernel.
     """
     names = kernel.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
@@ -319,27 +321,30 @@ def build_int8_gemm(
         "out_ptr": TYPES[dtype],
     }
     operands = {"codes": "*i8", "weights": "*i8"}
-    if tile.descriptors:
+    if tile.fused:
+        operands = {"codes_ptr": "*i8", "weight_ptr": "*i8", "level_ptr": "*i32"}
+    elif tile.descriptors:
         operands = {
             "codes": f"tensordesc<i8[{tile.block_m}, {tile.block_k}]>",
             "weights": f"tensordesc<i8[{tile.block_n}, {tile.block_k}]>",
         }
     constants = {
-        "BLOCK_N": tile.block_n,
         "BLOCK_M": tile.block_m,
-        "BLOCK_K": tile.block_k,
         "GROUP_M": int8_path.GROUP_M,
         "STAGES": tile.stages,
         "EVEN_K": even_k,
         "HAS_BIAS": has_bias,
-        "DESCRIPTORS": tile.descriptors,
         "PDL": pdl(target),
     }
+    sizes = ["N", "K"]
+    if not tile.fused:
+        constants |= {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "DESCRIPTORS": tile.descriptors}
+        sizes.append("padded_k")
     return build(
-        int8_gemm,
-        operands | pointers | dict.fromkeys(("M", "N", "K", "padded_k"), "i32"),
+        fused_int8 if tile.fused else int8_gemm,
+        operands | pointers | dict.fromkeys(("M", *sizes), "i32"),
         constants,
-        (*(() if tile.descriptors else operands), *pointers, "N", "K", "padded_k"),
+        (*(() if tile.descriptors else operands), *pointers, *sizes),
         target,
         num_warps=tile.warps,
         enable_fp_fusion=True,

@@ -1,9 +1,10 @@
 """Measure tiles on the GPU at hand and write a tile table: `python -m morphoquant_vllm.gpu.tools.autotune OUT`.
 
 For every range of tokens, and group size or two-level scales, the tile wins with which a layer's linears take least in
-all, each with its quantizer. Weights are not in the cache when they are used, as in a server. Only tiles whose binaries
-pass `proof` and whose results are the reference's are measured; they are compiled on all cores. Serve with
-MORPHOQUANT_TILES=OUT to use the table. Nothing in serving measures anything.
+all, each with its quantizer. Then the int8 path is measured beside the tiles found; see autotune_int8.py. Weights are
+not in the cache when they are used, as in a server. Only tiles whose binaries pass `proof` and whose results are the
+reference's are measured; they are compiled on all cores. Serve with MORPHOQUANT_TILES=OUT to use the table. Nothing in
+serving measures anything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import tiles
 from morphoquant_vllm.gpu.device import Profile, device_name, profile_of
 from morphoquant_vllm.gpu.layout import TILE_N, GpuActivation, GpuWeight, scale_words, tile_channels
-from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
+from morphoquant_vllm.gpu.tools import autotune_int8
+from morphoquant_vllm.gpu.tools.timing import cold_copies
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 # N, K of a 7B model's linears: qkv, o, gate_up, down.
@@ -35,8 +38,9 @@ SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 RANGES = (1, 4, 16, 32, 64, 256, None)
 MANY_TOKENS = 2048
 MAX_SPLITS = 16
-# Fewer tokens are not multiplied by the instructions that joined operands are for.
-JOINED_FROM = 17
+# From so many tokens joined operands are tried: they are for products of warp groups, from 64 output channels and four
+# warps on. Of 128 channels and 16 tokens a turn has 249 instructions with them, and 277 without.
+JOINED_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,13 @@ class Search:
 
 
 SEARCHES = (
-    Search(16, ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8)), (16,), ((3, 1), (4, 1), (6, 1), (3, 2), (4, 2))),
-    Search(32, ((32, 4), (64, 4), (128, 4), (128, 8)), (32,), ((3, 1), (4, 1))),
-    Search(64, ((32, 4), (64, 4), (128, 4), (128, 8)), (32, 64), ((3, 1), (4, 1))),
+    # One warp issues least for a row of weights: 6.6 instructions a turn, where the table's tile for 16 tokens has 9.1.
+    Search(
+        16, ((32, 2), (64, 1), (64, 2), (64, 4), (128, 4), (128, 8)), (16,), ((3, 1), (4, 1), (6, 1), (3, 2), (4, 2))
+    ),
+    # Joined, four warps on 128 channels have 7.9 at 32 tokens and 8.1 at 64; the table's eight have 12.4 and 10.4.
+    Search(32, ((32, 4), (64, 4), (128, 4), (128, 8)), (32,), ((3, 1), (4, 1), (6, 1))),
+    Search(64, ((32, 4), (64, 4), (128, 4), (128, 8)), (32, 64), ((3, 1), (4, 1), (6, 1))),
     Search(MANY_TOKENS, ((64, 4), (128, 4), (128, 8)), (64, 128, 256), ((3, 1), (4, 1))),
 )
 
@@ -183,10 +191,47 @@ def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Pro
     return replace(best, reason=f"measured on {torch.cuda.get_device_name(device)} at M = {tokens}: {found}")
 
 
-def write_table(name: str, found: list[Tile], output: Path) -> None:
+def best_int8(found: list[Tile], target: str, profile: Profile, device: torch.device) -> Int8Tile:
+    """The int8 path's tile, and from how many tokens it serves; `found` are the tiles of the other path.
+
+    Raises MorphoQuantError if no tile passes the proofs.
+    """
+    architecture = profile.architecture
+    tried = autotune_int8.candidates(architecture.int8.descriptors, fused=architecture.name == "sm_90")
+    jobs = [(tile, target) for tile in tried]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        variants = list(itertools.chain(*pool.map(autotune_int8.compiled, jobs, chunksize=1)))
+    if not variants:
+        raise MorphoQuantError("no tile of the int8 path passes the proofs; keep the table")
+    weights = weights_of(GROUP_SIZES[0], True, device)
+    others = replace(architecture, tiles=tuple(found))
+
+    def time(tile: Int8Tile, tokens: int) -> float:
+        activations = [plain_activation(*shape, device) for shape in SHAPES]
+        return sum(
+            autotune_int8.milliseconds(tile, tokens, copies, activation, profile)
+            for copies, activation in zip(weights, activations, strict=True)
+        )
+
+    def other(tokens: int) -> float:
+        tile = others.tile(tokens, GROUP_SIZES[0], two_level=True)
+        return sum(milliseconds(tile, tokens, copies, profile) for copies in weights)
+
+    return autotune_int8.best(variants, time, other, torch.cuda.get_device_name(device))
+
+
+def weights_of(group_size: int, two_level: bool, device: torch.device) -> list[list[GpuWeight]]:
+    """For each of SHAPES as many layers as the cache does not hold."""
+    return [
+        [random_weight(*shape, group_size, two_level, device) for _ in range(cold_copies(shape[0] * shape[1] // 2))]
+        for shape in SHAPES
+    ]
+
+
+def write_table(name: str, found: list[Tile], int8: Int8Tile, output: Path) -> None:
     """The table in force with other tiles for the architecture `name`, written whole or not at all."""
     table = {key: asdict(item) for key, item in tiles.architectures().items()}
-    table[name]["tiles"] = [asdict(tile) for tile in found]
+    table[name] |= {"tiles": [asdict(tile) for tile in found], "int8": asdict(int8)}
     for entry in table.values():
         del entry["name"]
     staged = output.with_name(output.name + ".part")
@@ -201,8 +246,6 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
         raise MorphoQuantError("no GPU is at hand: tiles can only be measured on one")
     if not output.absolute().parent.is_dir():
         raise MorphoQuantError(f"{output}: the directory does not exist; make it first")
-    from morphoquant_vllm.gpu.tools.timing import cold_copies
-
     device = torch.device("cuda", torch.cuda.current_device())
     profile = profile_of(device)
     name = device_name(device)
@@ -214,10 +257,7 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
     print(f"{len(jobs)} tiles compiled, {sum(map(bool, sounds))} pass the proofs", flush=True)
     found = []
     for group_size, two_level in kinds:
-        weights = [
-            [random_weight(*shape, group_size, two_level, device) for _ in range(cold_copies(shape[0] * shape[1] // 2))]
-            for shape in SHAPES
-        ]
+        weights = weights_of(group_size, two_level, device)
         for tokens in RANGES:
             variants = [
                 variant
@@ -230,7 +270,10 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
             found.append(best_tile(variants, weights, profile, device))
             kind = "two-level scales" if two_level else f"G = {group_size}"
             print(f"M <= {tokens} {kind}: {found[-1].reason}", flush=True)
-    write_table(profile.architecture.name, found, output)
+    weights.clear()
+    int8 = best_int8(found, target, profile, device)
+    print(f"int8 path from M = {int8.min_tokens}: {int8.reason}", flush=True)
+    write_table(profile.architecture.name, found, int8, output)
 
 
 if __name__ == "__main__":

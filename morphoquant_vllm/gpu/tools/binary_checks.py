@@ -83,17 +83,25 @@ def int8_problems(kernel: CompiledKernel, architecture: Architecture, tile: Int8
     """All that is wrong with the product of the int8 path compiled for `tile`; empty if it may be shipped."""
     used = resources(kernel)
     problems = _program_problems(used, architecture, tile)
-    # One copy of either operand for every turn in flight; of pointers one for each half of a turn.
-    kind = "bulk copies" if tile.descriptors else "asynchronous copies"
-    found, wanted = used.asynchronous_copies, 4 * tile.stages
-    if tile.descriptors:
-        found, wanted = len(BULK_COPY.findall(kernel.asm["ptx"])), 2 * tile.stages
+    if tile.fused:
+        # Codes and two tiles of weights for all turns in flight but one, and for both turns of the loop.
+        kind, found = "asynchronous copies", used.asynchronous_copies
+        wanted = (tile.block_m // 32 + 2) * tile.stages
+        problems += level_problems(kernel)
+    elif tile.descriptors:
+        # One copy of either operand for every turn in flight.
+        kind, found, wanted = "bulk copies", len(BULK_COPY.findall(kernel.asm["ptx"])), 2 * tile.stages
+    else:
+        # Of pointers one for each half of a turn.
+        kind, found, wanted = "asynchronous copies", used.asynchronous_copies, 4 * tile.stages
     if architecture.vendor == "nvidia" and found < wanted:
         problems.append(f"{kind}: {found}, fewer than {wanted}")
+    # More of them in a fused kernel is what the assembler makes of products that it cannot let overlap.
     products = 1 if tile.descriptors else 2
     if used.waits > products:
         problems.append(f"waits for matrix instructions in the loop: {used.waits}, over {products}")
-    if used.layout_conversions:
+    # Gluon's conversions of layout are those that move nothing; another one does not compile.
+    if used.layout_conversions and not tile.fused:
         problems.append(f"layout conversions in the loop: {used.layout_conversions}, over 0")
     return problems
 

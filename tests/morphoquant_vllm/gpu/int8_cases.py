@@ -29,7 +29,7 @@ class Int8Agreement:
 
 def tile_of(case: Case, descriptors: bool, block_k: int = 64) -> Int8Tile:
     """The case's sizes as a tile of the int8 path."""
-    return Int8Tile(1, case.block_n, case.block_m, block_k, 4, 2, descriptors, 1, "test")
+    return Int8Tile(1, case.block_n, case.block_m, block_k, 4, 2, descriptors, False, 1, "test")
 
 
 def compare(case: Case, descriptors: bool, block_k: int = 64) -> Int8Agreement:
@@ -125,7 +125,7 @@ def self_check(broken: str) -> str:
     try:
         if broken:
             setattr(int8_path, broken, {"unpack": wrong_weight, "int8_matmul": wrong_output}[broken])
-        tile = Int8Tile(1, 64, 32, 128, 4, 2, True, 1, broken)
+        tile = Int8Tile(1, 64, 32, 128, 4, 2, True, False, 1, broken)
         return selfcheck.problem_of_int8_path(tile, torch.float16, torch.device("cpu"), profile)
     finally:
         int8_path.unpack, int8_path.int8_matmul = sound["unpack"], sound["int8_matmul"]

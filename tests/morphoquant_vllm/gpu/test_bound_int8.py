@@ -98,6 +98,23 @@ def test_what_is_launched_is_what_the_plain_path_launches(descriptors: bool) -> 
                 assert names(one)[name] == value, (kernel_of(one), name)
 
 
+def test_a_fused_tile_needs_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = device.profile_of(HERE)
+    sizes = {"block_n": 128, "block_m": 128, "block_k": 128, "warps": 8, "stages": 3}
+    int8 = replace(few.architecture.int8, fused=True, descriptors=False, **sizes)
+    int8.check("test")
+    fused = replace(few, architecture=replace(few.architecture, int8=int8))
+    monkeypatch.setattr(device, "profile_of", lambda _: fused)
+    monkeypatch.setenv(environment.WORKSPACE.name, "0")
+    handle, weight = bound(CASE)
+    found, y = launched(handle, CASE, 300)
+    assert [kernel_of(item) for item in found] == ["quantize_tokens", "fused_int8"]
+    quantizer, product = map(names, found)
+    assert product["codes_ptr"] == quantizer["codes_ptr"] and product["rows_ptr"] == quantizer["rows_ptr"]
+    assert product["weight_ptr"] == weight.codes.data_ptr() and product["out_ptr"] == y.data_ptr()
+    assert product["M"] == 300 and HERE not in workspace._WORKSPACES
+
+
 def test_few_tokens_and_group_scales_do_without() -> None:
     for case, count in ((CASE, FROM - 1), (replace(CASE, two_level=False), 300)):
         handle, _ = bound(case)

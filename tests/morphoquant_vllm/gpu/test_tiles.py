@@ -33,6 +33,7 @@ def test_the_int8_path_serves_many_tokens_of_two_level_layers_where_the_table_sa
     assert hopper.int8_tile(4096, two_level=False) is None
     assert [name for name, item in table.items() if item.int8_tile(10**6, two_level=True)] == ["sm_90"]
     assert all(item.int8.reason for item in table.values())
+    assert not any(item.int8.fused for item in table.values()), "no GPU has run it"
 
 
 def test_no_device_is_served_twice() -> None:
@@ -79,6 +80,7 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
         (lambda table: table["architectures"]["sm_80"]["int8"].update(block_k=96), "int8: block_k = 96 is not one of"),
         (lambda table: table["architectures"]["sm_80"]["int8"].update(min_tokens=0), "min_tokens must be at least 1"),
         (lambda table: table["architectures"]["sm_80"]["int8"].update(min_tokens="9"), "min_tokens must be int"),
+        (lambda table: table["architectures"]["sm_90"]["int8"].update(fused=True), "a fused tile has block_n, block_k"),
     ],
 )
 def test_a_malformed_table_is_refused_in_one_line(change, fragment: str, tmp_path: Path) -> None:

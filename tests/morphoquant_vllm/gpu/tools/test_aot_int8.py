@@ -1,5 +1,6 @@
 """The kernels of the int8 path compiled ahead of time: what the binaries show, and that each assertion can fail."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -57,6 +58,57 @@ def test_bytes_do_not_move_within_registers_between_copy_and_product() -> None:
     """One product a turn made Triton 3.9 do that: 168 of 354 instructions of the loop, and 242 registers."""
     used = resources.resources(ahead.build_int8_gemm("sm_80", TABLE["sm_80"].int8))
     assert not any(opcode.startswith("PRMT") for opcode in used.loop)
+
+
+FUSED = replace(
+    TABLE["sm_90"].int8,
+    block_m=256,
+    stages=4,
+    descriptors=False,
+    fused=True,
+    programs_per_unit=1,
+    reason="not measured",
+)
+
+
+def fused_problems(tile: tiles.Int8Tile, **variant: object) -> list[str]:
+    tile.check("test")
+    return proof.int8_problems(ahead.build_int8_gemm("sm_90", tile, **variant), TABLE["sm_90"], tile)
+
+
+def test_the_fused_kernel_unpacks_while_products_run() -> None:
+    """Of two turns: all products of one are started, and then the wait is for those of the turn before."""
+    assert fused_problems(FUSED) == []
+    kernel = ahead.build_int8_gemm("sm_90", FUSED)
+    assert len(re.findall(r"wgmma\.wait_group\S* 1;", kernel.asm["ptx"])) == 2
+    loop = resources.resources(kernel).loop
+    kinds = [opcode.split(".")[0] for opcode in loop if opcode.startswith(("IGMMA", "WARPGROUP.DEPBAR"))]
+    products = ["IGMMA"] * 8
+    assert kinds == [*products, "WARPGROUP", *products, "WARPGROUP"]
+    # Weights are unpacked before products are started, and so while those of the turn before run: 16 words a turn.
+    first = next(place for place, opcode in enumerate(loop) if opcode.startswith("IGMMA"))
+    assert sum(opcode.startswith("LOP3") for opcode in loop[:first]) >= 32
+
+
+def test_products_of_a_fused_kernel_that_run_one_by_one_are_seen() -> None:
+    """As the assembler made them if the loop could be passed by: a wait after each. Shown by judging fewer allowed."""
+    used = resources.resources(ahead.build_int8_gemm("sm_90", FUSED))
+    assert used.waits == 2
+    judged = replace(FUSED, fused=False, descriptors=True)
+    found = proof.int8_problems(ahead.build_int8_gemm("sm_90", FUSED), TABLE["sm_90"], judged)
+    assert "waits for matrix instructions in the loop: 2, over 1" in found
+
+
+def test_a_fused_tile_of_six_stages_does_not_fit() -> None:
+    found = "; ".join(fused_problems(replace(FUSED, stages=6)))
+    assert "shared memory: 245760 bytes, the limit is 232448" in found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("block_m", "stages"), [(128, 3), (128, 4), (256, 3), (256, 4)])
+def test_every_fused_candidate(block_m: int, stages: int, variant: str) -> None:
+    assert fused_problems(replace(FUSED, block_m=block_m, stages=stages), **VARIANTS[variant]) == []
 
 
 def test_few_warps_unpack_through_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,17 +23,19 @@ def test_every_candidate_is_a_tile_that_the_table_takes(two_level: bool) -> None
             assert candidate.max_tokens == tokens
             assert candidate.serves(64, two_level)
             assert candidate.serves(128, two_level) == two_level
-        assert any(candidate.joined for candidate in tried) == (tokens is None or tokens > 16)
+        assert any(candidate.joined for candidate in tried) == (tokens is None or tokens >= 16)
     assert not any(tile.joined for tile in autotune.candidates(None, 32, False)), "its halves are two groups"
 
 
 def test_the_written_table_serves_the_found_tiles_and_keeps_the_rest(tmp_path: Path) -> None:
     shipped = tiles.load(tiles.DEFAULT_TABLE)
     found = [replace(tile, stages=5, reason="measured") for tile in shipped["sm_90"].tiles]
+    int8 = replace(shipped["sm_90"].int8, min_tokens=512, reason="measured")
     output = tmp_path / "mine.json"
-    autotune.write_table("sm_90", found, output)
+    autotune.write_table("sm_90", found, int8, output)
     written = tiles.load(output)
     assert written["sm_90"].tiles == tuple(found)
+    assert written["sm_90"].int8 == int8
     assert {name: item for name, item in written.items() if name != "sm_90"} == {
         name: item for name, item in shipped.items() if name != "sm_90"
     }
