@@ -44,7 +44,7 @@ TILES = Variable(
 FUSION = Variable(
     "MORPHOQUANT_FUSION",
     "`0`",
-    "`1`: in compiled models on a GPU, the quantizer of `down_proj` computes silu(gate) * up too.",
+    "`1`: in compiled models on a GPU, quantizers compute the RMSNorm or the silu(gate) * up before them, too.",
 )
 WORKSPACE = Variable(
     "MORPHOQUANT_WORKSPACE",
@@ -91,7 +91,7 @@ def tile_table() -> Path | None:
 
 
 def fusion() -> bool:
-    """Whether the graph pass of silu(gate) * up is wanted."""
+    """Whether the graph passes that fuse quantizers with what is before them are wanted."""
     return FUSION.text() == "1"
 
 

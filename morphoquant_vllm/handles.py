@@ -25,6 +25,18 @@ class Bound(Protocol):
     def silu_mul_linear(self, gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] of silu(gate) * up, gate_up [M, 2K]; inputs are checked."""
 
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        handle: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [M, N] of the RMSNorm of x [M, K], or of x + residual, and then that sum; inputs are checked."""
+
 
 _LAYERS: dict[int, Bound] = {}
 

@@ -47,6 +47,7 @@ from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
+from morphoquant_vllm.numerics import norm as norm_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 
@@ -185,6 +186,19 @@ class _Plain:
 
     def silu_mul_linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
         return _silu_mul_linear(x, modality, [*self.weight, handle], self.activation, bias, self.backend)
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        handle: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        normed, total = norm_numerics.normed(x, residual, norm_weight, epsilon)
+        return self.linear(normed, modality, handle, bias), total
 
 
 def bind(
@@ -330,3 +344,73 @@ bound_linear = torch.ops.morphoquant.bound_linear
 bound_silu_mul_linear = torch.ops.morphoquant.bound_silu_mul_linear
 head = torch.ops.morphoquant.head
 head_bfloat16 = torch.ops.morphoquant.head_bfloat16
+
+# RMSNorm, numerics/norm.py, and the layer after it in one op. x, residual [M, K] and norm_weight [K] have one dtype.
+#   morphoquant::rms_norm_linear(x, norm_weight, epsilon, modality, handle, bias)
+#       -> y [M, N], `bound_linear` of rms_norm(x)
+#   morphoquant::add_rms_norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+#       -> y [M, N] of rms_norm(x + residual), and x + residual [M, K]
+
+
+def _rms_norm_linear(
+    x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, handle: Tensor, bias: Tensor | None
+) -> Tensor:
+    _check_inputs(x, modality)
+    return handles.layer_of(handle).norm_linear(x, None, norm_weight, epsilon, modality, handle, bias)[0]
+
+
+def _add_rms_norm_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    modality: Tensor,
+    handle: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _check_inputs(x, modality)
+    y, total = handles.layer_of(handle).norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+    assert total is not None
+    return y, total
+
+
+def _rms_norm_linear_fake(
+    x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, handle: Tensor, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((x.shape[0], handle.shape[1]))
+
+
+def _add_rms_norm_linear_fake(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    modality: Tensor,
+    handle: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], handle.shape[1])), x.new_empty(x.shape)
+
+
+_NORM_OPS: tuple[tuple[str, str, Callable[..., object], Callable[..., object]], ...] = (
+    (
+        "rms_norm_linear",
+        "(Tensor x, Tensor norm_weight, float epsilon, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
+        _rms_norm_linear,
+        _rms_norm_linear_fake,
+    ),
+    (
+        "add_rms_norm_linear",
+        "(Tensor x, Tensor residual, Tensor norm_weight, float epsilon, Tensor modality, Tensor handle, Tensor? bias) "
+        "-> (Tensor, Tensor)",
+        _add_rms_norm_linear,
+        _add_rms_norm_linear_fake,
+    ),
+)
+for _norm_name, _norm_schema, _norm_implementation, _norm_fake in _NORM_OPS:
+    _LIBRARY.define(_norm_name + _norm_schema)
+    _LIBRARY.impl(_norm_name, _norm_implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"morphoquant::{_norm_name}", _norm_fake, lib=_LIBRARY)
+
+rms_norm_linear = torch.ops.morphoquant.rms_norm_linear
+add_rms_norm_linear = torch.ops.morphoquant.add_rms_norm_linear

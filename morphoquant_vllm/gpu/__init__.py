@@ -23,6 +23,9 @@ Notation
     selfcheck        each kernel beside the torch reference, on the GPU at hand, before the first layer serves
     kernels          the Triton kernels
     tools            offline: tuning, compiling ahead of time, checks of binaries
+    adding_launch    the product over a split K that adds its parts itself; not used by default
+    norm_launch      the kernel that norms before it quantizes: its launch, and the layer behind it
+    bound_norm       that kernel bound, for a bound layer
 
 Importing this package imports none of its modules.
 """

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import sys
 from bisect import bisect_left
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -25,12 +26,13 @@ import triton
 from torch import Tensor
 
 from morphoquant_vllm import environment
-from morphoquant_vllm.gpu import launch
+from morphoquant_vllm.gpu import bound_norm, launch, norm_launch
 from morphoquant_vllm.gpu.bound_int8 import BoundInt8
 from morphoquant_vllm.gpu.bound_kernels import BoundProduct, BoundQuantizer, current_stream_of, splits_by_tiles
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.launcher import UnknownFormError
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
+from morphoquant_vllm.gpu.norm_launch import NormQuantizer
 from morphoquant_vllm.gpu.product_launch import Product
 from morphoquant_vllm.gpu.quantize_launch import Quantizer
 from morphoquant_vllm.gpu.workspace import workspace_of
@@ -40,6 +42,10 @@ logger = logging.getLogger("vllm.morphoquant_vllm.gpu.bound")
 # Where in the scratch a part may begin: kernels take addresses for multiples of that.
 ALIGNMENT = 16
 BYTES_OF_SUM = 4
+
+
+# Fills codes and rows, at the last two addresses, of x and modality on a stream.
+Quantize = Callable[[int, Tensor, Tensor, int, int], None]
 
 
 class BoundLayer:
@@ -65,6 +71,10 @@ class BoundLayer:
             BoundQuantizer(Quantizer(activation, silu_mul, profile.pdl, profile.units), dtype)
             for silu_mul in (False, True)
         ]
+        # The graph pass that needs it is off by default.
+        wanted = environment.fusion()
+        norm = NormQuantizer(activation, profile.pdl, profile.units)
+        self.norm = bound_norm.bind_norm(norm, dtype) if wanted else None
         product = Product(weight, activation.gain, profile.inline_assembly, profile.pdl)
         # A layer with a bias may be called without it.
         terms = [None] if bias is None else [None, bias]
@@ -99,11 +109,32 @@ class BoundLayer:
             return self._run(gate_up, modality, bias is not None, self.quantizers[True])
         return self.plain.silu_mul_linear(gate_up, modality, handle, bias)
 
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        handle: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [M, N] of the RMSNorm of x [M, K], or of x + residual, and then that sum."""
+        norm, own_bias = self.norm, bias is None or bias.data_ptr() == self.bias_address
+        if norm is None or not own_bias or not x.shape[0] or not norm.takes(x, residual, norm_weight):
+            return self.plain.norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+        total = None if residual is None else x.new_empty(x.shape)
+
+        def quantize(stream: int, x: Tensor, modality: Tensor, codes: int, rows: int) -> None:
+            norm(stream, x, residual, norm_weight, epsilon, modality, codes, rows, total)
+
+        return self._run(x, modality, bias is not None, quantize), total
+
     def _takes(self, x: Tensor, bias: Tensor | None, silu_mul: bool) -> bool:
         own_bias = bias is None or bias.data_ptr() == self.bias_address
         return own_bias and x.shape[0] > 0 and self.quantizers[silu_mul].takes(x)
 
-    def _run(self, x: Tensor, modality: Tensor, has_bias: bool, quantizer: BoundQuantizer) -> Tensor:
+    def _run(self, x: Tensor, modality: Tensor, has_bias: bool, quantizer: Quantize) -> Tensor:
         tokens, stream = x.shape[0], self.stream()
         product = self.products[has_bias][bisect_left(self.bounds, tokens)]
         in_int8 = tokens >= self.int8_from and self.int8[has_bias].serves(stream)
@@ -139,6 +170,22 @@ class PlainLayer:
         weight = self.weight._replace(absorbed_bias=handle)
         modality = modality[: gate_up.shape[0]]
         return launch.linear(gate_up, modality, weight, self.activation, bias, self.profile, silu_mul=True)
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        handle: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As that of BoundLayer."""
+        records = self.weight._replace(absorbed_bias=handle), self.activation
+        return norm_launch.norm_linear(
+            x, residual, norm_weight, epsilon, modality[: x.shape[0]], *records, bias, self.profile
+        )
 
 
 def bind(

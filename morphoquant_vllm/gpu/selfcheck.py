@@ -14,13 +14,14 @@ import torch
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.gpu import layout, steps
+from morphoquant_vllm.gpu import bound_norm, layout, norm_launch, steps
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.product_launch import Product
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer
 from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
+from morphoquant_vllm.numerics import norm
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.numerics.weights import times_group
@@ -28,6 +29,7 @@ from morphoquant_vllm.numerics.weights import times_group
 # No multiple of a tile but of 16, as sizes of layers are, for which Triton compiles a kernel of its own; several turns.
 OUT_FEATURES, IN_FEATURES = 176, 768
 ROWS = 3
+EPSILON = 1e-6
 
 
 def _random_product(
@@ -112,20 +114,7 @@ def problem_of_quantizer(
     Of silu(gate) * up, of which two exponentials may differ in the last bits, all but 1 code in 1000.
     """
     generator = torch.Generator().manual_seed(tokens)
-    inverse = torch.rand((ROWS, in_features), generator=generator) * 4 + 0.5
-    record = ActivationRecord(
-        inverse=inverse,
-        centre=torch.randn((ROWS, in_features), generator=generator) / 4,
-        mask=torch.rand((ROWS, in_features), generator=generator) < 0.5,
-        gain=torch.ones(ROWS),
-        channel_order=(
-            torch.arange(in_features) if in_order else torch.randperm(in_features, generator=generator)
-        ).int(),
-        # As many intervals as layers have: Triton compiles a kernel for their number. Half the tokens are massive.
-        massive_channel=torch.arange(4, dtype=torch.int32)[None],
-        massive_low=torch.full((1, 4), -4.0),
-        massive_high=torch.full((1, 4), 8.0),
-    )
+    record = _random_record(in_features, in_order, generator)
     x = (torch.randn((tokens, in_features * (1 + silu_mul)), generator=generator) * 4).to(dtype)
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
@@ -145,6 +134,66 @@ def problem_of_quantizer(
     )
 
 
+@cache
+def problem_of_norm_quantizer(
+    in_features: int,
+    in_order: bool,
+    tokens: int,
+    add: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    profile: Profile,
+) -> str:
+    """What is wrong with the kernel that norms and quantizes, of x + residual where `add`; empty if nothing.
+
+    Its norm may lie two units in the last place from the reference's, in 1 of 1000 values; codes and rows must be the
+    reference's of that norm, and the new residual the reference's.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+    record = _random_record(in_features, in_order, generator)
+    x, residual = (torch.randn((2, tokens, in_features), generator=generator) * 4).to(dtype)
+    weight = (torch.rand(in_features, generator=generator) + 1).to(dtype)
+    modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
+    prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
+    values = torch.empty_like(x, device=device)
+    quantizer = norm_launch.NormQuantizer(prepared, profile.pdl, profile.units)
+    inputs = (x.to(device), residual.to(device) if add else None, weight.to(device), EPSILON, modality.to(device))
+    found = norm_launch.norm_quantize(*inputs, quantizer, values)
+    served = bound_norm.norm_quantized(*inputs, quantizer)
+    normed, expected, total = values.cpu(), norm.rms_norm(x, weight, EPSILON), None
+    if add:
+        expected, total = norm.add_rms_norm(x, residual, weight, EPSILON)
+    off = (normed.float() - expected.float()).abs() > 2 * torch.finfo(dtype).eps * expected.float().abs()
+    rows = activation_numerics.token_rows(normed, modality, record)
+    codes = activation_numerics.act_quant(normed, rows, record)
+    same = all(torch.equal(one[0].cpu(), codes) and torch.equal(one[1].cpu(), rows) for one in (found, served))
+    same = same and (total is None or all(torch.equal(one[2].cpu(), total) for one in (found, served)))  # type: ignore[union-attr]
+    differing = float((normed != expected).float().mean())
+    if same and differing <= 1e-3 and not bool(off.any()):
+        return ""
+    return (
+        f"the kernel that norms and quantizes {in_features} channels gives other codes than the reference on this GPU "
+        f"({100 * differing:.3g} % of its norms differ); serve without {environment.FUSION}, and report it with the "
+        "versions of GPU, driver and Triton"
+    )
+
+
+def _random_record(in_features: int, in_order: bool, generator: torch.Generator) -> ActivationRecord:
+    """A quantizer of ROWS rows, of random tables."""
+    order = torch.arange(in_features) if in_order else torch.randperm(in_features, generator=generator)
+    return ActivationRecord(
+        inverse=torch.rand((ROWS, in_features), generator=generator) * 4 + 0.5,
+        centre=torch.randn((ROWS, in_features), generator=generator) / 4,
+        mask=torch.rand((ROWS, in_features), generator=generator) < 0.5,
+        gain=torch.ones(ROWS),
+        channel_order=order.int(),
+        # As many intervals as layers have: Triton compiles a kernel for their number. Half the tokens are massive.
+        massive_channel=torch.arange(4, dtype=torch.int32)[None],
+        massive_low=torch.full((1, 4), -4.0),
+        massive_high=torch.full((1, 4), 8.0),
+    )
+
+
 def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: torch.dtype, profile: Profile) -> None:
     """Raise MorphoQuantError where a kernel that a layer can need gives a wrong result; each is tried once."""
     device = weight.codes.device
@@ -154,6 +203,12 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
         for tokens in (3, WHOLE_TOKENS)
         for silu_mul in (False, True)
     ]
+    if environment.fusion() and activation.in_features <= norm_launch.WIDEST_NORM:
+        problems += [
+            problem_of_norm_quantizer(activation.in_features, activation.in_order, tokens, add, dtype, device, profile)
+            for tokens in (3, WHOLE_TOKENS)
+            for add in (False, True)
+        ]
     problems += [
         problem_of_tile(tile, group_size, splits, dtype, device, profile)
         for tile in profile.architecture.tiles

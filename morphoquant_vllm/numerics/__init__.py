@@ -15,6 +15,7 @@ Notation
     activation   the form that integer hardware serves: step, centre, gain, mask -> codes (escape mode)
     weights      absorption of steps into weights, channel order, int4 rounding, packing, absorbed bias
     linear       the integer linear layer: codes x int4 -> output
+    norm         RMSNorm, for ops that compute it before the layer
     exact        exact mode: values that escape the grid are not rounded
     head         the 8-bit lm_head
     golden       command: replays the authors' recorded outputs

@@ -8,6 +8,8 @@ parameters         how one checkpoint tensor is cut for fused layers and tensor-
 lm_head            the 16-bit head, and the optional 8-bit one
 modality_bus       the row of each token, from the embedding that sees its id to the linears
 mlp_channel_order  the channels between gate_up_proj and down_proj, in the order that down_proj reads
+fusion             the two passes below, as the one that vLLM's compiler has a place for
+norm_quant_pass    a pass of vLLM's compiler that joins RMSNorm with the quantizer after it
 silu_mul_pass      a pass of vLLM's compiler that joins silu(gate) * up with the quantizer after it
 """
 

@@ -30,8 +30,8 @@ from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.numerics.linear import weight_record
+from morphoquant_vllm.plugin import fusion
 from morphoquant_vllm.plugin import mlp_channel_order as intermediate
-from morphoquant_vllm.plugin import silu_mul_pass as fusion
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, warn_of_long_step
 from morphoquant_vllm.plugin.parameters import LoadLog, make_parameters
 

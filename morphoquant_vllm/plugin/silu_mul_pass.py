@@ -1,13 +1,11 @@
 """A graph pass for compiled models: the quantizer of down_proj also computes silu(gate) * up. Saves a launch per MLP.
 
-vLLM runs its built-in graph passes and one more, which its compilation config names. The built-in fusions are tied to
-vLLM's FP8 and FP4 operators; this pass uses the free slot. Graphs that it does not recognise stay unchanged.
+Graphs that the pass does not recognise stay unchanged. `fusion` installs it.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,22 +13,8 @@ from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, regist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.platforms import current_platform
 
-from morphoquant_vllm import environment, ops
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-
-def install(config: VllmConfig, backend: str) -> None:
-    """Let vLLM's compiler run the pass for layers of `backend`, if that has a fused op and the environment asks for it.
-
-    It is off by default: vLLM's compiled graph with it has not run on a GPU. A pass that the user named is kept.
-    """
-    if ops.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
-        passes = config.compilation_config.inductor_compile_config
-        passes.setdefault(current_platform.pass_key, SiluMulFusion())
+from morphoquant_vllm import ops
 
 
 class SiluMulFusion(InductorPass):

@@ -9,12 +9,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from morphoquant_vllm.gpu import int8_path, product_launch, quantize_launch
+from morphoquant_vllm.gpu import int8_path, norm_launch, product_launch, quantize_launch
 from morphoquant_vllm.gpu.device import OLDEST_PDL
 from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize_in_order, quantize_tokens
 from morphoquant_vllm.gpu.kernels.fused_int8 import fused_int8
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
+from morphoquant_vllm.gpu.kernels.gemm_adding import int4_gemm_adding
 from morphoquant_vllm.gpu.kernels.int8_gemm import int8_gemm
+from morphoquant_vllm.gpu.kernels.norm_quant import quantize_normed
 from morphoquant_vllm.gpu.kernels.reduce_splits import reduce_splits
 from morphoquant_vllm.gpu.kernels.unpack_int8 import unpack_int8
 from morphoquant_vllm.gpu.layout import TILE_N, tile_channels
@@ -32,7 +34,7 @@ TARGETS = {
 # Names of 16-bit activations in Triton's signatures.
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
 # Kernels that wait for none before them.
-QUANTIZERS = (quantize_activation, quantize_in_order, quantize_tokens)
+QUANTIZERS = (quantize_activation, quantize_in_order, quantize_tokens, quantize_normed)
 # Types of the parts' sums of a split K, of group scales and of two-level ones.
 SUMS = {False: "*fp32", True: "*i32"}
 
@@ -185,6 +187,101 @@ def build_reduce(
         (*pointers, "N"),
         target,
         num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def build_norm_quantize(
+    target: str,
+    width: int,
+    *,
+    dtype: str = "bfloat16",
+    blocks: int = 1,
+    add: bool = True,
+    in_order: bool = False,
+    many: bool = False,
+    fusion: bool = False,
+) -> CompiledKernel:
+    """The kernel that norms and quantizes tokens of up to `width` channels; `many`: the one for many tokens.
+
+    `fusion` True: not as it is launched.
+    """
+    tables = {
+        "inverse_ptr": "*fp32",
+        "centre_ptr": "*fp32",
+        "limit_ptr": "*i8",
+        "order_ptr": "*i32",
+        "massive_channel_ptr": "*i32",
+        "massive_low_ptr": "*fp32",
+        "massive_high_ptr": "*fp32",
+        "codes_ptr": "*i8",
+        "rows_ptr": "*i32",
+    }
+    x = TYPES[dtype]
+    aligned = {"x_ptr": x, "residual_ptr": x, "norm_weight_ptr": x} | tables
+    aligned |= {"new_residual_ptr": x, "normed_ptr": x}
+    sizes = ("x_stride", "residual_stride", "K", "R", "M", "tokens")
+    return build(
+        quantize_normed,
+        {"modality_ptr": "*i32", "epsilon": "fp32"} | aligned | dict.fromkeys(sizes, "i32"),
+        {
+            "B": blocks,
+            "J": 4,
+            "WIDTH": width,
+            "BLOCK_K": quantize_launch.gather_block(width),
+            "ADD": add,
+            "WRITE_NORMED": False,
+            "IN_ORDER": in_order,
+            "EARLY": not many and width <= norm_launch.WIDEST_EARLY,
+            "PDL": pdl(target),
+        },
+        (*aligned, "K", "x_stride", "residual_stride"),
+        target,
+        num_warps=norm_launch.norm_warps(width),
+        enable_fp_fusion=fusion,
+    )
+
+
+def build_gemm_adding(
+    target: str, tile: Tile, group_size: int, *, dtype: str = "bfloat16", has_bias: bool = False
+) -> CompiledKernel:
+    """The matrix kernel over a split K that adds its parts itself."""
+    pointers = {
+        "codes_ptr": "*i8",
+        "rows_ptr": "*i32",
+        "part_ptr": SUMS[tile.two_level],
+        "out_ptr": TYPES[dtype],
+        "counter_ptr": "*i32",
+        "weight_ptr": "*i8",
+        "scale_ptr": "*i32" if tile.two_level or group_size < tile_channels(group_size) else "*fp32",
+        "channel_scale_ptr": "*fp32",
+        "gain_ptr": "*fp32",
+        "absorbed_bias_ptr": "*fp32",
+        "bias_ptr": TYPES[dtype] if has_bias else "*fp32",
+    }
+    constants = {
+        "G": group_size,
+        "P": tile_channels(group_size, tile.two_level),
+        "TILE_N": TILE_N,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "GROUP_M": product_launch.GROUP_M,
+        "EVEN_K": True,
+        "HAS_BIAS": has_bias,
+        "ASM": TARGETS[target].backend == "cuda",
+        "STAGES": tile.stages,
+        "UNROLL": tile.unroll,
+        "JOINED": tile.joined,
+        "TWO_LEVEL": tile.two_level,
+        "PDL": pdl(target),
+    }
+    return build(
+        int4_gemm_adding,
+        pointers | dict.fromkeys(("M", "N", "K", "splits"), "i32"),
+        constants,
+        (*pointers, "N", "K"),
+        target,
+        num_warps=tile.warps,
         enable_fp_fusion=True,
     )
 

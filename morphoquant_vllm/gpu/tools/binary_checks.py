@@ -144,3 +144,31 @@ def rounding_problems(kernel: CompiledKernel) -> list[str]:
     assembly = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     found = sorted(set(re.findall(r"\bfma\.\S+|\bv_\w*(?:fma|mac)_f32\w*|\S+\.ftz\S*", assembly)))
     return [f"rounding: {', '.join(found)}"] if found else []
+
+
+# How a counter is counted up, the barrier of a program, stores.
+COUNTING = {"nvidia": "atom.global.gpu.acq_rel.add.u32", "amd": "global_atomic_add"}
+BARRIER = {"nvidia": "bar.sync", "amd": "s_barrier"}
+STORE = {"nvidia": "st.global", "amd": "global_store"}
+# A barrier of AMD's does not wait for stores to memory; each wave has to, before it.
+AMD_WAIT = "s_waitcnt vmcnt(0)"
+
+
+def counter_problems(kernel: CompiledKernel) -> list[str]:
+    """Whether a program that counts itself has all its threads' sums written before that."""
+    vendor = "amd" if "amdgcn" in kernel.asm else "nvidia"
+    lines = kernel.asm["amdgcn" if vendor == "amd" else "ptx"].splitlines()
+
+    def places(instruction: str) -> list[int]:
+        return [index for index, line in enumerate(lines) if instruction in line]
+
+    counting = places(COUNTING[vendor])
+    if len(counting) != 1:
+        return [f"counter: {len(counting)} atomic additions of device scope, not one"]
+    last_store = max((place for place in places(STORE[vendor]) if place < counting[0]), default=len(lines))
+    barriers = [place for place in places(BARRIER[vendor]) if last_store < place < counting[0]]
+    if not barriers:
+        return ["counter: no barrier between the sums and it"]
+    if vendor == "amd" and not any(last_store < place < barriers[0] for place in places(AMD_WAIT)):
+        return ["counter: waves come to the barrier before their sums are written"]
+    return []

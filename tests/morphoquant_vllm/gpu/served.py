@@ -22,6 +22,8 @@ KERNELS = {
     "reduce_splits": "product_launch",
     "unpack_int8": "int8_path",
     "int8_gemm": "int8_path",
+    "quantize_normed": "norm_launch",
+    "int4_gemm_adding": "adding_launch",
 }
 
 
@@ -35,7 +37,7 @@ class Served:
     dtype: torch.dtype
 
 
-def _pretend(architecture: str, units: int) -> None:
+def pretend(architecture: str, units: int) -> None:
     """Let a CPU pass for a GPU of this architecture, as far as the choice of tiles goes."""
     from morphoquant_vllm.gpu import device, selfcheck, tiles
 
@@ -47,7 +49,7 @@ def _pretend(architecture: str, units: int) -> None:
 
 def run(case: Case, architecture: str, units: int = 4) -> Served:
     """A bound layer and the quantizer's op, with the tiles that the table names for an architecture."""
-    _pretend(architecture, units)
+    pretend(architecture, units)
     weight, record = layer(case)
     x, modality = tokens(case, record)
     longer = torch.cat((modality, torch.full((9,), 1, dtype=torch.int32)))
@@ -67,7 +69,7 @@ def run(case: Case, architecture: str, units: int = 4) -> Served:
 
 def check_ops(case: Case) -> None:
     """torch's own checks of the two ops with this backend: schema, fake implementation, and compiled like eager."""
-    _pretend("sm_80", 4)
+    pretend("sm_80", 4)
     weight, record = layer(case)
     x, modality = tokens(case, record)
     prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
@@ -101,7 +103,7 @@ def launches(case: Case, architecture: str, units: int, silu_mul: bool) -> dict[
     """How often one call of an op launches each kernel; `silu_mul`: the op that computes silu(gate) * up as well."""
     from importlib import import_module
 
-    _pretend(architecture, units)
+    pretend(architecture, units)
     weight, record = layer(case)
     x, modality = tokens(case, record)
     prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
@@ -122,7 +124,7 @@ def launches(case: Case, architecture: str, units: int, silu_mul: bool) -> dict[
 
 def fused(case: Case, architecture: str) -> bool:
     """Whether the fused op gives the bits of the plain one on what torch makes of gate and up."""
-    _pretend(architecture, 4)
+    pretend(architecture, 4)
     weight, record = layer(case)
     up, modality = tokens(case, record)
     gate = torch.randn(up.shape, generator=torch.Generator().manual_seed(3)).to(case.dtype)

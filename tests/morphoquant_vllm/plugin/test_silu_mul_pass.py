@@ -1,8 +1,6 @@
-"""The graph pass: the graphs that it fuses, those that it leaves alone, and its installation in vLLM's compiler."""
+"""The graph pass of silu(gate) * up: the graphs that it fuses, and those that it leaves alone."""
 
-import pickle
 from collections.abc import Callable
-from copy import deepcopy
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch.nn.functional import gelu, silu
 
 from morphoquant_vllm import ops
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
-from morphoquant_vllm.plugin import silu_mul_pass as fusion
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from morphoquant_vllm.plugin.silu_mul_pass import SiluMulFusion
 from tests.checkpoints import random_group
@@ -122,31 +119,6 @@ def test_the_op_of_layers_that_are_not_bound_stays(records: tuple[list[Tensor], 
         x, modality = gate_up(5, torch.float32)
         same(x, modality)
     assert pass_.matched == 0 and "morphoquant.linear.default" in targets
-
-
-def test_vllm_s_compiler_takes_the_pass_where_asked_and_keeps_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.compilation.passes.inductor_pass import CallableInductorPass, InductorPass
-    from vllm.config import CompilationConfig, VllmConfig
-    from vllm.platforms import current_platform
-
-    config = VllmConfig()
-    before = config.compilation_config.compute_hash()
-    fusion.install(config, "triton")
-    assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
-    monkeypatch.setenv("MORPHOQUANT_FUSION", "1")
-    fusion.install(config, "cpu")
-    assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
-    fusion.install(config, "triton")
-    # vLLM copies its settings, and hashes them for its compilation cache.
-    installed = deepcopy(config.compilation_config.inductor_compile_config)[current_platform.pass_key]
-    assert isinstance(installed, InductorPass) and isinstance(installed, SiluMulFusion)
-    assert pickle.loads(pickle.dumps(installed)).uuid() == installed.uuid()
-    assert config.compilation_config.compute_hash() != before
-    users = CallableInductorPass(lambda graph: None, uuid="mine")
-    named = CompilationConfig(inductor_compile_config={current_platform.pass_key: users})
-    config = VllmConfig(compilation_config=named)
-    fusion.install(config, "triton")
-    assert config.compilation_config.inductor_compile_config[current_platform.pass_key] is users
 
 
 def test_inductor_runs_the_pass_and_computes_the_same(handle: Tensor) -> None:

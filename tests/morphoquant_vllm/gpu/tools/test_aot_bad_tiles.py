@@ -102,3 +102,25 @@ def test_levels_of_several_rows_are_seen() -> None:
     assert "1 of " in "; ".join(proof.level_problems(changed)) and "mix rows" in proof.level_problems(changed)[0]
     grouped = ahead.build_gemm("sm_80", TABLE["sm_80"].tiles[0], 32)
     assert proof.level_problems(grouped) == ["levels: nothing multiplies weights by them"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        ("acq_rel", "relaxed", "0 atomic additions of device scope"),
+        ("bar.sync", "nop", "no barrier between the sums and it"),
+    ],
+)
+def test_a_counter_that_orders_nothing_is_seen(before: str, after: str, problem: str) -> None:
+    tile = next(tile for tile in TABLE["sm_80"].tiles if not tile.two_level)
+    kernel = ahead.build_gemm_adding("sm_80", tile, 32)
+    assert proof.counter_problems(kernel) == []
+    changed = SimpleNamespace(asm={"ptx": kernel.asm["ptx"].replace(before, after)})
+    assert problem in "; ".join(proof.counter_problems(changed))
+
+
+def test_amd_s_barrier_does_not_wait_for_the_sums_of_other_waves() -> None:
+    """Why the kernel that adds the parts itself is not for AMD."""
+    tile = next(tile for tile in TABLE["gfx942"].tiles if not tile.two_level)
+    problems = proof.counter_problems(ahead.build_gemm_adding("gfx942", tile, 32))
+    assert problems == ["counter: waves come to the barrier before their sums are written"]

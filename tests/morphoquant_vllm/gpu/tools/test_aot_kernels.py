@@ -113,9 +113,50 @@ def test_the_activation_quantizer_with_silu_and_mul(target: str) -> None:
     assert target == "gfx942" or proof.rounding_problems(kernel) == []
 
 
+@pytest.mark.parametrize(("target", "many"), [("sm_80", True), ("sm_90", False), ("gfx942", False)])
+def test_the_kernel_that_norms_and_quantizes(target: str, many: bool) -> None:
+    kernel = ahead.build_norm_quantize(target, 4096, many=many)
+    used = resources.resources(kernel)
+    assert proof.spill_problems(used) == []
+    assert used.shared_memory == 2 * 4096, "the norm's values, once, in 16 bit"
+    if target != "gfx942":
+        # AMD's division and root are made of fused operations themselves.
+        assert proof.rounding_problems(kernel) == []
+        # x, residual, the norm's weight, order and tables, of one row or of two, 16 bytes at a time.
+        assert len(re.findall(r"ld\.global\.v4\.b32", kernel.asm["ptx"])) == (9 if many else 13)
+
+
 def test_the_reduction() -> None:
     for two_level in (False, True):
         assert proof.spill_problems(resources.resources(ahead.build_reduce("sm_90", two_level=two_level))) == []
+
+
+def adding_problems(name: str, tile: Tile, group_size: int, target: str, **variant: object) -> list[str]:
+    kernel = ahead.build_gemm_adding(target, tile, group_size, **variant)
+    return proof.gemm_problems(resources.resources(kernel), TABLE[name], tile) + proof.counter_problems(kernel)
+
+
+@pytest.mark.parametrize(("name", "two_level"), [("sm_80", False), ("sm_90", True)])
+def test_the_kernel_that_adds_the_parts_itself(name: str, two_level: bool) -> None:
+    assert adding_problems(name, tiles_of(name, two_level)[0], 32, name) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "target", "index"),
+    [
+        (name, target, index)
+        for name, architecture in TABLE.items()
+        for target in TARGETS.get(name, (name,))
+        for index, tile in enumerate(architecture.tiles)
+        # Of many tokens K is seldom split, and the sums of two tiles would not fit the registers.
+        if tile.max_splits > 1 and tile.block_m <= 64 and architecture.vendor == "nvidia"
+    ],
+)
+def test_every_tile_of_few_tokens_may_add_its_parts(name: str, target: str, index: int) -> None:
+    tile = TABLE[name].tiles[index]
+    for dtype, has_bias in (("bfloat16", False), ("float16", True)):
+        assert adding_problems(name, tile, tile.group_sizes[0], target, dtype=dtype, has_bias=has_bias) == []
 
 
 @pytest.mark.full
@@ -155,6 +196,10 @@ def test_the_small_kernels_everywhere(target: str, dtype: str) -> None:
         with_silu = ahead.build_quantize(target, dtype=dtype, blocks=blocks, silu_mul=True)
         assert proof.spill_problems(resources.resources(with_silu)) == []
         assert proof.rounding_problems(kernel) == []
+    for width, add, many, in_order in itertools.product((512, 4096, 8192, 16384), *[(False, True)] * 3):
+        kernel = ahead.build_norm_quantize(target, width, dtype=dtype, add=add, many=many, in_order=in_order)
+        assert proof.spill_problems(resources.resources(kernel)) == [], (width, add, many, in_order)
+        assert target == "gfx942" or proof.rounding_problems(kernel) == []
     for has_bias, two_level in itertools.product((False, True), repeat=2):
         used = resources.resources(ahead.build_reduce(target, dtype=dtype, has_bias=has_bias, two_level=two_level))
         assert proof.spill_problems(used) == []
