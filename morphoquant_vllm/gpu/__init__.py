@@ -12,6 +12,7 @@ Notation
     bound_int8       its int8 path, compiled
     steps            each of these by itself, for the self-check
     workspace        the int8 memory that the layers of a device share
+    turn             whose turn it is, among streams, to use memory that layers share
     launch           the two ops through Triton's own launches, for tests and tools
     launcher         one launch: described and run by Triton, or compiled, so that it costs the host little
     quantize_launch  which kernel quantizes how many tokens, and its launch
@@ -23,7 +24,7 @@ Notation
     selfcheck        each kernel beside the torch reference, on the GPU at hand, before the first layer serves
     kernels          the Triton kernels
     tools            offline: tuning, compiling ahead of time, checks of binaries
-    adding_launch    the product over a split K that adds its parts itself; not used by default
+    adding_launch    the product over a split K that adds its parts itself; no shipped tile has it
     norm_launch      the kernel that norms before it quantizes: its launch, and the layer behind it
     bound_norm       that kernel bound, for a bound layer
 

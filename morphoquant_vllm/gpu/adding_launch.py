@@ -1,11 +1,14 @@
 """The launch of the product over a split K that adds its parts itself: one launch instead of two.
 
-Nothing that serves uses it: no GPU has measured it. A layer that does keeps counters of its own, `counters` of its
-widest tile, zeroed when it is loaded; every launch leaves them zeroed. Two calls of one layer at a time, on two
-streams, would mix up their numbers. For NVIDIA only: AMD's barrier does not wait for the sums that other waves store.
+For tiles of the table with `adds_splits`, of which none ships: no GPU has measured it. The layers of a device share
+counters, zeroed when a layer is loaded; every launch leaves them zeroed. Two streams would mix up their numbers, so one
+has them at a time, and the other is served by two launches; see turn.py. For NVIDIA only: AMD's barrier does not wait
+for the sums that other waves store.
 """
 
 from __future__ import annotations
+
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -14,14 +17,36 @@ from morphoquant_vllm.gpu.kernels.gemm_adding import int4_gemm_adding
 from morphoquant_vllm.gpu.launcher import Launch
 from morphoquant_vllm.gpu.product_launch import Product
 from morphoquant_vllm.gpu.tiles import Tile
+from morphoquant_vllm.gpu.turn import Turn
 
 
-def counters(tile: Tile, units: int, device: torch.device) -> Tensor:
-    """Zeros, int32, for as many tiles of the output as a product on `units` multiprocessors has while K is split.
+class Counters:
+    """`count` counters, int32, all zeros between launches."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.memory = torch.zeros(count, dtype=torch.int32, device=device)
+        self.turn = Turn(device)
+
+
+# Kept by the layers that use them, at one address, which captured graphs have seen.
+_COUNTERS: WeakValueDictionary[tuple[torch.device, int], Counters] = WeakValueDictionary()
+
+
+def counters_of(device: torch.device, count: int) -> Counters:
+    """The counters that layers of a device share, if they need as many; whoever asks must keep them."""
+    found = _COUNTERS.get((device, count))
+    if found is None:
+        found = Counters(device, count)
+        _COUNTERS[device, count] = found
+    return found
+
+
+def most_counters(tile: Tile, units: int) -> int:
+    """Tiles of the output that a product on `units` multiprocessors has at most while K is split.
 
     K is split only if there are fewer tiles than programs that are wanted at a time; see `tiles.splits_of`.
     """
-    return torch.zeros(units * tile.programs_per_unit, dtype=torch.int32, device=device)
+    return units * tile.programs_per_unit
 
 
 def multiply_and_add(

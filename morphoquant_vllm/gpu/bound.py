@@ -2,7 +2,7 @@
 
     load   BoundLayer(...)  every kernel that the layer can need is compiled, run once, and kept
     call   M --bisect--> product of its tile --table--> splits of K
-           allocate y and one scratch -> launch the quantizer, the product, (the reduction)
+           allocate y and one scratch -> launch the quantizer, the product, (the reduction, if the tile does not add)
            from the M of the tile table's int8 entry: the quantizer, the unpacking, the int8 product
 
     scratch   | codes int8 [M, K] | rows int32 [M] | parts of a split K, 32 bits [splits, M, N] |
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.gpu import bound_norm, launch, norm_launch
+from morphoquant_vllm.gpu.adding_launch import counters_of, most_counters
 from morphoquant_vllm.gpu.bound_int8 import BoundInt8
 from morphoquant_vllm.gpu.bound_kernels import BoundProduct, BoundQuantizer, current_stream_of, splits_by_tiles
 from morphoquant_vllm.gpu.device import Profile
@@ -84,8 +85,10 @@ class BoundLayer:
         for tile in profile.architecture.tiles_of(group_size_of(weight), weight.two_level):
             self.bounds.append(sys.maxsize if tile.max_tokens is None else tile.max_tokens)
             splits = splits_by_tiles(tile, product.out_features, steps, profile.units)
+            adds = tile.adds_splits and max(splits) > 1
+            counters = counters_of(weight.codes.device, most_counters(tile, profile.units)) if adds else None
             for term in terms:
-                bound = BoundProduct(product, self.in_features, term, dtype, tile, splits)
+                bound = BoundProduct(product, self.in_features, term, dtype, tile, splits, counters)
                 self.products[term is not None].append(bound)
         self.int8_from = sys.maxsize
         int8_tile = profile.architecture.int8_tile(sys.maxsize, weight.two_level)

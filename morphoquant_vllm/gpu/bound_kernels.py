@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from morphoquant_vllm.gpu import adding_launch
+from morphoquant_vllm.gpu.adding_launch import Counters
 from morphoquant_vllm.gpu.launcher import UnknownFormError, must_be_compiled
 from morphoquant_vllm.gpu.product_launch import REDUCE_BLOCK_N, Product, programs
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer, aligned
@@ -69,12 +71,15 @@ class BoundProduct:
         dtype: torch.dtype,
         tile: Tile,
         splits: tuple[int, ...],
+        counters: Counters | None = None,
     ) -> None:
         """Compiles its kernels. Raises UnknownFormError.
 
-        `splits`: parts of K by the number of tiles of tokens, from 1 on; of more tiles those of the last.
+        `splits`: parts of K by the number of tiles of tokens, from 1 on; of more tiles those of the last. `counters`:
+        as many as a split product has tiles, if the tile adds the parts itself.
         """
         self.tile, self.splits, self.out_features = tile, splits, product.out_features
+        self.counters, self.counters_address = counters, 0
         self.reduce_programs = -(-self.out_features // REDUCE_BLOCK_N)
         device = product.gain.device
         codes = torch.zeros((1, in_features), dtype=torch.int8, device=device)
@@ -85,6 +90,12 @@ class BoundProduct:
             parts = torch.empty((2, 1, self.out_features), dtype=product.sums, device=device)
             self.partial = must_be_compiled(product.multiply(codes, rows, bias, parts, tile, 2), "splits")
             self.reduce = must_be_compiled(product.reduce(parts, rows, bias, y), "splits")
+            if counters is not None:
+                self.counters_address = counters.memory.data_ptr()
+                # With others: a stream may be using these.
+                zeros = torch.zeros_like(counters.memory)
+                adding = adding_launch.multiply_and_add(product, codes, rows, bias, parts, y, zeros, tile)
+                self.adding = must_be_compiled(adding, "splits")
 
     def splits_of(self, tokens: int) -> int:
         """Parts of K for so many tokens."""
@@ -96,6 +107,8 @@ class BoundProduct:
         grid = programs(self.tile, tokens, self.out_features)
         if splits == 1:
             self.whole(grid, 1, stream, codes, rows, y, tokens, 1)
+        elif self.counters is not None and self.counters.turn.serves(stream):
+            self.adding(grid, splits, stream, codes, rows, parts, y, self.counters_address, tokens, splits)
         else:
             self.partial(grid, splits, stream, codes, rows, parts, tokens, splits)
             self.reduce(tokens, self.reduce_programs, stream, parts, rows, y, tokens, splits)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from morphoquant_vllm.gpu import adding_launch
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
-from morphoquant_vllm.gpu.product_launch import Product
+from morphoquant_vllm.gpu.product_launch import Product, programs
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer, aligned
 from morphoquant_vllm.gpu.tiles import Tile, splits_of
 
@@ -56,10 +57,12 @@ def matmul(
     splits: int,
     inline_assembly: bool,
     pdl: bool = False,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """y [M, N] in `dtype` from codes int8 [M, K] and rows int32 [M], with a given tile and split of K.
 
-    `pdl`: start each kernel while the one before ends; see kernels/pdl.py.
+    `pdl`: start each kernel while the one before ends; see kernels/pdl.py. `counters`: zeros, int32, of a tile that
+    adds the parts itself; without them they are made.
     """
     product = Product(weight, gain, inline_assembly, pdl)
     tokens = codes.shape[0]
@@ -70,8 +73,13 @@ def matmul(
         product.multiply(codes, rows, bias, y, tile, splits).run()
     else:
         parts = torch.empty((splits, tokens, product.out_features), dtype=product.sums, device=codes.device)
-        product.multiply(codes, rows, bias, parts, tile, splits).run()
-        product.reduce(parts, rows, bias, y).run()
+        if tile.adds_splits:
+            if counters is None:
+                counters = codes.new_zeros(programs(tile, tokens, product.out_features), dtype=torch.int32)
+            adding_launch.multiply_and_add(product, codes, rows, bias, parts, y, counters, tile).run()
+        else:
+            product.multiply(codes, rows, bias, parts, tile, splits).run()
+            product.reduce(parts, rows, bias, y).run()
     return y
 
 

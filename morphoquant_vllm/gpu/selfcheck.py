@@ -8,6 +8,7 @@ bound layers launch them (bound.py): what is checked is what serves.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -67,9 +68,10 @@ def problem_of_tile(
     if error <= 1:
         return ""
     kind = "two-level scales" if tile.two_level else f"group_size {group_size}"
+    adding = " that it adds itself" if tile.adds_splits and splits > 1 else ""
     return (
         f"the kernel for {kind}, tile {tile.block_n}x{tile.block_m} (warps {tile.warps}, stages {tile.stages}, "
-        f"splits {splits}) is off by {error:.3g} of what rounding allows on this GPU; "
+        f"splits {splits}{adding}) is off by {error:.3g} of what rounding allows on this GPU; "
         f"name another tile table with {environment.TILES}, or serve on a CPU, and report it with the versions of GPU, "
         "driver and Triton"
     )
@@ -214,6 +216,12 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
         for tile in profile.architecture.tiles
         if tile.serves(group_size, two_level)
         for splits in sorted({1, min(tile.max_splits, 2)})
+    ]
+    # While another stream has the counters, such a tile is served by two launches, which are checked too.
+    problems += [
+        problem_of_tile(replace(tile, adds_splits=False), group_size, 2, dtype, device, profile)
+        for tile in profile.architecture.tiles
+        if tile.serves(group_size, two_level) and tile.adds_splits and tile.max_splits > 1
     ]
     int8_tile = profile.architecture.int8_tile(sys.maxsize, two_level)
     if int8_tile is not None and (int8_tile.fused or environment.workspace_wanted()):

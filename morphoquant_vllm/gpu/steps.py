@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.gpu import int8_path, launch
+from morphoquant_vllm.gpu.adding_launch import Counters
 from morphoquant_vllm.gpu.bound_int8 import BoundInt8
 from morphoquant_vllm.gpu.bound_kernels import BoundProduct, BoundQuantizer, current_stream_of
 from morphoquant_vllm.gpu.launcher import UnknownFormError
-from morphoquant_vllm.gpu.product_launch import Product
+from morphoquant_vllm.gpu.product_launch import Product, programs
 from morphoquant_vllm.gpu.quantize_launch import Quantizer
 from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 from morphoquant_vllm.gpu.workspace import Workspace
@@ -33,7 +34,9 @@ def multiplied(codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype
     y = codes.new_empty((tokens, product.out_features), dtype=dtype)
     parts = codes.new_empty((splits, tokens, product.out_features), dtype=product.sums)
     try:
-        multiply = BoundProduct(product, codes.shape[1], None, dtype, tile, (splits,))
+        adds = tile.adds_splits and splits > 1
+        counters = Counters(codes.device, programs(tile, tokens, product.out_features)) if adds else None
+        multiply = BoundProduct(product, codes.shape[1], None, dtype, tile, (splits,), counters)
         stream = current_stream_of(codes.device)()
         multiply(stream, codes.data_ptr(), rows.data_ptr(), parts.data_ptr(), y.data_ptr(), tokens, splits)
     except UnknownFormError:

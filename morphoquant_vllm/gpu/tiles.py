@@ -28,6 +28,8 @@ WARPS = (1, 2, 4, 8, 16)
 # block_n, block_k and warps that the fused kernel is written for, and its least block_m.
 FUSED = (128, 128, 8)
 FUSED_BLOCK_M = 128
+# Most tokens of a tile whose programs may add the parts of K: with 128, registers leave room for fewer programs.
+ADDING_BLOCK_M = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Tile:
     programs_per_unit: int
     # Into how many parts K may be split where there are fewer programs than that; 1 never splits.
     max_splits: int
+    # Whether the last program of a tile adds the parts, instead of a second launch; NVIDIA only.
+    adds_splits: bool
     reason: str
 
     def serves(self, group_size: int, two_level: bool) -> bool:
@@ -67,6 +71,11 @@ class Tile:
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
             if getattr(self, name) < 1:
                 raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+        if self.adds_splits and self.block_m > ADDING_BLOCK_M:
+            raise MorphoQuantError(
+                f"{where}: adds_splits needs block_m of {ADDING_BLOCK_M} or less, not {self.block_m}; "
+                "set adds_splits to false in the tile table"
+            )
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,14 @@ def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
     for architecture in architectures.values():
         architecture.int8.check(f"{source}: {architecture.name}, int8")
         for index, tile in enumerate(architecture.tiles):
-            tile.check(f"{source}: {architecture.name}, tile {index}")
+            where = f"{source}: {architecture.name}, tile {index}"
+            tile.check(where)
+            if tile.adds_splits and architecture.vendor != "nvidia":
+                # On gfx942 waves come to the barrier before their sums are stored.
+                raise MorphoQuantError(
+                    f"{where}: adds_splits is for NVIDIA, not for {architecture.vendor}; "
+                    "set adds_splits to false in the tile table"
+                )
     return architectures
 
 
@@ -204,7 +220,8 @@ def _typed(entry: Mapping[str, Any], tile: type[Tile | Int8Tile], types: Mapping
 
 
 def _tile(entry: Mapping[str, Any]) -> Tile:
-    _typed(entry, Tile, {"group_sizes": list, "reason": str, "two_level": bool, "joined": bool}, "max_tokens")
+    types = {"group_sizes": list, "reason": str} | dict.fromkeys(("two_level", "joined", "adds_splits"), bool)
+    _typed(entry, Tile, types, "max_tokens")
     return Tile(**{**entry, "group_sizes": tuple(entry["group_sizes"])})
 
 

@@ -2,11 +2,7 @@
 
 It grows while layers are loaded, to what the largest of them needs, and is freed with the last layer.
 
-The layers of one stream run in order, so each finds it free. Two streams do not, so one stream has it at a time.
-Another takes it over when that one has nothing left to do, and is served without it until then. vLLM runs our layers in
-order on one stream; it has a second one for the shared experts of mixtures of experts, whose layers are not ours. CUDA
-graphs are captured on a stream of their own and replayed in order with the rest. Memory that a graph has seen is not
-freed before the layers are.
+One stream has it at a time; see turn.py. Memory that a graph has seen is not freed before the layers are.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from torch import Tensor
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.gpu.turn import Turn
 
 logger = logging.getLogger("vllm.morphoquant_vllm.gpu.workspace")
 MIB = 1 << 20
@@ -34,7 +31,7 @@ class Workspace:
         # Of graphs that were captured before it grew.
         self.seen_by_graphs: list[Tensor] = []
         self.is_seen = False
-        self.stream: int | None = None
+        self.turn = Turn(device)
 
     def grow(self, size: int) -> None:
         """Hold `size` bytes at least; the address changes if it grows. Raises MorphoQuantError if they do not fit."""
@@ -59,19 +56,9 @@ class Workspace:
 
     def serves(self, stream: int) -> bool:
         """Whether a call on this stream, the current one, may use it now."""
-        if self.device.type == "cpu":
-            return True
-        if torch.cuda.is_current_stream_capturing():
+        if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
             self.is_seen = True
-            return True
-        if stream != self.stream and not self._is_idle():
-            return False
-        self.stream = stream
-        return True
-
-    def _is_idle(self) -> bool:
-        """Whether the stream that has it has done all its work."""
-        return self.stream is None or torch.cuda.ExternalStream(self.stream, self.device).query()
+        return self.turn.serves(stream)
 
 
 # Kept by the layers that use them.

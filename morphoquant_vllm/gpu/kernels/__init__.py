@@ -4,7 +4,7 @@ act_quant       activation -> int8 codes, and the row of each token
 norm_quant      RMSNorm and the quantizer after it
 gemm            codes x int4 weights, scaled per group
 gemm_two_level  the loop of gemm for two-level scales
-gemm_adding     a split K whose last program adds the parts; not used by default
+gemm_adding     a split K whose last program adds the parts; no shipped tile has it
 unpack_int8     a layer with two-level scales -> int8
 int8_gemm       codes x int8 weights
 fused_int8      the same of packed weights, unpacked while products run; in Gluon

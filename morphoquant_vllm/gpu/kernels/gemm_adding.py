@@ -1,4 +1,4 @@
-"""Kernel: the matrix product over a split K that adds its parts itself, for one launch less. Not used by default.
+"""Kernel: the matrix product over a split K that adds its parts itself, for one launch less. No shipped tile has it.
 
     programs of one tile of the output, one for each part of K
       each:  writes its part's sums, then draws a number from the tile's counter

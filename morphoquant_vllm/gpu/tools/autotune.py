@@ -65,8 +65,11 @@ SEARCHES = (
 )
 
 
-def candidates(max_tokens: int | None, group_size: int, two_level: bool) -> Iterator[Tile]:
-    """Tiles to try for one range of tokens, at one group size; with two-level scales, for all of them."""
+def candidates(max_tokens: int | None, group_size: int, two_level: bool, vendor: str = "nvidia") -> Iterator[Tile]:
+    """Tiles to try for one range of tokens, at one group size; with two-level scales, for all of them.
+
+    Those that add the parts of K themselves come after the same without, for a vendor whose GPUs can.
+    """
     tokens = max_tokens or MANY_TOKENS
     search = next(search for search in SEARCHES if tokens <= search.tokens)
     group_sizes = GROUP_SIZES if two_level else (group_size,)
@@ -75,7 +78,8 @@ def candidates(max_tokens: int | None, group_size: int, two_level: bool) -> Iter
         search.shapes, search.block_m, search.depths, (False, True)[: 1 + joinable]
     ):
         sizes = (block_n, block_m, warps, stages, unroll, joined)
-        yield Tile(max_tokens, group_sizes, two_level, *sizes, programs_per_unit=1, max_splits=MAX_SPLITS, reason="")
+        for adds_splits in (False, True)[: 1 + (vendor == "nvidia" and block_m <= tiles.ADDING_BLOCK_M)]:
+            yield Tile(max_tokens, group_sizes, two_level, *sizes, 1, MAX_SPLITS, adds_splits, reason="")
 
 
 def random_weight(
@@ -116,7 +120,7 @@ def plain_activation(out_features: int, in_features: int, device: torch.device) 
 
 def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Profile) -> float:
     """Median time of quantizer and product, in a CUDA graph that uses each of the `weights` once."""
-    from morphoquant_vllm.gpu import launch
+    from morphoquant_vllm.gpu import adding_launch, launch
     from morphoquant_vllm.gpu.tools import timing
 
     device = weights[0].codes.device
@@ -126,11 +130,13 @@ def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Pro
     x = torch.randn((tokens, in_features), dtype=torch.bfloat16, device=device)
     modality = torch.zeros(tokens, dtype=torch.int32, device=device)
     splits = tiles.splits_of(tile, tokens, out_features, steps, profile.units)
+    # Zeroed before, as a bound layer's: otherwise that would be measured.
+    counters = adding_launch.Counters(device, adding_launch.most_counters(tile, profile.units)).memory
 
     def linear(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
         codes, rows = launch.quantize(x, modality, activation, False, profile.pdl, profile.units)
         settings = (tile, splits, profile.inline_assembly, profile.pdl)
-        return launch.matmul(codes, rows, weight, activation.gain, None, torch.bfloat16, *settings)
+        return launch.matmul(codes, rows, weight, activation.gain, None, torch.bfloat16, *settings, counters)
 
     calls = [lambda x, weight=weight: linear(x, weight) for weight in weights]
     return timing.microseconds(timing.graph_of(calls, x), len(calls)) / 1000
@@ -158,6 +164,12 @@ def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Ti
     if tile.two_level and profile.inline_assembly and proof.level_problems(kernel):
         return []
     fitting = occupancy.programs_per_unit(used, profile.architecture)
+    if tile.adds_splits:
+        adding = ahead.build_gemm_adding(target, tile, group_size)
+        used = resources.resources(adding)
+        if proof.gemm_problems(used, profile.architecture, tile) or proof.counter_problems(adding):
+            return []
+        fitting = min(fitting, occupancy.programs_per_unit(used, profile.architecture))
     return [replace(tile, programs_per_unit=count) for count in sorted({min(count, fitting) for count in (1, 2, 4, 8)})]
 
 
@@ -174,9 +186,17 @@ def compiled(job: tuple[Tile, int, str]) -> list[Tile]:
     profile = profile_of(device)
     found = sound(tile, group_size, target, profile)
     settings = (torch.bfloat16, device, profile)
-    if any(selfcheck.problem_of_tile(tile, group_size, splits, *settings) for splits in (1, 2) if found):
+    # A tile that adds the parts is served by two launches at times; see adding_launch.py.
+    ways = [(tile, 1), (tile, 2)] + [(replace(tile, adds_splits=False), 2)] * tile.adds_splits
+    if any(selfcheck.problem_of_tile(way, group_size, splits, *settings) for way, splits in ways if found):
         return []
     return found
+
+
+def splits_some(tile: Tile, tokens: int, units: int) -> bool:
+    """Whether K is split in a layer of SHAPES."""
+    channels = tile_channels(tile.group_sizes[0], tile.two_level)
+    return any(tiles.splits_of(tile, tokens, shape[0], shape[1] // channels, units) > 1 for shape in SHAPES)
 
 
 def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Profile, device: torch.device) -> Tile:
@@ -184,6 +204,9 @@ def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Pro
     tokens = variants[0].max_tokens or MANY_TOKENS
     best, least, times = variants[0], math.inf, [0.0]
     for variant in variants:
+        if variant.adds_splits and not splits_some(variant, tokens, profile.units):
+            # The same launches as without.
+            continue
         measured = [milliseconds(variant, tokens, copies, profile) for copies in weights]
         if sum(measured) < least:
             best, least, times = variant, sum(measured), measured
@@ -251,7 +274,9 @@ def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -
     name = device_name(device)
     target = f"sm_{name.replace('.', '')}" if profile.architecture.vendor == "nvidia" else name
     kinds = [(group_size, False) for group_size in GROUP_SIZES] + [(GROUP_SIZES[0], True)]
-    jobs = [(tile, kind[0], target) for kind in kinds for tokens in RANGES for tile in candidates(tokens, *kind)]
+    vendor = profile.architecture.vendor
+    tried = [(tile, kind[0]) for kind in kinds for tokens in RANGES for tile in candidates(tokens, *kind, vendor)]
+    jobs = [(tile, group_size, target) for tile, group_size in tried]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         sounds = pool.map(compiled, jobs, chunksize=1)
     print(f"{len(jobs)} tiles compiled, {sum(map(bool, sounds))} pass the proofs", flush=True)

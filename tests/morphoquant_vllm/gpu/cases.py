@@ -54,7 +54,7 @@ class Case:
     @property
     def tile(self) -> Tile:
         sizes = (self.block_n, self.block_m, 4, 2, 1, self.joined)
-        return Tile(None, (32, 64, 128), self.two_level, *sizes, programs_per_unit=1, max_splits=16, reason="test")
+        return Tile(None, (32, 64, 128), self.two_level, *sizes, 1, 16, adds_splits=False, reason="test")
 
 
 @dataclass(frozen=True)

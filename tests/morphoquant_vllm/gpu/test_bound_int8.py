@@ -15,6 +15,7 @@ from morphoquant_vllm.gpu.int8_path import AddressDescriptor
 from morphoquant_vllm.gpu.tools.no_device import Launched, no_device, noted
 from morphoquant_vllm.gpu.workspace import Workspace, workspace_of
 from tests.morphoquant_vllm.gpu.cases import Case, layer, tokens
+from tests.morphoquant_vllm.gpu.streams import Streams
 from tests.morphoquant_vllm.gpu.test_bound import kernel_of, names, profile, relied_on
 
 FROM = 200
@@ -158,34 +159,10 @@ def test_what_does_not_fit_is_refused_with_its_size_and_the_setting(monkeypatch:
         shared.grow(37888 * 3584)
 
 
-class Streams:
-    """CUDA's streams as the workspace sees them."""
-
-    def __init__(self) -> None:
-        self.busy: set[int] = set()
-        self.capturing = False
-
-    def stream(self, handle: int, _: torch.device) -> "Streams":
-        self.asked = handle
-        return self
-
-    def query(self) -> bool:
-        assert not self.capturing, "that would end the capture"
-        return self.asked not in self.busy
-
-
-@pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
-    found = Streams()
-    monkeypatch.setattr(torch.cuda, "ExternalStream", found.stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
-    return found
-
-
 def on_gpu() -> Workspace:
     shared = Workspace(HERE)
     shared.grow(64)
-    shared.device = torch.device("cuda", 0)
+    shared.device = shared.turn.device = torch.device("cuda", 0)
     return shared
 
 

@@ -36,6 +36,14 @@ def test_the_int8_path_serves_many_tokens_of_two_level_layers_where_the_table_sa
     assert not any(item.int8.fused for item in table.values()), "no GPU has run it"
 
 
+def test_no_shipped_tile_adds_the_parts_of_k_itself_and_a_table_may_let_it() -> None:
+    shipped = tiles.load(tiles.DEFAULT_TABLE).values()
+    assert not any(tile.adds_splits for item in shipped for tile in item.tiles), "no GPU has run it"
+    table = json.loads(json.dumps(TABLE))
+    table["architectures"]["sm_80"]["tiles"][0].update(adds_splits=True)
+    assert tiles.parse(table, "test")["sm_80"].tiles[0].adds_splits
+
+
 def test_no_device_is_served_twice() -> None:
     devices = [device for item in tiles.load(tiles.DEFAULT_TABLE).values() for device in item.devices]
     assert len(devices) == len(set(devices))
@@ -71,6 +79,19 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
         ),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages=0), "stages must be at least 1"),
         (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(stages="4"), "stages must be int, got '4'"),
+        (
+            lambda table: table["architectures"]["sm_80"]["tiles"][0].pop("adds_splits"),
+            "malformed tile table ('adds_splits')",
+        ),
+        (lambda table: table["architectures"]["sm_80"]["tiles"][0].update(adds_splits=1), "adds_splits must be bool"),
+        (
+            lambda table: table["architectures"]["sm_80"]["tiles"][0].update(adds_splits=True, block_m=128),
+            "sm_80, tile 0: adds_splits needs block_m of 64 or less, not 128; set adds_splits to false",
+        ),
+        (
+            lambda table: table["architectures"]["gfx942"]["tiles"][0].update(adds_splits=True),
+            "gfx942, tile 0: adds_splits is for NVIDIA, not for amd; set adds_splits to false",
+        ),
         # A table of version 3 has no other path; its version is refused first.
         (
             lambda table: table.update(version=3),
@@ -125,7 +146,7 @@ def test_a_table_without_the_shape_says_what_to_do() -> None:
 def test_every_split_has_work(
     tokens: int, out_features: int, steps: int, units: int, most: int, two_level: bool
 ) -> None:
-    tile = tiles.Tile(None, (64,), two_level, 64, 16, 4, 4, 1, False, 4, most, "test")
+    tile = tiles.Tile(None, (64,), two_level, 64, 16, 4, 4, 1, False, 4, most, False, "test")
     # Two-level layers have an even number of steps, two a turn.
     width = 1 + two_level
     splits = tiles.splits_of(tile, tokens, out_features, width * steps, units)

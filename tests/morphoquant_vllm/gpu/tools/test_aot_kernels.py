@@ -150,7 +150,7 @@ def test_the_kernel_that_adds_the_parts_itself(name: str, two_level: bool) -> No
         for target in TARGETS.get(name, (name,))
         for index, tile in enumerate(architecture.tiles)
         # Of many tokens K is seldom split, and the sums of two tiles would not fit the registers.
-        if tile.max_splits > 1 and tile.block_m <= 64 and architecture.vendor == "nvidia"
+        if tile.max_splits > 1 and tile.block_m <= tiles.ADDING_BLOCK_M and architecture.vendor == "nvidia"
     ],
 )
 def test_every_tile_of_few_tokens_may_add_its_parts(name: str, target: str, index: int) -> None:

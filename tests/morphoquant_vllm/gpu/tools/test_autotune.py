@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from morphoquant_vllm.gpu import tiles
+from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.tools import autotune
 
 
@@ -25,6 +26,31 @@ def test_every_candidate_is_a_tile_that_the_table_takes(two_level: bool) -> None
             assert candidate.serves(128, two_level) == two_level
         assert any(candidate.joined for candidate in tried) == (tokens is None or tokens >= 16)
     assert not any(tile.joined for tile in autotune.candidates(None, 32, False)), "its halves are two groups"
+
+
+def test_tiles_that_add_the_parts_are_tried_after_the_same_without_on_nvidia_alone() -> None:
+    for tokens in autotune.RANGES:
+        tried = list(autotune.candidates(tokens, 64, True))
+        adding = [tile for tile in tried if tile.adds_splits]
+        assert [replace(tile, adds_splits=False) for tile in adding] == [
+            tile for tile in tried if not tile.adds_splits and tile.block_m <= 64
+        ]
+        assert all(tried[tried.index(tile) - 1] == replace(tile, adds_splits=False) for tile in adding)
+        others = list(autotune.candidates(tokens, 64, True, "amd"))
+        assert others == [tile for tile in tried if not tile.adds_splits]
+
+
+def test_a_tile_that_adds_the_parts_is_not_measured_if_k_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tiles.load(tiles.DEFAULT_TABLE)["sm_90"]
+    profile = Profile(shipped, 132, inline_assembly=True, pdl=True)
+    plain, adding = list(autotune.candidates(1, 64, False))[:2]
+    taken = {False: 3.0, True: 1.0}
+    monkeypatch.setattr(autotune, "milliseconds", lambda tile, *_: taken[tile.adds_splits])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "no GPU")
+    best = lambda variants: autotune.best_tile(variants, [[]], profile, torch.device("cpu"))  # noqa: E731
+    assert best([plain, adding]).adds_splits
+    never = [replace(tile, max_splits=1) for tile in (plain, adding)]
+    assert not best(never).adds_splits
 
 
 def test_the_written_table_serves_the_found_tiles_and_keeps_the_rest(tmp_path: Path) -> None:
