@@ -2,8 +2,9 @@
 
     format       the checkpoint as files (torch and safetensors only)
     numerics     the one definition of the numbers (torch only)
-    ops          the operators that the plugin calls, and the choice of a backend
-    cpu, gpu     the backends
+    ops          the operators that the plugin calls
+    backends     the implementations of the linear layer, and which serves a device
+    cpu, gpu     their code
     plugin       the classes that vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
     compat       command: compares the installed vLLM with the interfaces that the plugin needs

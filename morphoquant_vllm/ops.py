@@ -1,4 +1,4 @@
-"""The custom ops that the plugin calls, and the one place where a backend is chosen.
+"""The custom ops that the plugin calls. Backends, and the choice of one, are in backends.py.
 
     morphoquant::act_quant(x, modality, activation, backend)             -> codes int8 [M, K], in permuted order
     morphoquant::linear(x, modality, weight, activation, bias, backend)  -> y [M, N], dtype of x
@@ -10,7 +10,7 @@
     weight      tensors of a weight record. The last one is always absorbed_bias, float32 [R, N].
     activation  tensors of an activation record
     bias        [N], the layer's own bias, or None
-    backend     a key of BACKENDS; its `prepare` made the records
+    backend     a key of backends.BACKENDS; its `prepare` made the records
     gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
 
 Layers in vLLM are bound to their backend when they are loaded, by `bind`, and called by a handle:
@@ -28,7 +28,7 @@ lm_head has its own. They run if the backend of the device of x has a `head`:
     morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit one, see numerics/head.py
     morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit one, for weights that the backend serves
 
-The signatures are frozen: a new kernel is a new entry of BACKENDS, whose `prepare` may lay the records
+The signatures are frozen: a new kernel is a new entry of backends.BACKENDS, whose `prepare` may lay the records
 out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
 """
 
@@ -42,135 +42,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from morphoquant_vllm import handles
-from morphoquant_vllm.cpu import backend as cpu
-from morphoquant_vllm.cpu import head as cpu_head
-from morphoquant_vllm.gpu import backend as gpu_backend
-from morphoquant_vllm.numerics import activation as activation_numerics
-from morphoquant_vllm.numerics import linear as linear_numerics
+from morphoquant_vllm.backends import BACKENDS, Head, select_backend
 from morphoquant_vllm.numerics import norm as norm_numerics
-from morphoquant_vllm.numerics.activation import ActivationRecord
-from morphoquant_vllm.numerics.linear import WeightRecord
-
-Linear = Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
-Prepare = Callable[[WeightRecord, ActivationRecord], tuple[list[Tensor], list[Tensor]]]
-
-
-def _takes_any_layer(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
-    """The check of a backend that serves every layer."""
-
-
-def _has_no_instructions() -> str:
-    """The instruction set of a backend that is not compiled for one."""
-    return ""
-
-
-Bind = Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], handles.Bound]
-
-
-@dataclass(frozen=True)
-class Head:
-    """A backend's implementation of lm_head."""
-
-    # y [M, N] of x, codes and scale; and of x and the 16-bit weight. Inputs as the ops take them; checked.
-    eight_bit: Callable[[Tensor, Tensor, Tensor], Tensor]
-    bfloat16: Callable[[Tensor, Tensor], Tensor]
-    # Why codes of a 16-bit weight [N, K] are not served, in words; None if they are.
-    eight_bit_refusal: Callable[[Tensor], str | None]
-    # Whether `bfloat16` takes a weight [N, K], and is the best that the machine has.
-    serves_bfloat16: Callable[[Tensor], bool]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of the integer linear layer."""
-
-    # Lay the canonical records out for this backend, once, after loading.
-    prepare: Prepare
-    # How many tensors its weight and activation records have.
-    record_sizes: tuple[int, int]
-    # Inputs as the ops take them, modality with M entries or more; checked.
-    act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
-    linear: Linear
-    # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
-    check: Callable[[str, WeightRecord, ActivationRecord, torch.dtype], None] = _takes_any_layer
-    # Compile for prepared records, a bias and a dtype of activations whatever would else be compiled during a request.
-    # None for a backend that has nothing to prepare for its calls.
-    bind: Bind | None = None
-    # The layer with silu(gate) * up before it, where that costs the backend less than two steps do.
-    silu_mul_linear: Linear | None = None
-    # lm_head, if the backend computes it; elsewhere vLLM's own does.
-    head: Head | None = None
-    # Instruction set that its kernels were compiled for; empty if it has none of its own.
-    instructions: Callable[[], str] = _has_no_instructions
-
-
-def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
-    return list(weight), list(activation)
-
-
-def _reference_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
-    record, modality = ActivationRecord(*activation), modality[: x.shape[0]]
-    return activation_numerics.act_quant(x, activation_numerics.token_rows(x, modality, record), record)
-
-
-def _reference_linear(
-    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
-    modality = modality[: x.shape[0]]
-    return linear_numerics.linear(x, modality, WeightRecord(*weight), ActivationRecord(*activation), bias)
-
-
-def _triton_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
-    return gpu_backend.act_quant(x, modality[: x.shape[0]], activation)
-
-
-def _triton_linear(
-    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
-    return gpu_backend.linear(x, modality[: x.shape[0]], weight, activation, bias)
-
-
-def _triton_silu_mul_linear(
-    gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
-    return gpu_backend.silu_mul_linear(gate_up, modality[: gate_up.shape[0]], weight, activation, bias)
-
-
-BACKENDS = {
-    "reference": Backend(
-        prepare=_reference_prepare,
-        record_sizes=(len(WeightRecord._fields), len(ActivationRecord._fields)),
-        act_quant=_reference_act_quant,
-        linear=_reference_linear,
-    ),
-    "triton": Backend(
-        prepare=gpu_backend.prepare,
-        record_sizes=gpu_backend.RECORD_SIZES,
-        act_quant=_triton_act_quant,
-        linear=_triton_linear,
-        check=gpu_backend.check,
-        bind=gpu_backend.bind,
-        silu_mul_linear=_triton_silu_mul_linear,
-    ),
-    "cpu": Backend(
-        prepare=cpu.prepare,
-        record_sizes=cpu.RECORD_SIZES,
-        act_quant=cpu.act_quant,
-        linear=cpu.linear,
-        head=Head(cpu_head.head, cpu_head.head_bfloat16, cpu_head.eight_bit_refusal, cpu_head.serves_bfloat16),
-        instructions=cpu.instructions,
-    ),
-}
-
-# By type of device. A GPU that the kernels do not know is refused by the backend's check, not served slowly.
-BACKEND_OF_DEVICE = {"cuda": "triton"}
-
-
-def select_backend(device: torch.device) -> str:
-    """Key of the backend that serves layers on `device`: its kernels where they run, else the torch reference."""
-    if device.type == "cpu" and cpu.available():
-        return "cpu"
-    return BACKEND_OF_DEVICE.get(device.type, "reference")
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,17 @@ ROOMS = {
     "format": {"errors", "numerics", "torch", "safetensors"},
     "cpu": {"environment", "errors", "host_memory", "numerics", "torch"},
     "gpu": {"environment", "errors", "numerics", "torch", "triton", "typer"},
-    "ops": {"cpu", "gpu", "handles", "numerics", "torch"},
+    "backends": {"cpu", "gpu", "handles", "numerics", "torch"},
+    "ops": {"backends", "handles", "numerics", "torch"},
     "hf": {"environment", "errors", "format", "numerics", "torch", "transformers"},
     "plugin": {
-        *("environment", "errors", "format", "host_memory", "numerics", "ops"),
+        *("backends", "environment", "errors", "format", "host_memory", "numerics", "ops"),
         # vLLM brings the last two.
         *("torch", "transformers", "vllm", "huggingface_hub", "tqdm"),
     },
 }
-# Kernels are reached by ops alone.
-ROOMS_OF_CALIBRATION = {"", "environment", "errors", "format", "host_memory", "numerics", "ops"}
+# Kernels are reached by backends alone.
+ROOMS_OF_CALIBRATION = {"", "backends", "environment", "errors", "format", "host_memory", "numerics", "ops"}
 NOT_IN_CALIBRATION = {"vllm", "triton", "benchmarks", "tests"}
 # These commands run with pyproject.toml's dependencies without extras. A package is imported by its name but this one.
 IMPORTED_AS = {"pyyaml": "yaml"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.shapes import GPU_LAYERS
-from morphoquant_vllm import handles, ops
+from morphoquant_vllm import backends, handles, ops
 from morphoquant_vllm.gpu import bound, device, layout, tiles
 from morphoquant_vllm.gpu.tools.no_device import no_device, noted
 from morphoquant_vllm.numerics.activation import ActivationRecord
@@ -83,7 +83,7 @@ def built(names: list[str]) -> Iterator[list[Layer]]:
         for name in names:
             out_features, in_features = GPU_LAYERS[name]
             for two_level in (False, True):
-                weight, activation = ops.BACKENDS["triton"].prepare(*records(out_features, in_features, two_level))
+                weight, activation = backends.BACKENDS["triton"].prepare(*records(out_features, in_features, two_level))
                 handle = weight[-1]
                 prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
                 # Not by ops.bind, whose self-check computes.

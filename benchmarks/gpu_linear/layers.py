@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 
@@ -51,7 +51,7 @@ def _activation(out_features: int, in_features: int) -> ActivationRecord:
 def _ours(weight: WeightRecord, out_features: int, in_features: int) -> Call:
     """A bound layer: quantizer, product and, where K is split, the reduction."""
     activation = _activation(out_features, in_features)
-    backend = ops.BACKENDS["triton"]
+    backend = backends.BACKENDS["triton"]
     backend.check("benchmark", weight, activation, torch.bfloat16)
     handle = ops.bind(*backend.prepare(weight, activation), None, torch.bfloat16, "triton")
     modality = torch.full((65536,), ROWS - 2, dtype=torch.int32, device="cuda")

@@ -116,11 +116,11 @@ def backend(on_gpu: bool) -> str:
     """The backend of MorphoQuant's linears on this machine, in words."""
     import torch
 
-    from morphoquant_vllm import ops
+    from morphoquant_vllm import backends
 
     if on_gpu:
         return f"the Triton kernels on {torch.cuda.get_device_name()}"
-    instructions = ops.BACKENDS[ops.select_backend(torch.device("cpu"))].instructions()
+    instructions = backends.BACKENDS[backends.select_backend(torch.device("cpu"))].instructions()
     return f"the CPU kernels, {instructions}" if instructions else "the torch reference"
 
 

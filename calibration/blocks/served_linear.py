@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends
 from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
 from morphoquant_vllm.numerics.activation import act_quant, activation_record, token_rows
 from morphoquant_vllm.numerics.linear import weight_record
@@ -38,8 +38,8 @@ class ServedLinear(nn.Module):
         weight = weight_record(*(tensors[name] for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
         # The kernels' records, or else the dequantized weights.
         self.prepared, self.matrix = None, None
-        backend = ops.select_backend(device)
-        self.backend = ops.BACKENDS[backend]
+        backend = backends.select_backend(device)
+        self.backend = backends.BACKENDS[backend]
         if backend == "cpu":
             self.prepared = self.backend.prepare(weight, self.record)
         else:

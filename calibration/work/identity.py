@@ -20,7 +20,7 @@ from calibration.quantize.int8_products import has_exact_products
 from calibration.settings.recipe import Recipe
 from calibration.work.code_files import code_files
 from calibration.work.durable_files import hash_file
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 
@@ -68,7 +68,7 @@ def identity(
 
 def _instructions() -> list[str]:
     """Names of the integer products and kernels of this machine; empty if it multiplies codes in float32."""
-    served = ops.BACKENDS[ops.select_backend(torch.device("cpu"))].instructions()
+    served = backends.BACKENDS[backends.select_backend(torch.device("cpu"))].instructions()
     return ["int8 products"] * has_exact_products() + ([f"{served} kernels"] if served else [])
 
 

@@ -5,7 +5,7 @@ Notation
     G  group size along K         R  modality rows            P  channels that one tile of packed weights holds along K
     m, n, k, g, r, p              an index along each of them
 
-    backend          the entry `triton` of ops.BACKENDS
+    backend          the entry `triton` of backends.BACKENDS
     layout           how packed weights, scales and the activation's tables lie in GPU memory (torch only)
     bound            a layer bound to its kernels when it is loaded: what serves
     bound_kernels    its quantizer and its product, compiled

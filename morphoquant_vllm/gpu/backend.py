@@ -1,4 +1,4 @@
-"""The entry `triton` of ops.BACKENDS. Imports Triton only when a layer is loaded or run on a GPU."""
+"""The entry `triton` of backends.BACKENDS. Imports Triton only when a layer is loaded or run on a GPU."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.platforms import current_platform
 
-from morphoquant_vllm import environment, ops
+from morphoquant_vllm import backends, environment
 from morphoquant_vllm.plugin.norm_quant_pass import NormFusion
 from morphoquant_vllm.plugin.silu_mul_pass import SiluMulFusion
 
@@ -24,7 +24,7 @@ def install(config: VllmConfig, backend: str) -> None:
 
     Off by default: vLLM's compiled graph with them has not run on a GPU. A pass that the user named stays in its place.
     """
-    if ops.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
+    if backends.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
         config.compilation_config.inductor_compile_config.setdefault(current_platform.pass_key, Fusions())
 
 

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import (
     INPUT_TENSORS,
@@ -77,7 +77,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self._check_shapes(layer, input_size)
         self.activation_dtype = params_dtype
         # vLLM copies the compiler's settings when a model has all its layers, before weights are loaded.
-        fusion.install(get_current_vllm_config(), ops.select_backend(torch.get_default_device()))
+        fusion.install(get_current_vllm_config(), backends.select_backend(torch.get_default_device()))
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
         parameters = make_parameters(
@@ -140,8 +140,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
         weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
         device = weight.codes.device
-        self.backend = ops.select_backend(device)
-        backend = ops.BACKENDS[self.backend]
+        self.backend = backends.select_backend(device)
+        backend = backends.BACKENDS[self.backend]
         backend.check(self.name, weight, activation, self.activation_dtype)
         prepared = backend.prepare(weight, activation)
         try:

@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import move_to_large_pages, zero_bytes
 from morphoquant_vllm.numerics.head import quantize_rows
@@ -74,8 +74,8 @@ class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
         return _logits(ops.head_bfloat16(x.reshape(-1, x.shape[-1]), layer.weight), x, bias)
 
 
-def _head_on(device: torch.device) -> ops.Head | None:
-    return ops.BACKENDS[ops.select_backend(device)].head
+def _head_on(device: torch.device) -> backends.Head | None:
+    return backends.BACKENDS[backends.select_backend(device)].head
 
 
 def _logits(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -41,13 +41,13 @@ def _compile_as_gpus_do() -> None:
 
 
 def _let_the_cpu_fuse() -> None:
-    from morphoquant_vllm import ops
+    from morphoquant_vllm import backends
 
     def two_steps(gate_up: torch.Tensor, *arguments: Any) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=1)
-        return ops.BACKENDS["cpu"].linear(torch.nn.functional.silu(gate) * up, *arguments)
+        return backends.BACKENDS["cpu"].linear(torch.nn.functional.silu(gate) * up, *arguments)
 
-    ops.BACKENDS["cpu"] = replace(ops.BACKENDS["cpu"], silu_mul_linear=two_steps)
+    backends.BACKENDS["cpu"] = replace(backends.BACKENDS["cpu"], silu_mul_linear=two_steps)
 
 
 def run(job: dict[str, Any]) -> None:

@@ -19,13 +19,13 @@ def decoder_layers(model: Any) -> list[Any]:
 
 def install(worker: Any) -> None:
     """Record every step from now on, into `worker.recorded_steps`."""
-    from morphoquant_vllm import ops
+    from morphoquant_vllm import backends
 
     runner = worker.model_runner
     layer = decoder_layers(runner.model)[0]
     key = layer.quant_method.backend
     first_weight = layer.quant_method.records(layer)[0][0].data_ptr()
-    backend = ops.BACKENDS[key]
+    backend = backends.BACKENDS[key]
     worker.recorded_steps = []
 
     def linear(x: Tensor, modality: Tensor, weight: list[Tensor], *rest: Any) -> Tensor:
@@ -34,8 +34,8 @@ def install(worker: Any) -> None:
             worker.recorded_steps.append({"rows": modality[: x.shape[0]].tolist(), "tokens": _tokens(runner)})
         return y
 
-    ops.BACKENDS[key] = dataclasses.replace(backend, linear=linear)
-    worker.stop_recording = lambda: ops.BACKENDS.__setitem__(key, backend)
+    backends.BACKENDS[key] = dataclasses.replace(backend, linear=linear)
+    worker.stop_recording = lambda: backends.BACKENDS.__setitem__(key, backend)
 
 
 def _tokens(runner: Any) -> list[dict[str, Any]]:

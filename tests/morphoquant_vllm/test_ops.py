@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.numerics import activation, linear
@@ -15,7 +15,7 @@ from tests.records import activation_of, weight_of
 
 K, N, G, ROWS = 64, 48, 32, 6
 # Triton's kernels run here interpreted, in a process of their own: gpu/test_gpu_ops.py.
-BACKENDS = sorted(set(ops.BACKENDS) - {"triton"})
+BACKENDS = sorted(set(backends.BACKENDS) - {"triton"})
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +53,17 @@ def test_signatures_are_frozen() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", sorted(ops.BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
 @pytest.mark.parametrize("scheme", ["group", "two_level"])
 def test_prepared_records_have_as_many_tensors_as_the_backend_says(backend: str, scheme: str) -> None:
-    prepared = ops.BACKENDS[backend].prepare(*record_of(scheme))
-    assert tuple(len(record) for record in prepared) == ops.BACKENDS[backend].record_sizes
+    prepared = backends.BACKENDS[backend].prepare(*record_of(scheme))
+    assert tuple(len(record) for record in prepared) == backends.BACKENDS[backend].record_sizes
 
 
 def test_the_heads_are_those_of_the_device_s_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 8)
-    head = ops.Head(lambda x, codes, scale: x + 8, lambda x, weight: x + 16, lambda _: None, lambda _: True)
-    monkeypatch.setitem(ops.BACKENDS, "cpu", replace(ops.BACKENDS["cpu"], head=head))
+    head = backends.Head(lambda x, codes, scale: x + 8, lambda x, weight: x + 16, lambda _: None, lambda _: True)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", replace(backends.BACKENDS["cpu"], head=head))
     monkeypatch.setattr(cpu, "available", lambda: True)
     assert torch.equal(ops.head(x, x, x), x + 8)
     assert torch.equal(ops.head_bfloat16(x, x), x + 16)
@@ -81,7 +81,7 @@ def test_every_backend_agrees_with_the_reference(records, backend: str, dtype: t
     weight, record = records
     x, modality = inputs(tokens, dtype)
     bias = torch.linspace(-1, 1, N).to(dtype)
-    prepared_weight, prepared_activation = ops.BACKENDS[backend].prepare(weight, record)
+    prepared_weight, prepared_activation = backends.BACKENDS[backend].prepare(weight, record)
     codes = ops.act_quant(x, modality, prepared_activation, backend)
     rows = activation.token_rows(x, modality, record)
     expected_codes = activation.act_quant(x, rows, record)
@@ -100,7 +100,7 @@ def test_a_massive_token_takes_the_last_row_in_both_ops(records, backend: str) -
     x, modality = inputs(80)
     massive = activation.is_massive(x, record.massive_channel, record.massive_low, record.massive_high)
     assert 5 < int(massive.sum()) < 75
-    prepared_weight, prepared_activation = ops.BACKENDS[backend].prepare(weight, record)
+    prepared_weight, prepared_activation = backends.BACKENDS[backend].prepare(weight, record)
 
     def same(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens get the same codes, and which the same output, under two choices of rows."""

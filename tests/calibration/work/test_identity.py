@@ -9,7 +9,7 @@ import torch
 from calibration.model.source import Source
 from calibration.settings.recipe import Recipe
 from calibration.work.identity import identity
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends
 from morphoquant_vllm.cpu import backend as cpu
 
 
@@ -19,6 +19,6 @@ def test_the_instruction_set_of_the_cpu_s_kernels_is_part_of_it(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(cpu, "available", lambda: run_here)
-    monkeypatch.setitem(ops.BACKENDS, "cpu", replace(ops.BACKENDS["cpu"], instructions=lambda: "avx1024"))
+    monkeypatch.setitem(backends.BACKENDS, "cpu", replace(backends.BACKENDS["cpu"], instructions=lambda: "avx1024"))
     begun = identity(Recipe(), torch.device("cpu"), Source(tmp_path, {}, {}), [])
     assert begun["versions"]["cpu"].endswith(" avx1024 kernels") == run_here

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends
 from morphoquant_vllm.cpu import build as cpu_build
 from morphoquant_vllm.cpu import cache
 from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, BuildError
@@ -267,16 +267,16 @@ def test_without_a_compiler_one_warning_and_the_reference(
     monkeypatch.setenv("CXX", missing)
     if not missing:
         monkeypatch.setattr(cpu_build.shutil, "which", lambda name: None)
-    assert ops.select_backend(torch.device("cpu")) == "reference"
-    assert ops.select_backend(torch.device("cpu")) == "reference"
+    assert backends.select_backend(torch.device("cpu")) == "reference"
+    assert backends.select_backend(torch.device("cpu")) == "reference"
     assert len(warnings) == 1
     assert "slow torch reference" in warnings[0] and "g++" in warnings[0]
 
 
 def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) -> None:
     cpu_libraries.native("avx2")
-    assert ops.select_backend(torch.device("cpu")) == "cpu"
-    assert ops.select_backend(torch.device("meta")) == "reference"
+    assert backends.select_backend(torch.device("cpu")) == "cpu"
+    assert backends.select_backend(torch.device("meta")) == "reference"
     assert warnings == []
 
 

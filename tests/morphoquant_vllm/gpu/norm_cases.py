@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.gpu import layout
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import norm
@@ -133,7 +133,7 @@ def fused(case: Case, architecture: str, add: bool, widest: int | None = None) -
     weight, record = layer(case)
     x, residual, norm_weight, modality = inputs(case, record)
     longer = torch.cat((modality, torch.full((9,), 1, dtype=torch.int32)))
-    prepared = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared = backends.BACKENDS["triton"].prepare(weight, record)
     handle = ops.bind(*prepared, None, case.dtype, "triton")
     normed = torch.empty_like(x)
     quantizer = norm_launch.NormQuantizer(layout.GpuActivation(*prepared[1]), False, 4)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from tests.morphoquant_vllm.gpu.cases import Case, layer, tokens
@@ -54,7 +54,7 @@ def run(case: Case, architecture: str, units: int = 4) -> Served:
     x, modality = tokens(case, record)
     longer = torch.cat((modality, torch.full((9,), 1, dtype=torch.int32)))
     bias = torch.linspace(-1, 1, case.out_features).to(case.dtype) if case.bias else None
-    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, prepared_activation = backends.BACKENDS["triton"].prepare(weight, record)
     handle = ops.bind(prepared, prepared_activation, bias, case.dtype, "triton")
     codes = ops.act_quant(x, longer, prepared_activation, "triton")
     y: Tensor = ops.bound_linear(x, longer, handle, bias)
@@ -72,7 +72,7 @@ def check_ops(case: Case) -> None:
     pretend("sm_80", 4)
     weight, record = layer(case)
     x, modality = tokens(case, record)
-    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, prepared_activation = backends.BACKENDS["triton"].prepare(weight, record)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.act_quant.default, (x, modality, prepared_activation, "triton"), test_utils=checks)
     arguments = (x, modality, prepared, prepared_activation, None, "triton")
@@ -106,7 +106,7 @@ def launches(case: Case, architecture: str, units: int, silu_mul: bool) -> dict[
     pretend(architecture, units)
     weight, record = layer(case)
     x, modality = tokens(case, record)
-    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, prepared_activation = backends.BACKENDS["triton"].prepare(weight, record)
     rooms = {name: import_module(f"morphoquant_vllm.gpu.{module}") for name, module in KERNELS.items()}
     kernels = {name: Counted(getattr(room, name)) for name, room in rooms.items()}
     try:
@@ -128,7 +128,7 @@ def fused(case: Case, architecture: str) -> bool:
     weight, record = layer(case)
     up, modality = tokens(case, record)
     gate = torch.randn(up.shape, generator=torch.Generator().manual_seed(3)).to(case.dtype)
-    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, prepared_activation = backends.BACKENDS["triton"].prepare(weight, record)
     y = ops.silu_mul_linear(torch.cat((gate, up), 1), modality, prepared, prepared_activation, None, "triton")
     x = torch.nn.functional.silu(gate) * up
     return torch.equal(y, ops.linear(x, modality, prepared, prepared_activation, None, "triton"))

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.gpu import bound, bound_kernels, device, launcher, layout, tiles
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS
 from morphoquant_vllm.gpu.tools.no_device import Launched, no_device, noted
@@ -73,7 +73,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def made(case: Case, bias: bool = False) -> Made:
     weight, record = layer(case)
     x, modality = tokens(case, record)
-    prepared, activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, activation = backends.BACKENDS["triton"].prepare(weight, record)
     own = torch.zeros(case.out_features, dtype=case.dtype)
     handle = ops.bind(prepared, activation, own if bias else None, case.dtype, "triton")
     return Made(handle, prepared, activation, x, modality, own)

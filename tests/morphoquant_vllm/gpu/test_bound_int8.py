@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import environment, ops
+from morphoquant_vllm import backends, environment, ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import device, int8_path, layout, tiles, workspace
 from morphoquant_vllm.gpu.int8_path import AddressDescriptor
@@ -40,7 +40,7 @@ def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def bound(case: Case, bias: Tensor | None = None) -> tuple[Tensor, layout.GpuWeight]:
     weight, record = layer(case)
-    prepared, activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, activation = backends.BACKENDS["triton"].prepare(weight, record)
     return ops.bind(prepared, activation, bias, case.dtype, "triton"), layout.GpuWeight(*prepared)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import device
@@ -27,8 +27,8 @@ def refusal(function, *args: object) -> str:
 
 
 def test_the_device_chooses_the_backend() -> None:
-    assert ops.select_backend(torch.device("cpu")) == ("cpu" if cpu.available() else "reference")
-    assert ops.select_backend(torch.device("cuda", 1)) == "triton"
+    assert backends.select_backend(torch.device("cpu")) == ("cpu" if cpu.available() else "reference")
+    assert backends.select_backend(torch.device("cuda", 1)) == "triton"
 
 
 def test_16_bit_activations_of_any_group_size_pass() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
@@ -41,7 +41,7 @@ def on_gpu(case: Case) -> tuple[WeightRecord, ActivationRecord, torch.Tensor, to
 def test_ops_agree_with_the_reference(case: Case) -> None:
     weight, record, x, modality = on_gpu(case)
     bias = torch.linspace(-1, 1, case.out_features, device="cuda").to(case.dtype) if case.bias else None
-    backend = ops.BACKENDS["triton"]
+    backend = backends.BACKENDS["triton"]
     backend.check("layer", weight, record, case.dtype)
     prepared, prepared_activation = backend.prepare(weight, record)
     rows = activation_numerics.token_rows(x, modality, record)
@@ -77,7 +77,7 @@ def test_the_fused_op_quantizes_torch_s_silu_and_mul(dtype: torch.dtype) -> None
 def test_a_captured_graph_replays_on_new_input(count: int, in_order: bool) -> None:
     case = Case(count, 3584, 3584, 64, in_order=in_order)
     weight, record, x, modality = on_gpu(case)
-    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, prepared_activation = backends.BACKENDS["triton"].prepare(weight, record)
     handle = ops.bind(prepared, prepared_activation, None, case.dtype, "triton")
     torch.cuda.synchronize()
     static = torch.zeros_like(x)
@@ -102,7 +102,7 @@ def test_no_call_synchronises_with_the_host_or_compiles(in_order: bool) -> None:
 
     case = Case(512, 896, 4864, 128, in_order=in_order)
     weight, record, x, modality = on_gpu(case)
-    prepared, prepared_activation = ops.BACKENDS["triton"].prepare(weight, record)
+    prepared, prepared_activation = backends.BACKENDS["triton"].prepare(weight, record)
     handle = ops.bind(prepared, prepared_activation, None, case.dtype, "triton")
     gate_up = torch.cat((x, x), 1)
     before = compiled()

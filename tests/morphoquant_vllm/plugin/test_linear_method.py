@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec
 from morphoquant_vllm.gpu import device
@@ -125,7 +125,7 @@ class TestFusedLayer:
         y, _ = layer(x)
         # One float32 rounding for the sum, one for each factor and for the addition.
         torch.testing.assert_close(y, reference(shards, x, spec.any_row), rtol=2**-20, atol=1e-5)
-        assert layer.quant_method.backend == ops.select_backend(x.device)
+        assert layer.quant_method.backend == backends.select_backend(x.device)
 
     def test_two_level_shards_need_their_levels(self) -> None:
         spec = two_level(specification())
@@ -225,7 +225,7 @@ class TestFusedLayer:
         self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, line: str
     ) -> None:
         """A layer that believes to be on a GPU; nothing is laid out or compiled for it."""
-        monkeypatch.setattr(ops, "select_backend", lambda _: "triton")
+        monkeypatch.setattr(backends, "select_backend", lambda _: "triton")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         units = SimpleNamespace(multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: units)

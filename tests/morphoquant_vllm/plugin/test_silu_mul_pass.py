@@ -9,7 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn.functional import gelu, silu
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from morphoquant_vllm.plugin.silu_mul_pass import SiluMulFusion
@@ -142,7 +142,7 @@ def test_vllm_s_own_mlp_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's modules leave no operation in the graph between SiluAndMul and our op."""
     from vllm.model_executor.models.qwen2 import Qwen2MLP
 
-    monkeypatch.setattr(ops, "select_backend", lambda _: "reference")
+    monkeypatch.setattr(backends, "select_backend", lambda _: "reference")
     hidden, inner = 64, 96
     layers = {f"mlp.{name}_proj": LayerSpec(hidden, inner, G, "column", "mlp.gate_up_proj") for name in ("gate", "up")}
     layers["mlp.down_proj"] = LayerSpec(inner, hidden, G, "row", "mlp.down_proj")
