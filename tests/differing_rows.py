@@ -60,7 +60,9 @@ def _input_tensors(tensors: dict[str, Tensor], spec: QuantizationSpec, generator
 
 def _matrix(tensors: dict[str, Tensor]) -> Tensor:
     """The dequantized weight matrix [N, K] of a layer, in natural channel order, the steps taken out again."""
-    permuted = weights.dequantize_weight(tensors["weight_codes"], tensors["weight_scale"])
+    two_level = "weight_level" in tensors
+    scales = ("weight_level", "weight_channel_scale") if two_level else ("weight_scale",)
+    permuted = weights.dequantize_weight(tensors["weight_codes"], *(tensors[name] for name in scales))
     natural = torch.empty_like(permuted)
     natural[:, tensors["channel_order"].long()] = permuted
     return natural / tensors["activation_step"]

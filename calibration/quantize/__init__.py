@@ -14,7 +14,10 @@ No files, no hooks but in observation.
     massive_tokens   tokens unlike all others, and the intervals that recognize them
     moments          means and second moments of codes and 16-bit values
     rounding         weights to int4 with error compensation
-    two_level        two-level scales for a layer that has scales of its groups
+    group_search     codes and scales of each group, by the loss of the codes
+    allowed_scales   free scales and two-level ones, and candidates among them
+    scale_fit        least squares of scales for given codes
+    two_level        two-level scales for a layer that has group scales
     int8_products    exact products of integer codes
     layer_report     what the report says about each layer
     chunks           runs of tokens that are worked on at a time

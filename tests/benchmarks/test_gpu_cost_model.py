@@ -14,7 +14,7 @@ from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
 model = pytest.importorskip("benchmarks.gpu_cost_model.model", reason="needs triton")
 resources = pytest.importorskip("morphoquant_vllm.gpu.tools.binary_resources", reason="needs triton")
 
-TILE = Tile(None, (128,), False, 64, 16, 4, 4, 2, False, 4, 16, "test")
+TILE = Tile(None, (128,), False, 64, 16, 4, 4, 2, False, 4, 16, adds_splits=False, reason="test")
 USED = resources.Resources(80, 0, 0, 36864, 128, frozenset(), 24, 0, 2, (), ("IMMA",) * 200)
 
 
