@@ -1,11 +1,11 @@
-"""Layers that are bound to a backend, found by a tensor of theirs: the one place where they are kept.
+"""Layers that are bound to a backend, by the address of their handle. Only this module keeps them.
 
     keep(handle, layer)    when the layer is loaded
     layer_of(handle)       at each call: the address of the tensor is the key
 
-The handle is a weight of the layer that no other layer has. A compiled graph takes it as it takes any weight, so layers
-share graphs, and a cached graph serves the next process. A layer is forgotten when its handle is freed, and before any
-other tensor can take that address. Weights that are loaded anew into the same tensors keep their layer.
+The handle is a weight that no other layer has. A compiled graph takes it like any weight, so layers share graphs, and a
+cached graph serves the next process. A layer is removed when its handle is freed, before another tensor can take that
+address. Weights that are loaded again into the same tensors keep their layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Bound(Protocol):
-    """A bound layer. It does not hold its handle, which each call brings."""
+    """A bound layer. It does not hold its handle, which each call passes."""
 
     def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] of x [M, K]; inputs are checked."""
@@ -42,7 +42,7 @@ _LAYERS: dict[int, Bound] = {}
 
 
 def is_taken(tensor: Tensor) -> bool:
-    """Whether a layer that lives has this tensor as its handle."""
+    """Whether this tensor is the handle of a live layer."""
     return tensor.data_ptr() in _LAYERS
 
 

@@ -15,27 +15,27 @@ from morphoquant_vllm.numerics.linear import WeightRecord
 if TYPE_CHECKING:
     from morphoquant_vllm.gpu import bound
 
-# Tensors of a weight and an activation record, as `prepare` makes them.
+# How many tensors the weight and the activation record of `prepare` have.
 RECORD_SIZES = (len(layout.GpuWeight._fields), len(layout.GpuActivation._fields))
 
 
 def check(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
-    """Refuse what the kernels do not serve; raises MorphoQuantError naming the layer, the rule and the remedy."""
+    """Raise MorphoQuantError if the kernels do not serve the layer; it names the layer, the rule and the remedy."""
     checks.check_device(name, weight.codes.device)
     checks.check_layer(name, weight, activation, dtype)
 
 
 def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
-    """Canonical records in the kernels' layout; the canonical weights are not kept."""
+    """Lay canonical records out for the kernels; the canonical weights are not kept."""
     return list(layout.prepare_weight(weight)), list(layout.prepare_activation(activation))
 
 
 def bind(
     weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> bound.BoundLayer | bound.PlainLayer:
-    """Compile every kernel that the layer can need, and refuse one that gives a wrong result on this GPU.
+    """Bind the layer to compiled kernels, all that it can need.
 
-    Raises MorphoQuantError for such a kernel.
+    Raises MorphoQuantError if a kernel gives a wrong result on this GPU.
     """
     from morphoquant_vllm.gpu import bound, selfcheck
 
@@ -64,7 +64,7 @@ def linear(x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[T
 def silu_mul_linear(
     gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
 ) -> Tensor:
-    """y [M, N] of silu(gate) * up, gate_up [M, 2K]: the quantizer computes it."""
+    """y [M, N] of silu(gate) * up, which the quantizer computes from gate_up [M, 2K]."""
     from morphoquant_vllm.gpu import launch
 
     profile = device.profile_of(gate_up.device)

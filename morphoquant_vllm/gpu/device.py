@@ -1,4 +1,4 @@
-"""What the GPU at hand is: its architecture in the tile table and its number of multiprocessors."""
+"""The GPU at hand: its architecture in the tile table and its number of multiprocessors."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu.tiles import Architecture, architecture_of, architectures
 
-# Compute capability from which kernels can be launched so.
+# Lowest compute capability with programmatic dependent launch.
 OLDEST_PDL = 9.0
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a launch must know about its device."""
+    """The properties of a device that a launch depends on."""
 
     architecture: Architecture
     units: int  # multiprocessors
-    # Whether unpacking may use NVIDIA instructions; the interpreter and AMD take the plain twin.
+    # Whether unpacking may use NVIDIA instructions; the interpreter and AMD use the plain Triton twin.
     inline_assembly: bool
     # Whether kernels may start while the one before ends; see kernels/pdl.py.
     pdl: bool
@@ -36,7 +36,7 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def profile_of(device: torch.device) -> Profile:
-    """The profile of a GPU, asked once; raises MorphoQuantError where no tiles are known for it."""
+    """The profile of a GPU, cached; raises MorphoQuantError if the tile table has no tiles for it."""
     name = device_name(device)
     architecture = architecture_of(name)
     if architecture is None:
@@ -47,6 +47,6 @@ def profile_of(device: torch.device) -> Profile:
 
 
 def supported() -> str:
-    """What to use instead, for error messages."""
+    """The remedy of error messages: the GPUs that are served, or a CPU."""
     names = sorted(name for architecture in architectures().values() for name in architecture.devices)
     return f"serve on a GPU of compute capability or target {', '.join(names)}, or on a CPU"

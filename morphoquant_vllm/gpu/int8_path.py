@@ -1,17 +1,17 @@
-"""Many tokens of a layer with two-level scales: unpack it once into int8, then multiply int8 x int8.
+"""The int8 path, for many tokens: a layer with two-level scales is unpacked into int8 once, then int8 x int8.
 
-A fused tile unpacks in the product's own kernel instead, and needs no workspace: kernels/fused_int8.py.
+A fused tile unpacks inside the kernel of the product and needs no workspace: kernels/fused_int8.py.
 
-The workspace holds one layer at a time, so all layers can share one that the largest fits into: `workspace_bytes`. The
-kernels of one stream run in order, so a layer is unpacked when the product before has read the workspace; two streams
-need a workspace each.
+The workspace holds one layer at a time, so all layers share one that the largest fits into: `workspace_bytes`. The
+kernels of one stream run in order: the product before has read the workspace when the next layer is unpacked. Two
+streams need a workspace each.
 
-    unpack_launch(...)    all its arguments, and the grid, stay the same from call to call
-    gemm_launch(...)      its first four vary: codes, rows, out and M; and the grid with M
+    unpack_launch(...)    grid and arguments stay the same from call to call
+    gemm_launch(...)      the first four arguments vary: codes, rows, out and M; the grid varies with M
 
-`unpack` and `int8_matmul` make and run them. A bound layer keeps them compiled; with descriptors it gives `codes` as an
-AddressDescriptor, made anew at each call, and keeps that of the workspace. What is launched depends on shapes and
-addresses alone, so that a CUDA graph can be captured.
+`unpack` and `int8_matmul` make and run them. A bound layer keeps them compiled. With descriptors it passes `codes` as
+an AddressDescriptor, made anew at each call, and keeps the descriptor of the workspace. A launch depends on shapes and
+addresses alone, so a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from morphoquant_vllm.gpu.launcher import Launch
 from morphoquant_vllm.gpu.layout import TILE_N, GpuWeight
 from morphoquant_vllm.gpu.tiles import Int8Tile
 
-# A thread unpacks 16 bytes of each of a program's two tiles of 4 KiB: 256 threads, in warps of 64 on AMD. With half as
-# many, NVIDIA's would pass levels through shared memory.
+# A program has two tiles of 4 KiB, and a thread unpacks 16 bytes of each. That takes 256 threads; AMD's warps have 64.
+# With half as many threads, NVIDIA GPUs would pass levels through shared memory.
 UNPACK_WARPS = {"nvidia": 8, "amd": 4}
-# Tiles of tokens that pass over one tile of weights before the next.
+# Tiles of tokens that use one tile of weights before the next tile is read.
 GROUP_M = 8
 
 
 class AddressDescriptor:
-    """What Triton's launcher reads of a TensorDescriptor, over a bare address: for launches of a compiled kernel.
+    """The fields of a TensorDescriptor that Triton's launcher reads, over a bare address: for compiled launches.
 
-    Its blocks are those that the kernel was compiled for. Costs less than a TensorDescriptor and needs no tensor.
+    The blocks are those that the kernel was compiled for. It costs less than a TensorDescriptor and needs no tensor.
     """
 
     __slots__ = ("address", "shape", "strides")
@@ -46,12 +46,12 @@ class AddressDescriptor:
     round_f32_to_tf32 = False
 
     def __init__(self, address: int, rows: int, columns: int) -> None:
-        """Of an int8 matrix [rows, columns], row-major, at an address that is a multiple of 16."""
+        """Describe an int8 matrix [rows, columns], row-major, at an address that is a multiple of 16."""
         self.address, self.shape, self.strides = address, (rows, columns), (columns, 1)
 
     @property
     def base(self) -> AddressDescriptor:
-        """Itself: it has the one method of a tensor that is called."""
+        """Return the object itself: it has the one tensor method that the launcher calls."""
         return self
 
     def data_ptr(self) -> int:
@@ -66,15 +66,15 @@ def workspace_shape(weight: GpuWeight) -> tuple[int, int]:
 
 
 def workspace_bytes(weight: GpuWeight) -> int:
-    """Bytes that the layer needs of the workspace."""
+    """Bytes of workspace that the layer needs."""
     rows, channels = workspace_shape(weight)
     return rows * channels
 
 
 def unpacked(weight: GpuWeight, workspace: Tensor) -> Tensor:
-    """The part of the workspace, int8 [bytes], that the layer is unpacked into, as int8 [N', K'].
+    """The start of the workspace, int8 [bytes], as the int8 [N', K'] that the layer is unpacked into.
 
-    Raises ValueError if it is too small or no int8 vector.
+    Raises ValueError if it is too small or not an int8 vector.
     """
     needed = workspace_bytes(weight)
     if workspace.dtype is not torch.int8 or workspace.dim() != 1 or workspace.numel() < needed:
@@ -100,20 +100,20 @@ def unpack_launch(*, weight: GpuWeight, workspace: Tensor, inline_assembly: bool
         "PDL": pdl,
     }
     warps = UNPACK_WARPS["nvidia" if inline_assembly else "amd"]
-    # It has no float operation.
+    # The kernel has no float operation.
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return Launch(unpack_int8, (weight.codes.shape[0] * turns, 1), arguments, options | _dependent(pdl))
 
 
 def operand(matrix: Tensor, block: tuple[int, int], descriptors: bool) -> Tensor | TensorDescriptor:
-    """What the kernel is given of an int8 matrix: itself, or its descriptor in blocks."""
+    """The kernel's argument for an int8 matrix: the matrix itself, or its descriptor in blocks."""
     if not descriptors:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
 def weight_operand(weight: GpuWeight, workspace: Tensor | None, tile: Int8Tile) -> Tensor | TensorDescriptor:
-    """The operand that stays the same from call to call: the unpacked weights, or of a fused tile the packed ones."""
+    """The operand that stays the same from call to call: unpacked weights, or packed ones for a fused tile."""
     if tile.fused:
         return weight.codes.view(torch.int8)
     if workspace is None:
@@ -135,7 +135,7 @@ def gemm_launch(
 ) -> Launch:
     """The launch that multiplies into `out` [M, N], M >= 1.
 
-    codes int8 [M, K] and rows int32 [M] as the quantizer leaves them; `weights` as `weight_operand` makes them.
+    codes int8 [M, K] and rows int32 [M] come from the quantizer, `weights` from `weight_operand`.
     """
     tokens, in_features = codes.shape
     out_features = out.shape[1]
@@ -143,7 +143,7 @@ def gemm_launch(
         "channel_scale_ptr": weight.channel_scale,
         "gain_ptr": gain,
         "absorbed_bias_ptr": weight.absorbed_bias,
-        # A pointer that is not read must still be one.
+        # The kernel does not read it, but it must be a pointer.
         "bias_ptr": weight.absorbed_bias if bias is None else bias,
         "N": out_features,
         "K": in_features,
@@ -160,7 +160,7 @@ def gemm_launch(
     options = {"num_warps": tile.warps, "enable_fp_fusion": True} | _dependent(pdl)
     varying = {"rows_ptr": rows, "out_ptr": out, "M": tokens}
     if tile.fused:
-        # Imported here: a Triton without Gluon serves all other tiles.
+        # The import is here because a Triton without Gluon serves all other tiles.
         from morphoquant_vllm.gpu.kernels.fused_int8 import fused_int8
 
         packed = {"weight_ptr": weights, "level_ptr": weight.scale}
@@ -180,7 +180,7 @@ def gemm_launch(
 
 
 def programs(tile: Int8Tile, tokens: int, out_features: int) -> int:
-    """The grid of the product, of so many tokens."""
+    """Programs of the product: tiles of the output [tokens, out_features]."""
     return -(-tokens // tile.block_m) * -(-out_features // tile.block_n)
 
 
@@ -189,7 +189,7 @@ def _dependent(pdl: bool) -> dict[str, Any]:
 
 
 def unpack(weight: GpuWeight, workspace: Tensor, *, inline_assembly: bool, pdl: bool = False) -> None:
-    """Fill the workspace, int8 [bytes], with q * level of the layer, [N', K'] in a row; see `unpacked`."""
+    """Fill the workspace, int8 [bytes], with the layer's q * level as contiguous [N', K']; see `unpacked`."""
     unpack_launch(weight=weight, workspace=workspace, inline_assembly=inline_assembly, pdl=pdl).run()
 
 
@@ -207,7 +207,7 @@ def int8_matmul(
 ) -> Tensor:
     """y [M, N] in `dtype` from codes int8 [M, K] and rows int32 [M].
 
-    After `unpack` of the layer; a fused tile needs neither that nor a workspace.
+    `unpack` of the layer must come before. A fused tile needs neither that nor a workspace.
     """
     y = torch.empty((codes.shape[0], weight.absorbed_bias.shape[1]), dtype=dtype, device=codes.device)
     if codes.shape[0]:

@@ -1,8 +1,8 @@
-"""The two ops on a GPU through Triton's own launches: for tests, tools and layers that are not bound; see bound.py.
+"""The two ops on a GPU through Triton's JIT: for tests, tools and layers that are not bound; see bound.py.
 
-They allocate, choose tiles and launch: no host synchronisation, and nothing is measured here. What is allocated depends
-on shapes, strides and addresses alone, so that a captured CUDA graph replays into the same memory. The kernels are not
-specialised on M, so that a new number of tokens compiles nothing.
+They allocate, choose tiles and launch. They do not synchronise with the host and do not measure. Allocations depend on
+shapes, strides and addresses alone, so a captured CUDA graph replays into the same memory. The kernels are not
+specialised on M, so a new number of tokens compiles nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def quantize(
     pdl: bool = False,
     units: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] of x [M, K], and the row of each token, int32 [M]; modality int32 [M].
+    """Codes int8 [M, K] of x [M, K], and the row of each token, int32 [M]. modality: int32 [M].
 
-    `silu_mul`: of silu(gate) * up, where x [M, 2K] holds gate and up side by side. `pdl`: let the next kernel start
-    while this one ends. `units`: multiprocessors of the device. Raises ValueError for x of another width.
+    `silu_mul`: x [M, 2K] holds gate and up side by side, and silu(gate) * up is quantized. `pdl`: the next kernel may
+    start while this one ends. `units`: multiprocessors of the device. Raises ValueError for x of another width.
     """
     quantizer = Quantizer(activation, silu_mul, pdl, units)
     tokens = x.shape[0]
@@ -92,9 +92,9 @@ def linear(
     profile: Profile,
     silu_mul: bool = False,
 ) -> Tensor:
-    """y [M, N] in the dtype of x [M, K], with the tile that the table names for this device and shape.
+    """y [M, N] in the dtype of x [M, K], with the tile of the tile table for this device and shape.
 
-    `silu_mul`: the input of the layer is silu(gate) * up of x [M, 2K].
+    `silu_mul`: x is [M, 2K], and the layer's input is silu(gate) * up.
     """
     codes, rows = quantize(x, modality, activation, silu_mul, profile.pdl, profile.units)
     tile = profile.architecture.tile(x.shape[0], group_size_of(weight), weight.two_level)
@@ -107,7 +107,7 @@ def linear(
 def warm(
     weight: GpuWeight, activation: GpuActivation, bias: Tensor | None, dtype: torch.dtype, profile: Profile
 ) -> None:
-    """Compile, by running them, all kernels that this layer can need with activations of `dtype`."""
+    """Compile all kernels that this layer can need with activations of `dtype`, by running them."""
     device = weight.codes.device
     modality = torch.zeros(WHOLE_TOKENS, dtype=torch.int32, device=device)
     for silu_mul in (True, False):

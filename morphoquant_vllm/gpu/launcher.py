@@ -1,17 +1,17 @@
-"""One launch of a kernel: described and run by Triton, or compiled, so that a call costs the host little.
+"""One launch of a kernel: described and run by Triton's JIT, or compiled, which costs the host little.
 
-`Launch.run` goes through Triton's JIT: at every call it binds some thirty arguments by name, asks each for its type and
-alignment, and hashes the answers. `must_be_compiled` does that once, while a layer is loaded, and keeps the kernel with
+`Launch.run` goes through Triton's JIT. At every call the JIT binds some thirty arguments by name, reads type and
+alignment of each, and hashes them. `must_be_compiled` does that once, while a layer is loaded. It keeps the kernel with
 the arguments that stay the same. Those that vary are the first ones of each kernel:
 
     int4_gemm   codes_ptr, rows_ptr, out_ptr, M, splits | weight_ptr, scale_ptr, ..., N, K, G, P, ..., PDL
-                given at each call                      | kept, tensors as addresses
+                passed at each call                     | kept, tensors as addresses
 
-A compiled kernel relies on what its arguments were then: which pointers and sizes are multiples of 16. Whoever varies
-one promises that it is one again, unless the kernel says that it is not specialised on it;
-tests/morphoquant_vllm/gpu/test_bound.py holds bound.py to that.
+A compiled kernel assumes that the pointers and sizes that were multiples of 16 still are. A caller that varies one
+keeps it a multiple of 16, unless the kernel is declared not to be specialised on it.
+tests/morphoquant_vllm/gpu/test_bound.py tests bound.py for that.
 
-The form of Triton's launcher is private to it (compat.PRIVATE_PARTS), and the same in 3.6 to 3.9. If it has another, as
+The form of Triton's launcher is private (compat.PRIVATE_PARTS), and the same in 3.6 to 3.9. If the form is another, as
 in Triton's interpreter, there is no compiled launch, and `Launch.run` serves.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 from triton import knobs
 
-# What a launcher is given before the kernel's arguments. It may take those from the sixth on with the arguments.
+# Parameters of a launcher before the kernel's arguments. It may take those from the sixth on with the arguments.
 LEADING = (
     *("gridX", "gridY", "gridZ", "stream", "function"),
     *("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"),
@@ -38,27 +38,27 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, int]
-    # All of the kernel's, constants included, by name.
+    # All arguments of the kernel by name, constants included.
     arguments: dict[str, Any]
-    # What is Triton's own: num_warps, launch_pdl and so on.
+    # Options of Triton: num_warps, launch_pdl and so on.
     options: dict[str, Any]
 
     def run(self) -> Any:
-        """Launch through Triton's JIT. Returns the compiled kernel; in the interpreter None."""
+        """Launch through Triton's JIT. Returns the compiled kernel, or None in the interpreter."""
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 class UnknownFormError(Exception):
-    """Triton launches compiled kernels in another way, or interprets them: there is nothing to keep."""
+    """Raised if Triton launches compiled kernels in another way, or interprets them: nothing can be kept."""
 
 
 class CompiledLaunch:
-    """The launch of a compiled kernel. Tensors among the arguments that it keeps must outlive it at their addresses."""
+    """The launch of a compiled kernel. Tensors among the kept arguments must outlive it at their addresses."""
 
     __slots__ = ("function", "kept", "kernel", "metadata", "names", "start")
 
     def __init__(self, kernel: Any, launch: Launch, varying: int) -> None:
-        """`varying`: how many of the kernel's arguments, from the first on, are given at each call."""
+        """Keep all arguments but the first `varying` ones, which each call passes."""
         self.kernel, self.start = kernel, kernel.run
         self.function, self.metadata = kernel.function, kernel.packed_metadata
         self.names = launch.kernel.arg_names[varying:]
@@ -66,7 +66,7 @@ class CompiledLaunch:
         self.kept = tuple(_address(launch.arguments[name]) for name in self.names)
 
     def keep(self, name: str, value: Any) -> None:
-        """Give this value to an argument from now on, which must be as aligned as the one before."""
+        """Replace the kept value of the argument `name`. The new value must have the alignment of the old one."""
         place = self.names.index(name)
         self.kept = (*self.kept[:place], _address(value), *self.kept[place + 1 :])
 
@@ -84,7 +84,7 @@ class CompiledLaunch:
 
 
 def must_be_compiled(launch: Launch, last_varying: str | None) -> CompiledLaunch:
-    """Run a launch once, and return it compiled; its arguments up to `last_varying`, or none, are given at each call.
+    """Run a launch once, and return it compiled. Each call passes the arguments up to `last_varying`; None: none.
 
     Raises UnknownFormError.
     """
@@ -114,5 +114,5 @@ def _address(value: Any) -> Any:
 
 
 def _is_empty(hook: Any) -> bool:
-    """Whether a hook of Triton, None or a chain of functions, does nothing."""
+    """Whether a hook of Triton does nothing: it is None or an empty chain of functions."""
     return hook is None or getattr(hook, "calls", None) == []

@@ -1,7 +1,7 @@
-"""How a layer's records lie in GPU memory. Torch only; each tensor is laid out once, after loading.
+"""Layout of a layer's records in GPU memory. Torch only; each tensor is laid out once, after loading.
 
-Weights: tiles [N/128, K/P, 128, P/2], so that a program reads whole tiles in a row. P = max(G, 64) channels share a
-tile:
+Weights are tiles [N/128, K/P, 128, P/2]: a program reads whole tiles one after the other. P = max(G, 64) channels share
+a tile:
 
     a tile: 128 output channels, P channels of K        byte p of a row         its operands
     row 0    | byte 0 | byte 1 | ... | byte P/2 - 1 |   | high   | low    |     low:  channels 0 to P/2 - 1
@@ -9,14 +9,15 @@ tile:
     ...                                                 | p + P/2| p      |
     row 127  | byte 0 | byte 1 | ... | byte P/2 - 1 |     4 bit    4 bit
 
-Nibbles are two's complement. Each half is one operand of the int8 matrix units, which take 32 channels at a time: two
-halves of one group (G = 64, 128), or two groups (G = 32). N is rounded up to 128 and K to P with weights of 0.
+Nibbles are two's complement. Each half is one operand of the int8 matrix units, which take 32 channels at a time. The
+halves are those of one group at G = 64 and 128, and two groups at G = 32. N is rounded up to 128 and K to P with
+weights of 0.
 
-Unpacked in place, a nibble is 16 * q. The kernels divide by 16 where they multiply by the gain.
+A nibble unpacked in place is 16 * q. The gain is stored divided by 16.
 
-Scales take 32 bits for each tile and output channel, wide enough for an asynchronous copy: at G = 32 the two bfloat16
-scales of the tile's low and high nibbles, from the lower bits up, at G = 64 and 128 its one scale in float32. (bfloat16
-by itself is not: on an H100 each turn of the loop then waited for memory.)
+Scales take 32 bits for each tile and output channel, wide enough for an asynchronous copy. At G = 32 the lower 16 bits
+hold the bfloat16 scale of the low nibbles, the upper ones that of the high nibbles. At G = 64 and 128 the one scale is
+float32. A single bfloat16 is too narrow: on an H100 each turn of the loop then waited for memory.
 
 With two-level scales P is 64, and nibbles are q + 8. K is rounded up to 2P with levels of 0, which make any weight 0.
 A word of 32 bits holds the levels of two tiles, one for each half of a tile:
@@ -25,7 +26,7 @@ A word of 32 bits holds the levels of two tiles, one for each half of a tile:
             high nibbles  low nibbles   high nibbles  low nibbles    once at G = 32, twice at 64,
             tile 2t + 1   tile 2t + 1   tile 2t       tile 2t        four times at 128
 
-Channel scales are multiplied by 16, as the gain is divided.
+Channel scales are multiplied by 16, because the gain is divided by 16.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ from morphoquant_vllm.numerics.weights import INT4_MIN, unpack
 TILE_N = 128
 # Channels of K that one instruction of the int8 matrix units multiplies.
 UNIT_K = 32
-# Weights unpacked at a time while repacking, so that loading a layer needs little more memory than its packed codes.
+# Output channels repacked at a time: loading a layer needs little more memory than its packed codes.
 REPACK_ROWS = 4096
 
 
 class GpuWeight(NamedTuple):
-    """A weight record as the kernels read it; the last tensor is absorbed_bias, as the ops demand."""
+    """A weight record in the kernels' layout; the last tensor is absorbed_bias, as ops.py requires."""
 
     codes: Tensor  # uint8 [N/128, K/P, 128, P/2]
-    # Both sizes rounded up: G = 32, pairs of bfloat16 as int32 [K/P, N]; G = 64 or 128, float32 [K/P, N]; two-level,
-    # words of levels, int32 [K/2P, N].
+    # Both sizes are rounded up. G = 32: pairs of bfloat16 as int32 [K/P, N]. G = 64 or 128: float32 [K/P, N].
+    # Two-level: words of levels, int32 [K/2P, N].
     scale: Tensor
-    channel_scale: Tensor  # float32 [N], times 16, with two-level scales, else [0]
+    channel_scale: Tensor  # float32 [N], times 16; [0] without two-level scales
     absorbed_bias: Tensor  # float32 [R, N]
 
     @property
@@ -64,13 +65,13 @@ class GpuWeight(NamedTuple):
 
 
 class GpuActivation(NamedTuple):
-    """An activation record as the kernels read it."""
+    """An activation record in the kernels' layout."""
 
     inverse: Tensor  # float32 [R, K]
     centre: Tensor  # float32 [R, K]
-    limit: Tensor  # int8 [R, K]: 127 where a code may escape, else 7
+    limit: Tensor  # int8 [R, K]: 127 if a code may escape, else 7
     gain: Tensor  # float32 [R], divided by 16
-    channel_order: Tensor  # int32 [K]; [0] where channels come in order
+    channel_order: Tensor  # int32 [K]; [0] if channels come in channel order
     massive_channel: Tensor  # int32 [B, J], both rounded up to powers of two
     massive_low: Tensor  # float32 [B, J]
     massive_high: Tensor  # float32 [B, J]
@@ -92,7 +93,7 @@ def tile_channels(group_size: int, two_level: bool = False) -> int:
 
 
 def group_size_of(weight: GpuWeight) -> int:
-    """G, from the shapes; of two-level scales, whose layout does not depend on it, the smallest."""
+    """G, from the shapes; for two-level scales the smallest, since their layout does not depend on it."""
     if weight.two_level:
         return UNIT_K
     channels = 2 * weight.codes.shape[3]
@@ -116,7 +117,7 @@ def _tiles(packed: Tensor, channels: int, steps: int, zero: int) -> Tensor:
 
 
 def prepare_weight(weight: WeightRecord) -> GpuWeight:
-    """The layout above, of a canonical record; on the record's device."""
+    """Lay a canonical record out as described above, on the record's device."""
     rows, half = weight.codes.shape
     group_size = 2 * half // weight.scale.shape[1]
     channels = tile_channels(group_size, weight.two_level)
@@ -136,7 +137,7 @@ def prepare_weight(weight: WeightRecord) -> GpuWeight:
 
 
 def scale_words(scale: Tensor, group_size: int) -> Tensor:
-    """bfloat16 [N, K/G] as 32 bits for each tile along K: pairs of them as int32, or float32; see the module."""
+    """Scales bfloat16 [N, K/G] as 32 bits for each tile along K: pairs as int32, or float32; see the module."""
     if group_size == tile_channels(group_size):
         return scale.float()
     bits = pad(scale, (0, -scale.shape[1] % 2)).view(torch.int16).int()
@@ -152,14 +153,14 @@ def _words(level: Tensor, group_size: int) -> Tensor:
 
 
 def prepare_activation(activation: ActivationRecord) -> GpuActivation:
-    """Mask as limits, gain divided by 16; no order where channels are in order; sets of massive intervals filled up.
+    """Lay an activation record out: mask as limits, gain divided by 16, an empty order if channels are in order.
 
-    They are filled up with intervals that hold nothing.
+    Sets of massive intervals are filled up to powers of two with intervals that hold nothing.
     """
     blocks, intervals = activation.massive_channel.shape
     order = activation.channel_order
     in_order = torch.equal(order, torch.arange(order.numel(), dtype=order.dtype, device=order.device))
-    # Triton's blocks are powers of two. A set that is filled up repeats its last interval; a further set is empty.
+    # Triton's blocks are powers of two. Additional intervals of a set repeat its last one; additional sets are empty.
     wide = _power_of_two(intervals) - intervals
     tall = _power_of_two(blocks) - blocks
 

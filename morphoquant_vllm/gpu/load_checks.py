@@ -1,4 +1,4 @@
-"""What the GPU backend refuses when a layer is loaded: one line with the layer, the rule and the remedy."""
+"""Checks of a layer when the GPU backend loads it. A refusal is one line with the layer, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 def check_layer(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
-    """Raise MorphoQuantError where the kernels do not take canonical records, or activations of `dtype`."""
+    """Raise MorphoQuantError if the kernels do not take these canonical records, or activations of `dtype`."""
     if importlib.util.find_spec("triton") is None:
         raise MorphoQuantError(f"{name}: the GPU backend needs Triton, which is not installed; pip install triton")
     if dtype not in ACTIVATION_DTYPES:
@@ -37,10 +37,10 @@ def check_layer(name: str, weight: WeightRecord, activation: ActivationRecord, d
 
 
 def check_shape(name: str, out_features: int, in_features: int, groups: int) -> None:
-    """Refuse a group size that the kernels were not written for."""
+    """Refuse a group size, an N or a K that the kernels were not written for."""
     if groups < 1 or in_features % groups or in_features // groups not in GROUP_SIZES:
         raise MorphoQuantError(
-            f"{name}: {groups} groups of K = {in_features} are no groups of {list(GROUP_SIZES)}; "
+            f"{name}: K = {in_features} in {groups} groups is not served, only groups of {list(GROUP_SIZES)}; "
             "calibrate again with one of them as --group-size"
         )
     if out_features < 1 or in_features % UNIT_K:
@@ -51,7 +51,7 @@ def check_shape(name: str, out_features: int, in_features: int, groups: int) -> 
 
 
 def check_device(name: str, device: torch.device) -> None:
-    """Refuse a GPU that the tile table does not know."""
+    """Refuse a GPU that is not in the tile table."""
     from morphoquant_vllm.gpu.device import profile_of
 
     try:

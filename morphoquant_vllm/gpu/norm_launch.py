@@ -1,4 +1,4 @@
-"""RMSNorm and the quantizer after it in one launch, and the layer behind them through Triton's own launches."""
+"""RMSNorm and the quantizer after it in one launch, and the layer behind them through Triton's JIT."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from morphoquant_vllm.numerics import norm
 
 # The widest token that a program holds in registers. Wider ones are normed by torch.
 WIDEST_NORM = 16384
-# The widest of which the tables of both rows lie in registers, too.
+# The widest token for which registers also hold the tables of both rows.
 WIDEST_EARLY = 4096
-# Channels that each of its threads holds, if that takes no more than MOST_WARPS warps.
+# Channels that each thread of a program holds, if that takes no more than MOST_WARPS warps.
 NORM_ELEMENTS = 8
 MOST_WARPS = 16
-# What differs from call to call, the first arguments of the kernel.
+# The arguments that vary from call to call: the first ones of the kernel.
 VARYING = (
     *("x_ptr", "residual_ptr", "norm_weight_ptr", "modality_ptr", "codes_ptr", "rows_ptr", "new_residual_ptr"),
     *("epsilon", "x_stride", "residual_stride", "M", "tokens"),
@@ -33,7 +33,7 @@ VARYING = (
 
 @dataclass(frozen=True)
 class NormQuantizer:
-    """What the launches of a layer's norm and quantizer have in common."""
+    """The settings that all launches of a layer's norm and quantizer share."""
 
     activation: GpuActivation
     # Whether the next kernel may start while this one ends.
@@ -69,14 +69,14 @@ class NormQuantizer:
     ) -> Launch:
         """The launch for x and residual [M, K], M >= 1, as `aligned` makes them; all of one dtype.
 
-        It writes codes int8 [M, K] and rows int32 [M]; with a residual new_residual [M, K]; and where the norm's
-        values go, normed [M, K].
+        It writes codes int8 [M, K] and rows int32 [M]. With a residual it writes new_residual [M, K]. With `normed` [M,
+        K] it writes the norm's values there.
         """
         tokens = x.shape[0]
         programs, each = self.programs(tokens)
         width = triton.next_power_of_2(self.in_features)
         blocks, intervals = self.activation.massive_channel.shape
-        # A pointer that is neither read nor written must still be one.
+        # The kernel neither reads nor writes it, but it must be a pointer.
         second = x if residual is None else residual
         arguments = {
             "x_ptr": x,
@@ -111,7 +111,7 @@ class NormQuantizer:
             "EARLY": tokens < WHOLE_TOKENS and width <= WIDEST_EARLY,
             "PDL": self.pdl,
         }
-        # Each operation must round, as in the reference.
+        # Each operation must round by itself, as in the reference.
         options = {"num_warps": norm_warps(width), "enable_fp_fusion": False}
         return Launch(quantize_normed, (programs, 1), arguments, options)
 
@@ -127,7 +127,7 @@ def norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes int8 [M, K] and rows int32 [M] of the norm of x [M, K], or of x + residual, and then the new residual.
 
-    `norm_weight` [K] has the dtype of x. `normed` [M, K]: where the norm's values go, too. Raises ValueError for
+    `norm_weight` [K] has the dtype of x. The norm's values are also written into `normed` [M, K]. Raises ValueError for
     another width or weight.
     """
     tokens, in_features = x.shape

@@ -1,4 +1,4 @@
-"""The launches of the matrix product: codes x packed weights, and of a split K the addition of its parts."""
+"""The launches of the matrix product: codes x packed weights, and the addition of the partial sums of a split K."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from morphoquant_vllm.gpu.tiles import Tile
 
 REDUCE_BLOCK_N = 256
 REDUCE_WARPS = 4
-# Tiles of tokens that pass over one tile of weights before the next: 8 * 128 tokens' codes stay in L2 beside it.
+# Tiles of tokens that use one tile of weights before the next: the codes of 8 * 128 tokens fit into L2 with it.
 GROUP_M = 8
-# What differs from call to call; the absorbed bias does not, but is the layer's handle, which a call brings.
+# Arguments that vary from call to call. The absorbed bias does not vary, but each call passes it: it is the handle.
 VARYING = ("codes_ptr", "rows_ptr", "absorbed_bias_ptr", "out_ptr", "M", "splits")
 VARYING_OF_REDUCTION = ("part_ptr", "rows_ptr", "absorbed_bias_ptr", "out_ptr", "M", "splits")
 
 
 @dataclass(frozen=True)
 class Product:
-    """What the launches of a layer's product have in common."""
+    """The settings that all launches of a layer's product share."""
 
     weight: GpuWeight
     gain: Tensor  # float32 [R], divided by 16
-    # Whether the unpacking may use NVIDIA instructions.
+    # Whether unpacking may use NVIDIA instructions.
     inline_assembly: bool
-    # Start each kernel while the one before ends; see kernels/pdl.py.
+    # Whether each kernel starts while the one before ends; see kernels/pdl.py.
     pdl: bool
 
     @property
@@ -41,13 +41,13 @@ class Product:
 
     @property
     def sums(self) -> torch.dtype:
-        """Of the parts of a split K."""
+        """Dtype of the partial sums of a split K."""
         return torch.int32 if self.weight.two_level else torch.float32
 
     def multiply(
         self, codes: Tensor, rows: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, splits: int
     ) -> Launch:
-        """Products of codes int8 [M, K] into y [M, N], or into the sums [splits, M, N] of each part of K; M >= 1."""
+        """The launch that multiplies codes int8 [M, K] into y [M, N], or into partial sums [splits, M, N]; M >= 1."""
         tokens, in_features = codes.shape
         channels = 2 * self.weight.codes.shape[3]
         arguments = self._terms(rows, bias) | {
@@ -76,7 +76,7 @@ class Product:
         return Launch(int4_gemm, grid, arguments, {"num_warps": tile.warps} | self._options())
 
     def reduce(self, parts: Tensor, rows: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
-        """y [M, N] from the sums [splits, M, N]."""
+        """The launch that adds the partial sums [splits, M, N] to y [M, N]."""
         splits, tokens, _ = parts.shape
         arguments = self._terms(rows, bias) | {
             "part_ptr": parts,
@@ -90,8 +90,8 @@ class Product:
         return Launch(reduce_splits, grid, arguments, {"num_warps": REDUCE_WARPS} | self._options())
 
     def _terms(self, rows: Tensor, bias: Tensor | None) -> dict[str, Any]:
-        """What the ending of either kernel takes."""
-        # A pointer that is not read must still be one.
+        """Arguments for the epilogue of either kernel."""
+        # The kernel does not read it, but it must be a pointer.
         unread = self.gain
         return {
             "channel_scale_ptr": self.weight.channel_scale if self.weight.two_level else unread,

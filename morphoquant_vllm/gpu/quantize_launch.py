@@ -1,10 +1,10 @@
-"""How a token's activation is quantized: which kernel serves how many tokens, and its launch.
+"""The launch of a layer's quantizer. The number of tokens decides which kernel runs.
 
 tokens     channels in order   kernel                 a program quantizes
 1 to 127   either              quantize_activation    QUANTIZE_BLOCK_K channels of one token
 from 128   yes                 quantize_in_order      QUANTIZE_BLOCK_K channels of IN_ORDER_TOKENS tokens
-from 128   no                  quantize_tokens        whole tokens, so many that each multiprocessor gets four programs
-from 128   no, of a wide row   quantize_activation    as for few
+from 128   no                  quantize_tokens        whole tokens, with four programs for each multiprocessor
+from 128   no, wide tokens     quantize_activation    as for 1 to 127 tokens
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from morphoquant_vllm.gpu.kernels.act_quant import quantize_activation, quantize
 from morphoquant_vllm.gpu.launcher import Launch
 from morphoquant_vllm.gpu.layout import GpuActivation
 
-# Codes per program: enough programs at M = 1 to spread a row over the device, enough work in each to hide its start.
+# Codes per program. At M = 1 a token has enough programs for the whole device, and each has enough work to hide its
+# start.
 QUANTIZE_BLOCK_K = 1024
 QUANTIZE_WARPS = 4
-# Tokens from which a program quantizes whole ones, and so many programs for each multiprocessor then, if there are.
+# From this many tokens on a program quantizes whole tokens; and the number of such programs for each multiprocessor.
 WHOLE_TOKENS = 128
 QUANTIZE_PROGRAMS = 4
-# The widest row that such a program holds, in 16 bit: 64 KiB of shared memory. Wider ones are quantized in parts.
+# The widest token that such a program holds, in 16 bit: 64 KiB of shared memory. Several programs share a wider one.
 WIDEST_TOKEN = 32768
-# With silu(gate) * up before it: registers would not hold more.
+# The same with silu(gate) * up: registers would not hold more.
 WIDEST_SILU_TOKEN = 16384
-# Its warps, and the channels that each of its threads gathers at a time.
+# Warps of such a program, and the channels that each thread gathers at a time.
 GATHER_WARPS = 16
 GATHER_ELEMENTS = 16
-# Tokens of which a program quantizes the same channels, where they come in order. They must begin on so many bytes and
-# lie a multiple of so many elements apart: what Triton wants to know before it loads 16 bytes at a time.
+# Tokens per program of `quantize_in_order`. Tokens must begin on this many bytes and lie a multiple of this many
+# elements apart. Otherwise Triton does not load 16 bytes at a time.
 IN_ORDER_TOKENS = 8
 IN_ORDER_ALIGNMENT = 16
-# What differs from call to call: of all kernels, and of those whose programs take several tokens.
+# Arguments that vary from call to call: of all kernels, and of those whose programs take several tokens.
 VARYING = ("x_ptr", "modality_ptr", "codes_ptr", "rows_ptr", "x_stride")
 VARYING_OF_MANY = (*VARYING, "M", "tokens")
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What a quantizer's launches have in common."""
+    """The settings that all launches of a quantizer share."""
 
     activation: GpuActivation
-    # Of silu(gate) * up, where x [M, 2K] holds gate and up side by side.
+    # Whether x [M, 2K] holds gate and up side by side, and silu(gate) * up is quantized.
     silu_mul: bool
     # Whether the next kernel may start while this one ends.
     pdl: bool
@@ -63,7 +64,7 @@ class Quantizer:
         return self.in_features * (1 + self.silu_mul)
 
     def kernel(self, tokens: int) -> Any:
-        """The kernel that serves so many tokens."""
+        """The kernel for this many tokens."""
         if tokens < WHOLE_TOKENS:
             return quantize_activation
         if self.activation.in_order:
@@ -72,7 +73,7 @@ class Quantizer:
         return quantize_tokens if triton.next_power_of_2(self.in_features) <= widest else quantize_activation
 
     def needs_alignment(self, tokens: int) -> bool:
-        """Whether the kernel reads x as `aligned` makes it."""
+        """Whether the kernel for this many tokens needs x aligned as by `aligned`."""
         return self.kernel(tokens) is quantize_in_order
 
     def programs(self, kernel: Any, tokens: int) -> tuple[int, int]:
@@ -86,7 +87,7 @@ class Quantizer:
         return -(-tokens // each), each
 
     def launch(self, x: Tensor, modality: Tensor, codes: Tensor, rows: Tensor) -> Launch:
-        """The launch for x [M, K], M >= 1, whose channels lie side by side.
+        """The launch for x [M, K], M >= 1, whose channels are contiguous.
 
         It writes codes int8 [M, K] and rows int32 [M]. `quantize_in_order` needs x as `aligned` makes it.
         """
@@ -115,7 +116,7 @@ class Quantizer:
             "PDL": self.pdl,
         }
         if kernel is not quantize_in_order:
-            # A pointer that is not read must still be one.
+            # The kernel does not read it, but it must be a pointer.
             unread = self.activation.in_order
             arguments["order_ptr"] = self.activation.massive_channel if unread else self.activation.channel_order
         if kernel is quantize_activation:
@@ -126,17 +127,17 @@ class Quantizer:
             width = triton.next_power_of_2(self.in_features)
             arguments |= {"WIDTH": width, "BLOCK_K": gather_block(width)}
         warps = GATHER_WARPS if kernel is quantize_tokens else QUANTIZE_WARPS
-        # Subtract and multiply must each round, as in the reference.
+        # Subtraction and multiplication must each round, as in the reference.
         return Launch(kernel, (programs, 1), arguments, {"num_warps": warps, "enable_fp_fusion": False})
 
 
 def gather_block(width: int) -> int:
-    """Channels that a program gathers at a time, of whole tokens of up to `width` channels."""
+    """Channels that a program of whole tokens gathers at a time, for tokens of up to `width` channels."""
     return min(width, 32 * GATHER_WARPS * GATHER_ELEMENTS)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x [M, K] as `quantize_in_order` reads it: its tokens on 16 bytes, a multiple of 16 channels apart."""
+    """x [M, K] for `quantize_in_order`: tokens begin on 16 bytes and lie a multiple of 16 channels apart."""
     if x.stride(0) % IN_ORDER_ALIGNMENT or x.data_ptr() % IN_ORDER_ALIGNMENT:
         return x.new_empty(x.shape).copy_(x)
     return x

@@ -1,8 +1,8 @@
-"""Each kernel beside the torch reference on the GPU at hand, once in a process, while a first layer is loaded.
+"""Self-check: compares each kernel with the torch reference on the GPU at hand, once in a process.
 
-Interpreter and binaries show much, but no GPU can be tested that is not at hand, and another release of Triton compiles
-another binary. A kernel that gives another result is refused with its layer instead of serving it. They are launched as
-bound layers launch them (bound.py): what is checked is what serves.
+It runs while the first layer is loaded. Tests in the interpreter and of binaries cannot replace a run on the GPU:
+another release of Triton compiles another binary. If a kernel gives a wrong result, its layer is refused. The check
+launches kernels as bound layers do (bound.py), so it tests the served launches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.numerics.weights import times_group
 
-# No multiple of a tile but of 16, as sizes of layers are, for which Triton compiles a kernel of its own; several turns.
+# Sizes of several turns that are multiples of 16 but not of a tile. Layers have such sizes, and Triton specialises on
+# 16.
 OUT_FEATURES, IN_FEATURES = 176, 768
 ROWS = 3
 EPSILON = 1e-6
@@ -36,7 +37,7 @@ EPSILON = 1e-6
 def _random_product(
     seed: int, tokens: int, group_size: int, two_level: bool
 ) -> tuple[torch.Tensor, torch.Tensor, WeightRecord, torch.Tensor]:
-    """Codes int8 [M, K], rows int32 [M], a layer of that kind, and gain float32 [R], all random."""
+    """Random codes int8 [M, K], rows int32 [M], weight of that kind, and gain float32 [R]."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-128, 128, (tokens, IN_FEATURES), generator=generator, dtype=torch.int8)
     rows = torch.randint(ROWS, (tokens,), generator=generator, dtype=torch.int32)
@@ -57,7 +58,7 @@ def _random_product(
 def problem_of_tile(
     tile: Tile, group_size: int, splits: int, dtype: torch.dtype, device: torch.device, profile: Profile
 ) -> str:
-    """What is wrong with a tile's kernel on `device`, empty if nothing: outputs within the reference's bound."""
+    """The problem of a tile's kernel on `device`; empty if its outputs lie within the reference's bound."""
     codes, rows, weight, gain = _random_product(tile.block_n, tile.block_m + 3, group_size, tile.two_level)
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
@@ -79,7 +80,7 @@ def problem_of_tile(
 
 @cache
 def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.device, profile: Profile) -> str:
-    """What is wrong with the int8 path on `device`, empty if nothing: unpacked weights equal, outputs in the bound."""
+    """The problem of the int8 path on `device`; empty if weights are equal and outputs lie within the bound."""
     codes, rows, weight, gain = _random_product(tile.block_n, tile.block_m + 3, layout.UNIT_K, two_level=True)
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
@@ -111,9 +112,9 @@ def problem_of_quantizer(
     device: torch.device,
     profile: Profile,
 ) -> str:
-    """What is wrong with the quantizer of so many tokens and channels, empty if nothing: codes and rows are equal.
+    """The problem of the quantizer of so many tokens and channels; empty if codes and rows equal the reference's.
 
-    Of silu(gate) * up, of which two exponentials may differ in the last bits, all but 1 code in 1000.
+    With silu(gate) * up 1 code in 1000 may differ: two exponentials may differ in the last bits.
     """
     generator = torch.Generator().manual_seed(tokens)
     record = _random_record(in_features, in_order, generator)
@@ -146,10 +147,10 @@ def problem_of_norm_quantizer(
     device: torch.device,
     profile: Profile,
 ) -> str:
-    """What is wrong with the kernel that norms and quantizes, of x + residual where `add`; empty if nothing.
+    """The problem of the kernel that norms and quantizes x, or x + residual with `add`; empty if there is none.
 
-    Its norm may lie two units in the last place from the reference's, in 1 of 1000 values; codes and rows must be the
-    reference's of that norm, and the new residual the reference's.
+    The norm may differ from the reference's by two units in the last place, in 1 of 1000 values. From that norm, codes
+    and rows must equal the reference's. The new residual must equal the reference's too.
     """
     generator = torch.Generator().manual_seed(tokens)
     record = _random_record(in_features, in_order, generator)
@@ -181,7 +182,7 @@ def problem_of_norm_quantizer(
 
 
 def _random_record(in_features: int, in_order: bool, generator: torch.Generator) -> ActivationRecord:
-    """A quantizer of ROWS rows, of random tables."""
+    """A quantizer of ROWS rows with random tables."""
     order = torch.arange(in_features) if in_order else torch.randperm(in_features, generator=generator)
     return ActivationRecord(
         inverse=torch.rand((ROWS, in_features), generator=generator) * 4 + 0.5,
@@ -189,7 +190,8 @@ def _random_record(in_features: int, in_order: bool, generator: torch.Generator)
         mask=torch.rand((ROWS, in_features), generator=generator) < 0.5,
         gain=torch.ones(ROWS),
         channel_order=order.int(),
-        # As many intervals as layers have: Triton compiles a kernel for their number. Half the tokens are massive.
+        # Layers have this many intervals, and Triton compiles a kernel for their number. Half of the tokens are
+        # massive.
         massive_channel=torch.arange(4, dtype=torch.int32)[None],
         massive_low=torch.full((1, 4), -4.0),
         massive_high=torch.full((1, 4), 8.0),
@@ -197,7 +199,7 @@ def _random_record(in_features: int, in_order: bool, generator: torch.Generator)
 
 
 def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: torch.dtype, profile: Profile) -> None:
-    """Raise MorphoQuantError where a kernel that a layer can need gives a wrong result; each is tried once."""
+    """Raise MorphoQuantError if a kernel that the layer can need gives a wrong result; each is tried once."""
     device = weight.codes.device
     group_size, two_level = layout.group_size_of(weight), weight.two_level
     problems = [

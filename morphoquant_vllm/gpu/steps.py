@@ -1,4 +1,4 @@
-"""One step of a bound layer by itself, as a bound layer takes it here: for the self-check."""
+"""Single steps of a bound layer, launched as a bound layer launches them: for the self-check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from morphoquant_vllm.gpu.workspace import Workspace
 
 
 def quantized(x: Tensor, modality: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] and rows int32 [M], M >= 1, as a bound layer makes them here."""
+    """Codes int8 [M, K] and rows int32 [M] of x, M >= 1, by a bound quantizer."""
     codes = x.new_empty((x.shape[0], quantizer.in_features), dtype=torch.int8)
     rows = x.new_empty((x.shape[0],), dtype=torch.int32)
     try:
@@ -29,7 +29,7 @@ def quantized(x: Tensor, modality: Tensor, quantizer: Quantizer) -> tuple[Tensor
 
 
 def multiplied(codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype, tile: Tile, splits: int) -> Tensor:
-    """y [M, N] of codes and rows, M >= 1, without a bias, as a bound layer makes it here."""
+    """y [M, N] of codes and rows, M >= 1, without a bias, by a bound product."""
     tokens = codes.shape[0]
     y = codes.new_empty((tokens, product.out_features), dtype=dtype)
     parts = codes.new_empty((splits, tokens, product.out_features), dtype=product.sums)
@@ -48,7 +48,7 @@ def multiplied(codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype
 def multiplied_in_int8(
     codes: Tensor, rows: Tensor, product: Product, dtype: torch.dtype, tile: Int8Tile
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] as `multiplied`, by the int8 path; and the unpacked weights, int8 [N', K'], but of a fused tile None."""
+    """y [M, N] as `multiplied`, by the int8 path; and the unpacked weights int8 [N', K'], or None for a fused tile."""
     tokens = codes.shape[0]
     y = codes.new_empty((tokens, product.out_features), dtype=dtype)
     workspace = None if tile.fused else Workspace(codes.device)

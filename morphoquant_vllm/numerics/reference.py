@@ -1,7 +1,7 @@
 """The authors' activation quantizer (arXiv 2606.04349), per input channel, static.
 
-This is the oracle: it reproduces every range, mask and output of the golden files. Integer hardware is served by
-`activation.py`, which takes the ranges and masks found here. All tensors are float32 unless said otherwise.
+This is the oracle: it reproduces every range, mask and output of the golden files. `activation.py` serves integer
+hardware with the ranges and masks of this module. All tensors are float32 if no dtype is given.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def outlier_mask(dispersion: Tensor, tau: float = 2.0) -> Tensor:
 
 
 def base_range(minimum: Tensor, maximum: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Range before the search, ([K], [K]).
+    """Lower and upper edge of the range before the search, ([K], [K]).
 
-    Two-sided channels get [-a, a], a being the nearer edge where masked and the farther edge elsewhere;
-    one-sided channels keep [minimum, maximum].
+    Two-sided channels get [-a, a]: a is the nearer edge if the channel is masked, else the farther edge. One-sided
+    channels keep [minimum, maximum].
     """
     edges = torch.stack((minimum.abs(), maximum.abs()))
     alpha = torch.where(mask, edges.amin(0), edges.amax(0))
@@ -67,7 +67,7 @@ def fake_quantize(x: Tensor, range_min: Tensor, range_max: Tensor) -> Tensor:
 
 
 def exact_quantize(x: Tensor, range_min: Tensor, range_max: Tensor, mask: Tensor, lam: float = 0.8) -> Tensor:
-    """x [M, K] on the 4-bit grid, but masked values beyond the limit unchanged (DABC with a 16-bit bypass)."""
+    """x [M, K] on the 4-bit grid; masked values beyond the limit stay unchanged (DABC with a 16-bit bypass)."""
     bypass = mask & (x.abs() > escape_limit(range_min, range_max, lam))
     return torch.where(bypass, x, fake_quantize(x, range_min, range_max))
 
@@ -120,10 +120,10 @@ def search_scores(
 
 
 def merge_scores(old: Tensor | None, new: Tensor) -> Tensor:
-    """The reference's moving average over batches; the first batch counts as it is."""
+    """Update the reference's moving average over batches; the first batch is taken unchanged."""
     return new if old is None else EMA_MOMENTUM * old + (1 - EMA_MOMENTUM) * new
 
 
 def best_ratio(scores: Tensor, lower: float = 0.6) -> Tensor:
-    """The winning ratio of each channel [K]; of equals the smallest."""
+    """The winning ratio of each channel [K]; the smallest of equal ones."""
     return search_ratios(lower)[scores.argmax(0)]

@@ -1,8 +1,9 @@
-"""RMSNorm computed by the quantizer of the layer after it, in compiled models: one launch less for each such norm.
+"""A graph pass for compiled models: the quantizer also computes the RMSNorm before it. Saves a launch per norm.
 
-In the graphs that vLLM compiles for GPUs a norm is one operator of its intermediate representation, whichever kernel
-would compute it and whether vLLM's custom ops are on or off; its own fusions look for the same two operators. Only on
-CPUs, and with `ir_enable_torch_wrap` off, is a norm spelled out; those stay. So do Gemma's, whose weight is float32.
+In the graphs that vLLM compiles for GPUs a norm is one operator of its intermediate representation. That holds for
+every kernel of the norm, with vLLM's custom ops on or off. vLLM's fusions look for the same two operators. On CPUs, and
+with `ir_enable_torch_wrap` off, a norm consists of several operators; the pass leaves those unchanged. It also leaves
+Gemma's norms, whose weight is float32.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from morphoquant_vllm import ops
 
 
 class NormFusion(InductorPass):
-    """Graph pass: bound_linear(rms_norm(x)) becomes rms_norm_linear(x), with or without a residual added before.
+    """Graph pass: bound_linear(rms_norm(x)) becomes rms_norm_linear(x), also if a residual is added before.
 
-    Only where nothing but that linear reads the norm.
+    Only if nothing but that linear reads the norm.
     """
 
     def __init__(self) -> None:
@@ -36,21 +37,21 @@ class NormFusion(InductorPass):
             self.matched += _fuse(graph, norm, norm, 1, ops.rms_norm_linear.default)
         for norm in graph.find_nodes(op="call_function", target=norms.fused_add_rms_norm.default):
             outputs = {node.args[1]: node for node in norm.users if node.target is operator.getitem}
-            # Two users that take the same output would be one entry.
+            # A dict would merge two users of the same output into one entry.
             if len(outputs) == len(norm.users) and 0 in outputs:
                 self.matched += _fuse(graph, norm, outputs[0], 2, ops.add_rms_norm_linear.default)
         graph.eliminate_dead_code()
 
 
 def _fuse(graph: Graph, norm: Node, normed: Node, activations: int, fused: Callable[..., object]) -> bool:
-    """Put the norm and the linear that reads its output `normed` into one call, if that can be; says whether it did.
+    """Join the norm and the linear that reads its output `normed`, if possible; returns whether it did.
 
-    `activations`: how many arguments of the norm come before its weight.
+    `activations`: the number of the norm's arguments before its weight.
     """
     linear = _only_reader(normed)
     if linear is None or not _is_plain(norm, activations):
         return False
-    # The sum moves to where the linear is: nothing may read it before.
+    # The sum moves to the place of the linear, so nothing may read it before.
     if any(user < linear for output in norm.users for user in output.users if activations == 2):
         return False
     inputs, weight_and_epsilon = norm.args[:activations], norm.args[activations : activations + 2]
@@ -74,7 +75,7 @@ def _fuse(graph: Graph, norm: Node, normed: Node, activations: int, fused: Calla
 
 
 def _only_reader(normed: Node) -> Node | None:
-    """The linear that alone reads a norm's output, as its input; None if something else does."""
+    """The linear that alone reads a norm's output, as its input; None if anything else reads it."""
     users = list(normed.users)
     if len(users) != 1 or users[0].target is not ops.bound_linear.default:
         return None
@@ -83,7 +84,7 @@ def _only_reader(normed: Node) -> Node | None:
 
 
 def _is_plain(norm: Node, activations: int) -> bool:
-    """Whether a norm is that of numerics/norm.py: over all channels, its weight there and of its input's dtype."""
+    """Whether a norm is that of numerics/norm.py: over all channels, with a weight in its input's dtype."""
     weight, rest = norm.args[activations], norm.args[activations + 2 :]
     if norm.kwargs or any(size is not None for size in rest) or not isinstance(weight, Node):
         return False

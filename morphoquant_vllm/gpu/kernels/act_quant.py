@@ -1,18 +1,18 @@
-"""Kernels: activation -> int8 codes in permuted channel order, and the row that serves each token.
+"""Kernels: activation -> int8 codes in channel order, and the row of each token.
 
-Three of them, with the same result. `quantize_activation` gives a program a part of a token's channels, so that few
-tokens fill the device, and gathers them from memory. `quantize_tokens` gives it a whole token, which is read in order
-and gathered in shared memory: each gathered load from memory takes a sector of 32 bytes for two. `quantize_in_order`
-serves many tokens whose channels come in channel order (mlp_channel_order.py): a program quantizes the same channels of
-several tokens, whose tables then lie in the cache of its multiprocessor.
+Three kernels give the same result. In `quantize_activation` a program has some channels of one token, so few tokens
+fill the device. It gathers them from memory. In `quantize_tokens` a program has whole tokens. It reads them in order
+and gathers in shared memory, because a gathered load from memory takes a sector of 32 bytes for two bytes.
+`quantize_in_order` serves many tokens whose channels come in channel order (mlp_channel_order.py). There a program
+quantizes the same channels of several tokens, whose tables stay in the cache of its multiprocessor.
 
     x [M, K] --by order--> x - centre --times inverse--> clamp, round --> codes [M, K]
                  |                 of the token's row: its modality's, or the last one's
                  +--> intervals of a few channels: is it massive? --> rows [M]
 
-The order of float32 operations is that of numerics.activation: subtract, multiply, round half to even, clamp.
-Clamping first gives the same codes, since the limits are integers, and keeps the rounding constant valid.
-SILU_MUL: what is quantized is silu(gate) * up of x = [gate, up].
+The order of float32 operations is that of numerics.activation: subtract, multiply, round half to even, clamp. The
+kernels clamp before they round. That gives the same codes, since the limits are integers, and keeps the rounding
+constant valid. SILU_MUL: x is [gate, up], and silu(gate) * up is quantized.
 """
 
 import triton
@@ -20,30 +20,30 @@ import triton.language as tl
 
 from morphoquant_vllm.gpu.kernels.pdl import let_next_start
 
-# Adding and subtracting 1.5 * 2^23 rounds a small float32 to an integer, half to even, on every target and in the
-# interpreter; the conversion instructions that Triton offers do not run there.
+# Adding and subtracting 1.5 * 2^23 rounds a small float32 to an integer, half to even, on every target. It also runs in
+# the interpreter, unlike Triton's conversion instructions.
 _ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """float32 rounded to `dtype`, half to even, as float32; bfloat16 by its bits, which the interpreter would cut."""
+    """float32 rounded to `dtype`, half to even, as float32; bfloat16 by its bits: the interpreter would truncate."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        # The carry could make a number of a NaN.
+        # The carry could turn a NaN into a number.
         return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype).to(tl.float32)
 
 
 @triton.jit
 def load_activation(x_row, channel, exists, K, SILU_MUL: tl.constexpr):
-    """Channels of one token as float32; 0 where `exists` is false. SILU_MUL: silu(gate) * up of a row [gate, up]."""
+    """Channels of one token as float32; 0 if `exists` is false. SILU_MUL: silu(gate) * up of [gate, up]."""
     x = tl.load(x_row + channel, mask=exists, other=0.0)
     if SILU_MUL:
         up = tl.load(x_row + K + channel, mask=exists, other=0.0)
         gate = x.to(tl.float32)
-        # Rounded to the activation's type after either operation, as torch does.
+        # Each operation rounds to the activation's dtype, as in torch.
         silu = rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), up.dtype)
         x = rounded(silu * up.to(tl.float32), up.dtype)
     return x.to(tl.float32)
@@ -104,18 +104,18 @@ def quantize_activation(
     IN_ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_K codes of one token; grid (M * tiles of K). Each program decides by itself whether it is massive.
+    """BLOCK_K codes of one token; grid (M * tiles of K). Each program decides whether its token is massive.
 
     IN_ORDER: channels come in channel order; `order_ptr` is not read.
     """
     let_next_start(PDL)
-    # A token's programs follow each other: they gather from the same row of x, which then lies in a cache.
+    # The programs of a token follow each other: they gather from the same values of x, which stay in a cache.
     tiles = tl.cdiv(K, BLOCK_K)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     k = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
     exists = k < K
     x_row = x_ptr + m * x_stride
-    # What the token's row needs is read for both rows it may have, and so does not wait for that decision.
+    # The tables of both rows that the token may have are read, so the reads do not wait for that decision.
     modality = tl.load(modality_ptr + m)
     channel = k if IN_ORDER else tl.load(order_ptr + k, mask=exists, other=0)
     table, last = modality * K + k, (R - 1) * K + k
@@ -165,7 +165,7 @@ def quantize_tokens(
 ):
     """All codes of `tokens` tokens, BLOCK_K at a time; arguments as `quantize_activation`'s, WIDTH a power of two >= K.
 
-    Grid (M / tokens). Of narrow layers the tables stay in a cache from one token to the next.
+    Grid (M / tokens). Tables of narrow layers stay in a cache from one token to the next.
     """
     let_next_start(PDL)
     channel = tl.arange(0, WIDTH)
@@ -173,7 +173,7 @@ def quantize_tokens(
     for token in tl.range(0, min(tokens, M - tl.program_id(0) * tokens), num_stages=1):
         m = first + token
         x_row = x_ptr + m * x_stride
-        # In the type of x again, whose values these are: half the shared memory of float32.
+        # The values are exact in the dtype of x, which takes half the shared memory of float32.
         x = load_activation(x_row, channel, channel < K, K, SILU_MUL).to(x_ptr.dtype.element_ty)
         massive = is_massive(x_row, massive_channel_ptr, massive_low_ptr, massive_high_ptr, K, B, J, SILU_MUL)
         row = tl.where(massive > 0, R - 1, tl.load(modality_ptr + m))

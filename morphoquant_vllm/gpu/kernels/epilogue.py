@@ -1,9 +1,9 @@
-"""The ending of the matrix kernel: sums to outputs, by gain, scales and absorbed bias of each token's row."""
+"""The epilogue of the matrix kernels: sums to outputs, by gain, scales and absorbed bias of each token's row."""
 
 import triton
 import triton.language as tl
 
-# Tokens whose outputs are finished at a time, of sums over all of K.
+# Tokens whose outputs are finished at a time, from sums over all of K.
 PART_M = tl.constexpr(32)
 
 
@@ -32,7 +32,7 @@ def write_output(
     HAS_BIAS: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
 ):
-    """Sums to outputs: times gain, and channel scale; plus absorbed bias, and bias."""
+    """Write outputs: sums times gain and channel scale, plus absorbed bias and bias."""
     n_exists = n < N
     if TWO_LEVEL:
         acc = acc.to(tl.float32) * tl.load(channel_scale_ptr + n, mask=n_exists, other=0.0)[:, None]
@@ -62,9 +62,9 @@ def write_parts(
     HAS_BIAS: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
 ):
-    """`write_output` for tokens `first_m` and after, TOGETHER at a time, which bounds the registers it takes."""
+    """`write_output` for tokens from `first_m` on, TOGETHER at a time to bound its registers."""
     if BLOCK_M > TOGETHER:
-        # Halves of a thread's own registers: nothing moves.
+        # Both halves lie in the same thread's registers, so no value moves.
         low, high = tl.split(acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1))
         for second in tl.static_range(2):
             write_parts(

@@ -1,16 +1,16 @@
 """Kernel in Gluon, for compute capability 9.0: int8 codes x int4 weights times levels, unpacked while others multiply.
 
-Triton waits for a product into integers before it goes on (kernels/gemm_two_level.py). Gluon leaves the wait to the
-kernel: the product of one turn of 128 channels runs while the next turn's weights are unpacked in registers.
+Triton waits for each integer product before it continues (kernels/gemm_two_level.py). Gluon leaves the wait to the
+kernel. So the product of one turn of 128 channels runs while the next turn's weights are unpacked in registers.
 
     turn t      unpack t in registers | start product t | wait for product t - 1 | start copies of turn t + STAGES - 2
     meanwhile   product t - 1 runs -------------------> |
                                                         | product t runs ------------------------------------------->
 
-A product reads its weights from registers until it has ended, so that two turns need registers of their own: the loop
-takes two turns. Layout of weights and levels, sums and ending are those of the other kernels. Gluon has no interpreter;
-the twin that computes the same is `int4_gemm` with JOINED. It has not run on a GPU, and no tile table chooses it unless
-`autotune` has measured it.
+A product reads its weights from registers until it has ended. Two successive turns need separate registers, so the loop
+is unrolled by two. Layout of weights and levels, sums and epilogue are those of the other kernels. Gluon has no
+interpreter; `int4_gemm` with JOINED is the twin that computes the same. The kernel has not run on a GPU, and no tile
+table chooses it unless `autotune` has measured it.
 """
 
 from triton.experimental import gluon
@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from morphoquant_vllm.gpu.kernels.gemm_two_level import _HIGH, _LOW, _OPERANDS
 
-# Gluon's name for it before Triton 3.9.
+# Triton before 3.9 calls it async_copy_global_to_shared.
 _copy = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
 _LOW_ASM = gl.constexpr(_LOW.value)
 _HIGH_ASM = gl.constexpr(_HIGH.value)
 _OPERAND_NAMES = gl.constexpr(_OPERANDS.value)
-# Channels of a turn, and of the parts of a tile that have one level.
+# Channels of a turn, and of a half tile, which has one level.
 _TURN = gl.constexpr(128)
 _PART = gl.constexpr(32)
 _ROWS = gl.constexpr(128)
@@ -44,7 +44,7 @@ def times_level(packed, level, HIGHER: gl.constexpr):
 
 @gluon.jit
 def unpacked(even, odd, levels, LEFT: gl.constexpr):
-    """A turn's weights [128, 128] as left operand, of its two tiles in shared memory; no value moves for it."""
+    """A turn's weights [128, 128] as left operand, from two tiles in shared memory; no value moves between threads."""
     first, second = even.load(LEFT), odd.load(LEFT)
     even_parts = gl.join(times_level(first, levels & 0xFF, False), times_level(first, (levels >> 8) & 0xFF, True))
     odd_parts = gl.join(
@@ -56,7 +56,7 @@ def unpacked(even, odd, levels, LEFT: gl.constexpr):
 
 @gluon.jit
 def copy_turn(turn, turns, codes, even, odd, code_ptrs, weight_ptrs, k, K, STAGES: gl.constexpr, EVEN_K: gl.constexpr):
-    """Start the copies of a turn into its place; none, but an empty group of copies, behind the last turn."""
+    """Start the copies of a turn into its buffers. After the last turn the group of copies is empty."""
     place = turn % STAGES
     exists = turn < turns
     code_exists = exists if EVEN_K else exists & (turn * _TURN + k < K)[None, :]
@@ -83,7 +83,7 @@ def write_parts(
     BLOCK_M: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """As epilogue.write_parts: the same operations in the same order."""
+    """Write outputs with the operations of epilogue.write_parts, in the same order."""
     if BLOCK_M > _PART_M:
         low, high = gl.split(acc.reshape((_ROWS, 2, BLOCK_M // 2)).permute(0, 2, 1))
         for second in gl.static_range(2):
@@ -124,13 +124,13 @@ def write_parts(
 
 @gluon.jit
 def grid_control(NAME: gl.constexpr):
-    """Programmatic dependent launch, as kernels/pdl.py."""
+    """Let the next kernel start with PDL; see kernels/pdl.py."""
     gl.inline_asm_elementwise(NAME + "; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit(do_not_specialize=["M"])
 def fused_int8(
-    # Those that vary from call to call come first.
+    # Arguments that vary from call to call come first.
     codes_ptr,  # int8 [M, K]
     rows_ptr,  # int32 [M]
     out_ptr,  # [M, N]
@@ -155,7 +155,7 @@ def fused_int8(
         grid_control("griddepcontrol.launch_dependents")
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
-    # 16 bytes of a thread, of codes and of packed weights.
+    # Each thread copies 16 bytes of codes and of packed weights at a time.
     CODES: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0])
     PACKED: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [8, 1], [1, 0])
     codes = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, _TURN], gl.NVMMASharedLayout(128, 8, 2))
@@ -174,7 +174,7 @@ def fused_int8(
     first_m = (group * GROUP_M + within % group_tokens) * BLOCK_M
     tile_n = within // group_tokens
 
-    # Behind the last token it is read again; what becomes of it is not written.
+    # Token indices past M read the last token again; their outputs are not written.
     m = gl.minimum(first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, CODES)), M - 1)
     k = gl.arange(0, _TURN, gl.SliceLayout(0, CODES))
     code_ptrs = codes_ptr + m.to(gl.int64)[:, None] * K + k[None, :]
@@ -191,22 +191,23 @@ def fused_int8(
         copy_turn(early, turns, codes, even, odd, code_ptrs, weight_ptrs, k, K, STAGES, EVEN_K)
     levels = gl.load(level_ptrs)
     product = hopper.warpgroup_mma_init(gl.full([_ROWS, BLOCK_M], 0, gl.int32, PRODUCT))
-    # At least once: a way around the loop would set the sums' registers between products, which then run one by one.
+    # The loop runs at least once. A path around it would set the sums' registers between products, which would
+    # serialise them.
     for pair in range(gl.maximum((turns + 1) // 2, 1)):
         for second in gl.static_range(2):
             turn = 2 * pair + second
-            # This turn's copies have ended, those of every thread; and each warp has waited for product turn - 2.
+            # The copies of this turn have ended in every thread, and each warp has waited for product turn - 2.
             hopper.async_copy.wait_group(STAGES - 3)
             hopper.fence_async_shared()
             gl.barrier()
             place = turn % STAGES
             weights = unpacked(even.index(place), odd.index(place), levels, LEFT)
-            # Behind the last turn levels are 0, and with them the weights.
+            # After the last turn levels are 0, and so are the weights.
             levels = gl.load(level_ptrs + gl.minimum(turn + 1, turns - 1) * padded_n) * (turn + 1 < turns)
             right = codes.index(place).permute((1, 0))
             product = hopper.warpgroup_mma(weights, right, product, is_async=True)
             product = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=[product]))
-            # Into the place of turn - 2.
+            # The copies go into the buffers of turn - 2.
             copy_turn(turn + STAGES - 2, turns, codes, even, odd, code_ptrs, weight_ptrs, k, K, STAGES, EVEN_K)
     acc = hopper.warpgroup_mma_wait(0, deps=[product])
     hopper.async_copy.wait_group(0)

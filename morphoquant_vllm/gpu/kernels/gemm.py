@@ -1,9 +1,10 @@
-"""Kernel: int8 codes x int4 weights, in exact int32 per group, scaled and added up over groups in float32.
+"""Kernel: int8 codes x int4 weights, summed exactly in int32 per group, scaled and added up over groups in float32.
 
-With two-level scales in exact int32 over all of K: see kernels/gemm_two_level.py.
+With two-level scales the sum over all of K is exact int32: kernels/gemm_two_level.py.
 
-Weights are the left operand of the matrix units and tokens the right one: a register holds unpacked weights where the
-units want their left operand, and a few tokens waste less of the narrow side. So the accumulator is [N, M].
+Weights are the left operand of the matrix units and tokens the right one, so the accumulator is [N, M]. Unpacked
+weights already lie in the registers of a left operand. The right side is the narrow one, so few tokens waste less of
+it.
 """
 
 import triton
@@ -13,10 +14,10 @@ from morphoquant_vllm.gpu.kernels.epilogue import PART_M, output_terms, write_ou
 from morphoquant_vllm.gpu.kernels.gemm_two_level import two_level_sums
 from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
 
-# Tokens up to which a tile's gains and absorbed biases are read before the loop: of few they fit in registers, and at
-# decode the loop is so short that reading them after it would be felt.
+# Most tokens of a tile whose gains and absorbed biases are read before the loop. For few tokens they fit into
+# registers. At decode the loop is short, and reading them after it would cost time.
 EARLY_M = tl.constexpr(16)
-# Both nibbles of four bytes in place, as 16 * q in int8: two instructions and one, for four weights each.
+# The low and the high nibbles of four bytes in place, as 16 * q in int8: two instructions and one for four weights.
 _LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
 _HIGH = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
 
@@ -58,9 +59,9 @@ def group_sums(
     UNROLL: tl.constexpr,
     JOINED: tl.constexpr,
 ):
-    """The sums of each group of steps `first` to `last`, scaled and added up, float32 [BLOCK_N, BLOCK_M].
+    """The sums of the groups of steps `first` to `last`, scaled and added up, float32 [BLOCK_N, BLOCK_M].
 
-    JOINED: both halves of a step as one operand; see `two_level_sums`. Only where P is G.
+    JOINED: both halves of a step are one operand; see `two_level_sums`. Only if P is G.
     """
     tl.static_assert(not JOINED or G == P, "halves of two groups cannot be joined")
     HALF: tl.constexpr = P // 2
@@ -68,7 +69,7 @@ def group_sums(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         packed = tl.load(weight_ptrs + step * (TILE_N * HALF))
-        # Of both halves if they are joined.
+        # JOINED: the codes of both halves.
         low_codes = tl.load(code_ptrs + step * P, mask=token_exists[None, :], other=0)
         if not JOINED:
             high_exists = token_exists[None, :]
@@ -98,7 +99,7 @@ def group_sums(
 def int4_gemm(
     codes_ptr,  # int8 [M, K]
     rows_ptr,  # int32 [M]
-    out_ptr,  # y [M, N], or with PARTIAL the parts' sums, float32 (TWO_LEVEL: int32) [splits, M, N]
+    out_ptr,  # y [M, N], or with PARTIAL the partial sums, float32 (TWO_LEVEL: int32) [splits, M, N]
     M,
     splits,
     weight_ptr,  # int8 [N/TILE_N, K/P, TILE_N, P/2]
@@ -125,9 +126,9 @@ def int4_gemm(
     TWO_LEVEL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile [BLOCK_N, BLOCK_M] of the output, over one of `splits` parts of K; grid (tiles, splits).
+    """One tile [BLOCK_N, BLOCK_M] of the output, over one of `splits` ranges of K; grid (tiles, splits).
 
-    PARTIAL: write the sum as it is, for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K; TWO_LEVEL: 2P does.
+    PARTIAL: write partial sums for `reduce_splits`; else `splits` is 1. EVEN_K: P divides K; TWO_LEVEL: 2P does.
     JOINED: a turn of the loop multiplies once; see kernels/gemm_two_level.py.
     """
     let_next_start(PDL)
@@ -214,7 +215,7 @@ def int4_gemm(
     elif EARLY:
         write_output(acc, gain, constant, m, n, channel_scale_ptr, bias_ptr, out_ptr, M, N, HAS_BIAS, TWO_LEVEL)
     else:
-        # Without a second accumulator in the loop the ending would need the most registers.
+        # Without a second accumulator in the loop the epilogue would need the most registers.
         TOGETHER: tl.constexpr = min(BLOCK_M, PART_M) if TWO_LEVEL else BLOCK_M
         write_parts(
             acc,

@@ -1,17 +1,18 @@
 """The loop over K of layers with two-level scales: weights times their group's level, in one exact int32 sum.
 
 A step is a tile of packed weights along K. The levels of two steps lie in one word of 32 bits, a byte for each half of
-a tile, whatever the group size: wide enough for an asynchronous copy. So the loop takes two steps a turn, and shifts
-words by constants alone. (Triton loads packed weights in the layout of the matrix units' registers if between load and
-product lie constants, loads and operations on elements only; else each turn passes them through shared memory.)
+a tile, at any group size. A word is wide enough for an asynchronous copy. So the loop takes two steps a turn, and
+shifts words by constants alone. Triton can load packed weights directly in the register layout of the matrix units. It
+does if only constants, loads and elementwise operations lie between load and product. Otherwise each turn passes them
+through shared memory.
 """
 
 import triton
 import triton.language as tl
 
-# Of nibbles u = q + 8 and a level of 1 to 16, one 32-bit product and sum makes u * level + (128 - 8 * level), 0 to 240,
-# of four bytes at once: none carries into the next. With the highest bit flipped that is q * level in int8.
-# Operands: four packed bytes, their levels (four times the same), and 0x01010101 * (128 - 8 * level) (likewise).
+# Nibbles are u = q + 8 and levels 1 to 16. One 32-bit product and sum computes u * level + (128 - 8 * level) for four
+# bytes at once. Each result is 0 to 240, so none carries into the next byte. With the highest bit flipped it is q *
+# level in int8. Operands: four packed bytes, their level four times, and 0x01010101 * (128 - 8 * level) four times.
 _LOW = tl.constexpr("{ .reg .b32 t; and.b32 t, $1, 0x0F0F0F0F; mad.lo.u32 t, t, $2, $6; xor.b32 $0, t, 0x80808080; }")
 _HIGH = tl.constexpr(
     "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F; mad.lo.u32 t, t, $2, $6; xor.b32 $0, t, 0x80808080; }"
@@ -21,7 +22,7 @@ _OPERANDS = tl.constexpr("=r,r,r,r,r,r,r,r,r,r")
 
 @triton.jit
 def _offset(level):
-    """0x01010101 * (128 - 8 * level) as int32, whose highest bit is that of 0x80808080 - 0x08080808 * level."""
+    """0x01010101 * (128 - 8 * level) as int32: 0x80808080 - 0x08080808 * level."""
     return -0x7F7F7F80 - level * 0x08080808
 
 
@@ -71,10 +72,10 @@ def two_level_sums(
 ):
     """The sums of code * q * level over pairs of steps `first` to `last`, int32 [BLOCK_N, BLOCK_M].
 
-    JOINED: the four parts of a turn are joined into one operand of 2P channels. They already lie in registers as that
-    operand wants them: no value moves. Triton waits for a product of warp groups that has an integer accumulator before
-    it goes on (its rule 2.1 for asynchronous products), so on compute capability 9.0 four products are four waits a
-    turn, and one is one.
+    JOINED: the four quarters of a turn are joined into one operand of 2P channels. Their registers already have the
+    layout of that operand, so no value moves. Triton waits for each product of warp groups that has an integer
+    accumulator (its rule 2.1 for asynchronous products). So on compute capability 9.0 four products cost four waits a
+    turn, and one product costs one.
     """
     HALF: tl.constexpr = P // 2
     half = tl.arange(0, HALF)

@@ -1,13 +1,13 @@
-"""Kernel: int8 codes x int8 weights q * level in exact int32 over all of K, then the ending of the other kernels.
+"""Kernel: int8 codes x int8 weights q * level in exact int32 over all of K, then the epilogue of the other kernels.
 
-For many tokens of layers with two-level scales, after `unpack_int8`. Weights are the left operand here too, and the
-accumulator is [N, M], so that the ending is theirs: same sums, same order of float32 operations, same bound.
+It serves many tokens of layers with two-level scales, after `unpack_int8`. Weights are the left operand here too, and
+the accumulator is [N, M]. So sums, order of float32 operations and bound are those of the other kernels.
 
-DESCRIPTORS: operands come through tensor descriptors, which copy whole blocks without a thread's help and read zeros
-outside the tensor. The host makes them, `launch` of int8_path.py, and not the kernel: a descriptor made in the kernel
-needs memory from Triton's global allocator at every launch, and a store, a fence and a wait in every program. Made by
-the host it is an argument of the launch: a captured CUDA graph keeps it by value, and that of the workspace stays the
-same from call to call. Else, on GPUs without them, pointers: the loop then copies asynchronously, 16 bytes a thread.
+DESCRIPTORS: operands are tensor descriptors, which copy whole blocks without a thread's help and read zeros outside the
+tensor. The host makes them (int8_path.py). A descriptor made in the kernel would need memory from Triton's global
+allocator at every launch, and a store, a fence and a wait in every program. A descriptor made by the host is an
+argument of the launch, and a captured CUDA graph keeps it by value. The descriptor of the workspace stays the same from
+call to call. On GPUs without descriptors operands are pointers, and the loop copies asynchronously, 16 bytes a thread.
 """
 
 import triton
@@ -19,7 +19,7 @@ from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
 
 @triton.jit(do_not_specialize=["M"])
 def int8_gemm(
-    # Those that vary from call to call come first.
+    # Arguments that vary from call to call come first.
     codes,  # int8 [M, K]; DESCRIPTORS: in blocks [BLOCK_M, BLOCK_K]
     rows_ptr,  # int32 [M]
     out_ptr,  # [M, N]
@@ -64,11 +64,11 @@ def int8_gemm(
             right = codes.load([first_m, start])
             acc = tl.dot(left, right.T, acc=acc, out_dtype=tl.int32)
     else:
-        # Two products a turn: of one alone, Triton 3.9 carries the next operands from turn to turn byte by byte.
+        # Two products a turn: with one, Triton 3.9 would carry the next operands from turn to turn byte by byte.
         HALF: tl.constexpr = BLOCK_K // 2
         k = tl.arange(0, HALF)
         token_exists = (m < M)[None, :]
-        # Rows and channels that fill the workspace up can be read: BLOCK_N and BLOCK_K divide its sizes.
+        # The padding of the workspace can be read: BLOCK_N and BLOCK_K divide its sizes.
         weight_ptrs = weights + n[:, None].to(tl.int64) * padded_k + k[None, :]
         code_ptrs = codes + m[None, :].to(tl.int64) * K + k[:, None]
         for turn in tl.range(0, K, BLOCK_K, num_stages=STAGES):

@@ -1,7 +1,7 @@
 """Kernel: RMSNorm, with the sum of input and residual before it, and the quantizer of the layer after it.
 
-The norm is that of numerics/norm.py but for the order in which squares are added: its 16-bit values may differ where
-they lie at a tie of that sum. From them on everything is the quantizer of act_quant.py, to the bit.
+The norm is that of numerics/norm.py, except for the order in which squares are added. So a 16-bit value may differ if
+it lies near a rounding tie. From those values on, codes and rows equal those of act_quant.py to the bit.
 """
 
 import triton
@@ -13,7 +13,7 @@ from morphoquant_vllm.gpu.kernels.pdl import let_next_start
 
 @triton.jit
 def load_sum(x_row, residual_row, channel, exists, ADD: tl.constexpr):
-    """Channels of x, or with ADD of x + residual, as float32; 0 where `exists` is false."""
+    """Channels of x as float32, or of x + residual with ADD; 0 if `exists` is false."""
     total = tl.load(x_row + channel, mask=exists, other=0.0).to(tl.float32)
     if ADD:
         total += tl.load(residual_row + channel, mask=exists, other=0.0).to(tl.float32)
@@ -46,7 +46,7 @@ def is_massive_normed(
     low = tl.load(massive_low_ptr + interval)
     high = tl.load(massive_high_ptr + interval)
     weight = tl.load(norm_weight_ptr + channel, mask=channel >= 0, other=0.0)
-    # The same operations on the same numbers as for the whole token: the same bits.
+    # Operations and numbers are the same as for the whole token, and so are the bits.
     values = normed_values(load_sum(x_row, residual_row, channel, channel >= 0, ADD), root, weight)
     inside = (values >= low) & (values <= high)
     return tl.max(tl.min(inside.to(tl.int32), axis=1), axis=0)
@@ -54,7 +54,7 @@ def is_massive_normed(
 
 @triton.jit
 def load_tables(centre_ptr, inverse_ptr, limit_ptr, table, exists):
-    """Centre, inverse and limit at the places `table` of the quantizer's tables."""
+    """Centre, inverse and limit at the offsets `table` of the quantizer's tables."""
     centre = tl.load(centre_ptr + table, mask=exists, other=0.0)
     inverse = tl.load(inverse_ptr + table, mask=exists, other=0.0)
     return centre, inverse, tl.load(limit_ptr + table, mask=exists, other=0)
@@ -94,11 +94,11 @@ def quantize_normed(
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All codes of `tokens` tokens; WIDTH a power of two from K on, held in registers; grid (M / tokens).
+    """All codes of `tokens` tokens, held in registers; WIDTH is a power of two >= K; grid (M / tokens).
 
-    Where channels come in no order their values are gathered in shared memory, BLOCK_K at a time. Tokens of x and
-    residual begin on 16 bytes: they are read 16 bytes at a time. EARLY: of few tokens, for which waiting is what costs,
-    tables are read for both rows that a token may have, before its norm.
+    Without IN_ORDER, values are gathered in shared memory, BLOCK_K at a time. Tokens of x and residual begin on 16
+    bytes: they are read 16 bytes at a time. EARLY, for few tokens: the tables of both rows that a token may have are
+    read before its norm, because waiting dominates then.
     """
     let_next_start(PDL)
     channel = tl.arange(0, WIDTH)
@@ -110,7 +110,7 @@ def quantize_normed(
         x_row, residual_row = x_ptr + m * x_stride, residual_ptr + m * residual_stride
         modality = tl.load(modality_ptr + m)
         if EARLY:
-            # Both rows that the token may have: what does not wait for the norm is read before it.
+            # The tables of both rows that the token may have do not depend on the norm, so they are read before it.
             order = channel if IN_ORDER else tl.load(order_ptr + channel, mask=exists, other=0)
             own = load_tables(centre_ptr, inverse_ptr, limit_ptr, modality * K + channel, exists)
             last = load_tables(centre_ptr, inverse_ptr, limit_ptr, (R - 1) * K + channel, exists)

@@ -1,4 +1,4 @@
-"""Kernel: add the partial sums of a split K, in the order of the parts, and finish the output."""
+"""Kernel: adds the partial sums of a split K in order, and finishes the output."""
 
 import triton
 import triton.language as tl

@@ -1,14 +1,14 @@
-"""Kernel: a layer with two-level scales, unpacked once into int8: each weight q * level, exactly.
+"""Kernel: unpacks a layer with two-level scales into int8: each weight is exactly q * level.
 
     packed: 128 rows of a turn of 128 channels       int8, row-major [N', K']
       tile 2t      128 rows of 32 bytes  --+           row n: | low 2t | high 2t | low 2t + 1 | high 2t + 1 |
       tile 2t + 1  128 rows of 32 bytes  --+                  each 32 bytes, together 128 in a row
-      levels       128 words of 4 bytes: one for each of these parts of a row
+      levels       128 words of 4 bytes: a byte for each of these quarters of a row
 
-N' is N rounded up to 128, K' is K rounded up to 128. What is filled up has level 0, and so becomes 0.
+N' is N rounded up to 128, K' is K rounded up to 128. Padding has level 0, so it becomes 0.
 
-A thread loads 16 bytes of a row and stores their low nibbles as 16 bytes and their high ones as 16 bytes: all three in
-the same layout, so that nothing passes through shared memory.
+A thread loads 16 bytes of a row. It stores their low nibbles as 16 bytes and their high ones as 16 bytes. All three
+have the same layout, so nothing passes through shared memory.
 """
 
 import triton
@@ -33,7 +33,7 @@ def unpack_int8(
     """TILE_N rows of one turn of 2P channels; grid (N'/TILE_N * turns). `turns` is K'/2P."""
     let_next_start(PDL)
     HALF: tl.constexpr = P // 2
-    # Programs that follow each other write one row after the other's end.
+    # Of two successive programs, the second continues the rows of the first.
     tile_n = tl.program_id(0) // turns
     turn = tl.program_id(0) % turns
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
@@ -41,7 +41,7 @@ def unpack_int8(
     half = tl.arange(0, HALF)[None, :]
     weight_ptrs = weight_ptr + tl.program_id(0).to(tl.int64) * (2 * TILE_N * HALF) + row + half
     out_ptrs = out_ptr + n[:, None].to(tl.int64) * (turns * (2 * P)) + turn * (2 * P) + half
-    # The kernel before may still read what this one writes: the weights of the layer before.
+    # The kernel before may still read the weights of the previous layer, which this kernel overwrites.
     wait_for_previous(PDL)
     levels = tl.load(level_ptr + turn * padded_n + n)
     for odd in tl.static_range(2):

@@ -3,9 +3,9 @@
 autotune          measures tiles on the GPU at hand and writes a tile table
 autotune_int8     the part of it that measures the int8 path
 aot_compile       compiles the kernels for a GPU that is not at hand
-binary_resources  what a compiled kernel uses: registers, shared memory, instructions
-binary_checks     what must hold of a compiled kernel before it is shipped
+binary_resources  registers, shared memory and instructions of a compiled kernel
+binary_checks     conditions that a compiled kernel meets before it is shipped
 occupancy         programs of a kernel that one multiprocessor holds at a time
-no_device         a driver for Triton that launches nothing: what a call costs the host
-timing            times of layers inside a CUDA graph, with weights that are not in the cache
+no_device         a driver for Triton that launches nothing, to measure the host's cost of a call
+timing            times of layers inside a CUDA graph, with weights outside the cache
 """

@@ -1,4 +1,4 @@
-"""Compile the kernels for a GPU that is not at hand, as a launch there would: for tests and the cost model."""
+"""Compiles the kernels for a GPU that is not at hand, as a launch there would: for tests and the cost model."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ TARGETS = {
 }
 # Names of 16-bit activations in Triton's signatures.
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
-# Kernels that wait for none before them.
+# Kernels that do not wait for the kernel before them.
 QUANTIZERS = (quantize_activation, quantize_in_order, quantize_tokens, quantize_normed)
-# Types of the parts' sums of a split K, of group scales and of two-level ones.
+# Types of the partial sums of a split K, with group scales and with two-level ones.
 SUMS = {False: "*fp32", True: "*i32"}
 
 
 def pdl(target: str) -> bool:
-    """Whether kernels are launched there while the one before ends."""
+    """Whether kernels on this target are launched while the one before ends."""
     found = TARGETS[target]
     return found.backend == "cuda" and int(found.arch) >= 10 * OLDEST_PDL
 
@@ -50,8 +50,8 @@ def build(
 ) -> CompiledKernel:
     """Compile `kernel` for a key of TARGETS.
 
-    `types` are those of its run-time arguments. `aligned` names the pointers and sizes known to be multiples of 16, as
-    a launch would find them: without that Triton builds another, slower kernel.
+    `types`: the types of run-time arguments. `aligned`: the pointers and sizes that are multiples of 16 at a launch.
+    Without them Triton builds another, slower kernel.
     """
     names = kernel.arg_names
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
@@ -75,7 +75,7 @@ def build_gemm(
     even_k: bool = True,
     aligned: bool = True,
 ) -> CompiledKernel:
-    """The matrix kernel with the constants that `product_launch` would give it. `aligned` False: as if none were."""
+    """The matrix kernel with the constants that `product_launch` would give it. `aligned` False: none is aligned."""
     pointers = {
         "codes_ptr": "*i8",
         "weight_ptr": "*i8",
@@ -126,10 +126,11 @@ def build_quantize(
     in_order: bool = False,
     many: bool = False,
 ) -> CompiledKernel:
-    """The activation quantizer for B = `blocks` sets of massive intervals. `fusion` True: not as it is launched.
+    """The activation quantizer for B = `blocks` sets of massive intervals.
 
-    `width`: the one of whole tokens of up to so many channels, else that of parts of a token. `in_order`: the latter
-    for channels that come in order. `many`: the one for such channels of many tokens.
+    `fusion` True: with fused operations, unlike a launch. `width`: the kernel of whole tokens of up to `width`
+    channels; without it, a kernel of some channels of a token. `in_order`: channels come in channel order. `many`: the
+    kernel for many tokens in channel order.
     """
     aligned = {
         "inverse_ptr": "*fp32",
@@ -170,7 +171,7 @@ def build_quantize(
 def build_reduce(
     target: str, *, dtype: str = "bfloat16", has_bias: bool = False, two_level: bool = False
 ) -> CompiledKernel:
-    """The kernel that adds the parts of a split K."""
+    """The kernel that adds the partial sums of a split K."""
     pointers = {
         "part_ptr": SUMS[two_level],
         "channel_scale_ptr": "*fp32",
@@ -204,7 +205,7 @@ def build_norm_quantize(
 ) -> CompiledKernel:
     """The kernel that norms and quantizes tokens of up to `width` channels; `many`: the one for many tokens.
 
-    `fusion` True: not as it is launched.
+    `fusion` True: with fused operations, unlike a launch.
     """
     tables = {
         "inverse_ptr": "*fp32",
@@ -245,7 +246,7 @@ def build_norm_quantize(
 def build_gemm_adding(
     target: str, tile: Tile, group_size: int, *, dtype: str = "bfloat16", has_bias: bool = False
 ) -> CompiledKernel:
-    """The matrix kernel over a split K that adds its parts itself."""
+    """The matrix kernel over a split K that adds its partial sums itself."""
     pointers = {
         "codes_ptr": "*i8",
         "rows_ptr": "*i32",
@@ -303,7 +304,7 @@ def build_unpack(target: str) -> CompiledKernel:
         (*pointers, "padded_n"),
         target,
         num_warps=int8_path.UNPACK_WARPS["nvidia" if nvidia else "amd"],
-        # It has no float operation.
+        # The kernel has no float operation.
         enable_fp_fusion=False,
     )
 

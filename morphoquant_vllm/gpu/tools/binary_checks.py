@@ -1,4 +1,4 @@
-"""What must hold of a compiled kernel before it may be shipped: read from the binary, and never a claim of speed."""
+"""Conditions that a compiled kernel meets before it is shipped, read from the binary. They claim no speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from morphoquant_vllm.gpu.tiles import Architecture, Int8Tile, Tile
 from morphoquant_vllm.gpu.tools.binary_resources import Resources, resources
 from morphoquant_vllm.gpu.tools.occupancy import programs_per_unit
 
-# Where accumulators are in tensor memory, scales need another layout each turn; nothing else may in a loop.
+# If accumulators lie in tensor memory, scales need another layout each turn. Nothing else in a loop may.
 TENSOR_MEMORY = "tcgen05"
 # Output channels and warps from which Triton uses the matrix instructions of warp groups and of tensor memory.
 WIDE_BLOCK_N, WIDE_WARPS = 64, 4
@@ -36,7 +36,7 @@ def matrix_instruction(architecture: Architecture, tile: Tile | Int8Tile) -> re.
 
 
 def spill_problems(used: Resources) -> list[str]:
-    """Whether values leave the registers for memory."""
+    """Problems of values that leave the registers for memory."""
     problems = []
     if used.stack:
         problems.append(f"stack: {used.stack} bytes per thread")
@@ -46,7 +46,7 @@ def spill_problems(used: Resources) -> list[str]:
 
 
 def _program_problems(used: Resources, architecture: Architecture, tile: Tile | Int8Tile) -> list[str]:
-    """Spills, what a program takes of its multiprocessor, and the matrix instruction."""
+    """Problems of spills, of a program's share of its multiprocessor, and of the matrix instruction."""
     problems = spill_problems(used)
     if used.shared_memory > architecture.shared_memory:
         problems.append(f"shared memory: {used.shared_memory} bytes, the limit is {architecture.shared_memory}")
@@ -63,10 +63,10 @@ def _program_problems(used: Resources, architecture: Architecture, tile: Tile | 
 
 
 def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> list[str]:
-    """All that is wrong with the matrix kernel compiled for `tile`; empty if it may be shipped."""
+    """All problems of the matrix kernel compiled for `tile`; empty if it may be shipped."""
     problems = _program_problems(used, architecture, tile)
-    # Weights and both halves of the codes, at least one copy each for every step in flight; with two-level scales
-    # of two steps a turn, and of their levels. Codes of joined operands are one copy.
+    # Each step in flight has at least one copy for weights and one for each half of the codes. With two-level scales a
+    # turn has two steps, and one copy for their levels. Codes of joined operands are one copy.
     copies = (7 - 3 * tile.joined if tile.two_level else 3 - tile.joined) * tile.stages * tile.unroll
     if architecture.vendor == "nvidia" and used.asynchronous_copies < copies:
         problems.append(f"asynchronous copies: {used.asynchronous_copies}, fewer than {copies}")
@@ -80,7 +80,7 @@ def gemm_problems(used: Resources, architecture: Architecture, tile: Tile) -> li
 
 
 def int8_problems(kernel: CompiledKernel, architecture: Architecture, tile: Int8Tile) -> list[str]:
-    """All that is wrong with the product of the int8 path compiled for `tile`; empty if it may be shipped."""
+    """All problems of the int8 path's product compiled for `tile`; empty if it may be shipped."""
     used = resources(kernel)
     problems = _program_problems(used, architecture, tile)
     if tile.fused:
@@ -92,26 +92,26 @@ def int8_problems(kernel: CompiledKernel, architecture: Architecture, tile: Int8
         # One copy of either operand for every turn in flight.
         kind, found, wanted = "bulk copies", len(BULK_COPY.findall(kernel.asm["ptx"])), 2 * tile.stages
     else:
-        # Of pointers one for each half of a turn.
+        # With pointers, one copy of either operand for each half of a turn.
         kind, found, wanted = "asynchronous copies", used.asynchronous_copies, 4 * tile.stages
     if architecture.vendor == "nvidia" and found < wanted:
         problems.append(f"{kind}: {found}, fewer than {wanted}")
-    # More of them in a fused kernel is what the assembler makes of products that it cannot let overlap.
+    # In a fused kernel the assembler adds more waits if products cannot overlap.
     products = 1 if tile.descriptors else 2
     if used.waits > products:
         problems.append(f"waits for matrix instructions in the loop: {used.waits}, over {products}")
-    # Gluon's conversions of layout are those that move nothing; another one does not compile.
+    # Gluon's layout conversions move nothing: any other would not compile.
     if used.layout_conversions and not tile.fused:
         problems.append(f"layout conversions in the loop: {used.layout_conversions}, over 0")
     return problems
 
 
 def unpack_problems(kernel: CompiledKernel) -> list[str]:
-    """All that is wrong with the kernel that unpacks into int8: it must move 16 bytes at a time, by registers alone."""
+    """All problems of the kernel that unpacks into int8: it must move 16 bytes at a time, by registers alone."""
     used = resources(kernel)
     problems = spill_problems(used)
     if used.shared_memory or "ttg.convert_layout" in kernel.asm["ttgir"]:
-        problems.append(f"shared memory: {used.shared_memory} bytes, where nothing needs to move")
+        problems.append(f"shared memory: {used.shared_memory} bytes, although nothing needs to move")
     if "ptx" in kernel.asm:
         problems += level_problems(kernel)
     loads, stores = (
@@ -127,9 +127,9 @@ def unpack_problems(kernel: CompiledKernel) -> list[str]:
 
 
 def level_problems(kernel: CompiledKernel) -> list[str]:
-    """Whether instructions that multiply four weights by one level are given four of one level (NVIDIA's assembly).
+    """Problems of NVIDIA instructions that multiply four weights by one level: all four must have that level.
 
-    They are where a thread's bytes lie four in a row along K, which the layouts of Triton's choice must give.
+    They have it if a thread's bytes lie four in a row along K, which depends on the layouts that Triton chooses.
     """
     calls = re.findall(r"asm \"[^\"]*mad\.lo\.u32[^\"]*\", \"[^\"]*\"\(([^)]*)\)", kernel.asm["llir"])
     operands = [[operand.split()[-1] for operand in call.split(", ")][-8:] for call in calls]
@@ -140,22 +140,22 @@ def level_problems(kernel: CompiledKernel) -> list[str]:
 
 
 def rounding_problems(kernel: CompiledKernel) -> list[str]:
-    """Whether float32 operations are fused, or flush small numbers to zero: codes would differ from the reference."""
+    """Problems of float32 operations that are fused or flush small numbers: codes would differ from the reference."""
     assembly = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     found = sorted(set(re.findall(r"\bfma\.\S+|\bv_\w*(?:fma|mac)_f32\w*|\S+\.ftz\S*", assembly)))
     return [f"rounding: {', '.join(found)}"] if found else []
 
 
-# How a counter is counted up, the barrier of a program, stores.
+# Instructions that count a counter up, the barrier of a program, and stores.
 COUNTING = {"nvidia": "atom.global.gpu.acq_rel.add.u32", "amd": "global_atomic_add"}
 BARRIER = {"nvidia": "bar.sync", "amd": "s_barrier"}
 STORE = {"nvidia": "st.global", "amd": "global_store"}
-# A barrier of AMD's does not wait for stores to memory; each wave has to, before it.
+# An AMD barrier does not wait for stores to memory: each wave has to wait before it.
 AMD_WAIT = "s_waitcnt vmcnt(0)"
 
 
 def counter_problems(kernel: CompiledKernel) -> list[str]:
-    """Whether a program that counts itself has all its threads' sums written before that."""
+    """Problems of the counter: all sums of a program's threads must be written before the program counts itself."""
     vendor = "amd" if "amdgcn" in kernel.asm else "nvidia"
     lines = kernel.asm["amdgcn" if vendor == "amd" else "ptx"].splitlines()
 

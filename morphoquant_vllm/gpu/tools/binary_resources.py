@@ -1,4 +1,4 @@
-"""What a compiled kernel uses, read from the binary and not from the compiler's report of intent."""
+"""Resources of a compiled kernel, read from the binary and not from the compiler's report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MATRIX_SOURCE = re.compile(r"\b(mma\.sync[\w.:]*|wgmma\.mma_async[\w.:]*|tcgen05
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers and shared memory of one program, and what its instructions show."""
+    """Registers and shared memory of one program, and figures of its instructions."""
 
     registers: int  # per thread
     stack: int  # bytes per thread; on AMD scratch memory
@@ -47,7 +47,7 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def resources(kernel: CompiledKernel) -> Resources:
-    """Read what `kernel` uses; NVIDIA cubins through cuobjdump, AMD's from their own metadata."""
+    """Read the resources of `kernel`: NVIDIA cubins through cuobjdump, AMD binaries from their metadata."""
     return _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel)
 
 

@@ -1,8 +1,8 @@
-"""A driver for Triton that launches nothing: what a call costs the host is measured, and checked, without a GPU.
+"""A driver for Triton that launches nothing: measures and checks the host's side of a call without a GPU.
 
-Kernels are compiled for a real architecture, and Triton does all its work at a launch but the last step: its launcher
-is given grid, stream and arguments, and `Launcher` stands in for that, with the same parameters. Tensors lie in host
-memory. So neither the driver's own time counts nor that of Triton's launcher in C, which converts the arguments.
+Kernels are compiled for a real architecture. At a launch Triton does everything except its last step, the launcher.
+`Launcher` replaces that, with the same parameters: grid, stream and arguments. Tensors lie in host memory. So the time
+of the driver is missing, and that of Triton's launcher in C, which converts the arguments.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-# No device has this index: kernels that are compiled for a real one stay apart.
+# No device has this index, which keeps these kernels apart from kernels for a real device.
 DEVICE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What a launcher was given."""
+    """The arguments that a launcher received."""
 
-    source: Any  # of the compiled kernel: its signature, and what it takes its arguments for
+    source: Any  # of the compiled kernel: its signature, and its assumptions about arguments
     grid: tuple[int, int, int]
     options: Any  # of the compiled kernel
     arguments: tuple[Any, ...]
 
 
 class Launcher:
-    """In the place of Triton's launcher of a compiled kernel."""
+    """Replacement for Triton's launcher of a compiled kernel."""
 
-    # Where launches are noted; None while time is measured.
+    # The list that launches are added to; None while time is measured.
     log: list[Launched] | None = None
 
     def __init__(self, source: Any, metadata: Any) -> None:
@@ -56,7 +56,7 @@ class Launcher:
 
 
 class _Utilities:
-    """What Triton asks of a driver while it loads a binary."""
+    """The functions of a driver that Triton calls while it loads a binary."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30}
@@ -70,7 +70,7 @@ class _Utilities:
 
 
 class NoDevice:
-    """A driver of no device, of a compute capability as "90"."""
+    """A driver without a device, for a compute capability such as 90."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -89,7 +89,7 @@ class NoDevice:
 
 @contextmanager
 def no_device(capability: int) -> Iterator[None]:
-    """Let Triton launch on no device."""
+    """Let Triton launch without a device."""
     config = triton.runtime.driver
     before, config._active = config._active, NoDevice(capability)
     try:
@@ -100,7 +100,7 @@ def no_device(capability: int) -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[list[Launched]]:
-    """The launches from now on."""
+    """The list of all launches within the context."""
     found: list[Launched] = []
     Launcher.log = found
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from morphoquant_vllm.gpu.tiles import Architecture
 from morphoquant_vllm.gpu.tools.binary_resources import Resources
 
-# Registers are handed out to whole warps, in steps of so many.
+# A GPU allots registers to whole warps, in steps of this size.
 REGISTER_STEP = {"nvidia": 256, "amd": 512}
 WARP = {"nvidia": 32, "amd": 64}
-# Shared memory that CUDA keeps for itself of each program.
+# Bytes of shared memory that CUDA reserves in each program.
 RESERVED_SHARED_MEMORY = {"nvidia": 1024, "amd": 0}
 
 

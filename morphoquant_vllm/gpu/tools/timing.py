@@ -1,4 +1,4 @@
-"""Times of layers as a server finds them: inside one CUDA graph, with weights that are not in the cache."""
+"""Times of layers under a server's conditions: inside one CUDA graph, with weights outside the cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# A server reads all other layers between two uses of one: so many times the cache lie between two uses here.
+# A server reads all other layers between two uses of one. Here this many times the cache is read in between.
 COLD_CACHES = 4
 REPLAYS = 20
-# Calls of which the host's time is taken, and so many at a time: a queue holds about a thousand launches.
+# Calls whose host time is taken, and how many follow each other: the queue holds about a thousand launches.
 HOST_CALLS, QUEUED_CALLS = 200, 20
 
 
 def cold_copies(weight_bytes: int) -> int:
-    """Copies of a layer of so many bytes, used in turn, of which none is in the cache any more when its turn comes."""
+    """How many copies of a layer of `weight_bytes` to use in turn, such that each has left the cache by its turn."""
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(2, -(-COLD_CACHES * cache // weight_bytes))
 
@@ -41,7 +41,7 @@ def graph_of(calls: Sequence[Callable[[Tensor], object]], x: Tensor) -> torch.cu
 def host_microseconds(calls: Sequence[Callable[[Tensor], object]], x: Tensor) -> float:
     """Median time that one of the `calls` takes the host, outside a CUDA graph, until it returns.
 
-    The GPU's queue is empty at first and never full, or a call would wait for the GPU: so few calls follow each other.
+    Few calls follow each other: the GPU's queue starts empty and never fills, so no call waits for the GPU.
     """
     times = []
     for start in range(0, HOST_CALLS, QUEUED_CALLS):

@@ -114,7 +114,7 @@ def test_every_fused_candidate(block_m: int, stages: int, variant: str) -> None:
 def test_few_warps_unpack_through_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ahead.int8_path.UNPACK_WARPS, "nvidia", 4)
     assert proof.unpack_problems(ahead.build_unpack("sm_80")) == [
-        "shared memory: 512 bytes, where nothing needs to move"
+        "shared memory: 512 bytes, although nothing needs to move"
     ]
 
 
