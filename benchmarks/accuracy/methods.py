@@ -77,7 +77,7 @@ METHODS: dict[str, Method] = {
     "served-reference-grid": Served(recipe={"grid": "reference"}),
     "served-no-search": Served(recipe={"grid": "reference", "lower": 0.999}),
     "served-g64": Served(recipe={"group_size": 64}),
-    "served-two-level": Served(recipe={"scale_levels": 16}),
+    "served-group": Served(recipe={"scale_levels": 0}),
 }
 
 

@@ -89,8 +89,10 @@ def _solve(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:
 
 
 def _descend(system: Tensor, right: Tensor, level: Tensor, channel_scale: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Levels [n, groups] and channel scale [n] of less loss."""
-    system = system.triu() + system.triu(1).mT
+    """Levels [n, groups] and channel scale [n] of less loss. Completes `system`, whose upper triangle is given."""
+    # In place: the systems are the largest tensors of this phase.
+    for group in range(system.shape[1]):
+        system[:, group + 1 :, group] = system[:, group, group + 1 :]
     # Groups by rows of memory: one is worked on at a time.
     level, right = level.T.clone(), right.T
     energy = system.diagonal(dim1=1, dim2=2).T
