@@ -18,7 +18,8 @@ from tests.engine.conftest import ENGINE, TEXT_PROMPT, calibrate
 from tests.engine.rows import REPOSITORY
 from tests.tiny_conversations import write_calibration_data
 
-pytestmark = pytest.mark.slow
+# Three compiled engines, 75 s and more, of a setting that is off by default: the passes have quick tests of their own.
+pytestmark = pytest.mark.full
 
 
 def results(checkpoint: Path, directory: Path, jobs: dict[str, tuple[str, str]]) -> dict[str, dict[str, Any]]:
