@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+# Two processes share the tests. More need more memory: each may start an engine.
+WORKERS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup demo test fuzz test-full test-cuda-wheels lint
 
@@ -13,10 +15,10 @@ demo: setup
 	$(BIN)/python -m benchmarks.demo
 
 test: setup
-	$(PYTEST) -m "not full"
+	$(PYTEST) $(WORKERS) -m "not full"
 
 test-full: setup
-	$(PYTEST)
+	$(PYTEST) $(WORKERS)
 
 # 10,000 damaged checkpoints, each refused in one line or shown harmless; `make test` tries a sample.
 fuzz: setup
