@@ -11,6 +11,7 @@ from torch import Tensor
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
+from morphoquant_vllm.gpu import head as gpu_head
 from morphoquant_vllm.handles import Bound
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
@@ -25,6 +26,15 @@ def _takes_any_layer(name: str, weight: WeightRecord, activation: ActivationReco
     """The check of a backend that serves every layer."""
 
 
+def _takes_any_head(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """The check of a head that every machine computes alike."""
+
+
+def _serves_no_weight(weight: Tensor) -> bool:
+    """The answer of a backend that has no 16-bit head."""
+    return False
+
+
 def _has_no_instructions() -> str:
     """The instruction set of a backend that is not compiled for one."""
     return ""
@@ -37,13 +47,16 @@ Bind = Callable[[list[Tensor], list[Tensor], Tensor | None, torch.dtype], Bound]
 class Head:
     """A backend's implementation of lm_head."""
 
-    # y [M, N] of x, codes and scale; and of x and the 16-bit weight. Inputs as the ops take them; checked.
+    # y [M, N] of x, codes and scale. Inputs as the ops take them; checked.
     eight_bit: Callable[[Tensor, Tensor, Tensor], Tensor]
-    bfloat16: Callable[[Tensor, Tensor], Tensor]
     # Why codes of a 16-bit weight [N, K] are not served, in words; None if they are.
     eight_bit_refusal: Callable[[Tensor], str | None]
+    # Compile for codes, scale and a dtype of activations. Raises MorphoQuantError if a kernel gives a wrong result.
+    check: Callable[[Tensor, Tensor, torch.dtype], None] = _takes_any_head
+    # y [M, N] of x and the 16-bit weight; None if the backend leaves that head to vLLM.
+    bfloat16: Callable[[Tensor, Tensor], Tensor] | None = None
     # Whether `bfloat16` takes a weight [N, K], and is the best that the machine has.
-    serves_bfloat16: Callable[[Tensor], bool]
+    serves_bfloat16: Callable[[Tensor], bool] = _serves_no_weight
 
 
 @dataclass(frozen=True)
@@ -117,13 +130,19 @@ BACKENDS = {
         check=gpu_backend.check,
         bind=gpu_backend.bind,
         silu_mul_linear=_triton_silu_mul_linear,
+        head=Head(gpu_head.head, gpu_head.eight_bit_refusal, gpu_head.check),
     ),
     "cpu": Backend(
         prepare=cpu.prepare,
         record_sizes=cpu.RECORD_SIZES,
         act_quant=cpu.act_quant,
         linear=cpu.linear,
-        head=Head(cpu_head.head, cpu_head.head_bfloat16, cpu_head.eight_bit_refusal, cpu_head.serves_bfloat16),
+        head=Head(
+            cpu_head.head,
+            cpu_head.eight_bit_refusal,
+            bfloat16=cpu_head.head_bfloat16,
+            serves_bfloat16=cpu_head.serves_bfloat16,
+        ),
         instructions=cpu.instructions,
     ),
 }

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from morphoquant_vllm import handles
-from morphoquant_vllm.backends import BACKENDS, Head, select_backend
+from morphoquant_vllm.backends import BACKENDS, select_backend
 from morphoquant_vllm.numerics import norm as norm_numerics
 
 
@@ -133,19 +133,18 @@ def _bound_silu_mul_linear(gate_up: Tensor, modality: Tensor, handle: Tensor, bi
     return handles.layer_of(handle).silu_mul_linear(gate_up, modality, handle, bias)
 
 
-def _head_of(x: Tensor) -> Head:
+def _head(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     found = BACKENDS[select_backend(x.device)].head
     if found is None:
         raise RuntimeError(f"no kernels for lm_head run here on {x.device.type}; leave it to vLLM")
-    return found
-
-
-def _head(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return _head_of(x).eight_bit(x, codes, scale)
+    return found.eight_bit(x, codes, scale)
 
 
 def _head_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
-    return _head_of(x).bfloat16(x, weight)
+    found = BACKENDS[select_backend(x.device)].head
+    if found is None or found.bfloat16 is None:
+        raise RuntimeError(f"no kernels for a 16-bit lm_head run here on {x.device.type}; leave it to vLLM")
+    return found.bfloat16(x, weight)
 
 
 def _act_quant_fake(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:

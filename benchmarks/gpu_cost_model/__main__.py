@@ -44,7 +44,7 @@ def compiled(architecture: str, tile: Tile, group_size: int, partial: bool) -> R
 @cache
 def compiled_int8(architecture: str, tile: Int8Tile) -> tuple[Resources, Resources]:
     """What the two kernels of the int8 path use: unpacking, and the product compiled for a tile."""
-    from morphoquant_vllm.gpu.tools import aot_compile as ahead
+    from morphoquant_vllm.gpu.tools import aot_int8 as ahead
     from morphoquant_vllm.gpu.tools.binary_resources import resources
 
     return resources(ahead.build_unpack(architecture)), resources(ahead.build_int8_gemm(architecture, tile))

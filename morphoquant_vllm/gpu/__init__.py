@@ -27,6 +27,7 @@ Notation
     adding_launch    the product over a split K that adds its parts itself; no shipped tile has it
     norm_launch      the kernel that norms before it quantizes: its launch, and the layer behind it
     bound_norm       that kernel bound, for a bound layer
+    head             the 8-bit lm_head: its launch and its check
 
 Importing this package imports none of its modules.
 """

@@ -110,9 +110,14 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
             logger.warning_once("MorphoQuant: lm_head stays in 16 bit: %s", reason)
             super().process_weights_after_loading(layer)
             return
-        codes, scale = quantize_rows(weight, zero_bytes(weight.numel()).view(torch.int8).view(weight.shape))
+        on_cpu = weight.device.type == "cpu"
+        place = zero_bytes(weight.numel()).view(torch.int8).view(weight.shape) if on_cpu else None
+        codes, scale = quantize_rows(weight, place)
         if not bool(scale.isfinite().all()):
             raise MorphoQuantError("lm_head.weight: holds NaN or infinite values; the file is damaged")
+        head = _head_on(weight.device)
+        assert head is not None, "a device without a head is refused above"
+        head.check(codes, scale, weight.dtype)
         layer.register_buffer("head_codes", codes, persistent=False)
         layer.register_buffer("head_scale", scale, persistent=False)
         self.eight_bit = True
@@ -128,7 +133,7 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
     def _refused(self, weight: Tensor) -> str | None:
         head = _head_on(weight.device)
         if head is None:
-            return "the 8-bit head needs the CPU kernels"
+            return "neither the CPU kernels nor the GPU kernels run here"
         if reason := head.eight_bit_refusal(weight):
             return reason
         if self.head_dtype not in (None, weight.dtype):

@@ -10,5 +10,6 @@ int8_gemm       codes x int8 weights
 fused_int8      the same of packed weights, unpacked while products run; in Gluon
 epilogue        from sums to outputs
 reduce_splits   adds the partial sums of a split K
+eight_bit_head  lm_head: 16-bit activations x 8-bit weights
 pdl             programmatic dependent launch: a kernel starts while the one before ends
 """

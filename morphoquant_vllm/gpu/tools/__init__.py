@@ -2,7 +2,9 @@
 
 autotune          measures tiles on the GPU at hand and writes a tile table
 autotune_int8     the part of it that measures the int8 path
-aot_compile       compiles the kernels for a GPU that is not at hand
+targets           the GPUs that kernels are compiled for without one at hand
+aot_compile       compiles quantizers and products for them
+aot_int8          compiles the int8 path and the 8-bit head for them
 binary_resources  registers, shared memory and instructions of a compiled kernel
 binary_checks     conditions that a compiled kernel meets before it is shipped
 occupancy         programs of a kernel that one multiprocessor holds at a time

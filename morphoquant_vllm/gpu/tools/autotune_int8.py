@@ -41,7 +41,7 @@ def compiled(job: tuple[Int8Tile, str]) -> list[Int8Tile]:
     """
     from morphoquant_vllm.gpu import selfcheck
     from morphoquant_vllm.gpu.tools import (
-        aot_compile as ahead,
+        aot_int8 as ahead,
     )
     from morphoquant_vllm.gpu.tools import (
         binary_checks as proof,

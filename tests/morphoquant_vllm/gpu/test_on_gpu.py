@@ -10,6 +10,7 @@ import torch
 
 from morphoquant_vllm import backends, ops
 from morphoquant_vllm.numerics import activation as activation_numerics
+from morphoquant_vllm.numerics import head as head_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
@@ -114,3 +115,17 @@ def test_no_call_synchronises_with_the_host_or_compiles(in_order: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert compiled() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 16, 17, 300])
+def test_logits_of_the_8_bit_head_lie_within_the_bound(count: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(count)
+    codes, scale = head_numerics.quantize_rows(torch.randn((1000, 1536), generator=generator).to(dtype))
+    x = torch.randn((count, 1536), generator=generator).to(dtype)
+    backend = backends.BACKENDS["triton"].head
+    backend.check(codes.cuda(), scale.cuda(), dtype)
+    y = ops.head(x.cuda(), codes.cuda(), scale.cuda()).cpu()
+    expected = head_numerics.head(x, codes, scale)
+    bound = head_numerics.output_bound(x, codes, scale, expected)
+    assert bool(((y.double() - expected.double()).abs() <= bound).all())

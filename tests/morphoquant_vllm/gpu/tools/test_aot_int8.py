@@ -8,7 +8,7 @@ import pytest
 
 from morphoquant_vllm.gpu import tiles
 
-ahead = pytest.importorskip("morphoquant_vllm.gpu.tools.aot_compile", reason="needs triton")
+ahead = pytest.importorskip("morphoquant_vllm.gpu.tools.aot_int8", reason="needs triton")
 proof = pytest.importorskip("morphoquant_vllm.gpu.tools.binary_checks", reason="needs triton")
 resources = pytest.importorskip("morphoquant_vllm.gpu.tools.binary_resources", reason="needs triton")
 
