@@ -14,6 +14,7 @@ from benchmarks.models.tiny_omni.processor import write_tokenizer
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, stored_name
+from morphoquant_vllm.format.seal import sealed
 from tests.checkpoints import edit_tensors, random_group
 from tests.tiny_models import DECODER, write_model
 
@@ -100,8 +101,10 @@ def _quantize(directory: Path, placeholders: dict[str, tuple[int, ...]]) -> None
         for name, tensors in zip(names, groups, strict=True):
             changes[f"{name}.weight"] = None
             changes |= {stored_name(name, tensor): value for tensor, value in tensors.items()}
+    config = read_json(directory / CONFIG_FILE)
+    (directory / CONFIG_FILE).write_text(json.dumps({**config, "quantization_config": spec.to_dict()}))
     edit_tensors(file, changes)
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), file.name)}
     (directory / INDEX_FILE).write_text(json.dumps(index))
-    config = read_json(directory / CONFIG_FILE)
-    (directory / CONFIG_FILE).write_text(json.dumps({**config, "quantization_config": spec.to_dict()}))
+    config["quantization_config"] = sealed(directory, config, spec).to_dict()
+    (directory / CONFIG_FILE).write_text(json.dumps(config))
