@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 # Two processes share the tests. More need more memory: each may start an engine.
 WORKERS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test fuzz test-full test-cuda-wheels lint
+.PHONY: setup demo test gpu gpu-full fuzz test-full test-cuda-wheels lint
 
 setup:
 	@PYTHON=$(PYTHON) VENV=$(VENV) $(PYTHON) scripts/setup_env.py
@@ -19,6 +19,14 @@ test: setup
 
 test-full: setup
 	$(PYTEST) $(WORKERS)
+
+# On a machine with a GPU, in an environment that has vLLM's CUDA build and this project: nothing is installed.
+GPU_PYTHON ?= $(PYTHON)
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+gpu-full:
+	$(GPU_PYTHON) -m benchmarks.gpu --full
 
 # 10,000 damaged checkpoints, each refused in one line or shown harmless; `make test` tries a sample.
 fuzz: setup

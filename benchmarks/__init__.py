@@ -5,6 +5,7 @@ calibrate       calibration at real size: time and memory by block, and one answ
 cpu_linear      the CPU kernels against vLLM's linears on a CPU
 decisions       costs and gains of the format's decisions, on single layers
 demo            `make demo`: a real model, calibrated, served and asked
+gpu             `make gpu`: tests, linears and engines on the GPU at hand
 gpu_cost_model  estimates of the GPU kernels' times, without a GPU
 gpu_host        what a call of a GPU layer costs the host, without a GPU
 gpu_linear      linear layers timed on the GPU at hand

@@ -120,6 +120,11 @@ def run(job: dict[str, Any]) -> None:
         _watch_towers(model, result["towers"])
     sampling = SamplingParams(max_tokens=job.get("max_tokens", 8), temperature=0, logprobs=1, prompt_logprobs=0)
     outputs = llm.generate([_prompt(prompt) for prompt in job["prompts"]], sampling, use_tqdm=False)
+    if "sleep" in job:
+        llm.sleep(job["sleep"])
+        llm.wake_up()
+        again = llm.generate([_prompt(prompt) for prompt in job["prompts"]], sampling, use_tqdm=False)
+        result["after_sleep"] = [list(output.outputs[0].token_ids) for output in again]
     if stop is not None:
         stop()
     result["requests"] = [

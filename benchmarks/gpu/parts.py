@@ -1,0 +1,63 @@
+"""The parts of the evidence: the command of each, its time limit, and what it leaves behind. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LINEAR_METHODS = ("bf16", "morphoquant", "morphoquant-two-level", "marlin-w4a16", "marlin-w4a8")
+ENGINE_METHODS = ("bf16", "morphoquant-g32-two-level")
+ALL_ENGINE_METHODS = (*ENGINE_METHODS, "morphoquant-g32", "gptq", "w8a8")
+MODEL = "Qwen2.5-7B"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process. In `command`, {work} is a folder of the part's own and {python} the interpreter."""
+
+    name: str
+    about: str
+    command: tuple[str, ...]
+    # Seconds after which it is stopped.
+    limit: int
+    # Whether `make gpu` runs it; `make gpu-full` runs all.
+    quick: bool
+    # Whether it needs vLLM's CUDA build.
+    vllm: bool
+    # Its result below {work}: JSON of a benchmark, or pytest's JUnit file.
+    result: str
+
+
+def _tests(name: str, about: str, folder: str, limit: int, vllm: bool) -> Part:
+    command = ("{python}", "-m", "pytest", "-q", "-m", "gpu", folder, "--junitxml={work}/tests.xml")
+    return Part(name, about, command, limit, True, vllm, "tests.xml")
+
+
+def _linears(name: str, about: str, limit: int, quick: bool, *arguments: str) -> Part:
+    command = ("{python}", "-m", "benchmarks.gpu_linear", "--results", "{work}", *arguments)
+    return Part(name, about, command, limit, quick, False, "*-G*.json")
+
+
+def _engines(name: str, about: str, limit: int, quick: bool, methods: tuple[str, ...], *arguments: str) -> Part:
+    settings = ("--models", MODEL, "--no-throughput", "--results", "{work}", "--name", "serve")
+    command = ("{python}", "-m", "benchmarks.serve", *settings, *arguments, "--methods", *methods)
+    return Part(name, about, command, limit, quick, True, "serve.json")
+
+
+_FEW = ("--layers", "gate_up", "down", "--tokens", "1", "16", "256", "2048", "--methods", *LINEAR_METHODS)
+PARTS = (
+    _tests("kernels", "kernels beside the torch reference", "tests/morphoquant_vllm/gpu", 180, False),
+    _linears("linears", "linears beside bf16 and Marlin", 120, True, *_FEW),
+    _tests("engine", "tiny engines: layers, graphs, rows, sleep, ranks", "tests/engine", 300, True),
+    _engines("serve", "a 7B engine, bf16 and ours", 300, True, ENGINE_METHODS, "--rounds", "1", "--prompts", "4"),
+    _linears("linears-g32", "all linears and peers at G = 32", 600, False),
+    _linears("linears-g128", "all linears and peers at G = 128", 600, False, "--group-size", "128"),
+    _engines("serve-peers", "a 7B engine beside all peers", 1800, False, ALL_ENGINE_METHODS, "--rounds", "2"),
+)
+NAMES = tuple(part.name for part in PARTS)
+
+
+def chosen(names: list[str], full: bool) -> list[Part]:
+    """The parts to run: those that are named, else the quick ones, or all."""
+    if names:
+        return [part for part in PARTS if part.name in names]
+    return [part for part in PARTS if full or part.quick]
