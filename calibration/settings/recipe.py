@@ -154,7 +154,7 @@ class Recipe(BaseModel):
         description="1: every modality present has the same weight; 0: every token has the same weight. "
         "A modality's share of a weighted mean is proportional to (its number of tokens) ** (1 - balance).",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the choice of sampled tokens.")
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of drawn tokens.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Dtype in which the model runs: float32, bfloat16 or float16."
     )
