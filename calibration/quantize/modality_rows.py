@@ -1,7 +1,7 @@
 """A separate row for a modality: its centre and gain, if held-out tokens show that it lowers the error. Pure.
 
-All rows of a layer share the steps, since the weights absorb them. A modality can have a separate centre (the place of
-its grid), gain (how coarse the grid is as a whole), and bias (which corrects the mean error).
+All rows of a layer share the steps, since the weights absorb them. A modality can have a separate centre, gain and
+bias: the place of its grid, the width of all its steps, and the correction of its mean error.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def choose_row(
     """The row of one modality, from its ordinary drawn tokens.
 
     minimum, maximum [K]: of every token that the row serves. grid, mask [K]: of the row `any`. The modality keeps that
-    row unless a separate one lowers the error of the outputs x @ matrix.T on held-out tokens x by the fraction
-    `margin`. At most `budget` of the separate row's codes may escape on the tokens of the search.
+    row unless a separate one lowers the error of outputs by the fraction `margin`. The error is that of x @ matrix.T on
+    held-out tokens x. At most `budget` of the separate row's codes may escape on the tokens of the search.
     """
     if tokens.count < MIN_TOKENS:
         reason = f"{tokens.count} ordinary tokens, fewer than {MIN_TOKENS}"

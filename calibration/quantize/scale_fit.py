@@ -1,7 +1,7 @@
 """Least squares of scales for fixed codes: free scales, or levels and a scale of the output channel. Pure.
 
-The loss of an output channel is quadratic in the scales s of its groups: s^T A s - 2 r^T s, with A [K/G, K/G] the
-products of the groups' codes under the Hessian and r [K/G] those of codes and target.
+The loss of an output channel is quadratic in the scales s of its groups: s^T A s - 2 r^T s. A [K/G, K/G] are the
+products of the groups' codes under the Hessian. r [K/G] are those of codes and target.
 """
 
 from __future__ import annotations

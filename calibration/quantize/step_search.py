@@ -84,8 +84,8 @@ def choose(found: Losses, budget: float) -> Tensor:
     """The candidate of each channel, int64 [K]: least error with at most `budget` of any modality's codes escaping.
 
     A Lagrangian search: it bisects for the smallest price per escape, the same for the whole layer, that keeps the
-    budget. So escapes go to the channels where they help most. With several modalities each has a price; in PRICE_TURNS
-    turns the price of modalities within the budget is lowered.
+    budget. So escapes go to the channels where they help most. With several modalities each has a price; PRICE_TURNS
+    turns lower the prices of modalities whose codes escape less often than the others'.
     """
     price = torch.ones(found.escape.shape[0], device=found.error.device)
     best = chosen = _cheapest(found, torch.tensordot(price, found.escape, 1), budget)
