@@ -266,7 +266,7 @@ def write_table(name: str, found: list[Tile], int8: Int8Tile, output: Path) -> N
 def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -> None:
     """Measure on the GPU at hand; all other architectures of the table stay as they are."""
     if not torch.cuda.is_available():
-        raise MorphoQuantError("no GPU is at hand: tiles can only be measured on one")
+        raise MorphoQuantError("this machine has no GPU; tiles can only be measured on one")
     if not output.absolute().parent.is_dir():
         raise MorphoQuantError(f"{output}: the directory does not exist; make it first")
     device = torch.device("cuda", torch.cuda.current_device())
