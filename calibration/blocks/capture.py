@@ -81,8 +81,8 @@ def _check_token_ids(samples: Sequence[Sample], rows: int) -> None:
         largest = int(sample.inputs["input_ids"].max())
         if largest >= rows:
             raise MorphoQuantError(
-                f"{sample.source}: token id {largest}, but the model's embedding has {rows} rows; "
-                "the tokenizer belongs to another model: copy this model's own into its directory"
+                f"{sample.source}: token id {largest}, but the model's embedding has {rows} tokens; "
+                "the tokenizer belongs to another model: copy the tokenizer of this model into its directory"
             )
 
 

@@ -119,7 +119,10 @@ def run_observed(
     def observe(collector: SampleCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2)
         if x.shape[0] != rows.numel():
-            raise MorphoQuantError(f"{collector.name}: sees {x.shape[0]} tokens of a sample of {rows.numel()}")
+            raise MorphoQuantError(
+                f"{collector.name}: its input has {x.shape[0]} tokens of a calibration sample of {rows.numel()}; "
+                "this model cannot be calibrated"
+            )
         collector.add(x, rows, positions)
         if stop:
             raise InputReached

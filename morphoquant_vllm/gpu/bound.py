@@ -216,7 +216,7 @@ def _say_that_two_level_is_faster() -> None:
 @cache
 def _say_that_the_jit_serves() -> None:
     logger.warning(
-        "Triton %s does not launch compiled kernels as this release knows it: its slower launch serves. "
+        "Triton %s launches compiled kernels in a way that this release does not know, so its slower launch serves. "
         "Outside CUDA graphs the GPU then waits for the CPU.",
         triton.__version__,
     )

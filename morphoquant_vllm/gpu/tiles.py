@@ -65,12 +65,12 @@ class Tile:
         """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
         _check_sizes(self, BLOCK_SIZES, where)
         if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
-            raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
+            raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; fix the tile table")
         if self.joined and not self.two_level and UNJOINABLE in self.group_sizes:
-            raise MorphoQuantError(f"{where}: operands of groups of {UNJOINABLE} cannot be joined; mend the tile table")
+            raise MorphoQuantError(f"{where}: operands of groups of {UNJOINABLE} cannot be joined; fix the tile table")
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
             if getattr(self, name) < 1:
-                raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+                raise MorphoQuantError(f"{where}: {name} must be at least 1; fix the tile table")
         if self.adds_splits and self.block_m > ADDING_BLOCK_M:
             raise MorphoQuantError(
                 f"{where}: adds_splits needs block_m of {ADDING_BLOCK_M} or less, not {self.block_m}; "
@@ -102,12 +102,12 @@ class Int8Tile:
         for name in ("stages", "programs_per_unit", "min_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+                raise MorphoQuantError(f"{where}: {name} must be at least 1; fix the tile table")
         sizes = (self.block_n, self.block_k, self.warps)
         if self.fused and (sizes != FUSED or self.block_m < FUSED_BLOCK_M or self.stages < 3 or self.descriptors):
             raise MorphoQuantError(
                 f"{where}: a fused tile has block_n, block_k and warps {list(FUSED)}, block_m from {FUSED_BLOCK_M} on, "
-                "3 stages or more and no descriptors; mend the tile table"
+                "3 stages or more and no descriptors; fix the tile table"
             )
 
 
@@ -115,7 +115,7 @@ def _check_sizes(tile: Tile | Int8Tile, allowed: Mapping[str, tuple[int, ...]], 
     for name, sizes in {**allowed, "warps": WARPS}.items():
         size = getattr(tile, name)
         if size not in sizes:
-            raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; mend the tile table")
+            raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; fix the tile table")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Architecture:
         raise MorphoQuantError(
             f"{self.name}: the tile table has no entry for {tokens} tokens at group_size {group_size}"
             f"{' with two-level scales' * two_level}; "
-            f"unset {environment.TILES} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+            f"unset {environment.TILES} or make a new table with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
 
     def tiles_of(self, group_size: int, two_level: bool) -> list[Tile]:
@@ -162,7 +162,7 @@ class Architecture:
         raise MorphoQuantError(
             f"{self.name}: the tile table has no entry for any number of tokens at group_size {group_size}"
             f"{' with two-level scales' * two_level}; "
-            f"unset {environment.TILES} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+            f"unset {environment.TILES} or make a new table with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
 
 
@@ -185,7 +185,7 @@ def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
     if table.get("version") != TABLE_VERSION:
         raise MorphoQuantError(
             f"{source}: tile table version {table.get('version')!r} is unknown, this release reads {TABLE_VERSION}; "
-            "write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+            "make a new table with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
     architectures = {}
     try:
