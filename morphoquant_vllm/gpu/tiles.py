@@ -1,4 +1,4 @@
-"""Which tile sizes serve which GPU architecture and shape: data, read from tiles.json. Neither torch nor Triton.
+"""Tile sizes by GPU architecture and shape, read from tiles.json. Needs neither torch nor Triton.
 
 The user may name another file of the same form, as `autotune` writes it (environment.TILES).
 """
@@ -18,14 +18,14 @@ from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
 TABLE_VERSION = 4
-# The group size of which a tile along K holds two groups, each with a scale of its own.
+# At this group size a tile along K holds two groups, each with a separate scale.
 UNJOINABLE = 32
-# Output channels of a program lie in one tile of packed weights, of 128.
+# The output channels of a program lie in one tile of packed weights, which has 128.
 BLOCK_SIZES = {"block_n": (16, 32, 64, 128), "block_m": (8, 16, 32, 64, 128, 256)}
-# Of the int8 path: they divide the workspace's sizes.
+# Sizes of the int8 path; they divide the workspace's sizes.
 INT8_BLOCK_SIZES = {"block_n": (32, 64, 128), "block_m": (16, 32, 64, 128, 256), "block_k": (32, 64, 128)}
 WARPS = (1, 2, 4, 8, 16)
-# block_n, block_k and warps that the fused kernel is written for, and its least block_m.
+# block_n, block_k and warps of the fused kernel, and its least block_m.
 FUSED = (128, 128, 8)
 FUSED_BLOCK_M = 128
 # Most tokens of a tile whose programs may add the parts of K: with 128, registers leave room for fewer programs.
@@ -51,7 +51,7 @@ class Tile:
     joined: bool
     # Programs that must fit one multiprocessor at a time; registers and shared memory are asserted to allow it.
     programs_per_unit: int
-    # Into how many parts K may be split where there are fewer programs than that; 1 never splits.
+    # The most parts into which K may be split if there are fewer programs than that; 1 never splits.
     max_splits: int
     # Whether the last program of a tile adds the parts, instead of a second launch; NVIDIA only.
     adds_splits: bool
@@ -62,7 +62,7 @@ class Tile:
         return group_size in self.group_sizes and self.two_level == two_level
 
     def check(self, where: str) -> None:
-        """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
+        """Raise MorphoQuantError if a value is not a tile size that the kernel takes."""
         _check_sizes(self, BLOCK_SIZES, where)
         if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
             raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; fix the tile table")
@@ -97,7 +97,7 @@ class Int8Tile:
     reason: str
 
     def check(self, where: str) -> None:
-        """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
+        """Raise MorphoQuantError if a value is not a tile size that the kernel takes."""
         _check_sizes(self, INT8_BLOCK_SIZES, where)
         for name in ("stages", "programs_per_unit", "min_tokens"):
             value = getattr(self, name)
@@ -120,7 +120,7 @@ def _check_sizes(tile: Tile | Int8Tile, allowed: Mapping[str, tuple[int, ...]], 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One GPU architecture: what its devices are called, the limits that its tiles are checked against, its tiles."""
+    """One GPU architecture: the names of its devices, the limits of its tiles, and the tiles."""
 
     name: str
     vendor: str  # "nvidia" or "amd"
@@ -181,7 +181,7 @@ def splits_of(tile: Tile, tokens: int, out_features: int, steps: int, units: int
 
 
 def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
-    """The architectures of a table read from `source`, by name; raises MorphoQuantError where it is malformed."""
+    """The architectures of a table read from `source`, by name; raises MorphoQuantError if it is malformed."""
     if table.get("version") != TABLE_VERSION:
         raise MorphoQuantError(
             f"{source}: tile table version {table.get('version')!r} is unknown, this release reads {TABLE_VERSION}; "
@@ -212,7 +212,7 @@ def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
 
 
 def _typed(entry: Mapping[str, Any], tile: type[Tile | Int8Tile], types: Mapping[str, type], optional: str) -> None:
-    """Raise KeyError or TypeError where a field is missing or of a wrong type; `types` are those beside int."""
+    """Raise KeyError or TypeError if a field is missing or of a wrong type; `types` are those other than int."""
     for field in fields(tile):
         value, wanted = entry[field.name], types.get(field.name, int)
         if not isinstance(value, wanted) and not (field.name == optional and value is None):
@@ -248,5 +248,5 @@ def architectures() -> dict[str, Architecture]:
 
 
 def architecture_of(device_name: str) -> Architecture | None:
-    """The architecture that serves a compute capability ("8.9") or an AMD target ("gfx942"); None where none does."""
+    """The architecture that serves a compute capability ("8.9") or an AMD target ("gfx942"); None if none does."""
     return next((item for item in architectures().values() if device_name in item.devices), None)
