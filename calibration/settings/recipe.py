@@ -96,8 +96,8 @@ class Recipe(BaseModel):
         default=MAX_LEVEL,
         ge=0,
         le=MAX_LEVEL,
-        description="Two-level scales: a group's scale is a whole number, 1 to this "
-        f"(at most {MAX_LEVEL}), times a scale of its output channel. 0: every group has a free scale.",
+        description="Two-level scales: a group's scale is an integer from 1 to this "
+        f"(at most {MAX_LEVEL}), times the scale of its output channel. 0: every group has a free scale.",
     )
     tau: float = Field(
         default=2.0,

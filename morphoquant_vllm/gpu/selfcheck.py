@@ -1,4 +1,4 @@
-"""Self-check: compares each kernel with the torch reference on the GPU at hand, once in a process.
+"""Self-check: compares each kernel with the torch reference on this machine's GPU, once in a process.
 
 It runs while the first layer is loaded. Tests in the interpreter and of binaries cannot replace a run on the GPU:
 another release of Triton compiles another binary. If a kernel gives a wrong result, its layer is refused. The check
