@@ -71,16 +71,16 @@ class Recipe(BaseModel):
         description="Fraction of a modality's codes in a layer that may leave the 4-bit range; 0: none may.",
     )
     massive_row: bool = Field(
-        default=True, description="Whether massive tokens (usually the first of a sequence) get their own row."
+        default=True, description="Whether massive tokens (usually the first of a sequence) get a separate row."
     )
     modality_rows: bool = Field(
-        default=True, description="Budget grid: whether a modality gets its own row if that lowers its error enough."
+        default=True, description="Budget grid: whether a modality gets a separate row if that lowers its error enough."
     )
     row_margin: float = Field(
         default=0.02,
         ge=0,
         lt=1,
-        description="Relative reduction of a modality's output error on held-back tokens that its own row must reach.",
+        description="Relative reduction of a modality's error on held-out tokens that a separate row must reach.",
     )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."

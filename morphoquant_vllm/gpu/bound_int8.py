@@ -16,7 +16,7 @@ from morphoquant_vllm.gpu.workspace import Workspace
 
 
 class BoundInt8:
-    """y [M, N] in `dtype` of codes and rows; with the layer's own `bias`, or without any."""
+    """y [M, N] in `dtype` of codes and rows; with the layer's `bias`, or without any."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from morphoquant_vllm.gpu.product_launch import REDUCE_BLOCK_N, Product, program
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer, aligned
 from morphoquant_vllm.gpu.tiles import Tile, splits_of
 
-# Triton passes how far tokens lie apart in 32 bits.
+# Triton passes the distance of tokens in 32 bits.
 MAX_STRIDE = 2**31 - 1
 
 
@@ -61,7 +61,7 @@ class BoundQuantizer:
 
 
 class BoundProduct:
-    """y [M, N] in `dtype` of codes and rows, by one tile; with the layer's own `bias`, or without any."""
+    """y [M, N] in `dtype` of codes and rows, by one tile; with the layer's `bias`, or without any."""
 
     def __init__(
         self,

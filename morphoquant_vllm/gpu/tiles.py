@@ -91,7 +91,7 @@ class Int8Tile:
     stages: int
     # Whether operands come through tensor descriptors, which compute capability 9.0 and later have.
     descriptors: bool
-    # Whether weights are unpacked in the product's own kernel, which needs no workspace; compute capability 9.0.
+    # Whether the product's kernel unpacks the weights, which needs no workspace; compute capability 9.0.
     fused: bool
     programs_per_unit: int
     reason: str
