@@ -29,8 +29,7 @@ class ModelSettings:
     """Sizes of the decoder and the towers, and the heavy channels.
 
     `heavy_rows` output channels of the vision merger are `heavy_factor` times as large as at initialisation and do not
-    learn. The same number of other channels of the audio projector are, too. So these channels are heavy in one modality
-    only.
+    learn. The same number of other channels of the audio projector are, too. So each of them is heavy in one modality.
     """
 
     hidden: int = 256
