@@ -1,4 +1,4 @@
-# make demo and make test do everything on a fresh machine with Python 3.11 and gcc, set-up included.
+# make demo and make test do everything on a fresh machine with Python 3.11 and g++, set-up included.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -8,7 +8,7 @@ demo            `make demo`: a real model, calibrated, served and asked
 gpu             `make gpu`: tests, linears and engines on the GPU at hand
 gpu_cost_model  estimates of the GPU kernels' times, without a GPU
 gpu_host        what a call of a GPU layer costs the host, without a GPU
-gpu_linear      linear layers timed on the GPU at hand
+gpu_linear      linear layers timed on this machine's GPU
 load_check      the cost of a checkpoint's checks when it is loaded
 omni_eval       published omni benchmarks, asked of any server
 paper           the paper's table with our rows: calibrates, serves, asks four benchmarks

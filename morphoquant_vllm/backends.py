@@ -49,7 +49,7 @@ class Head:
 
     # y [M, N] of x, codes and scale. Inputs as the ops take them; checked.
     eight_bit: Callable[[Tensor, Tensor, Tensor], Tensor]
-    # Why codes of a 16-bit weight [N, K] are not served, in words; None if they are.
+    # The reason why codes of a 16-bit weight [N, K] are not served; None if they are.
     eight_bit_refusal: Callable[[Tensor], str | None]
     # Compile for codes, scale and a dtype of activations. Raises MorphoQuantError if a kernel gives a wrong result.
     check: Callable[[Tensor, Tensor, torch.dtype], None] = _takes_any_head
@@ -70,16 +70,16 @@ class Backend:
     # Inputs as the ops take them, modality with M entries or more; checked.
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     linear: Linear
-    # Raise MorphoQuantError, with the layer's name, where canonical records or activations of a dtype are not served.
+    # Raise MorphoQuantError, with the layer's name, if canonical records or activations of a dtype are not served.
     check: Callable[[str, WeightRecord, ActivationRecord, torch.dtype], None] = _takes_any_layer
-    # Compile for prepared records, a bias and a dtype of activations whatever would else be compiled during a request.
+    # Compile everything for prepared records, a bias and a dtype of activations, so no request waits for a compiler.
     # None for a backend that has nothing to prepare for its calls.
     bind: Bind | None = None
-    # The layer with silu(gate) * up before it, where that costs the backend less than two steps do.
+    # The layer with silu(gate) * up before it, if that costs the backend less than two steps.
     silu_mul_linear: Linear | None = None
-    # lm_head, if the backend computes it; elsewhere vLLM's own does.
+    # lm_head, if the backend computes it; otherwise vLLM does.
     head: Head | None = None
-    # Instruction set that its kernels were compiled for; empty if it has none of its own.
+    # Instruction set of its compiled kernels; empty if it has none.
     instructions: Callable[[], str] = _has_no_instructions
 
 
@@ -152,7 +152,7 @@ BACKEND_OF_DEVICE = {"cuda": "triton"}
 
 
 def select_backend(device: torch.device) -> str:
-    """Key of the backend that serves layers on `device`: its kernels where they run, else the torch reference."""
+    """Key of the backend that serves layers on `device`: its kernels if they run, else the torch reference."""
     if device.type == "cpu" and cpu.available():
         return "cpu"
     return BACKEND_OF_DEVICE.get(device.type, "reference")

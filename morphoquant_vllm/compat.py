@@ -138,7 +138,7 @@ _QUANTIZER = "transformers.quantizers.base:HfQuantizer"
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
 
 _COMPILED = "triton.compiler.compiler:CompiledKernel"
-# In Triton 3.6 what follows `function` is part of args.
+# In Triton 3.6 the parameters after `function` are part of args.
 _LAUNCHER = (
     "(self, gridX, gridY, gridZ, stream, function, kernel_metadata, launch_metadata, launch_enter_hook, "
     "launch_exit_hook, *args)"
@@ -192,7 +192,7 @@ PRIVATE_PARTS: dict[str, str] = {
     # calibration/model/loading.py: a model without weights
     f"{_MODEL}._from_config": "(config, **kwargs)",
     f"{_MODEL}.all_tied_weights_keys": "attribute",
-    # gpu/launcher.py and gpu/int8_path.py: how Triton launches a compiled kernel, and what it reads of a descriptor
+    # gpu/launcher.py and gpu/int8_path.py: how Triton launches a compiled kernel, and the fields of a descriptor
     f"{_COMPILED}.run": "property",
     f"{_COMPILED}.function": "attribute",
     f"{_COMPILED}.packed_metadata": "attribute",

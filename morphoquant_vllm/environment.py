@@ -91,7 +91,7 @@ def tile_table() -> Path | None:
 
 
 def fusion() -> bool:
-    """Whether the graph passes that fuse quantizers with what is before them are wanted."""
+    """Whether the user wants the graph passes that fuse quantizers with the operations before them."""
     return FUSION.text() == "1"
 
 

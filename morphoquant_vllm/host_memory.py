@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Records of this many bytes or more get their own mapping. It is one large page of x86.
+# Records of this many bytes or more get a separate mapping. It is one large page of x86.
 LARGE = 2 << 20
 
 

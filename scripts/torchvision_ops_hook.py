@@ -1,8 +1,8 @@
-"""Declares torchvision's two detection operators where its compiled ones do not load.
+"""Declares torchvision's two detection operators if its compiled ones do not load.
 
 `scripts/setup_env.py` copies this file into an environment's site-packages and adds a `.pth` line that calls
-`install()`, so every process of that environment has it, the engine's children included. Only torchvision's
-transforms are used; the operators are declared, not implemented, and calling one still fails.
+`install()`. So every process of that environment has the hook, the engine's child processes too. Only torchvision's
+transforms are used. The operators are declared, not implemented, and a call of one still fails.
 """
 
 import sys
@@ -14,23 +14,23 @@ _SCHEMAS = (
 
 
 class TorchvisionFinder:
-    """An import hook that finds nothing: it declares the schemas once, just before torchvision is found."""
+    """An import hook that finds no module: it declares the schemas once, just before torchvision is imported."""
 
     def __init__(self) -> None:
         self.library: object = None
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Leave the search to Python's own finders, which is what returning None means."""
+        """Return None, which leaves the search to Python's finders."""
         if name == "torchvision" and self.library is None:
-            import torch  # here, not above: this module is loaded by every start of Python
+            import torch  # not at the top, since every start of Python loads this module
 
-            # The declarations are withdrawn when the Library object goes, so it is kept.
+            # The declarations end with the Library object, so it is kept.
             self.library = library = torch.library.Library("torchvision", "DEF")
             for schema in _SCHEMAS:
                 library.define(schema)
 
 
 def install() -> None:
-    """Put the hook before Python's own finders, once: Python reads a virtual environment's .pth lines twice."""
+    """Put the hook before Python's finders, once, since Python reads a virtual environment's .pth lines twice."""
     if not any(isinstance(finder, TorchvisionFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, TorchvisionFinder())

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.accuracy`: what 4 bits cost, on a real language model and on an omni model."""
+"""`python -m benchmarks.accuracy`: the accuracy of 4-bit methods, on a real language model and on an omni model."""

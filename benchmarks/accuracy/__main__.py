@@ -1,4 +1,4 @@
-"""python -m benchmarks.accuracy {language,omni,report}: run what is missing, then write JSON, tables and plots."""
+"""python -m benchmarks.accuracy {language,omni,report}: run missing methods, then write JSON, tables and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.server import exit_on_signals
 
-# Columns where there is no terminal that has any.
+# Width of the output, in characters, if it does not go to a terminal.
 LOG_WIDTH = 200
 
 
@@ -26,13 +26,13 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--results", type=Path, default=defaults.results, help="where JSON, tables and plots go")
+    shared.add_argument("--results", type=Path, default=defaults.results, help="directory of JSON, tables and plots")
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--methods", help="names, separated by commas; default: all")
     running.add_argument("--work", type=Path, default=defaults.work, help="models, checkpoints, raw results")
-    running.add_argument("--model", type=Path, help="Hugging Face directory to measure in place of the benchmark's own")
+    running.add_argument("--model", type=Path, help="Hugging Face directory of another model to measure")
     running.add_argument("--seed", type=int, default=defaults.seed)
-    running.add_argument("--dtype", default=defaults.dtype, choices=("float32", "bfloat16", "float16"), help="of vLLM")
+    running.add_argument("--dtype", default=defaults.dtype, choices=("float32", "bfloat16", "float16"), help="in vLLM")
     running.add_argument("--window-tokens", type=int, default=defaults.window_tokens)
     language = commands.add_parser("language", parents=[shared, running], help="perplexity on several texts")
     language.add_argument("--texts", help="names, separated by commas; default: all")
@@ -43,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     omni.add_argument(
         "--omni-work", type=Path, default=defaults.omni_work, help="work directory of benchmarks.models.tiny_omni"
     )
-    omni.add_argument("--questions", type=int, default=defaults.questions, help="per kind")
-    omni.add_argument("--batch-size", type=int, default=defaults.batch_size, help="of the simulated methods")
-    commands.add_parser("report", parents=[shared], help="tables and plots of the results that are there")
+    omni.add_argument("--questions", type=int, default=defaults.questions, help="questions per kind")
+    omni.add_argument("--batch-size", type=int, default=defaults.batch_size, help="batch of the simulated methods")
+    commands.add_parser("report", parents=[shared], help="tables and plots of the kept results")
     return top
 
 
@@ -54,7 +54,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _full_command(typed: list[str]) -> str:
-    """The line that makes all results at once: as typed, but without the choice of methods and texts."""
+    """The command that makes all results at once: as typed, but without the choice of methods and texts."""
     flags = ("--methods", "--texts")
     kept = [
         part
@@ -65,7 +65,7 @@ def _full_command(typed: list[str]) -> str:
 
 
 def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
-    """Run a benchmark's missing methods one after the other; the summary is written after each."""
+    """Run a benchmark's missing methods one after the other, and write the summary after each."""
     from transformers.utils import logging as transformers_logging
 
     from benchmarks.accuracy import job as jobs

@@ -1,4 +1,4 @@
-"""Results on disk, one JSON file each, named by a hash of everything they depend on."""
+"""Results on disk, one JSON file each. A hash of everything that a result depends on names its file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Cache:
         self.directory = directory
 
     def path(self, key: Key) -> Path:
-        """File of the result of `key`, there or not."""
+        """File of the result of `key`; it need not exist."""
         return self.directory / f"{digest(key)[:32]}.json"
 
     def load(self, key: Key) -> dict[str, Any] | None:
-        """The stored result, or None; MorphoQuantError where the file is damaged."""
+        """The stored result, or None; MorphoQuantError if the file is damaged."""
         path = self.path(key)
         if not path.is_file():
             return None
@@ -38,5 +38,5 @@ class Cache:
         return result
 
     def store(self, key: Key, result: Mapping[str, Any]) -> None:
-        """Write the result whole or not at all."""
+        """Write the result atomically."""
         write_atomically(self.path(key), json.dumps({"key": key, "result": result}, indent=1) + "\n")

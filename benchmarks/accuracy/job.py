@@ -1,4 +1,4 @@
-"""What every benchmark here does: run methods that are missing from the cache, and read what is there."""
+"""The common work of the benchmarks here: run methods that are missing from the cache, and read cached results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIMULATION_CODE = [
 
 @dataclass(frozen=True)
 class Job:
-    """A model, the data that calibrates every method, and what each is evaluated on."""
+    """A model, the calibration data of every method, and the evaluation sets."""
 
     benchmark: str
     settings: Settings
@@ -38,7 +38,7 @@ class Job:
     max_samples: int
     # Hash of each evaluation set (a text, all questions), by name.
     evaluations: Mapping[str, str]
-    # What the served worker is told of an evaluation set, JSON.
+    # Description of an evaluation set for the served worker, JSON.
     described: Callable[[str], dict[str, Any]]
     # The result of a simulated model on an evaluation set.
     evaluate: Callable[[Any, str], dict[str, Any]]
@@ -49,7 +49,7 @@ class Job:
 
 
 def model_of(job: Job, method: Served) -> Path:
-    """Directory that vLLM serves for a method; a checkpoint may still have to be made."""
+    """Directory that vLLM serves for a method; a checkpoint may not exist yet."""
     if not method.quantized:
         return job.model
     recipe = served.recipe_of(job.settings, method, job.max_samples)
@@ -63,7 +63,7 @@ def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
         "benchmark": job.benchmark,
         "evaluator": EVALUATOR_VERSION,
         "kind": type(method).__name__,
-        # Its settings, not its name: a renamed method keeps its results.
+        # The settings identify the method, so a renamed one keeps its results.
         "method": asdict(method),
         "evaluation": job.evaluations[evaluation],
         "seed": settings.seed,
@@ -88,7 +88,7 @@ def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
 
 
 def results(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(method, evaluation set, result) of whatever the cache holds under the present settings."""
+    """(method, evaluation set, result) of every result in the cache with the present settings."""
     for name in METHODS:
         for evaluation in job.evaluations:
             result = load(job, name, evaluation)
@@ -140,7 +140,7 @@ def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
 
 
 def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
-    """What calibration itself reported of a served checkpoint: settings, data and escape rate there."""
+    """The calibration's report of a served checkpoint: settings, data and escape rate."""
     method = METHODS[name]
     if not isinstance(method, Served) or not method.quantized:
         return None
@@ -153,10 +153,10 @@ def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
 
 
 def modality_rows(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By modality: inputs of linears, those with a row of its own, and what such a row made of the output's error.
+    """By modality: the number of linear inputs, of those with a separate row, and the factor of their error.
 
-    `layers` of a calibration report; linears that share an input count once. "error_ratio": geometric mean, over the
-    inputs with a row of its own, of the error on held-back tokens with it over that without.
+    `layers` are those of a calibration report; linears that share an input count once. "error_ratio" is a geometric
+    mean over the inputs with a separate row: the error on held-out tokens with that row over the error without it.
     """
     inputs = {json.dumps([layer["escape_rate"], layer.get("modality_rows")]): layer for layer in layers.values()}
     choices: dict[str, list[Mapping[str, Any]]] = {}

@@ -17,7 +17,7 @@ from benchmarks.models import smollm2
 
 
 def prepare(settings: Settings) -> Job:
-    """Write model and calibration texts where they are missing, and cut the evaluation texts."""
+    """Write the model and the calibration texts unless they exist, and cut the evaluation texts."""
     from transformers import AutoTokenizer
 
     settings.work.mkdir(parents=True, exist_ok=True)
@@ -51,5 +51,5 @@ def window_losses(model: nn.Module, windows: Sequence[Sequence[int]]) -> list[fl
 
 
 def outcome(losses: list[float], windows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The result that is stored: losses of windows, and how many tokens they were summed over."""
+    """The stored result: losses of windows, and the number of their tokens."""
     return {"losses": losses, "tokens": sum(len(ids) - 1 for ids in windows)}

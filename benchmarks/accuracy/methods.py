@@ -1,4 +1,4 @@
-"""Every method the benchmark knows, in one dict. Names say weights and activations."""
+"""Every method of the benchmark, in one dict. A name stands for weights and activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 @dataclass(frozen=True)
 class Simulated:
-    """Computed in float32 on the transformers model: rounding is simulated."""
+    """A method whose rounding is simulated in float32 on the transformers model."""
 
     # none, rtn, gptq or nf4
     weights: str = "none"
@@ -20,7 +20,7 @@ class Simulated:
     # none, static-tensor, token, token-group or oracle
     activations: str = "none"
     activation_group: int = 64
-    # Part of a token's largest magnitude that is represented.
+    # Fraction of a token's largest magnitude that the codes can represent.
     clip: float = 1.0
     # none, hadamard (every linear's input), smooth (inputs that follow a norm) or smooth-all (every linear's input)
     transform: str = "none"
@@ -34,7 +34,7 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Served:
-    """Measured through vLLM: the checkpoint of `morphoquant calibrate`, or the 16-bit model itself."""
+    """A method that vLLM serves: the checkpoint of `morphoquant calibrate`, or the 16-bit model."""
 
     quantized: bool = True
     # Overrides of the calibration recipe's defaults.
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     "oracle-nf4": Simulated("nf4", activations="oracle"),
     "served-16bit": Served(quantized=False),
     "served": Served(),
-    # Ablations: what each part of the calibration buys.
+    # Ablations: each leaves out or changes one component of the calibration.
     "served-no-mask": Served(recipe={"escape_budget": 0.0}),
     "served-budget-0.5": Served(recipe={"escape_budget": 0.005}),
     "served-budget-1": Served(recipe={"escape_budget": 0.01}),
@@ -73,7 +73,7 @@ METHODS: dict[str, Method] = {
     "served-no-mask-no-modality-rows": Served(recipe={"escape_budget": 0.0, "modality_rows": False}),
     "served-no-regression": Served(recipe={"regression": False}),
     "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),
-    # The reference's mask and range search in the place of the budgeted one, and its mask without its search.
+    # The reference's mask and range search instead of the budgeted one, and its mask without its search.
     "served-reference-grid": Served(recipe={"grid": "reference"}),
     "served-no-search": Served(recipe={"grid": "reference", "lower": 0.999}),
     "served-g64": Served(recipe={"group_size": 64}),
@@ -81,17 +81,17 @@ METHODS: dict[str, Method] = {
 }
 
 
-# With one modality there are no rows of modalities.
+# A model of one modality has no modality-specific rows.
 OMNI_ONLY = ("served-no-modality-rows", "served-budget-0.5-no-modality-rows", "served-no-mask-no-modality-rows")
 
 
 def known_methods(benchmark: str) -> list[str]:
-    """Names of the methods that a benchmark has."""
+    """Names of a benchmark's methods."""
     return [name for name in METHODS if benchmark == "omni" or name not in OMNI_ONLY]
 
 
 def choose(kind: str, wanted: Iterable[str] | None, known: Iterable[str]) -> list[str]:
-    """The wanted names, or all known ones for None; MorphoQuantError naming the known for one that is not."""
+    """The wanted names, or all known ones for None; an unknown one raises MorphoQuantError with the known ones."""
     known = list(known)
     chosen = known if wanted is None else list(dict.fromkeys(wanted))
     for name in chosen:

@@ -12,14 +12,14 @@ from benchmarks.accuracy.job import Job
 from benchmarks.accuracy.settings import Settings
 from benchmarks.common.files import digest
 
-# More than the calibration file has: all of its conversations are used.
+# More than the calibration file has, so all of its conversations are used.
 MAX_SAMPLES = 512
 # Name of the one evaluation set.
 QUESTIONS = "questions"
 
 
 def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
-    """Train the model unless that is done, telling `progress`, and make the questions."""
+    """Train the model unless it exists, with lines to `progress`, and make the questions."""
     from transformers import AutoProcessor
 
     from benchmarks.models.tiny_omni.data.questions import calibration_file, test_questions
@@ -58,7 +58,7 @@ def outcome(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, Any]:
 
 
 def questions_digest(questions: Sequence[Any]) -> str:
-    """Hash of questions, their media by content: the same wherever the files lie."""
+    """Hash of questions, with their media by content, so the place of the files does not matter."""
     return digest([[question.kind, _portable(question.messages), question.answer] for question in questions])
 
 

@@ -10,15 +10,15 @@ from benchmarks.accuracy.methods import choose
 from benchmarks.common.texts import CALIBRATION
 from morphoquant_vllm.errors import MorphoQuantError
 
-# Raise when scoring changes what a stored result would be: older results are then left alone and made again.
+# Raise this number if a change of scoring would change stored results. They are then made again.
 EVALUATOR_VERSION = 1
-# Windows per domain; together 32: as many tokens as calibration looks at by default.
+# Windows per domain; together 32, which are as many tokens as calibration draws by default.
 CALIBRATION_WINDOWS = {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a user can choose; what a result depends on goes into its cache key."""
+    """All choices of a user. Those that change a result are in its cache key."""
 
     work: Path = Path(".cache/accuracy")
     results: Path = Path("benchmarks/results/accuracy")
@@ -28,16 +28,16 @@ class Settings:
     windows: int = 8
     window_tokens: int = 512
     calibration: Mapping[str, int] = field(default_factory=lambda: dict(CALIBRATION_WINDOWS))
-    # In which vLLM serves. float32 by default: bfloat16 is much slower on CPUs that have no instructions for it.
+    # The dtype in which vLLM serves. bfloat16 is much slower than float32 on CPUs without instructions for it.
     dtype: str = "float32"
-    # Where benchmarks.models.tiny_omni keeps its model and media.
+    # Directory in which benchmarks.models.tiny_omni keeps its model and media.
     omni_work: Path = Path(".cache/omni")
     # Questions per kind and batch size of the omni benchmark.
     questions: int = 300
     batch_size: int = 64
 
     def check(self) -> None:
-        """Raise MorphoQuantError naming a setting that leaves nothing to measure."""
+        """Raise MorphoQuantError with the setting's name if nothing would be measured."""
         for name, least in (("windows", 1), ("window_tokens", 2), ("questions", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
@@ -45,7 +45,7 @@ class Settings:
 
 
 def parse_calibration(text: str) -> dict[str, int]:
-    """Windows per domain from "domain=12,domain=4"; MorphoQuantError naming what is wrong."""
+    """Windows per domain from "domain=12,domain=4"; MorphoQuantError with the faulty entry."""
     counts = {}
     for part in text.split(","):
         domain, _, number = part.partition("=")
@@ -54,5 +54,5 @@ def parse_calibration(text: str) -> dict[str, int]:
             raise MorphoQuantError(f"--calibration: '{part}' is not domain=windows, for example {domain}=12")
         counts[domain] = int(number)
     if not any(counts.values()):
-        raise MorphoQuantError("--calibration: no window is left to calibrate on")
+        raise MorphoQuantError("--calibration: all counts of windows are 0; give at least one window")
     return counts

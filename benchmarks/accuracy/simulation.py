@@ -20,7 +20,7 @@ from benchmarks.models import decoder
 Activation = Callable[[Tensor], Tensor]
 # Linears whose input comes from a norm, into which SmoothQuant folds its divisors at no cost.
 AFTER_NORM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-# In these the reference lets every channel bypass the grid.
+# In these linears the reference lets every channel bypass the grid.
 FULL_MASK = "down_proj"
 
 
@@ -34,7 +34,7 @@ def apply(
 ) -> dict[str, Oracle]:
     """Apply `method` to the decoder's linears; return the quantizers that count, by linear name.
 
-    Statistics come from the 16-bit model; with GPTQ each block sees the outputs of the quantized blocks before it.
+    Statistics come from the 16-bit model. With GPTQ each block gets the outputs of the quantized blocks before it.
     """
     if method == Simulated():
         return {}
@@ -57,7 +57,7 @@ def apply(
                 if activation is not None:
                     linears[name].register_forward_pre_hook(partial(_replace_input, activation))
                 if isinstance(activation, Oracle):
-                    # The linears that share an input compute the same; it counts once.
+                    # Linears that share an input compute the same codes, which count once.
                     activation = activation.quantize
         del groups
         if method.weights == "gptq":
@@ -66,7 +66,7 @@ def apply(
             entry.hidden = hidden
         on_block(index)
     for quantizer in counting.values():
-        # Calibration ran through it too.
+        # The calibration counted, too.
         quantizer.bypassed = quantizer.total = 0
     return counting
 
@@ -75,7 +75,7 @@ def apply(
 def fit(
     method: Simulated, inputs: Sequence[Tensor], weights: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Tensor], Activation | None]:
-    """Rounded weights [N, K] of the linears that share `inputs` ([M, K] each), and what replaces their input."""
+    """Rounded weights [N, K] of the linears that share `inputs` ([M, K] each), and the function of their input."""
     forward, matrices = _transform(method, inputs, weights, seed)
     seen = list(inputs) if forward is None else [forward(x) for x in inputs]
     hessian = hessian_of(seen) if method.weights == "gptq" else None
@@ -93,7 +93,7 @@ def fit(
 def _transform(
     method: Simulated, inputs: Sequence[Tensor], weights: Mapping[str, Tensor], seed: int
 ) -> tuple[Activation | None, dict[str, Tensor]]:
-    """What turns x, and the weights turned to match: their product stays."""
+    """The function that transforms x, and the weights transformed to match, so the product stays the same."""
     first = next(iter(weights.values()))
     if method.transform == "hadamard":
         matrix = rotation(first.shape[1], seed)

@@ -91,7 +91,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 def exit_on_signals() -> None:
-    """Make SIGTERM and SIGHUP end this process as exceptions do, so that `serve` stops its server."""
+    """Let SIGTERM and SIGHUP raise an exception in this process, so `serve` stops its server."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

@@ -55,7 +55,7 @@ def real_inputs(
 ) -> list[LinearInput]:
     """The shared inputs of the decoder blocks `indices` of a 16-bit model run on two sets of windows of token ids.
 
-    MorphoQuantError where the model has no such block.
+    MorphoQuantError if the model has no such block.
     """
     model = load(directory)
     blocks = blocks_of(model, directory)

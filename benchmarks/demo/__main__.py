@@ -70,7 +70,7 @@ def evaluate(model: Path, work: Path, prompts: dict[str, list[list[int]]]) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(".cache/demo"), help="where model, checkpoint and logs go")
+    parser.add_argument("--work", type=Path, default=Path(".cache/demo"), help="folder of model, checkpoint and logs")
     work = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"

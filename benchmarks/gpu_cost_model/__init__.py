@@ -1,1 +1,1 @@
-"""Estimates of the GPU kernels' times from their compiled binaries and the GPUs' figures. Nothing here is measured."""
+"""Estimates of the GPU kernels' times from compiled binaries and the GPUs' published figures. Nothing is measured."""

@@ -27,14 +27,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--gpus", nargs="+", default=["L20", "A100", "H100"], choices=["L20", "A100", "H100"])
     top.add_argument("--group-size", type=int, default=32, choices=GROUP_SIZES)
     top.add_argument("--tokens", type=int, nargs="+", default=list(GPU_TOKENS), help="numbers of tokens")
-    top.add_argument("--two-level", action="store_true", help="of layers with two-level scales")
-    top.add_argument("--json", type=Path, help="write the estimates here, too")
+    top.add_argument("--two-level", action="store_true", help="layers with two-level scales")
+    top.add_argument("--json", type=Path, help="file to write the estimates to, too")
     return top
 
 
 @cache
 def compiled(architecture: str, tile: Tile, group_size: int, partial: bool) -> Resources:
-    """What the matrix kernel uses, compiled for a tile."""
+    """Resources of the matrix kernel, compiled for a tile."""
     from morphoquant_vllm.gpu.tools import aot_compile as ahead
     from morphoquant_vllm.gpu.tools.binary_resources import resources
 
@@ -43,7 +43,7 @@ def compiled(architecture: str, tile: Tile, group_size: int, partial: bool) -> R
 
 @cache
 def compiled_int8(architecture: str, tile: Int8Tile) -> tuple[Resources, Resources]:
-    """What the two kernels of the int8 path use: unpacking, and the product compiled for a tile."""
+    """Resources of the two kernels of the int8 path: unpacking, and the product compiled for a tile."""
     from morphoquant_vllm.gpu.tools import aot_int8 as ahead
     from morphoquant_vllm.gpu.tools.binary_resources import resources
 
@@ -53,7 +53,7 @@ def compiled_int8(architecture: str, tile: Int8Tile) -> tuple[Resources, Resourc
 def estimates(
     gpu: Gpu, tokens: int, out_features: int, in_features: int, group_size: int, two_level: bool
 ) -> tuple[dict[str, Estimate], str]:
-    """One product by each path that can serve it, and the path that the tile table chooses."""
+    """Estimates of one product by each path that can serve it, and the path that the tile table chooses."""
     from benchmarks.gpu_cost_model.model import estimate, estimate_int8, turn_channels
     from morphoquant_vllm.gpu import tiles
     from morphoquant_vllm.gpu.tools.occupancy import programs_per_unit

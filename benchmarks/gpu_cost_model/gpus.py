@@ -1,4 +1,4 @@
-"""Published figures of the GPUs that estimates are made for."""
+"""Published figures of the GPUs for which times are estimated."""
 
 from __future__ import annotations
 

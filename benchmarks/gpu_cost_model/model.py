@@ -1,15 +1,16 @@
-"""The estimate: how long the matrix kernels need at least, by what they must read, issue and multiply.
+"""The estimate: the least time of the matrix kernels, by their reads, issued instructions and multiplications.
 
     bandwidth  bytes of weights, scales, codes and output (partial sums twice) over the GPU's bandwidth
     issue      warp instructions of the main loop over what the schedulers issue
-    units      int8 multiply-adds, filled-up tiles included, over the tensor cores' peak
-    estimate   the largest of the three; the last two are stretched where programs do not divide evenly
+    units      int8 multiply-adds, with padded tiles, over the tensor cores' peak
+    estimate   the largest of the three; issue and units are stretched if programs do not divide evenly
 
-The int8 path is two kernels, one after the other: unpacking takes the larger of its bandwidth and its issue, the
-product what is above. Its limits are sums over both kernels.
+The int8 path is two kernels, one after the other. Unpacking takes the larger of its bandwidth and its issue, and the
+product takes the estimate above. The limits of the path are sums over both kernels.
 
-Left out, all of which make the real time longer: latency, cache misses, instructions outside the loop, conversions at
-less than full rate, clocks below boost, launches (two or three kernels of some microseconds outside a CUDA graph).
+The real time is longer, since these are left out: latency, cache misses, and instructions outside the loop. So are
+conversions at less than full rate, clocks below boost, and launches. Outside a CUDA graph, the two or three launches
+take some microseconds each.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Estimate:
     waves: float  # programs over what the device holds at a time
     splits: int
     seconds: float
-    bfloat16: float  # the same product in bfloat16, by bandwidth and peak alone: what no library beats
+    bfloat16: float  # the same product in bfloat16, by bandwidth and peak alone: a bound of all libraries
 
     @property
     def limit(self) -> str:
@@ -44,7 +45,7 @@ class Estimate:
 def scale_bytes(out_features: int, in_features: int, group_size: int, two_level: bool) -> int:
     """Bytes of a layer's scales as the kernels read them."""
     if two_level:
-        # A word for each two tiles whatever the group size, and the channel scales.
+        # A word for two tiles at every group size, and the channel scales.
         return out_features * (4 * _ceil(in_features, turn_channels(group_size, two_level)) + 4)
     return out_features * 2 * in_features // group_size
 
@@ -59,10 +60,10 @@ def _ceil(value: int, divisor: int) -> int:
 
 
 def stretch(programs: int, units: int, fitting: int) -> float:
-    """By how much uneven work lengthens compute: the busiest multiprocessor's programs over the mean.
+    """The factor by which uneven work lengthens compute: the busiest multiprocessor's programs over the mean.
 
-    Programs that share a multiprocessor share its schedulers, so that they count one by one as long as all are
-    resident at once; later ones come in whole waves of `fitting`.
+    Programs on one multiprocessor share its schedulers. So they count one by one as long as all are resident at once.
+    Later ones come in whole waves of `fitting`.
     """
     if programs <= units * fitting:
         return math.ceil(programs / units) * units / programs
@@ -80,7 +81,7 @@ def estimate(
     in_features: int,
     group_size: int,
 ) -> Estimate:
-    """One product of M x N x K at a group size, by a tile compiled to `used`, of which `fitting` share a unit."""
+    """One product of M x N x K, by a tile that compiles to `used`; `fitting` of its programs share a unit."""
     weights = out_features * in_features // 2 + scale_bytes(out_features, in_features, group_size, tile.two_level)
     moved = weights + tokens * in_features + 2 * tokens * out_features
     if splits > 1:
@@ -143,7 +144,7 @@ def _compute(
     """Seconds of issue and of the matrix units, and waves; a warp issues `per_warp` instructions over the whole K."""
     tiles_m, tiles_n = _ceil(tokens, tile.block_m), _ceil(out_features, tile.block_n)
     programs = tiles_m * tiles_n * splits
-    # Multiprocessors without work lengthen compute; a few of them still use the whole bandwidth.
+    # Idle multiprocessors lengthen compute, but a few busy ones can use the whole bandwidth.
     uneven = stretch(programs, gpu.units, fitting)
     instructions = tiles_m * tiles_n * per_warp * (used.threads // 32)
     issue = instructions / (ISSUES_PER_CYCLE * gpu.units * gpu.clock) * uneven

@@ -1,1 +1,1 @@
-"""What a call of a GPU layer costs the host, measured without a GPU: the bound layer beside Triton's own launches."""
+"""The host's cost of a call of a GPU layer, measured without a GPU: a bound layer beside launches by Triton's JIT."""

@@ -1,8 +1,8 @@
-"""python -m benchmarks.gpu_host: what one call of a GPU layer costs the host, with Triton's launcher replaced.
+"""python -m benchmarks.gpu_host: the host's cost of one call of a GPU layer, with Triton's launcher replaced.
 
 Needs no GPU: kernels are compiled for compute capability 9.0 and given to a launcher that does nothing. All else is as
-served. So the time of Triton's launcher in C and of the driver is missing: some microseconds for each launch. With a
-GPU `python -m benchmarks.gpu_linear` measures the whole.
+served. So the time of Triton's C launcher and of the driver is missing: some microseconds for each launch. With a GPU
+`python -m benchmarks.gpu_linear` measures the whole call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.gpu_host.report import markdown
 from benchmarks.models.shapes import GPU_LAYERS
 
 TOKENS = (1, 16, 2048)
-# The medians of each way are taken in turn; the least of them is kept, since other jobs of the machine only add.
+# Each round takes a median of each way in turn. The least median is kept, since other jobs only add time.
 ROUNDS, CALLS = 9, 200
 
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.gpu_host", description=__doc__)
     top.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="numbers of tokens")
     top.add_argument("--layers", nargs="+", default=["qkv", "gate_up", "down"], choices=list(GPU_LAYERS))
-    top.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu_host"), help="where files go")
+    top.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu_host"), help="results directory")
     return top
 
 
@@ -48,7 +48,7 @@ def median_us(call: Callable[[], object]) -> float:
 
 
 def python_calls(call: Callable[[], object]) -> int:
-    """Functions of Python that a call enters."""
+    """Number of Python functions that a call enters."""
     found = 0
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
@@ -60,12 +60,12 @@ def python_calls(call: Callable[[], object]) -> int:
         call()
     finally:
         sys.setprofile(None)
-    # That of the lambda around the call.
+    # The lambda around the call does not count.
     return found - 1
 
 
 def measure(layer: Layer, tokens: int) -> dict[str, Any]:
-    """Launches of one call, and the time and the functions of Python that it takes, by each way."""
+    """Launches of one call, and by each way its time and its number of Python functions."""
     calls = {way: layer.call(way, tokens) for way in WAYS}
     row: dict[str, Any] = {"layer": layer.name, "two_level": layer.two_level, "M": tokens}
     row["launches"] = layer.launches(calls["bound"])

@@ -1,4 +1,4 @@
-"""Layers of a 7B model on no device, G = 32: bound, and through Triton's own launches."""
+"""Layers of a 7B model without a device, G = 32: bound, and launched by Triton's JIT."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 
 ROWS, GROUP = 6, 32
-# An H100's multiprocessors: how many parts K is split into.
+# Multiprocessors of an H100; they decide how often K is split.
 UNITS = 132
 WAYS = ("jit", "bound")
-# Rows of tokens, as vLLM's buffer holds them.
+# Entries of the modality bus.
 BUFFER = 8192
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, bound."""
+    """A bound layer."""
 
     name: str
     two_level: bool
@@ -52,7 +52,7 @@ class Layer:
 
 
 def records(out_features: int, in_features: int, two_level: bool) -> tuple[WeightRecord, ActivationRecord]:
-    """Records of zeros: no kernel reads them. Of down, with more inputs than outputs, channels come in order."""
+    """Records of zeros, since no kernel reads them. In down, with more inputs than outputs, channels come in order."""
     groups = (out_features, in_features // GROUP)
     weight = WeightRecord(
         torch.zeros((out_features, in_features // 2), dtype=torch.uint8),
@@ -76,7 +76,7 @@ def records(out_features: int, in_features: int, two_level: bool) -> tuple[Weigh
 
 @contextmanager
 def built(names: list[str]) -> Iterator[list[Layer]]:
-    """The layers with group scales and with two-level ones, on no device."""
+    """The layers with group scales and with two-level ones, without a device."""
     profile = device.Profile(tiles.architectures()["sm_90"], UNITS, inline_assembly=True, pdl=True)
     layers = []
     with torch.inference_mode(), no_device(90), mock.patch.object(device, "profile_of", lambda _: profile):
@@ -86,7 +86,7 @@ def built(names: list[str]) -> Iterator[list[Layer]]:
                 weight, activation = backends.BACKENDS["triton"].prepare(*records(out_features, in_features, two_level))
                 handle = weight[-1]
                 prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
-                # Not by ops.bind, whose self-check computes.
+                # The self-check of ops.bind would compute on a GPU.
                 handles.keep(handle, bound.bind(*prepared, None, torch.bfloat16, profile))
                 layers.append(Layer(name, two_level, in_features, handle, weight, activation))
         yield layers

@@ -8,12 +8,12 @@ from benchmarks.common.machine import stated_load
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Versions and a row for each layer and number of tokens."""
+    """Versions and a line for each layer and number of tokens."""
     lines = [
-        "# What a call of a GPU layer costs the host, without Triton's launcher and the driver",
+        "# Host cost of a call of a GPU layer, without Triton's launcher and the driver",
         "",
         f"`python -m benchmarks.gpu_host`; {result['machine']}, Triton {result['versions']['triton']}; load "
-        f"{stated_load(result)}. Microseconds; in brackets the functions of Python that are entered.",
+        f"{stated_load(result)}. Microseconds; in brackets the number of Python functions called.",
         "",
         "| layer | scales | M | launches | through Triton's JIT | bound |",
         "|---|---|---|---|---|---|",

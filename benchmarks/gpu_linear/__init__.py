@@ -1,1 +1,1 @@
-"""Linear layers timed on the GPU at hand: ours beside cuBLAS and vLLM's own int4 kernels."""
+"""Linear layers timed on the GPU of this machine: ours beside cuBLAS and vLLM's int4 kernels."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_linear: time linear layers on the GPU at hand, in CUDA graphs. Refuses without a GPU."""
+"""python -m benchmarks.gpu_linear: time linear layers on this machine's GPU, in CUDA graphs. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from morphoquant_vllm.numerics.limits import GROUP_SIZES
 OURS = ("morphoquant", "morphoquant-two-level")
 PEERS = ("marlin-w4a16", "marlin-w4a8", "humming-w4a4")
 METHODS = ("bf16", *OURS, *PEERS)
-# Rounds over all methods: a clock that falls under load then falls for each of them.
+# Rounds over all methods, so a clock that falls under load falls for each of them.
 ROUNDS = 5
 
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--group-size", type=int, default=32, choices=GROUP_SIZES)
     top.add_argument("--tokens", type=int, nargs="+", default=list(GPU_TOKENS), help="numbers of tokens")
     top.add_argument("--layers", nargs="+", default=list(GPU_LAYERS), choices=list(GPU_LAYERS))
-    top.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu_linear"), help="where files go")
+    top.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu_linear"), help="results directory")
     return top
 
 
@@ -47,12 +47,12 @@ def why_no_vllm() -> str:
 
 @contextmanager
 def vllm_context() -> Iterator[None]:
-    """What vLLM's kernels expect around them: a configuration, and groups of this one process."""
+    """The context that vLLM's kernels need: a configuration, and parallel groups of this one process."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
-        # gloo: there is nobody to talk to, and no GPU is needed.
+        # gloo needs no GPU, and a single process exchanges nothing.
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)
         try:
@@ -62,9 +62,9 @@ def vllm_context() -> Iterator[None]:
 
 
 def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dict[str, Any]]:
-    """Times of every method on one layer, interleaved; a method that cannot serve it carries the reason instead.
+    """Times of every method on one layer, interleaved; a method that cannot serve it has the reason instead.
 
-    `refused`: why no peer can; empty where they can.
+    `refused` is the reason why no peer can run, empty if they can.
     """
     import torch
 
@@ -72,7 +72,7 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
     from morphoquant_vllm.gpu.tools.timing import cold_copies, graph_of, host_microseconds, microseconds
 
     out_features, in_features = GPU_LAYERS[layer]
-    # Of the smallest weights: of 4 bit.
+    # Enough copies for the smallest weights, those of 4 bits.
     copies = cold_copies(out_features * in_features // 2)
     built: dict[str, list[Any]] = {}
     reasons = {name: refused for name in PEERS if refused}
@@ -115,7 +115,7 @@ def main() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise MorphoQuantError("no GPU is at hand: this benchmark measures on one; see benchmarks.gpu_cost_model")
+        raise MorphoQuantError("this machine has no GPU; run it on one, or estimate with benchmarks.gpu_cost_model")
     from rich.console import Console
     from rich.table import Table
 
@@ -125,13 +125,13 @@ def main() -> None:
         table.add_column(heading, justify="right")
     rows = []
     name = f"{device.replace(' ', '-')}-G{arguments.group_size}"
-    # Ours run without vLLM.
+    # Our kernels run without vLLM.
     asked = bool(set(arguments.methods) & set(PEERS))
     refused = why_no_vllm() if asked else ""
     with vllm_context() if asked and not refused else nullcontext():
         for layer in arguments.layers:
             rows += measure(layer, arguments, refused)
-            # After each layer: a later failure loses nothing.
+            # Written after each layer, so a later failure loses nothing.
             result = {"device": device, "group_size": arguments.group_size, "versions": versions(), "rows": rows}
             write_results(arguments.results, name, result, markdown(result))
     for (layer, tokens), found in by_point(rows).items():

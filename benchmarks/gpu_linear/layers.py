@@ -1,7 +1,7 @@
-"""What is timed: each function builds one layer of random weights and returns a call on x, or says why it cannot.
+"""The timed layers: each function builds one layer of random weights and returns a call on x, or the reason why not.
 
-Ours and the 8-bit and 4-bit peers include quantizing their activations, as a server would. The peers are vLLM's own
-kernels, made through the interface that its quantization methods use.
+Ours and the 8-bit and 4-bit peers include quantizing their activations, as in a server. The peers are vLLM's kernels,
+built through the interface of its quantization methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 
 Call = Callable[[Tensor], Tensor]
-# A call, or the reason why there is none.
+# A call, or the reason why the layer cannot run here.
 Built = Call | str
 # Rows of a checkpoint: text, image, video, audio, any, massive.
 ROWS = 6
@@ -30,9 +30,9 @@ def bfloat16(out_features: int, in_features: int, group_size: int) -> Built:
 
 
 def _activation(out_features: int, in_features: int) -> ActivationRecord:
-    """An activation record with an escape mask that keeps every channel and one set of massive intervals.
+    """An activation record in which every channel may escape, with one set of massive intervals.
 
-    Of the layers measured, that with more inputs than outputs is down; served, its input comes in channel order.
+    Among the measured layers, only down has more inputs than outputs. As in a server, its input comes in channel order.
     """
     device = "cuda"
     order = torch.arange if in_features > out_features else torch.randperm
@@ -49,7 +49,7 @@ def _activation(out_features: int, in_features: int) -> ActivationRecord:
 
 
 def _ours(weight: WeightRecord, out_features: int, in_features: int) -> Call:
-    """A bound layer: quantizer, product and, where K is split, the reduction."""
+    """A bound layer: quantizer, product and, if K is split, the reduction."""
     activation = _activation(out_features, in_features)
     backend = backends.BACKENDS["triton"]
     backend.check("benchmark", weight, activation, torch.bfloat16)
@@ -108,7 +108,7 @@ def _vllm_kernel(
             """Nothing is loaded: the weights are random."""
 
         layer = torch.nn.Module()
-        # As compressed-tensors packs them: eight weights of a row in an int32.
+        # As compressed-tensors packs them: eight weights of an output in an int32.
         layer.weight_packed = PackedvLLMParameter(
             data=torch.randint(2**31 - 1, (out_features, in_features // 8), dtype=torch.int32, device="cuda"),
             input_dim=1,
@@ -132,7 +132,7 @@ def _vllm_kernel(
     return build
 
 
-# Dynamic, symmetric, per token: what compressed-tensors W4A4 is on Humming.
+# Dynamic, symmetric, per token: compressed-tensors W4A4 as Humming runs it.
 HUMMING_INT4_INPUT = {
     "num_bits": 4,
     "type": "int",

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def cells(found: dict[str, dict[str, Any]]) -> list[str]:
-    """For one layer and number of tokens, by method: µs, times faster than bf16 and the host's µs, or why skipped."""
+    """Cells of one layer and number of tokens, by method: µs, ratio to bf16 and the host's µs, or why it is skipped."""
     base = found.get("bf16", {}).get("us")
     made = []
     for row in found.values():
@@ -19,7 +19,7 @@ def cells(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def by_point(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
-    """Rows of a result by (layer, M), then by method, in the order that they were measured."""
+    """Entries of a result by (layer, M), then by method, in the order of their measurement."""
     points: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
         points.setdefault((row["layer"], row["M"]), {})[row["method"]] = row
@@ -35,8 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"# Linear layers on a GPU: {result['device']}, G = {result['group_size']}",
         "",
         f"`python -m benchmarks.gpu_linear --group-size {result['group_size']}`; {versions}. Median µs of rounds over "
-        "all methods, in CUDA graphs, activation quantization included (times faster than bf16). Host: what one call "
-        "without a graph costs the CPU until it returns, while the GPU's queue has room.",
+        "all methods, in CUDA graphs, activation quantization included (times faster than bf16). Host: the CPU's time "
+        "of one call without a graph until it returns, while the GPU's queue has room.",
         "",
         f"| layer | M | {' | '.join(methods)} |",
         "|---" * (len(methods) + 2) + "|",

@@ -39,7 +39,7 @@ def held(output: Path) -> Iterator[None]:
 
 
 def keep_settings(options: Any) -> None:
-    """Write what this run is to OUTPUT, or compare; MorphoQuantError if OUTPUT belongs to another run."""
+    """Write the run's settings to OUTPUT, or compare them; MorphoQuantError if OUTPUT belongs to another run."""
     place = options.output / RUN_FILE
     own = options.calibration_data
     settings = {
@@ -74,7 +74,7 @@ def all_rows(options: Any) -> list[rows.Row]:
 
 
 def described(row: rows.Row, summaries: dict[str, Any], options: Any, seconds: float) -> dict[str, Any]:
-    """A row of the result: figures, and what is known of the model behind them."""
+    """An entry of the result: figures, and the size and bits of the model behind them."""
     found: dict[str, Any] = {"name": row.name, "bits": "?", "source": row.url or "this run", "benchmarks": summaries}
     if row.model is None:
         return found
@@ -86,13 +86,13 @@ def described(row: rows.Row, summaries: dict[str, Any], options: Any, seconds: f
 
 
 def run(options: Any, console: Console) -> None:
-    """The whole run; each part goes on where an earlier run was cut off."""
+    """The whole run; each step continues an earlier run that was cut off."""
     sources: dict[str, Any] = {}
     data, arguments = options.calibration_data, options.calibrate_arguments
     if data is None:
         sources = calibration.prepare(options.data, options.output, options.benchmarks, options)
         data, arguments = [options.output / calibration.DATA_FILE], [*calibration.ARGUMENTS, *arguments]
-    console.print(f"calibration: {options.output / calibration.LOG_FILE} says how it goes on", highlight=False)
+    console.print(f"calibration: {options.output / calibration.LOG_FILE} has its progress", highlight=False)
     seconds = calibration.calibrate(options.model, data, options.output, arguments)
     found = []
     for row in all_rows(options):
@@ -117,9 +117,9 @@ def run(options: Any, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Say what is missing and what is to come; then, unless it is a dry run or something is missing, do it."""
+    """Print missing files and estimates. Then run, unless it is a dry run or something is missing."""
     console = Console(stderr=True, soft_wrap=True)
-    # It warns of token ids of a config that is as published.
+    # transformers would warn of token ids of the published config.
     transformers_logging.set_verbosity_error()
     with one_line_errors():
         options = parse(arguments, __doc__)
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if plan.missing:
             raise MorphoQuantError(f"{len(plan.missing)} missing, each listed above; nothing was begun")
         if options.dry_run:
-            print("dry run: all that was looked for is there; nothing was begun")
+            print("dry run: nothing is missing; nothing was begun")
             return
         exit_on_signals()
         with held(options.output):
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 run(options, console)
             except KeyboardInterrupt:
-                sys.exit("interrupted; what is finished is kept: run the same command again to go on")
+                sys.exit("interrupted; finished steps are kept: run the same command again to go on")
 
 
 if __name__ == "__main__":

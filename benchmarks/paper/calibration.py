@@ -1,9 +1,9 @@
-"""Data to calibrate on, and the calibration: `python -m calibration` in a process of its own.
+"""Calibration data, and the calibration: `python -m calibration` in a separate process.
 
-The paper calibrates on 128 samples and does not say which. Here they are: questions of ScienceQA's train split and of
-MMMU's dev split with their answers; and, since Video-MME and AIR-Bench publish a test split only, questions about a few
-of their videos and sounds, which are then left out of what every row is asked. Of a video a clip of evenly spaced
-frames is shown.
+The paper calibrates on 128 samples and does not say which. Here they are questions of ScienceQA's train split and of
+MMMU's dev split, with their answers. Video-MME and AIR-Bench publish a test split only. So the samples also have
+questions about a few of their videos and sounds, and no row of the table is asked about these. A video becomes a clip
+of evenly spaced frames.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from benchmarks.paper.questions import BENCHMARKS, asked, hold_out, media_name, 
 from morphoquant_vllm.errors import MorphoQuantError
 
 SAMPLES = 128
-# Of 16 samples: how many come from where.
+# The sources of 16 samples.
 SHARES = {"scienceqa": 6, "mmmu": 4, "air-bench": 4, "video-mme": 2}
 TRAINING_SPLITS = {"scienceqa": "train", "mmmu": "dev"}
-# What a sample's media may be, so that it stays below MAX_TOKENS: 28 x 28 pixels are a token, 40 ms of sound.
+# Limits of a sample's media, which keep it below MAX_TOKENS. A token is 28 x 28 pixels, or 40 ms of sound.
 PIXELS = 1_500_000
 SOUND_SECONDS = 40.0
 MAX_TOKENS = 4096
-# For samples that are made here: some published sounds are broken.
+# Arguments for the samples of this module. Some published sounds are broken, hence --skip-bad.
 ARGUMENTS = ("--skip-bad", "--max-tokens", str(MAX_TOKENS))
 # A clip: frames, frames per second, longest side in pixels.
 FRAMES, RATE, SIDE = 16, 2, 448
@@ -49,7 +49,7 @@ TICK_SECONDS = 5
 
 
 def prepare(data: Path, output: Path, names: Sequence[str], options: Any) -> dict[str, Any]:
-    """Write the samples to OUTPUT unless they are there; return how many come from where and what was held out.
+    """Write the samples to OUTPUT unless they exist; return their number by source, and the held-out media.
 
     options: `hold_out`, `scienceqa`. Raises MorphoQuantError if a data set is not as published, or gives no sample.
     """
@@ -73,13 +73,13 @@ def prepare(data: Path, output: Path, names: Sequence[str], options: Any) -> dic
         "held_out": held_out,
         "sha256": digest(lines),
     }
-    # Last: its presence says that the samples are complete.
+    # Written last: if it exists, the samples are complete.
     write_atomically(place, json.dumps(sources, indent=1) + "\n")
     return sources
 
 
 def samples(name: str, data: Path, count: int, options: Any) -> list[Item]:
-    """Questions to calibrate on: of the split that is published for it, or of the few that are held out."""
+    """Questions to calibrate on: from the split that is published for it, or the few that are held out."""
     benchmark = BENCHMARKS[name]
     if name in TRAINING_SPLITS:
         found = benchmark.reader.load(benchmark.directory(data), TRAINING_SPLITS[name])
@@ -88,7 +88,7 @@ def samples(name: str, data: Path, count: int, options: Any) -> list[Item]:
 
 
 def fits(item: Item) -> bool:
-    """Whether a question's media are there and small enough for a sample; of videos only the short ones are."""
+    """Whether a question's media exist and are small enough for a sample; only short videos are."""
     from PIL import Image
 
     pixels = 0
@@ -160,7 +160,7 @@ def is_calibrated(output: Path) -> bool:
 
 
 def calibrate(model: Path, data: Sequence[Path], output: Path, arguments: Sequence[str]) -> float:
-    """Make OUTPUT/checkpoint unless it is there, going on where an earlier run was cut off; return the seconds it took.
+    """Make OUTPUT/checkpoint unless it exists, or continue an earlier run; return the seconds that it took.
 
     Raises MorphoQuantError with calibration's last line if it fails. Time that passed between two runs is not counted.
     """
@@ -178,7 +178,7 @@ def calibrate(model: Path, data: Sequence[Path], output: Path, arguments: Sequen
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(TICK_SECONDS)
-                # Kept as it grows: a killed run has spent it, too.
+                # Written again and again, so the time of a killed run counts, too.
                 write_atomically(place, json.dumps(seconds + time.monotonic() - started))
         finally:
             process.terminate()

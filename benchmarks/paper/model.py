@@ -76,9 +76,9 @@ def _state(path: Path) -> str:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int] | None:
-    """Tensors by name as a safetensors header describes them, and where their data begin; None if there is no header.
+    """Tensors by name as a safetensors header describes them, and the offset of their data; None without a header.
 
-    The data need not be there.
+    The data need not exist.
     """
     try:
         with path.open("rb") as file:
@@ -122,7 +122,7 @@ def sizes(directory: Path) -> Sizes:
 
 
 def _tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What calibration knows of every tensor: by the headers of the files, or by a model without weights."""
+    """File, dtype and shape of every tensor, by the headers of the files, or by a model without weights."""
     from calibration.model.source import TensorInfo
 
     headers = {path: read_header(path) for path in weight_files(directory)}

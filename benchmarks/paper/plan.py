@@ -1,4 +1,4 @@
-"""What a run lacks, how large it is, and about how long it takes: told before it begins."""
+"""Missing files of a run, its size, and an estimate of its time, printed before it begins."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ NAMED = 10
 # Multiplications and additions a second that a served prompt gets. The CPU's: 285 tokens in 12.1 s of a 3B on 2 cores
 # (benchmarks/results/calibrate/serve.json). The GPU's is a guess: no run of this project has measured one.
 CPU_CORE_RATE, GPU_RATE = 0.07e12, 50e12
-# Of a 3B on 2 cores, extrapolated from two blocks (benchmarks/results/calibrate/calibrate.json), and its quantized
-# elements. Samples are about three times as long here, which about doubles it.
+# Time of a 3B on 2 cores, extrapolated from two blocks (benchmarks/results/calibrate/calibrate.json), and its quantized
+# elements. Samples are about three times as long here, which about doubles the time.
 CALIBRATION_SECONDS, CALIBRATION_ELEMENTS, CALIBRATION_CORES, LONGER = 5906.5, 2.77e9, 2, 2
 # A guess: decoding a video on the host.
 VIDEO_SECONDS = 2.0
-# What an engine takes beside its weights: activations and the key-value cache.
+# Memory of an engine beside its weights: activations and the key-value cache.
 ENGINE_BYTES = 6 << 30
 
 
 @dataclass
 class Plan:
-    """Lines for the user: what is missing (then nothing begins), and what a run will be."""
+    """Lines for the user: missing files, which stop the run, and estimates of it."""
 
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -132,7 +132,7 @@ def gpu_bytes() -> int | None:
 
 
 def check_machine(found: Plan, sizes: model.Sizes, options: Any) -> None:
-    """Disk, memory and GPU against what is needed."""
+    """Compare disk, memory and GPU with the need of the run."""
     place = next(path for path in (options.output.resolve(), *options.output.resolve().parents) if path.exists())
     free, available, on_gpu = shutil.disk_usage(place).free, psutil.virtual_memory().available, gpu_bytes()
     # Quantized blocks and states lie in the work directory until the checkpoint is there.
@@ -165,7 +165,7 @@ def check_machine(found: Plan, sizes: model.Sizes, options: Any) -> None:
 def estimates(
     questions: Mapping[str, int], sizes: model.Sizes, options: Any, on_gpu: bool, rates: Mapping[str, float]
 ) -> list[str]:
-    """Lines that say about how long a run takes; each says that it is an estimate, and of what."""
+    """Lines with the estimated time of a run; each states that it is an estimate, and its basis."""
     cores = os.cpu_count() or 1
     calibration = LONGER * CALIBRATION_SECONDS * sizes.quantized / CALIBRATION_ELEMENTS * CALIBRATION_CORES / cores
     source = "of this CPU; it has not been timed on a GPU" if on_gpu else "from a measured 3B layout"
@@ -187,7 +187,7 @@ def estimates(
 
 
 def describe_calibration(options: Any) -> str:
-    """Where calibration's samples come from, in a line."""
+    """The sources of the calibration samples, in a line."""
     if options.calibration_data is not None:
         return f"calibration data: {', '.join(map(str, options.calibration_data))}; no question is held out"
     from_splits = [f"{name} {TRAINING_SPLITS[name]}" for name in options.benchmarks if name in TRAINING_SPLITS]

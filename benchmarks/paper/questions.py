@@ -31,16 +31,16 @@ class Benchmark:
     """One column of the table."""
 
     name: str
-    # How it is read, prompted and scored.
+    # The module that reads, prompts and scores it.
     reader: ModuleType
-    # Below --data, and where it is published on Hugging Face.
+    # Its folder below --data, and its repository on Hugging Face.
     folder: str
     repository: str
-    # As published; None if the publication does not say.
+    # Number of questions, as published; None if the publication does not say.
     questions: int | None
-    # Of a prompt with its media: a guess, for the estimate of time alone.
+    # Tokens of a prompt with its media: a guess, for the estimate of time only.
     tokens: int
-    # Requests at a time, at most: a video is held in memory several times while it is sent.
+    # Most requests at a time, since a video is in memory several times while it is sent.
     concurrency: int | None = None
 
     def directory(self, data: Path) -> Path:
@@ -60,7 +60,7 @@ BENCHMARKS = {
 
 
 def media_name(item: Item) -> str:
-    """What names a question's first file of media below its data set; empty if it has none in a file."""
+    """Name of a question's first media file below its data set; empty if it has no file."""
     for part in item.parts:
         if isinstance(part, Media) and not isinstance(part.source, bytes):
             # Names of sounds repeat from folder to folder.

@@ -37,7 +37,7 @@ class Row:
 
 
 def ask(row: Row, options: Any, held_out: Mapping[str, Sequence[str]], console: Console) -> dict[str, dict[str, Any]]:
-    """Summaries by benchmark; what is answered already is not asked again, nor is a server started for it.
+    """Summaries by benchmark. Answered questions are not asked again, and no server is started for them.
 
     Raises MorphoQuantError if the server does not start, or stops answering; every answer until then is kept.
     """

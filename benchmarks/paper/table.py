@@ -44,7 +44,7 @@ def paper_rows() -> list[dict[str, Any]]:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The result as Markdown: the paper's table with our rows in it, what these cost, and what the figures are."""
+    """The result as Markdown: the paper's table with our rows, their costs, and notes about the figures."""
     names = result["benchmarks"]
     titles = [BENCHMARKS[name].reader.NAME.removesuffix(" Foundation") for name in names]
     lines = _table(
@@ -107,7 +107,7 @@ def image_notes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
 
 
 def notes(options: Any, sources: Mapping[str, Any], calibration: str) -> list[str]:
-    """What is particular to this run."""
+    """Notes about the settings of this run."""
     subset = "the questions of test with an image" if options.scienceqa == IMAGE else "all questions of test"
     found = [
         f"ScienceQA: {subset}; which of the two the paper's figures are of is not known for certain.",

@@ -22,8 +22,8 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 def summarize(rounds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """By method: "metrics", name -> spread, and "ratios", base -> name -> spread of how many times better than it.
 
-    `rounds` hold each method's samples by name. A ratio is taken within a round, which saw the same disturbances, and
-    greater than 1 where the method is better than the base.
+    `rounds` hold each method's measurements by name. A ratio is taken within a round, since its disturbances are the
+    same, and is greater than 1 if the method is better than the base.
     """
     methods = list(dict.fromkeys(method for one in rounds for method in one))
     found: dict[str, dict[str, Any]] = {}

@@ -15,10 +15,10 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 
 class BlockInput(Protocol):
-    """One sample on its way through the decoder: in memory as MemoryInput, or in files as work.DiskInput.
+    """One calibration sample between two decoder blocks: in memory as MemoryInput, or in files as work.DiskInput.
 
-    modality int32 [M] is the row of each token, positions int64 are the sampled tokens. hidden and served are the
-    states before the next block, in the 16-bit model and after the quantized blocks: [1, M, hidden] on the CPU.
+    modality int32 [M] is the row of each token, positions int64 are the drawn tokens. hidden and served are the states
+    before the next block, [1, M, hidden] on the CPU: those of the 16-bit stream and of the served stream.
     """
 
     modality: Tensor
@@ -81,8 +81,8 @@ def _check_token_ids(samples: Sequence[Sample], rows: int) -> None:
         largest = int(sample.inputs["input_ids"].max())
         if largest >= rows:
             raise MorphoQuantError(
-                f"{sample.source}: token id {largest}, but the model's embedding has {rows} rows; "
-                "the tokenizer belongs to another model: copy this model's own into its directory"
+                f"{sample.source}: token id {largest}, but the model's embedding has {rows} tokens; "
+                "the tokenizer belongs to another model: copy the tokenizer of this model into its directory"
             )
 
 

@@ -20,8 +20,8 @@ from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
 
 # Python with torch, transformers and a processor, before any model.
 BASE = 3 * 2**28
-# Simultaneous copies for one input in its three phases: of float32 [T, K], [K, K] and [N, K], and of the systems that
-# the scales are solved from. They were measured as peaks of quantize_input over T, K and N, and rounded up.
+# Simultaneous copies for one input in its three phases: float32 [T, K], [K, K] and [N, K], and the systems of the
+# scales. They were measured as peaks of quantize_input over T, K and N, and rounded up.
 SEARCH_COPIES = 3.75
 KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
 FACTOR_SQUARES, FACTOR_MATRICES = 4, 5

@@ -77,7 +77,7 @@ def convert(
     if scales not in (None, TWO_LEVEL):
         raise MorphoQuantError(f"--scales '{scales}' is unknown; known: {TWO_LEVEL}")
     if approximate and scales is None:
-        raise MorphoQuantError(f"--approximate says how scales are made; pass --scales {TWO_LEVEL}, too")
+        raise MorphoQuantError(f"--approximate needs two-level scales; pass --scales {TWO_LEVEL}, too")
     current = read_spec(directory).integrity is not None
     if current and scales is None:
         raise MorphoQuantError(

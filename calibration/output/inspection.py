@@ -149,7 +149,7 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     own_rows = Counter(row for layer in data["layers"] for row in layer["own_rows"])
     if own_rows:
         each = ", ".join(f"{row} {count}" for row, count in own_rows.items())
-        lines.append(f"layers with a modality's own row, of {totals['layers']}: {each}")
+        lines.append(f"layers with a modality-specific row, of {totals['layers']}: {each}")
     if totals["escape_rate"] is not None:
         lines.append(
             f"escape rate in calibration: {percent(totals['escape_rate'])}; "

@@ -30,7 +30,7 @@ class _Part(BaseModel):
 
 
 class RowChoice(_Part):
-    """Whether a modality has its own row."""
+    """Whether a modality has a separate row."""
 
     own: bool = False
 

@@ -1,16 +1,16 @@
-"""The algorithm: from what calibration saw of one input to the tensors of its layers.
+"""The algorithm: from the observed activations of one input to the tensors of its layers.
 
-No files, no hooks but in observation.
+No module touches files, and only `observation` sets hooks.
 
-    observation      statistics and sampled tokens of a block's inputs, by module hooks
+    observation      statistics and drawn tokens of a block's inputs, by module hooks
     layer            the phases for one input, from grids to tensors
-    grids            step and centre of each channel, and what each row has
-    coded_tokens     rows and codes of the sampled tokens, and their moments
-    served_weights   weights rounded to what is stored and served
-    bias             what makes mean outputs right
-    step_search      finds steps against the budget of escapes
-    reference_grid   the authors' way to a grid
-    modality_rows    whether a modality gets a row of its own
+    grids            step and centre of each channel, and the rows of modalities
+    coded_tokens     rows and codes of the drawn tokens, and their moments
+    served_weights   weights rounded to the stored and served form
+    bias             the bias that makes mean outputs right
+    step_search      steps of least error within the escape budget
+    reference_grid   the authors' search of a grid
+    modality_rows    whether a modality gets a separate row
     massive_tokens   tokens unlike all others, and the intervals that recognize them
     moments          means and second moments of codes and 16-bit values
     rounding         weights to int4 with error compensation
@@ -19,6 +19,6 @@ No files, no hooks but in observation.
     scale_fit        least squares of scales for given codes
     two_level        two-level scales for a layer that has group scales
     int8_products    exact products of integer codes
-    layer_report     what the report says about each layer
-    chunks           runs of tokens that are worked on at a time
+    layer_report     the figures of each layer in the report
+    chunks           runs of tokens that are processed at a time
 """

@@ -1,4 +1,4 @@
-"""The scales that a group of weights may have: bfloat16 numbers, or levels times its output channel's scale. Pure."""
+"""The scales that a group of weights may have: bfloat16 numbers, or levels times a channel scale. Pure."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from calibration.quantize.scale_fit import fit_levels, fit_scales
 
-# Scales that are tried, as fractions of the one at hand: far ones while codes are first found, near ones later.
+# Scales that are tried, as multiples of the current one: far ones in the first search of codes, near ones later.
 FAR_RATIOS = (0.85, 0.92, 1.0, 1.08, 1.16)
 NEAR_RATIOS = (0.95, 1.0, 1.05)
-# Levels on either side of the nearest one that are tried, likewise.
+# The same for levels: how many on either side of the nearest one are tried.
 FAR_LEVELS, NEAR_LEVELS = 2, 1
 
 
 class AllowedScales(Protocol):
-    """Which scales there are, and how to fit them to codes. Scales are float32 throughout."""
+    """The set of allowed scales, and their fit to codes. Scales are float32 throughout."""
 
     def rows(self, channels: slice) -> AllowedScales:
-        """The same for some of the output channels."""
+        """The scales allowed for some of the output channels."""
 
     def candidates(self, scale: Tensor, *, far: bool) -> Tensor:
-        """Allowed scales about `scale` [..., N]: float32 [C, ..., N]. None is negative; some may be equal."""
+        """Allowed scales around `scale` [..., N]: float32 [C, ..., N], not negative; some may be equal."""
 
     def fitted(self, aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, AllowedScales]:
-        """Scales [N, K/G] of less loss for codes [N, K], and what is allowed from now on; see `scale_fit`."""
+        """Scales [N, K/G] of less loss for codes [N, K], and the scales allowed from now on; see `scale_fit`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LevelScales:
 
     def level(self, scale: Tensor) -> Tensor:
         """The nearest levels of scales [..., N], as floats. Gives back the level of an allowed scale."""
-        # Division and product err by 2^-24 of the level at most: rounding finds the whole number.
+        # The errors of division and product are at most 2^-24 of the level, so rounding gives the whole number.
         return (scale / self.channel_scale).round().clamp(1, self.levels)
 
     def candidates(self, scale: Tensor, *, far: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The bias of each set of tokens: what makes its mean output that of the 16-bit layer."""
+"""The bias of each set of tokens, which makes its mean output that of the 16-bit layer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from morphoquant_vllm.numerics import activation, weights
 
 @dataclass(frozen=True)
 class Means:
-    """Means of all processes' tokens over each set, float32 [S, K] each, in channel order."""
+    """Means over each set of the tokens of all processes, float32 [S, K] each, in channel order."""
 
-    # Of codes times gain.
+    # Mean of codes times gain.
     code: Tensor
-    # Of 16-bit values less the centre.
+    # Mean of 16-bit values less the centre.
     value: Tensor
 
 
@@ -29,7 +29,7 @@ def find_means(
     """Means of each set; x and target [own T, K] are in natural order, massive is bool [own T]."""
     code, value = moments.means()
     if not coded.sets.any_modality_only:
-        # Any token may have to be served by the row for any.
+        # The row `any` may have to serve any token.
         ordinary = (~massive).nonzero().flatten()
         code[0], value[0] = _means_in_any_row(coded, x, target, ordinary, processes)
     return Means(code, value)
@@ -49,7 +49,7 @@ def find_bias(
 def _means_in_any_row(
     coded: CodedTokens, x: Tensor, target: Tensor, chosen: Tensor, processes: Processes
 ) -> tuple[Tensor, Tensor]:
-    """Means, [K] each, of the tokens `chosen` of x, were all of them served by the row for any."""
+    """Means, [K] each, of the tokens `chosen` of x, as if the row `any` served all of them."""
     record, row, weight = coded.record, coded.sets.rows[0], coded.weight[chosen]
     total = processes.all_reduce(weight.sum(), "SUM")
     code_mean, value_mean = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])

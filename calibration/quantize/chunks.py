@@ -1,4 +1,4 @@
-"""Runs of tokens that are worked on at a time."""
+"""Runs of tokens that are processed at a time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-# Elements of a chunk of tokens: on a CPU few enough to stay near the cache, and enough that waiting for each other at
-# the end of every operation costs the threads little on a busy machine; on a GPU enough to fill the device.
+# Elements of a chunk of tokens. On a CPU a chunk should stay near the cache. It should also be large, since threads
+# wait for each other after every operation, which takes long on a busy machine. On a GPU it fills the device.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 
@@ -19,5 +19,5 @@ def chunks(value: Tensor, columns: int | None = None) -> Iterator[Tensor]:
 
 
 def together(first: Tensor, *others: Tensor) -> Iterator[Any]:
-    """The same runs of tokens of several tensors [T, ...]; the first, [T, K], sets their length."""
+    """The same runs of tokens of several tensors [T, ...]; the first tensor, [T, K], sets their length."""
     return zip(chunks(first), *(chunks(other, first.shape[1]) for other in others), strict=True)

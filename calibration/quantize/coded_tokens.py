@@ -1,6 +1,6 @@
-"""The sampled tokens of an input as they are served: their rows, their codes, and what those add to the moments.
+"""The drawn tokens of an input as they are served: their rows, their codes, and the moments of both.
 
-Channel order is that of the checkpoint's channel_order; natural order is the model's own.
+Channel order is that of the checkpoint's channel_order; natural order is the source model's.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ MOMENT_TOKENS = 512
 
 @dataclass(frozen=True)
 class BiasSets:
-    """S sets of tokens that have a bias of their own: of any modality, of each that has a row, massive ones."""
+    """S sets of tokens with a separate bias: any modality, each modality with a separate row, massive tokens."""
 
     # The set of each row, int64 [R].
     of_row: Tensor
-    # The row of each set, int64 [S]; for the first, the row for any.
+    # The row of each set, int64 [S]; for the first set, the row `any`.
     rows: Tensor
 
     @staticmethod
     def of(own: Sequence[int], spec: QuantizationSpec, device: torch.device) -> BiasSets:
-        """Where the modalities `own` have rows of their own."""
+        """The sets if the modalities `own` have separate rows."""
         rows = torch.tensor([spec.any_row, *own, len(spec.rows) - 1], device=device)
         of_row = torch.zeros(len(spec.rows), dtype=torch.int64, device=device)
         of_row[rows[1:]] = torch.arange(1, rows.numel(), device=device)
@@ -42,36 +42,36 @@ class BiasSets:
 
     @property
     def any_modality_only(self) -> bool:
-        """Whether no modality has a row of its own."""
+        """Whether no modality has a separate row."""
         return self.rows.numel() == 2
 
 
 @dataclass(frozen=True)
 class CodedTokens:
-    """This process's T sampled tokens of one input, with K in channel order."""
+    """This process's T drawn tokens of one input, with K in channel order."""
 
     record: activation.ActivationRecord
-    # The natural channel at each place, int64 [K].
+    # The natural channel at each position, int64 [K].
     order: Tensor
     sets: BiasSets
     # The row that serves each token, int32 [T], and its set, int64 [T].
     rows: Tensor
     token_set: Tensor
-    # What each token counts, float32 [T].
+    # The weight of each token, float32 [T].
     weight: Tensor
     # int8 [T, K].
     codes: Tensor
 
     @property
     def gain(self) -> Tensor:
-        """Of the row of each token, float32 [T]."""
+        """The gain of each token's row, float32 [T]."""
         return self.record.gain[self.rows.long()]
 
 
 def code_tokens(
     x: Tensor, tokens: TokenSample, massive: Tensor, found: FoundInput, spec: QuantizationSpec
 ) -> CodedTokens:
-    """Rows and codes of x [own T, K], in natural order; massive, bool [own T], tells the massive row's."""
+    """Rows and codes of x [own T, K], in natural order; massive, bool [own T]: the tokens of the massive row."""
     device = x.device
     weight, modality = (tokens.local(value).to(device) for value in (tokens.weight, tokens.modality))
     record = activation.activation_record(*(found.tensors[name].to(device) for name in INPUT_TENSORS))
@@ -102,9 +102,9 @@ def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes
 
 
 def _contributions(coded: CodedTokens, target: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """What Moments.add takes in: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
+    """The arguments of Moments.add: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
 
-    Values are put in channel order a run at a time: whole copies of [T, K] are the most that memory holds.
+    Values are put in channel order one run at a time, since a whole copy of [T, K] would set the peak of memory.
     """
     fields = (coded.codes, coded.gain, target, coded.rows, coded.token_set, coded.weight)
     for codes, gain, values, row, token_set, weight in zip(*(f.split(MOMENT_TOKENS) for f in fields), strict=True):

@@ -1,4 +1,4 @@
-"""Grids of one linear input: step and centre of each channel, and what each row of the checkpoint has. Pure."""
+"""Grids of one linear input: step and centre of each channel, and the rows of the checkpoint. Pure."""
 
 from __future__ import annotations
 
@@ -31,36 +31,39 @@ class InputGrids:
     # Channels that may escape, bool [K].
     mask: Tensor
     grid: activation.Grid
-    # By modality, where rows of their own were asked for.
+    # By modality; empty if the recipe wants no modality-specific rows.
     rows: dict[int, ModalityRow] = field(default_factory=dict)
 
     @property
     def own(self) -> list[int]:
-        """The modalities that a row of their own serves."""
+        """The modalities with a separate row."""
         return [row for row, found in self.rows.items() if found.choice.own]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the ordinary tokens of all processes say about an input's grids; every process has the same."""
+    """Statistics and values of the ordinary tokens of all processes, from which an input's grids are computed.
 
-    # Of every token that the common grid serves, and of every token that a modality's row would serve.
+    Every process has the same.
+    """
+
+    # Statistics of every token that the common grid serves, and of every token that a modality's row would serve.
     pooled: ChannelStatistics
     by_modality: dict[int, ChannelStatistics]
-    # Some of the sampled tokens, as they stand for all: [t, K], [t] and [t]. None where the grid is the reference's.
+    # Every n-th drawn token: values [t, K], weights [t] and modalities [t]. None for the reference's grid.
     sample: tuple[Tensor, Tensor, Tensor] | None
-    # By modality; empty where none shall have a row.
+    # By modality; empty if no modality can have a separate row.
     rows: dict[int, RowTokens] = field(default_factory=dict)
-    # The reference's mask and grid.
+    # Mask and grid by the authors' search.
     reference: tuple[Tensor, activation.Grid] | None = None
 
 
 @dataclass(frozen=True)
 class FoundInput:
-    """How one input is quantized."""
+    """The grids of one input, and its tensors in the checkpoint."""
 
     grids: InputGrids
-    # The checkpoint's (schema.INPUT_TENSORS), on the CPU, in natural channel order.
+    # The tensors of schema.INPUT_TENSORS, on the CPU, in natural channel order.
     tensors: dict[str, Tensor]
 
 
@@ -74,7 +77,7 @@ def find_input(
     *,
     full_mask: bool,
 ) -> FoundInput:
-    """Grids and channel order of an input that the weights matrix [N, K] share, the same in all processes.
+    """Grids and channel order of the input of the weights `matrix` [N, K], the same in all processes.
 
     With `full_mask`, every channel may escape in the reference's grid.
     """
@@ -95,16 +98,16 @@ def find_input(
 def gather_evidence(
     observation: Observation, tokens: TokenSample, massive: Tensor, recipe: Recipe, massive_row: int, *, full_mask: bool
 ) -> Evidence:
-    """What grids are found from, on the device of the sample.
+    """The evidence for an input's grids, on the device of the observed tokens.
 
-    `observation` and massive, bool [own T], are of this process's sampled tokens.
+    `observation` and massive, bool [own T], are of this process's drawn tokens.
     """
     x = observation.sample
-    # Which of all sampled tokens are ordinary.
+    # Which of all drawn tokens are ordinary.
     all_massive = tokens.all_gather(massive).cpu()
     ordinary = (~all_massive).nonzero().flatten()
     by_modality = {row: statistics for row, statistics in observation.statistics.items() if row != massive_row}
-    # Where no interval tells massive tokens, this grid serves them too.
+    # If no intervals recognize massive tokens, this grid serves them too.
     together_with = (
         [] if bool(all_massive.any()) else [s for r, s in observation.statistics.items() if r == massive_row]
     )
@@ -117,7 +120,7 @@ def gather_evidence(
         )
         return Evidence(pooled, by_modality, None, reference=found)
     weight, modality = (value[ordinary].to(x.device) for value in (tokens.weight, tokens.modality))
-    # Every n-th token: a modality's share stays what its weights make it.
+    # Every n-th token, so each modality keeps the share that its weights give it.
     stride = max(1, ordinary.numel() // SEARCH_TOKENS)
     sample = tokens.all_gather(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
     present = modality.unique().tolist()
@@ -156,7 +159,7 @@ def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids
 
 
 def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
-    """Part of each token in the mean over its own modality's, float32 [T, modalities]."""
+    """Share of each token in the mean over its modality's tokens, float32 [T, modalities]; else 0."""
     columns = [torch.where(modality == row, weight, 0.0) for row in modality.unique()]
     return torch.stack([column / column.sum() for column in columns], 1)
 
@@ -164,7 +167,7 @@ def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
 def input_tensors(
     massive: Tensor, grids: InputGrids, order: Tensor, intervals: MassiveIntervals, rows: int, any_row: int
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive [T, K]: the massive tokens."""
+    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive [T, K] are massive tokens."""
     grid, mask = grids.grid, grids.mask
     centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
     for row in grids.own:

@@ -1,9 +1,9 @@
 """Codes and scales of the groups of a layer, each group's scale chosen by the loss of its codes. Pure.
 
-`compensate` takes the groups one after the other, as GPTQ takes columns (arXiv 2210.17323): the rounding error of each
-is made up for by those after it. `improve` takes each anew while the others stand. In a group, columns are rounded in
-turn, and for each candidate scale; the scale whose codes lose least wins. (A scale that is right for weights rounded
-by themselves is not the one that suits codes that make up for each other.)
+`compensate` takes the groups one after the other, as GPTQ takes columns (arXiv 2210.17323): later groups compensate for
+the rounding error of earlier ones. `improve` searches each group again with the others fixed. In a group, columns are
+rounded in turn, once for each candidate scale, and the scale whose codes lose least wins. The best scale for weights
+that are rounded separately is not the best one for codes that compensate for each other.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from calibration.quantize.allowed_scales import AllowedScales
 from morphoquant_vllm.numerics import weights
 
-# Columns whose changes are carried over to the later ones at once. Within them several choices are kept.
+# Columns whose changes are applied to the later columns at once. Within them the beam search keeps several choices.
 BLOCK_COLUMNS = 1024
 # Choices of codes and scales of an output channel that are kept from one group of a block to the next.
 BEAM = 4
-# Output channels that are worked on at once: what is tried for a group of theirs stays in the cache.
+# Output channels that are processed at once. The candidates of one of their groups fit into the cache.
 ROWS = 1024
-# By how much the diagonal is raised if a factorisation fails for lack of digits.
+# Factor by which the damping grows if a factorisation fails for lack of digits.
 MORE_DAMPING = 10.0
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A group's codes for each kept choice [G, beam, n], its scales and the choices they go on from [beam, n]."""
+    """A group's codes and errors for each kept choice [G, beam, n], its scales and its parent choices [beam, n]."""
 
     codes: Tensor
     errors: Tensor
@@ -39,8 +39,8 @@ class _Choice:
 def compensate(target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales) -> tuple[Tensor, Tensor]:
     """Codes as floats [N, K] and scale float32 [N, K/G] of `target` [N, K]; damped [K, K] is the Hessian.
 
-    Groups are taken by falling energy, and so are the columns in a group: what matters most is rounded while most
-    columns are left to make up for it.
+    Groups are taken by falling energy, and so are the columns in a group. So the columns that matter most are rounded
+    while most other columns are left to compensate for them.
     """
     energy = damped.diagonal().view(-1, group_size)
     group_order = energy.sum(1).argsort(descending=True, stable=True)
@@ -48,7 +48,7 @@ def compensate(target: Tensor, damped: Tensor, group_size: int, allowed: Allowed
     order = (group_order[:, None] * group_size + inner_order).flatten()
     upper = inverse_factor(damped[order][:, order])
     energy = damped.diagonal()[order].view(-1, group_size)
-    # Rows of memory are columns of the weights: one is worked on at a time.
+    # Transposed, a column of the weights is contiguous: one column is processed at a time.
     remaining = target.T[order].contiguous()
     scale = torch.empty(energy.shape[0], target.shape[0], device=target.device)
     groups = max(1, BLOCK_COLUMNS // group_size)
@@ -72,15 +72,15 @@ def _search_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and errors [columns, n] and scales [groups, n] of a block of groups, by a beam search over them.
 
-    block [columns, n]: the weights that are left; factor [columns, columns]: of the inverse Hessian; energy
-    [groups, G]: the Hessian's diagonal.
+    block [columns, n]: the weights with the earlier columns' compensation. factor [columns, columns]: the factor of the
+    inverse Hessian. energy [groups, G]: the Hessian's diagonal.
     """
     group_size, n = energy.shape[1], block.shape[1]
     rest, loss = block[:, None], block.new_zeros(1, n)
     choices: list[_Choice] = []
     for group, importance in enumerate(energy):
         start, end = group * group_size, (group + 1) * group_size
-        # The best choice's weights: those of the others differ little.
+        # Only the weights of the best choice, since those of the others differ little.
         suited = weights.group_scales(rest[:group_size, 0].T.contiguous()[:, None], importance[None])
         candidates = allowed.candidates(suited[:, 0].float().expand(rest.shape[1], n), far=True)
         codes, errors = round_group(rest[:group_size], factor[start:end, start:end], candidates)
@@ -93,12 +93,12 @@ def _search_block(
 
 
 def _keep_best(codes: Tensor, errors: Tensor, candidates: Tensor, loss: Tensor) -> tuple[_Choice, Tensor]:
-    """The BEAM best of all candidates of all choices so far, the best one first, and their losses [beam, n].
+    """The BEAM best of all candidates of all choices so far, best first, and their losses [beam, n].
 
     codes and errors are [G, C, beam, n], candidates [C, beam, n], loss [beam, n].
     """
     total = errors.square().sum(0) + loss
-    # Of equal candidates one is enough: more would take the places of others.
+    # Equal candidates are kept once: copies would displace other choices.
     total[1:].masked_fill_(candidates[1:] == candidates[:-1], float("inf"))
     kept, index = total.flatten(0, 1).topk(min(BEAM, total[:, :, 0].numel()), dim=0, largest=False)
     each = index.expand(codes.shape[0], -1, -1)
@@ -127,8 +127,8 @@ def _trace_back(choices: list[_Choice]) -> tuple[Tensor, Tensor, Tensor]:
 def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and errors [G, C, ...] of weights [G, ...] for each candidate scale [C, ...].
 
-    Each column's error is made up for by the later ones. factor [G, G]: upper, of the inverse Hessian. The sum of the
-    squared errors is the loss.
+    The later columns compensate for each column's error. factor [G, G]: the upper factor of the inverse Hessian. The
+    sum of the squared errors is the loss.
     """
     rest = weight[:, None].expand(-1, *candidates.shape).flatten(1).contiguous()
     step = candidates.flatten()
@@ -144,7 +144,7 @@ def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Ten
 def improve(
     target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor, allowed: AllowedScales
 ) -> tuple[Tensor, Tensor]:
-    """Codes as floats [N, K] and scale [N, K/G] of less loss: each group in turn, the others as they stand."""
+    """Codes as floats [N, K] and scale [N, K/G] of less loss: each group in turn, with the others fixed."""
     groups = scale.shape[1]
     group_size = codes.shape[1] // groups
     codes, scale = codes.T.contiguous(), scale.T.contiguous()
@@ -192,12 +192,12 @@ def _improve_block(
     for group, (order, factor) in enumerate(factors):
         own = slice(group * size, (group + 1) * size)
         before, slope = codes[own][order] * scale[group], gradient[own][order]
-        # From where the weights stand to the least loss, were they not rounded.
+        # The change of the weights that would give the least loss without rounding.
         way = factor.T @ (factor @ slope)
         candidates = allowed.candidates(scale[group], far=False)
         found, errors = round_group(before + way, factor, candidates)
         loss, best = errors.square().sum(0).min(0)
-        # As much would be lost if everything stayed.
+        # The right side is the loss without any change.
         better = loss < (slope * way).sum(0)
         chosen = candidates.gather(0, best[None])[0]
         scale[group] = torch.where(better, chosen, scale[group])
@@ -215,7 +215,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
             inverse = torch.cholesky_inverse(factor)
-            # Each is [K, K]: three at once are enough.
+            # Frees memory: each of these matrices is [K, K].
             del factor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):

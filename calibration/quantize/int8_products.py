@@ -1,4 +1,4 @@
-"""Products of integer codes: exact, and several times faster than float32 where the CPU has instructions for them."""
+"""Products of integer codes: exact, and several times faster than float32 if the CPU has instructions for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """left.T @ right of codes int8 [T, I] and [T, J], a whole number each: int32 [I, J], or float32 off such a CPU.
+    """left.T @ right of codes int8 [T, I] and [T, J]: int32 [I, J], or float32 without exact int8 products.
 
     float32 sums are exact up to 2^24.
     """
@@ -22,8 +22,7 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 def has_exact_products() -> bool:
     """Whether torch multiplies int8 matrices on this CPU exactly, and with instructions for it.
 
-    x86 without VNNI adds products up in 16 bits, pair by pair, and cuts off what is too large; other CPUs may have no
-    more than plain loops.
+    x86 without VNNI adds pairs of products in 16 bits, which saturate. Other CPUs may have plain loops only.
     """
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX") or not torch.backends.mkldnn.is_available():
         return False

@@ -1,4 +1,4 @@
-"""From what calibration saw of one input to the checkpoint's tensors. Pure: tensors in, tensors out."""
+"""From the observed activations of one input to the checkpoint's tensors. Pure: tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, input_bl
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One linear's tensors, by the names of schema.tensor_specs, on the CPU, and its record."""
+    """One linear's tensors, by the names of schema.tensor_specs, on the CPU, and its figures for the report."""
 
     tensors: dict[str, Tensor]
     record: LayerRecord
@@ -32,11 +32,11 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class InputSample:
-    """This process's sampled tokens of one input, in the order of TokenSample."""
+    """This process's drawn tokens of one input, in the order of TokenSample."""
 
-    # As the quantized layers before give it: what is quantized.
+    # The input in the served stream, after the layers that are quantized already. It is quantized.
     observation: Observation
-    # As the 16-bit model has it, float32 [own T, K]: whose outputs are aimed at.
+    # The input in the 16-bit stream, float32 [own T, K]. Its outputs are the target.
     target: Tensor
     # Tokens with an outlying residual stream, bool [own T].
     outlying: Tensor
@@ -51,11 +51,11 @@ def quantize_input(
 ) -> dict[str, QuantizedLayer]:
     """Quantize the linears `shards` (weights [N, K] by layer name) that share one input.
 
-    Computes on the device of the sample. A modality has a centre, a gain and a bias of its own where that pays, else
-    those for any token; the massive row always has.
+    Computes on the device of the observed tokens. A modality gets a separate centre, gain and bias if that lowers its
+    error, else those of `any`; the massive row always has separate ones.
 
-    Each process has some of the tokens and fits some of the output channels; all have the same result. What is found by
-    sums of floats that need not come out the same everywhere is found by one of them.
+    Each process has some of the tokens and fits some of the output channels; all get the same result. Sums of floats
+    may differ between processes, so one process computes the results that depend on them and broadcasts them.
     """
     x, target, processes = inputs.observation.sample, inputs.target, tokens.processes
     first = spec.layers[next(iter(shards))]

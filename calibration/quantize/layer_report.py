@@ -1,4 +1,4 @@
-"""What the report says about each quantized linear. Pure."""
+"""The figures of each quantized linear in the report. Pure."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from morphoquant_vllm.numerics import activation
 
 # The output error is measured on about this many tokens.
 ERROR_TOKENS = 2048
-# So many tokens are multiplied at once: enough that weights are seldom read.
+# Tokens that are multiplied at once: enough that weights are seldom read.
 RUN_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What the report says about one quantized linear."""
+    """The figures of one quantized linear in the report."""
 
-    # Codes outside [-8, 7] as a fraction of all codes, by row name; "all": of the tokens as they occur in the data.
+    # Codes outside [-8, 7] as a fraction of all codes, by row name; "all" counts tokens as they occur in the data.
     escape_rate: dict[str, float]
     # Root of the weighted mean square error of the output, relative to the 16-bit layer's on 16-bit inputs (no bias).
     output_error: float
@@ -34,26 +34,26 @@ class LayerRecord:
     # How many channels the guard gave a larger step than the search chose, and the largest factor.
     guard_raised_channels: int
     guard_largest_raise: float
-    # Sampled tokens that the massive row serves.
+    # Drawn tokens that the massive row serves.
     massive_tokens: int
-    # By modality: whether a row of its own serves it, and why; empty where rows of their own were not asked for.
+    # By modality: whether a separate row serves it, and why; empty if the recipe wants no modality-specific rows.
     modality_rows: dict[str, RowChoice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class JudgedTokens:
-    """This process's tokens that the output error is measured on, with K in channel order."""
+    """This process's tokens on which the output error is measured, with K in channel order."""
 
     # Codes times gain, and 16-bit values: float32 [T, K].
     codes: Tensor
     target: Tensor
-    # The set of each token, int64 [T], and what it counts, float32 [T].
+    # The set of each token, int64 [T], and its weight, float32 [T].
     token_set: Tensor
     weight: Tensor
 
     @staticmethod
     def of(coded: CodedTokens, target: Tensor, tokens: TokenSample) -> JudgedTokens:
-        """Every n-th token of all processes', from target [own T, K] in natural order."""
+        """Every n-th token of all processes; target [own T, K] is in natural order."""
         stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
         return JudgedTokens(
             codes=tokens.every(coded.codes, stride).float() * tokens.every(coded.gain, stride)[:, None],
@@ -66,7 +66,7 @@ class JudgedTokens:
 def input_record(
     coded: CodedTokens, tokens: TokenSample, massive: Tensor, found: FoundInput, row_names: tuple[str, ...]
 ) -> LayerRecord:
-    """What the linears that share an input have in common, all but output_error; massive, bool [T], of all tokens."""
+    """The figures common to the linears that share an input, without output_error; massive, bool [T], of all tokens."""
     guard_raise = found.grids.grid.guard_raise
     masked = found.tensors["modality_mask"].sum(1).tolist()
     return LayerRecord(
@@ -83,7 +83,7 @@ def input_record(
 def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
     """Escapes as a fraction of codes [own T, K], as LayerRecord holds them.
 
-    massive, bool [T], of all processes' tokens: those that took the last row.
+    massive, bool [T]: the tokens of all processes that took the last row.
     """
     own = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
     per_token = tokens.all_gather(own).cpu()

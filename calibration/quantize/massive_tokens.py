@@ -1,8 +1,8 @@
-"""Massive tokens: a few tokens whose activations are unlike all others', and how a quantizer knows them by value.
+"""Massive tokens: a few tokens whose activations are unlike all others, and the intervals that recognize them.
 
-The first token of a sequence, as a rule: some block gives its residual stream values hundreds of times larger than any
-other's, and from there on its normalised activations are nearly the same in every sequence (attention parks on it).
-Static ranges must not be set by such tokens. They get a row of their own, whose centre holds what they have in common.
+Usually it is the first token of a sequence. Some block gives its residual stream values hundreds of times larger than
+any other. From there on its normalised activations are nearly the same in every sequence: attention parks on it. Such
+tokens must not set static ranges. They get a separate row, whose centre is their mean.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from calibration.processes import ONE, Processes
 from morphoquant_vllm.format.schema import MASSIVE_CHANNELS
 from morphoquant_vllm.numerics.activation import is_massive
 
-# A token is a candidate where its residual stream is this many times the median of its modality, ...
+# A token is a candidate if the norm of its residual stream is this many times the median of its modality, ...
 NORM_RATIO = 8.0
-# ... unless that many tokens are: then they are no exception.
+# ... unless more than this fraction of the tokens qualify: then they are not exceptional.
 MAX_SHARE = 0.1
-# From fewer tokens nothing can be learnt.
+# With fewer massive tokens, intervals are not reliable.
 MIN_TOKENS = 4
-# Room on either side of the values seen, as a part of the distance to the nearest other token's value.
+# Margin on either side of the massive values, as a fraction of the distance to the nearest value of another token.
 ROOM = 0.5
-# Intervals that hold more of the other tokens than this do not tell massive tokens apart.
+# Intervals may hold at most this fraction of the other tokens.
 MAX_FALSE_SHARE = 1e-3
-# Channels that are looked at together.
+# Channels that are searched at once.
 CHANNELS = 64
 LARGEST = torch.finfo(torch.float32).max
 
@@ -43,17 +43,17 @@ class MassiveIntervals(NamedTuple):
 
 @dataclass(frozen=True)
 class MassiveTokens:
-    """The sampled tokens that the massive row serves."""
+    """The drawn tokens that the massive row serves."""
 
     intervals: MassiveIntervals
-    # Among this process's, bool [own T], on the device of the sample.
+    # Among this process's tokens, bool [own T], on their device.
     own: Tensor
-    # Among all processes', bool [T], on the CPU.
+    # Among the tokens of all processes, bool [T], on the CPU.
     all: Tensor
 
 
 def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: TokenSample, *, wanted: bool) -> MassiveTokens:
-    """Intervals that tell the tokens `outlying`, bool [own T], of x [own T, K], and the tokens that they hold.
+    """Intervals that separate the tokens `outlying`, bool [own T], of x [own T, K], and the tokens that they hold.
 
     Unless `wanted`, the intervals hold no token.
     """
@@ -69,7 +69,7 @@ def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: TokenSample, 
 def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
     """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T].
 
-    Each process has some of the tokens; outlying is what stands out of all.
+    Each process has some of the tokens. They are compared with those of all processes.
     """
     parts = processes.all_gather((norms, modality))
     found = _candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -94,10 +94,10 @@ def no_intervals(in_features: int, blocks: int) -> MassiveIntervals:
 
 
 def find_intervals(x: Tensor, massive: Tensor, blocks: int, processes: Processes = ONE) -> MassiveIntervals:
-    """Intervals of a few channels of x float32 [T, K] that tell the tokens in `massive`, bool [T], from the others.
+    """Intervals of a few channels of x float32 [T, K] that separate the tokens `massive`, bool [T], from the others.
 
-    One set for each of `blocks` equal blocks of K, from that block's channels alone (a tensor-parallel rank sees no
-    others). A block whose channels cannot tell gets intervals that hold no token. Each process has some of the tokens.
+    Each of `blocks` equal blocks of K gets a set of intervals of its channels, since a tensor-parallel rank sees no
+    others. If no channels of a block separate the tokens, its intervals hold no token. Each process has some tokens.
     """
     intervals = no_intervals(x.shape[1], blocks)
     inside, outside = (_count(int(which.sum()), processes) for which in (massive, ~massive))
@@ -120,7 +120,7 @@ def _count(tokens: int, processes: Processes) -> int:
 
 
 def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
-    """The MIN or MAX of all processes' values [tokens, K], by channel; of no tokens, infinite."""
+    """The MIN or MAX over the values [tokens, K] of all processes, by channel; infinite without tokens."""
     least = operation == "MIN"
     none = values.new_full(values.shape[1:], float("inf") if least else -float("inf"))
     own = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
@@ -130,16 +130,17 @@ def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
 def _separate(
     massive: Tensor, others: Tensor, allowed: float, processes: Processes
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None where no J channels tell.
+    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None if no J channels suffice.
 
-    So many of the others may lie inside. Minima, maxima and counts are exact: all processes find the same.
+    At most `allowed` other tokens may lie inside. If fewer than J channels suffice, the other intervals hold every
+    finite value. Minima, maxima and counts are exact, so all processes get the same result.
     """
     channel = torch.zeros(MASSIVE_CHANNELS, dtype=torch.int32)
     low, high = torch.full((MASSIVE_CHANNELS,), -LARGEST), torch.full((MASSIVE_CHANNELS,), LARGEST)
     lowest, highest = (_extreme(massive, operation, processes) for operation in ("MIN", "MAX"))
     for index in range(MASSIVE_CHANNELS):
         inside, below, above = _nearest(others, lowest, highest, processes)
-        # Of the channels that tell most tokens apart, the one with the widest empty margin for its values' spread.
+        # Among the channels with the fewest other tokens inside, the one with the widest margin relative to its spread.
         spread = (highest - lowest) + 1e-3 * torch.maximum(lowest.abs(), highest.abs()) + 1e-30
         margin = torch.where(inside == inside.min(), torch.minimum(below, above).clamp(max=LARGEST) / spread, -1.0)
         best = int(margin.argmax())
@@ -153,9 +154,10 @@ def _separate(
 
 
 def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Processes) -> tuple[Tensor, Tensor, Tensor]:
-    """How many other values lie between `lowest` and `highest` of each channel, and how far the nearest lies outside.
+    """Number of other values between `lowest` and `highest` of each channel, and distances of the nearest ones outside.
 
-    Below and above; infinite where none does. A few channels at a time: tokens are the most that memory holds.
+    The distances are those below and above, or infinite. A few channels at a time, since copies of all values would set
+    the peak of memory.
     """
     infinity = torch.tensor(float("inf"), device=others.device)
     found = []
@@ -170,5 +172,5 @@ def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Process
 
 
 def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:
-    """Which tokens of x [T, K] the intervals take for massive, bool [T]."""
+    """Whether the intervals recognize each token of x [T, K] as massive, bool [T]."""
     return is_massive(x, *(field.to(x.device) for field in intervals))

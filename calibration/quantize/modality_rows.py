@@ -1,7 +1,7 @@
-"""A row of its own for a modality: its centre and gain, where held-back tokens show that it pays. Pure.
+"""A separate row for a modality: its centre and gain, if held-out tokens show that it lowers the error. Pure.
 
-Steps are shared by all rows of a layer, since the weights absorb them. What a modality can have to itself is where its
-channels lie (centre), how coarse its grid is as a whole (gain), and the mean error that its bias takes back.
+All rows of a layer share the steps, since the weights absorb them. A modality can have a separate centre, gain and
+bias: the place of its grid, the width of all its steps, and the correction of its mean error.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from calibration.quantize import step_search as steps
 from morphoquant_vllm.numerics.activation import GUARD_CODES, Grid, code_limits, escapes
 
-# From fewer tokens nothing can be learnt and held back.
+# With fewer tokens, neither the search of a row nor its judgement is reliable.
 MIN_TOKENS = 64
-# Most tokens that a row is sought on, and that it is judged on.
+# The most tokens on which a row is searched, and the most on which it is judged.
 SEARCH_TOKENS = 512
-# The sample is cut into this many runs of tokens, sought on and judged on in turns: neighbours are much alike.
+# The drawn tokens are cut into this many runs, used for search and judgement in turns: neighbours are much alike.
 RUNS = 8
 # Gains to choose from: around 1, the gain of the row that serves any token.
 GAINS = torch.logspace(-3, 1, 33, base=2.0)
@@ -26,14 +26,14 @@ GAINS = torch.logspace(-3, 1, 33, base=2.0)
 
 @dataclass(frozen=True)
 class RowChoice:
-    """Why a modality has a row of its own in a layer, or shares that of any token."""
+    """Whether a modality has a separate row in a layer or shares `any`, and why."""
 
     own: bool
     reason: str
-    # Of the row that serves the modality.
+    # Gain of the row that serves the modality.
     gain: float
-    # Relative error of the layer's output on held-back tokens that rounding activations makes, and their escape rate:
-    # with the row for any token, and with one of the modality's own. None where too few tokens were there to tell.
+    # On held-out tokens: the relative error of the layer's output by rounding activations, and the escape rate. Each
+    # with the row `any`, and with a separate row. None if there are too few tokens.
     any_error: float | None = None
     own_error: float | None = None
     any_escape_rate: float | None = None
@@ -42,7 +42,7 @@ class RowChoice:
 
 @dataclass(frozen=True)
 class RowTokens:
-    """A modality's ordinary tokens: how many there are, and those [T, K] that a row is sought on and judged on."""
+    """A modality's ordinary tokens: their number, and those [T, K] on which a row is searched and judged."""
 
     count: int
     sought: Tensor
@@ -50,13 +50,13 @@ class RowTokens:
 
     @staticmethod
     def of(x: Tensor) -> RowTokens:
-        """From all of them, x [T, K]."""
+        """Split all ordinary tokens x [T, K] of a modality."""
         sought, held = (x[index] for index in row_tokens(torch.arange(x.shape[0])))
         return RowTokens(x.shape[0], sought, held)
 
 
 def row_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a modality's ordinary tokens [T], in order, those that a row is sought on and those that it is judged on."""
+    """The ordinary tokens [T] of a modality, in order, that search a row, and those that judge it."""
     runs = tokens.tensor_split(RUNS)
     sought, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
     return sought, held
@@ -80,18 +80,18 @@ def choose_row(
     budget: float,
     margin: float,
 ) -> ModalityRow:
-    """The row of one modality, from its ordinary tokens of the sample.
+    """The row of one modality, from its ordinary drawn tokens.
 
-    minimum, maximum [K]: of every token that the row serves. grid, mask [K]: of the row that serves any token; the
-    modality keeps it unless a row of its own lowers the error of the outputs x @ matrix.T on held-back tokens x by the
-    part `margin`, with at most `budget` of its codes escaping where it is sought.
+    minimum, maximum [K]: of every token that the row serves. grid, mask [K]: of the row `any`. The modality keeps that
+    row unless a separate one lowers the error of outputs by the fraction `margin`. The error is that of x @ matrix.T on
+    held-out tokens x. At most `budget` of the separate row's codes may escape on the tokens of the search.
     """
     if tokens.count < MIN_TOKENS:
         reason = f"{tokens.count} ordinary tokens, fewer than {MIN_TOKENS}"
         return ModalityRow(grid.centre, RowChoice(False, reason, 1.0))
     sought, held = tokens.sought, tokens.held
     share = matrix.square().sum(0)
-    # A heavy-tailed channel may be better off with the common centre than with the middle of its own quantiles.
+    # For a heavy-tailed channel the common centre may be better than the middle of the modality's quantiles.
     _, gain, centre = min(
         (
             (*_gain(sought, centre, minimum, maximum, grid.step, mask, share, budget), centre)
@@ -104,7 +104,7 @@ def choose_row(
     for row_centre, row_gain in ((grid.centre, 1.0), (centre, gain)):
         learnt, _ = _rounding(sought, row_centre, grid.step * row_gain, mask)
         lost, codes = _rounding(held, row_centre, grid.step * row_gain, mask)
-        # A bias takes back the mean error, as far as tokens that were not held back show it.
+        # The bias corrects the mean error, as measured on the tokens of the search.
         errors.append((float(((lost - learnt.mean(0)) @ matrix.T).square().sum()) / power) ** 0.5)
         rates.append(float(escapes(codes).float().mean()))
     own = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
@@ -118,7 +118,7 @@ def _thinned(x: Tensor) -> Tensor:
 
 
 def _rounding(x: Tensor, centre: Tensor, step: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What rounding x [T, K] to codes loses, and the codes, both float32 [T, K] in natural channel order."""
+    """The rounding errors of x [T, K], and its codes, both float32 [T, K] in natural channel order."""
     low, high = code_limits(mask)
     distance = x - centre
     codes = torch.minimum(torch.maximum(torch.round(distance / step), low), high)
@@ -135,7 +135,7 @@ def _gain(
     share: Tensor,
     budget: float,
 ) -> tuple[float, float]:
-    """Least error and its gain, of those that keep the budget and let masked codes reach no further than the guard."""
+    """Least error and its gain, among gains that keep the budget and masked codes within the guard."""
     farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
     least = float((farthest / step)[mask].max()) / GUARD_CODES if bool(mask.any()) else 0.0
     best, least_error = max(1.0, least), float("inf")

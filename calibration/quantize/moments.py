@@ -1,4 +1,4 @@
-"""Means and second moments of one input's codes and 16-bit values: what rounding the weights needs to know."""
+"""Means and second moments of one input's codes and 16-bit values, on which the rounding of weights rests."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ CODE_CHANNELS = 1024
 
 @dataclass
 class Moments:
-    """Weighted sums over tokens, float32; K in any one order, S sets of tokens with a bias of their own."""
+    """Weighted sums over tokens, float32; K in any one order, S sets of tokens with a separate bias."""
 
     weight: Tensor  # [S]
     code_sum: Tensor  # [S, K]
     value_sum: Tensor  # [S, K]
     code_code: Tensor  # [K, K]
-    # Codes by 16-bit values, [K, K], or by the 16-bit layer's outputs, [K, N]: what is smaller to sum up.
+    # Sum of codes times 16-bit values [K, K], or times the 16-bit layer's outputs [K, N]; the cheaper one.
     code_aim: Tensor
     # The 16-bit layer's weights [N, K].
     matrix: Tensor
 
     @staticmethod
     def zeros(sets: int, matrix: Tensor) -> Moments:
-        """Nothing seen yet, of the input of the 16-bit weights `matrix` [N, K]."""
+        """Empty sums for the input of the 16-bit weights `matrix` [N, K]."""
         out_features, in_features = matrix.shape
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=matrix.device)
 
-        # T tokens: N K^2 after T K^2 products, or twice T N K.
+        # For T tokens: T K^2 products and then N K^2, or 2 T N K.
         aims = out_features if 2 * out_features <= in_features else in_features
         squares = zeros(in_features, in_features), zeros(in_features, aims)
         return Moments(zeros(sets), zeros(sets, in_features), zeros(sets, in_features), *squares, matrix)
 
     @property
     def of_outputs(self) -> bool:
-        """Whether code_aim is of outputs."""
+        """Whether code_aim has codes times outputs."""
         return 2 * self.matrix.shape[0] <= self.matrix.shape[1]
 
     def add(self, codes: Tensor, gain: Tensor, values: Tensor, token_set: Tensor, weight: Tensor) -> None:
-        """Take in tokens: codes int8 and 16-bit values float32 [T, K]; gain, set int64 and weight of each [T]."""
+        """Add tokens: codes int8 and 16-bit values float32 [T, K]; gain, set int64 and weight of each [T]."""
         scaled = codes.float() * gain[:, None]
         selector = torch.nn.functional.one_hot(token_set, self.weight.numel()).float().T * weight
         self.weight += selector.sum(1)
@@ -60,9 +60,9 @@ class Moments:
         self.code_aim.addmm_((scaled * weight[:, None]).T, aims)
 
     def add_codes(self, codes: Tensor, factor: Tensor) -> None:
-        """Take in products of codes int8 [T, K] with each other; factor [T]: weight times squared gain of each token.
+        """Add products of codes int8 [T, K] with each other; factor [T]: weight times squared gain of each token.
 
-        Tokens of one factor are summed up as the whole numbers that they are, the upper triangle alone.
+        Tokens of equal factor are summed as integers. Only the upper triangle is computed.
         """
         for value in factor.unique():
             for which in (factor == value).nonzero().flatten().split(CODE_TOKENS):
@@ -72,20 +72,21 @@ class Moments:
                     self.code_code[channels, start:] += value * products(own[:, channels], own[:, start:])
 
     def mirror(self) -> None:
-        """Make code_code whole: below its diagonal stands what is above."""
+        """Complete code_code: copy its upper triangle to the lower one."""
         for start in range(0, self.code_code.shape[0], CODE_CHANNELS):
             end = start + CODE_CHANNELS
             self.code_code[end:, start:end] = self.code_code[start:end, end:].T
 
     def reduce(self, processes: Processes) -> None:
-        """Take in what the other processes have seen, too."""
+        """Add the sums of the other processes."""
         for field, operation in REDUCTIONS.items():
             setattr(self, field, processes.all_reduce(getattr(self, field), operation))
 
     def take_centred(self, channels: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Codes by codes [K, K], and by the outputs of these output channels [K, n], about each set's own means.
+        """Codes times codes [K, K], and times the outputs of these channels [K, n], about the means of each set.
 
-        What a bias per set leaves to do. In the memory of code_code and code_aim, which are then gone.
+        These are the moments that remain after a bias per set. They reuse the memory of code_code and code_aim, which
+        are empty afterwards.
         """
         scaled = self.code_sum / self._share()
         code_code, code_aim, matrix = self.code_code, self.code_aim, self.matrix[channels]
@@ -107,7 +108,7 @@ class Moments:
 def gather(
     parts: Iterable[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]], codes: Tensor, factor: Tensor, moments: Moments
 ) -> Moments:
-    """`moments` of chunks as `Moments.add` takes them, and of all their codes and factors, as `add_codes` does."""
+    """`moments` with the chunks `parts` (see `Moments.add`) and all their codes and factors (see `add_codes`)."""
     for part in parts:
         moments.add(*part)
     moments.add_codes(codes, factor)
@@ -118,17 +119,18 @@ def gather(
 def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage: float) -> Tensor:
     """Weights for the codes, float32 [N, K], whose outputs come nearest to the 16-bit layer's.
 
-    code_code [K, K] and code_output [K, N] are those of `Moments.take_centred`; the latter is used up. Least squares of
-    W x on the codes, drawn towards `absorbed` = W * step (what would be right if codes had no error) by `shrinkage` x
-    the mean energy of a channel. So the weights make up for what the rounding of activations and the layers before
-    lost, as far as it can be told from the codes.
+    code_code [K, K] and code_output [K, N] are those of `Moments.take_centred`; the latter is overwritten.
+
+    The result is the least-squares fit of W x to the codes. `shrinkage` x the mean energy of a channel draws it to
+    `absorbed` = W * step, the right weights for codes without error. So the weights compensate for the rounding of
+    activations and for the errors of earlier layers, as far as the codes show them.
     """
     ridge = shrinkage * code_code.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damped = code_code.clone()
     damped.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) and bool(damped.isfinite().all()):
-        # Codes that never change, but for the rounding of sums: nothing can be told from them.
+        # The codes are constant, except for the rounding of sums, so there is nothing to fit.
         return absorbed
     right = code_output.add_(ridge * absorbed.T)
     return torch.cholesky_solve(right, factor).T
@@ -137,8 +139,8 @@ def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage:
 def output_bias(code_mean: Tensor, value_mean: Tensor, weight: Tensor, served: Tensor, blocks: int) -> Tensor:
     """The bias of each set that makes its mean output that of the 16-bit layer, float32 [B, S, N].
 
-    code_mean, value_mean [S, K] as from `Moments.means`. weight [N, K] is the 16-bit layer's, served [N, K] what the
-    codes are multiplied by; split over B blocks of K.
+    code_mean, value_mean [S, K] as from `Moments.means`. weight [N, K] is the 16-bit layer's; served [N, K] multiplies
+    the codes. The bias is split over B blocks of K.
     """
 
     def product(mean: Tensor, matrix: Tensor) -> Tensor:

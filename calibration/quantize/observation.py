@@ -1,4 +1,4 @@
-"""What module hooks see of a decoder block's inputs: statistics per set of tokens, and the sampled tokens."""
+"""Observation of a decoder block's inputs by module hooks: statistics by row, and the drawn tokens."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from morphoquant_vllm.numerics.statistics import REDUCTIONS, ChannelStatistics
 class Observation:
     """One linear input as calibration saw it."""
 
-    # By row (a modality's, or the massive one), over all processes: only rows that had tokens.
+    # By row (a modality's, or the massive one), over all processes; rows without tokens are absent.
     statistics: dict[int, ChannelStatistics]
-    # The sampled tokens' activations, float32 [own T, K], in the order of TokenSample.
+    # Activations of the drawn tokens, float32 [own T, K], in the order of TokenSample.
     sample: Tensor
 
 
 class InputReached(Exception):
-    """Ends a block's run at the input that was waited for."""
+    """Ends a block's run at the requested input."""
 
 
 class SampleCollector:
-    """Keeps the sampled tokens of one linear input, on the device on which the model runs.
+    """Keeps the drawn tokens of one linear input, on the device on which the model runs.
 
-    `none`, [0, K] on that device, is what a process without samples has to show.
+    `none`, [0, K] on that device, is the result of a process that has no calibration samples.
     """
 
     def __init__(self, name: str, none: Tensor | None = None) -> None:
@@ -40,16 +40,16 @@ class SampleCollector:
         self._chosen: list[Tensor] = [] if none is None else [none]
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Take in one sample: x [M, K], the rows of its tokens int [M] and its sampled positions int64."""
+        """Add one calibration sample: x [M, K], the rows of its tokens int [M] and its drawn positions int64."""
         self._chosen.append(x[positions].float())
 
     def sample(self) -> Tensor:
-        """The sampled tokens so far, float32 [T, K], in the order of TokenSample."""
+        """The drawn tokens so far, float32 [T, K], in the order of TokenSample."""
         if len(self._chosen) > 1:
             first = self._chosen[0]
             whole = first.new_empty(sum(part.shape[0] for part in self._chosen), first.shape[1])
             end = whole.shape[0]
-            # From the last: what is copied is let go at once, so that the tokens are never in memory twice.
+            # From the last to the first: each part is freed after its copy, so the tokens are never in memory twice.
             while self._chosen:
                 part = self._chosen.pop()
                 whole[end - part.shape[0] : end] = part
@@ -59,17 +59,14 @@ class SampleCollector:
 
 
 class InputCollector(SampleCollector):
-    """Gathers statistics besides."""
+    """A SampleCollector that also gathers statistics."""
 
     def __init__(self, name: str, none: Tensor | None = None) -> None:
         super().__init__(name, none)
         self._statistics: dict[int, ChannelStatistics] = {}
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """As SampleCollector.add.
-
-        Raises MorphoQuantError naming the layer where x holds NaN or infinite values.
-        """
+        """As SampleCollector.add. Raises MorphoQuantError with the layer's name if x holds NaN or infinite values."""
         present = rows.unique().tolist()
         for row in present:
             new = ChannelStatistics.of(x if len(present) == 1 else x[rows == row])
@@ -83,7 +80,7 @@ class InputCollector(SampleCollector):
         super().add(x, rows, positions)
 
     def observation(self, processes: Processes = ONE) -> Observation:
-        """Everything gathered so far, the statistics in all processes."""
+        """Everything gathered so far; the statistics are those of all processes together."""
         sample = self.sample()
         found = {}
         for row in sorted(set().union(*processes.all_gather(set(self._statistics)))):
@@ -98,7 +95,7 @@ class InputCollector(SampleCollector):
 
 
 def _no_tokens(like: Tensor) -> ChannelStatistics:
-    """Statistics of no token of an input [T, K], where those of its tokens lie."""
+    """Statistics of no tokens of an input [T, K], on the devices of the real ones."""
     empty = ChannelStatistics.empty(like.shape[1])
     places = {field.name: like.device for field in fields(empty)} | {"count": empty.count.device}
     return ChannelStatistics(**{name: getattr(empty, name).to(place) for name, place in places.items()})
@@ -114,15 +111,18 @@ def run_observed(
     *,
     stop: bool = False,
 ) -> Tensor | None:
-    """Run a decoder block on one sample [1, M, hidden]; `collectors`, by linear name, see its linears' inputs.
+    """Run a decoder block on one calibration sample [1, M, hidden]; `collectors`, by linear name, get its inputs.
 
-    With `stop` the run ends, without output, at the first input seen.
+    With `stop` the run ends, without output, at the first observed input.
     """
 
     def observe(collector: SampleCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2)
         if x.shape[0] != rows.numel():
-            raise MorphoQuantError(f"{collector.name}: sees {x.shape[0]} tokens of a sample of {rows.numel()}")
+            raise MorphoQuantError(
+                f"{collector.name}: its input has {x.shape[0]} tokens of a calibration sample of {rows.numel()}; "
+                "this model cannot be calibrated"
+            )
         collector.add(x, rows, positions)
         if stop:
             raise InputReached

@@ -1,4 +1,4 @@
-"""The reference's way to a grid: mask by dispersion, range by search (arXiv 2606.04349), then as integers serve it."""
+"""The authors' search of a grid (arXiv 2606.04349): mask by dispersion, then range; converted to the served form."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from calibration.settings.recipe import Recipe
 from morphoquant_vllm.numerics import activation, reference
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 
-# Fewer tokens than this say nothing about a channel's tail: with one token max - min is 0 on every channel, so that all
-# of them (0 >= 0) are outliers, and with a few the mask is noise. Such a modality has no mask of its own.
+# With fewer tokens the tail of a channel is unknown, so the modality adds nothing to the mask. With one token max - min
+# is 0 on every channel, so all of them (0 >= 0) would be outliers. With a few the mask would be noise.
 MIN_MASK_TOKENS = 32
 
 
@@ -28,8 +28,8 @@ def reference_grid(
 ) -> tuple[Tensor, activation.Grid]:
     """Mask bool [K] and grid of one input, from chunks (x [T, K], weight [T]) and statistics.
 
-    `modalities`: of each, massive tokens apart; `pooled`: of every token that the grid serves. Each process has some of
-    the chunks, and all have the same statistics.
+    `modalities`: statistics of each modality without massive tokens. `pooled`: of every token that the grid serves.
+    Each process has some of the chunks, and all have the same statistics.
     """
     mask = torch.ones_like(pooled.minimum, dtype=torch.bool) if full_mask else _mask(modalities, pooled, recipe)
     low, high = reference.base_range(pooled.minimum, pooled.maximum, mask)
@@ -40,12 +40,12 @@ def reference_grid(
 def _mask(modalities: Sequence[ChannelStatistics], pooled: ChannelStatistics, recipe: Recipe) -> Tensor:
     """Union of the modalities' masks, bool [K]; the pooled statistics' if no modality has enough tokens."""
     mask = torch.zeros_like(pooled.minimum, dtype=torch.bool)
-    # A modality's outliers must be able to escape, however rare its tokens are beside the others'.
+    # The outliers of a rare modality must be able to escape, too.
     for statistics in [each for each in modalities if each.tokens >= MIN_MASK_TOKENS] or [pooled]:
         dispersion = reference.dispersion_score(statistics)
         if recipe.dispersion_threshold is not None:
             mask |= dispersion >= recipe.dispersion_threshold
-        # Without spread every channel lies at the mean, which is the threshold too: none stands out.
+        # Without spread every channel lies at the threshold, which is the mean, and none is an outlier.
         elif float(dispersion.std()) > 0:
             mask |= reference.outlier_mask(dispersion, recipe.tau)
     return mask
@@ -61,12 +61,12 @@ def _search(
 ) -> Tensor:
     """The winning ratio of each channel, [K].
 
-    One weighted mean over all sampled tokens takes the place of the reference's moving average over batches: with
-    several modalities that would mostly remember the last batches, whatever their modality.
+    One weighted mean over all drawn tokens replaces the reference's moving average over batches. With several
+    modalities the average would mostly remember the modality of the last batches.
     """
     scores = torch.zeros(reference.SEARCH_RATIOS, low.numel(), device=low.device)
     for x, weight in parts:
-        # Errors are weighted by token; the cosine is one number for the chunk, which counts as much as its tokens.
+        # Errors are weighted by token. The cosine is one number for the chunk, with the weight of all its tokens.
         cosine = recipe.cosine_weight * float(weight.sum()) if recipe.cosine_weight else None
         scores += reference.search_scores(
             *(x, low, high, mask),

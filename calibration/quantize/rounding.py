@@ -1,8 +1,8 @@
 """Weights to int4 with error compensation, on the Hessian of the integer codes that the served layer multiplies. Pure.
 
-First the codes and scales of each group, errors made up for by later groups (`group_search.compensate`). Then, in
-turns, the scales that suit the codes best (`scale_fit`) and the groups that suit the others best
-(`group_search.improve`). Scales are free (bfloat16), or two-level: a whole level times a scale of the output channel.
+The first step searches codes and scales of each group; later groups compensate for errors (`group_search.compensate`).
+Then two steps alternate: the scales are fitted to the codes (`scale_fit`), and each group is searched again with the
+others fixed (`group_search.improve`). Scales are free (bfloat16), or two-level: an integer level times a channel scale.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from calibration.quantize.group_search import compensate, improve
 from calibration.quantize.two_level import fitted_levels
 from morphoquant_vllm.numerics import weights
 
-# Part of the mean diagonal that is added to it: keeps the factorisation stable, and the compensation modest.
+# Fraction of the mean diagonal that is added to it: keeps the factorisation stable, and the compensation modest.
 DAMPING = 0.01
 # Turns of fitting scales and codes to each other; each lowers the loss.
 TURNS = 3
@@ -33,7 +33,7 @@ def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int) -> tu
 def quantize_two_level(target: Tensor, hessian: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [N, K], levels uint8 [N, K/G], 1 to `levels`, and channel scale float32 [N]: see quantize_compensated.
 
-    The scale of a group is level * channel_scale as float32 computes it, while rounding too.
+    The scale of a group is level * channel_scale as float32 computes it. Codes are rounded against that product.
     """
     target, damped = target.float(), damp(hessian)
     energy = damped.diagonal().unflatten(0, (-1, group_size))
@@ -47,7 +47,7 @@ def quantize_two_level(target: Tensor, hessian: Tensor, group_size: int, levels:
 def _quantize(
     target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales
 ) -> tuple[Tensor, Tensor, AllowedScales]:
-    """Codes as floats [N, K], the scales float32 [N, K/G] that suit them, and the scales that are allowed then."""
+    """Codes as floats [N, K], the scales float32 [N, K/G] fitted to them, and the set of scales allowed then."""
     codes, scale = compensate(target, damped, group_size, allowed)
     aimed = target @ damped
     for _ in range(TURNS):

@@ -1,7 +1,7 @@
-"""Least squares of scales for codes that stand: free scales, or levels and a scale of the output channel. Pure.
+"""Least squares of scales for fixed codes: free scales, or levels and a scale of the output channel. Pure.
 
-The loss of an output channel is quadratic in the scales s of its groups: s^T A s - 2 r^T s, with A [K/G, K/G] the
-products of the groups' codes under the Hessian and r [K/G] those of codes and target.
+The loss of an output channel is quadratic in the scales s of its groups: s^T A s - 2 r^T s. A [K/G, K/G] are the
+products of the groups' codes under the Hessian. r [K/G] are those of codes and target.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Part of a group's mean energy that draws its scale to the one it had: keeps groups of hardly any energy sane.
+# Fraction of the mean energy that draws a scale to its former value. Without it, groups of little energy would get
+# arbitrary scales.
 SCALE_DAMPING = 1e-4
-# Rows whose scales are fitted at once, and elements of their systems [rows, K/G, K/G] at once: bounds their memory.
+# Outputs whose scales are fitted at once, and elements of their systems [outputs, K/G, K/G]. Both bound the memory.
 SCALE_ROWS = 2048
 SYSTEM_ELEMENTS = 2**25
-# Channels by which those of a group are multiplied at once for them: what comes of it stays in the cache.
+# Channels by which a group's channels are multiplied at once. The product fits into the cache.
 SYSTEM_CHANNELS = 1024
-# Rounds of fitting levels one after the other, and the channel's scale to them.
+# Rounds of coordinate descent: each level in turn, then the channel scale.
 LEVEL_ROUNDS = 4
 
 
 def fit_scales(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """The scales float32 [N, K/G] of least loss for codes [N, K]; a scale that would not be positive stays.
+    """The scales float32 [N, K/G] of least loss for codes [N, K]; a scale that would not be positive stays unchanged.
 
     aimed [N, K] = target @ damped, damped [K, K] the Hessian.
     """
@@ -47,7 +48,7 @@ def fit_levels(
 
 
 def _systems(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows at a time: which, A [n, K/G, K/G] with its upper triangle alone, and r [n, K/G]."""
+    """Some outputs at a time: which, A [n, K/G, K/G] with only its upper triangle, and r [n, K/G]."""
     groups = scale.shape[1]
     step = min(SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
     for first in range(0, scale.shape[0], step):
@@ -57,7 +58,7 @@ def _systems(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Ite
 
 
 def _system(damped: Tensor, codes: Tensor, groups: int) -> Tensor:
-    """A [n, groups, groups] of codes [K, n]; below its diagonal nothing is written."""
+    """A [n, groups, groups] of codes [K, n]; the elements below its diagonal are not written."""
     group_size = codes.shape[0] // groups
     system = torch.empty(codes.shape[1], groups, groups, device=damped.device)
     columns = SYSTEM_CHANNELS // group_size * group_size
@@ -79,9 +80,9 @@ def _solve(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     ridge = (SCALE_DAMPING * energy).expand_as(scale)
     diagonal += ridge
     with _one_thread():
-        # Transposed it has the layout of LAPACK, and its lower triangle is what was computed.
+        # Transposed, the system has LAPACK's layout, and its lower triangle is the computed one.
         factor, failed = torch.linalg.cholesky_ex(system.mT)
-        # Not cholesky_solve: it copies the factors, which takes longer than solving.
+        # cholesky_solve would copy the factors, which takes longer than solving.
         half = torch.linalg.solve_triangular(factor, (right + ridge * scale)[..., None], upper=False)
         fitted = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
     solved = (failed == 0)[:, None] & (fitted > 0) & fitted.isfinite()
@@ -93,7 +94,7 @@ def _descend(system: Tensor, right: Tensor, level: Tensor, channel_scale: Tensor
     # In place: the systems are the largest tensors of this phase.
     for group in range(system.shape[1]):
         system[:, group + 1 :, group] = system[:, group, group + 1 :]
-    # Groups by rows of memory: one is worked on at a time.
+    # Transposed, a group is contiguous: one group is processed at a time.
     level, right = level.T.clone(), right.T
     energy = system.diagonal(dim1=1, dim2=2).T
     tiny = torch.finfo(torch.float32).tiny
@@ -102,7 +103,7 @@ def _descend(system: Tensor, right: Tensor, level: Tensor, channel_scale: Tensor
         for group in range(level.shape[0]):
             others = product[group] - energy[group] * level[group]
             best = ((right[group] / channel_scale - others) / energy[group].clamp(min=tiny)).round()
-            # A group without energy, or a level that no number improves, stays.
+            # The level of a group without energy stays.
             best = torch.where(best.isfinite() & (energy[group] > 0), best.clamp(1, levels), level[group])
             product += system[:, group].T * (best - level[group])
             level[group] = best
@@ -115,9 +116,9 @@ def _descend(system: Tensor, right: Tensor, level: Tensor, channel_scale: Tensor
 def _one_thread() -> Iterator[None]:
     """Compute on one CPU thread.
 
-    torch deals a batch of systems out to its threads. Once a process has called torch.set_num_threads, MKL's LU
-    factorises the larger of these (160 unknowns and more) wrongly, on as many threads again, and says so of the largest
-    alone (torch 2.13.0+cpu on AVX512). Cholesky's was not seen to; it is not left to chance.
+    torch divides a batch of systems among its threads, and each thread's MKL call uses as many threads again. After a
+    process has called torch.set_num_threads, LU then factorises systems of 160 unknowns and more wrongly. It reports an
+    error only for the largest ones (torch 2.13.0+cpu on AVX512). Cholesky was not seen to fail, but one thread is safe.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The weights of the linears that share an input, rounded to what is stored and served."""
+"""The weights of the linears that share an input, rounded to the stored and served form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME, Layer
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics import weights
 
-# A channel whose codes were all 0 in calibration still counts this part of the mean, so that its weights stay sane.
+# Smallest importance of a channel, as a fraction of the mean. Without it, a channel whose codes were all 0 in
+# calibration would get arbitrary weights.
 IMPORTANCE_FLOOR = 1e-4
 # Names under which codes and scales are stored, in the order in which rounding gives them.
 _STORED = {
@@ -29,9 +30,9 @@ _STORED = {
 class ServedWeights:
     """Rounded weights of N output channels, K in channel order."""
 
-    # Packed codes and scales by their names in the checkpoint; the first size of each is N.
+    # Packed codes and scales by their names in the checkpoint; the first dimension of each is N.
     stored: dict[str, Tensor]
-    # What codes of activations are multiplied by, float32 [N, K].
+    # The dequantized weights that multiply codes of activations, float32 [N, K].
     matrix: Tensor
 
 
@@ -40,11 +41,11 @@ def round_weights(
 ) -> ServedWeights:
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
-    Each process rounds some of the output channels. Uses up the squares in `moments`.
+    Each process rounds some of the output channels. Overwrites the second moments in `moments`.
     """
     channels = processes.share(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
-    # What the runs of tokens had; the squares come next.
+    # The runs of tokens are done. Their memory is needed for the second moments.
     release_freed_memory()
     own = _round(absorbed, moments, channels, layer, recipe)
     del absorbed
@@ -58,7 +59,7 @@ def round_weights(
 def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec, recipe: Recipe) -> tuple[Tensor, ...]:
     """int4 codes int8 [n, K] of the 16-bit weights times steps, `absorbed`, of these output channels, and their scales.
 
-    Scales are bfloat16 [n, K/G], or by the layer's scheme levels uint8 [n, K/G] and channel scale float32 [n].
+    Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
     """
     hessian, code_output = moments.take_centred(channels)
     target = regress(hessian, code_output, absorbed, recipe.shrinkage) if recipe.regression else absorbed

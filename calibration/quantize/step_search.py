@@ -1,4 +1,4 @@
-"""The step and centre of every channel: what the layer's output loses, against a budget of escapes. Pure."""
+"""The step and centre of every channel: the least error of the layer's output within the escape budget. Pure."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from morphoquant_vllm.numerics.activation import GUARD_CODES, Grid, code_limits, floor_dead
 from morphoquant_vllm.numerics.reference import LEVELS, MIN_RANGE_WIDTH
 
-# Candidate ranges, as fractions of the largest magnitude: evenly spaced in the logarithm, from all of it down to where
-# 8-bit codes would saturate. A little more than all: the largest value comes again with its token (a chat template's),
-# and just at the edge, code 7.5, float noise would round it up on one machine and down on another.
+# Candidate ranges, as fractions of the largest magnitude, evenly spaced in the logarithm. The smallest is the one at
+# which 8-bit codes would saturate. The largest is a little more than 1: the largest value comes again with its token
+# (a chat template's). At the very edge, code 7.5, float noise would round it up on one machine and down on another.
 CANDIDATES = 20
 LARGEST_RATIO = 1.02
 SMALLEST_RATIO = LEVELS / (2 * GUARD_CODES)
-# The middle of this part of a channel's values is its centre; where it is nearly 0, it is 0.
+# The middle of these quantiles of a channel is its centre, or 0 if it is within CENTRE_FLOOR times their distance.
 CENTRE_QUANTILES = (0.01, 0.99)
 CENTRE_TOKENS = 512
 CENTRE_FLOOR = 0.05
 BISECTIONS = 40
-# Turns of setting the modalities' prices against each other, and the most that a turn lowers one.
+# Turns of balancing the modalities' prices, and the smallest factor by which a turn lowers one.
 PRICE_TURNS = 8
 LEAST_PRICE_FACTOR = 0.2
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What each candidate range would cost."""
+    """The cost of each candidate range."""
 
     # Weighted mean square rounding error times the channel's share in the output, [CANDIDATES, K].
     error: Tensor
@@ -39,7 +39,7 @@ class Losses:
 
 
 def centres(x: Tensor) -> Tensor:
-    """Centre of each channel, float32 [K], from a sample of tokens x [T, K]: real-valued, 0 for channels about 0."""
+    """Centre of each channel, float32 [K], from tokens x [T, K]: real-valued, or 0 for channels around 0."""
     stride = max(1, x.shape[0] // CENTRE_TOKENS)
     quantiles = torch.tensor(CENTRE_QUANTILES, device=x.device)
     low, high = torch.quantile(x[::stride][:CENTRE_TOKENS], quantiles, dim=0)
@@ -48,7 +48,7 @@ def centres(x: Tensor) -> Tensor:
 
 
 def candidate_steps(farthest: Tensor) -> Tensor:
-    """Steps to choose from, [CANDIDATES, K] descending, for channels that reach `farthest` [K] from their centre."""
+    """Candidate steps [CANDIDATES, K], descending, for channels that reach `farthest` [K] from their centre."""
     ratios = torch.logspace(math.log10(LARGEST_RATIO), math.log10(SMALLEST_RATIO), CANDIDATES, device=farthest.device)
     width = (farthest * 2).clamp(min=MIN_RANGE_WIDTH)
     return ratios[:, None] * width / LEVELS
@@ -59,9 +59,9 @@ def losses(
 ) -> Losses:
     """Losses of the candidate `steps` [CANDIDATES, K] on chunks (x [T, K], weight [T], modality_share [T, S]).
 
-    modality_share: part of a token in the mean over its modality's tokens, 0 in the others' columns.
-    share [K]: squared norm of the channel's column of W, which makes an error of the channel one of the output (errors
-    of different channels taken as uncorrelated). Without `escapes` codes are clipped to [-8, 7].
+    modality_share: share of a token in the mean over its modality's tokens, 0 in the columns of other modalities.
+    share [K]: squared norm of the channel's column of W. It turns an error of the channel into one of the output, if
+    errors of different channels are uncorrelated. Without `escapes` codes are clipped to [-8, 7].
     """
     parts = list(parts)
     error, escape = torch.zeros_like(steps), steps.new_zeros(parts[0][2].shape[1], *steps.shape)
@@ -83,8 +83,9 @@ def losses(
 def choose(found: Losses, budget: float) -> Tensor:
     """The candidate of each channel, int64 [K]: least error with at most `budget` of any modality's codes escaping.
 
-    One price per escape for the whole layer, the smallest that keeps the budget: escapes go where they help most. With
-    several modalities each has a price, raised and lowered in turns until those within the budget cost little.
+    A Lagrangian search: it bisects for the smallest price per escape, the same for the whole layer, that keeps the
+    budget. So escapes go to the channels where they help most. With several modalities each has a price; PRICE_TURNS
+    turns lower the prices of modalities whose codes escape less often than the others'.
     """
     price = torch.ones(found.escape.shape[0], device=found.error.device)
     best = chosen = _cheapest(found, torch.tensordot(price, found.escape, 1), budget)
@@ -129,8 +130,8 @@ def budget_grid(
 ) -> Grid:
     """Step and centre of each channel: at most `budget` of any modality's codes escape; with 0, codes are clipped.
 
-    `parts` as `losses` takes them. minimum, maximum [K]: of every token that the grid serves; where channels may
-    escape, nothing in between saturates: the smallest candidate sees to that. Dead channels get a floor.
+    `parts` as `losses` takes them. minimum, maximum [K]: of every token that the grid serves. If channels may escape,
+    no value between them saturates, even with the smallest candidate. Dead channels get a floor.
     """
     farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
     steps = candidate_steps(farthest)

@@ -1,4 +1,4 @@
-"""Two-level scales for a layer that has scales of its groups: exact if there are such, else fitted to them. Pure."""
+"""Two-level scales for a layer that has group scales: exact if possible, else fitted to them. Pure."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from torch import Tensor
 from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.limits import MAX_LEVEL
 
-# Channel scales that are tried for a row: its largest scale over numbers from half of the levels to half as much again,
-# at which the largest scales are cut. Whole numbers are among them: a row whose scales are such multiples keeps them.
+# Number of channel scales that are tried for an output: its largest scale over divisors from 1/2 to 3/2 * levels.
+# Divisors above the number of levels clip the largest scales. Whole numbers are among the divisors, so an output whose
+# scales are whole multiples of one number keeps them.
 TRIED = 8 * MAX_LEVEL + 1
 
 
 def exact_levels(scale: Tensor) -> tuple[Tensor, Tensor] | None:
     """Levels uint8 [N, K/G], 1 to 16, and channel scale float32 [N] whose products are `scale`, or None.
 
-    scale: bfloat16 [N, K/G], positive. Products are equal as real numbers, so that float32 rounds none of them.
+    scale: bfloat16 [N, K/G], positive. The products are equal as real numbers, so float32 rounds none of them.
     """
     wanted = scale.double()
     top = wanted.amax(1, keepdim=True)
     level = torch.zeros_like(wanted)
-    # The smallest number of parts wins: the channel scale is then the row's greatest common divisor, of 8 bits as well.
+    # The smallest divisor wins: the channel scale is then the greatest common divisor of the output's scales, which has
+    # 8 bits as well.
     for parts in range(MAX_LEVEL, 0, -1):
         found = (wanted * parts / top).round()
         # A scale has 8 bits and a level 5: float64 holds both sides exactly.
@@ -35,7 +37,7 @@ def exact_levels(scale: Tensor) -> tuple[Tensor, Tensor] | None:
 def fitted_levels(scale: Tensor, energy: Tensor, levels: int = MAX_LEVEL) -> tuple[Tensor, Tensor]:
     """Levels uint8 [N, K/G] and channel scale float32 [N] nearest to `scale` [N, K/G], each group by its `energy`.
 
-    energy [N, K/G]: sum of the group's squared codes, which is what an error of its scale costs.
+    energy [N, K/G]: sum of the group's squared codes, the weight of an error of its scale.
     """
     wanted, energy = scale.double(), energy.double()
     top = wanted.amax(1, keepdim=True)
@@ -54,7 +56,7 @@ def fitted_levels(scale: Tensor, energy: Tensor, levels: int = MAX_LEVEL) -> tup
 def nearest(target: Tensor, importance: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [N, K], levels uint8 [N, K/G] and channel scale float32 [N] of `target` [N, K], each weight by itself.
 
-    importance [K]: how much an error of a channel costs.
+    importance [K]: the weight of a squared error of each channel.
     """
     grouped, importance = target.float().unflatten(1, (-1, group_size)), importance.float().view(-1, group_size)
     suited = weights.group_scales(grouped, importance)

@@ -71,16 +71,16 @@ class Recipe(BaseModel):
         description="Fraction of a modality's codes in a layer that may leave the 4-bit range; 0: none may.",
     )
     massive_row: bool = Field(
-        default=True, description="Whether massive tokens (usually the first of a sequence) get their own row."
+        default=True, description="Whether massive tokens (usually the first of a sequence) get a separate row."
     )
     modality_rows: bool = Field(
-        default=True, description="Budget grid: whether a modality gets its own row if that lowers its error enough."
+        default=True, description="Budget grid: whether a modality gets a separate row if that lowers its error enough."
     )
     row_margin: float = Field(
         default=0.02,
         ge=0,
         lt=1,
-        description="Relative reduction of a modality's output error on held-back tokens that its own row must reach.",
+        description="Relative reduction of a modality's error on held-out tokens that a separate row must reach.",
     )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
@@ -96,8 +96,8 @@ class Recipe(BaseModel):
         default=MAX_LEVEL,
         ge=0,
         le=MAX_LEVEL,
-        description="Two-level scales: a group's scale is a whole number, 1 to this "
-        f"(at most {MAX_LEVEL}), times a scale of its output channel. 0: every group has a free scale.",
+        description="Two-level scales: a group's scale is an integer from 1 to this "
+        f"(at most {MAX_LEVEL}), times the scale of its output channel. 0: every group has a free scale.",
     )
     tau: float = Field(
         default=2.0,
@@ -154,7 +154,7 @@ class Recipe(BaseModel):
         description="1: every modality present has the same weight; 0: every token has the same weight. "
         "A modality's share of a weighted mean is proportional to (its number of tokens) ** (1 - balance).",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the choice of sampled tokens.")
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of drawn tokens.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Dtype in which the model runs: float32, bfloat16 or float16."
     )

@@ -126,7 +126,7 @@ class StatesWriter:
 
 
 def read_tensors(path: Path, names: Sequence[str] | None = None, *, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of a safetensors file (None: all whose names begin so), each in memory of its own, on the CPU.
+    """Tensors of a safetensors file (None: all whose names begin so), each in separate memory, on the CPU.
 
     Raises MorphoQuantError naming the file if it is missing or damaged, or lacks a tensor.
     """

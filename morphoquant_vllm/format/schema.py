@@ -31,7 +31,7 @@ MASSIVE_CHANNELS = 4
 # Storage of a layer's weight scales: one per group, or integer multiples of one scale per output channel.
 GROUP_SCHEME, TWO_LEVEL_SCHEME = "group", "two_level"
 SCALE_SCHEMES = (GROUP_SCHEME, TWO_LEVEL_SCHEME)
-# Input channels up to which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
+# Most input channels for which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
 MAX_TWO_LEVEL_CHANNELS = 2**17 - 1
 PARALLEL_KINDS = ("column", "row")
 # Bits of a weight code. The format has room for 8; a version that serves them will list them here.

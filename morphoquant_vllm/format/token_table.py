@@ -26,7 +26,7 @@ def token_rows(token_ids: Tensor, placeholder_token_ids: Mapping[str, Sequence[i
     """The row of each token, int32, shape and device of `token_ids`.
 
     `placeholder_token_ids` maps "image", "video" and "audio" to token ids; every other token is text. `rows` names the
-    rows in order. A modality without its own row gets row "any"; ValueError if that is missing too.
+    rows in order. A modality without a separate row gets row "any"; ValueError if that is missing too.
     """
     modality = torch.full_like(token_ids, _row(TEXT_ROW, rows), dtype=torch.int32)
     for name, ids in placeholder_token_ids.items():

@@ -6,27 +6,27 @@ Notation
     m, n, k, g, r, p              an index along each of them
 
     backend          the entry `triton` of backends.BACKENDS
-    layout           how packed weights, scales and the activation's tables lie in GPU memory (torch only)
-    bound            a layer bound to its kernels when it is loaded: what serves
-    bound_kernels    its quantizer and its product, compiled
-    bound_int8       its int8 path, compiled
-    steps            each of these by itself, for the self-check
+    layout           the layout of packed weights, scales and the activation's tables in GPU memory (torch only)
+    bound            the layers that serve, each bound to its kernels when it is loaded
+    bound_kernels    the compiled quantizer and product of a bound layer
+    bound_int8       the compiled int8 path of a bound layer
+    steps            each step of a layer separately, for the self-check
     workspace        the int8 memory that the layers of a device share
-    turn             whose turn it is, among streams, to use memory that layers share
-    launch           the two ops through Triton's own launches, for tests and tools
-    launcher         one launch: described and run by Triton, or compiled, so that it costs the host little
-    quantize_launch  which kernel quantizes how many tokens, and its launch
+    turn             the stream that may use the shared memory now
+    launch           the two ops through Triton's JIT, for tests and tools
+    launcher         one launch, by Triton's JIT or compiled; the latter costs the host little
+    quantize_launch  the choice of a quantizer kernel by the number of tokens, and its launch
     product_launch   the launches of the product and of the addition of a split K
     int8_path        launches of the int8 path: a layer unpacked once, then int8 x int8
-    tiles            which tile sizes serve which architecture and shape: tiles.json (neither torch nor Triton)
-    device           what the GPU at hand is
-    load_checks      what is refused when a layer is loaded
-    selfcheck        each kernel beside the torch reference, on the GPU at hand, before the first layer serves
+    tiles            tile sizes by architecture and shape, from tiles.json (neither torch nor Triton)
+    device           properties of this machine's GPU
+    load_checks      refusals when a layer is loaded
+    selfcheck        each kernel compared with the torch reference on this GPU, before the first layer serves
     kernels          the Triton kernels
     tools            offline: tuning, compiling ahead of time, checks of binaries
-    adding_launch    the product over a split K that adds its parts itself; no shipped tile has it
-    norm_launch      the kernel that norms before it quantizes: its launch, and the layer behind it
-    bound_norm       that kernel bound, for a bound layer
+    adding_launch    the product over a split K that adds its partial sums; no shipped tile has it
+    norm_launch      the launch of RMSNorm with the quantizer, and the layer after it
+    bound_norm       the compiled kernel of norm_launch, for a bound layer
     head             the 8-bit lm_head: its launch and its check
 
 Importing this package imports none of its modules.

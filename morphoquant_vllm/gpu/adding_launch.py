@@ -1,9 +1,9 @@
-"""The launch of the product over a split K that adds its parts itself: one launch instead of two.
+"""The launch of the product over a split K that adds its parts: one launch instead of two.
 
-For tiles of the table with `adds_splits`, of which none ships: no GPU has measured it. The layers of a device share
-counters, zeroed when a layer is loaded; every launch leaves them zeroed. Two streams would mix up their numbers, so one
-has them at a time, and the other is served by two launches; see turn.py. For NVIDIA only: AMD's barrier does not wait
-for the sums that other waves store.
+It serves tiles of the table with `adds_splits`. No shipped tile has it, since no GPU has measured it. The layers of a
+device share counters, which are zeroed when a layer is loaded; every launch leaves them zeroed. Two streams would mix
+up their numbers. So one stream has them at a time, and the other is served by two launches; see turn.py. It is for
+NVIDIA only: AMD's barrier does not wait for the sums that other waves store.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Counters:
         self.turn = Turn(device)
 
 
-# Kept by the layers that use them, at one address, which captured graphs have seen.
+# The layers hold references to their counters. Captured graphs contain the address, which stays the same.
 _COUNTERS: WeakValueDictionary[tuple[torch.device, int], Counters] = WeakValueDictionary()
 
 
 def counters_of(device: torch.device, count: int) -> Counters:
-    """The counters that layers of a device share, if they need as many; whoever asks must keep them."""
+    """The `count` counters that layers of a device share; the caller must hold a reference to them."""
     found = _COUNTERS.get((device, count))
     if found is None:
         found = Counters(device, count)
@@ -42,9 +42,9 @@ def counters_of(device: torch.device, count: int) -> Counters:
 
 
 def most_counters(tile: Tile, units: int) -> int:
-    """Tiles of the output that a product on `units` multiprocessors has at most while K is split.
+    """The largest number of output tiles of a product with a split K on `units` multiprocessors.
 
-    K is split only if there are fewer tiles than programs that are wanted at a time; see `tiles.splits_of`.
+    K is split only if there are fewer tiles than the programs that should run at a time; see `tiles.splits_of`.
     """
     return units * tile.programs_per_unit
 
@@ -59,7 +59,7 @@ def multiply_and_add(
     counters: Tensor,
     tile: Tile,
 ) -> Launch:
-    """y [M, N] of codes int8 [M, K], M >= 1, over as many parts of K as `parts` [splits, M, N] has; two or more."""
+    """y [M, N] of codes int8 [M, K], M >= 1; `parts` [splits, M, N] holds the sums of two or more parts of K."""
     described = product.multiply(codes, rows, bias, parts, tile, parts.shape[0])
     if counters.numel() < described.grid[0]:
         raise ValueError(f"{described.grid[0]} tiles need as many counters, not {counters.numel()}")

@@ -1,4 +1,4 @@
-"""A layer bound to its kernels when it is loaded, so that a call costs the host little: one for each layer.
+"""Layers that are bound to their kernels when they are loaded, so a call costs the host little.
 
     load   BoundLayer(...)  every kernel that the layer can need is compiled, run once, and kept
     call   M --bisect--> product of its tile --table--> splits of K
@@ -7,10 +7,10 @@
 
     scratch   | codes int8 [M, K] | rows int32 [M] | parts of a split K, 32 bits [splits, M, N] |
 
-In a call nothing is hashed, and Triton and the driver are asked for the current stream alone. What is allocated depends
-on shapes and the order of calls alone, so that a captured CUDA graph replays into the same memory.
+A call hashes nothing, and asks Triton and the driver for the current stream only. Allocations depend only on shapes and
+the order of calls. So a captured CUDA graph replays into the same memory.
 
-Inputs that the compiled kernels do not fit, of another dtype or without a stride of 1, go through launch.py.
+Inputs of another dtype or without a stride of 1 do not fit the compiled kernels. They go through launch.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from morphoquant_vllm.gpu.workspace import workspace_of
 
 logger = logging.getLogger("vllm.morphoquant_vllm.gpu.bound")
 
-# Where in the scratch a part may begin: kernels take addresses for multiples of that.
+# Parts of the scratch begin at multiples of this number, on which the compiled kernels rely.
 ALIGNMENT = 16
 BYTES_OF_SUM = 4
 
@@ -52,7 +52,7 @@ Quantize = Callable[[int, Tensor, Tensor, int, int], None]
 class BoundLayer:
     """One layer, for activations of `dtype`; see the module. The ops' handle is its absorbed bias, float32 [R, N].
 
-    It keeps all tensors of the layer but that one: whoever holds the handle holds the layer.
+    It keeps all tensors of the layer except the handle, whose holder keeps the layer alive.
     """
 
     def __init__(
@@ -216,14 +216,14 @@ def _say_that_two_level_is_faster() -> None:
 @cache
 def _say_that_the_jit_serves() -> None:
     logger.warning(
-        "Triton %s does not launch compiled kernels as this release knows it: its slower launch serves. "
+        "Triton %s launches compiled kernels in a way that this release does not know, so its slower launch serves. "
         "Outside CUDA graphs the GPU then waits for the CPU.",
         triton.__version__,
     )
 
 
 def scratch_sizes(tokens: int, in_features: int, out_features: int, splits: int) -> tuple[int, int, int]:
-    """Bytes of codes, of rows and of the parts of a split K, so that each begins at a multiple of ALIGNMENT."""
+    """Bytes of codes, of rows and of the parts of a split K; each begins at a multiple of ALIGNMENT."""
     parts = BYTES_OF_SUM * splits * tokens * out_features if splits > 1 else 0
     return _round_up(tokens * in_features), _round_up(4 * tokens), parts
 

@@ -16,7 +16,7 @@ from morphoquant_vllm.gpu.workspace import Workspace
 
 
 class BoundInt8:
-    """y [M, N] in `dtype` of codes and rows; with the layer's own `bias`, or without any."""
+    """y [M, N] in `dtype` of codes and rows; with the layer's `bias`, or without any."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class BoundInt8:
         return self.workspace is None or self.workspace.serves(stream)
 
     def __call__(self, stream: int, codes: int, rows: int, y: int, tokens: int) -> None:
-        """Fill y, M >= 1; all tensors by their addresses. `serves` must have said so."""
+        """Fill y, M >= 1; all tensors by their addresses. Call it only if `serves` is true."""
         if self.workspace is not None:
             if self.address != self.workspace.address:
                 self._follow(self.workspace.address)
@@ -68,11 +68,11 @@ class BoundInt8:
         self.multiply(programs, 1, stream, self._operand(codes, tokens, self.in_features), rows, y, tokens)
 
     def _follow(self, address: int) -> None:
-        """Use the workspace where it is now."""
+        """Use the workspace at its new address."""
         self.address = address
         self.unpack.keep("out_ptr", self.address)
         self.multiply.keep("weights", self._operand(self.address, *self.shape))
 
     def _operand(self, address: int, rows: int, columns: int) -> int | int8_path.AddressDescriptor:
-        """What the product is given of an int8 matrix; of memory that it does not keep."""
+        """The product's argument for an int8 matrix, whose memory it does not keep."""
         return int8_path.AddressDescriptor(address, rows, columns) if self.tile.descriptors else address

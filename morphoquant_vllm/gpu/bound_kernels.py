@@ -16,7 +16,7 @@ from morphoquant_vllm.gpu.product_launch import REDUCE_BLOCK_N, Product, program
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer, aligned
 from morphoquant_vllm.gpu.tiles import Tile, splits_of
 
-# Triton passes how far tokens lie apart in 32 bits.
+# Triton passes the distance of tokens in 32 bits.
 MAX_STRIDE = 2**31 - 1
 
 
@@ -34,7 +34,7 @@ class BoundQuantizer:
         few = quantizer.launch(x[:1], modality, codes, rows)
         many = quantizer.launch(x, modality, codes, rows)
         self.needs_alignment = quantizer.needs_alignment(WHOLE_TOKENS)
-        # Of rows too wide for whole tokens the kernel is that of few.
+        # Tokens too wide for a whole program take the kernel of few tokens.
         self.takes_several = "tokens" in many.arguments
         self.programs_of_one, _ = quantizer.programs(few.kernel, 1)
         self.programs_of_many = partial(quantizer.programs, many.kernel)
@@ -61,7 +61,7 @@ class BoundQuantizer:
 
 
 class BoundProduct:
-    """y [M, N] in `dtype` of codes and rows, by one tile; with the layer's own `bias`, or without any."""
+    """y [M, N] in `dtype` of codes and rows, by one tile; with the layer's `bias`, or without any."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class BoundProduct:
                 self.adding = must_be_compiled(adding, "splits")
 
     def splits_of(self, tokens: int) -> int:
-        """Parts of K for so many tokens."""
+        """Number of parts of K for a number of tokens."""
         token_tiles = -(-tokens // self.tile.block_m)
         return self.splits[min(token_tiles, len(self.splits)) - 1]
 
@@ -125,7 +125,7 @@ def splits_by_tiles(tile: Tile, out_features: int, steps: int, units: int) -> tu
 
 
 def current_stream_of(device: torch.device) -> Callable[[], int]:
-    """What returns Triton's handle of the device's current stream. Raises UnknownFormError if there is no driver."""
+    """A function that returns Triton's handle of the current stream. Raises UnknownFormError without a driver."""
     index = device.index if device.type == "cuda" else 0
     try:
         driver = triton.runtime.driver.active

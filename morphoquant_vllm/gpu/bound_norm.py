@@ -94,7 +94,7 @@ def norm_quantized(
     modality: Tensor,
     quantizer: NormQuantizer,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `norm_launch.norm_quantize` returns, M >= 1, as a bound layer makes it here; for the self-check."""
+    """The result of `norm_launch.norm_quantize`, M >= 1, as a bound layer computes it; for the self-check."""
     try:
         bound, stream = bind_norm(quantizer, x.dtype), current_stream_of(x.device)()
     except UnknownFormError:

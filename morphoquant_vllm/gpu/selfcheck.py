@@ -1,4 +1,4 @@
-"""Self-check: compares each kernel with the torch reference on the GPU at hand, once in a process.
+"""Self-check: compares each kernel with the torch reference on this machine's GPU, once in a process.
 
 It runs while the first layer is loaded. Tests in the interpreter and of binaries cannot replace a run on the GPU:
 another release of Triton compiles another binary. If a kernel gives a wrong result, its layer is refused. The check
@@ -69,10 +69,10 @@ def problem_of_tile(
     if error <= 1:
         return ""
     kind = "two-level scales" if tile.two_level else f"group_size {group_size}"
-    adding = " that it adds itself" if tile.adds_splits and splits > 1 else ""
+    adding = " that it adds" if tile.adds_splits and splits > 1 else ""
     return (
         f"the kernel for {kind}, tile {tile.block_n}x{tile.block_m} (warps {tile.warps}, stages {tile.stages}, "
-        f"splits {splits}{adding}) is off by {error:.3g} of what rounding allows on this GPU; "
+        f"splits {splits}{adding}) is off by {error:.3g} times the rounding bound on this GPU; "
         f"name another tile table with {environment.TILES}, or serve on a CPU, and report it with the versions of GPU, "
         "driver and Triton"
     )
@@ -96,7 +96,7 @@ def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.devic
         return ""
     return (
         f"the int8 path, tile {tile.block_n}x{tile.block_m} (warps {tile.warps}, stages {tile.stages}), is off by "
-        f"{error:.3g} of what rounding allows on this GPU, with {100 * differing:.3g} % of its weights wrong; "
+        f"{error:.3g} times the rounding bound on this GPU, with {100 * differing:.3g} % of its weights wrong; "
         f"name a tile table without it with {environment.TILES}, or serve on a CPU, and report it with the versions of "
         "GPU, driver and Triton"
     )
@@ -112,9 +112,9 @@ def problem_of_quantizer(
     device: torch.device,
     profile: Profile,
 ) -> str:
-    """The problem of the quantizer of so many tokens and channels; empty if codes and rows equal the reference's.
+    """The problem of the quantizer at these sizes; empty if codes and rows equal the reference's.
 
-    With silu(gate) * up 1 code in 1000 may differ: two exponentials may differ in the last bits.
+    With silu(gate) * up 1 code in 1000 may differ, since two exponentials may differ in the last bits.
     """
     generator = torch.Generator().manual_seed(tokens)
     record = _random_record(in_features, in_order, generator)

@@ -1,4 +1,4 @@
-"""Which tile sizes serve which GPU architecture and shape: data, read from tiles.json. Neither torch nor Triton.
+"""Tile sizes by GPU architecture and shape, read from tiles.json. Needs neither torch nor Triton.
 
 The user may name another file of the same form, as `autotune` writes it (environment.TILES).
 """
@@ -18,14 +18,14 @@ from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 DEFAULT_TABLE = Path(__file__).with_name("tiles.json")
 TABLE_VERSION = 4
-# The group size of which a tile along K holds two groups, each with a scale of its own.
+# At this group size a tile along K holds two groups, each with a separate scale.
 UNJOINABLE = 32
-# Output channels of a program lie in one tile of packed weights, of 128.
+# The output channels of a program lie in one tile of packed weights, which has 128.
 BLOCK_SIZES = {"block_n": (16, 32, 64, 128), "block_m": (8, 16, 32, 64, 128, 256)}
-# Of the int8 path: they divide the workspace's sizes.
+# Sizes of the int8 path; they divide the workspace's sizes.
 INT8_BLOCK_SIZES = {"block_n": (32, 64, 128), "block_m": (16, 32, 64, 128, 256), "block_k": (32, 64, 128)}
 WARPS = (1, 2, 4, 8, 16)
-# block_n, block_k and warps that the fused kernel is written for, and its least block_m.
+# block_n, block_k and warps of the fused kernel, and its least block_m.
 FUSED = (128, 128, 8)
 FUSED_BLOCK_M = 128
 # Most tokens of a tile whose programs may add the parts of K: with 128, registers leave room for fewer programs.
@@ -51,7 +51,7 @@ class Tile:
     joined: bool
     # Programs that must fit one multiprocessor at a time; registers and shared memory are asserted to allow it.
     programs_per_unit: int
-    # Into how many parts K may be split where there are fewer programs than that; 1 never splits.
+    # The most parts into which K may be split if there are fewer programs than that; 1 never splits.
     max_splits: int
     # Whether the last program of a tile adds the parts, instead of a second launch; NVIDIA only.
     adds_splits: bool
@@ -62,15 +62,15 @@ class Tile:
         return group_size in self.group_sizes and self.two_level == two_level
 
     def check(self, where: str) -> None:
-        """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
+        """Raise MorphoQuantError if a value is not a tile size that the kernel takes."""
         _check_sizes(self, BLOCK_SIZES, where)
         if self.two_level and set(self.group_sizes) != set(GROUP_SIZES):
-            raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; mend the tile table")
+            raise MorphoQuantError(f"{where}: a two-level tile serves all of {list(GROUP_SIZES)}; fix the tile table")
         if self.joined and not self.two_level and UNJOINABLE in self.group_sizes:
-            raise MorphoQuantError(f"{where}: operands of groups of {UNJOINABLE} cannot be joined; mend the tile table")
+            raise MorphoQuantError(f"{where}: operands of groups of {UNJOINABLE} cannot be joined; fix the tile table")
         for name in ("stages", "unroll", "programs_per_unit", "max_splits"):
             if getattr(self, name) < 1:
-                raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+                raise MorphoQuantError(f"{where}: {name} must be at least 1; fix the tile table")
         if self.adds_splits and self.block_m > ADDING_BLOCK_M:
             raise MorphoQuantError(
                 f"{where}: adds_splits needs block_m of {ADDING_BLOCK_M} or less, not {self.block_m}; "
@@ -91,23 +91,23 @@ class Int8Tile:
     stages: int
     # Whether operands come through tensor descriptors, which compute capability 9.0 and later have.
     descriptors: bool
-    # Whether weights are unpacked in the product's own kernel, which needs no workspace; compute capability 9.0.
+    # Whether the product's kernel unpacks the weights, which needs no workspace; compute capability 9.0.
     fused: bool
     programs_per_unit: int
     reason: str
 
     def check(self, where: str) -> None:
-        """Raise MorphoQuantError where a value is no tile size that the kernel takes."""
+        """Raise MorphoQuantError if a value is not a tile size that the kernel takes."""
         _check_sizes(self, INT8_BLOCK_SIZES, where)
         for name in ("stages", "programs_per_unit", "min_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise MorphoQuantError(f"{where}: {name} must be at least 1; mend the tile table")
+                raise MorphoQuantError(f"{where}: {name} must be at least 1; fix the tile table")
         sizes = (self.block_n, self.block_k, self.warps)
         if self.fused and (sizes != FUSED or self.block_m < FUSED_BLOCK_M or self.stages < 3 or self.descriptors):
             raise MorphoQuantError(
                 f"{where}: a fused tile has block_n, block_k and warps {list(FUSED)}, block_m from {FUSED_BLOCK_M} on, "
-                "3 stages or more and no descriptors; mend the tile table"
+                "3 stages or more and no descriptors; fix the tile table"
             )
 
 
@@ -115,12 +115,12 @@ def _check_sizes(tile: Tile | Int8Tile, allowed: Mapping[str, tuple[int, ...]], 
     for name, sizes in {**allowed, "warps": WARPS}.items():
         size = getattr(tile, name)
         if size not in sizes:
-            raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; mend the tile table")
+            raise MorphoQuantError(f"{where}: {name} = {size} is not one of {list(sizes)}; fix the tile table")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One GPU architecture: what its devices are called, the limits that its tiles are checked against, its tiles."""
+    """One GPU architecture: the names of its devices, the limits of its tiles, and the tiles."""
 
     name: str
     vendor: str  # "nvidia" or "amd"
@@ -147,7 +147,7 @@ class Architecture:
         raise MorphoQuantError(
             f"{self.name}: the tile table has no entry for {tokens} tokens at group_size {group_size}"
             f"{' with two-level scales' * two_level}; "
-            f"unset {environment.TILES} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+            f"unset {environment.TILES} or make a new table with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
 
     def tiles_of(self, group_size: int, two_level: bool) -> list[Tile]:
@@ -162,7 +162,7 @@ class Architecture:
         raise MorphoQuantError(
             f"{self.name}: the tile table has no entry for any number of tokens at group_size {group_size}"
             f"{' with two-level scales' * two_level}; "
-            f"unset {environment.TILES} or write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+            f"unset {environment.TILES} or make a new table with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
 
 
@@ -181,11 +181,11 @@ def splits_of(tile: Tile, tokens: int, out_features: int, steps: int, units: int
 
 
 def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
-    """The architectures of a table read from `source`, by name; raises MorphoQuantError where it is malformed."""
+    """The architectures of a table read from `source`, by name; raises MorphoQuantError if it is malformed."""
     if table.get("version") != TABLE_VERSION:
         raise MorphoQuantError(
             f"{source}: tile table version {table.get('version')!r} is unknown, this release reads {TABLE_VERSION}; "
-            "write the table anew with `python -m morphoquant_vllm.gpu.tools.autotune`"
+            "make a new table with `python -m morphoquant_vllm.gpu.tools.autotune`"
         )
     architectures = {}
     try:
@@ -212,7 +212,7 @@ def parse(table: Mapping[str, Any], source: str) -> dict[str, Architecture]:
 
 
 def _typed(entry: Mapping[str, Any], tile: type[Tile | Int8Tile], types: Mapping[str, type], optional: str) -> None:
-    """Raise KeyError or TypeError where a field is missing or of a wrong type; `types` are those beside int."""
+    """Raise KeyError or TypeError if a field is missing or of a wrong type; `types` are those other than int."""
     for field in fields(tile):
         value, wanted = entry[field.name], types.get(field.name, int)
         if not isinstance(value, wanted) and not (field.name == optional and value is None):
@@ -248,5 +248,5 @@ def architectures() -> dict[str, Architecture]:
 
 
 def architecture_of(device_name: str) -> Architecture | None:
-    """The architecture that serves a compute capability ("8.9") or an AMD target ("gfx942"); None where none does."""
+    """The architecture that serves a compute capability ("8.9") or an AMD target ("gfx942"); None if none does."""
     return next((item for item in architectures().values() if device_name in item.devices), None)

@@ -1,8 +1,8 @@
-"""The int8 memory that one layer at a time is unpacked into, shared by all layers of a device; see int8_path.py.
+"""The int8 memory into which one layer at a time is unpacked, shared by all layers of a device; see int8_path.py.
 
-It grows while layers are loaded, to what the largest of them needs, and is freed with the last layer.
+It grows to the need of the largest layer while layers are loaded, and is freed with the last layer.
 
-One stream has it at a time; see turn.py. Memory that a graph has seen is not freed before the layers are.
+One stream has it at a time; see turn.py. Memory that a captured graph uses is freed with the layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Workspace:
         self.device = device
         self.memory = torch.empty(0, dtype=torch.int8, device=device)
         self.address = 0
-        # Of graphs that were captured before it grew.
+        # Memory of graphs that were captured before the workspace grew.
         self.seen_by_graphs: list[Tensor] = []
         self.is_seen = False
         self.turn = Turn(device)
@@ -39,13 +39,13 @@ class Workspace:
             return
         if self.is_seen:
             self.seen_by_graphs.append(self.memory)
-        # Freed first: the larger one may take its place.
+        # Freed first, so the larger one may use the same memory.
         self.memory = torch.empty(0, dtype=torch.int8, device=self.device)
         try:
             self.memory = torch.empty(size, dtype=torch.int8, device=self.device)
         except torch.OutOfMemoryError:
             raise MorphoQuantError(
-                f"the int8 workspace of {size / MIB:.1f} MiB does not fit into what is free on {self.device}; "
+                f"the int8 workspace of {size / MIB:.1f} MiB does not fit into the free memory of {self.device}; "
                 f"set {environment.WORKSPACE}=0 to serve long prompts without it, or serve on more GPUs"
             ) from None
         self.address, self.is_seen = self.memory.data_ptr(), False
@@ -55,18 +55,18 @@ class Workspace:
         )
 
     def serves(self, stream: int) -> bool:
-        """Whether a call on this stream, the current one, may use it now."""
+        """Whether a call on `stream`, the current one, may use the workspace now."""
         if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
             self.is_seen = True
         return self.turn.serves(stream)
 
 
-# Kept by the layers that use them.
+# The layers hold references to their workspace.
 _WORKSPACES: WeakValueDictionary[torch.device, Workspace] = WeakValueDictionary()
 
 
 def workspace_of(device: torch.device) -> Workspace:
-    """The one workspace of a device; whoever asks must keep it."""
+    """The one workspace of a device; the caller must hold a reference to it."""
     found = _WORKSPACES.get(device)
     if found is None:
         found = Workspace(device)

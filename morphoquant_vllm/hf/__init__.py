@@ -1,4 +1,4 @@
-"""After `import morphoquant_vllm.hf` transformers loads MorphoQuant checkpoints with its own `from_pretrained`.
+"""After `import morphoquant_vllm.hf` transformers loads MorphoQuant checkpoints with `from_pretrained`.
 
 The quantized linears run on the torch reference (`numerics`), in served or exact mode. This package is for studies and
 evaluation, not for speed. Imports neither vLLM nor calibration.

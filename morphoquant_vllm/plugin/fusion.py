@@ -1,6 +1,6 @@
-"""The graph passes of this plugin, as the one pass that vLLM's compilation config has a place for.
+"""The graph passes of this plugin, as the one further pass that vLLM's compilation config accepts.
 
-vLLM's own fusions are tied to its FP8 and FP4 operators. The passes here run after them, on what they have left.
+vLLM's fusions are tied to its FP8 and FP4 operators. The passes here run after them, on the remaining graph.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def install(config: VllmConfig, backend: str) -> None:
-    """Let vLLM's compiler run the passes for layers of `backend`, if it has fused kernels and the environment asks.
+    """Let vLLM's compiler run the passes for layers of `backend` if it has fused kernels and the environment asks.
 
-    Off by default: vLLM's compiled graph with them has not run on a GPU. A pass that the user named stays in its place.
+    Off by default, since vLLM's compiled graph with them has not run on a GPU. A pass that the user named stays.
     """
     if backends.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
         config.compilation_config.inductor_compile_config.setdefault(current_platform.pass_key, Fusions())

@@ -102,7 +102,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         row_parallel = isinstance(layer, RowParallelLinear)
         if row_parallel != (self.layer_spec.parallel == "row"):
             raise MorphoQuantError(
-                f"{self.name}: parallel '{self.layer_spec.parallel}' is not how vLLM splits this layer"
+                f"{self.name}: the checkpoint has parallel '{self.layer_spec.parallel}', but vLLM splits this layer "
+                "otherwise; calibrate again"
             )
         size = int(layer.tp_size)  # type: ignore[arg-type]
         if row_parallel and size > 1:

@@ -20,7 +20,7 @@ def test_it_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None:
     done = run("--results", str(tmp_path / "results"))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
-        "error: no GPU is at hand: this benchmark measures on one; see benchmarks.gpu_cost_model"
+        "error: this machine has no GPU; run it on one, or estimate with benchmarks.gpu_cost_model"
     ]
     assert not (tmp_path / "results").exists()
 

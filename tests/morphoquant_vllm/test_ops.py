@@ -69,7 +69,7 @@ def test_the_heads_are_those_of_the_device_s_backend(monkeypatch: pytest.MonkeyP
     assert torch.equal(ops.head_bfloat16(x, x), x + 16)
     monkeypatch.setattr(cpu, "available", lambda: False)
     for call in (lambda: ops.head(x, x, x), lambda: ops.head_bfloat16(x, x)):
-        with pytest.raises(RuntimeError, match=r"no kernels for lm_head run here on cpu; leave it to vLLM"):
+        with pytest.raises(RuntimeError, match=r"this backend has no kernels for lm_head on cpu; let vLLM compute it"):
             call()
 
 

@@ -19,7 +19,7 @@ SMOOTH_FLOOR = 1e-5
 
 
 def scale_of(peak: Tensor) -> Tensor:
-    """Scale of values of largest magnitude `peak`; positive also where that is 0."""
+    """Scale of values of largest magnitude `peak`; positive even if that is 0."""
     return (peak / (LEVELS / 2)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -34,7 +34,7 @@ def per_token(x: Tensor, clip: float = 1.0) -> Tensor:
 
 
 def per_token_group(x: Tensor, group_size: int) -> Tensor:
-    """Dynamic: one scale per token and group of `group_size` channels; MorphoQuantError where K is not divisible."""
+    """Dynamic: one scale per token and group of `group_size` channels; MorphoQuantError if K is not divisible."""
     if x.shape[-1] % group_size:
         raise MorphoQuantError(f"K = {x.shape[-1]} is not divisible by activation group size {group_size}")
     return per_token(x.unflatten(-1, (-1, group_size))).flatten(-2)

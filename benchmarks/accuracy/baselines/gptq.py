@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): int4 rounding in which later columns make up for earlier ones."""
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): int4 rounding in which later columns compensate for earlier ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.accuracy.baselines.weights import check_groups, clip_scale, nearest
 
-# As in the authors' code: part of the mean diagonal that is added to it.
+# Fraction of the mean diagonal that is added to it, as in the authors' code.
 DAMPING = 0.01
-# Columns whose error is passed on at once to the ones after them.
+# Columns whose errors are applied at once to the later columns.
 COLUMN_BLOCK = 128
 
 
@@ -28,7 +28,7 @@ def hessian_of(inputs: Iterable[Tensor]) -> Tensor:
 
 
 def hessian_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """What GPTQ minimises: the mean squared error of the output, summed over output channels."""
+    """The loss that GPTQ minimises: the mean squared error of the output, summed over output channels."""
     error = (rounded - weight).double()
     return float((error @ hessian.double() * error).sum())
 
@@ -36,15 +36,15 @@ def hessian_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 def gptq_int4(weight: Tensor, hessian: Tensor, group_size: int, act_order: bool = False) -> Tensor:
     """Symmetric int4 of `weight` [N, K] against `hessian` [K, K], groups in natural channel order; float32 [N, K].
 
-    Without `act_order` a group's scales are searched when its turn comes, on the weights as compensated so far. With
-    it columns go by falling diagonal, and scales come from the weights as they were (static groups).
+    Without `act_order` a group's scales are searched at its turn, on the weights as compensated so far. With it columns
+    go by falling diagonal, and scales come from the original weights (static groups).
     """
     check_groups(weight, group_size)
     weight, hessian = weight.float().clone(), hessian.float().clone()
     columns = weight.shape[1]
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
-    # A channel that is always 0 must not pass its rounding error on.
+    # The rounding error of a channel that is always 0 must not change other columns.
     weight[:, dead] = 0.0
     static = clip_scale(weight.unflatten(1, (-1, group_size))) if act_order else None
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
@@ -53,7 +53,7 @@ def gptq_int4(weight: Tensor, hessian: Tensor, group_size: int, act_order: bool 
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     rounded = torch.zeros_like(weight)
     scale = torch.ones(weight.shape[0])
-    # Blocks end where groups end, so that a group's weights are up to date when its scales are searched.
+    # A block ends at the end of a group. So a group's weights are up to date when its scales are searched.
     width = max(group_size, COLUMN_BLOCK // group_size * group_size)
     for start in range(0, columns, width):
         end = min(start + width, columns)

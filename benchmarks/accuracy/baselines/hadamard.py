@@ -11,10 +11,10 @@ from torch import Tensor
 
 @cache
 def hadamard(order: int) -> Tensor | None:
-    """A matrix of +-1 with orthogonal rows, float32 [order, order]; None where this construction knows none.
+    """A matrix of +-1 with orthogonal lines, float32 [order, order]; None if these constructions give none.
 
-    Sylvester's doubling, Paley's two constructions for prime fields, and Kronecker products of these: among others
-    576 = 16 * 36, 1536 = 128 * 12, 896 = 32 * 28, 4864 = 64 * 76.
+    They are Sylvester's doubling, Paley's two constructions for prime fields, and Kronecker products of these. Examples
+    are 576 = 16 * 36, 1536 = 128 * 12, 896 = 32 * 28 and 4864 = 64 * 76.
     """
     if order == 1:
         return torch.ones(1, 1)
@@ -38,7 +38,7 @@ def hadamard(order: int) -> Tensor | None:
 
 
 def rotation_block(in_features: int) -> int:
-    """Width of the diagonal blocks of the rotation: K where a Hadamard matrix of order K is known, else K's largest
+    """Width of the diagonal blocks of the rotation: K if a Hadamard matrix of order K is known, else K's largest
     power of two."""
     return in_features if hadamard(in_features) is not None else in_features & -in_features
 
@@ -46,7 +46,7 @@ def rotation_block(in_features: int) -> int:
 def rotation(in_features: int, seed: int = 0) -> Tensor:
     """A random orthogonal matrix [K, K]: signs drawn from `seed`, then Hadamard blocks divided by sqrt(width).
 
-    x @ rotation and W @ rotation have the product of x and W.
+    The product of x @ rotation and W @ rotation is that of x and W.
     """
     width = rotation_block(in_features)
     block = hadamard(width)

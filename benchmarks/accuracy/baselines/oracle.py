@@ -1,4 +1,4 @@
-"""The reference MorphoQuant in exact mode: static 4-bit grid per channel, masked outliers bypass it in 16 bit."""
+"""The authors' MorphoQuant in exact mode: a static 4-bit grid per channel, which masked outliers bypass in 16 bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Oracle:
 def fit(inputs: Sequence[Tensor], full_mask: bool) -> Oracle:
     """Mask and ranges of one layer from its inputs [M, K], one tensor per calibration sample.
 
-    Statistics over all samples; the search keeps its moving average over SEARCH_SAMPLES evenly spaced ones.
+    Statistics are over all calibration samples. The search has a moving average over SEARCH_SAMPLES evenly spaced ones.
     """
     statistics = reduce(ChannelStatistics.merge, (ChannelStatistics.of(x) for x in inputs))
     mask = reference.outlier_mask(reference.dispersion_score(statistics))

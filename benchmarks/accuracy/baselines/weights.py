@@ -1,4 +1,4 @@
-"""Weight-only baselines: what a weight matrix [N, K] becomes after rounding to 4 bits, as float32 again."""
+"""Weight-only baselines: a weight matrix [N, K] rounded to 4 bits, as float32 again."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ NF4_VALUES = (
 
 
 def clip_scale(grouped: Tensor) -> Tensor:
-    """Scale of each group, float32 [N, groups], of weights [N, groups, G]: of 21 fractions, the best.
+    """Scale of each group, float32 [N, groups], of weights [N, groups, G]: the best of 21 fractions.
 
-    Best by the sum of squared errors of the weights. Scales are rounded to bfloat16, as served formats store them.
+    The best has the least sum of squared errors. Scales are rounded to bfloat16, as served formats store them.
     """
     return group_scales(grouped, torch.ones(grouped.shape[1:])).float()
 
 
 def nearest(weight: Tensor, scale: Tensor) -> Tensor:
-    """The multiple of `scale` (broadcast) in [-8, 7] that lies nearest."""
+    """The nearest multiple of `scale` (broadcast) with a factor in [-8, 7]."""
     return round_int4(weight, scale) * scale
 
 
 def rtn_int4(weight: Tensor, group_size: int) -> Tensor:
-    """Symmetric int4, round to nearest, in groups of natural channel order, scales by clip search."""
+    """Symmetric int4, rounded to nearest, in groups of natural channel order, with scales by clip search."""
     check_groups(weight, group_size)
     grouped = weight.float().unflatten(1, (-1, group_size))
     return nearest(grouped, clip_scale(grouped)[..., None]).flatten(1)
@@ -57,14 +57,14 @@ def nf4(weight: Tensor, block: int = NF4_BLOCK) -> Tensor:
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     peak = padded.abs().amax(1, keepdim=True)
     unit = padded / torch.where(peak > 0, peak, 1.0)
-    # Nearest value: the index counts the midpoints that lie below.
+    # The index of the nearest value is the number of midpoints below.
     midpoints = (table[1:] + table[:-1]) / 2
     rounded = table[torch.bucketize(unit, midpoints)] * peak
     return rounded.flatten()[: flat.numel()].view_as(weight)
 
 
 def check_groups(weight: Tensor, group_size: int) -> None:
-    """Raise MorphoQuantError where K of `weight` [N, K] is not divisible by the group size."""
+    """Raise MorphoQuantError if K of `weight` [N, K] is not divisible by the group size."""
     if weight.shape[1] % group_size:
         raise MorphoQuantError(
             f"K = {weight.shape[1]} is not divisible by group size {group_size}; choose a method of another group size"

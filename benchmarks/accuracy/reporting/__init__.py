@@ -1,6 +1,6 @@
 """From stored results to figures, bars, tables and charts.
 
-bars     what the served method is held to
+bars     the targets of the served method
 plots    the chart of a summary
 report   tables and files
 scores   perplexity, accuracy and their errors

@@ -1,4 +1,4 @@
-"""The bars that the served method is held to, checked against a summary."""
+"""The targets of the served method, checked against a summary."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 OURS, ORACLE, RTN, GPTQ = "served", "oracle-rtn-g64", "w4a16-rtn-g64", "w4a16-gptq-g64"
-# Most that perplexity may lie above W4A16 GPTQ's.
+# Largest ratio of our perplexity to W4A16 GPTQ's.
 GPTQ_RATIO = 1.15
 ESCAPE_RATE, LAYER_ESCAPE_RATE = 0.05, 0.20
-# Points of accuracy, as shares of 1.
+# Losses of accuracy and its standard error, as fractions of 1.
 MAX_LOSS, MAX_LOSS_OF_KIND, MAX_ERROR = 0.01, 0.02, 0.005
 NAIVE_LOSSES = {"w4a4-static-tensor": 0.20, "w4a4-token": 0.05}
 
@@ -17,7 +17,7 @@ Bar = tuple[str, bool, str]
 
 
 def check(summary: Mapping[str, Any]) -> list[Bar]:
-    """(what is asked, whether it holds, the figures) for every bar whose methods were measured."""
+    """(target, whether it is met, the figures) for every target whose methods were measured."""
     return (_language if summary["benchmark"] == "language" else _omni)(summary["methods"])
 
 

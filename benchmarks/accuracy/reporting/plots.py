@@ -7,18 +7,18 @@ from typing import Any
 
 from benchmarks.common.plots import panels, png
 
-# Perplexities above this many times 16 bit's are cut off: such a model says nothing any more.
+# Perplexities above this many times 16 bit's are cut off: such a model is useless.
 CUT_RATIO = 20
 
 
 def chart(summary: Mapping[str, Any]) -> bytes:
-    """The chart of a summary; MorphoQuantError where matplotlib is missing."""
+    """The chart of a summary; MorphoQuantError if matplotlib is missing."""
     language = summary["benchmark"] == "language"
     part = "texts" if language else "kinds"
     methods = {name: method[part] for name, method in summary["methods"].items()}
     columns = list(dict.fromkeys(column for rows in methods.values() for column in rows))
     figure, ((axes,),) = panels(1, 1, (max(7.0, 2.6 * len(columns) + 3), 5.5))
-    # After `panels`, which says it in one line if matplotlib is missing.
+    # Imported after `panels`, which raises the one-line error if matplotlib is missing.
     from matplotlib import colormaps
 
     width = 0.85 / max(len(methods), 1)

@@ -22,7 +22,7 @@ def write(summary: Mapping[str, Any], directory: Path) -> None:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """The summaries in `directory`; MorphoQuantError where there is none, or one is damaged."""
+    """The summaries in `directory`; MorphoQuantError if there is none, or one is damaged."""
     found = [read_result(directory, name) for name in BENCHMARKS if (directory / f"{name}.json").is_file()]
     if not found:
         raise MorphoQuantError(f"{directory}: no results; run `python -m benchmarks.accuracy language` first")
@@ -67,7 +67,7 @@ def _difference(row: Mapping[str, Any] | None) -> str:
 
 
 def _against_ours(found: Mapping[str, Any] | None) -> str:
-    """How many times our perplexity, or how many points below our accuracy; on the same windows or questions."""
+    """The ratio to our perplexity, or our accuracy less this one in points, on the same windows or questions."""
     if found is None:
         return ""
     if "ratio" in found:
@@ -106,7 +106,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _modality_rows(summary: Mapping[str, Any]) -> list[str]:
-    """Which modalities have rows of their own, and the error of the outputs with such a row over that without."""
+    """The modalities with separate rows, and the output's error with such a row over that without."""
     lines = []
     for name, method in summary["methods"].items():
         rows = (method["calibration"] or {}).get("modality_rows", {})
@@ -119,7 +119,7 @@ def _modality_rows(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"| {name} | {', '.join(cells)} |")
     if not lines:
         return []
-    heading = "inputs with a row of the modality's own / inputs, and what it makes of the output's error there"
+    heading = "inputs with a modality-specific row / inputs, and the factor of the output's error there"
     return ["", f"| method | {heading} |", "|---|---|", *lines]
 
 

@@ -10,7 +10,7 @@ from benchmarks.accuracy.baselines.oracle import BYPASS_BITS
 
 
 def perplexity(losses: Sequence[float], tokens: int) -> float:
-    """exp of the mean loss, from the summed losses of windows and the number of tokens in all; inf where too large."""
+    """exp of the mean loss, from the summed losses of windows and the number of all tokens; inf if it is too large."""
     mean = sum(losses) / tokens
     return math.exp(mean) if mean < 700 else math.inf
 
@@ -28,8 +28,8 @@ def accuracy(right: Sequence[int]) -> tuple[float, float]:
 
 
 def accuracy_difference(right: Sequence[int], reference: Sequence[int]) -> tuple[float, float]:
-    """Difference of two accuracies on the same questions and its standard error, from the questions where they differ
-    (as in McNemar's test)."""
+    """Difference of two accuracies on the same questions and its standard error, from the questions with different
+    outcomes (as in McNemar's test)."""
     return _mean_and_error([a - b for a, b in zip(right, reference, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""The one JSON object per benchmark that is kept under version control: figures, and what they were measured on."""
+"""The one JSON object per benchmark that is kept under version control: figures, machine, versions and data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.accuracy.serving.served import data_digest
 from benchmarks.common.files import file_digest
 from benchmarks.common.machine import processor, versions
 
-# Where served in 16 bit was not measured, transformers in float32 takes its place.
+# If the 16-bit model was not measured in vLLM, transformers in float32 is the reference.
 SERVED_REFERENCE, REFERENCE = "served-16bit", "16bit"
 OURS = "served"
 FORMAT = 2
 
 
 def summarize(job: Job, command: str) -> dict[str, Any]:
-    """Everything the cache holds for `job`; `command` is the line that was typed."""
+    """All results of `job` in the cache; `command` is the user's command line."""
     raw: dict[str, dict[str, dict[str, Any]]] = {}
     for name, evaluation, result in results(job):
         raw.setdefault(name, {})[evaluation] = result

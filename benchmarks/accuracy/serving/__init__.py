@@ -1,4 +1,4 @@
-"""Methods that vLLM serves, in a process of their own.
+"""Methods that vLLM serves, each in a separate process.
 
 escapes  counts activation codes that carry 8 bits
 served   calibrates a checkpoint, and runs the worker

@@ -1,4 +1,4 @@
-"""Counts codes outside [-8, 7] inside a running engine, on whatever it is given."""
+"""Counts codes outside [-8, 7] inside a running engine, on its real inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from morphoquant_vllm.numerics.activation import escapes
 
 
 class EscapeCounter:
-    """Watches every MorphoQuant layer of a model inside vLLM (eager, in this process).
+    """Observes every MorphoQuant layer of a model inside vLLM (eager, in this process).
 
-    `counts` {layer: [escaped, all codes]}: real tokens only, since an eager step is not padded. A fused layer counts
-    once. The codes are computed anew by the op that the layer itself calls.
+    `counts` is {layer: [escaped, all codes]}. It has real tokens only, since an eager step is not padded. A fused layer
+    counts once. The layer's quantizer computes the codes a second time.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,7 +28,7 @@ class EscapeCounter:
                 layer.register_forward_pre_hook(partial(self._count, name, method))
 
     def take(self) -> dict[str, list[int]]:
-        """The counts so far, which start anew."""
+        """Return the counts so far, and reset them."""
         taken, self.counts = self.counts, {}
         return taken
 

@@ -1,4 +1,4 @@
-"""Our own method as users meet it: `morphoquant calibrate`, then vLLM, each in a process of its own."""
+"""Our method as users run it: `morphoquant calibrate`, then vLLM, each in a separate process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.common.files import code_digest, digest, file_digest, write_atom
 from morphoquant_vllm.errors import MorphoQuantError
 
 REPOSITORY = Path(__file__).parents[3]
-# What decides the bytes of a checkpoint, and what decides how it is served.
+# Code that decides the bytes of a checkpoint, and code that decides how it is served.
 CALIBRATION_CODE = [REPOSITORY / "calibration", REPOSITORY / "morphoquant_vllm" / "numerics"]
 SERVING_CODE = [REPOSITORY / "morphoquant_vllm"]
 ENVIRONMENT = {
@@ -24,13 +24,13 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    # The engine is eager; only the ranking of prompt tokens would be compiled, for seconds in every process.
+    # In an eager engine only the ranking of prompt tokens would be compiled, which takes seconds in every process.
     "TORCH_COMPILE_DISABLE": "1",
 }
 
 
 def checkpoint_path(settings: Settings, model: Path, data: Sequence[Path], recipe: Mapping[str, Any]) -> Path:
-    """Where the checkpoint of these settings lies, or will: its name is a hash of all it depends on."""
+    """Path of the checkpoint of these settings; its name is a hash of everything that it depends on."""
     key = {
         "model": file_digest([model]),
         "data": data_digest(data),
@@ -41,19 +41,19 @@ def checkpoint_path(settings: Settings, model: Path, data: Sequence[Path], recip
 
 
 def data_digest(data: Sequence[Path]) -> str:
-    """Hash of calibration files; those beside a .jsonl are the media it names."""
+    """Hash of calibration files. The files beside a .jsonl count, since it names media there."""
     folders = [path.parent if path.suffix == ".jsonl" else path for path in data]
     return file_digest(file for folder in folders for file in (folder.rglob("*") if folder.is_dir() else [folder]))
 
 
 def recipe_of(settings: Settings, method: Served, max_samples: int) -> dict[str, Any]:
-    """The method's recipe, with the settings that make it see the same samples as the baselines."""
+    """The method's recipe, with settings that give it the same calibration samples as the baselines."""
     shared = {"max_samples": max_samples, "window_tokens": settings.window_tokens, "seed": settings.seed}
     return {**shared, **method.recipe}
 
 
 def calibrate(output: Path, model: Path, data: Sequence[Path], recipe: Mapping[str, Any]) -> Path:
-    """Run the console command unless its checkpoint is there; MorphoQuantError with its message where it fails."""
+    """Run the console command unless its checkpoint exists; MorphoQuantError with its message if it fails."""
     if (output / "config.json").is_file():
         return output
     # JSON is YAML.
@@ -69,7 +69,7 @@ def calibrate(output: Path, model: Path, data: Sequence[Path], recipe: Mapping[s
 
 
 def run_engine(directory: Path, name: str, job: Mapping[str, Any]) -> None:
-    """Run served_worker on `job`, its log in `directory`; MorphoQuantError naming the log where it fails."""
+    """Run the worker on `job`, with its log in `directory`; MorphoQuantError with the log's name if it fails."""
     job_file, log = directory / f"{name}.json", directory / f"{name}.log"
     write_atomically(job_file, json.dumps(dict(job)))
     with log.open("wb") as output:

@@ -1,8 +1,8 @@
-"""python -m benchmarks.accuracy.serving.worker JOB.json: one vLLM engine in this process, its results into the cache.
+"""python -m benchmarks.accuracy.serving.worker JOB.json: run one vLLM engine, and put its results into the cache.
 
-prompt_logprobs through LLM.generate cost what the forward pass costs, plus the lm_head on every token. What made
-such requests slow on CPUs is not this but bfloat16 where the processor has no instructions for it, and, once in a
-process, torch.compile of the kernel that ranks tokens: hence float32, and TORCH_COMPILE_DISABLE in `served.py`.
+prompt_logprobs through LLM.generate cost the forward pass plus the lm_head on every token. Two other things made such
+requests slow on CPUs: bfloat16 on a processor without instructions for it, and torch.compile of the kernel that ranks
+tokens, once in each process. Hence float32, and TORCH_COMPILE_DISABLE in `served.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from benchmarks.accuracy import language, omni
 from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.serving.escapes import EscapeCounter
 
-# A prompt and the one token that vLLM insists on generating; omni questions are shorter still.
+# Room for a prompt and the one token that vLLM has to generate; omni questions are shorter still.
 MAX_MODEL_LEN = 2048
 MAX_SEQUENCES = {"language": 4, "omni": 16}
 
 
 def make_engine(job: dict[str, Any]) -> Any:
-    """An eager engine that computes every token of every prompt itself: no prefix is reused."""
+    """An eager engine that computes every token of every prompt; prefixes are not reused."""
     from vllm import LLM
 
     media = {"limit_mm_per_prompt": {"image": 1, "video": 1, "audio": 1}} if job["benchmark"] == "omni" else {}
@@ -69,7 +69,7 @@ def main() -> None:
     for task in job["tasks"]:
         counter.take()
         result = run_task(job["benchmark"], task, llm)
-        # Stored at once: an interrupted run keeps what it has.
+        # Stored at once, so an interrupted run keeps it.
         cache.store(task["key"], {**result, "beyond": counter.take()})
 
 

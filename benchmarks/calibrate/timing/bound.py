@@ -10,8 +10,8 @@
 
 Forwards and Hessians run at the rate of bf16 products, the rest at that of fp32 products. The bound leaves out these
 steps of a real calibration: reading weights, norms and activation functions, quantizing activations and the search for
-steps. It also leaves out the regression of weights on codes and its products, fitting scales and codes to each other,
-and float64 in the served layers.
+steps. It also leaves out regression and its products, fitting scales and codes to each other, and float64 in the served
+layers.
 """
 
 from __future__ import annotations

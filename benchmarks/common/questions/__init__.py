@@ -1,4 +1,4 @@
-"""Published benchmarks of omni models: their questions, a server that is asked them, and what its answers are worth.
+"""Published benchmarks of omni models: their questions, the server's answers, and their scores.
 
 answers   the responses of a run, kept as they come
 ask       asks a server all questions that have no answer yet

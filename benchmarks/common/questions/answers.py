@@ -1,4 +1,4 @@
-"""The responses of a run, one JSON line each as they come: a run that was killed goes on where it was."""
+"""The responses of a run, written as they come, one JSON line each. So a killed run can be continued."""
 
 from __future__ import annotations
 

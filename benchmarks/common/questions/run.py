@@ -32,7 +32,7 @@ class Endpoint:
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """Of what is asked and what is right; media in files by name alone."""
+    """Hash of the questions and their answers; media in files count by name only."""
     digest = hashlib.sha256()
     for item in items:
         parts = [part.source if isinstance(part, Media) else part for part in item.parts]
@@ -60,7 +60,7 @@ def checked(
 async def answered(
     items: Sequence[Item], output: Path, run: Mapping[str, Any], server: Endpoint, console: Console
 ) -> tuple[dict[str, Any], Answers]:
-    """Responses of a server to all questions, kept in `output`, and what identifies this run.
+    """Responses of a server to all questions, kept in `output`, and the identity of this run.
 
     `run` has the benchmark's name and "max_tokens" of an answer. Raises MorphoQuantError if nobody answers at the
     server's URL, or if it stops answering.

@@ -83,6 +83,6 @@ def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> dict[str,
 
 
 def standard_error(right: int, total: int) -> float:
-    """Of the share right / total, as if questions were drawn independently."""
+    """Standard error of the share right / total, if questions are drawn independently."""
     share = right / total
     return math.sqrt(share * (1 - share) / total)

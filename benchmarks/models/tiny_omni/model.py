@@ -15,7 +15,7 @@ from benchmarks.models.tiny_omni.config import mrope, omni_config, stored_dtype,
 from benchmarks.models.tiny_omni.data.questions import all_texts
 from benchmarks.models.tiny_omni.processor import SENTENCES, VOCAB_SIZE, ProcessorSettings, write_processor
 
-# Large patches keep sequences short: the processor enlarges every clip to 128 * 28 * 28 pixels a frame at least, here
+# Large patches keep sequences short. The processor enlarges every clip to at least 128 * 28 * 28 pixels a frame, here
 # 2 x 4 tokens of 2 x 2 patches, and pictures to 2 x 2 tokens. Audio, at most 2 s, makes 25 tokens a second.
 PATCH_SIZE = 56
 PICTURE_PIXELS = (4 * PATCH_SIZE) ** 2
@@ -28,8 +28,8 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 class ModelSettings:
     """Sizes of the decoder and the towers, and the heavy channels.
 
-    `heavy_rows` output rows of the vision merger and as many others of the audio projector are `heavy_factor` times
-    as large as at initialisation and do not learn: so the channels that they feed are heavy in one modality only.
+    `heavy_rows` output channels of the vision merger are `heavy_factor` times as large as at initialisation and do not
+    learn. The same number of other channels of the audio projector are, too. So each of them is heavy in one modality.
     """
 
     hidden: int = 256

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 VOCAB_SIZE = 512
 
-# In the order of the published tokenizers, where they start at id 151643.
+# In the order of the published tokenizers, in which they start at id 151643.
 _SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "{audio}", "{audio_bos}", "{audio_eos}", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",

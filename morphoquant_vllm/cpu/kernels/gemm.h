@@ -1,9 +1,9 @@
 // The integer GEMM: codes int8 [M, K] times int4 weights, in exact int32 per group, float32 over the groups.
 //
 // Weight record: panels of 2 blocks of 16 outputs; the last panel may have one. In a panel, 64 bytes hold 8 channels of
-// a block. Byte 4 n + i holds q + 8 of output n: of channel 8 j + i in its low nibble, of channel 8 j + 4 + i in its
-// high one. So a load, a shift and two masks give the operands of two dot products over 4 channels. They use ports that
-// dot products do not need. A panel's blocks are adjacent for each 8 channels, so a panel is one stream of memory.
+// a block. Byte 4 n + i holds q + 8 of output n: channel 8 j + i in its low nibble, channel 8 j + 4 + i in the high one.
+// So a load, a shift and two masks give the operands of two dot products over 4 channels. They use ports that dot
+// products do not need. A panel's blocks are adjacent for each 8 channels, so a panel is one stream of memory.
 //
 // A panel goes over K in strips that stay in the first-level cache, and over the tokens in tiles whose sums stay in
 // registers. Meanwhile the next strip is prefetched. The order of float additions depends only on K and G: not on M,

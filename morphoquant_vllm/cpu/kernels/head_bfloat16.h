@@ -40,9 +40,8 @@ inline bool has_head_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 constexpr int kHeadStep = 24;
 // Largest number of tokens of a tile, and of a chunk for which weights are read from memory once.
 constexpr int kHeadTileTokens = 8, kHeadChunk = 128;
-// Elements of x, tokens times channels, that stay in the first-level cache while they meet a step's weights. More are
-// split into strips of kHeadStrip, whose sums are stored. int8 weights need no strips: they are half as many bytes,
-// which leaves time to load x.
+// Elements of x, tokens times channels, that stay in the first-level cache during a step. More are split into strips of
+// kHeadStrip, whose sums are stored. Strips are not needed for int8 weights, whose fewer bytes leave time to load x.
 constexpr int64_t kHeadWhole = 12288, kHeadStrip = 8192;
 
 // 32 weights as bfloat16.

@@ -43,8 +43,8 @@ inline int64_t token_row(const Call& c, const typename Element<D>::Type* x, int6
   return row >= 0 && row < c.rows ? row : -1;
 }
 
-// 8 channels of a token. Each channel is inserted into a register: a 16-bit gather does not exist, AVX2's gathers are
-// not faster, and a vector load would wait for narrower stores.
+// 8 channels of a token. Each channel is inserted into a register. The alternatives are not better: a 16-bit gather
+// does not exist, AVX2's gathers are not faster, and a vector load would wait for narrower stores.
 template <int64_t D>
 inline __m256 gathered(const typename Element<D>::Type* x, const int32_t* at) {
   if constexpr (D == kFloat32) {

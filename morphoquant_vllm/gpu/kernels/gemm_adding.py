@@ -1,11 +1,11 @@
-"""Kernel: the matrix product over a split K that adds its parts itself, for one launch less. No shipped tile has it.
+"""Kernel: the matrix product over a split K that also adds its parts, for one launch less. No shipped tile has it.
 
     programs of one tile of the output, one for each part of K
       each:  writes its part's sums, then draws a number from the tile's counter
       the last: adds all parts in their order, whichever order they ended in, writes the outputs, sets the counter to 0
 
-So the bits are those of `reduce_splits`. A number is drawn by an atomic addition that releases what the program has
-written and acquires what the others have; parts are read past the multiprocessor's own cache.
+So the bits are those of `reduce_splits`. An atomic addition draws the number. It releases the program's writes and
+acquires those of the others. Parts are read past the multiprocessor's cache.
 """
 
 import triton
@@ -14,13 +14,13 @@ import triton.language as tl
 from morphoquant_vllm.gpu.kernels.epilogue import output_terms, write_output
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
 
-# Tokens whose outputs are added up and finished at a time: what the ending takes of registers.
+# Tokens whose outputs are added up and finished at a time. They decide the registers of the ending.
 ADDED_M = tl.constexpr(16)
 
 
 @triton.jit
 def tile_of(pid, M, N, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """Which tile of tokens and of channels a program of int4_gemm has."""
+    """The tile of tokens and the tile of channels of a program of int4_gemm."""
     token_tiles = tl.cdiv(M, BLOCK_M)
     channel_tiles = tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP_M * channel_tiles)

@@ -33,7 +33,7 @@ def unpack_int8(
     """TILE_N rows of one turn of 2P channels; grid (N'/TILE_N * turns). `turns` is K'/2P."""
     let_next_start(PDL)
     HALF: tl.constexpr = P // 2
-    # Of two successive programs, the second continues the rows of the first.
+    # A program continues the lines of the program before it.
     tile_n = tl.program_id(0) // turns
     turn = tl.program_id(0) % turns
     n = tile_n * TILE_N + tl.arange(0, TILE_N)

@@ -1,6 +1,6 @@
 """Offline tools for the GPU kernels. Nothing that serves imports them.
 
-autotune          measures tiles on the GPU at hand and writes a tile table
+autotune          measures tiles on this machine's GPU and writes a tile table
 autotune_int8     the part of it that measures the int8 path
 targets           the GPUs that kernels are compiled for without one at hand
 aot_compile       compiles quantizers and products for them

@@ -1,10 +1,10 @@
-"""Measure tiles on the GPU at hand and write a tile table: `python -m morphoquant_vllm.gpu.tools.autotune OUT`.
+"""Measure tiles on this machine's GPU and write a tile table: `python -m morphoquant_vllm.gpu.tools.autotune OUT`.
 
-For every range of tokens, and group size or two-level scales, the tile wins with which a layer's linears take least in
-all, each with its quantizer. Then the int8 path is measured beside the tiles found; see autotune_int8.py. Weights are
-not in the cache when they are used, as in a server. Only tiles whose binaries pass `proof` and whose results are the
-reference's are measured; they are compiled on all cores. Serve with MORPHOQUANT_TILES=OUT to use the table. Nothing in
-serving measures anything.
+There is a search for every range of tokens, and each group size or two-level scales. The tile wins with which a layer's
+linears take least time together, each with its quantizer. Then the int8 path is measured beside the winners; see
+autotune_int8.py. As in a server, weights are not in the cache when they are used. Only tiles whose binaries pass
+`proof` and whose results are the reference's are measured. They are compiled on all cores. Serve with
+MORPHOQUANT_TILES=OUT to use the table. A server measures nothing.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 # N, K of a 7B model's linears: qkv, o, gate_up, down.
 SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
-# Most tokens of each range, at which it is measured; the last has no upper end.
+# Largest number of tokens of each range, at which it is measured; the last range has no end.
 RANGES = (1, 4, 16, 32, 64, 256, None)
 MANY_TOKENS = 2048
 MAX_SPLITS = 16
-# From so many tokens joined operands are tried: they are for products of warp groups, from 64 output channels and four
-# warps on. Of 128 channels and 16 tokens a turn has 249 instructions with them, and 277 without.
+# From this many tokens on, joined operands are tried. They are for products of warp groups, from 64 output channels and
+# four warps on. With 128 channels and 16 tokens a turn has 249 instructions with them, and 277 without.
 JOINED_FROM = 16
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried for up to `tokens` tokens."""
+    """The sizes that are tried for up to `tokens` tokens."""
 
     tokens: int
     shapes: tuple[tuple[int, int], ...]  # block_n and warps
@@ -54,7 +54,7 @@ class Search:
 
 
 SEARCHES = (
-    # One warp issues least for a row of weights: 6.6 instructions a turn, where the table's tile for 16 tokens has 9.1.
+    # One warp issues least for an output's weights: 6.6 instructions a turn. The table's tile for 16 tokens has 9.1.
     Search(
         16, ((32, 2), (64, 1), (64, 2), (64, 4), (128, 4), (128, 8)), (16,), ((3, 1), (4, 1), (6, 1), (3, 2), (4, 2))
     ),
@@ -68,7 +68,7 @@ SEARCHES = (
 def candidates(max_tokens: int | None, group_size: int, two_level: bool, vendor: str = "nvidia") -> Iterator[Tile]:
     """Tiles to try for one range of tokens, at one group size; with two-level scales, for all of them.
 
-    Those that add the parts of K themselves come after the same without, for a vendor whose GPUs can.
+    If the vendor's GPUs can add the parts of K in the kernel, such a tile follows the same tile without it.
     """
     tokens = max_tokens or MANY_TOKENS
     search = next(search for search in SEARCHES if tokens <= search.tokens)
@@ -100,9 +100,9 @@ def random_weight(
 
 
 def plain_activation(out_features: int, in_features: int, device: torch.device) -> GpuActivation:
-    """The quantizer's tables: one row beside that of massive tokens, of which there are none; channels shuffled.
+    """The quantizer's tables: one row beside `massive`, no massive tokens, and shuffled channels.
 
-    Those of the layer of SHAPES with more inputs than outputs, down, come in order; see mlp_channel_order.py.
+    In the layer of SHAPES with more inputs than outputs, down, channels come in order; see mlp_channel_order.py.
     """
     rows = torch.ones((2, in_features), device=device)
     order = torch.randperm(0 if in_features > out_features else in_features, device=device).int()
@@ -130,7 +130,7 @@ def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Pro
     x = torch.randn((tokens, in_features), dtype=torch.bfloat16, device=device)
     modality = torch.zeros(tokens, dtype=torch.int32, device=device)
     splits = tiles.splits_of(tile, tokens, out_features, steps, profile.units)
-    # Zeroed before, as a bound layer's: otherwise that would be measured.
+    # Zeroed before the measurement, as in a bound layer.
     counters = adding_launch.Counters(device, adding_launch.most_counters(tile, profile.units)).memory
 
     def linear(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
@@ -143,7 +143,7 @@ def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Pro
 
 
 def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Tile]:
-    """The tile with each number of programs per multiprocessor worth trying; none where its binary fails a proof."""
+    """The tile with each number of programs per multiprocessor worth trying; empty if its binary fails a proof."""
     from morphoquant_vllm.gpu.tools import (
         aot_compile as ahead,
     )
@@ -174,9 +174,9 @@ def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Ti
 
 
 def compiled(job: tuple[Tile, int, str]) -> list[Tile]:
-    """What `sound` gives, if its results are right on the GPU at hand; run in a process of its own.
+    """The result of `sound`, if the tile computes right on this GPU; runs in a separate process.
 
-    Which also compiles the kernels into Triton's cache, where the measuring process finds them.
+    It also compiles the kernels into Triton's cache for the measuring process.
     """
     from morphoquant_vllm.gpu import selfcheck
 
@@ -186,7 +186,7 @@ def compiled(job: tuple[Tile, int, str]) -> list[Tile]:
     profile = profile_of(device)
     found = sound(tile, group_size, target, profile)
     settings = (torch.bfloat16, device, profile)
-    # A tile that adds the parts is served by two launches at times; see adding_launch.py.
+    # A tile that adds the parts is sometimes served by two launches; see adding_launch.py.
     ways = [(tile, 1), (tile, 2)] + [(replace(tile, adds_splits=False), 2)] * tile.adds_splits
     if any(selfcheck.problem_of_tile(way, group_size, splits, *settings) for way, splits in ways if found):
         return []
@@ -194,7 +194,7 @@ def compiled(job: tuple[Tile, int, str]) -> list[Tile]:
 
 
 def splits_some(tile: Tile, tokens: int, units: int) -> bool:
-    """Whether K is split in a layer of SHAPES."""
+    """Whether K is split in any layer of SHAPES."""
     channels = tile_channels(tile.group_sizes[0], tile.two_level)
     return any(tiles.splits_of(tile, tokens, shape[0], shape[1] // channels, units) > 1 for shape in SHAPES)
 
@@ -205,7 +205,7 @@ def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Pro
     best, least, times = variants[0], math.inf, [0.0]
     for variant in variants:
         if variant.adds_splits and not splits_some(variant, tokens, profile.units):
-            # The same launches as without.
+            # The launches are the same as without adds_splits.
             continue
         measured = [milliseconds(variant, tokens, copies, profile) for copies in weights]
         if sum(measured) < least:
@@ -215,7 +215,7 @@ def best_tile(variants: list[Tile], weights: list[list[GpuWeight]], profile: Pro
 
 
 def best_int8(found: list[Tile], target: str, profile: Profile, device: torch.device) -> Int8Tile:
-    """The int8 path's tile, and from how many tokens it serves; `found` are the tiles of the other path.
+    """The int8 path's tile with the number of tokens from which it serves; `found` are the tiles of the other path.
 
     Raises MorphoQuantError if no tile passes the proofs.
     """
@@ -244,7 +244,7 @@ def best_int8(found: list[Tile], target: str, profile: Profile, device: torch.de
 
 
 def weights_of(group_size: int, two_level: bool, device: torch.device) -> list[list[GpuWeight]]:
-    """For each of SHAPES as many layers as the cache does not hold."""
+    """For each of SHAPES, so many layers that the cache cannot hold them."""
     return [
         [random_weight(*shape, group_size, two_level, device) for _ in range(cold_copies(shape[0] * shape[1] // 2))]
         for shape in SHAPES
@@ -252,7 +252,7 @@ def weights_of(group_size: int, two_level: bool, device: torch.device) -> list[l
 
 
 def write_table(name: str, found: list[Tile], int8: Int8Tile, output: Path) -> None:
-    """The table in force with other tiles for the architecture `name`, written whole or not at all."""
+    """Write the table in force with other tiles for the architecture `name`, atomically."""
     table = {key: asdict(item) for key, item in tiles.architectures().items()}
     table[name] |= {"tiles": [asdict(tile) for tile in found], "int8": asdict(int8)}
     for entry in table.values():
@@ -263,10 +263,10 @@ def write_table(name: str, found: list[Tile], int8: Int8Tile, output: Path) -> N
     os.replace(staged, output)
 
 
-def main(output: Annotated[Path, typer.Argument(help="where the table goes")]) -> None:
-    """Measure on the GPU at hand; all other architectures of the table stay as they are."""
+def main(output: Annotated[Path, typer.Argument(help="file of the new table")]) -> None:
+    """Measure on this machine's GPU; the other architectures of the table stay unchanged."""
     if not torch.cuda.is_available():
-        raise MorphoQuantError("no GPU is at hand: tiles can only be measured on one")
+        raise MorphoQuantError("this machine has no GPU; tiles can only be measured on one")
     if not output.absolute().parent.is_dir():
         raise MorphoQuantError(f"{output}: the directory does not exist; make it first")
     device = torch.device("cuda", torch.cuda.current_device())

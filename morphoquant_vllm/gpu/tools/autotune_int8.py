@@ -37,7 +37,7 @@ def candidates(descriptors: bool, fused: bool) -> Iterator[Int8Tile]:
 def compiled(job: tuple[Int8Tile, str]) -> list[Int8Tile]:
     """The tile with as many programs as fit; none if its binary fails a proof or its results are wrong on this GPU.
 
-    Run in a process of its own, as its counterpart in `autotune`.
+    Run it in a separate process, as its counterpart in `autotune`.
     """
     from morphoquant_vllm.gpu import selfcheck
     from morphoquant_vllm.gpu.tools import (

@@ -15,7 +15,7 @@ def test_every_calibration_text_has_windows_by_default() -> None:
     [
         ("nope=1", "unknown calibration domain 'nope'"),
         ("numpy", "not domain=windows"),
-        ("numpy=0", "no window is left"),
+        ("numpy=0", "all counts of windows are 0"),
     ],
 )
 def test_calibration_setting(given: str, message: str) -> None:

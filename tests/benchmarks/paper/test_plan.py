@@ -41,7 +41,7 @@ def dry_run(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tupl
 def test_a_dry_run_finds_everything_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(place.rglob("*"))
     lines, error = dry_run(place, capsys, "--output", str(place / "out"))
-    assert error == "" and lines[-1] == "dry run: all that was looked for is there; nothing was begun"
+    assert error == "" and lines[-1] == "dry run: nothing is missing; nothing was begun"
     text = "\n".join(lines)
     for part in (
         "its processor makes",

@@ -94,7 +94,7 @@ def test_table_fits_the_terminal_and_loses_nothing(checkpoint: Path, width: int)
 
 def test_rows_of_modalities_are_counted(checkpoint: Path) -> None:
     layers = len(inspect_data(checkpoint)["layers"])
-    assert f"own row, of {layers}: image 1, audio 1" in render(checkpoint)
+    assert f"modality-specific row, of {layers}: image 1, audio 1" in render(checkpoint)
 
 
 def test_missing_report_is_shown_as_such(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_run_may_stop_at_the_first_input() -> None:
 
 def test_hooks_are_removed_after_a_failure() -> None:
     block = Block()
-    with pytest.raises(MorphoQuantError, match="layer: sees 2 tokens of a sample of 3"):
+    with pytest.raises(MorphoQuantError, match="layer: its input has 2 tokens of a calibration sample of 3"):
         collectors = {"proj": InputCollector("layer")}
         run_observed(block, torch.ones(1, 2, 4), {"scale": 1.0}, collectors, torch.zeros(3), torch.zeros(0))
     assert not block.proj._forward_pre_hooks

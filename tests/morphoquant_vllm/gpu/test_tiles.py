@@ -95,7 +95,7 @@ def test_the_environment_names_another_table(tmp_path: Path, monkeypatch: pytest
         # A table of version 3 has no other path; its version is refused first.
         (
             lambda table: table.update(version=3),
-            "version 3 is unknown, this release reads 4; write the table anew with",
+            "version 3 is unknown, this release reads 4; make a new table with",
         ),
         (lambda table: table["architectures"]["sm_80"].pop("int8"), "malformed tile table ('int8')"),
         (lambda table: table["architectures"]["sm_80"]["int8"].update(block_k=96), "int8: block_k = 96 is not one of"),

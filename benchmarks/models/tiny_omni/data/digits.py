@@ -13,7 +13,7 @@ from PIL import Image
 # The processor enlarges pictures and clips four times. So a cell, which holds one digit, is one token in both.
 CELL = 28
 PICTURE_CELLS, CLIP_CELLS = (2, 2), (2, 4)
-# vLLM and transformers sample Qwen's videos at two frames a second, and a temporal patch is two frames: at this rate
+# vLLM and transformers sample Qwen's videos at two frames a second, and a temporal patch is two frames. At this rate
 # every frame is used, and each of a clip's two digits fills one temporal patch.
 FRAMES_PER_SECOND = 2
 FRAMES_PER_DIGIT = 2

@@ -74,5 +74,5 @@ def test_it_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "morphoquant_vllm.gpu.tools.autotune", str(tmp_path / "mine.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines() == ["error: no GPU is at hand: tiles can only be measured on one"]
+    assert done.stderr.strip().splitlines() == ["error: this machine has no GPU; tiles can only be measured on one"]
     assert not list(tmp_path.iterdir())
