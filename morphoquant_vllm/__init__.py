@@ -8,6 +8,8 @@
     plugin       the classes that vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
     compat       command: compares the installed vLLM with the interfaces that the plugin needs
+    mends        command: finds and mends an environment in which vLLM cannot serve
+    torchvision_ops_hook  a file that a mend copies into the environment
     handles      bound layers by their handle, which is one of their tensors
     host_memory  large pages, and the return of freed memory
     environment  the environment variables that are read
