@@ -219,7 +219,7 @@ def test_undecodable_media_are_left_out_only_on_request(
     assert [sample.source[-2:] for sample in samples] == [":1", ":3"]
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("skipped: ") and "data.jsonl:2: " in first and "long.wav" in first
-    assert last == "1 of 3 samples were skipped because their media are broken"
+    assert last == "1 of 3 samples were skipped because they cannot be used"
     with pytest.raises(MorphoQuantError, match="no calibration sample is left"):
         build(omni, data[1:2], skip_bad=True)
 

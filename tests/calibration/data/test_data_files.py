@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration.data.conversations import Conversation, Media, Message, PlainText, Text, load_conversations
+from calibration.data.conversations import Conversation, Media, Message, PlainText, Text
+from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -98,14 +99,14 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         ({"prompt": "x"}, "no 'messages'", '"messages"'),
         ([1], "no 'messages'", '"messages"'),
         ('{"messages": ' + "1" * 5000 + "}", "a number with too many digits", "as a string"),
-        ({"messages": []}, "no 'messages'", '"messages"'),
+        ({"messages": []}, "no messages", '"messages"'),
         ({"messages": ["hi"]}, "without a 'role'", '"role"'),
         ({"messages": [{"role": "user"}]}, "no 'content'", "string or a list"),
         ({"messages": [{"role": "user", "content": []}]}, "no 'content'", "string or a list"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            "'tool_calls'",
-            "as text",
+            "a call in 'tool_calls' names no function",
+            "arguments",
         ),
         (
             user({"type": "smell"}),
@@ -188,15 +189,18 @@ def test_conversations_with_missing_media_are_left_out_only_on_request(
     broken = [{"type": "input_audio", "input_audio": {"data": "?", "format": "wav"}}]
     contents = ["one", bad, broken, "two"]
     path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": c}]}) + "\n" for c in contents))
-    with pytest.raises(MorphoQuantError, match=r"data.jsonl:2: image_url file .* does not exist.*--skip-bad"):
+    with pytest.raises(MorphoQuantError) as caught:
         load_conversations(path)
+    assert re.fullmatch(
+        r"2 conversations cannot be used \(--skip-bad leaves them out\): \(1\) .*data.jsonl:2: image_url file .*gone.png"
+        r" does not exist; .*; \(2\) .*data.jsonl:3: bad base64 in input_audio.*",
+        str(caught.value),
+    )
     with caplog.at_level(logging.WARNING, logger="calibration"):
         assert [item.source for item in load_conversations(path, skip_bad=True)] == [f"{path}:1", f"{path}:4"]
     assert re.findall(r"skipped: .*data.jsonl:(\d)", caplog.text) == ["2", "3"]
     path.write_text(json.dumps({"messages": [{"role": "user", "content": bad}]}) + "\n")
-    with pytest.raises(MorphoQuantError, match="the media of all its 1 conversations are broken"):
-        load_conversations(path, skip_bad=True)
-    # Malformed data do not count as broken media.
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}) + "\n")
-    with pytest.raises(MorphoQuantError, match="unknown part type"):
+    with pytest.raises(
+        MorphoQuantError, match="none of its 1 conversations can be used; the first: .*gone.png does not exist"
+    ):
         load_conversations(path, skip_bad=True)
