@@ -1,5 +1,6 @@
 """The user's calibration data in memory: conversations of text and media, and plain texts."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
 
-# Unusable conversations that an error message lists.
+logger = logging.getLogger(__name__)
+
+# Unusable conversations that are listed.
 LISTED = 5
 
 
@@ -64,12 +67,13 @@ class PlainText:
 CLASSES = (Conversation, PlainText, Message, Text, Media, type(Path()))
 
 
-def bad_conversations(reasons: Sequence[str]) -> BadConversationError:
-    """The error that lists the first unusable conversations, each by a sentence with its file and line."""
+def bad_conversations(reasons: Sequence[str], *, listed: bool = True) -> BadConversationError:
+    """The error for unusable conversations; logs the first few reasons, each with its file and line, if `listed`."""
     if len(reasons) == 1:
         return BadConversationError(f"{reasons[0]} (--skip-bad leaves such conversations out)")
-    listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons[:LISTED], start=1))
-    more = f"; and {len(reasons) - LISTED} more" if len(reasons) > LISTED else ""
+    for reason in reasons[:LISTED] if listed else ():
+        logger.error("cannot be used: %s", reason)
     return BadConversationError(
-        f"{len(reasons)} conversations cannot be used (--skip-bad leaves them out): {listed}{more}"
+        f"{len(reasons)} conversations cannot be used (the log lists the first {min(len(reasons), LISTED)}; "
+        f"--skip-bad leaves them out); the first: {reasons[0]}"
     )

@@ -97,7 +97,7 @@ def _check_bad(reasons: Sequence[str], items: int, skip_bad: bool, processes: Pr
     if not reasons:
         return
     if not skip_bad:
-        raise bad_conversations(reasons)
+        raise bad_conversations(reasons, listed=processes.first)
     if len(reasons) == items:
         raise MorphoQuantError(f"no calibration sample is left: none can be used; the first: {reasons[0]}")
     if processes.first:
