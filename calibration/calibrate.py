@@ -95,6 +95,8 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     """The job of this run: which layers are quantized, and how, by the model's config and the recipe."""
     device = choose_device(recipe.device, processes)
     source = open_source(model)
+    if source.fp8 and processes.first:
+        logger.info("%s: its weights are %s and are read as bfloat16", source.directory, source.fp8)
     architecture = find_architecture(source.config)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
