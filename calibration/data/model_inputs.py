@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from calibration.data.processor import failure
 
 # Frames per second of Qwen's video processors if their config names no rate; vLLM uses the same rate.
 DEFAULT_VIDEO_FPS = 2.0
+# Qwen2.5-Omni's processor scales frames to this many pixels at most, Qwen2.5-VL's to more.
+MOST_PIXELS = 768 * 28 * 28
+# Sides are rounded to whole patches, so a frame may have fewer tokens than its pixels make.
+ROUNDING = 0.7
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def _process(processor: Any, source: str, text: str, media: list[Media], max_tok
     if any(item.kind == "audio" for item in media):
         audio, options["audio_kwargs"] = _decode_audio(processor.feature_extractor, media, max_tokens)
     if any(item.kind == "video" for item in media):
-        videos, options["videos_kwargs"] = _decode_videos(processor.video_processor, media)
+        videos, options["videos_kwargs"] = _decode_videos(processor.video_processor, media, max_tokens)
     try:
         batch = processor(
             text=[text],
@@ -202,17 +207,25 @@ def _decode_audio(extractor: Any, media: list[Media], max_tokens: int) -> tuple[
     return audio, {"sampling_rate": rate, "truncation": False, "max_length": longest}
 
 
-def _decode_videos(video_processor: Any, media: list[Media]) -> tuple[list[Any], dict[str, Any]]:
+def _decode_videos(video_processor: Any, media: list[Media], max_tokens: int) -> tuple[list[Any], dict[str, Any]]:
     """Sampled frames of each video, and the processor's keyword arguments for them."""
     fps = video_processor.fps or DEFAULT_VIDEO_FPS
 
-    def sample_frames(metadata: Any) -> Sequence[int]:
+    def sample_frames(item: Media, metadata: Any) -> Sequence[int]:
         # transformers divides by zero if there are fewer frames than a temporal patch; the processor repeats the last.
         if metadata.total_num_frames < video_processor.temporal_patch_size:
             return range(metadata.total_num_frames)
-        return video_processor.sample_frames(metadata, fps=fps).tolist()
+        indices = video_processor.sample_frames(metadata, fps=fps).tolist()
+        tokens = _least_tokens(video_processor, metadata, len(indices))
+        if tokens > max_tokens:
+            # Before the frames are in memory: an hour of video in a small file has thousands.
+            raise BadConversationError(
+                f"{item.name}: its {len(indices)} frames take {tokens} tokens or more, "
+                f"more than max_tokens={max_tokens}; raise it, or use a shorter or smaller video"
+            )
+        return indices
 
-    decoded = [decode_video(item, sample_frames) for item in media if item.kind == "video"]
+    decoded = [decode_video(item, partial(sample_frames, item)) for item in media if item.kind == "video"]
     options = {
         "video_metadata": [metadata for _, metadata in decoded],
         "do_sample_frames": False,
@@ -220,6 +233,13 @@ def _decode_videos(video_processor: Any, media: list[Media]) -> tuple[list[Any],
         "input_data_format": "channels_last",
     }
     return [frames for frames, _ in decoded], options
+
+
+def _least_tokens(video_processor: Any, metadata: Any, frames: int) -> int:
+    """About the least number of tokens of a video's sampled frames, by its size and MOST_PIXELS."""
+    side = video_processor.patch_size * video_processor.merge_size
+    pixels = min(metadata.width * metadata.height, MOST_PIXELS, video_processor.size["longest_edge"])
+    return int(ROUNDING * frames / video_processor.temporal_patch_size * pixels / side**2)
 
 
 def _fit(

@@ -266,6 +266,17 @@ def test_sound_longer_than_the_extractors_chunk_keeps_its_end(omni: Path, folder
     assert int((pair.modality == 3).sum()) == 57 + 1500 + 57
 
 
+def test_a_video_with_too_many_tokens_is_refused_before_its_frames_are_kept(
+    omni: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Frames of 64 x 32 are scaled up: 64 tokens a pair at least. By their own size they are about 2 tokens.
+    (folder / "film.webm").write_bytes(encode_video(30, 1, "webm", "libvpx-vp9"))
+    film = {"type": "video_url", "video_url": {"url": "film.webm"}}
+    monkeypatch.setattr(np, "stack", None)
+    message = refusal(omni, conversations(folder, [film]), max_tokens=20)
+    assert "data.jsonl:1: " in message and "film.webm: its 30 frames take 27 tokens or more, more than" in message
+
+
 def test_the_template_gets_tools_arguments_and_keys_of_messages(llama: Path, tmp_path: Path) -> None:
     copy_without_template(llama, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
