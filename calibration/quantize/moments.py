@@ -125,7 +125,10 @@ def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage:
     `absorbed` = W * step, the right weights for codes without error. So the weights compensate for the rounding of
     activations and for the errors of earlier layers, as far as the codes show them.
     """
-    ridge = shrinkage * code_code.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    ridge = shrinkage * code_code.diagonal().mean()
+    if not float(ridge) >= torch.finfo(torch.float32).tiny:
+        # The input was the same, or zero, for all tokens: nothing can be told from its codes.
+        return absorbed
     damped = code_code.clone()
     damped.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(damped)
