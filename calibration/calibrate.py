@@ -17,7 +17,7 @@ from calibration.data.data_files import load_conversations
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan
-from calibration.model.refusals import check_config, check_names
+from calibration.model.refusals import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
@@ -95,7 +95,6 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     """The job of this run: which layers are quantized, and how, by the model's config and the recipe."""
     device = choose_device(recipe.device, processes)
     source = open_source(model)
-    check_config(source.config)
     if source.fp8 and processes.first:
         logger.info("%s: its weights are %s and are read as bfloat16", source.directory, source.fp8)
     architecture = find_architecture(source.config)

@@ -22,6 +22,7 @@ from calibration.model.fp8 import (
     scale_names,
     without_quantization,
 )
+from calibration.model.refusals import check_config
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import check_regular, read_json
@@ -113,6 +114,7 @@ def open_source(directory: Path | str) -> Source:
     if not directory.is_dir():
         raise MorphoQuantError(f"{directory}: no such model directory; download the model and give its directory")
     config = _read_config(directory / CONFIG_FILE)
+    check_config(config)
     quantized = _quantization(directory / CONFIG_FILE, config)
     tensors: dict[str, TensorInfo] = {}
     for path, names in _weight_files(directory).items():

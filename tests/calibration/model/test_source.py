@@ -107,6 +107,6 @@ def test_another_quantized_source_is_refused_by_name(tmp_path: Path, settings: A
 def test_settings_of_no_quantization_are_dropped(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     (model / "config.json").write_text(
-        '{"quantization_config": {}, "text_config": {"quantization_config": null, "a": 1}}'
+        '{"quantization_config": null, "text_config": {"quantization_config": null, "a": 1}}'
     )
     assert open_source(model).config == {"text_config": {"a": 1}}
