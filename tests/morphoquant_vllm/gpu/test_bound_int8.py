@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused_with_its_size_and_the_setting(monkeypatch:
     shared = Workspace(HERE)
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(
-        MorphoQuantError, match=r"workspace of 129\.5 MiB does not fit .* on cpu; set MORPHOQUANT_WORKSPACE=0"
+        MorphoQuantError, match=r"workspace of 129\.5 MiB does not fit .* of cpu; set MORPHOQUANT_WORKSPACE=0"
     ):
         shared.grow(37888 * 3584)
 
