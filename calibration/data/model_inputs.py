@@ -12,6 +12,8 @@ from calibration.data.conversations import BadConversationError, Conversation, M
 from calibration.data.media import decode_audio, decode_image, decode_video
 from calibration.data.placeholders import FRAMES_PER_TOKEN, check_placeholders, check_text, media_tokens
 from calibration.data.processor import failure
+from calibration.time_limit import time_limit
+from morphoquant_vllm.errors import MorphoQuantError
 
 # Frames per second of Qwen's video processors if their config names no rate; vLLM uses the same rate.
 DEFAULT_VIDEO_FPS = 2.0
@@ -19,6 +21,8 @@ DEFAULT_VIDEO_FPS = 2.0
 MOST_PIXELS = 768 * 28 * 28
 # Sides are rounded to whole patches, so a frame may have fewer tokens than its pixels make.
 ROUNDING = 0.7
+# Seconds of the processor after which a chat template is considered to loop; others take some milliseconds.
+TEMPLATE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,12 @@ def _render(
     _check_takes(source, processor, media, placeholder_token_ids)
     tokenizer = getattr(processor, "tokenizer", processor)
     check_text(conversation, tokenizer, placeholder_token_ids)
-    text = _apply_template(processor, conversation)
+    with time_limit(
+        TEMPLATE_SECONDS,
+        f"{source}: the model's chat template does not end ({TEMPLATE_SECONDS} s were not enough); "
+        "correct its chat_template.jinja",
+    ):
+        text = _apply_template(processor, conversation)
     if not isinstance(processor, ProcessorMixin):
         # A template writes the special tokens itself; without one, the tokenizer adds them.
         special = tokenizer.chat_template is None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from calibration.blocks.loop import BlockResult
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.calibrate import calibrate
+from calibration.data import model_inputs
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.settings.recipe import Recipe
@@ -162,6 +163,21 @@ def test_places_are_refused_before_the_data_are_read(
     with pytest.raises(MorphoQuantError, match=r"but only 0\.00 GB are free"):
         calibrate(model, "no-such-data", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_template_that_does_not_end_is_one_line(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loop is short enough for jinja's sandbox. `skip_bad` would wait for every conversation."""
+    model = Path(shutil.copytree(tiny.model("llama"), tmp_path / "model"))
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (model / "chat_template.jinja").write_text(loops)
+    line = json.dumps({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}]})
+    (tmp_path / "data.jsonl").write_text(f"{line}\n" * 3)
+    monkeypatch.setattr(model_inputs, "TEMPLATE_SECONDS", 0.3)
+    with pytest.raises(MorphoQuantError, match=r"data.jsonl:1: the model's chat template does not end \(0.3 s were"):
+        calibrate(model, tmp_path / "data.jsonl", tmp_path / "out", skip_bad=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model"]
 
 
 def test_newer_names_of_qwen2_5_vl_are_kept(tiny: TinyModels, tmp_path: Path) -> None:
