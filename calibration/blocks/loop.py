@@ -100,6 +100,7 @@ def calibrate_blocks(
     process's samples, and `tokens` describes those of all processes. Every process yields the same.
     """
     serving = TokenRows(spec.any_row)
+    sampled = {spec.rows[row]: int((tokens.modality == row).sum()) for row in tokens.counts}
     for index in range(first, len(blocks)):
         shards_of = {
             shared.shards: [names.layer(index, shard) for shard in shared.shards]
@@ -110,7 +111,7 @@ def calibrate_blocks(
         finished, distributions = _calibrate_block(block, shards_of, tokens, source, spec, recipe)
         del block
         for layers in shards_of.values() if tokens.processes.first else ():
-            warning = escape_warning(spec.layers[layers[0]].shared_input, finished[layers[0]].record, recipe)
+            warning = escape_warning(spec.layers[layers[0]].shared_input, finished[layers[0]].record, recipe, sampled)
             if warning:
                 logger.warning("%s", warning)
         errors = [layer.record.output_error for layer in finished.values()]

@@ -13,7 +13,6 @@ from calibration.data.media import decode_audio, decode_image, decode_video
 from calibration.data.placeholders import FRAMES_PER_TOKEN, check_placeholders, check_text, media_tokens
 from calibration.data.processor import failure
 from calibration.time_limit import time_limit
-from morphoquant_vllm.errors import MorphoQuantError
 
 # Frames per second of Qwen's video processors if their config names no rate; vLLM uses the same rate.
 DEFAULT_VIDEO_FPS = 2.0

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Their names in safetensors headers.
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 # Endings of a weight's scale beside the weight: of block-wise FP8, and of compressed-tensors and older FP8 files.
 _SCALES = ("_scale_inv", "_scale")
 # Endings of tensors that only an FP8 server uses: scales of activations and of the key-value cache.

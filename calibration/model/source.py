@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calibration.model.fp8 import (
+    FP8_DTYPES,
     block_size,
     dequantize,
     fp8_scheme,
@@ -119,12 +120,11 @@ def open_source(directory: Path | str) -> Source:
     tensors: dict[str, TensorInfo] = {}
     for path, names in _weight_files(directory).items():
         tensors |= _read_header(path, names)
-    plain = without_quantization(config)
-    if quantized is None:
-        return Source(directory, plain, tensors)
-    tensors = _joined_scales(tensors, block_size(quantized))
-    found = any(info.scale for info in tensors.values())
-    return Source(directory, plain, tensors, (fp8_scheme(quantized) or "") if found else "")
+    kind = ""
+    if any(info.dtype in FP8_DTYPES for info in tensors.values()):
+        tensors = _joined_scales(tensors, block_size(quantized or {}))
+        kind = fp8_scheme(quantized) or "FP8"
+    return Source(directory, without_quantization(config), tensors, kind)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _joined_scales(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | N
     joined: dict[str, TensorInfo] = {}
     scales: set[str] = set()
     for name, info in tensors.items():
-        if not info.dtype.startswith("F8_E4M3"):
+        if info.dtype not in FP8_DTYPES:
             joined[name] = info
             continue
         scale = next((other for other in scale_names(name) if other in tensors), None)

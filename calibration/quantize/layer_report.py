@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -100,19 +101,22 @@ def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names:
     return {**named, "all": overall}
 
 
-def escape_warning(layer: str, record: LayerRecord, recipe: Recipe) -> str | None:
+def escape_warning(layer: str, record: LayerRecord, recipe: Recipe, sampled: Mapping[str, int]) -> str | None:
     """A sentence about a layer whose escape rate is far above the budget; None if it is not, or without a budget.
 
-    The massive row is not judged: its few tokens may escape on every channel.
+    `sampled` counts the drawn tokens by row name. Massive tokens are not judged: they may escape on every channel.
     """
-    budget = recipe.escape_budget
-    rates = {row: rate for row, rate in record.escape_rate.items() if row not in (MASSIVE_ROW, "all")}
+    if recipe.grid != "budget" or not recipe.escape_budget:
+        return None
+    massive = record.escape_rate.get(MASSIVE_ROW, 0.0) * record.massive_tokens
+    # As if all massive tokens were of this modality.
+    rates = {row: record.escape_rate[row] - massive / count for row, count in sampled.items() if count}
     row = max(rates, key=lambda name: rates[name])
-    if recipe.grid != "budget" or not budget or rates[row] <= FAR_ABOVE * budget:
+    if rates[row] <= FAR_ABOVE * recipe.escape_budget:
         return None
     return (
-        f"{layer}: {rates[row]:.0%} of the codes of {row} tokens escape, far above escape_budget = {budget:.0%}; "
-        "its tokens repeat or differ in kind: give more varied data"
+        f"{layer}: {rates[row]:.0%} of the codes of {row} tokens escape, far above escape_budget = "
+        f"{recipe.escape_budget:.0%}; its tokens repeat or differ in kind: give more varied data"
     )
 
 

@@ -17,6 +17,7 @@ from calibration.model.architectures import find_architecture
 from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import open_source
+from calibration.quantize import layer_report
 from calibration.quantize.layer import InputSample, QuantizedLayer
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
@@ -96,9 +97,14 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_every_linear_sees_the_served_model_and_aims_at_the_16_bit_one(
-    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # Any escape is far above the budget, so every input is warned of.
+    monkeypatch.setattr(layer_report, "FAR_ABOVE", 0.0)
     run = Run(tiny.model("llama"), tiny.data("llama"), monkeypatch, massive=False)
+    warned = [message.partition(": ")[0] for message in caplog.messages if "far above escape_budget" in message]
+    shared = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert warned == [f"model.layers.{block}.{name}" for block in range(2) for name in shared]
     assert list(run.seen) == [f"model.layers.{block}.{name}" for block in range(2) for name in INPUTS]
     plain, served = (
         transformers.LlamaForCausalLM.from_pretrained(tiny.model("llama"), dtype=torch.float32).eval() for _ in range(2)

@@ -79,6 +79,18 @@ def test_an_fp8_weight_without_a_fitting_scale_is_refused(tiny: TinyModels, tmp_
     assert f"{name} is FP8 with {problem}; download the 16-bit original" in str(caught.value)
 
 
+def test_fp8_weights_without_settings_need_a_scale_that_explains_itself(tiny: TinyModels, tmp_path: Path) -> None:
+    for settings, name in ((TENSOR_WISE, "tensor"), (BLOCK_WISE, "block")):
+        fp8 = tmp_path / name
+        write_fp8(tiny.model("qwen3"), fp8, tmp_path / f"{name}-plain", settings, DECODER)
+        config = json.loads((fp8 / "config.json").read_text())
+        config.pop("quantization_config")
+        (fp8 / "config.json").write_text(json.dumps(config))
+    assert open_source(tmp_path / "tensor").fp8 == "FP8"
+    with pytest.raises(MorphoQuantError, match=r"is FP8 with a scale of shape \[\d+, \d+\]; download the 16-bit"):
+        open_source(tmp_path / "block")
+
+
 @pytest.mark.full
 def test_a_checkpoint_of_an_fp8_model_is_that_of_its_16_bit_model(tiny: TinyModels, tmp_path: Path) -> None:
     write_fp8(tiny.model("qwen3"), tmp_path / "fp8", tmp_path / "plain", BLOCK_WISE, DECODER)
