@@ -1,4 +1,4 @@
-"""The command `morphoquant`: calibrate, inspect, report, verify, convert."""
+"""The command `morphoquant`: doctor, calibrate, inspect, report, verify, convert."""
 
 from __future__ import annotations
 
@@ -182,6 +182,24 @@ def convert(
 
     done = run(directory, output, scales=scales, approximate=approximate, overwrite=overwrite)
     typer.echo(f"{output}: {done}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Checkpoint or model directory whose need is examined, too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Show whether this machine can serve: processor, compiler, GPU, vLLM, cache, media; exit status 0 or 1."""
+    from morphoquant_vllm.doctor.examine import as_json as json_object
+    from morphoquant_vllm.doctor.examine import as_text, examine, is_healthy
+    from morphoquant_vllm.doctor.memory import read_model
+
+    findings = examine(None if model is None else read_model(model))
+    typer.echo(json.dumps(json_object(findings), indent=2) if as_json else as_text(findings))
+    if not is_healthy(findings):
+        raise typer.Exit(1)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -7,6 +7,7 @@
     cpu, gpu     their code
     plugin       the classes that vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
+    doctor       the facts of a machine that decide how a model is served
     compat       command: compares the installed vLLM with the interfaces that the plugin needs
     handles      bound layers by their handle, which is one of their tensors
     host_memory  large pages, and the return of freed memory

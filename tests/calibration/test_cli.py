@@ -292,3 +292,20 @@ def test_a_disk_that_takes_no_more_costs_nothing_that_is_finished(
     refused((result.returncode, result.stdout, result.stderr), rf"{place}: cannot be written \(.*File too large")
     assert [path.name for path in tmp_path.iterdir()] == left
     assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_doctor_has_an_exit_status(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slow checks start other processes; they have tests of their own."""
+    from morphoquant_vllm.doctor import server
+    from morphoquant_vllm.doctor.finding import problem
+
+    monkeypatch.setattr(server, "interfaces", list)
+    monkeypatch.setattr(server, "media", lambda needed: [])
+    write_random_checkpoint(tmp_path / "model")
+    status, out, err = run("doctor", "--model", tmp_path / "model")
+    assert (status, err) == (0, ""), out
+    assert "this machine can serve" in out and " memory " in out
+    monkeypatch.setattr(server, "interfaces", lambda: [problem("interfaces", "differ", "install it")])
+    status, out, _ = run("doctor", "--json")
+    assert (status, json.loads(out)["healthy"]) == (1, False)
+    refused(run("doctor", "--model", tmp_path / "none"), "none")
