@@ -189,13 +189,18 @@ def doctor(
     model: Annotated[
         Path | None, typer.Option("--model", help="Checkpoint or model directory whose need is examined, too.")
     ] = None,
+    mend: Annotated[bool, typer.Option("--mend", help="First remove the known faults of vLLM's environment.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Show whether this machine can serve: processor, compiler, GPU, vLLM, cache, media; exit status 0 or 1."""
+    from morphoquant_vllm.doctor import server
     from morphoquant_vllm.doctor.examine import as_json as json_object
     from morphoquant_vllm.doctor.examine import as_text, examine, is_healthy
     from morphoquant_vllm.doctor.memory import read_model
 
+    if mend:
+        for line in server.mend_all():
+            typer.echo(f"mending {line}", err=True)
     findings = examine(None if model is None else read_model(model))
     typer.echo(json.dumps(json_object(findings), indent=2) if as_json else as_text(findings))
     if not is_healthy(findings):

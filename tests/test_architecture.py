@@ -35,7 +35,7 @@ ROOMS = {
     "ops": {"backends", "handles", "numerics", "torch"},
     "hf": {"environment", "errors", "format", "numerics", "torch", "transformers"},
     # vLLM in other processes only.
-    "doctor": {"cpu", "environment", "errors", "format", "gpu", "torch"},
+    "doctor": {"cpu", "environment", "errors", "format", "gpu", "mends", "torch"},
     "plugin": {
         *("backends", "environment", "errors", "format", "host_memory", "numerics", "ops"),
         # vLLM brings the last two.

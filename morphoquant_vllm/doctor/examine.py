@@ -25,6 +25,7 @@ def examine(model: memory.Model | None = None) -> list[Finding]:
         *guarded("vllm", server.distribution),
         *guarded("plugin", server.plugin),
         *guarded("interfaces", server.interfaces),
+        *guarded("mends", server.needed_mends),
         *guarded("media", lambda: server.media(needed)),
     ]
     if model is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 
-from morphoquant_vllm import environment
+from morphoquant_vllm import environment, mends
 from morphoquant_vllm.doctor.finding import Finding, note, ok, problem
 
 # vLLM's versions that this package admits; tests compare it with pyproject.toml.
@@ -88,6 +89,21 @@ def interfaces() -> Iterator[Finding]:
         yield ok("interfaces", lines[-1])
 
 
+def needed_mends() -> Iterator[Finding]:
+    """The known faults of this environment that `morphoquant doctor --mend` removes."""
+    for mend in mends.needed_mends():
+        yield problem(mend.name, mend.reason, f"morphoquant doctor --mend {mend.action}")
+
+
+def mend_all() -> Iterator[str]:
+    """Make every mend that is needed, with one line before each. Raises MorphoQuantError if one fails."""
+    for mend in mends.needed_mends():
+        yield str(mend)
+        mends.apply(mend)
+    # Packages came or went since this process started.
+    importlib.invalidate_caches()
+
+
 def media(needed: Collection[str] | None) -> Iterator[Finding]:
     """Libraries that vLLM imports only when a request brings a medium.
 
@@ -105,7 +121,7 @@ def media(needed: Collection[str] | None) -> Iterator[Finding]:
             yield make(
                 medium,
                 f"requests with it may fail, because these do not load: {reasons}",
-                f"morphoquant doctor --mend, or pip install {packages}",
+                f"pip install {packages}",
             )
 
 

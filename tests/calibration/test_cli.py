@@ -300,6 +300,7 @@ def test_doctor_has_an_exit_status(run: Run, tmp_path: Path, monkeypatch: pytest
     from morphoquant_vllm.doctor.finding import problem
 
     monkeypatch.setattr(server, "interfaces", list)
+    monkeypatch.setattr(server, "needed_mends", list)
     monkeypatch.setattr(server, "media", lambda needed: [])
     write_random_checkpoint(tmp_path / "model")
     status, out, err = run("doctor", "--model", tmp_path / "model")
@@ -309,3 +310,28 @@ def test_doctor_has_an_exit_status(run: Run, tmp_path: Path, monkeypatch: pytest
     status, out, _ = run("doctor", "--json")
     assert (status, json.loads(out)["healthy"]) == (1, False)
     refused(run("doctor", "--model", tmp_path / "none"), "none")
+
+
+def test_doctor_mends_before_it_looks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from morphoquant_vllm import mends
+    from morphoquant_vllm.doctor import server
+    from morphoquant_vllm.errors import MorphoQuantError
+
+    faults = ["torchaudio"]
+    mend = mends.Mend("torchaudio", "it is old", "makes it young", faults.clear)
+    monkeypatch.setattr(mends, "needed_mends", lambda: [mend] if faults else [])
+    monkeypatch.setattr(server, "interfaces", list)
+    monkeypatch.setattr(server, "media", lambda needed: [])
+    status, out, _ = run("doctor")
+    assert status == 1 and "PROBLEM  torchaudio" in out and "--mend makes it young" in out
+    status, out, err = run("doctor", "--mend")
+    assert (status, err) == (0, "mending torchaudio: it is old; the mend makes it young\n")
+    assert "torchaudio" not in out
+
+    def refuse() -> None:
+        raise MorphoQuantError("torchaudio stays old; buy another")
+
+    faults.append("torchaudio")
+    monkeypatch.setattr(mends, "needed_mends", lambda: [mends.Mend("torchaudio", "", "", refuse)])
+    status, _, err = run("doctor", "--mend")
+    assert status == 1 and err.endswith("error: torchaudio stays old; buy another\n")
