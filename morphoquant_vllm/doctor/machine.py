@@ -41,7 +41,7 @@ def torch_build() -> Iterator[Finding]:
 
 def processor() -> Iterator[Finding]:
     """The instruction set that the CPU kernels would use."""
-    from morphoquant_vllm.cpu import build
+    from morphoquant_vllm.cpu import build, shipped
 
     flags = build.cpu_flags()
     try:
@@ -54,19 +54,22 @@ def processor() -> Iterator[Finding]:
             yield problem("processor", str(error), f"unset {environment.CPU}")
         return
     bfloat16 = ", AVX512-BF16 for lm_head" if chosen == "avx512_vnni" and "avx512_bf16" in flags else ""
-    yield ok("processor", f"{chosen}{bfloat16}, {os.cpu_count()} cores")
+    kernels = "kernels of the wheel" if shipped.find(chosen) else "kernels are compiled at first use"
+    yield ok("processor", f"{chosen}{bfloat16}, {os.cpu_count()} cores; {kernels}")
 
 
 def compiler(has_gpu: bool) -> Iterator[Finding]:
     """The C++ compiler of the CPU kernels; vLLM's torch.compile needs one, too."""
-    from morphoquant_vllm.cpu import build
+    from morphoquant_vllm.cpu import build, shipped
 
     eager = "`vllm serve` needs --enforce-eager without g++, because torch.compile calls it"
     try:
         command = build.find_compiler()
     except build.BuildError as error:
         reason, _, remedy = str(error).rpartition("; ")
-        if has_gpu:
+        if shipped.find(build.instruction_set(build.cpu_flags(), environment.cpu_instructions())):
+            yield note("compiler", f"{reason}; the wheel brings the kernels, but {eager}", remedy)
+        elif has_gpu:
             yield note("compiler", f"{reason}; a GPU needs none for MorphoQuant's kernels", remedy)
         else:
             yield problem("compiler", f"{reason}; so the slow torch reference computes, and {eager}", remedy)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from morphoquant_vllm.cpu import build
+from morphoquant_vllm.cpu import build, shipped
 from morphoquant_vllm.doctor import machine
 from morphoquant_vllm.doctor.finding import Finding
 
@@ -58,6 +58,11 @@ def test_a_missing_compiler_is_a_problem_without_a_gpu(monkeypatch: pytest.Monke
     assert finding.state == "problem"
     assert "--enforce-eager" in finding.text and "install g++" in finding.remedy
     assert only(machine.compiler(has_gpu=True)).state == "note"
+    monkeypatch.setattr(shipped, "find", lambda instructions: Path("prebuilt"))
+    brought = only(machine.compiler(has_gpu=False))
+    assert brought.state == "note" and "the wheel brings the kernels, but `vllm serve` needs --enf" in brought.text
+    monkeypatch.delenv("MORPHOQUANT_CPU", raising=False)
+    assert "kernels of the wheel" in only(machine.processor()).text
 
 
 def test_a_compiler_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
