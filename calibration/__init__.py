@@ -10,6 +10,7 @@ blocks          runs the model block by block
 quantize        the algorithm
 work            the work directory, which makes a run resumable
 output          the checkpoint, its report, and their display
+compare         two models on the same data
 processes       the processes that share a run, and their collectives
 progress        the progress bar in the terminal
 """

@@ -43,7 +43,18 @@ ROOMS = {
     },
 }
 # Kernels are reached by backends alone.
-ROOMS_OF_CALIBRATION = {"", "backends", "doctor", "environment", "errors", "format", "host_memory", "numerics", "ops"}
+ROOMS_OF_CALIBRATION = {
+    "",
+    "backends",
+    "doctor",
+    "environment",
+    "errors",
+    "format",
+    "hf",
+    "host_memory",
+    "numerics",
+    "ops",
+}
 NOT_IN_CALIBRATION = {"vllm", "triton", "benchmarks", "tests"}
 # These commands run with pyproject.toml's dependencies without extras. A package is imported by its name but this one.
 IMPORTED_AS = {"pyyaml": "yaml"}

@@ -335,3 +335,14 @@ def test_doctor_mends_before_it_looks(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(mends, "needed_mends", lambda: [mends.Mend("torchaudio", "", "", refuse)])
     status, _, err = run("doctor", "--mend")
     assert status == 1 and err.endswith("error: torchaudio stays old; buy another\n")
+
+
+def test_compare_prints_and_writes_a_page(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
+    """The source with itself, on two samples; a figure differs nowhere."""
+    model, data, page = tiny.model("llama"), tiny.data("llama"), tmp_path / "page.html"
+    status, out, err = run("compare", model, model, "--data", data, "--max-samples", 2, "--output", page)
+    assert status == 0, err
+    assert "100.0%" in out and "0.00000" in out and "100.0%" in page.read_text()
+    refused(run("compare", model, model, "--data", data, "--output", page), "page.html: exists")
+    status, out, _ = run("compare", model, model, "--data", data, "--max-samples", 2, "--json")
+    assert json.loads(out)["modalities"]["all"]["divergence"] == 0
