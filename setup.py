@@ -12,7 +12,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from morphoquant_vllm.cpu import build, shipped
+from morphoquant_vllm.cpu import shipped
+from morphoquant_vllm.cpu.compiler import BuildError, find_compiler
 
 PLACE = Path("morphoquant_vllm", "cpu", "prebuilt")
 
@@ -31,8 +32,8 @@ class BuildWithKernels(build_py):
             return
         folder = Path(self.build_lib) / PLACE
         try:
-            shipped.compile_all(folder, build.find_compiler())
-        except build.BuildError as error:
+            shipped.compile_all(folder, find_compiler())
+        except BuildError as error:
             print(f"warning: the wheel brings no CPU kernels, they are compiled at first use: {error}", file=sys.stderr)
 
 

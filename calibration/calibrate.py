@@ -16,9 +16,11 @@ from calibration.data.conversations import CLASSES, load_conversations
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan
+from calibration.model.refusals import check_config, check_names
 from calibration.model.source import open_source
+from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
-from calibration.output.staging import check_output
+from calibration.output.staging import check_length, check_output, check_room
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from calibration.stages import Job, capture, export, quantize
@@ -62,6 +64,9 @@ def calibrate(
     output = Path(output)
     job = _plan(model, recipe or Recipe(), memory_budget, processes)
     source = job.source
+    # A link leads to the place that is meant, for example on a larger disk; its own name cannot be removed.
+    place = Path(os.path.realpath(work if work is not None else default_work(output)))
+    processes.broadcast(lambda: _check_places(job, output, place, overwrite=overwrite))
     # Block loading would find NaN only hours later, and would not check carried tensors at all.
     processes.broadcast(source.check_finite)
     conversations = processes.broadcast(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
@@ -70,11 +75,6 @@ def calibrate(
         if processes.first
         else {}
     )
-    place = Path(work) if work is not None else default_work(output)
-    check_work(place, output, source.directory)
-    # The checkpoint may already exist, if only the end of its run was cut off.
-    if processes.first and not place.exists():
-        check_output(output, source.directory, overwrite=overwrite)
     with (
         open_work(
             place, begun_with, job.device, job.names.blocks, output, restart=restart, processes=processes
@@ -94,10 +94,23 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     """The job of this run: which layers are quantized, and how, by the model's config and the recipe."""
     device = choose_device(recipe.device, processes)
     source = open_source(model)
+    check_config(source.config)
     architecture = find_architecture(source.config)
+    check_names(architecture, source.tensors)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
     return Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
+
+
+def _check_places(job: Job, output: Path, work: Path, *, overwrite: bool) -> None:
+    """Refuse an output or a work directory that could not be written at the end of the work."""
+    check_length(output)
+    check_length(work)
+    check_work(work, output, job.source.directory)
+    # The checkpoint may already exist, if only the end of its run was cut off.
+    if not work.exists():
+        check_output(output, job.source.directory, overwrite=overwrite)
+        check_room(output, work, checkpoint_size(job.source, job.spec), quantized_size(job.source, job.spec))
 
 
 def _finish(work: Path, report: dict[str, Any]) -> dict[str, Any]:

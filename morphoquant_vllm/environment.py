@@ -86,8 +86,12 @@ def cache_directory() -> Path | None:
 
 
 def compiler() -> list[str]:
-    """The command of the user's C++ compiler, empty if none is set. Raises ValueError if a quote is left open."""
-    return shlex.split(CXX.text())
+    """The command of the user's C++ compiler, empty if none is set. Raises ValueError if a quote is left open.
+
+    The path of an existing file is taken as it stands: it may hold spaces and quotes.
+    """
+    text = CXX.text()
+    return [text] if Path(text).is_file() else shlex.split(text)
 
 
 def tile_table() -> Path | None:

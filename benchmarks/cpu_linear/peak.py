@@ -8,6 +8,7 @@ from pathlib import Path
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.cpu import build as cpu_build
+from morphoquant_vllm.cpu.compiler import BuildError, find_compiler
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import zero_bytes
 
@@ -23,14 +24,14 @@ def ceilings(threads: int) -> dict[str, float]:
         instructions = cpu_build.instruction_set(cpu_build.cpu_flags(), environment.cpu_instructions())
         built = cpu_build.build(
             instructions,
-            cpu_build.find_compiler(),
+            find_compiler(),
             cpu_build.cache_directory(),
             cpu_build.torch_openmp(),
             ("-I", str(cpu_build.SOURCES)),
             Path(__file__).parent / "ceilings",
         )
         library = ctypes.CDLL(str(built))
-    except (cpu_build.BuildError, OSError) as error:
+    except (BuildError, OSError) as error:
         raise MorphoQuantError(f"no ceilings without the CPU kernels: {error}") from error
     library.dot_products.argtypes, library.dot_products.restype = [ctypes.c_int64] * 2, ctypes.c_double
     library.read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]

@@ -4,6 +4,7 @@ staging        all or nothing: a checkpoint is written beside its destination, t
 export         writes the checkpoint's files
 convert        makes the newest version of an older one, and two-level scales
 json_file      writes JSON
+weight_file    writes safetensors files
 report         makes the JSON report beside the weights
 card           makes the model card, README.md
 report_file    reads and checks the JSON report

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration.output.json_file import write_json
 from calibration.output.staging import check_free_space, check_output, clear_write_errors, staged_directory
+from calibration.output.weight_file import write_weights
 from calibration.quantize.two_level import exact_levels, refit
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_index, read_spec
@@ -184,7 +184,7 @@ def _write_weights(
     for file_name in sorted(set(files.values())):
         if file_name in touched:
             tensors, metadata = _rewritten(directory, files, file_name, changed, fitted, errors)
-            save_file(tensors, target / file_name, metadata=metadata)
+            write_weights(target / file_name, tensors, metadata)
             weight_map |= dict.fromkeys(tensors, file_name)
         else:
             _copy(directory, Path(file_name), target)

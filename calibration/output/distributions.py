@@ -11,10 +11,10 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration.data.token_choice import TokenSample
+from calibration.output.weight_file import write_weights
 from calibration.quantize.layer import InputSample
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import open_file
@@ -106,9 +106,9 @@ def write_distributions(directory: Path, distributions: Mapping[str, Mapping[str
     """Write the distributions, by input name, into a checkpoint directory."""
     path = directory / DISTRIBUTIONS_FILE
     path.parent.mkdir(exist_ok=True)
-    save_file(
-        {f"{name}.{key}": value for name, distribution in distributions.items() for key, value in distribution.items()},
+    write_weights(
         path,
+        {f"{name}.{key}": value for name, distribution in distributions.items() for key, value in distribution.items()},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration.model.source import Source
@@ -19,19 +19,32 @@ from calibration.output.card import CARD_FILE
 from calibration.output.distributions import write_distributions
 from calibration.output.json_file import write_json
 from calibration.output.report import REPORT_FILE
+from calibration.output.weight_file import write_weights
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec, stored_name, tensor_specs
 from morphoquant_vllm.format.seal import sealed
 
-# Weights in other formats: never copied and never opened.
-WEIGHT_SUFFIXES = frozenset(
-    (
-        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl"),
-        *(".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".ot", ".tflite"),
+# Files of a model directory that a server reads, by kind. A directory of a training run holds many others.
+COPIED_FILES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        # Tokenizers: of transformers, sentencepiece, tiktoken and Mistral.
+        r"(tokenizer|special_tokens_map|added_tokens|tokenizer_config|normalizer|tekken)\.json",
+        r".*(vocab|merges)[^/]*\.(json|txt)",
+        r"[^/]*\.(model|spm|tiktoken)(\.v\d+)?",
+        # Processors, chat templates, settings of generation.
+        r"(pre|post|video_?pre|image_?|audio_?|video_?)?processor_config\.json",
+        r"(generation_config|feature_extractor_config|configuration)\.json",
+        r"chat_template\.(json|jinja)",
+        r"additional_chat_templates/[^/]+\.jinja",
+        # The model's own code.
+        r"[^/]*\.py",
+        # transformers refuses Qwen2.5-Omni without this file; it is copied, not opened.
+        r"spk_dict\.pt",
+        # Terms that go with the weights.
+        r"(licen[sc]e|notice|use_policy|copying)[^/]*",
     )
 )
-# transformers refuses Qwen2.5-Omni without this file; it is copied, not opened.
-COPIED_PICKLES = frozenset({"spk_dict.pt"})
 
 
 # Loads a layer's tensor by the names of layer and tensor. Tensors must not share memory: safetensors refuses that.
@@ -53,16 +66,7 @@ def copied_files(directory: Path) -> list[Path]:
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
-    return [path for path in paths if _is_copied(path)]
-
-
-def _is_copied(path: Path) -> bool:
-    # The source's card speaks of the source; the checkpoint gets its own.
-    if str(path).lower() in (CONFIG_FILE, CARD_FILE.lower()):
-        return False
-    if path.name.startswith(".") or path.name.endswith(".index.json"):
-        return False
-    return path.suffix.lower() not in WEIGHT_SUFFIXES or str(path) in COPIED_PICKLES
+    return [path for path in paths if any(kind.fullmatch(path.as_posix()) for kind in COPIED_FILES)]
 
 
 def checkpoint_size(source: Source, spec: QuantizationSpec) -> int:
@@ -138,7 +142,7 @@ def write_checkpoint(
     shards = split_shards(list(output_tensors(source, spec, quantized)), shard_size)
     names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for file_name, shard in zip(names, shards, strict=True):
-        save_file({tensor.name: tensor.load() for tensor in shard}, directory / file_name, metadata={"format": "pt"})
+        write_weights(directory / file_name, {tensor.name: tensor.load() for tensor in shard}, {"format": "pt"})
     # Written even for a single file: the index lists every tensor, so a missing carried tensor is noticed.
     weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard)

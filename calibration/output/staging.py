@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 
+# Bytes of the longest ending that is added to the name of an output: ".partial-" and a tag, or a process id.
+_LONGEST_SUFFIX = len(".partial-12345678")
+
 
 @contextmanager
 def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | None = None) -> Iterator[Path]:
@@ -30,6 +33,7 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
     place = Path(os.path.realpath(output))
     tag = tag or str(os.getpid())
     partial, old = (place.with_name(f"{place.name}.{kind}-{tag}") for kind in ("partial", "old"))
+    check_length(place)
     with clear_write_errors(output):
         _tidy(partial, old, place)
     check_output(output, model, overwrite=overwrite)
@@ -58,6 +62,48 @@ def check_free_space(directory: Path, needed: int, name: str = "the checkpoint",
             f"{directory.parent}: {name} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
             f"make room, or choose another {flag}"
         )
+
+
+def check_room(output: Path, work: Path, checkpoint: int, blocks: int) -> None:
+    """Raise MorphoQuantError unless the disks have room for `checkpoint` and `blocks` bytes, before any work.
+
+    They are the bytes of the new checkpoint and of the finished blocks in the work directory. Both are on the disk when
+    the checkpoint is written.
+    """
+    places = [
+        (_existing(path), path, size, flag)
+        for path, size, flag in ((output, checkpoint, "--output"), (work, blocks, "--work"))
+    ]
+    for device in {folder.stat().st_dev for folder, *_ in places}:
+        here = [place for place in places if place[0].stat().st_dev == device]
+        folder, path, _, flag = here[0]
+        needed, free = sum(size for _, _, size, _ in here), shutil.disk_usage(folder).free
+        if free < needed:
+            raise MorphoQuantError(
+                f"{path}: calibration needs {needed / 1e9:.2f} GB there, but only {free / 1e9:.2f} GB are free; "
+                f"make room, or choose another {flag}"
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The first of a path, after following links, and its parents that exists."""
+    real = Path(os.path.realpath(path))
+    return next(folder for folder in (real, *real.parents) if folder.exists())
+
+
+def check_length(path: Path) -> None:
+    """Raise MorphoQuantError if a new directory, or what is named after it, has a name too long for the disk."""
+    real = Path(os.path.realpath(path))
+    # Only parts that exist can be asked for the limit. Asking for a name that is too long fails, too.
+    for index in range(1, len(real.parts)):
+        parent, name = Path(*real.parts[:index]), real.parts[index]
+        longest = _LONGEST_SUFFIX if real.parts[index + 1 :] == () else 0
+        if parent.is_dir():
+            limit = os.pathconf(parent, "PC_NAME_MAX")
+        if len(os.fsencode(name)) + longest > limit:
+            raise MorphoQuantError(
+                f"{name[:40]}...: the name is too long; choose one of at most {limit - longest} bytes"
+            )
 
 
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,13 @@ def _held(
 
 
 def clear_work(path: Path) -> None:
-    """Remove a run's files, and the directory if it is then empty; foreign files stay."""
+    """Remove a run's files, and the directory if it is then empty and can be removed; foreign files stay."""
     _drop_files(path)
     (path / LOCK_FILE).unlink(missing_ok=True)
     if not any(path.iterdir()):
-        path.rmdir()
+        # A mount point, or a directory in one that this user cannot write, stays.
+        with suppress(OSError):
+            path.rmdir()
 
 
 def _begin(work: WorkDirectory, begun_with: Mapping[str, Any], blocks: int) -> None:

@@ -1,9 +1,9 @@
 """Build and load the CPU kernels: those of the wheel, else compiled with g++ at first use and kept in a cache.
 
 The cache is a directory of shared objects. A hash of everything that decides a library's content names its file. A
-build is written to a scratch folder and moved into the cache in one step. So any number of workers may start at once;
-at worst several compile the same library. A library that is damaged, or that another user may have written, is never
-loaded: it is built anew.
+build is written to a scratch folder and moved into the cache in one step. Any number of workers may start at once: one
+compiles, the others wait for it. A library that is damaged, or that another user may have written, is never loaded: it
+is built anew.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import hashlib
 import logging
 import os
 import re
-import shutil
-import signal
-import subprocess
-import tempfile
+import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from morphoquant_vllm import environment
-from morphoquant_vllm.cpu.cache import is_intact, put, usable_directory
+from morphoquant_vllm.cpu.cache import is_intact, one_build, put, usable_directory
+from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, find_compiler, run
 from morphoquant_vllm.errors import one_line
 
 logger = logging.getLogger("vllm.morphoquant_vllm.cpu.build")
@@ -44,12 +43,6 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 RUN_ON_HARDWARE = ("avx512_vnni", "avx2")
 # No contraction: the quantizer rounds after each operation, as torch does. gcc 12's headers cause the false warning.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
-# Seconds per file after which a compiler is considered to hang.
-COMPILE_TIMEOUT = 120
-
-
-class BuildError(Exception):
-    """The kernels cannot be built or loaded here; the message names the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +87,6 @@ def instruction_set(flags: frozenset[str], choice: str = "") -> str:
     raise BuildError("the CPU kernels need AVX2, FMA and F16C, which this processor lacks; serve on another machine")
 
 
-def find_compiler() -> list[str]:
-    """Command of the C++ compiler: the user's, else g++ or c++. Raises BuildError if there is none."""
-    try:
-        command = environment.compiler()
-    except ValueError as error:
-        raise BuildError(
-            f"{environment.CXX} is not a command ({error}); set it to a C++ compiler, such as g++"
-        ) from error
-    for name in (command[0],) if command else ("g++", "c++"):
-        if path := shutil.which(name):
-            return [path, *command[1:]]
-    raise BuildError(
-        f"no C++ compiler ({command[0] if command else 'g++'}); install g++ or set {environment.CXX} to one"
-    )
-
-
 def torch_openmp(maps: Path = Path("/proc/self/maps")) -> Path | None:
     """The OpenMP library that torch has loaded: vLLM binds its threads to cores.
 
@@ -144,64 +121,67 @@ def build(
     """
     define = f"-DMORPHOQUANT_{instructions.upper()}"
     flags = [*COMPILE_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
-    files = sorted(path for path in sources.iterdir() if path.suffix in (".h", ".cpp"))
-    digest = hashlib.sha256()
+    deadline = time.monotonic() + BUILD_TIMEOUT
     directory = directory.absolute()
-    version = _run([*compiler, "--version"])
-    for part in (*compiler, version, *flags, str(openmp), *(path.name + "\0" + path.read_text() for path in files)):
-        digest.update(os.fsencode(part) + b"\0")
-    target = directory / f"cpu-{instructions}-{digest.hexdigest()[:24]}.so"
+    target = directory / _library_name(instructions, compiler, flags, openmp, sources, deadline)
     try:
         if is_intact(target):
             return target
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
-            made = Path(scratch) / target.name
-            objects = []
-            for source in (path for path in files if path.suffix == ".cpp"):
-                objects.append(f"{scratch}/{source.stem}.o")
-                _run([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
-            # Linked by path: -fopenmp would add the compiler's copy of the library.
-            library = [str(openmp)] if openmp else ["-fopenmp"]
-            _run([*compiler, *extra, "-shared", *objects, *library, "-o", str(made)])
-            put(made, target)
+        directory.mkdir(parents=True, exist_ok=True, mode=stat.S_IRWXU)
+        with one_build(directory, lambda: is_intact(target), deadline) as scratch:
+            if not is_intact(target):
+                logger.info("MorphoQuant: compiling the CPU kernels with %s, once, into %s", compiler[0], directory)
+                made = scratch / target.name
+                # Linked by path: -fopenmp would add the compiler's copy of the library.
+                _compile(
+                    made, [*compiler], flags, [*extra], [str(openmp)] if openmp else ["-fopenmp"], sources, deadline
+                )
+                put(made, target)
+    except TimeoutError as error:
+        raise BuildError(
+            f"another process builds in {directory} for {BUILD_TIMEOUT} s already; start again when it has ended"
+        ) from error
     except OSError as error:
         raise BuildError(f"cannot write to {directory} ({error.strerror}); set {environment.CACHE}") from error
     return target
 
 
-def _run(command: list[str]) -> str:
-    """Run a command; its output. Raises BuildError if it fails, hangs or cannot be started."""
-    try:
-        # A new session: killing it also ends the compiler's child processes.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            output, errors = process.communicate(timeout=COMPILE_TIMEOUT)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            raise
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(
-            f"{command[0]} hangs ({COMPILE_TIMEOUT} s were not enough); set {environment.CXX} to g++"
-        ) from error
-    except OSError as error:
-        raise BuildError(
-            f"{command[0]} does not run ({error.strerror}); install g++ or set {environment.CXX} to one"
-        ) from error
-    if process.returncode:
-        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-        first = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"{command[0]} failed: {first}; g++ 11 or newer is known to work")
-    return output
+def _sources(sources: Path, *suffixes: str) -> list[Path]:
+    return sorted(path for path in sources.iterdir() if path.suffix in suffixes)
+
+
+def _library_name(
+    instructions: str,
+    compiler: Sequence[str],
+    flags: Sequence[str],
+    openmp: Path | None,
+    sources: Path,
+    deadline: float,
+) -> str:
+    """File name of a library: a hash of all that decides its content."""
+    digest = hashlib.sha256()
+    for part in (*compiler, run([*compiler, "--version"], deadline), *flags, str(openmp)):
+        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    for path in _sources(sources, ".h", ".cpp"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"cpu-{instructions}-{digest.hexdigest()[:24]}.so"
+
+
+def _compile(
+    made: Path,
+    compiler: list[str],
+    flags: list[str],
+    extra: list[str],
+    libraries: list[str],
+    sources: Path,
+    deadline: float,
+) -> None:
+    """Compile and link the library `made`, with objects beside it."""
+    objects = []
+    for source in _sources(sources, ".cpp"):
+        objects.append(str(made.with_name(f"{source.stem}.o")))
+        run([*compiler, *flags, "-c", str(source), "-o", objects[-1]], deadline)
+    run([*compiler, *extra, "-shared", *objects, *libraries, "-o", str(made)], deadline)
 
 
 def load(path: Path, instructions: str) -> Kernels:
@@ -235,6 +215,16 @@ def cache_directory() -> Path:
     return directory
 
 
+def _build_and_load(instructions: str, compiler: Sequence[str], directory: Path) -> Kernels:
+    """The kernels of a directory; a library that does not load, as one from another system, is built anew once."""
+    path = build(instructions, compiler, directory, torch_openmp())
+    try:
+        return load(path, instructions)
+    except BuildError:
+        path.unlink(missing_ok=True)
+    return load(build(instructions, compiler, directory, torch_openmp()), instructions)
+
+
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels for this machine, or None after one warning that names the reason and the remedy."""
@@ -246,7 +236,7 @@ def kernels() -> Kernels | None:
             return prebuilt
         compiler = find_compiler()
         with usable_directory(cache_directory()) as directory:
-            return load(build(instructions, compiler, directory, torch_openmp()), instructions)
+            return _build_and_load(instructions, compiler, directory)
     except (BuildError, OSError) as error:
         logger.warning("MorphoQuant: the slow torch reference serves on this CPU: %s", one_line(str(error)))
         return None

@@ -10,11 +10,13 @@ import ctypes
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from morphoquant_vllm.cpu import build
+from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, run
 
 FOLDER = Path(__file__).parent / "prebuilt"
 MANIFEST = "manifest.json"
@@ -38,15 +40,16 @@ def compile_all(folder: Path, compiler: Sequence[str], sources: Path = build.SOU
     digests = {}
     for instructions in SHIPPED:
         target = folder / f"cpu-{instructions}.so"
+        deadline = time.monotonic() + BUILD_TIMEOUT
         flags = [*build.COMPILE_FLAGS, *build.INSTRUCTION_SETS[instructions][1]]
         with TemporaryDirectory() as scratch:
             objects = []
             for source in sorted(sources.glob("*.cpp")):
                 objects.append(f"{scratch}/{source.stem}.o")
                 define = f"-DMORPHOQUANT_{instructions.upper()}"
-                build._run([*compiler, *flags, define, "-c", str(source), "-o", objects[-1]])
+                run([*compiler, *flags, define, "-c", str(source), "-o", objects[-1]], deadline)
             # Without -fopenmp: no OpenMP library is named, and torch's has the functions.
-            build._run([*compiler, "-shared", *LINK_FLAGS, *objects, "-o", str(target)])
+            run([*compiler, "-shared", *LINK_FLAGS, *objects, "-o", str(target)], deadline)
         digests[target.name] = hashlib.sha256(target.read_bytes()).hexdigest()
     content = {"sources": sources_digest(sources), "libraries": digests}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -78,6 +81,6 @@ def load(instructions: str, folder: Path = FOLDER) -> build.Kernels | None:
         # All symbols now: a missing one must not end the process at the first call.
         ctypes.CDLL(str(path), mode=os.RTLD_NOW)
         return build.load(path, instructions)
-    except (OSError, build.BuildError) as error:
+    except (OSError, BuildError) as error:
         build.logger.info("MorphoQuant: the package's %s does not load here (%s), so it is compiled", path.name, error)
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from morphoquant_vllm.doctor.finding import Finding, note, ok, problem
 OLDEST, NEWEST, TESTED = (3, 11), (3, 13), (3, 11)
 # Seconds after which nvidia-smi is considered to hang.
 DRIVER_TIMEOUT = 20
-_ROOT = 0
 
 
 def python(version: tuple[int, int] = sys.version_info[:2]) -> Iterator[Finding]:
@@ -42,11 +40,12 @@ def torch_build() -> Iterator[Finding]:
 def processor() -> Iterator[Finding]:
     """The instruction set that the CPU kernels would use."""
     from morphoquant_vllm.cpu import build, shipped
+    from morphoquant_vllm.cpu.compiler import BuildError
 
     flags = build.cpu_flags()
     try:
         chosen = build.instruction_set(flags, environment.cpu_instructions())
-    except build.BuildError as error:
+    except BuildError as error:
         reason, _, remedy = str(error).rpartition("; ")
         if reason and not environment.cpu_instructions():
             yield note("processor", reason, f"{remedy}, or on a GPU; here the slow torch reference computes")
@@ -61,11 +60,12 @@ def processor() -> Iterator[Finding]:
 def compiler(has_gpu: bool) -> Iterator[Finding]:
     """The C++ compiler of the CPU kernels; vLLM's torch.compile needs one, too."""
     from morphoquant_vllm.cpu import build, shipped
+    from morphoquant_vllm.cpu.compiler import BuildError, find_compiler
 
     eager = "`vllm serve` needs --enforce-eager without g++, because torch.compile calls it"
     try:
-        command = build.find_compiler()
-    except build.BuildError as error:
+        command = find_compiler()
+    except BuildError as error:
         reason, _, remedy = str(error).rpartition("; ")
         if shipped.find(build.instruction_set(build.cpu_flags(), environment.cpu_instructions())):
             yield note("compiler", f"{reason}; the wheel brings the kernels, but {eager}", remedy)
@@ -135,15 +135,15 @@ def cache() -> Iterator[Finding]:
     if folder is None:
         yield problem("cache", "no home directory exists", f"set {environment.CACHE} to a directory")
         return
+    from morphoquant_vllm.cpu.cache import writable_by_others
+
     existing = _nearest_existing(folder)
-    status = existing.stat()
-    shown = f"{folder}, {'owned by ' + _owner(status.st_uid) if existing == folder else 'not made yet'}"
+    shown = f"{folder}, {'owned by ' + _owner(existing.stat().st_uid) if existing == folder else 'not made yet'}"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield problem("cache", f"{shown}: cannot be written", f"set {environment.CACHE} to another directory")
-    elif existing == folder and not _is_private(status):
-        yield note(
-            "cache", f"{shown}: others may write there, so kernels are built at each start", f"chmod go-w {folder}"
-        )
+    elif existing == folder and (open_folder := writable_by_others(folder)) is not None:
+        text = f"{shown}: others may write {open_folder}, so kernels are built at each start"
+        yield note("cache", text, f"chmod go-w {open_folder}, or set {environment.CACHE}")
     else:
         built = sum(path.suffix == ".so" for path in folder.iterdir()) if existing == folder else 0
         yield ok("cache", f"{shown}, {built} built libraries")
@@ -151,10 +151,6 @@ def cache() -> Iterator[Finding]:
 
 def _nearest_existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def _is_private(status: os.stat_result) -> bool:
-    return status.st_uid in (os.geteuid(), _ROOT) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _owner(uid: int) -> str:

@@ -1,5 +1,6 @@
 """End to end on tiny models; results are compared with transformers and the numerics, not with calibration itself."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -140,6 +141,41 @@ def test_text_files_and_ignored_layers(tiny: TinyModels, tmp_path: Path) -> None
     assert report["data"]["samples"] == 3
     assert len(report["layers"]) == 6
     assert len(verify_checkpoint(tmp_path / "out").layers) == 6
+
+
+def test_a_link_in_the_place_of_the_work_directory_leads_to_another_disk(tiny: TinyModels, tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out.work").symlink_to(tmp_path / "big")
+    for _ in range(2):
+        calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", overwrite=True)
+        verify_checkpoint(tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.work"]
+
+
+def test_a_work_directory_that_cannot_be_removed_is_left_empty(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", work=tmp_path / "mount")
+    assert list((tmp_path / "mount").iterdir()) == []
+
+
+def test_places_are_refused_before_the_data_are_read(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama")
+    with pytest.raises(MorphoQuantError, match="the name is too long"):
+        calibrate(model, "no-such-data", tmp_path / ("n" * 250))
+    with pytest.raises(MorphoQuantError, match="the name is too long"):
+        calibrate(model, "no-such-data", tmp_path / "out", work=tmp_path / ("n" * 300))
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(MorphoQuantError, match=r"but only 0\.00 GB are free"):
+        calibrate(model, "no-such-data", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_newer_names_of_qwen2_5_vl_are_kept(tiny: TinyModels, tmp_path: Path) -> None:

@@ -98,10 +98,16 @@ def test_sound_of_another_rate_is_answered(client: OpenAI, rate: int, channels: 
     """vLLM resamples it to 16 kHz, by a package that need not load on a CPU."""
     buffer = io.BytesIO()
     soundfile.write(buffer, np.stack([sound(13)[:rate]] * channels, 1), rate, format=container)
-    part = {"data": base64.b64encode(buffer.getvalue()).decode(), "format": container}
+    data = base64.b64encode(buffer.getvalue()).decode()
+    # OpenAI's input_audio knows wav and mp3 alone.
+    part = (
+        {"type": "audio_url", "audio_url": {"url": f"data:audio/{container};base64,{data}"}}
+        if container == "flac"
+        else {"type": "input_audio", "input_audio": {"data": data, "format": container}}
+    )
     answer = client.chat.completions.create(
         model=client.models.list().data[0].id,
-        messages=[{"role": "user", "content": [{"type": "input_audio", "input_audio": part}]}],
+        messages=[{"role": "user", "content": [part]}],
         max_tokens=4,
         temperature=0,
     )

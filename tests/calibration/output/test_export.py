@@ -1,7 +1,9 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -64,8 +66,43 @@ def test_files_are_copied_except_weights_pickles_hidden_ones_and_the_card(tmp_pa
         "chat_template.jinja",
         "spk_dict.pt",
         "tokenizer.model",
-        "assets/speakers.json",
     ]
+
+
+SERVED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "spiece.model", "tokenizer.model.v3", "tekken.json", "qwen.tiktoken"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json"),
+    *("generation_config.json", "configuration.json", "modeling_own.py", "LICENSE", "NOTICE.txt"),
+    "additional_chat_templates/tools.jinja",
+)
+LEFT_BEHIND = (
+    *("adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "training_args.bin", "train.log"),
+    *("all_results.json", "rng_state_0.pth", "scheduler.pt", "optimizer.pt", "quantize_config.json", "latest"),
+    *("pytorch_model.bin.index.json", "zero_to_fp32.log", "events.out.tfevents.1", "samples.jsonl", "README.md"),
+    *("checkpoint-500/tokenizer.json", "checkpoint-500/model.safetensors", "runs/a/events.out.tfevents.2"),
+    *("original/params.json", "wandb/debug.log", "global_step5/mp_rank_00_model_states.pt", ".cache/tokenizer.json"),
+)
+
+
+def test_what_a_training_run_leaves_is_not_copied(tmp_path: Path) -> None:
+    for name in (*SERVED, *LEFT_BEHIND):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert {path.as_posix() for path in copied_files(tmp_path)} == set(SERVED)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weight_files_honour_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "m")
+    before = os.umask(umask)
+    try:
+        (tmp_path / "out").mkdir()
+        write_checkpoint(tmp_path / "out", source, SPEC, loads(quantized_tensors()), 10**9, {"format": 1}, {}, "")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: mode for path in files}
 
 
 def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
@@ -76,7 +113,6 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     assert (out / "README.md").read_text() == "# Card\n"
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "README.md",
-        "assets/speakers.json",
         "chat_template.jinja",
         "config.json",
         "model-00001-of-00001.safetensors",
@@ -86,7 +122,7 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
         "spk_dict.pt",
         "tokenizer.model",
     ]
-    for name in ("tokenizer.model", "chat_template.jinja", "spk_dict.pt", "assets/speakers.json"):
+    for name in ("tokenizer.model", "chat_template.jinja", "spk_dict.pt"):
         assert (out / name).read_bytes() == (source.directory / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
     assert {key: config[key] for key in source.config} == source.config

@@ -1,11 +1,18 @@
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
-from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
+from calibration.output.staging import (
+    check_free_space,
+    check_length,
+    check_room,
+    clear_write_errors,
+    staged_directory,
+)
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -180,3 +187,38 @@ def test_free_space_is_checked_before_the_work(tmp_path: Path) -> None:
     check_free_space(tmp_path, 1000)
     with pytest.raises(MorphoQuantError, match=r"needs 1000000.00 GB, but only"):
         check_free_space(tmp_path, 10**15)
+
+
+@pytest.mark.parametrize("name", ["n" * 245, "é" * 120, "n" * 300, "deep/" + "n" * 245, "n" * 300 + "/out"])
+def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(name: str, tmp_path: Path) -> None:
+    """245 letters alone would fit, but ".partial-..." would not after hours of work; a letter may take two bytes."""
+    with pytest.raises(MorphoQuantError, match=r"the name is too long; choose one of at most 2\d\d bytes"):
+        check_length(tmp_path / name)
+    with pytest.raises(MorphoQuantError, match="the name is too long"):
+        write(tmp_path / name, "1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_name_that_is_allowed_works(tmp_path: Path) -> None:
+    output = tmp_path / ("n" * 238)
+    check_length(output)
+    write(output, "1")
+    assert (output / "config.json").read_text() == "1"
+
+
+def test_room_is_needed_for_the_checkpoint_and_the_work_together(tmp_path: Path) -> None:
+    """Both are there when the checkpoint is written. Folders may be missing yet."""
+    output, work = tmp_path / "new/out", tmp_path / "new/out.work"
+    free = shutil.disk_usage(tmp_path).free
+    check_room(output, work, 10**6, 10**6)
+    for checkpoint, blocks in ((2 * free, 0), (0, 2 * free), (3 * free // 4, 3 * free // 4)):
+        with pytest.raises(MorphoQuantError, match=r"out: calibration needs .* GB there, .* are free; .*--output"):
+            check_room(output, work, checkpoint, blocks)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_each_disk_needs_room_for_its_part(tmp_path: Path) -> None:
+    work = Path("/dev/shm/no-such-work")
+    with pytest.raises(MorphoQuantError, match=r"no-such-work: calibration needs .*--work"):
+        check_room(tmp_path / "out", work, 0, 2 * shutil.disk_usage("/dev/shm").free)

@@ -7,7 +7,8 @@ import pytest
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.cpu import build as cpu_build
-from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, BuildError, Kernels
+from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, Kernels
+from morphoquant_vllm.cpu.compiler import BuildError, find_compiler
 
 EMULATION = Path(__file__).parents[2] / "simde"
 
@@ -15,7 +16,7 @@ EMULATION = Path(__file__).parents[2] / "simde"
 def compiler() -> list[str]:
     """The machine's compiler; skips if there is none."""
     try:
-        return cpu_build.find_compiler()
+        return find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
 

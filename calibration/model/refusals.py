@@ -1,0 +1,63 @@
+"""Faults of a model directory that are seen before any work: leftovers in config.json, other heads, other names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from calibration.model.architectures import Architecture
+from morphoquant_vllm.errors import MorphoQuantError
+
+# Endings of the classes that write text. Others have a head that scores or classifies, or none.
+_WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a config.json with an infinite number, an empty quantization_config, or a head that writes no text."""
+    for path, value in _values(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MorphoQuantError(
+                f"config.json: {path} is no finite number, which JSON cannot hold; correct it, or download it again"
+            )
+        if path.rpartition(".")[2] == "quantization_config" and value is not None and not value:
+            raise MorphoQuantError(
+                f"config.json: {path} is empty, left by another tool; remove it if the weights are in 16 bit"
+            )
+    classes = config.get("architectures")
+    for name in classes if isinstance(classes, list) else ():
+        if isinstance(name, str) and not name.endswith(_WRITES_TEXT):
+            raise MorphoQuantError(
+                f"config.json: {name} is not supported: it has a reward or classification head, or none; only models "
+                "that write text are calibrated"
+            )
+
+
+def _values(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value nested in a JSON object, with the keys that lead to it."""
+    if path:
+        yield path, part
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(part, Mapping):
+        items = part.items()
+    elif isinstance(part, list):
+        items = enumerate(part)
+    for key, value in items:
+        yield from _values(value, f"{path}.{key}" if path else str(key))
+
+
+def check_names(architecture: Architecture, tensors: Iterable[str]) -> None:
+    """Refuse weights whose decoder blocks have another prefix than the published ones, and name both."""
+    linear = architecture.shared_inputs[0].shards[0]
+    first = re.compile(rf"(?:(.*)\.)?0\.{re.escape(linear)}(?:\.base_layer)?\.weight")
+    found = [match[1] or "" for name in tensors if (match := first.fullmatch(name))]
+    # Towers have blocks, too; their names are those of a decoder only if no decoder is there.
+    if not found or any(prefix in architecture.block_prefixes for prefix in found):
+        return
+    wanted = architecture.block_prefixes[0]
+    near = min(found, key=lambda prefix: (prefix.rpartition(".")[2] != wanted.rpartition(".")[2], len(prefix)))
+    raise MorphoQuantError(
+        f"the weights name the decoder's blocks '{near}.0', not '{wanted}.0': they were saved from a part of the model "
+        f"or inside a wrapper; load the whole model in transformers and save it with save_pretrained"
+    )
