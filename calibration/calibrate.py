@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from calibration.blocks.loop import BlockResult
-from calibration.data.conversations import CLASSES, load_conversations
+from calibration.data.conversations import CLASSES
+from calibration.data.data_files import load_conversations
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan
@@ -48,8 +49,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Make a MorphoQuant checkpoint of the model directory `model` in the directory `output`.
 
-    `data` names .jsonl files of conversations in OpenAI chat format, .txt files, or directories of .txt files.
-    Conversations with broken media are refused, or left out with `skip_bad`. The directory `work` (default: `output`
+    `data` names files of conversations (.jsonl, .json, .parquet), .txt files, or directories of .txt files.
+    Conversations that cannot be used are refused, or left out with `skip_bad`. The directory `work` (default: `output`
     with .work at its end) keeps finished blocks until the checkpoint is complete. If a run is interrupted in any way,
     the same call resumes it from there, unless `restart`. `memory_budget` is in bytes: to keep it, towers and hidden
     states are read from disk if necessary. It changes no byte of the result.
@@ -95,6 +96,8 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     device = choose_device(recipe.device, processes)
     source = open_source(model)
     check_config(source.config)
+    if source.fp8 and processes.first:
+        logger.info("%s: its weights are %s and are read as bfloat16", source.directory, source.fp8)
     architecture = find_architecture(source.config)
     check_names(architecture, source.tensors)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")

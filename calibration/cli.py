@@ -43,13 +43,15 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A MorphoQuant ch
 @with_setting_flags
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face model directory.")],
-    data: Annotated[list[Path], typer.Option(help="Conversations (.jsonl), .txt, or a folder of .txt; repeatable.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Conversations (.jsonl, .json, .parquet), .txt, a folder of .txt; repeatable.")
+    ],
     output: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older checkpoint at --output.")] = False,
     work: Annotated[Path | None, typer.Option(help="Directory of finished blocks (default: OUTPUT.work).")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop the finished blocks of an earlier run.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out conversations whose media fail.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out conversations that cannot be used.")] = False,
     memory_budget: Annotated[str | None, typer.Option(help="Memory to keep to, as 6GiB (default: all free).")] = None,
     **settings: Any,
 ) -> None:
@@ -188,7 +190,9 @@ def convert(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint or 16-bit model: the measure.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another form of the same model.")],
-    data: Annotated[list[Path], typer.Option(help="Conversations (.jsonl), .txt, or a folder of .txt; repeatable.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Conversations (.jsonl, .json, .parquet), .txt, a folder of .txt; repeatable.")
+    ],
     output: Annotated[Path | None, typer.Option("--output", help="Write an HTML page to this file, too.")] = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Number of samples (default: all).")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 2048,

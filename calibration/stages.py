@@ -167,6 +167,8 @@ def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, 
     """Write the checkpoint from the finished blocks and move it to `output`; its report."""
     source, spec, recipe = job.source, job.spec, job.recipe
     report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts)
+    if source.fp8:
+        report["source"] = {"weights": f"{source.fp8}, read as bfloat16"}
     block_of = {job.names.layer(block, ""): block for block in range(job.names.blocks)}
 
     def load(layer: str, tensor: str) -> Tensor:

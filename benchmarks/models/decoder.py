@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.model.architectures import Architecture, find_architecture
 from morphoquant_vllm.format.schema import DEFAULT_ROWS

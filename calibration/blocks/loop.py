@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,12 +19,15 @@ from calibration.model.source import Source
 from calibration.output.distributions import observe
 from calibration.processes import Processes
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.quantize.layer_report import escape_warning
 from calibration.quantize.massive_tokens import candidates
 from calibration.quantize.observation import InputCollector, SampleCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.host_memory import release_freed_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ def calibrate_blocks(
         block = _LoadedBlock(blocks.load(index), index, inputs, serving)
         finished, distributions = _calibrate_block(block, shards_of, tokens, source, spec, recipe)
         del block
+        for layers in shards_of.values() if tokens.processes.first else ():
+            warning = escape_warning(spec.layers[layers[0]].shared_input, finished[layers[0]].record, recipe)
+            if warning:
+                logger.warning("%s", warning)
         errors = [layer.record.output_error for layer in finished.values()]
         loss = sum(errors) / len(errors) if errors else None
         yield BlockResult(index, len(blocks), finished, loss, distributions)

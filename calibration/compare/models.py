@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.model.architectures import Architecture, find_architecture
 from morphoquant_vllm.errors import MorphoQuantError

@@ -1,7 +1,7 @@
 """Decodes images, audio and video into the inputs of a Hugging Face processor."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -9,16 +9,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers.video_utils import VideoMetadata
 
-from calibration.data.conversations import BadMediaError, Media
+from calibration.data.conversations import BadConversationError, Media
+
+# Formats of pictures that are read. EPS would start Ghostscript; Pillow reads others too, which few people have.
+IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 def decode_image(media: Media) -> Image.Image:
     """An RGB image, turned upright by its EXIF tag, with transparency on white, as in vLLM.
 
-    Raises BadMediaError naming the media if it is not an image or is truncated.
+    Raises BadConversationError naming the media if it is not an image or is truncated.
     """
     try:
-        with Image.open(_open(media)) as opened:
+        with Image.open(_open(media), formats=IMAGE_FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -30,28 +33,51 @@ def decode_image(media: Media) -> Image.Image:
         raise _undecodable(media, error) from error
 
 
-def decode_audio(media: Media, sampling_rate: int) -> NDArray[np.float32]:
+def decode_audio(media: Media, sampling_rate: int, limit: int | None = None) -> NDArray[np.float32]:
     """The first audio stream, [samples], mixed to mono and resampled to `sampling_rate` Hz, in [-1, 1].
 
-    Raises BadMediaError naming the media if it has no audio or cannot be decoded.
+    Raises BadConversationError naming the media if it has no audio, cannot be decoded, or holds NaN or infinity. So
+    does a sound of more than `limit` samples, whose rest is not decoded.
     """
+    try:
+        samples = _resampled(media, sampling_rate, limit)
+        if not samples.size:
+            raise ValueError("it holds no samples")
+        if not np.isfinite(samples).all():
+            raise ValueError("it holds samples that are NaN or infinite")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _undecodable(media, error) from error
+    return samples
+
+
+def _resampled(media: Media, sampling_rate: int, limit: int | None) -> NDArray[np.float32]:
     # The mean of the file's channels, as in vLLM: FFmpeg's mix to mono is up to 3 dB louder.
     resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
     pieces: list[NDArray[np.float32]] = []
-    try:
-        with av.open(_open(media), mode="r") as container:
-            if not container.streams.audio:
-                raise ValueError("it has no audio stream")
-            for frame in container.decode(container.streams.audio[0]):
-                pieces.extend(out.to_ndarray().mean(axis=0) for out in resampler.resample(frame))
-            if pieces:
-                pieces.extend(out.to_ndarray().mean(axis=0) for out in resampler.resample(None))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise _undecodable(media, error) from error
+    read, rate, length = 0, sampling_rate, 0
+
+    def take(frames: Iterable[av.AudioFrame]) -> int:
+        new = [frame.to_ndarray().mean(axis=0) for frame in frames]
+        pieces.extend(new)
+        return sum(map(len, new))
+
+    with av.open(_open(media), mode="r") as container:
+        if not container.streams.audio:
+            raise ValueError("it has no audio stream")
+        for frame in container.decode(container.streams.audio[0]):
+            read, rate = read + frame.samples, frame.sample_rate
+            length += take(resampler.resample(frame))
+            if limit is not None and length > limit:
+                raise BadConversationError(
+                    f"{media.name}: longer than {limit / sampling_rate:.0f} s, which max_tokens allows; "
+                    "raise max_tokens or use a shorter sound"
+                )
+        if read:
+            take(resampler.resample(None))
     samples = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
-    if not samples.size:
-        raise _undecodable(media, ValueError("it holds no samples"))
-    return samples
+    # The length that vLLM's resampler gives: FFmpeg's filter adds or drops a few samples at the end.
+    wanted = -(-read * sampling_rate // rate)
+    return np.pad(samples[:wanted], (0, max(0, wanted - len(samples))))
 
 
 def decode_video(
@@ -60,7 +86,7 @@ def decode_video(
     """The frames that `sample_frames` selects, RGB uint8 [frames, height, width, 3], and their metadata.
 
     `sample_frames` gets the metadata (frame count, frames per second, size) and returns frame numbers.
-    Only those frames are held in memory. Raises BadMediaError naming the media if it has no video or cannot be
+    Only those frames are held in memory. Raises BadConversationError naming the media if it has no video or cannot be
     decoded.
     """
     # transformers' PyAV reader trusts the container's frame count: WebM has none, a truncated file states too many.
@@ -106,9 +132,6 @@ def _video_frames(media: Media) -> Iterator[av.VideoFrame]:
         yield from container.decode(container.streams.video[0])
 
 
-def _undecodable(media: Media, error: Exception) -> BadMediaError:
+def _undecodable(media: Media, error: Exception) -> BadConversationError:
     reason = " ".join(str(error).split())
-    return BadMediaError(
-        f"{media.name}: not decodable as {media.kind} ({reason}); replace or re-encode it, or pass --skip-bad to leave "
-        "such conversations out"
-    )
+    return BadConversationError(f"{media.name}: not decodable as {media.kind} ({reason}); replace or re-encode it")

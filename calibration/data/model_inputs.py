@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
 
-from calibration.data.conversations import BadMediaError, Conversation, Media, Message, PlainText, Text
+from calibration.data.conversations import BadConversationError, Conversation, Media, Message, PlainText, Text
 from calibration.data.media import decode_audio, decode_image, decode_video
-from calibration.data.placeholders import check_placeholders, check_text, media_tokens
+from calibration.data.placeholders import FRAMES_PER_TOKEN, check_placeholders, check_text, media_tokens
 from calibration.data.processor import failure
-from morphoquant_vllm.errors import MorphoQuantError
 
 # Frames per second of Qwen's video processors if their config names no rate; vLLM uses the same rate.
 DEFAULT_VIDEO_FPS = 2.0
+# Qwen2.5-Omni's processor scales frames to this many pixels at most, Qwen2.5-VL's to more.
+MOST_PIXELS = 768 * 28 * 28
+# Sides are rounded to whole patches, so a frame may have fewer tokens than its pixels make.
+ROUNDING = 0.7
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ def model_inputs(
 ) -> tuple[dict[str, torch.Tensor], bool]:
     """Inputs of one sample, a batch of one without padding, and whether they were cut to max_tokens.
 
-    Raises BadMediaError if media cannot be decoded, and MorphoQuantError in the cases of build_samples.
+    Raises BadConversationError if the conversation or window cannot be used.
     """
     if isinstance(item, Window):
         inputs = _text_inputs(processor, item.token_ids)
         check_placeholders(item.source, inputs["input_ids"], {}, placeholder_token_ids)
         return inputs, False
-    return _fit(item, _render(processor, item, placeholder_token_ids), max_tokens)
+    return _fit(item, _render(processor, item, placeholder_token_ids, max_tokens), max_tokens)
 
 
 def _text_inputs(processor: Any, token_ids: list[int]) -> dict[str, torch.Tensor]:
@@ -66,7 +70,7 @@ def _media(conversation: Conversation) -> list[Media]:
 
 
 def _render(
-    processor: Any, conversation: Conversation, placeholder_token_ids: Mapping[str, Sequence[int]]
+    processor: Any, conversation: Conversation, placeholder_token_ids: Mapping[str, Sequence[int]], max_tokens: int
 ) -> dict[str, torch.Tensor]:
     source, media = conversation.source, _media(conversation)
     _check_takes(source, processor, media, placeholder_token_ids)
@@ -78,9 +82,9 @@ def _render(
         special = tokenizer.chat_template is None
         token_ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         if not token_ids:
-            raise MorphoQuantError(f"{source}: the conversation has no tokens; give it text")
+            raise BadConversationError(f"{source}: the conversation has no tokens; give it text")
         return _text_inputs(processor, token_ids)
-    inputs = _process(processor, source, text, media)
+    inputs = _process(processor, source, text, media, max_tokens)
     check_placeholders(source, inputs["input_ids"], media_tokens(processor, inputs), placeholder_token_ids)
     return inputs
 
@@ -92,38 +96,61 @@ def _check_takes(
     takes = [kind for kind, part in parts.items() if kind in placeholder_token_ids and hasattr(processor, part)]
     for item in media:
         if item.kind not in takes:
-            raise MorphoQuantError(
+            raise BadConversationError(
                 f"{source}: the model does not take {item.kind} parts, only {', '.join(['text', *takes])}; "
                 "remove the line from the data"
             )
 
 
 def _apply_template(processor: Any, conversation: Conversation) -> str:
-    tokenizer = getattr(processor, "tokenizer", processor)
-    renderer = processor if processor.chat_template else tokenizer
     multimodal = isinstance(processor, ProcessorMixin)
-    messages = [{"role": m.role, "content": _content(m, multimodal)} for m in conversation.messages]
-    if not renderer.chat_template:
-        if _media(conversation):
-            raise MorphoQuantError(
-                f"{conversation.source}: the model has no chat template, which media need; "
-                "add its chat_template.jinja to the model directory"
-            )
-        return "\n".join(_content(m, multimodal=False) for m in conversation.messages)
-    generation = conversation.messages[-1].role != "assistant"
+    tokenizer = processor.tokenizer if multimodal else processor
+    # The order of vLLM: the processor's template, then the tokenizer's.
+    template = (processor.chat_template if multimodal else None) or tokenizer.chat_template
+    if not template:
+        return _join_texts(conversation)
+    messages = [
+        {"role": _known_role(message.role, str(template)), "content": _content(message, multimodal), **message.fields}
+        for message in conversation.messages
+    ]
+    arguments = {"add_generation_prompt": conversation.messages[-1].role != "assistant", **conversation.template}
+    named = {"chat_template": template} if isinstance(template, str) else {}
     try:
-        return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **named, **arguments)
+        # Half a surrogate pair, for example in a call's arguments, is no text.
+        text.encode()
     # The template is a program of the model's publisher and may raise any error.
     except Exception as error:
-        raise MorphoQuantError(
+        raise BadConversationError(
             f"{conversation.source}: the model's chat template refuses the conversation ({failure(error)}); "
             "change its roles or parts"
         ) from error
+    return text
+
+
+def _join_texts(conversation: Conversation) -> str:
+    """The texts of a conversation for a model without a chat template; BadConversationError if one is needed."""
+    needs = ["media"] * bool(_media(conversation)) + [*conversation.template]
+    needs += [key for message in conversation.messages for key in message.fields if key != "name"]
+    if needs:
+        raise BadConversationError(
+            f"{conversation.source}: the model has no chat template, which {needs[0]} need; "
+            "add its chat_template.jinja to the model directory"
+        )
+    return "\n".join(_content(m, multimodal=False) for m in conversation.messages)
+
+
+def _known_role(role: str, template: str) -> str:
+    """The role; system instead of developer if the template does not name that role, as in vLLM."""
+    known = role != "developer" or "'developer'" in template or '"developer"' in template
+    return role if known else "system"
 
 
 def _content(message: Message, multimodal: bool) -> Any:
     """A message's content in the form that templates take and vLLM uses: a string, or typed parts if multimodal."""
-    if multimodal and not (len(message.parts) == 1 and isinstance(message.parts[0], Text)):
+    text_only = all(isinstance(part, Text) for part in message.parts)
+    joined = text_only and (len(message.parts) <= 1 or message.role == "tool")
+    if multimodal and not joined:
         return [
             {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": part.kind}
             for part in message.parts
@@ -131,17 +158,15 @@ def _content(message: Message, multimodal: bool) -> Any:
     return "\n".join(part.text for part in message.parts if isinstance(part, Text))
 
 
-def _process(processor: Any, source: str, text: str, media: list[Media]) -> dict[str, torch.Tensor]:
+def _process(processor: Any, source: str, text: str, media: list[Media], max_tokens: int) -> dict[str, torch.Tensor]:
     options: dict[str, Any] = {"text_kwargs": {"add_special_tokens": False}}
     images = [decode_image(item) for item in media if item.kind == "image"]
     audio: list[Any] = []
     videos: list[Any] = []
     if any(item.kind == "audio" for item in media):
-        rate = processor.feature_extractor.sampling_rate
-        audio = [decode_audio(item, rate) for item in media if item.kind == "audio"]
-        options["audio_kwargs"] = {"sampling_rate": rate}
+        audio, options["audio_kwargs"] = _decode_audio(processor.feature_extractor, media, max_tokens)
     if any(item.kind == "video" for item in media):
-        videos, options["videos_kwargs"] = _decode_videos(processor.video_processor, media)
+        videos, options["videos_kwargs"] = _decode_videos(processor.video_processor, media, max_tokens)
     try:
         batch = processor(
             text=[text],
@@ -153,12 +178,12 @@ def _process(processor: Any, source: str, text: str, media: list[Media]) -> dict
         )
     # StopIteration and IndexError: the template wrote more placeholders than the conversation has media.
     except (ValueError, StopIteration, IndexError) as error:
-        raise BadMediaError(
+        raise BadConversationError(
             f"{source}: the model's processor refuses the conversation "
             f"({failure(error) if str(error) else 'too few media'}); change its media"
         ) from error
     except Exception as error:
-        raise MorphoQuantError(
+        raise BadConversationError(
             f"{source}: the model's processor fails ({failure(error)}); copy the processor's files into the model "
             "directory again"
         ) from error
@@ -171,17 +196,36 @@ def _process(processor: Any, source: str, text: str, media: list[Media]) -> dict
     return inputs
 
 
-def _decode_videos(video_processor: Any, media: list[Media]) -> tuple[list[Any], dict[str, Any]]:
+def _decode_audio(extractor: Any, media: list[Media], max_tokens: int) -> tuple[list[Any], dict[str, Any]]:
+    """Samples of each sound, and the feature extractor's keyword arguments for them."""
+    rate = extractor.sampling_rate
+    limit = (max_tokens + 1) * FRAMES_PER_TOKEN * extractor.hop_length
+    audio = [decode_audio(item, rate, limit) for item in media if item.kind == "audio"]
+    # Without these, sounds longer than chunk_length lose their end. vLLM passes truncation off, too; several sounds
+    # are padded to the longest.
+    longest = max(extractor.n_samples, *(len(samples) for samples in audio))
+    return audio, {"sampling_rate": rate, "truncation": False, "max_length": longest}
+
+
+def _decode_videos(video_processor: Any, media: list[Media], max_tokens: int) -> tuple[list[Any], dict[str, Any]]:
     """Sampled frames of each video, and the processor's keyword arguments for them."""
     fps = video_processor.fps or DEFAULT_VIDEO_FPS
 
-    def sample_frames(metadata: Any) -> Sequence[int]:
+    def sample_frames(item: Media, metadata: Any) -> Sequence[int]:
         # transformers divides by zero if there are fewer frames than a temporal patch; the processor repeats the last.
         if metadata.total_num_frames < video_processor.temporal_patch_size:
             return range(metadata.total_num_frames)
-        return video_processor.sample_frames(metadata, fps=fps).tolist()
+        indices = video_processor.sample_frames(metadata, fps=fps).tolist()
+        tokens = _least_tokens(video_processor, metadata, len(indices))
+        if tokens > max_tokens:
+            # Before the frames are in memory: an hour of video in a small file has thousands.
+            raise BadConversationError(
+                f"{item.name}: its {len(indices)} frames take {tokens} tokens or more, "
+                f"more than max_tokens={max_tokens}; raise it, or use a shorter or smaller video"
+            )
+        return indices
 
-    decoded = [decode_video(item, sample_frames) for item in media if item.kind == "video"]
+    decoded = [decode_video(item, partial(sample_frames, item)) for item in media if item.kind == "video"]
     options = {
         "video_metadata": [metadata for _, metadata in decoded],
         "do_sample_frames": False,
@@ -189,6 +233,13 @@ def _decode_videos(video_processor: Any, media: list[Media]) -> tuple[list[Any],
         "input_data_format": "channels_last",
     }
     return [frames for frames, _ in decoded], options
+
+
+def _least_tokens(video_processor: Any, metadata: Any, frames: int) -> int:
+    """About the least number of tokens of a video's sampled frames, by its size and MOST_PIXELS."""
+    side = video_processor.patch_size * video_processor.merge_size
+    pixels = min(metadata.width * metadata.height, MOST_PIXELS, video_processor.size["longest_edge"])
+    return int(ROUNDING * frames / video_processor.temporal_patch_size * pixels / side**2)
 
 
 def _fit(
@@ -199,7 +250,7 @@ def _fit(
     if shape[1] <= max_tokens:
         return inputs, False
     if _media(conversation):
-        raise MorphoQuantError(
+        raise BadConversationError(
             f"{conversation.source}: {shape[1]} tokens with media, more than max_tokens={max_tokens}; "
             "raise max_tokens or use shorter or smaller media"
         )

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from calibration.data.conversations import Conversation, Text
-from morphoquant_vllm.errors import MorphoQuantError
+from calibration.data.conversations import BadConversationError, Conversation, Text
+
+# Frames of a sound for each token of Qwen's audio towers: a convolution of stride 2, then pooling by 2.
+FRAMES_PER_TOKEN = 4
 
 
 def check_text(conversation: Conversation, tokenizer: Any, placeholder_token_ids: Mapping[str, Sequence[int]]) -> None:
@@ -15,7 +17,7 @@ def check_text(conversation: Conversation, tokenizer: Any, placeholder_token_ids
     texts = [part.text for message in conversation.messages for part in message.parts if isinstance(part, Text)]
     for token in tokens:
         if any(token in text for text in texts):
-            raise MorphoQuantError(
+            raise BadConversationError(
                 f"{conversation.source}: placeholders do not match media: the text itself holds {token}; "
                 "remove it, since media parts add their placeholders themselves"
             )
@@ -29,7 +31,7 @@ def media_tokens(processor: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str
     if "video_grid_thw" in inputs:
         tokens["video"] = (inputs["video_grid_thw"].prod(-1) // processor.video_processor.merge_size**2).tolist()
     if "feature_attention_mask" in inputs:
-        # Qwen's audio towers: a convolution of stride 2, then pooling by 2.
+        # FRAMES_PER_TOKEN, with the roundings of both steps.
         convolved = (inputs["feature_attention_mask"].sum(-1) - 1) // 2 + 1
         tokens["audio"] = ((convolved - 2) // 2 + 1).tolist()
     return tokens
@@ -46,9 +48,9 @@ def check_placeholders(
         count = int(torch.isin(input_ids, torch.tensor(ids)).sum())
         expected = media_tokens.get(kind, [])
         if min(expected, default=1) < 1:
-            raise MorphoQuantError(f"{source}: one {kind} part is too short for a token; use a longer one")
+            raise BadConversationError(f"{source}: one {kind} part is too short for a token; use a longer one")
         if count != sum(expected):
-            raise MorphoQuantError(
+            raise BadConversationError(
                 f"{source}: placeholders do not match media: {count} {kind} placeholder tokens, but {len(expected)} "
                 f"{kind} parts of {sum(expected)} tokens; check the text and the model's chat template"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from calibration.data.conversations import BadMediaError, Conversation, PlainText
+from calibration.data.conversations import LISTED, BadConversationError, Conversation, PlainText, bad_conversations
 from calibration.data.model_inputs import Window, cut_windows, model_inputs
 from calibration.data.processor import load_processor
 from calibration.processes import ONE, Processes
@@ -54,11 +54,11 @@ def build_samples(
 
     `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens. The model does
     not take a modality that is missing there. `rows` names the rows in order, see token_rows. With `skip_bad`,
-    conversations whose media cannot be decoded are logged and left out.
+    conversations that cannot be used are logged and left out.
 
-    Raises MorphoQuantError if the directory has no usable tokenizer. Other errors name the file and line: media that
-    the model does not take or that cannot be decoded, and placeholders that do not match the media. They also name a
-    conversation that the chat template refuses, and one with media that has more than `max_tokens` tokens.
+    Raises MorphoQuantError if the directory has no usable tokenizer. Other errors name the file and line of the first
+    few unusable conversations: media that the model does not take or that cannot be decoded, placeholders that do not
+    match the media, a chat template that refuses, and media of more than `max_tokens` tokens.
     """
     window_tokens = window_tokens or max_tokens
     if min(max_tokens, window_tokens) < 2 or (max_samples is not None and max_samples < 1):
@@ -69,24 +69,39 @@ def build_samples(
     processor = load_processor(model_dir)
     items = _choose_items(data, processor, window_tokens, max_samples, processes)
     samples: list[Sample] = []
-    cut, skipped = 0, 0
+    cut = 0
+    bad: list[str] = []
     for place, item in list(enumerate(items))[processes.rank :: processes.size]:
         try:
             inputs, was_cut = model_inputs(processor, item, placeholder_token_ids, max_tokens)
-        except BadMediaError as error:
-            if not skip_bad:
-                raise
-            logger.warning("skipped: %s", error)
-            skipped += 1
+        except BadConversationError as error:
+            bad.append(str(error))
+            if skip_bad:
+                logger.warning("skipped: %s", error)
+            elif len(bad) == LISTED:
+                break
             continue
         cut += was_cut
         modality = token_rows(inputs["input_ids"][0], placeholder_token_ids, rows)
         samples.append(Sample(inputs, modality, item.source, place))
-    local = Counter({"cut": cut, "skipped": skipped, "samples": len(samples)})
-    total = sum(processes.all_gather(local), Counter[str]())
-    _log_losses(total, len(items), max_tokens, processes)
+    _check_bad([reason for part in processes.all_gather(bad) for reason in part], len(items), skip_bad, processes)
+    total = sum(processes.all_gather(Counter({"cut": cut, "samples": len(samples)})), Counter[str]())
+    if total["cut"] and processes.first:
+        logger.warning("%d of %d samples were cut to max_tokens=%d tokens", total["cut"], total["samples"], max_tokens)
     _log_tokens(samples, total["samples"], rows, processes)
     return samples
+
+
+def _check_bad(reasons: Sequence[str], items: int, skip_bad: bool, processes: Processes) -> None:
+    """Raise MorphoQuantError if there are unusable conversations, or no others; else log their number."""
+    if not reasons:
+        return
+    if not skip_bad:
+        raise bad_conversations(reasons, listed=processes.first)
+    if len(reasons) == items:
+        raise MorphoQuantError(f"no calibration sample is left: none can be used; the first: {reasons[0]}")
+    if processes.first:
+        logger.warning("%d of %d samples were skipped because they cannot be used", len(reasons), items)
 
 
 def _choose_items(
@@ -108,16 +123,6 @@ def _choose_items(
     if processes.first:
         logger.info("taking %d of %d calibration samples, evenly spaced", max_samples, len(items))
     return [items[i * len(items) // max_samples] for i in range(max_samples)]
-
-
-def _log_losses(total: Counter[str], items: int, max_tokens: int, processes: Processes) -> None:
-    """Log the numbers of skipped and cut samples of all processes; MorphoQuantError if none is left."""
-    if total["skipped"] and processes.first:
-        logger.warning("%d of %d samples were skipped because their media are broken", total["skipped"], items)
-    if not total["samples"]:
-        raise MorphoQuantError("no calibration sample is left: the media of all are broken; replace them")
-    if total["cut"] and processes.first:
-        logger.warning("%d of %d samples were cut to max_tokens=%d tokens", total["cut"], total["samples"], max_tokens)
 
 
 def _log_tokens(samples: Sequence[Sample], count: int, rows: Sequence[str], processes: Processes) -> None:

@@ -70,11 +70,22 @@ def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> A
     """The source model on the meta device, without weights; MorphoQuantError if transformers refuses the config."""
     model_class = getattr(transformers, architecture.model_class)
     with _clear_loading_errors(architecture, source):
-        config = model_class.config_class.from_pretrained(
-            str(source.directory), local_files_only=True, trust_remote_code=False
-        )
+        config = _read_config(model_class, source)
         with torch.device("meta"):
             return model_class._from_config(config, dtype=getattr(torch, recipe.dtype)).eval()
+
+
+def _read_config(model_class: Any, source: Source) -> Any:
+    """transformers' config of the source model, without settings of quantization: it would quantize the model."""
+    config = model_class.config_class.from_pretrained(
+        str(source.directory), local_files_only=True, trust_remote_code=False
+    )
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        vars(part).pop("quantization_config", None)
+        parts += [getattr(part, name) for name in part.sub_configs if getattr(part, name, None) is not None]
+    return config
 
 
 def load_front(
@@ -88,17 +99,20 @@ def load_front(
     """The source model without the weights of its decoder blocks and lm_head: embedding, towers, final norm.
 
     With `stream_towers` the towers' weights stay in their files too, and each module reads its weights when it runs.
-    That is slower and needs almost no memory. `device` None means the recipe's. Raises MorphoQuantError if
-    transformers cannot load the model, or if any weight is missing, including the blocks'.
+    That is slower and needs almost no memory; towers in FP8 are always in memory. `device` None means the recipe's.
+    Raises MorphoQuantError if transformers cannot load the model, or if any weight is missing, including the blocks'.
     """
     model_class = getattr(transformers, architecture.model_class)
     empty = empty_model(architecture, source, recipe)
+    scaled = _scaled_parameters(architecture, source, empty)
+    stream_towers = stream_towers and not scaled
     absent = [architecture.block_module, *(architecture.towers if stream_towers else ())]
     if "lm_head.weight" not in empty.all_tied_weights_keys:
         absent.append("lm_head")
     with _clear_loading_errors(architecture, source):
         model, loading = model_class.from_pretrained(
             str(source.directory),
+            config=_read_config(model_class, source),
             dtype=getattr(torch, recipe.dtype),
             device_map=_places(empty, absent, str(device or choose_device(recipe.device))),
             local_files_only=True,
@@ -110,9 +124,37 @@ def load_front(
         raise MorphoQuantError(
             f"{source.directory}: the weights lack {min(loading['missing_keys'])}; download the model again"
         )
+    with torch.no_grad():
+        for name, stored in scaled.items():
+            model.get_parameter(name).copy_(source.load(stored))
     # The blocks do not run here, so accelerate's hooks that read their weights are removed.
     remove_hook_from_module(model.get_submodule(architecture.block_module), recurse=True)
     return model.eval()
+
+
+def _scaled_parameters(architecture: Architecture, source: Source, model: nn.Module) -> dict[str, str]:
+    """FP8 weights outside the decoder blocks and lm_head: names in the files by the model's names.
+
+    transformers would read them without their scales. Raises MorphoQuantError for one without a place in the model.
+    """
+    found = {}
+    parameters = {name for name, _ in model.named_parameters()}
+    outside = (*(f"{prefix}." for prefix in architecture.block_prefixes), f"{architecture.model_prefix}lm_head.")
+    for stored, info in source.tensors.items():
+        if info.scale is None or stored.startswith(outside) or not stored.startswith(architecture.model_prefix):
+            continue
+        names = [stored.removeprefix(architecture.model_prefix)]
+        names += [
+            f"{tower}.{stored.removeprefix(prefix)}"
+            for prefix in architecture.tower_prefixes
+            for tower in architecture.towers
+            if stored.startswith(prefix) and prefix.endswith(f"{tower.rpartition('.')[2]}.")
+        ]
+        name = next((name for name in names if name in parameters), None)
+        if name is None:
+            raise MorphoQuantError(f"{source.directory}: {stored} is FP8 and unknown; download the 16-bit original")
+        found[name] = stored
+    return found
 
 
 def _places(model: nn.Module, absent: Sequence[str], device: str, prefix: str = "") -> dict[str, str]:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calibration.model.fp8 import (
+    FP8_DTYPES,
+    block_size,
+    dequantize,
+    fp8_scheme,
+    is_serving_only,
+    quantization_configs,
+    scale_fits,
+    scale_names,
+    without_quantization,
+)
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import check_regular, read_json
@@ -32,8 +45,12 @@ class TensorInfo:
     """One tensor's entry in a file's header."""
 
     file: Path
+    # As it is read: BF16 for an FP8 weight.
     dtype: str
     shape: tuple[int, ...]
+    # Of an FP8 weight: its scale's name and file, and rows and columns of a block, if each block has a scale.
+    scale: tuple[str, Path] | None = None
+    block: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,18 +73,21 @@ class Source:
     """A source model whose config and headers were read; tensors are read on demand."""
 
     directory: Path
+    # Without settings of quantization.
     config: dict[str, Any]
-    # In the order of the files and of the names in them.
+    # In the order of the files and of the names in them. An FP8 weight stands for itself and its scale.
     tensors: dict[str, TensorInfo]
+    # The kind of the FP8 weights that are read as 16 bit, in words; empty if there are none.
+    fp8: str = ""
 
     def load(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the file's dtype; MorphoQuantError if the file is damaged."""
-        path = self.tensors[name].file
-        try:
-            with safe_open(str(path), "pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise MorphoQuantError(f"{path}: {name} cannot be read ({error}); download the file again") from error
+        """One tensor, on the CPU, in the file's dtype, FP8 as bfloat16; MorphoQuantError if the file is damaged."""
+        info = self.tensors[name]
+        stored = _load(info.file, name)
+        if info.scale is None:
+            return stored
+        scale, path = info.scale
+        return dequantize(stored, _load(path, scale), info.block)
 
     def check_finite(self) -> None:
         """Refuse NaN and infinity in any float tensor: carried tensors are served unchanged."""
@@ -76,37 +96,82 @@ class Source:
                 check_finite(f"{info.file}: {name}", self.load(name), "download the file again")
 
 
+def _load(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise MorphoQuantError(f"{path}: {name} cannot be read ({error}); download the file again") from error
+
+
 def open_source(directory: Path | str) -> Source:
     """Read config and headers of a Hugging Face model directory.
 
-    Raises MorphoQuantError naming a directory or file that is missing, damaged or already quantized, or whose weights
-    are not safetensors.
+    FP8 weights are read as 16 bit. Raises MorphoQuantError naming a directory or file that is missing, damaged or
+    quantized otherwise, or whose weights are not safetensors.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise MorphoQuantError(f"{directory}: no such model directory; download the model and give its directory")
     config = _read_config(directory / CONFIG_FILE)
+    quantized = _quantization(directory / CONFIG_FILE, config)
     tensors: dict[str, TensorInfo] = {}
     for path, names in _weight_files(directory).items():
         tensors |= _read_header(path, names)
-    return Source(directory, config, tensors)
+    kind = ""
+    if any(info.dtype in FP8_DTYPES for info in tensors.values()):
+        tensors = _joined_scales(tensors, block_size(quantized or {}))
+        kind = fp8_scheme(quantized) or "FP8"
+    return Source(directory, without_quantization(config), tensors, kind)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise MorphoQuantError(f"{path.parent}: no {path.name}; give a Hugging Face model directory")
-    config = read_json(path)
-    if _is_quantized(config):
+    return read_json(path)
+
+
+def _quantization(path: Path, config: dict[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of an FP8 model's quantization, None if the model is not quantized."""
+    found = list(quantization_configs(config))
+    if not found:
+        return None
+    if any(fp8_scheme(settings) is None or settings != found[0] for settings in found):
+        methods = [str(settings.get("quant_method")) for settings in found if isinstance(settings, Mapping)]
+        named = ", ".join(dict.fromkeys(methods)) or "unknown means"
         raise MorphoQuantError(
-            f"{path}: the model is already quantized (quantization_config); give the 16-bit original"
+            f"{path}: the model is already quantized (quantization_config) by {named}; "
+            f"download the 16-bit original{_base_model(path.parent)}, or its FP8 version"
         )
-    return config
+    settings: Mapping[str, Any] = found[0]
+    return settings
 
 
-def _is_quantized(config: dict[str, Any]) -> bool:
-    return bool(config.get("quantization_config")) or any(
-        _is_quantized(value) for value in config.values() if isinstance(value, dict)
-    )
+def _base_model(directory: Path) -> str:
+    """The original model by the model card, in words; empty if there is no card that names one."""
+    try:
+        _, header, _ = (directory / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        named = yaml.safe_load(header)["base_model"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return ""
+    return f" ({named[0] if isinstance(named, list) and named else named})"
+
+
+def _joined_scales(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None) -> dict[str, TensorInfo]:
+    """The tensors with each FP8 weight and its scale as one 16-bit tensor, and without those of FP8 arithmetic."""
+    joined: dict[str, TensorInfo] = {}
+    scales: set[str] = set()
+    for name, info in tensors.items():
+        if info.dtype not in FP8_DTYPES:
+            joined[name] = info
+            continue
+        scale = next((other for other in scale_names(name) if other in tensors), None)
+        if scale is None or not scale_fits(info.shape, tensors[scale].shape, block):
+            state = "no scale" if scale is None else f"a scale of shape {list(tensors[scale].shape)}"
+            raise MorphoQuantError(f"{info.file}: {name} is FP8 with {state}; download the 16-bit original")
+        scales.add(scale)
+        joined[name] = replace(info, dtype="BF16", scale=(scale, tensors[scale].file), block=block)
+    return {name: info for name, info in joined.items() if name not in scales and not is_serving_only(name)}
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:

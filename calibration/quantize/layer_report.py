@@ -13,10 +13,14 @@ from calibration.quantize.chunks import chunks
 from calibration.quantize.coded_tokens import CodedTokens
 from calibration.quantize.grids import FoundInput
 from calibration.quantize.modality_rows import RowChoice
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.format.schema import MASSIVE_ROW
 from morphoquant_vllm.numerics import activation
 
 # The output error is measured on about this many tokens.
 ERROR_TOKENS = 2048
+# An escape rate of this many times the budget is a warning: the tokens of the search do not stand for the others.
+FAR_ABOVE = 2.0
 # So many tokens are multiplied at once: enough that weights are seldom read.
 RUN_TOKENS = 256
 
@@ -94,6 +98,22 @@ def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names:
     if bool(massive.any()):
         named[row_names[-1]] = float(per_token[massive.cpu()].mean())
     return {**named, "all": overall}
+
+
+def escape_warning(layer: str, record: LayerRecord, recipe: Recipe) -> str | None:
+    """A sentence about a layer whose escape rate is far above the budget; None if it is not, or without a budget.
+
+    The massive row is not judged: its few tokens may escape on every channel.
+    """
+    budget = recipe.escape_budget
+    rates = {row: rate for row, rate in record.escape_rate.items() if row not in (MASSIVE_ROW, "all")}
+    row = max(rates, key=lambda name: rates[name])
+    if recipe.grid != "budget" or not budget or rates[row] <= FAR_ABOVE * budget:
+        return None
+    return (
+        f"{layer}: {rates[row]:.0%} of the codes of {row} tokens escape, far above escape_budget = {budget:.0%}; "
+        "its tokens repeat or differ in kind: give more varied data"
+    )
 
 
 def output_error(

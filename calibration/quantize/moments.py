@@ -123,7 +123,10 @@ def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage:
     the mean energy of a channel. So the weights make up for what the rounding of activations and the layers before
     lost, as far as it can be told from the codes.
     """
-    ridge = shrinkage * code_code.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    ridge = shrinkage * code_code.diagonal().mean()
+    if not float(ridge) >= torch.finfo(torch.float32).tiny:
+        # The input was the same, or zero, for all tokens: nothing can be told from its codes.
+        return absorbed
     damped = code_code.clone()
     damped.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(damped)

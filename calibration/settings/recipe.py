@@ -138,7 +138,12 @@ class Recipe(BaseModel):
     max_samples: int = Field(
         default=128, ge=1, description="At most this many conversations and text windows are used."
     )
-    max_tokens: int = Field(default=2048, ge=2, description="Longest conversation, in tokens.")
+    max_tokens: int = Field(
+        default=32768,
+        ge=2,
+        description="Longest conversation, in tokens: longer text is cut, longer media are refused. "
+        "A phone's photo takes up to 16,384, a minute of sound 1,500.",
+    )
     window_tokens: int = Field(
         default=512, ge=2, description="Length of the windows that .txt files are cut into, in tokens."
     )

@@ -138,7 +138,14 @@ def _content_hash(item: Conversation | PlainText) -> str:
             content = _media_hash(part) if isinstance(part, Media) else part.text
             kind = part.kind if isinstance(part, Media) else "text"
             sha256.update(json.dumps([message.role, kind, content]).encode() + b"\n")
+        sha256.update(_json(message.fields))
+    sha256.update(_json(item.template))
     return sha256.hexdigest()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    # A table's row may hold values that JSON lacks, such as a date.
+    return json.dumps(value, sort_keys=True, default=str).encode() + b"\n"
 
 
 def _media_hash(media: Media) -> str:

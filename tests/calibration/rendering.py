@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from calibration.data.conversations import Conversation, PlainText, load_conversations
+from calibration.data.conversations import Conversation, PlainText
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from morphoquant_vllm.errors import MorphoQuantError
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from calibration.blocks.loop import BlockResult
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.calibrate import calibrate
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.calibrate.data import AUDIO_TOKENS, IMAGE_TOKENS, write_data
 from benchmarks.calibrate.model.layouts import layout_config
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.model.architectures import find_architecture
 from morphoquant_vllm.errors import MorphoQuantError

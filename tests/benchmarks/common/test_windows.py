@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks.common import texts, windows
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import DEFAULT_ROWS

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.common.questions.items import Item, Media
 from benchmarks.paper import calibration
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.benchmarks.paper.published import options, write_published
 from tests.tiny_conversations import image_bytes, sound_bytes, write_video

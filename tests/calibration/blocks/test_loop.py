@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from calibration.blocks import loop
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
 from calibration.blocks.served_linear import ServedLinear, TokenRows
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import choose_tokens
 from calibration.model.architectures import find_architecture

@@ -14,7 +14,7 @@ import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
 from calibration.blocks.loop import BlockResult
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.calibrate import calibrate
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.model.architectures import find_architecture
 from calibration.model.plan import plan

@@ -1,10 +1,13 @@
 """Decoding of images, audio and video, against signals whose content is known."""
 
 import io
+import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
@@ -59,6 +62,50 @@ def test_stereo_becomes_the_mean_of_its_channels() -> None:
     samples = decode_audio(media("audio", encode_audio([wave, 0 * wave], 16000, "wav", "pcm_s16le")), 16000)
     # Two roundings to 16 bits.
     np.testing.assert_allclose(samples, wave / 2, atol=2 / 32768)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("count", [1, 100, 12345])
+def test_sound_has_the_length_that_vllm_gives_it(rate: int, count: int) -> None:
+    encoded = encode_audio([sine(count / rate, rate, 440)], rate, "wav", "pcm_s16le")
+    assert len(decode_audio(media("audio", encoded), 16000)) == math.ceil(count * 16000 / rate)
+
+
+def test_decoding_of_sound_stops_at_the_limit() -> None:
+    encoded = encode_audio([sine(3.0, 48000, 440)], 48000, "flac", "flac")
+    assert len(decode_audio(media("audio", encoded), 16000, 48000)) == 48000
+    # The damaged end would be another error.
+    damaged = encoded[: len(encoded) // 2] + bytes(len(encoded) // 2)
+    with pytest.raises(MorphoQuantError, match=r"data.jsonl:7: thing: longer than 1 s, which max_tokens allows; raise"):
+        decode_audio(media("audio", damaged), 16000, 16000)
+
+
+def test_twenty_minutes_of_silence_in_a_small_file_takes_little_memory() -> None:
+    encoded = encode_audio([np.zeros(16000 * 1200)], 16000, "flac", "flac")
+    assert len(encoded) < 1e6
+    tracemalloc.start()
+    with pytest.raises(MorphoQuantError, match="longer than 60 s"):
+        decode_audio(media("audio", encoded), 16000, 16000 * 60)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * 4 * 16000 * 60
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_are_refused(value: float) -> None:
+    buffer = io.BytesIO()
+    wave = np.zeros(16000, np.float32)
+    wave[500] = value
+    soundfile.write(buffer, wave, 16000, format="WAV", subtype="FLOAT")
+    with pytest.raises(MorphoQuantError, match=r"data.jsonl:7: thing: .* samples that are NaN or infinite"):
+        decode_audio(media("audio", buffer.getvalue()), 16000)
+
+
+def test_eps_is_no_image() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    with pytest.raises(MorphoQuantError, match=r"data.jsonl:7: thing: not decodable as image \(cannot identify"):
+        decode_image(media("image", buffer.getvalue()))
 
 
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "mpeg4"), ("webm", "libvpx-vp9")])

@@ -4,7 +4,9 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from transformers import (
@@ -14,6 +16,7 @@ from transformers import (
 )
 
 from calibration.data.conversations import Conversation, Message, PlainText, Text
+from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.media_files import encode_audio, encode_video, png, sine
 from tests.calibration.rendering import ROWS, build, conversations, copy_without_template, placeholders, refusal
@@ -47,6 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "image.png").write_bytes(png(Image.new("RGB", (120, 90), (10, 200, 30))))
     (path / "long.wav").write_bytes(encode_audio([sine(2.3, 48000, 440)], 48000, "wav", "pcm_s16le"))
     (path / "short.wav").write_bytes(encode_audio([sine(0.001, 16000, 440)], 16000, "wav", "pcm_s16le"))
+    (path / "minute.wav").write_bytes(encode_audio([sine(60, 8000, 440)], 8000, "wav", "pcm_s16le"))
+    soundfile.write(path / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
     (path / "video.mp4").write_bytes(encode_video(25, 8))
     (path / "frame.mp4").write_bytes(encode_video(1, 8))
     return path
@@ -219,9 +224,81 @@ def test_undecodable_media_are_left_out_only_on_request(
     assert [sample.source[-2:] for sample in samples] == [":1", ":3"]
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("skipped: ") and "data.jsonl:2: " in first and "long.wav" in first
-    assert last == "1 of 3 samples were skipped because their media are broken"
+    assert last == "1 of 3 samples were skipped because they cannot be used"
     with pytest.raises(MorphoQuantError, match="no calibration sample is left"):
         build(omni, data[1:2], skip_bad=True)
+
+
+def test_skip_bad_leaves_out_whatever_belongs_to_one_conversation(
+    omni: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = {"type": "text", "text": "look: <|IMAGE|>"}
+    bad = {
+        "too short for a token": [SHORT_AUDIO],
+        "NaN or infinite": [{"type": "audio_url", "audio_url": {"url": "nan.wav"}}],
+        "longer than": [{"type": "audio_url", "audio_url": {"url": "minute.wav"}}],
+        "more than max_tokens=200": [IMAGE] * 20,
+        "the text itself holds <|IMAGE|>": [held],
+    }
+    data = conversations(folder, "fine", *bad.values())
+    with caplog.at_level(logging.WARNING, logger="calibration.data.rendering"):
+        (sample,) = build(omni, data, max_tokens=200, skip_bad=True)
+    assert sample.source.endswith(":1")
+    *skipped, count = (record.getMessage() for record in caplog.records)
+    for line, (reason, message) in enumerate(zip(bad, skipped, strict=True), start=2):
+        assert message.startswith("skipped: ") and f"data.jsonl:{line}: " in message and reason in message
+    assert count == "5 of 6 samples were skipped because they cannot be used"
+    caplog.clear()
+    assert "5 conversations cannot be used (the log lists the first 5; --skip-bad" in refusal(omni, data, 200)
+    assert [reason in caplog.messages[index] for index, reason in enumerate(bad)] == [True] * 5
+
+
+def test_a_medium_that_the_model_lacks_and_a_window_with_a_placeholder_are_left_out(vl: Path, folder: Path) -> None:
+    data = [*conversations(folder, [AUDIO], "fine"), PlainText("book.txt", "before <|image_pad|> after")]
+    assert [sample.source for sample in build(vl, data, skip_bad=True)] == [f"{folder / 'data.jsonl'}:2"]
+
+
+def test_sound_longer_than_the_extractors_chunk_keeps_its_end(omni: Path, folder: Path) -> None:
+    minute = {"type": "audio_url", "audio_url": {"url": "minute.wav"}}
+    single, pair = build(omni, conversations(folder, [minute], [AUDIO, minute, AUDIO]), max_tokens=2000)
+    # 60 s: 6000 frames of 10 ms, halved twice; the tiny extractor's chunk is 10 s. 2.3 s: 57 tokens.
+    assert int((single.modality == 3).sum()) == 1500
+    assert int((pair.modality == 3).sum()) == 57 + 1500 + 57
+
+
+def test_a_video_with_too_many_tokens_is_refused_before_its_frames_are_kept(
+    omni: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Frames of 64 x 32 are scaled up: 64 tokens a pair at least. By their own size they are about 2 tokens.
+    (folder / "film.webm").write_bytes(encode_video(30, 1, "webm", "libvpx-vp9"))
+    film = {"type": "video_url", "video_url": {"url": "film.webm"}}
+    monkeypatch.setattr(np, "stack", None)
+    message = refusal(omni, conversations(folder, [film]), max_tokens=20)
+    assert "data.jsonl:1: " in message and "film.webm: its 30 frames take 27 tokens or more, more than" in message
+
+
+def test_the_template_gets_tools_arguments_and_keys_of_messages(llama: Path, tmp_path: Path) -> None:
+    copy_without_template(llama, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ tools | tojson }} {{ thinking }} {{ messages[0].tool_calls[0].function.arguments.a }}|"
+        "{{ messages[0].content }}|{{ messages[1].role }}"
+    )
+    call = {"function": {"name": "sum", "arguments": '{"a": 5}'}}
+    record = {
+        "messages": [{"role": "assistant", "tool_calls": [call]}, {"role": "developer", "content": "x"}],
+        "tools": [{"type": "function", "function": {"name": "sum"}}],
+        "chat_template_kwargs": {"thinking": "deep"},
+    }
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    (sample,) = build(tmp_path, load_conversations(tmp_path / "data.jsonl"))
+    text = AutoTokenizer.from_pretrained(tmp_path).decode(sample.inputs["input_ids"][0])
+    assert text == '[{"type": "function", "function": {"name": "sum"}}] deep 5||system'
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    copy_without_template(llama, plain)
+    assert "the model has no chat template, which tools need" in refusal(
+        plain, [Conversation("file:3", (Message("user", (Text("a"),)),), {"tools": []})]
+    )
 
 
 def test_media_are_not_cut_but_refused(omni: Path, folder: Path) -> None:

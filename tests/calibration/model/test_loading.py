@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calibration.blocks.capture import capture_block_inputs
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.model.architectures import Architecture, find_architecture
 from calibration.model.loading import BlockLoader, choose_device, load_front

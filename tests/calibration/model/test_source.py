@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,9 +90,23 @@ def test_an_index_must_fit_its_files(tmp_path: Path) -> None:
     refuse(model, "no weight_map")
 
 
-def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
+INT4 = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"type": "int", "num_bits": 4}}}}
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "morphoquant"}, INT4, [1]])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_another_quantized_source_is_refused_by_name(tmp_path: Path, settings: Any, key: str) -> None:
     model = write_model(tmp_path / "m")
-    (model / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
-    refuse(model, "already quantized")
-    (model / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}')
-    refuse(model, "already quantized")
+    (model / "config.json").write_text(json.dumps({"text_config": {key: settings}}))
+    method = settings["quant_method"] if isinstance(settings, dict) else "unknown means"
+    refuse(model, rf"already quantized \(quantization_config\) by {method}; download the 16-bit original, or its FP8")
+    (model / "README.md").write_text("---\nlicense: mit\nbase_model:\n- org/Base-7B\n---\n# Card\n")
+    refuse(model, r"download the 16-bit original \(org/Base-7B\), or its FP8 version")
+
+
+def test_settings_of_no_quantization_are_dropped(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    (model / "config.json").write_text(
+        '{"quantization_config": {}, "text_config": {"quantization_config": null, "a": 1}}'
+    )
+    assert open_source(model).config == {"text_config": {"a": 1}}

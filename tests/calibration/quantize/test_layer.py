@@ -1,12 +1,16 @@
 """One input's tensors and its record, from a sample of tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from calibration.quantize.layer_report import escape_warning
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import tensor_specs
 from morphoquant_vllm.format.values import check_values, unequal_input_tensors
-from morphoquant_vllm.numerics import activation
+from morphoquant_vllm.numerics import activation, weights
 from tests.calibration.inputs import (
     ANY,
     AUDIO,
@@ -355,3 +359,37 @@ def test_balance_decides_for_whom_the_weights_are_rounded() -> None:
         return float((y - x[audio] @ weight.T).norm())
 
     assert audio_error(1.0) < audio_error(0.0)
+
+
+@pytest.mark.parametrize("levels", [0, 16])
+@pytest.mark.parametrize("rounding", ["compensated", "nearest"])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_an_input_that_is_zero_on_all_tokens_is_rounded_plainly(levels: int, rounding: str, tokens: int) -> None:
+    weight = matrix()
+    x, modality = torch.zeros(tokens, K), torch.zeros(tokens, dtype=torch.int32)
+    layer = quantize(x, modality, {"m.q": weight}, scale_levels=levels, rounding=rounding)["m.q"]
+    assert layer.record.output_error == 0 and layer.record.escape_rate["all"] == 0
+    order = layer.tensors["channel_order"]
+    scales = ("weight_level", "weight_channel_scale") if levels else ("weight_scale",)
+    served = weights.dequantize_weight(layer.tensors["weight_codes"], *(layer.tensors[name] for name in scales))
+    served /= layer.tensors["activation_step"][order]
+    # Nothing makes up for anything: each weight is off by a step of its group at most, as by plain rounding.
+    groups = weight[:, order].unflatten(1, (-1, 32))
+    assert float(((served.unflatten(1, (-1, 32)) - groups).abs() / (groups.abs().amax(-1, keepdim=True) / 7)).max()) < 1
+    assert relative(served, weight[:, order]) < 0.12
+
+
+def test_an_escape_rate_far_above_the_budget_is_a_warning_with_the_layer() -> None:
+    # Every second token is of another kind, and the search looks at every second token.
+    generator = torch.Generator().manual_seed(0)
+    x, modality = 0.1 * torch.randn(8192, K, generator=generator), torch.zeros(8192, dtype=torch.int32)
+    x[1::2] *= 40
+    record = quantize(x, modality, {"m.q": matrix()})["m.q"].record
+    warning = escape_warning("m.qkv", record, Recipe())
+    assert warning is not None and warning.startswith(
+        "m.qkv: 40% of the codes of text tokens escape, far above escape_b"
+    )
+    for settings in ({"grid": "reference"}, {"escape_budget": 0.0}, {"escape_budget": 0.2}):
+        assert escape_warning("m.qkv", record, Recipe(**settings)) is None  # type: ignore[arg-type]
+    within = replace(record, escape_rate={"text": 0.05, "massive": 0.9, "all": 0.06})
+    assert escape_warning("m.qkv", within, Recipe()) is None

@@ -209,3 +209,8 @@ def test_codes_that_never_change_tell_nothing() -> None:
     noise = -1e-12 * torch.eye(K)
     absorbed = absorb(full_weight(), torch.ones(K))
     assert torch.equal(regress(noise, torch.zeros(K, absorbed.shape[0]), absorbed, 0.02), absorbed)
+
+
+def test_an_input_of_zeros_leaves_the_absorbed_weights_exactly() -> None:
+    absorbed = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(regress(torch.zeros(64, 64), torch.zeros(64, 5), absorbed, 0.02), absorbed)

@@ -17,7 +17,7 @@ from benchmarks.models.tiny_omni.data.encoding import Encoder
 from benchmarks.models.tiny_omni.data.questions import Question, calibration_file, test_questions
 from benchmarks.models.tiny_omni.evaluate import answers_transformers
 from benchmarks.models.tiny_omni.model import ModelSettings, heavy_rows, initial_model, write_files
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 
 SETTINGS = train.TrainingSettings(

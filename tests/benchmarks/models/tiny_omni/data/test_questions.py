@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.models.tiny_omni.data import pool, questions, speech
-from calibration.data.conversations import Media, load_conversations
+from calibration.data.conversations import Media
+from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
 
 

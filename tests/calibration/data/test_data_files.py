@@ -4,11 +4,13 @@ import base64
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from calibration.data.conversations import Conversation, Media, Message, PlainText, Text, load_conversations
+from calibration.data.conversations import Conversation, Media, Message, PlainText, Text
+from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -98,14 +100,14 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         ({"prompt": "x"}, "no 'messages'", '"messages"'),
         ([1], "no 'messages'", '"messages"'),
         ('{"messages": ' + "1" * 5000 + "}", "a number with too many digits", "as a string"),
-        ({"messages": []}, "no 'messages'", '"messages"'),
+        ({"messages": []}, "no messages", '"messages"'),
         ({"messages": ["hi"]}, "without a 'role'", '"role"'),
         ({"messages": [{"role": "user"}]}, "no 'content'", "string or a list"),
         ({"messages": [{"role": "user", "content": []}]}, "no 'content'", "string or a list"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            "'tool_calls'",
-            "as text",
+            "a call in 'tool_calls' names no function",
+            "arguments",
         ),
         (
             user({"type": "smell"}),
@@ -188,15 +190,103 @@ def test_conversations_with_missing_media_are_left_out_only_on_request(
     broken = [{"type": "input_audio", "input_audio": {"data": "?", "format": "wav"}}]
     contents = ["one", bad, broken, "two"]
     path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": c}]}) + "\n" for c in contents))
-    with pytest.raises(MorphoQuantError, match=r"data.jsonl:2: image_url file .* does not exist.*--skip-bad"):
+    with pytest.raises(MorphoQuantError) as caught:
         load_conversations(path)
+    assert str(caught.value).startswith(
+        f"2 conversations cannot be used (the log lists the first 2; --skip-bad leaves them out); the first: {path}:2: "
+    )
+    assert re.findall(r"cannot be used: .*data.jsonl:(\d): (image_url file|bad base64)", caplog.text) == [
+        ("2", "image_url file"),
+        ("3", "bad base64"),
+    ]
     with caplog.at_level(logging.WARNING, logger="calibration"):
         assert [item.source for item in load_conversations(path, skip_bad=True)] == [f"{path}:1", f"{path}:4"]
     assert re.findall(r"skipped: .*data.jsonl:(\d)", caplog.text) == ["2", "3"]
     path.write_text(json.dumps({"messages": [{"role": "user", "content": bad}]}) + "\n")
-    with pytest.raises(MorphoQuantError, match="the media of all its 1 conversations are broken"):
+    with pytest.raises(
+        MorphoQuantError, match=r"none of its 1 conversations can be used; the first: .*gone.png does not exist"
+    ):
         load_conversations(path, skip_bad=True)
-    # Malformed data do not count as broken media.
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}) + "\n")
-    with pytest.raises(MorphoQuantError, match="unknown part type"):
-        load_conversations(path, skip_bad=True)
+
+
+def test_a_json_array_names_file_line_and_entry(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([GOOD, GOOD, {"prompt": "x"}], indent=1))
+    lines = path.read_text().splitlines()
+    with pytest.raises(MorphoQuantError) as caught:
+        load_conversations(path)
+    line = next(number for number, text in enumerate(lines, start=1) if '"prompt"' in text) - 1
+    assert str(caught.value).startswith(f"{path}:{line}, entry 3: no 'messages'")
+    assert [item.source for item in load_conversations(path, skip_bad=True)] == [
+        f"{path}:2, entry 1",
+        f"{path}:{lines.index(' },') + 2}, entry 2",
+    ]
+
+
+def test_a_json_file_of_one_object_or_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(GOOD, indent=2))
+    assert [item.source for item in load_conversations(path)] == [f"{path}:1"]
+    write_lines(path, GOOD, GOOD)
+    assert [item.source for item in load_conversations(path)] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize("text", ['[{"messages": []', "[1, 2", "[] tail", "[" * 200_000])
+def test_a_broken_json_array_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(MorphoQuantError, match=r"data\.json.*(not JSON|no conversations)") as caught:
+        load_conversations(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_rows_are_records_without_nulls(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow, which is optional")
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>what?", "name": None}], "images": [{"bytes": b"x"}]},
+        {"messages": [{"role": "user", "content": "hello", "name": "ann"}], "images": None},
+    ]
+    path = tmp_path / "data.parquet"
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    first, second = load_conversations(path)
+    assert isinstance(first, Conversation) and isinstance(second, Conversation)
+    assert first.source == f"{path}:row 1"
+    assert first.messages[0].parts == (Media("image", b"x", f"{path}:row 1: images"), Text("what?"))
+    assert second.messages == (Message("user", (Text("hello"),), {"name": "ann"}),)
+    path.write_bytes(b"PAR1 damaged")
+    with pytest.raises(MorphoQuantError, match=r"data\.parquet: damaged or not parquet"):
+        load_conversations(path)
+
+
+def test_parquet_without_pyarrow_names_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    with pytest.raises(MorphoQuantError, match=r"needs the package pyarrow; install it, or convert it to \.jsonl"):
+        load_conversations(tmp_path / "data.parquet")
+
+
+def test_keys_that_are_not_read_are_counted_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:;base64,eA==", "detail": "high"}, "cache_control": {}}
+    lines = [
+        {"id": 7, "messages": [{"role": "user", "content": "<audio>", "weight": 1}]},
+        {"id": 8, "messages": [{"role": "user", "content": [part]}], "name": None},
+    ]
+    with caplog.at_level(logging.WARNING, logger="calibration"):
+        load_conversations(write_lines(tmp_path / "data.jsonl", *lines))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.endswith(
+        "data.jsonl: not read, with the number of conversations: <audio> in a text, without audios (1), id (2), "
+        "messages.content.cache_control (1), messages.content.image_url.detail (1), messages.weight (1)"
+    )
+
+
+def test_only_the_first_unusable_conversations_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_lines(tmp_path / "data.jsonl", *["{"] * 7, GOOD)
+    with pytest.raises(
+        MorphoQuantError, match=r"7 conversations cannot be used \(the log lists the first 5; .*skip-bad"
+    ):
+        load_conversations(path)
+    assert re.findall(r"cannot be used: .*data.jsonl:(\d): not JSON", caplog.text) == ["1", "2", "3", "4", "5"]
+    assert [item.source for item in load_conversations(path, skip_bad=True)] == [f"{path}:8"]
