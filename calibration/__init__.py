@@ -11,6 +11,7 @@ quantize        the algorithm
 work            the work directory, which makes a run resumable
 output          the checkpoint, its report, and their display
 time_limit      a limit of processor time for a publisher's code
+compare         two models on the same data
 processes       the processes that share a run, and their collectives
 progress        the progress bar in the terminal
 """

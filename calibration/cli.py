@@ -1,4 +1,4 @@
-"""The command `morphoquant`: calibrate, inspect, report, verify, convert."""
+"""The command `morphoquant`: doctor, calibrate, inspect, report, verify, convert, compare."""
 
 from __future__ import annotations
 
@@ -184,6 +184,61 @@ def convert(
 
     done = run(directory, output, scales=scales, approximate=approximate, overwrite=overwrite)
     typer.echo(f"{output}: {done}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint or 16-bit model: the measure.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another form of the same model.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Conversations (.jsonl, .json, .parquet), .txt, a folder of .txt; repeatable.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", help="Write an HTML page to this file, too.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Number of samples (default: all).")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Compare two forms of a model on data: divergence and perplexity by modality, errors by decoder block.
+
+    Both are loaded by transformers, on the CPU; quantized linears compute on the slow torch reference.
+    """
+    from calibration.compare.run import compare_models
+    from calibration.compare.show import check_page, comparison_table, write_page
+
+    if output is not None:
+        check_page(output, overwrite=overwrite)
+    found = compare_models(first, second, data, max_samples=max_samples, max_tokens=max_tokens, dtype=dtype)
+    if output is not None:
+        write_page(found, output, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    Console().print(comparison_table(found))
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Checkpoint or model directory whose need is examined, too.")
+    ] = None,
+    mend: Annotated[bool, typer.Option("--mend", help="First remove the known faults of vLLM's environment.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Show whether this machine can serve: processor, compiler, GPU, vLLM, cache, media; exit status 0 or 1."""
+    from morphoquant_vllm.doctor import server
+    from morphoquant_vllm.doctor.examine import as_json as json_object
+    from morphoquant_vllm.doctor.examine import as_text, examine, is_healthy
+    from morphoquant_vllm.doctor.memory import read_model
+
+    if mend:
+        for line in server.mend_all():
+            typer.echo(f"mending {line}", err=True)
+    findings = examine(None if model is None else read_model(model))
+    typer.echo(json.dumps(json_object(findings), indent=2) if as_json else as_text(findings))
+    if not is_healthy(findings):
+        raise typer.Exit(1)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -23,7 +23,8 @@ from calibration.model.architectures import Architecture
 from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
-from calibration.output.export import checkpoint_size, quantized_size, write_checkpoint
+from calibration.output.card import model_card, read_front_matter
+from calibration.output.export import checkpoint_size, quantized_size, tensors_size, write_checkpoint
 from calibration.output.report import make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
 from calibration.processes import Processes
@@ -180,8 +181,17 @@ def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, 
     with staged_directory(output, source.directory, overwrite=overwrite, tag=tag) as directory:
         check_free_space(directory, checkpoint_size(source, spec))
         with clear_write_errors(output, source.directory):
-            write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions())
+            card = checkpoint_card(source, spec, report)
+            write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions(), card)
         # The hashes were just computed from these files; reading them again would only repeat that.
         verify_checkpoint(directory, checksums=False)
         work.note_export(directory)
     return report
+
+
+def checkpoint_card(source: Source, spec: QuantizationSpec, report: Mapping[str, Any]) -> str:
+    """The text of the checkpoint's README.md."""
+    named = source.config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else source.config.get("model_type", "unknown")
+    sizes = tensors_size(source, spec), sum(info.nbytes for info in source.tensors.values())
+    return model_card(read_front_matter(source.directory), spec, report, architecture, *sizes)

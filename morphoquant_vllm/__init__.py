@@ -7,6 +7,7 @@
     cpu, gpu     their code
     plugin       the classes that vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
+    doctor       the facts of a machine that decide how a model is served
     compat       command: compares the installed vLLM with the interfaces that the plugin needs
     mends        command: finds and mends an environment in which vLLM cannot serve
     torchvision_ops_hook  a file that a mend copies into the environment

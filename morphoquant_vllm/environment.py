@@ -61,7 +61,12 @@ WAIT_POLICY = Variable(
     "`PASSIVE` in the command `morphoquant`",
     "Whether OpenMP's threads sleep or spin (`ACTIVE`) while they wait; it matters if cores are shared.",
 )
-VARIABLES = (CPU, CACHE, CACHE_HOME, CXX, TILES, FUSION, WORKSPACE, CHECKSUMS, WAIT_POLICY)
+PLUGINS = Variable(
+    "VLLM_PLUGINS",
+    "all",
+    "Names of the plugins that vLLM loads, separated by commas; `morphoquant doctor` notices if this one is left out.",
+)
+VARIABLES = (CPU, CACHE, CACHE_HOME, CXX, TILES, FUSION, WORKSPACE, CHECKSUMS, WAIT_POLICY, PLUGINS)
 
 
 def cpu_instructions() -> str:
@@ -107,6 +112,13 @@ def workspace_wanted() -> bool:
 def checksums_wanted() -> bool:
     """Whether the content of a checkpoint's files is checked before it is loaded."""
     return CHECKSUMS.text() != "0"
+
+
+def plugins() -> list[str] | None:
+    """Names of the plugins that vLLM loads; None if it loads all."""
+    # An empty value is a choice of none for vLLM.
+    chosen = os.environ.get(PLUGINS.name)
+    return None if chosen is None else chosen.split(",")
 
 
 def wait_passively() -> None:

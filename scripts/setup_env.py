@@ -122,6 +122,14 @@ def check_commands(python: Path) -> None:
     say(f"vllm {output.split()[-1]}")
 
 
+def examine(python: Path) -> None:
+    """Print what this machine will do. A problem does not end the set-up: the tests run without a server, too."""
+    say("examining this machine (a minute)")
+    _, output = run([str(python.parent / "morphoquant"), "doctor"], lines=60)
+    for line in output.splitlines():
+        say(line)
+
+
 def fingerprint(gpu: bool) -> str:
     """Return a digest of everything that decides the content of the environment."""
     digest = hashlib.sha256(b"gpu" if gpu else b"cpu")
@@ -149,6 +157,7 @@ def set_up() -> None:
     install_project(python)
     mend(python)
     check_commands(python)
+    examine(python)
     stamp.write_text(digest)
 
 

@@ -34,6 +34,8 @@ ROOMS = {
     "backends": {"cpu", "gpu", "handles", "numerics", "torch"},
     "ops": {"backends", "handles", "numerics", "torch"},
     "hf": {"environment", "errors", "format", "numerics", "torch", "transformers"},
+    # vLLM in other processes only.
+    "doctor": {"cpu", "environment", "errors", "format", "gpu", "mends", "torch"},
     "plugin": {
         *("backends", "environment", "errors", "format", "host_memory", "numerics", "ops"),
         # vLLM brings the last two.
@@ -41,7 +43,18 @@ ROOMS = {
     },
 }
 # Kernels are reached by backends alone.
-ROOMS_OF_CALIBRATION = {"", "backends", "environment", "errors", "format", "host_memory", "numerics", "ops"}
+ROOMS_OF_CALIBRATION = {
+    "",
+    "backends",
+    "doctor",
+    "environment",
+    "errors",
+    "format",
+    "hf",
+    "host_memory",
+    "numerics",
+    "ops",
+}
 NOT_IN_CALIBRATION = {"vllm", "triton", "benchmarks", "tests"}
 # These commands run with pyproject.toml's dependencies without extras. A package is imported by its name but this one.
 IMPORTED_AS = {"pyyaml": "yaml"}

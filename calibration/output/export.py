@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from calibration.model.source import Source
+from calibration.output.card import CARD_FILE
 from calibration.output.distributions import write_distributions
 from calibration.output.json_file import write_json
 from calibration.output.report import REPORT_FILE
@@ -71,7 +72,12 @@ def copied_files(directory: Path) -> list[Path]:
 def checkpoint_size(source: Source, spec: QuantizationSpec) -> int:
     """Bytes of the new checkpoint."""
     copied = sum((source.directory / path).stat().st_size for path in copied_files(source.directory))
-    return copied + sum(tensor.nbytes for tensor in output_tensors(source, spec, _nothing))
+    return copied + tensors_size(source, spec)
+
+
+def tensors_size(source: Source, spec: QuantizationSpec) -> int:
+    """Bytes of the checkpoint's tensors, without the files beside them."""
+    return sum(tensor.nbytes for tensor in output_tensors(source, spec, _nothing))
 
 
 def quantized_size(source: Source, spec: QuantizationSpec) -> int:
@@ -124,10 +130,11 @@ def write_checkpoint(
     shard_size: int,
     report: Mapping[str, Any],
     distributions: Mapping[str, Mapping[str, Tensor]],
+    card: str,
 ) -> None:
     """Write a whole checkpoint into an existing empty directory; holds one file's tensors at a time.
 
-    The config is written last: an incomplete directory does not load.
+    `card` is the text of its README.md. The config is written last: an incomplete directory does not load.
     """
     for path in copied_files(source.directory):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
@@ -144,5 +151,6 @@ def write_checkpoint(
     )
     write_distributions(directory, distributions)
     write_json(directory / REPORT_FILE, report)
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
     settings = sealed(directory, source.config, spec)
     write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": settings.to_dict()})

@@ -1,4 +1,4 @@
-"""Build and load the CPU kernels: compiled with the machine's g++ at first use, then kept in a cache.
+"""Build and load the CPU kernels: those of the wheel, else compiled with g++ at first use and kept in a cache.
 
 The cache is a directory of shared objects. A hash of everything that decides a library's content names its file. A
 build is written to a scratch folder and moved into the cache in one step. Any number of workers may start at once: one
@@ -18,9 +18,8 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.cpu.cache import is_intact, one_build, put, usable_directory
@@ -97,7 +96,11 @@ def torch_openmp(maps: Path = Path("/proc/self/maps")) -> Path | None:
         return None
     mapped = os.fsdecode(maps.read_bytes())
     paths = dict.fromkeys(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)\b[^/\s]*\.so\S*)$", mapped, re.MULTILINE))
-    site = Path(torch.__file__).parent
+    # Not imported: wheels are built in an environment without torch.
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    site = Path(spec.origin).parent
     bundled = [path for path in paths if Path(path).parent in (site / "lib", site.parent / "torch.libs")]
     shared = [path for path in paths if not Path(path).parent.name.endswith(".libs")]
     return next((Path(path) for path in (*bundled, *shared)), None)
@@ -225,8 +228,12 @@ def _build_and_load(instructions: str, compiler: Sequence[str], directory: Path)
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels for this machine, or None after one warning that names the reason and the remedy."""
+    from morphoquant_vllm.cpu import shipped
+
     try:
         instructions = instruction_set(cpu_flags(), environment.cpu_instructions())
+        if (prebuilt := shipped.load(instructions)) is not None:
+            return prebuilt
         compiler = find_compiler()
         with usable_directory(cache_directory()) as directory:
             return _build_and_load(instructions, compiler, directory)

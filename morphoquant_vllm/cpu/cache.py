@@ -44,7 +44,7 @@ def usable_directory(directory: Path) -> Iterator[Path]:
     """
     directory = directory.resolve()
     _make(directory)
-    unsafe = _writable_by_others(directory) if directory.exists() else None
+    unsafe = writable_by_others(directory) if directory.exists() else None
     if unsafe is None:
         yield directory
         return
@@ -70,7 +70,7 @@ def _make(directory: Path) -> None:
         return
 
 
-def _writable_by_others(directory: Path) -> Path | None:
+def writable_by_others(directory: Path) -> Path | None:
     """The first of a directory and its parents in which another user may put or exchange files; None if there is none.
 
     Others may write a parent that is sticky, as /tmp: they cannot rename what is not theirs.

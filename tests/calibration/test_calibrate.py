@@ -91,6 +91,20 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
             assert (output / file.name).read_bytes() == file.read_bytes()
 
 
+def test_the_model_card_states_licence_tokens_and_errors(tiny: TinyModels, tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny.model("omni"), source)
+    (source / "README.md").write_text("---\nlicense: mit\nbase_model: owner/name\n---\n# The source\n")
+    report = calibrate(source, tiny.data("omni"), output, recipe=Recipe(device="cpu", sample_tokens=64))
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nbase_model: owner/name\nbase_model_relation: quantized\n")
+    assert "The source\n" not in card
+    for row, count in report["data"]["tokens"].items():
+        assert f"| {row} | {count} |" in card
+    assert f"| escape rate | {report['escape_rate']:.2%} |" in card
+    verify_checkpoint(output)
+
+
 def test_the_same_run_writes_the_same_bytes(tiny: TinyModels, tmp_path: Path) -> None:
     recipe = Recipe(device="cpu", sample_tokens=64, shard_size=300_000)
     for output in ("a", "b"):

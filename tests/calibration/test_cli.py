@@ -292,3 +292,57 @@ def test_a_disk_that_takes_no_more_costs_nothing_that_is_finished(
     refused((result.returncode, result.stdout, result.stderr), rf"{place}: cannot be written \(.*File too large")
     assert [path.name for path in tmp_path.iterdir()] == left
     assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_doctor_has_an_exit_status(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slow checks start other processes; they have tests of their own."""
+    from morphoquant_vllm.doctor import server
+    from morphoquant_vllm.doctor.finding import problem
+
+    monkeypatch.setattr(server, "interfaces", list)
+    monkeypatch.setattr(server, "needed_mends", list)
+    monkeypatch.setattr(server, "media", lambda needed: [])
+    write_random_checkpoint(tmp_path / "model")
+    status, out, err = run("doctor", "--model", tmp_path / "model")
+    assert (status, err) == (0, ""), out
+    assert "this machine can serve" in out and " memory " in out
+    monkeypatch.setattr(server, "interfaces", lambda: [problem("interfaces", "differ", "install it")])
+    status, out, _ = run("doctor", "--json")
+    assert (status, json.loads(out)["healthy"]) == (1, False)
+    refused(run("doctor", "--model", tmp_path / "none"), "none")
+
+
+def test_doctor_mends_before_it_looks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from morphoquant_vllm import mends
+    from morphoquant_vllm.doctor import server
+    from morphoquant_vllm.errors import MorphoQuantError
+
+    faults = ["torchaudio"]
+    mend = mends.Mend("torchaudio", "it is old", "makes it young", faults.clear)
+    monkeypatch.setattr(mends, "needed_mends", lambda: [mend] if faults else [])
+    monkeypatch.setattr(server, "interfaces", list)
+    monkeypatch.setattr(server, "media", lambda needed: [])
+    status, out, _ = run("doctor")
+    assert status == 1 and "PROBLEM  torchaudio" in out and "--mend makes it young" in out
+    status, out, err = run("doctor", "--mend")
+    assert (status, err) == (0, "mending torchaudio: it is old; the mend makes it young\n")
+    assert "torchaudio" not in out
+
+    def refuse() -> None:
+        raise MorphoQuantError("torchaudio stays old; buy another")
+
+    faults.append("torchaudio")
+    monkeypatch.setattr(mends, "needed_mends", lambda: [mends.Mend("torchaudio", "", "", refuse)])
+    status, _, err = run("doctor", "--mend")
+    assert status == 1 and err.endswith("error: torchaudio stays old; buy another\n")
+
+
+def test_compare_prints_and_writes_a_page(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
+    """The source with itself, on two samples; a figure differs nowhere."""
+    model, data, page = tiny.model("llama"), tiny.data("llama"), tmp_path / "page.html"
+    status, out, err = run("compare", model, model, "--data", data, "--max-samples", 2, "--output", page)
+    assert status == 0, err
+    assert "100.0%" in out and "0.00000" in out and "100.0%" in page.read_text()
+    refused(run("compare", model, model, "--data", data, "--output", page), "page.html: exists")
+    status, out, _ = run("compare", model, model, "--data", data, "--max-samples", 2, "--json")
+    assert json.loads(out)["modalities"]["all"]["divergence"] == 0

@@ -29,6 +29,7 @@ SPEC = QuantizationSpec(
 def make_source(directory: Path) -> Source:
     directory.mkdir()
     (directory / "config.json").write_text('{"model_type": "llama", "name": "Zoë"}')
+    (directory / "README.md").write_text("# The source")
     (directory / "tokenizer.model").write_bytes(b"\x00\xff\r\n")
     (directory / "chat_template.jinja").write_text("{{ messages }}\r\n")
     for name in ("spk_dict.pt", "optimizer.pt", "pytorch_model.bin", "model.gguf", ".gitattributes", "weights.pickle"):
@@ -59,7 +60,7 @@ def loads(quantized: dict[str, dict[str, torch.Tensor]]) -> LoadQuantized:
     return lambda layer, tensor: quantized[layer][tensor].clone()
 
 
-def test_files_are_copied_except_weights_pickles_and_hidden_ones(tmp_path: Path) -> None:
+def test_files_are_copied_except_weights_pickles_hidden_ones_and_the_card(tmp_path: Path) -> None:
     source = make_source(tmp_path / "m")
     assert [str(path) for path in copied_files(source.directory)] == [
         "chat_template.jinja",
@@ -97,7 +98,7 @@ def test_weight_files_honour_the_umask(umask: int, mode: int, tmp_path: Path) ->
     before = os.umask(umask)
     try:
         (tmp_path / "out").mkdir()
-        write_checkpoint(tmp_path / "out", source, SPEC, loads(quantized_tensors()), 10**9, {"format": 1}, {})
+        write_checkpoint(tmp_path / "out", source, SPEC, loads(quantized_tensors()), 10**9, {"format": 1}, {}, "")
     finally:
         os.umask(before)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -108,8 +109,10 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     source, quantized = make_source(tmp_path / "m"), quantized_tensors()
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, loads(quantized), 10**9, {"format": 1}, {})
+    write_checkpoint(out, source, SPEC, loads(quantized), 10**9, {"format": 1}, {}, "# Card\n")
+    assert (out / "README.md").read_text() == "# Card\n"
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "model-00001-of-00001.safetensors",
@@ -141,7 +144,7 @@ def test_shards_stay_below_the_limit_and_stand_in_the_index(tmp_path: Path) -> N
     source, quantized = make_source(tmp_path / "m"), quantized_tensors()
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, loads(quantized), 4000, {}, {})
+    write_checkpoint(out, source, SPEC, loads(quantized), 4000, {}, {}, "")
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -158,7 +161,7 @@ def test_the_size_is_known_before_the_work(tmp_path: Path) -> None:
     source = make_source(tmp_path / "m")
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, source, SPEC, loads(quantized_tensors()), 10**9, {}, {})
+    write_checkpoint(out, source, SPEC, loads(quantized_tensors()), 10**9, {}, {}, "")
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     # The difference is the header of the weights, the index, the config and the report: kilobytes.
     assert 0 <= written - checkpoint_size(source, SPEC) < 20_000

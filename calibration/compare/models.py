@@ -1,0 +1,82 @@
+"""Loads the two models of a comparison, checkpoints and 16-bit models alike, and renders the data for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
+from calibration.data.data_files import load_conversations
+from calibration.data.rendering import Sample, build_samples
+from calibration.model.architectures import Architecture, find_architecture
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE
+from morphoquant_vllm.format.files import read_json
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model of a comparison."""
+
+    directory: Path
+    architecture: Architecture
+    config: dict[str, Any]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is a MorphoQuant checkpoint."""
+        return "quantization_config" in self.config
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The whole model on the CPU; quantized linears compute on the torch reference."""
+        model_class = getattr(transformers, self.architecture.model_class)
+        try:
+            model: nn.Module = model_class.from_pretrained(
+                str(self.directory), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+        except (ValueError, OSError, RuntimeError) as error:
+            words = " ".join(str(error).split())
+            raise MorphoQuantError(f"{self.directory}: transformers cannot load it ({words}); see its files") from error
+        return model.eval()
+
+
+def open_side(directory: Path) -> Side:
+    """A model directory by its config. Raises MorphoQuantError if it is missing or of an unknown architecture."""
+    config = read_json(directory / CONFIG_FILE)
+    return Side(directory, find_architecture(config), config)
+
+
+def check_pair(first: Side, second: Side) -> None:
+    """Raise MorphoQuantError unless both sides are forms of one model."""
+    if first.architecture != second.architecture:
+        raise MorphoQuantError(
+            f"{second.directory}: is a {second.architecture.model_type}, and {first.directory} is a "
+            f"{first.architecture.model_type}; compare two forms of one model"
+        )
+    sizes = [
+        {key: side.architecture.decoder_config(side.config).get(key) for key in ("num_hidden_layers", "vocab_size")}
+        for side in (first, second)
+    ]
+    if sizes[0] != sizes[1]:
+        raise MorphoQuantError(
+            f"{second.directory}: its decoder has {sizes[1]}, the other's {sizes[0]}; compare two forms of one model"
+        )
+
+
+def read_samples(side: Side, data: Iterable[Path], max_tokens: int, max_samples: int | None) -> list[Sample]:
+    """The data as inputs of the model, rendered by the processor of `side`."""
+    return build_samples(
+        side.directory,
+        load_conversations(data),
+        max_tokens=max_tokens,
+        max_samples=max_samples,
+        placeholder_token_ids=side.architecture.placeholder_token_ids(side.config),
+        rows=DEFAULT_ROWS,
+    )

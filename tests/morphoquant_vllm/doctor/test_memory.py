@@ -1,0 +1,48 @@
+"""A checkpoint's need against the free memory of a machine, of a container and of a GPU."""
+
+from pathlib import Path
+
+import pytest
+
+from morphoquant_vllm.doctor import memory
+from morphoquant_vllm.errors import MorphoQuantError
+from tests.checkpoints import write_random_checkpoint
+
+
+def meminfo(folder: Path, kib: int) -> Path:
+    path = folder / "meminfo"
+    path.write_text(f"MemTotal:       99999999 kB\nMemAvailable:   {kib} kB\n")
+    return path
+
+
+def test_a_container_has_less_than_the_machine(tmp_path: Path) -> None:
+    info = meminfo(tmp_path, 8 << 20)
+    assert memory.available_memory(info, tmp_path) == 8 << 30
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(str(1 << 30))
+    assert memory.available_memory(info, tmp_path) == 8 << 30
+    (tmp_path / "memory.max").write_text(f"{4 << 30}\n")
+    assert memory.available_memory(info, tmp_path) == 3 << 30
+
+
+def test_a_checkpoint_is_read_from_its_files(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "model")
+    model = memory.read_model(tmp_path / "model")
+    files = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert model.is_quantized and model.weights == files
+    with pytest.raises(MorphoQuantError, match="none"):
+        memory.read_model(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("gpu_bytes", "weights", "state"),
+    [(8 << 30, 7 << 30, "ok"), (8 << 30, 9 << 30, "problem"), (None, 1 << 30, "ok"), (None, 7 << 30, "problem")],
+)
+def test_weights_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, gpu_bytes: int | None, weights: int, state: str
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 << 30)
+    model = memory.Model(Path("some"), weights, frozenset(), True)
+    (finding,) = memory.serving(model, gpu_bytes)
+    assert finding.state == state
+    assert "8.00 GiB" in finding.text
