@@ -13,9 +13,9 @@ import torch
 
 from calibration.blocks.loop import BlockResult
 from calibration.data.conversations import CLASSES, load_conversations
-from calibration.model.architectures import find_architecture
+from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
-from calibration.model.plan import decoder_names, plan
+from calibration.model.plan import decoder_names, plan, sixteen_bit
 from calibration.model.source import open_source
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
 from calibration.output.staging import check_output
@@ -94,9 +94,14 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     """The job of this run: which layers are quantized, and how, by the model's config and the recipe."""
     device = choose_device(recipe.device, processes)
     source = open_source(model)
-    architecture = find_architecture(source.config)
+    architecture = choose_architecture(source, recipe)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
+    if processes.first and not architecture.verified:
+        logger.info("%s: %s", source.config.get("model_type"), GENERIC)
+    for name, in_features in sixteen_bit(architecture, names, source.tensors).items():
+        if processes.first:
+            logger.info("%s stays in 16 bit: no group size divides its K = %d", name, in_features)
     return Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
 
 

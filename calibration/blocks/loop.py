@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.capture import BlockInput
+from calibration.blocks.capture import ADDED, BlockInput
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.token_choice import TokenSample
 from calibration.model.architectures import Architecture
@@ -52,6 +52,11 @@ class _LoadedBlock:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
+    def given(self, entry: BlockInput, hidden: Tensor) -> Tensor:
+        """What the model gives the block of the hidden states before it: some add features of media to them."""
+        added = entry.arguments[self.index].get(ADDED)
+        return hidden if added is None else hidden + added.to(hidden.device)
+
     def run(
         self,
         entry: BlockInput,
@@ -65,8 +70,8 @@ class _LoadedBlock:
         self.serving.modality = entry.modality
         output = run_observed(
             self.module,
-            hidden.to(self.device),
-            entry.arguments[self.index],
+            self.given(entry, hidden).to(self.device),
+            {name: value for name, value in entry.arguments[self.index].items() if name != ADDED},
             collectors,
             rows.to(self.device),
             entry.positions.to(self.device),
@@ -162,8 +167,8 @@ def _run_16bit(
     """
     norms = [torch.zeros(0)]
     for entry in block.inputs:
-        before = entry.hidden
-        after = block.run(entry, before, targets, entry.modality)
+        before = block.given(entry, entry.hidden)
+        after = block.run(entry, entry.hidden, targets, entry.modality)
         entry.write_hidden(after)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in block.inputs)])
