@@ -16,6 +16,7 @@ from calibration.data.conversations import CLASSES, load_conversations
 from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan, sixteen_bit
+from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
 from calibration.output.staging import check_output
@@ -97,8 +98,10 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     architecture = choose_architecture(source, recipe)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
-    if processes.first and not architecture.verified:
-        logger.info("%s: %s", source.config.get("model_type"), GENERIC)
+    if not architecture.verified:
+        if processes.first:
+            logger.info("%s: %s", source.config.get("model_type"), GENERIC)
+        processes.broadcast(lambda: check_names(source, spec))
     for name, in_features in sixteen_bit(architecture, names, source.tensors).items():
         if processes.first:
             logger.info("%s stays in 16 bit: no group size divides its K = %d", name, in_features)

@@ -8,6 +8,7 @@
     plugin       the classes that vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
     compat       command: compares the installed vLLM with the interfaces that the plugin needs
+    names        command: does vLLM find every quantized layer under its name?
     handles      bound layers by their handle, which is one of their tensors
     host_memory  large pages, and the return of freed memory
     environment  the environment variables that are read

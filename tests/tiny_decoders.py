@@ -39,8 +39,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmForCausalLM", {"use_qkv_bias": True}),
     # No gate, biases everywhere.
     "starcoder2": ("Starcoder2ForCausalLM", {"use_bias": True, "sliding_window": None}),
-    # Attention and MLP read the same tensor.
-    "cohere": ("CohereForCausalLM", {"logit_scale": 0.5, "tie_word_embeddings": True}),
+    # Attention and MLP read the same tensor. vLLM takes RMSNorm if the config names its epsilon.
+    "cohere": ("CohereForCausalLM", {"logit_scale": 0.5, "tie_word_embeddings": True, "rms_norm_eps": None}),
     # Norms around attention and MLP, gate and up in one matrix, interleaved positions.
     "glm4": ("Glm4ForCausalLM", {"head_dim": 32, "attention_bias": True}),
     "glm": ("GlmForCausalLM", {"head_dim": 32, "attention_bias": True}),
