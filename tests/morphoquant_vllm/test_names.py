@@ -28,6 +28,7 @@ def run(model: Path, file: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_layer_that_vllm_would_not_find_is_named(tmp_path: Path) -> None:
     model = build_tiny_decoder("stablelm", tmp_path / "model")
     found = "model.layers.0.self_attn.o_proj"
