@@ -47,10 +47,8 @@ class _LoadedBlock:
     inputs: Sequence[BlockInput]
     # Rows of the running sample's tokens, for the linears that are already quantized.
     serving: TokenRows
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+    # Noted when it is loaded: a block may have no parameters but those of its linears, which are replaced.
+    device: torch.device
 
     def given(self, entry: BlockInput, hidden: Tensor) -> Tensor:
         """What the model gives the block of the hidden states before it: some add features of media to them."""
@@ -107,7 +105,9 @@ def calibrate_blocks(
             for shared in architecture.shared_inputs
             if names.layer(index, shared.shards[0]) in spec.layers
         }
-        block = _LoadedBlock(blocks.load(index), index, inputs, serving)
+        module = blocks.load(index)
+        block = _LoadedBlock(module, index, inputs, serving, next(module.parameters()).device)
+        del module
         finished, distributions = _calibrate_block(block, shards_of, tokens, source, spec, recipe)
         del block
         errors = [layer.record.output_error for layer in finished.values()]

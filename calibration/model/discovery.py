@@ -52,6 +52,7 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
     model = empty_model(found, source, recipe)
     block_module = _block_list(model, recipe.decoder)
     blocks = list(model.get_submodule(block_module).children())
+    _refuse_other_structures(model, blocks, block_module)
     run = _run(model, blocks, block_module)
     _refuse_changes_between(run, block_module)
     shared_inputs = _shared_inputs(run, block_module, getattr(model, "tp_plan", None) or {})
@@ -65,6 +66,28 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
         sizes=_sizes(model, blocks),
         tuple_output=run.tuple_output,
     )
+
+
+def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_module: str) -> None:
+    """Refuse decoders that read an encoder's states, experts, and blocks that the files do not hold whole."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise MorphoQuantError(
+            f"{type(model).__name__}: is an encoder-decoder, whose cross-attention is not supported; take a decoder"
+        )
+    for index, block in enumerate(blocks):
+        for name, _ in block.named_modules():
+            if name.rpartition(".")[2] == "experts":
+                raise MorphoQuantError(
+                    f"{block_module}.{index}.{name}: a mixture of experts, whose fused experts are not supported; "
+                    "take a dense model"
+                )
+        stored = block.state_dict()
+        for name, _ in block.named_buffers():
+            if name not in stored:
+                raise MorphoQuantError(
+                    f"{block_module}.{index}.{name}: a buffer that weight files do not hold, so blocks cannot be "
+                    "loaded one at a time; this model is not supported"
+                )
 
 
 def _class_name(config: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,25 @@ def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
         discover(source, Recipe())
 
 
+def test_experts_are_refused_by_their_module(tmp_path: Path) -> None:
+    model_class = "MixtralForCausalLM"
+    source = source_of(tmp_path, model_class, {"num_local_experts": 2})
+    with pytest.raises(MorphoQuantError, match=r"model.layers.0.mlp.experts: a mixture of experts"):
+        discover(source, Recipe())
+
+
+def test_blocks_that_the_files_do_not_hold_whole_are_refused(tmp_path: Path) -> None:
+    settings = {"n_layer": 2, "n_head": 4, "n_embd": 128, "rotary_dim": 16}
+    with pytest.raises(MorphoQuantError, match=r"transformer.h.0.attn.embed_positions: a buffer that weight files do"):
+        discover(source_of(tmp_path, "GPTJForCausalLM", settings), Recipe())
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    settings = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "forced_eos_token_id": None}
+    with pytest.raises(MorphoQuantError, match=r"BartForConditionalGeneration: is an encoder-decoder"):
+        discover(source_of(tmp_path, "BartForConditionalGeneration", settings), Recipe())
+
+
 def test_files_that_hold_other_names_are_refused(tmp_path: Path) -> None:
     source = tiny(tmp_path, "granite")
     with pytest.raises(MorphoQuantError, match=r"model.layers.0.self_attn.q_proj.weight: missing"):
@@ -147,6 +167,7 @@ class _Model(nn.Module):
     """As much of a language model as discovery runs; `scale` is what it does to the states between blocks."""
 
     tp_plan = None
+    config = SimpleNamespace()
 
     def __init__(self, names: tuple[str, ...] = ("layers",), scale: float | None = None) -> None:
         super().__init__()
