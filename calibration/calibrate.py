@@ -14,10 +14,11 @@ import torch
 from calibration.blocks.loop import BlockResult
 from calibration.data.conversations import CLASSES
 from calibration.data.data_files import load_conversations
-from calibration.model.architectures import find_architecture
+from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
-from calibration.model.plan import decoder_names, plan
-from calibration.model.refusals import check_names
+from calibration.model.plan import decoder_names, plan, sixteen_bit
+from calibration.model.refusals import check_weight_names
+from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
@@ -97,10 +98,17 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     source = open_source(model)
     if source.fp8 and processes.first:
         logger.info("%s: its weights are %s and are read as bfloat16", source.directory, source.fp8)
-    architecture = find_architecture(source.config)
-    check_names(architecture, source.tensors)
+    architecture = choose_architecture(source, recipe)
+    check_weight_names(architecture, source.tensors)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
+    if not architecture.verified:
+        if processes.first:
+            logger.info("%s: %s", source.config.get("model_type"), GENERIC)
+        processes.broadcast(lambda: check_names(source, spec))
+    for name, in_features in sixteen_bit(architecture, names, source.tensors).items():
+        if processes.first:
+            logger.info("%s stays in 16 bit: no group size divides its K = %d", name, in_features)
     return Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
 
 

@@ -20,8 +20,9 @@ from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import TokenSample, share_tokens
 from calibration.model.architectures import Architecture
+from calibration.model.discovery import GENERIC
 from calibration.model.loading import BlockLoader, load_front
-from calibration.model.plan import DecoderNames
+from calibration.model.plan import DecoderNames, sixteen_bit
 from calibration.model.source import Source
 from calibration.output.card import model_card, read_front_matter
 from calibration.output.export import checkpoint_size, quantized_size, tensors_size, write_checkpoint
@@ -119,7 +120,8 @@ def _run_front(
     blocks = list(model.get_submodule(job.architecture.block_module).children())
     positions = [tokens.positions[index] for index in tokens.samples]
     if not job.recipe.towers:
-        return capture_block_inputs(model, blocks, samples, positions)
+        tuples = job.architecture.tuple_output
+        return capture_block_inputs(model, blocks, samples, positions, tuple_output=tuples)
     captured = list(capture_block_inputs(model, blocks, samples, positions))
     work.keep_towers(
         calibrate_towers(
@@ -163,10 +165,17 @@ def quantize(
             on_block(result)
 
 
+def _structure(job: Job) -> dict[str, Any]:
+    """What the report says of an unlisted architecture, and of linears that stay in 16 bit."""
+    kept = sixteen_bit(job.architecture, job.names, job.source.tensors)
+    said: dict[str, Any] = {} if job.architecture.verified else {"architecture": GENERIC}
+    return said | ({"sixteen_bit": sorted(kept)} if kept else {})
+
+
 def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, overwrite: bool) -> dict[str, Any]:
     """Write the checkpoint from the finished blocks and move it to `output`; its report."""
     source, spec, recipe = job.source, job.spec, job.recipe
-    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts)
+    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts) | _structure(job)
     if source.fp8:
         report["source"] = {"weights": f"{source.fp8}, read as bfloat16"}
     block_of = {job.names.layer(block, ""): block for block in range(job.names.blocks)}

@@ -11,6 +11,7 @@
     compat       command: compares the installed vLLM with the interfaces that the plugin needs
     mends        command: finds and mends an environment in which vLLM cannot serve
     torchvision_ops_hook  a file that a mend copies into the environment
+    names        command: does vLLM find every quantized layer under its name?
     handles      bound layers by their handle, which is one of their tensors
     host_memory  large pages, and the return of freed memory
     environment  the environment variables that are read

@@ -43,6 +43,7 @@ INTERFACES: dict[str, str] = {
     f"{_CONFIG}:get_current_vllm_config_or_none": "()",
     f"{_CONFIG}:VllmConfig": "class(object)",
     f"{_CONFIG}:VllmConfig.additional_config": "attribute",
+    f"{_CONFIG}:VllmConfig.quant_config": "attribute",
     f"{_CONFIG}:VllmConfig.model_config": "attribute",
     f"{_CONFIG}:VllmConfig.parallel_config": "attribute",
     f"{_CONFIG}:VllmConfig.scheduler_config": "attribute",
@@ -85,6 +86,23 @@ INTERFACES: dict[str, str] = {
     f"{_BASE}:QuantizationConfig.get_quant_method": "(self, layer, prefix)",
     "vllm.model_executor.models.utils:WeightsMapper": "class(object)",
     "vllm.model_executor.models.utils:WeightsMapper.apply_dict": "(self, values)",
+    "vllm.model_executor.models.utils:WeightsMapper.orig_to_new_stacked": "attribute",
+    "vllm.model_executor.model_loader.utils:get_model_cls": "(model_config)",
+    f"{_CONFIG}:set_current_vllm_config": "(vllm_config, check_compile=False, prefix=None)",
+    f"{_CONFIG}:ModelConfig.dtype": "attribute",
+    "vllm.distributed:init_distributed_environment": (
+        "(world_size=-1, rank=-1, distributed_init_method='env://', local_rank=-1, backend='nccl', timeout=None)"
+    ),
+    "vllm.distributed:ensure_model_parallel_initialized": (
+        "(tensor_model_parallel_size, pipeline_model_parallel_size, prefill_context_model_parallel_size=1, "
+        "decode_context_model_parallel_size=1, backend=None)"
+    ),
+    "vllm.engine.arg_utils:EngineArgs": "class(object)",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": "(self, usage_context=None, headless=False)",
+    "vllm.model_executor.model_loader.utils:initialize_model": (
+        "(vllm_config, *, prefix='', model_class=None, model_config=None)"
+    ),
+    "vllm.utils.torch_utils:set_default_torch_dtype": "(dtype)",
     "vllm.model_executor.model_loader.weight_utils:download_weights_from_hf": (
         "(model_name_or_path, cache_dir, allow_patterns, revision=None, subfolder=None, ignore_patterns=None)"
     ),
@@ -106,6 +124,15 @@ INTERFACES: dict[str, str] = {
     f"{_LINEAR}:RowParallelLinear": "class(LinearBase)",
     f"{_LINEAR}:register_weight_loader_v2_supported_method": "(cls)",
     f"{_EMBEDDING}:VocabParallelEmbedding": "class(PluggableLayer)",
+    f"{_EMBEDDING}:VocabParallelEmbedding.__init__": (
+        "(self, num_embeddings, embedding_dim, params_dtype=None, org_num_embeddings=None, padding_size=64, "
+        "quant_config=None, prefix='', *, disable_tp=False, reduce_results=True, quant_method=None, "
+        "parallel_group=None)"
+    ),
+    f"{_EMBEDDING}:VocabParallelEmbedding.quant_method": "attribute",
+    "vllm.model_executor.custom_op:PluggableLayer": "class(Module)",
+    "vllm.model_executor.custom_op:PluggableLayer.register_oot": "(_decorated_layer_cls=None, name=None)",
+    "vllm.model_executor.custom_op:op_registry_oot": "object",
     f"{_EMBEDDING}:VocabParallelEmbedding.num_embeddings": "attribute",
     f"{_EMBEDDING}:VocabParallelEmbedding.forward": "(self, input_)",
     f"{_EMBEDDING}:ParallelLMHead": "class(VocabParallelEmbedding)",

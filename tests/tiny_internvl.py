@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -44,13 +45,30 @@ _SHARED = {
 }
 
 
-def write_internvl(directory: Path) -> Path:
-    """Write a checkpoint whose token table names the image's token, as its config does; return `directory`."""
+# Qwen2's class in vLLM passes its embedding a quantization config, Cohere's does not.
+DECODERS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "cohere": {"architectures": ["CohereForCausalLM"], "rms_norm_eps": None, "logit_scale": 0.5},
+}
+
+
+def write_internvl(directory: Path, decoder: str = "qwen2") -> Path:
+    """Write a checkpoint whose token table names the image's token, as its config does; return `directory`.
+
+    `decoder` is a key of DECODERS.
+    """
     directory.mkdir(parents=True)
     ids = write_tokenizer(directory, "vl")
     _write_processor(directory)
     config = InternVLConfig(
-        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": ids["im_end"], "bos_token_id": None},
+        text_config={
+            "model_type": decoder,
+            **DECODER,
+            "eos_token_id": ids["im_end"],
+            "bos_token_id": None,
+            "pad_token_id": ids["end"],
+            **DECODERS[decoder],
+        },
         vision_config=_VISION,
         image_token_id=ids["image"],
         image_seq_length=TILE_TOKENS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from calibration.data.rendering import Sample
 from morphoquant_vllm.errors import MorphoQuantError
+
+# Key among a block's arguments of the features that the model adds to the hidden states before the block.
+ADDED = "added"
 
 
 class BlockInput(Protocol):
@@ -30,7 +34,7 @@ class BlockInput(Protocol):
     def served(self) -> Tensor: ...
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """The model's other arguments of each block, such as positions and mask."""
+        """The model's other arguments of each block, such as positions and mask; ADDED is none of the block's own."""
 
     def write_hidden(self, value: Tensor) -> None:
         """Store the block's output in the 16-bit model, for the next block; samples come in order."""
@@ -58,20 +62,25 @@ class MemoryInput:
 
 @torch.no_grad()
 def capture_block_inputs(
-    model: Any, blocks: Sequence[nn.Module], samples: Sequence[Sample], positions: Sequence[Tensor]
+    model: Any,
+    blocks: Sequence[nn.Module],
+    samples: Sequence[Sample],
+    positions: Sequence[Tensor],
+    *,
+    tuple_output: bool = False,
 ) -> Iterator[MemoryInput]:
     """Run embeddings and towers on each sample in turn, and yield the inputs of the decoder blocks.
 
     The blocks and the lm_head are skipped, so neither needs weights. Skipping is safe because a block's output does not
-    change the other arguments of the next block. `positions` are each sample's sampled tokens. Raises MorphoQuantError
-    naming the sample if a token id has no row in the embedding.
+    change the other arguments of the next block. `positions` are each sample's sampled tokens. `tuple_output` says that
+    the blocks return a tuple. Raises MorphoQuantError naming the sample if a token id has no row in the embedding.
     """
     embedding = model.get_input_embeddings().weight
     model.lm_head = nn.Identity()
     _check_token_ids(samples, embedding.shape[0])
     for sample, chosen in zip(samples, positions, strict=True):
         entry = MemoryInput(sample.modality, chosen)
-        with skipped_blocks(blocks, entry):
+        with skipped_blocks(blocks, entry, tuple_output=tuple_output):
             model(**_to_model(sample.inputs, embedding.device, embedding.dtype), use_cache=False)
         yield entry
 
@@ -87,21 +96,31 @@ def _check_token_ids(samples: Sequence[Sample], rows: int) -> None:
 
 
 @contextmanager
-def skipped_blocks(blocks: Sequence[nn.Module], entry: MemoryInput) -> Iterator[None]:
-    """Make the blocks record their arguments in `entry` and pass the hidden states on unchanged."""
+def skipped_blocks(blocks: Sequence[nn.Module], entry: MemoryInput, *, tuple_output: bool = False) -> Iterator[None]:
+    """Make the blocks record their arguments in `entry` and return zeros.
 
-    def record(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
+    A block after the first then gets exactly the features that the model adds between blocks, or the zeros themselves.
+    """
+    passed: list[Tensor] = []
+
+    def record(index: int, names: list[str]) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
+            arguments |= dict(zip(names, positional, strict=False))
             if index == 0:
                 entry.hidden = entry.served = hidden_states.cpu()
+                passed[:] = [torch.zeros_like(hidden_states)]
+            elif hidden_states is not passed[0]:
+                arguments[ADDED] = hidden_states
             entry.arguments.append(arguments)
-            return hidden_states
+            return (passed[0],) if tuple_output else passed[0]
 
         return forward
 
     for index, block in enumerate(blocks):
+        # The first argument is the hidden states.
+        names = list(inspect.signature(block.forward).parameters)[1:]
         # An attribute of the instance hides the class's method and leaves the module's hooks and flags alone.
-        block.forward = record(index)
+        block.forward = record(index, names)
     try:
         yield
     finally:

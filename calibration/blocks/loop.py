@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.capture import BlockInput
+from calibration.blocks.capture import ADDED, BlockInput
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.token_choice import TokenSample
 from calibration.model.architectures import Architecture
@@ -51,10 +51,13 @@ class _LoadedBlock:
     inputs: Sequence[BlockInput]
     # Rows of the running sample's tokens, for the linears that are already quantized.
     serving: TokenRows
+    # Noted when it is loaded: a block may have no parameters but those of its linears, which are replaced.
+    device: torch.device
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+    def given(self, entry: BlockInput, hidden: Tensor) -> Tensor:
+        """What the model gives the block of the hidden states before it: some add features of media to them."""
+        added = entry.arguments[self.index].get(ADDED)
+        return hidden if added is None else hidden + added.to(hidden.device)
 
     def run(
         self,
@@ -69,8 +72,8 @@ class _LoadedBlock:
         self.serving.modality = entry.modality
         output = run_observed(
             self.module,
-            hidden.to(self.device),
-            entry.arguments[self.index],
+            self.given(entry, hidden).to(self.device),
+            {name: value for name, value in entry.arguments[self.index].items() if name != ADDED},
             collectors,
             rows.to(self.device),
             entry.positions.to(self.device),
@@ -107,7 +110,9 @@ def calibrate_blocks(
             for shared in architecture.shared_inputs
             if names.layer(index, shared.shards[0]) in spec.layers
         }
-        block = _LoadedBlock(blocks.load(index), index, inputs, serving)
+        module = blocks.load(index)
+        block = _LoadedBlock(module, index, inputs, serving, next(module.parameters()).device)
+        del module
         finished, distributions = _calibrate_block(block, shards_of, tokens, source, spec, recipe)
         del block
         for layers in shards_of.values() if tokens.processes.first else ():
@@ -171,8 +176,8 @@ def _run_16bit(
     """
     norms = [torch.zeros(0)]
     for entry in block.inputs:
-        before = entry.hidden
-        after = block.run(entry, before, targets, entry.modality)
+        before = block.given(entry, entry.hidden)
+        after = block.run(entry, entry.hidden, targets, entry.modality)
         entry.write_hidden(after)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in block.inputs)])

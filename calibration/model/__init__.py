@@ -2,8 +2,10 @@
 
 source         config.json and the tensors of the safetensors files
 fp8            FP8 weights as 16 bit
-architectures  the known architectures: decoder blocks, linears that share an input, towers
+architectures  the verified architectures: decoder blocks, linears that share an input, towers
 refusals       faults that are seen before any work: leftovers in config.json, other heads and names
+discovery      the generic path: the same of an unlisted architecture, by its structure
+served_names   asks vLLM, in a process of its own, whether it would find the planned layers
 plan           which linears are quantized and how: the checkpoint's quantization_config
 loading        loads the modules before the decoder blocks, and the blocks one at a time
 """

@@ -1,4 +1,4 @@
-"""The architectures that calibration supports: their decoder blocks, and the linears that share an input."""
+"""The verified architectures: their decoder blocks, and the linears that share an input."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class SharedInput:
     shards: tuple[str, ...]
     # Direction in which tensor parallelism splits them, as in schema.LayerSpec.parallel.
     parallel: str
+    # Whether some blocks lack these linears, as in hybrid decoders.
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,12 @@ class Architecture:
     # Towers that can be quantized on request. Qwen's audio towers cannot: vLLM runs them as modules of transformers,
     # which no quantization method reaches.
     quantizable_towers: tuple[Tower, ...] = ()
+    # False for an architecture that `discovery` found: it is taken by the generic path.
+    verified: bool = True
+    # The decoder's sizes if config.json may spell them in its own way: the generic path asks transformers.
+    sizes: Mapping[str, Any] | None = None
+    # Whether a block returns a tuple that begins with the hidden states.
+    tuple_output: bool = False
 
     def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that describes the decoder.
@@ -81,6 +89,9 @@ class Architecture:
         Raises MorphoQuantError if it is missing, or if its num_hidden_layers or num_attention_heads is not a positive
         integer. The same holds for num_key_value_heads, if present.
         """
+        if self.sizes is not None:
+            _check_counts(self.sizes)
+            return self.sizes
         for path in (self.text_config, self.media_config):
             part = _descend(config, path)
             if part is not None and "num_hidden_layers" in part:
@@ -143,7 +154,19 @@ ARCHITECTURES = (
         towers=("model.visual",),
         tower_prefixes=("visual.", "model.visual."),
     ),
+    Architecture(
+        model_type="qwen3_vl",
+        model_class="Qwen3VLForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("model.language_model.layers",),
+        text_config=("text_config",),
+        media=("image", "video"),
+        towers=("model.visual",),
+        tower_prefixes=("model.visual.",),
+    ),
+    Architecture("gemma3_text", "Gemma3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
+    Architecture("mistral", "MistralForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen2", "Qwen2ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen3", "Qwen3ForCausalLM", "model.layers", ("model.layers",)),
 )
@@ -152,18 +175,35 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a config.json; MorphoQuantError naming it if it is unknown or a mixture of experts."""
-    model_type = config.get("model_type")
-    known = ", ".join(architecture.model_type for architecture in ARCHITECTURES)
+    """The verified architecture of a config.json.
+
+    Raises MorphoQuantError naming the model_type if it is unknown or a mixture of experts.
+    """
+    refuse_experts(config)
+    architecture = known_architecture(config)
+    if architecture is None:
+        raise MorphoQuantError(
+            f"config.json: model_type {config.get('model_type')!r} is not supported; supported: {_known()}"
+        )
+    return architecture
+
+
+def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    """The verified architecture of a config.json; None if its model_type is not listed."""
+    return next((item for item in ARCHITECTURES if item.model_type == config.get("model_type")), None)
+
+
+def refuse_experts(config: Mapping[str, Any]) -> None:
+    """Raise MorphoQuantError if a config.json describes a mixture of experts."""
     if _has_experts(config):
         raise MorphoQuantError(
-            f"config.json: model_type '{model_type}' is a mixture of experts, whose fused experts are not supported; "
-            f"supported: {known}"
+            f"config.json: model_type '{config.get('model_type')}' is a mixture of experts, whose fused experts are "
+            f"not supported; supported: dense models, such as {_known()}"
         )
-    for architecture in ARCHITECTURES:
-        if architecture.model_type == model_type:
-            return architecture
-    raise MorphoQuantError(f"config.json: model_type {model_type!r} is not supported; supported: {known}")
+
+
+def _known() -> str:
+    return ", ".join(architecture.model_type for architecture in ARCHITECTURES)
 
 
 def _has_experts(config: Mapping[str, Any]) -> bool:

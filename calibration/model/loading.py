@@ -201,7 +201,8 @@ class BlockLoader:
                     f"hold {stored}; download the model again"
                 )
         for index, block in enumerate(self._blocks):
-            for name, parameter in block.named_parameters():
+            # Parameters, and the buffers that files hold.
+            for name, parameter in block.state_dict().items():
                 stored = names.layer(index, name)
                 info = source.tensors.get(stored)
                 if info is None:
@@ -225,7 +226,7 @@ class BlockLoader:
             # A copy outside the mapped file, whose alignment depends on the file: products of differently aligned
             # tensors can differ in their last bits.
             name: self._source.load(self._names.layer(index, name)).to(self._device, parameter.dtype, copy=True)
-            for name, parameter in block.named_parameters()
+            for name, parameter in block.state_dict().items()
         }
         filled = copy.deepcopy(block)
         filled.load_state_dict(weights, assign=True)

@@ -13,6 +13,7 @@ from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
+from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
 
@@ -34,7 +35,7 @@ def decoder_names(
 ) -> DecoderNames:
     """Find the decoder's prefix in the files; MorphoQuantError naming the first linear that is missing there."""
     blocks = architecture.decoder_config(config)["num_hidden_layers"]
-    shards = [shard for shared in architecture.shared_inputs for shard in shared.shards]
+    shards = [shard for shared in architecture.shared_inputs if not shared.optional for shard in shared.shards]
     prefixes = architecture.block_prefixes
     prefix = next((p for p in prefixes if f"{p}.0.{shards[0]}.weight" in tensors), prefixes[0])
     names = DecoderNames(prefix, blocks)
@@ -93,13 +94,19 @@ def plan(
 ) -> QuantizationSpec:
     """The quantization_config of the new checkpoint, checked against every rule of the format.
 
-    Raises MorphoQuantError naming the pattern, layer or fused group if targets match nothing, reach outside the
-    decoder or split a fused group. The same error names a layer if K is not divisible by the group size or
-    tensor_parallel breaks a group. It names a requested tower if the model lacks it or no layer of it would be
-    quantized.
+    Linears whose K no group size divides stay in 16 bit: `sixteen_bit` names them. Raises MorphoQuantError naming the
+    pattern, layer or fused group if targets match nothing, reach outside the decoder or split a fused group. The same
+    error names a layer if K is not divisible by the group size or tensor_parallel breaks a group. It names a requested
+    tower if the model lacks it or no layer of it would be quantized.
     """
     names = decoder_names(architecture, config, tensors)
-    chosen = _choose(names, architecture.shared_inputs, tensors, recipe)
+    chosen = (
+        _choose(names, architecture.shared_inputs, tensors, recipe) - sixteen_bit(architecture, names, tensors).keys()
+    )
+    if not chosen:
+        raise MorphoQuantError(
+            f"{names.prefix}: no linear is left to quantize: none of {list(GROUP_SIZES)} divides their K"
+        )
     layers = _layers(names, architecture.shared_inputs, tensors, chosen, recipe)
     for tower in recipe.towers:
         layers |= tower_layers(architecture.tower(tower), tensors, recipe)
@@ -122,6 +129,27 @@ def plan(
             f"among {size} ranks; leave it at auto"
         )
     return spec
+
+
+def sixteen_bit(architecture: Architecture, names: DecoderNames, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """K by name of the decoder's linears that stay in 16 bit, because no group size divides their K."""
+    shapes = {
+        name: tensors[f"{name}.weight"].shape for name in _decoder_linears(names, architecture.shared_inputs, tensors)
+    }
+    return {name: shape[1] for name, shape in shapes.items() if all(shape[1] % size for size in GROUP_SIZES)}
+
+
+def _decoder_linears(
+    names: DecoderNames, shared_inputs: Sequence[SharedInput], tensors: Mapping[str, TensorInfo]
+) -> list[str]:
+    """Names of the linears of all blocks; optional ones of those blocks that have them."""
+    return [
+        names.layer(block, shard)
+        for block in range(names.blocks)
+        for shared in shared_inputs
+        for shard in shared.shards
+        if not shared.optional or f"{names.layer(block, shard)}.weight" in tensors
+    ]
 
 
 def tower_layers(tower: Tower, tensors: Mapping[str, TensorInfo], recipe: Recipe) -> dict[str, LayerSpec]:
@@ -178,12 +206,7 @@ def _choose(
     names: DecoderNames, shared_inputs: Sequence[SharedInput], tensors: Mapping[str, TensorInfo], recipe: Recipe
 ) -> set[str]:
     """The decoder linears that the recipe's patterns select."""
-    decoder = {
-        names.layer(block, shard)
-        for block in range(names.blocks)
-        for shared in shared_inputs
-        for shard in shared.shards
-    }
+    decoder = set(_decoder_linears(names, shared_inputs, tensors))
     # Every name that a pattern may match: all stored weight matrices, including embeddings and towers.
     matrices = {
         name.removesuffix(".weight")

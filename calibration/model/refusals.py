@@ -11,7 +11,7 @@ from calibration.model.architectures import Architecture
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Endings of the classes that write text. Others have a head that scores or classifies, or none.
-_WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel")
+_WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel", "LMHeadModel")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ def _values(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _values(value, f"{path}.{key}" if path else str(key))
 
 
-def check_names(architecture: Architecture, tensors: Iterable[str]) -> None:
+def check_weight_names(architecture: Architecture, tensors: Iterable[str]) -> None:
     """Refuse weights whose decoder blocks have another prefix than the published ones, and name both."""
     linear = architecture.shared_inputs[0].shards[0]
     first = re.compile(rf"(?:(.*)\.)?0\.{re.escape(linear)}(?:\.base_layer)?\.weight")

@@ -52,6 +52,8 @@ def inspect_data(directory: Path) -> dict[str, Any]:
         "rows": list(spec.rows),
         "tensor_parallel": spec.tensor_parallel,
         "calibration_report": REPORT_FILE if report is not None else None,
+        "architecture": None if report is None else report.architecture,
+        "sixteen_bit": [] if report is None else report.sixteen_bit,
         "layers": layers,
         "totals": {
             "layers": len(layers),
@@ -143,6 +145,12 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         f"whole checkpoint: {size_text(totals['bytes'])}, {percent(totals['bytes'] / totals['bytes_16bit'])} of "
         f"{size_text(totals['bytes_16bit'])} with those layers in 16 bit",
     ]
+    if data["architecture"]:
+        lines.append(f"architecture: {data['architecture']}")
+    if data["sixteen_bit"]:
+        first, *others = data["sixteen_bit"]
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"in 16 bit, since no group size divides K: {first}{more}")
     two_level = sum(layer["scale_scheme"] == TWO_LEVEL_SCHEME for layer in data["layers"])
     if two_level:
         lines.append(f"two-level weight scales: {two_level} of {totals['layers']} layers")

@@ -36,8 +36,9 @@ def make_report(
     token_counts: Mapping[int, int],
 ) -> dict[str, Any]:
     """The JSON object of REPORT_FILE, the same for the same run (no times, no paths)."""
-    # Without towers, a checkpoint's bytes are the same as before the setting existed.
-    settings = recipe.model_dump(mode="json", exclude=None if recipe.towers else {"towers"})
+    # Without these settings, a checkpoint's bytes are the same as before they existed.
+    unused = {name for name in ("towers", "decoder") if not getattr(recipe, name)}
+    settings = recipe.model_dump(mode="json", exclude=unused)
     return {
         "format": REPORT_FORMAT,
         "settings": {**settings, "tensor_parallel": spec.tensor_parallel},

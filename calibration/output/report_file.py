@@ -59,6 +59,9 @@ class Report(_Part):
     data: Data = Data()
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    # How an architecture that is not listed was taken; and linears whose K no group size divides.
+    architecture: Annotated[str, Field(max_length=200)] | None = None
+    sixteen_bit: list[Name] = []
 
 
 def read_report(directory: Path) -> Report | None:

@@ -37,7 +37,7 @@ def flag_of(name: str, field: FieldInfo) -> str:
 def default_text(field: FieldInfo) -> str:
     """The text of a default in help and documentation."""
     default = field.default
-    if default is None or default == ():
+    if default is None or default in ((), ""):
         return "none"
     if isinstance(default, tuple):
         return ", ".join(default)

@@ -51,6 +51,11 @@ class Recipe(BaseModel):
     towers: Annotated[tuple[Literal["image"], ...], Flag("--tower")] = Field(
         default=(), description="Encoders of media to quantize as well: image (for pictures and video frames)."
     )
+    decoder: str = Field(
+        default="",
+        description="Module with the list of decoder blocks, as transformers names it; empty: found by itself. "
+        "It leads to the generic path.",
+    )
     group_size: GroupSize = Field(
         default=GROUP_SIZES[0],
         description=f"Input channels that share one weight scale: one of {', '.join(map(str, GROUP_SIZES))}.",

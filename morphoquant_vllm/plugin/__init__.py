@@ -6,6 +6,8 @@ last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one
+embeddings         the token embeddings that model classes leave out of quantization
+model_names        vLLM's model without weights, compared with a checkpoint's layers
 modality_bus       the row of each token, from the embedding that sees its id to the linears
 mlp_channel_order  the channels between gate_up_proj and down_proj, in the order that down_proj reads
 fusion             the two passes below, as the one that vLLM's compiler has a place for

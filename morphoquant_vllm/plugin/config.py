@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD, LayerSpec, QuantizationSpec
+from morphoquant_vllm.plugin.embeddings import observe_embeddings
 from morphoquant_vllm.plugin.last_word import LastWord, open_last_word
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ class MorphoQuantConfig(QuantizationConfig):
         self._checked = False
         # None until the process that configures the engine has checked the files.
         self._last_word: LastWord | None = None
+        observe_embeddings()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # In a worker, which gets the config by a pickle before it builds the model.
+        observe_embeddings()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "_mlps": {}}
@@ -194,13 +201,32 @@ class MorphoQuantConfig(QuantizationConfig):
     def shard_names(self, prefix: str) -> list[str]:
         """The unfused names behind a vLLM layer: ...qkv_proj -> q_proj, k_proj, v_proj; else the name itself.
 
-        The longest packed key wins: the towers have both `attn.qkv` and `qkv`.
+        A name that the checkpoint lists was fused in the files already, as in Phi-3. The longest packed key wins: the
+        towers have both `attn.qkv` and `qkv`.
         """
         # The draft model of speculative decoding has the names of its checkpoint.
         prefix = prefix.removeprefix(DRAFT_PREFIX)
+        if prefix in self.layers:
+            return [prefix]
         packed = [key for key in self.packed_modules_mapping if prefix.endswith("." + key)]
         if not packed:
-            return [prefix]
+            return self._stacked_names(prefix)
         key = max(packed, key=len)
         stem = prefix.removesuffix(key)
         return [stem + shard for shard in self.packed_modules_mapping[key]]
+
+    def _stacked_names(self, prefix: str) -> list[str]:
+        """The names that vLLM stacks into a layer while it loads; model classes such as StableLM's list no packed ones.
+
+        The name itself if the checkpoint quantizes none of them.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+        from vllm.model_executor.model_loader.utils import get_model_cls
+
+        config = get_current_vllm_config_or_none()
+        if config is None or config.model_config is None:
+            return [prefix]
+        mapper = getattr(get_model_cls(config.model_config), "hf_to_vllm_mapper", None)
+        stacked = {} if mapper is None else mapper.orig_to_new_stacked
+        names = [prefix.removesuffix(fused) + part for part, (fused, _) in stacked.items() if prefix.endswith(fused)]
+        return names if any(name in self.layers for name in names) else [prefix]

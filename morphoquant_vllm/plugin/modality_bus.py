@@ -63,11 +63,17 @@ class ModalityBus:
         self.spec = spec
         self.buffer: Tensor | None = None
         self._hooked: list[tuple[torch.nn.Module, RemovableHandle]] = []
+        # Embeddings to which the model passes no quantization config; used if there are no others.
+        self._found: list[tuple[torch.nn.Module, RemovableHandle]] = []
         self._table = torch.empty(0)
 
-    def attach(self, embedding: torch.nn.Module) -> None:
-        """Let `embedding` fill the buffer. A model with two embeddings of token ids is served with 'any'."""
-        self._hooked.append((embedding, embedding.register_forward_pre_hook(self._fill, with_kwargs=True)))
+    def attach(self, embedding: torch.nn.Module, *, passed: bool = True) -> None:
+        """Let `embedding` fill the buffer. A model with two embeddings of token ids is served with 'any'.
+
+        `passed` says that the model passes its embedding a quantization config; those are preferred.
+        """
+        hook = embedding.register_forward_pre_hook(self._fill, with_kwargs=True)
+        (self._hooked if passed else self._found).append((embedding, hook))
 
     def rows(self, device: torch.device) -> Tensor:
         """The buffer. The first call comes when all layers exist; it decides and logs whether the buffer is filled."""
@@ -79,6 +85,10 @@ class ModalityBus:
     def _start(self, config: VllmConfig, device: torch.device) -> None:
         tokens = config.scheduler_config.max_num_batched_tokens
         self.buffer = torch.full((tokens,), self.spec.any_row, dtype=torch.int32, device=device)
+        if not self._hooked:
+            self._hooked, self._found = self._found, []
+        for _, handle in self._found:
+            handle.remove()
         reason = self._off_reason(config)
         if reason is None:
             vocabulary = int(self._hooked[0][0].num_embeddings)  # type: ignore[arg-type]
@@ -100,7 +110,7 @@ class ModalityBus:
         if reason is not None:
             return reason
         if len(self._hooked) != 1:
-            return f"the model has {len(self._hooked)} token embeddings that use this method, not one"
+            return f"the model has {len(self._hooked)} token embeddings, not one"
         unlisted = unlisted_media(taken_media(config), config.model_config.hf_config.to_dict(), self.spec)
         if unlisted:
             # As in vLLM's InternVL, whose config names the image token alone.

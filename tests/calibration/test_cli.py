@@ -175,8 +175,9 @@ def test_bad_models(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny.model("llama"), model)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    attempt(model, "model_type 'gpt2' is not supported")
+    changes = {"model_type": "other", "architectures": ["OtherForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config | changes))
+    attempt(model, "model_type 'other' is not supported: transformers")
     (model / "config.json").write_text(json.dumps(config))
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     attempt(model, "only safetensors")

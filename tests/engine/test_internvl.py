@@ -1,4 +1,7 @@
-"""InternVL served: its config names the image token alone, and vLLM gives videos another."""
+"""InternVL served: its config names the image token alone, and vLLM gives videos another.
+
+Its decoder may be of any class, such as Cohere's, which passes its embedding no quantization config.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,34 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """An engine that takes pictures, and one that takes videos too."""
+    """Two engines that take pictures, and one that takes videos too."""
     directory = tmp_path_factory.mktemp("media")
     (directory / "picture.png").write_bytes(image_bytes(3))
     media = {"image": [str(directory / "picture.png")]}
     prompts = [{"prompt": "Two rivers meet."}, {"prompt": f"{IMAGE}What can you see?", "media": media}]
     # The settings of ENGINE are those of Qwen's processors.
     engine = {**ENGINE, "mm_processor_kwargs": None}
+    cohere = write_internvl(directory / "cohere", "cohere")
     jobs = {
         name: {
-            "model": str(checkpoint),
+            "model": str(model),
             "engine": {**engine, "limit_mm_per_prompt": {"image": 1, "video": videos}},
             "passes": {"fresh": {"prompts": prompts}},
         }
-        for name, videos in (("pictures", 0), ("videos too", 1))
+        for name, model, videos in (
+            ("pictures", checkpoint, 0),
+            ("embedding without a config", cohere, 0),
+            ("videos too", checkpoint, 1),
+        )
     }
     return run_jobs(directory, jobs)
 
 
-def test_pictures_take_their_row_where_videos_are_switched_off(recorded: dict[str, Any], checkpoint: Path) -> None:
-    steps = kinds_and_rows(recorded["pictures"]["fresh"], spec_rows(checkpoint))
+@pytest.mark.parametrize("engine", ["pictures", "embedding without a config"])
+def test_pictures_take_their_row_where_videos_are_switched_off(
+    recorded: dict[str, Any], checkpoint: Path, engine: str
+) -> None:
+    steps = kinds_and_rows(recorded[engine]["fresh"], spec_rows(checkpoint))
     assert {kind for kinds, _ in steps for kind in kinds} == {"text", "image"}
     for kinds, rows in steps:
         assert rows == kinds

@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from calibration.model.architectures import find_architecture
-from calibration.model.plan import matches, plan
+from calibration.model.plan import decoder_names, matches, plan, sixteen_bit
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -138,3 +139,28 @@ def test_matching() -> None:
     assert matches("a.b.down_proj", ["x", "*.down_proj"])
     assert matches("a.b.down_proj", [r"re:a\..*down_proj"])
     assert not matches("a.b.down_proj", ["down_proj", "re:a", "*.DOWN_PROJ"])
+
+
+def test_linears_whose_k_no_group_divides_stay_in_16_bit() -> None:
+    tensors = headers(intermediate=3420)
+    spec = make_plan(tensors)
+    assert len(spec.layers) == 12 and "model.layers.0.mlp.up_proj" in spec.layers
+    llama = find_architecture(CONFIG)
+    kept = sixteen_bit(llama, decoder_names(llama, CONFIG, tensors), tensors)
+    assert kept == {f"model.layers.{block}.mlp.down_proj": 3420 for block in range(2)}
+    with pytest.raises(MorphoQuantError, match=r"model.layers: no linear is left to quantize: none of \[32, 64, 128\]"):
+        make_plan(tensors, targets=("model.*.down_proj",))
+
+
+def test_optional_linears_are_planned_in_the_blocks_that_have_them() -> None:
+    tensors = headers()
+    for shard in "qkv":
+        del tensors[f"model.layers.1.self_attn.{shard}_proj.weight"]
+    llama = find_architecture(CONFIG)
+    hybrid = replace(
+        llama, shared_inputs=tuple(replace(shared, optional="qkv" in shared.name) for shared in llama.shared_inputs)
+    )
+    spec = plan(hybrid, CONFIG, tensors, Recipe())
+    assert len(spec.layers) == 11 and "model.layers.0.self_attn.q_proj" in spec.layers
+    with pytest.raises(MorphoQuantError, match=r"model.layers.1.self_attn.q_proj.weight: missing"):
+        make_plan(tensors)

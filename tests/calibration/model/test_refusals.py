@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.calibrate import calibrate
 from calibration.model.architectures import find_architecture
-from calibration.model.refusals import check_config, check_names
+from calibration.model.refusals import check_config, check_weight_names
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels
 
@@ -77,14 +77,14 @@ def test_a_number_that_json_cannot_hold_is_named(value: float) -> None:
 def test_weights_of_another_prefix_are_refused_by_both_names(model_type: str, stored: str) -> None:
     architecture = find_architecture({"model_type": model_type})
     names = [f"{stored}.0.{LINEAR}", f"{stored}.1.{LINEAR}", "visual.blocks.0.attn.q.weight"]
-    text = refusal(lambda: check_names(architecture, names))
+    text = refusal(lambda: check_weight_names(architecture, names))
     assert f"'{stored}.0', not '{architecture.block_prefixes[0]}.0'" in text and "save_pretrained" in text
-    check_names(architecture, [*names, f"{architecture.block_prefixes[0]}.0.{LINEAR}"])
+    check_weight_names(architecture, [*names, f"{architecture.block_prefixes[0]}.0.{LINEAR}"])
 
 
 def test_a_wrapped_linear_of_an_adapter_is_recognized() -> None:
     names = ["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"]
-    assert "inside a wrapper" in refusal(lambda: check_names(find_architecture({"model_type": "llama"}), names))
+    assert "inside a wrapper" in refusal(lambda: check_weight_names(find_architecture({"model_type": "llama"}), names))
 
 
 def edited(source: Path, target: Path, **changes: Any) -> Path:

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,31 @@ def test_shard_names(config: MorphoQuantConfig) -> None:
     ]
     assert config.shard_names("model.layers.0.mlp.down_proj") == ["model.layers.0.mlp.down_proj"]
     assert config.shard_names("visual.blocks.0.attn.qkv") == ["visual.blocks.0.attn.qkv"]
+
+
+def test_what_the_files_hold_fused_is_one_shard(config: MorphoQuantConfig) -> None:
+    """As in GLM-4, whose class in vLLM lists gate_proj and up_proj nevertheless."""
+    copy = pickle.loads(pickle.dumps(config))
+    fused = "model.layers.0.mlp.gate_up_proj"
+    copy.layers[fused] = copy.layers["model.layers.0.mlp.gate_proj"]
+    assert copy.shard_names(fused) == [fused]
+
+
+def test_shards_come_from_what_a_class_stacks_if_it_lists_none(
+    config: MorphoQuantConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As StableLM's class in vLLM."""
+    from vllm.model_executor.models.stablelm import StablelmForCausalLM
+
+    copy = pickle.loads(pickle.dumps(config))
+    copy.packed_modules_mapping = {}
+    prefix = "model.layers.0.self_attn.qkv_proj"
+    assert copy.shard_names(prefix) == [prefix]
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: SimpleNamespace(model_config=object()))
+    monkeypatch.setattr("vllm.model_executor.model_loader.utils.get_model_cls", lambda _: StablelmForCausalLM)
+    assert copy.shard_names(prefix) == [f"model.layers.0.self_attn.{shard}_proj" for shard in "qkv"]
+    assert copy.shard_names("visual.blocks.0.qkv_proj") == ["visual.blocks.0.qkv_proj"]
+    assert copy.shard_names("model.layers.0.mlp.down_proj") == ["model.layers.0.mlp.down_proj"]
 
 
 def test_the_config_survives_pickling(config: MorphoQuantConfig) -> None:

@@ -1,0 +1,312 @@
+"""The generic path: finds the decoder of an architecture that is not listed, in transformers' model without weights.
+
+Nothing here is known of the architecture. The decoder is the longest list of blocks below the language model. One
+forward pass on the meta device shows which linears read the same tensor, in which order they run, and what a block
+returns. transformers' plan of tensor parallelism tells columns from rows, or else the order does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from calibration.model.architectures import Architecture, SharedInput, known_architecture, refuse_experts
+from calibration.model.loading import empty_model
+from calibration.model.source import Source, TensorInfo
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.errors import MorphoQuantError
+
+# How the report and `inspect` mark a checkpoint that this module's architecture made.
+GENERIC = "generic path, not verified for this architecture"
+# vLLM's names of fused layers whose parts are named so; other inputs are named after their linears.
+_FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+# Tokens of the pass on the meta device; its values do not exist.
+_TOKENS = 4
+_MEDIA = ("image", "video", "audio")
+
+
+def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
+    """The verified architecture of the source model, or the one that `discover` finds in it.
+
+    Raises MorphoQuantError for a mixture of experts, and as `discover`.
+    """
+    refuse_experts(source.config)
+    known = known_architecture(source.config)
+    return known if known is not None and not recipe.decoder else discover(source, recipe)
+
+
+def discover(source: Source, recipe: Recipe) -> Architecture:
+    """The architecture of a source model, by its structure alone.
+
+    Raises MorphoQuantError naming the module and the remedy if transformers cannot build the model without remote
+    code, if the decoder is ambiguous, or if its blocks are no chain of linears that can be calibrated one at a time.
+    """
+    config = source.config
+    found = Architecture(str(config.get("model_type")), _class_name(config), "", (), verified=False)
+    model = empty_model(found, source, recipe)
+    block_module = _block_list(model, recipe.decoder)
+    blocks = list(model.get_submodule(block_module).children())
+    _refuse_other_structures(model, blocks, block_module)
+    run = _run(model, blocks, block_module)
+    _refuse_changes_between(run, block_module)
+    shared_inputs = _shared_inputs(run, block_module, getattr(model, "tp_plan", None) or {})
+    prefix = _stored_prefix(block_module, len(blocks), shared_inputs, source.tensors)
+    return replace(
+        found,
+        block_module=block_module,
+        block_prefixes=(prefix,),
+        shared_inputs=shared_inputs,
+        media=tuple(row for row in _MEDIA if any(f"{row}_token_{kind}" in config for kind in ("id", "index"))),
+        sizes=_sizes(model, blocks),
+        tuple_output=run.tuple_output,
+    )
+
+
+def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_module: str) -> None:
+    """Refuse decoders that read an encoder's states, experts, and blocks that the files do not hold whole."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise MorphoQuantError(
+            f"{type(model).__name__}: is an encoder-decoder, whose cross-attention is not supported; take a decoder"
+        )
+    for index, block in enumerate(blocks):
+        for name, _ in block.named_modules():
+            if name.rpartition(".")[2] == "experts":
+                raise MorphoQuantError(
+                    f"{block_module}.{index}.{name}: a mixture of experts, whose fused experts are not supported; "
+                    "take a dense model"
+                )
+        stored = block.state_dict()
+        for name, _ in block.named_buffers():
+            if name not in stored:
+                raise MorphoQuantError(
+                    f"{block_module}.{index}.{name}: a buffer that weight files do not hold, so blocks cannot be "
+                    "loaded one at a time; this model is not supported"
+                )
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The class of transformers that config.json names."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    if isinstance(getattr(transformers, name, None), type):
+        return name
+    if "auto_map" in config:
+        raise MorphoQuantError(
+            f"config.json: {name or 'the model'} is code in the model's directory (auto_map), and remote code is never "
+            "run; use a version of the model that transformers builds itself"
+        )
+    raise MorphoQuantError(
+        f"config.json: model_type {config.get('model_type')!r} is not supported: transformers "
+        f"{transformers.__version__} has no class {name!r}, which 'architectures' names; upgrade transformers"
+    )
+
+
+def _block_list(model: Any, wanted: str) -> str:
+    """Name of the list of decoder blocks: the one that is `wanted`, or else the longest below the language model."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    start = next((name for name, module in model.named_modules() if module is decoder), "")
+    lists = _lists_with_linears(model)
+    if wanted:
+        if wanted not in lists:
+            known = ", ".join(sorted(lists)) or "none"
+            raise MorphoQuantError(f"--decoder: {wanted} is not a list of blocks with linears; the model has: {known}")
+        return wanted
+    below = {name: size for name, size in lists.items() if not start or name.startswith(f"{start}.")}
+    longest = [name for name, size in below.items() if size == max(below.values())]
+    if not longest:
+        raise MorphoQuantError(
+            f"{type(model).__name__}: no list of blocks with linears (torch.nn.Linear) below its language model, so "
+            "nothing can be quantized"
+        )
+    if len(longest) > 1:
+        raise MorphoQuantError(
+            f"{type(model).__name__}: {' and '.join(longest)} are lists of {below[longest[0]]} blocks each; name the "
+            f"decoder by --decoder {longest[0]}"
+        )
+    return longest[0]
+
+
+def _lists_with_linears(model: nn.Module) -> dict[str, int]:
+    """Lengths of the lists of modules that hold linears, by name; lists inside other lists are left out."""
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and all(_linears(block) for block in module):
+            lists[name] = len(module)
+    return {name: size for name, size in lists.items() if size}
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+@dataclass
+class _Run:
+    """What the pass on the meta device showed."""
+
+    # By block: the linears in the order in which they ran, each with its input.
+    inputs: list[dict[str, Tensor]]
+    # By block: the hidden states that it was given and that it returned.
+    given: list[Tensor] = field(default_factory=list)
+    returned: list[Tensor] = field(default_factory=list)
+    tuple_output: bool = False
+
+
+@torch.no_grad()
+def _run(model: Any, blocks: Sequence[nn.Module], block_module: str) -> _Run:
+    """Run the language model on the meta device, and note the inputs of every linear of its blocks."""
+    run = _Run([{} for _ in blocks])
+    handles = []
+
+    def linear(block: int, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        run.inputs[block][name] = args[0]
+
+    def block_end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        run.given.append(args[0] if args else kwargs["hidden_states"])
+        run.tuple_output = not isinstance(output, Tensor)
+        run.returned.append(output[0] if run.tuple_output else output)
+
+    for index, block in enumerate(blocks):
+        handles.append(block.register_forward_hook(block_end, with_kwargs=True))
+        for name, module in _linears(block).items():
+            handles.append(module.register_forward_pre_hook(partial(linear, index, name)))
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    # transformers takes a mask of four dimensions as it is; it would look at the values of any other.
+    masks = (torch.ones(1, 1, _TOKENS, _TOKENS, device="meta"), None)
+    problems = []
+    try:
+        for mask in masks:
+            run.given.clear()
+            run.returned.clear()
+            try:
+                decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+                return run
+            # Whatever the model's code raises is the reason.
+            except Exception as error:
+                problems.append(" ".join(str(error).split())[:200])
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise MorphoQuantError(
+        f"{block_module}: {type(model).__name__} does not run without weights ({problems[0]}), so its structure is "
+        "unknown; this model is not supported"
+    )
+
+
+def _refuse_changes_between(run: _Run, block_module: str) -> None:
+    """Blocks are run one at a time, so each must get what the one before returned."""
+    if len(run.given) != len(run.inputs):
+        raise MorphoQuantError(
+            f"{block_module}: {len(run.given)} of {len(run.inputs)} blocks ran in one pass; this model is not supported"
+        )
+    for index, (given, before) in enumerate(zip(run.given[1:], run.returned, strict=False), start=1):
+        if given is not before:
+            raise MorphoQuantError(
+                f"{block_module}.{index}: the model changes the hidden states between blocks, which the generic path "
+                "does not follow; this model is not supported"
+            )
+
+
+def _shared_inputs(run: _Run, block_module: str, tp_plan: Mapping[str, str]) -> tuple[SharedInput, ...]:
+    """The inputs of all blocks, in the order in which they are computed; those that some blocks lack are optional."""
+    groups: dict[tuple[str, ...], int] = {}
+    for inputs in run.inputs:
+        for group in _groups(inputs):
+            groups[group] = groups.get(group, 0) + 1
+    owner: dict[str, tuple[str, ...]] = {}
+    for group in groups:
+        for name in group:
+            if owner.setdefault(name, group) != group:
+                raise MorphoQuantError(
+                    f"{block_module}.*.{name}: shares its input with other linears in some blocks than in others; "
+                    "this model is not supported"
+                )
+    if not groups:
+        raise MorphoQuantError(f"{block_module}: no linear of its blocks ran; this model is not supported")
+    order = _first_seen(run.inputs)
+    return tuple(
+        SharedInput(
+            _input_name(group),
+            group,
+            _parallel(group, list(groups), block_module, tp_plan),
+            optional=groups[group] < len(run.inputs),
+        )
+        for group in sorted(groups, key=lambda group: order[group[0]])
+    )
+
+
+def _first_seen(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
+    names = dict.fromkeys(name for block in inputs for name in block)
+    return {name: place for place, name in enumerate(names)}
+
+
+def _groups(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """The linears of one block by the tensor that they read and by the module that holds them.
+
+    vLLM fuses linears of one module only: a parallel attention block reads one tensor in its attention and its MLP.
+    Linears that read something else than one vector for each token are left out.
+    """
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name, x in inputs.items():
+        if x.numel() == _TOKENS * x.shape[-1]:
+            groups.setdefault((id(x), name.rpartition(".")[0]), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _input_name(group: tuple[str, ...]) -> str:
+    if len(group) == 1:
+        return group[0]
+    parent = group[0].rpartition(".")[0]
+    parts = tuple(name.rpartition(".")[2] for name in group)
+    return ".".join(filter(None, (parent, _FUSED.get(parts, "_".join(parts)))))
+
+
+def _parallel(
+    group: tuple[str, ...], groups: Sequence[tuple[str, ...]], block_module: str, tp_plan: Mapping[str, str]
+) -> str:
+    """Direction in which tensor parallelism splits the linears of one input."""
+    for pattern, style in tp_plan.items():
+        if f"{block_module}.*.{group[0]}".endswith(pattern) and style.startswith(("col", "row")):
+            return "row" if style.startswith("row") else "column"
+    # Without a plan: the first linears of a module widen its input, the later ones read what those computed.
+    parent = group[0].rpartition(".")[0]
+    first = next(other for other in groups if other[0].rpartition(".")[0] == parent)
+    return "column" if group == first else "row"
+
+
+def _stored_prefix(
+    block_module: str, blocks: int, shared_inputs: Sequence[SharedInput], tensors: Mapping[str, TensorInfo]
+) -> str:
+    """Name of the list of blocks in the weight files, by the linears that they hold."""
+    linear = next(shared for shared in shared_inputs if not shared.optional).shards[0]
+    ending = f".0.{linear}.weight"
+    prefixes = [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
+    whole = [prefix for prefix in prefixes if f"{prefix}.{blocks - 1}.{linear}.weight" in tensors]
+    if block_module in whole:
+        return block_module
+    if len(whole) == 1:
+        return whole[0]
+    if not whole:
+        raise MorphoQuantError(
+            f"{block_module}.0.{linear}.weight: missing; the weights are stored under other names than transformers' "
+            "model has, or do not fit config.json"
+        )
+    raise MorphoQuantError(
+        f"{block_module}: the weights hold {' and '.join(whole)}, and either may be this list; this model is not "
+        "supported"
+    )
+
+
+def _sizes(model: Any, blocks: Sequence[nn.Module]) -> dict[str, Any]:
+    """The decoder's sizes under Llama's names, as transformers reads them from the config."""
+    config = model.config.get_text_config()
+    names = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    sizes = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    return {**sizes, "num_hidden_layers": len(blocks)}

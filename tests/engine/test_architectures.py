@@ -1,0 +1,97 @@
+"""Architectures of tests/tiny_decoders.py: calibrated by the console command, served, and loaded by transformers.
+
+Those that calibration does not list go through the generic path. The one of the default tests has biases and an MLP
+without a gate, and runs in vLLM's Transformers backend.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import morphoquant_vllm.hf  # noqa: F401  (transformers learns the method)
+from calibration.model.architectures import known_architecture
+from calibration.model.discovery import GENERIC
+from tests.engine.conftest import ENGINE, TEXT_PROMPT, Engines, calibrate, command
+from tests.reference_model import Checkpoint, swap_linears
+from tests.tiny_conversations import write_calibration_data
+from tests.tiny_decoders import DECODERS, build_tiny_decoder
+
+pytestmark = pytest.mark.slow
+
+DEFAULT = ("starcoder2",)
+# Gemma 2 caps its attention's scores. transformers' attention leaves the cap out, vLLM's does not.
+SERVED = [name for name in DECODERS if name != "gemma2"]
+# Another order of float32 sums, as in test_matrix.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(DEFAULT, id="default"),
+        pytest.param([name for name in SERVED if name not in DEFAULT], id="all", marks=pytest.mark.full),
+    ],
+)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Engines]:
+    """Checkpoints `NAME` of models `NAME-source`, and an engine of each."""
+    directory = tmp_path_factory.mktemp("architectures")
+    data = write_calibration_data(directory / "data", "text")
+    for name in request.param:
+        calibrate(build_tiny_decoder(name, directory / f"{name}-source"), data, directory / name)
+    engines = Engines(directory)
+    prompts = [{"prompt_token_ids": TEXT_PROMPT}]
+    engines.run(
+        {name: {"model": str(directory / name), "prompts": prompts, "engine": ENGINE} for name in request.param},
+        timeout=1800,
+    )
+    return directory, engines
+
+
+def prompt_logprobs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([TEXT_PROMPT])).logits[0].log_softmax(-1)
+    return logprobs[:-1].gather(1, torch.tensor(TEXT_PROMPT[1:])[:, None]).flatten()
+
+
+def test_served_and_reloaded_logprobs_are_the_reference_models(served: tuple[Path, Engines]) -> None:
+    directory, engines = served
+    for name, result in engines.results.items():
+        source = AutoModelForCausalLM.from_pretrained(directory / f"{name}-source", dtype=torch.float32)
+        sixteen_bit = prompt_logprobs(source)
+        expected = prompt_logprobs(swap_linears(source, Checkpoint(directory / name)))
+        reloaded = prompt_logprobs(AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float32))
+        assert "error" not in result, f"{name}: {result['error']}"
+        found = torch.tensor(result["requests"][0]["prompt_logprobs"])
+        differences = {"served": found - expected, "reloaded": reloaded - expected}
+        largest = {way: float(difference.abs().max()) for way, difference in differences.items()}
+        print(f"{name}: largest difference of log-probabilities {largest}")
+        assert max(largest.values()) < TOLERANCE, name
+        # A prompt on which 4 bits change nothing would show nothing.
+        assert float((sixteen_bit - expected).abs().max()) > 100 * TOLERANCE, name
+
+
+def test_every_linear_of_the_decoder_is_quantized(served: tuple[Path, Engines]) -> None:
+    directory, engines = served
+    for name, result in engines.results.items():
+        methods = {layer for layer, method in result["methods"].items() if ".layers." in layer and "proj" in layer}
+        assert methods, name
+        assert {result["methods"][layer] for layer in methods} == {"MorphoQuantLinearMethod"}, name
+        spec = Checkpoint(directory / name).spec
+        stored = {layer.split(".", 3)[3] for layer in spec.layers}
+        assert len(stored) * DECODERS[name][1].get("num_hidden_layers", 2) == len(spec.layers), name
+
+
+def test_the_generic_path_is_said(served: tuple[Path, Engines]) -> None:
+    directory, engines = served
+    for name in engines.results:
+        verified = known_architecture(json.loads((directory / name / "config.json").read_text())) is not None
+        line = [command("morphoquant"), "inspect", str(directory / name)]
+        shown = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True).stdout
+        assert (GENERIC in " ".join(shown.split())) is not verified, name
