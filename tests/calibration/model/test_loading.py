@@ -117,7 +117,7 @@ def test_token_ids_beyond_the_embedding_name_the_tokenizer(tiny: TinyModels) -> 
     rows = source.config["vocab_size"]
     sample = Sample({"input_ids": torch.tensor([[1, rows]])}, torch.zeros(2, dtype=torch.int32), "data.jsonl:7")
     blocks = list(model.get_submodule(architecture.block_module).children())
-    expected = rf"data.jsonl:7: token id {rows}, but .* has {rows} rows; the tokenizer belongs to another model"
+    expected = rf"data.jsonl:7: token id {rows}, but .* has {rows} tokens; the tokenizer belongs to another model"
     with pytest.raises(MorphoQuantError, match=expected):
         list(capture_block_inputs(model, blocks, [sample], [torch.tensor([0])]))
 
