@@ -69,7 +69,7 @@ def problem_of_tile(
     if error <= 1:
         return ""
     kind = "two-level scales" if tile.two_level else f"group_size {group_size}"
-    adding = " that it adds" if tile.adds_splits and splits > 1 else ""
+    adding = ", which it adds" if tile.adds_splits and splits > 1 else ""
     return (
         f"the kernel for {kind}, tile {tile.block_n}x{tile.block_m} (warps {tile.warps}, stages {tile.stages}, "
         f"splits {splits}{adding}) is off by {error:.3g} times the rounding bound on this GPU; "

@@ -37,7 +37,7 @@ def test_a_tile_of_the_table_lets_a_linear_layer_add_its_parts(interpreter: Inte
 def test_the_self_check_runs_a_tile_that_adds_its_parts(interpreter: Interpreter) -> None:
     sound, wrong = interpreter(adding_cases.self_check, SAMPLE[0])
     assert sound == ""
-    assert "splits 2 that it adds itself) is off by" in wrong
+    assert "splits 2, which it adds) is off by" in wrong
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
