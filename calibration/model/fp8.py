@@ -28,11 +28,11 @@ def quantization_configs(config: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without its settings of quantization, at any depth."""
+    """A config.json without its settings of quantization, at any depth. Empty ones stay."""
     return {
         key: without_quantization(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in _CONFIG_KEYS
+        if key not in _CONFIG_KEYS or not value
     }
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.calibrate import calibrate
 from calibration.model.architectures import find_architecture
+from calibration.model.fp8 import quantization_configs, without_quantization
 from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import decoder_names
 from calibration.model.source import open_source
@@ -61,6 +62,13 @@ def test_an_fp8_model_loads_as_its_16_bit_model(
         assert loaded
         for key, value in loaded.items():
             assert torch.equal(found[key], value), key
+
+
+def test_settings_are_dropped_at_any_depth_and_empty_ones_stay() -> None:
+    config = {"quantization_config": BLOCK_WISE, "text_config": {"quantization_config": BLOCK_WISE, "a": [1]}, "b": {}}
+    assert list(quantization_configs(config)) == [BLOCK_WISE, BLOCK_WISE]
+    assert without_quantization(config) == {"text_config": {"a": [1]}, "b": {}}
+    assert without_quantization({"quantization_config": {}}) == {"quantization_config": {}}
 
 
 @pytest.mark.parametrize("problem", ["no scale", "a scale of shape [7, 7]"])

@@ -102,11 +102,3 @@ def test_another_quantized_source_is_refused_by_name(tmp_path: Path, settings: A
     refuse(model, rf"already quantized \(quantization_config\) by {method}; download the 16-bit original, or its FP8")
     (model / "README.md").write_text("---\nlicense: mit\nbase_model:\n- org/Base-7B\n---\n# Card\n")
     refuse(model, r"download the 16-bit original \(org/Base-7B\), or its FP8 version")
-
-
-def test_settings_of_no_quantization_are_dropped(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m")
-    (model / "config.json").write_text(
-        '{"quantization_config": null, "text_config": {"quantization_config": null, "a": 1}}'
-    )
-    assert open_source(model).config == {"text_config": {"a": 1}}
