@@ -14,6 +14,7 @@ import torch
 from calibration.blocks.loop import BlockResult
 from calibration.data.conversations import CLASSES
 from calibration.data.data_files import load_conversations
+from calibration.forecast import Forecast
 from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan, sixteen_bit
@@ -25,7 +26,7 @@ from calibration.output.report import PACKAGE, REPORT_FILE, package_version
 from calibration.output.staging import check_length, check_output, check_room
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
-from calibration.stages import Job, capture, export, quantize
+from calibration.stages import Job, capture, export, forecast, prepare, quantize
 from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work
 from morphoquant_vllm.errors import MorphoQuantError
@@ -90,6 +91,29 @@ def calibrate(
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
             quantize(job, kept, tokens, on_block)
         return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
+
+
+def dry_run(
+    model: Path | str,
+    data: Path | str | Iterable[Path | str],
+    output: Path | str,
+    *,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    work: Path | str | None = None,
+    skip_bad: bool = False,
+    memory_budget: int | None = None,
+) -> Forecast:
+    """What `calibrate` with the same arguments would do and need; it writes nothing and loads no weights.
+
+    Raises MorphoQuantError for whatever would end that call before its first block: the model, settings, data, places.
+    """
+    output = Path(output)
+    job = _plan(model, recipe or Recipe(), memory_budget, ONE)
+    place = Path(work) if work is not None else default_work(output)
+    _check_places(job, output, place, overwrite=overwrite)
+    conversations = load_conversations(data, skip_bad=skip_bad)
+    return forecast(job, prepare(job, conversations, skip_bad=skip_bad)[1])
 
 
 def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processes: Processes) -> Job:

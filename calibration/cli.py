@@ -53,6 +53,9 @@ def calibrate(
     restart: Annotated[bool, typer.Option("--restart", help="Drop the finished blocks of an earlier run.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out conversations that cannot be used.")] = False,
     memory_budget: Annotated[str | None, typer.Option(help="Memory to keep to, as 6GiB (default: all free).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done and needed; write nothing.")
+    ] = False,
     **settings: Any,
 ) -> None:
     """Calibrate MODEL on example data and write a W4A4 checkpoint that vLLM serves.
@@ -67,25 +70,28 @@ def calibrate(
         budget = None if memory_budget is None else read_size("--memory-budget", memory_budget)
         # Imported here: it imports torch, which takes seconds.
         from calibration.calibrate import calibrate as run
+        from calibration.calibrate import dry_run as foresee
+        from calibration.output.outcome import outcome_lines
 
         _set_log_levels(processes)
+        places: dict[str, Any] = {"overwrite": overwrite, "work": work, "skip_bad": skip_bad, "memory_budget": budget}
+        if dry_run:
+            if processes.first:
+                typer.echo("\n".join(foresee(model, data, output, recipe=chosen_recipe, **places).lines()))
+            return
         with BlockProgress(Console(stderr=True, quiet=not processes.first)) as progress:
             report = run(
                 model,
                 data,
                 output,
                 recipe=chosen_recipe,
-                overwrite=overwrite,
-                work=work,
                 restart=restart,
-                skip_bad=skip_bad,
-                memory_budget=budget,
                 on_block=progress,
                 processes=processes,
+                **places,
             )
         if processes.first:
-            shown, rate = one_line(str(output)), report["escape_rate"]
-            typer.echo(f"{shown}: {len(report['layers'])} layers quantized, escape rate {rate:.2%}")
+            typer.echo("\n".join(outcome_lines(report, output)))
 
 
 def _set_log_levels(processes: Processes) -> None:

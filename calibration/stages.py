@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import TokenSample, share_tokens
+from calibration.forecast import Forecast
 from calibration.model.architectures import Architecture
 from calibration.model.discovery import GENERIC
 from calibration.model.loading import BlockLoader, load_front
@@ -34,6 +36,8 @@ from calibration.settings.recipe import Recipe
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,32 +89,61 @@ def capture(
     """Render the data, run embeddings and towers on them, and keep the decoder's inputs; the tokens of the search."""
     if work.finished is not None:
         return job.choose_tokens(work.modalities())
-    source, recipe, spec = job.source, job.recipe, job.spec
+    source, recipe = job.source, job.recipe
     # This check needs no data, and rendering can take long.
     job.memory_need()
-    samples = build_samples(
-        source.directory,
-        data,
-        max_tokens=recipe.max_tokens,
-        max_samples=recipe.max_samples,
-        window_tokens=recipe.window_tokens,
-        placeholder_token_ids=spec.placeholder_token_ids,
-        rows=spec.rows,
-        skip_bad=skip_bad,
-        processes=job.processes,
-    )
-    check_media(samples, recipe, job.processes)
-    tokens = job.choose_tokens({sample.place: sample.modality for sample in samples})
+    samples, tokens = prepare(job, data, skip_bad=skip_bad)
     need = job.memory_need(tokens)
-    # The inputs of the first block, and two generations of both streams.
-    hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
-    states = sum(tokens.counts.values()) * hidden_size * getattr(torch, recipe.dtype).itemsize
-    check_free_space(work.path, quantized_size(source, spec) + 5 * states, "the work directory", "--work")
+    expected = forecast(job, tokens)
+    check_free_space(work.path, expected.work, "the work directory", "--work")
+    if job.processes.first:
+        for line in expected.lines():
+            logger.info("%s", line)
     stream = need.front > job.memory_limit and not recipe.towers
     model = load_front(job.architecture, source, recipe, stream_towers=stream, device=job.device)
     sources = {index: sample.source for index, sample in zip(tokens.samples, samples, strict=True)}
     work.keep_samples(sources, _run_front(job, work, model, samples, tokens))
     return tokens
+
+
+def prepare(
+    job: Job, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
+) -> tuple[list[Sample], TokenSample]:
+    """This process's samples, and the tokens of the search."""
+    recipe = job.recipe
+    samples = build_samples(
+        job.source.directory,
+        data,
+        max_tokens=recipe.max_tokens,
+        max_samples=recipe.max_samples,
+        window_tokens=recipe.window_tokens,
+        placeholder_token_ids=job.spec.placeholder_token_ids,
+        rows=job.spec.rows,
+        skip_bad=skip_bad,
+        processes=job.processes,
+    )
+    check_media(samples, recipe, job.processes)
+    return samples, job.choose_tokens({sample.place: sample.modality for sample in samples})
+
+
+def forecast(job: Job, tokens: TokenSample) -> Forecast:
+    """What the calibration will do and need."""
+    source, spec = job.source, job.spec
+    need = job.memory_need(tokens)
+    # The inputs of the first block, and two generations of both streams.
+    hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
+    states = sum(tokens.counts.values()) * hidden_size * getattr(torch, job.recipe.dtype).itemsize
+    return Forecast(
+        layers=len(spec.layers),
+        blocks=job.names.blocks,
+        samples=len(tokens.positions),
+        tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
+        sampled_tokens=tokens.modality.numel(),
+        memory=max(need.front, need.block),
+        memory_limit=job.memory_limit,
+        work=quantized_size(source, spec) + 5 * states,
+        checkpoint=checkpoint_size(source, spec),
+    )
 
 
 def _run_front(

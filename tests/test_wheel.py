@@ -125,7 +125,7 @@ def test_vllm_serves_a_checkpoint_without_a_compiler(
     monkeypatch.setattr(sys, "executable", str(python))
     arguments = ["--enforce-eager", "--max-model-len", "64", "--dtype", "float32"]
     with serve(output, tmp_path / "log", arguments, environment=variables) as server:
-        client = OpenAI(base_url=server.api, api_key="none")
+        client = OpenAI(base_url=server.openai_url, api_key="none")
         answer = client.completions.create(model=str(output), prompt=[1, 2, 3], max_tokens=4, temperature=0)
     assert answer.usage is not None and answer.usage.completion_tokens > 0
     log = (tmp_path / "log").read_text()

@@ -6,6 +6,7 @@ convert        makes the newest version of an older one, and two-level scales
 json_file      writes JSON
 weight_file    writes safetensors files
 report         makes the JSON report beside the weights
+outcome        the lines that end a calibration
 card           makes the model card, README.md
 report_file    reads and checks the JSON report
 distributions  the kept distribution of each input

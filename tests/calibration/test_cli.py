@@ -347,3 +347,16 @@ def test_compare_prints_and_writes_a_page(tiny: TinyModels, tmp_path: Path, run:
     refused(run("compare", model, model, "--data", data, "--output", page), "page.html: exists")
     status, out, _ = run("compare", model, model, "--data", data, "--max-samples", 2, "--json")
     assert json.loads(out)["modalities"]["all"]["divergence"] == 0
+
+
+def test_a_dry_run_writes_nothing_and_refuses_as_a_run(tiny: TinyModels, tmp_path: Path, run: Run) -> None:
+    model, output = tiny.model("llama"), tmp_path / "out"
+    arguments = ["--output", output, "--device", "cpu", "--dry-run"]
+    status, out, err = run("calibrate", model, "--data", tiny.data("llama"), *arguments)
+    assert status == 0, err
+    assert "14 linears in 2 blocks" in out and "disk: " in out and "memory: up to " in out
+    assert list(tmp_path.iterdir()) == []
+    refused(run("calibrate", model, "--data", tmp_path / "none.jsonl", *arguments), "none.jsonl")
+    output.mkdir()
+    (output / "file").write_text("")
+    refused(run("calibrate", model, "--data", tiny.data("llama"), *arguments), "exists and is not empty")

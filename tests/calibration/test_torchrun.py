@@ -250,7 +250,8 @@ def test_torchrun_makes_the_checkpoint_of_the_same_processes(
     process = torchrun(tiny.model("llama"), texts, tmp_path / "out")
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert out == f"{tmp_path / 'out'}: 14 layers quantized, escape rate {rate(expected):.2%}\n"
+    assert out.splitlines()[0] == f"{tmp_path / 'out'}: 14 layers quantized, escape rate {rate(expected):.2%}"
+    assert out.count("layers quantized") == out.count("vllm serve") == 1, "one process speaks"
     assert err.count("block 2/2") == 1 and err.count("calibration data: 5 samples") == 1
     assert content(tmp_path / "out") == expected
 

@@ -16,6 +16,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels
 
 
+@pytest.mark.full
 def test_a_source_and_its_checkpoint(tiny: TinyModels, tmp_path: Path) -> None:
     source, data, output = tiny.model("omni"), tiny.data("omni"), tmp_path / "out"
     calibrate(source, data, output, recipe=Recipe(device="cpu", sample_tokens=64, max_samples=6))
