@@ -50,6 +50,17 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     # An MLP without a gate, whose activation is the square of relu.
     "nemotron": ("NemotronForCausalLM", {"head_dim": 32}),
     "phi": ("PhiForCausalLM", {}),
+    # q, k and v in one matrix beside the MLP's first; blocks return tuples.
+    "falcon": (
+        "FalconForCausalLM",
+        {
+            "new_decoder_architecture": False,
+            "multi_query": True,
+            "num_kv_heads": 1,
+            "parallel_attn": True,
+            "alibi": False,
+        },
+    ),
     "gemma2": ("Gemma2ForCausalLM", {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
     "seed_oss": ("SeedOssForCausalLM", {"head_dim": 32}),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
@@ -16,7 +16,7 @@ from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, stored_name
 from morphoquant_vllm.format.seal import sealed
-from tests.checkpoints import edit_tensors, random_group
+from tests.checkpoints import random_group
 from tests.tiny_models import DECODER, write_model
 
 # One tile of 28 x 28 pixels is 16 patches, and these are 4 tokens.
@@ -119,10 +119,10 @@ def _quantize(directory: Path, placeholders: dict[str, tuple[int, ...]]) -> None
         for name, tensors in zip(names, groups, strict=True):
             changes[f"{name}.weight"] = None
             changes |= {stored_name(name, tensor): value for tensor, value in tensors.items()}
-    config = read_json(directory / CONFIG_FILE)
-    (directory / CONFIG_FILE).write_text(json.dumps({**config, "quantization_config": spec.to_dict()}))
-    edit_tensors(file, changes)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), file.name)}
+    tensors = {name: tensor for name, tensor in (source | changes).items() if tensor is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}
     (directory / INDEX_FILE).write_text(json.dumps(index))
-    config["quantization_config"] = sealed(directory, config, spec).to_dict()
-    (directory / CONFIG_FILE).write_text(json.dumps(config))
+    config = read_json(directory / CONFIG_FILE)
+    written = {**config, "quantization_config": sealed(directory, config, spec).to_dict()}
+    (directory / CONFIG_FILE).write_text(json.dumps(written))
