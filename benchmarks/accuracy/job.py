@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import simulation
+from benchmarks.accuracy import parts, simulation
 from benchmarks.accuracy.cache import Cache
-from benchmarks.accuracy.methods import METHODS, Served, Simulated
+from benchmarks.accuracy.methods import METHODS, Part, Served, Simulated
 from benchmarks.accuracy.serving import served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
 from benchmarks.common.files import code_digest, file_digest
@@ -23,6 +23,13 @@ SIMULATION_CODE = [
     HERE / "simulation.py",
     Path(decoder.__file__),
     served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
+    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "weights.py",
+    served.REPOSITORY / "calibration" / "quantize" / "rounding.py",
+]
+PART_CODE = [
+    HERE / "parts.py",
+    served.REPOSITORY / "morphoquant_vllm" / "hf",
+    served.REPOSITORY / "morphoquant_vllm" / "numerics",
 ]
 
 
@@ -40,36 +47,50 @@ class Job:
     evaluations: Mapping[str, str]
     # What the served worker is told of an evaluation set, JSON.
     described: Callable[[str], dict[str, Any]]
-    # The result of a simulated model on an evaluation set.
+    # The result of a model in this process on an evaluation set.
     evaluate: Callable[[Any, str], dict[str, Any]]
+    # Which evaluation sets vLLM is asked, and which are evaluated in this process.
+    engine: tuple[str, ...]
+    process: tuple[str, ...]
 
     @property
     def cache(self) -> Cache:
         return Cache(self.settings.work / "results")
 
 
-def model_of(job: Job, method: Served) -> Path:
-    """Directory that vLLM serves for a method; a checkpoint may still have to be made."""
-    if not method.quantized:
+def sets_of(job: Job, name: str) -> list[str]:
+    """The evaluation sets that a method has results on.
+
+    A served method is asked by vLLM what vLLM can be asked; for the rest its checkpoint is loaded into this process.
+    """
+    if isinstance(METHODS[name], Served):
+        return list(dict.fromkeys([*job.engine, *job.process]))
+    return list(job.process)
+
+
+def model_of(job: Job, method: Served | Part) -> Path:
+    """Directory of the model that a method is about; a checkpoint may still have to be made."""
+    if isinstance(method, Served) and not method.quantized:
         return job.model
     recipe = served.recipe_of(job.settings, method, job.max_samples)
     return served.checkpoint_path(job.settings, job.model, job.calibration, recipe)
 
 
 def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
-    """Everything a result depends on; None for a served method whose checkpoint is not made yet."""
+    """Everything a result depends on; None for a method whose checkpoint is not made yet.
+
+    Methods are known by their settings and checkpoints, not by their names: a renamed one keeps its results.
+    """
     method, settings = METHODS[name], job.settings
     found = {
         "benchmark": job.benchmark,
         "evaluator": EVALUATOR_VERSION,
         "kind": type(method).__name__,
-        # Its settings, not its name: a renamed method keeps its results.
-        "method": asdict(method),
         "evaluation": job.evaluations[evaluation],
         "seed": settings.seed,
     }
     if isinstance(method, Simulated):
-        found |= {"model": file_digest([job.model]), "code": code_digest(SIMULATION_CODE)}
+        found |= {"method": asdict(method), "model": file_digest([job.model]), "code": code_digest(SIMULATION_CODE)}
         if method.calibrated:
             sample = {"max_samples": job.max_samples, "window_tokens": settings.window_tokens}
             found |= {"data": served.data_digest(job.calibration), **sample}
@@ -77,8 +98,12 @@ def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
     directory = model_of(job, method)
     if not (directory / "config.json").is_file():
         return None
-    code = code_digest(served.SERVING_CODE) if method.quantized else None
-    return {**found, "model": file_digest([directory]), "dtype": settings.dtype, "code": code}
+    found["model"] = file_digest([directory])
+    if isinstance(method, Part):
+        return {**found, "part": method.part, "source": file_digest([job.model]), "code": code_digest(PART_CODE)}
+    if evaluation not in job.engine:
+        return {**found, "code": code_digest(PART_CODE)}
+    return {**found, "dtype": settings.dtype, "code": code_digest(served.SERVING_CODE) if method.quantized else None}
 
 
 def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
@@ -90,26 +115,30 @@ def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
 def results(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(method, evaluation set, result) of whatever the cache holds under the present settings."""
     for name in METHODS:
-        for evaluation in job.evaluations:
+        for evaluation in sets_of(job, name):
             result = load(job, name, evaluation)
             if result is not None:
                 yield name, evaluation, result
 
 
 def run(job: Job, name: str, wanted: Iterable[str]) -> None:
-    """Make the results of a method on the evaluation sets `wanted` that are not in the cache."""
+    """Make the results of a method on those of the evaluation sets `wanted` that it has and the cache lacks."""
     method = METHODS[name]
-    if isinstance(method, Served) and method.quantized:
+    if isinstance(method, Part) or (isinstance(method, Served) and method.quantized):
         recipe = served.recipe_of(job.settings, method, job.max_samples)
         served.calibrate(model_of(job, method), job.model, job.calibration, recipe)
-    missing = {evaluation: key(job, name, evaluation) for evaluation in wanted}
+    own = set(sets_of(job, name))
+    missing = {evaluation: key(job, name, evaluation) for evaluation in wanted if evaluation in own}
     missing = {evaluation: found for evaluation, found in missing.items() if job.cache.load(found or {}) is None}
-    if not missing:
-        return
     if isinstance(method, Served):
-        _serve(job, name, method, missing)
-    else:
+        asked = {evaluation: found for evaluation, found in missing.items() if evaluation in job.engine}
+        missing = {evaluation: found for evaluation, found in missing.items() if evaluation not in asked}
+        if asked:
+            _serve(job, name, method, asked)
+    if missing and isinstance(method, Simulated):
         _simulate(job, method, missing)
+    elif missing and not isinstance(method, Simulated):
+        _reload(job, method, missing)
 
 
 def _serve(job: Job, name: str, method: Served, missing: Mapping[str, Any]) -> None:
@@ -137,6 +166,14 @@ def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
         result = job.evaluate(model, evaluation)
         beyond = {layer: [quantizer.bypassed, quantizer.total] for layer, quantizer in counting.items()}
         job.cache.store(found, {**result, "beyond": beyond})
+
+
+def _reload(job: Job, method: Served | Part, missing: Mapping[str, Any]) -> None:
+    directory = model_of(job, method)
+    part = method.part if isinstance(method, Part) else None
+    model = parts.load(directory) if part is None else parts.load_part(directory, job.model, part)
+    for evaluation, found in missing.items():
+        job.cache.store(found, {**job.evaluate(model, evaluation), "beyond": {}})
 
 
 def calibration_report(job: Job, name: str) -> dict[str, Any] | None:

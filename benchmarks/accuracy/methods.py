@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.limits import MAX_LEVEL
+
+# Ways of rounding weights in which each block sees the outputs of the quantized blocks before it.
+SEQUENTIAL = ("gptq", "ours")
 
 
 @dataclass(frozen=True)
 class Simulated:
     """Computed in float32 on the transformers model: rounding is simulated."""
 
-    # none, rtn, gptq or nf4
+    # none, rtn, gptq, nf4, or ours: calibration's own rounding, on activations of 16 bit
     weights: str = "none"
     group_size: int = 64
+    # Levels of two-level scales of `ours`; 0: a scale for each group.
+    levels: int = 0
     act_order: bool = False
     # none, static-tensor, token, token-group or oracle
     activations: str = "none"
@@ -29,7 +35,8 @@ class Simulated:
     @property
     def calibrated(self) -> bool:
         """Whether calibration data changes the result."""
-        return self.weights == "gptq" or self.activations in ("static-tensor", "oracle") or "smooth" in self.transform
+        fitted = self.activations in ("static-tensor", "oracle") or "smooth" in self.transform
+        return fitted or self.weights in SEQUENTIAL
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,34 @@ class Served:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
-Method = Simulated | Served
+@dataclass(frozen=True)
+class Part:
+    """One part of a served checkpoint in the 16-bit model, in float32 by transformers, on the torch reference."""
+
+    # activations: of every linear, with 16-bit weights; or a name of KINDS: weights and activations of these linears
+    part: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+Method = Simulated | Served | Part
+
+# Linears of a decoder's block.
+KINDS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate-up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
     "w4a16-rtn-g64": Simulated("rtn"),
     "w4a16-rtn-g32": Simulated("rtn", 32),
+    "w4a16-rtn-g128": Simulated("rtn", 128),
     "w4a16-nf4": Simulated("nf4"),
     "w4a16-gptq-g64": Simulated("gptq"),
     "w4a16-gptq-g32": Simulated("gptq", 32),
+    "w4a16-gptq-g128": Simulated("gptq", 128),
     "w4a4-static-tensor": Simulated("rtn", activations="static-tensor"),
     "w4a4-token": Simulated("rtn", activations="token"),
     "w4a4-token-group": Simulated("rtn", activations="token-group"),
@@ -78,8 +104,29 @@ METHODS: dict[str, Method] = {
     "served-no-search": Served(recipe={"grid": "reference", "lower": 0.999}),
     "served-g64": Served(recipe={"group_size": 64}),
     "served-group": Served(recipe={"scale_levels": 0}),
+    "served-group-g64": Served(recipe={"scale_levels": 0, "group_size": 64}),
+    # Floors: the loss of one part alone. Scales are two-level as in `served`, or one for each group.
+    "floor-weights": Simulated("ours", 32, levels=MAX_LEVEL),
+    "floor-weights-g64": Simulated("ours", 64, levels=MAX_LEVEL),
+    "floor-weights-group": Simulated("ours", 32),
+    "floor-weights-group-g64": Simulated("ours", 64),
+    "floor-activations": Part("activations"),
+    **{f"floor-{kind}": Part(kind) for kind in KINDS},
 }
 
+# The table over all models: the methods that others publish, ours in both schemes, and the floors.
+TABLE = (
+    "16bit",
+    *(name for name in METHODS if name.startswith("w4a")),
+    "oracle-rtn-g64",
+    "oracle-nf4",
+    "served-16bit",
+    "served",
+    "served-g64",
+    "served-group",
+    "served-group-g64",
+    *(name for name in METHODS if name.startswith("floor-")),
+)
 
 # With one modality there are no rows of modalities.
 OMNI_ONLY = ("served-no-modality-rows", "served-budget-0.5-no-modality-rows", "served-no-mask-no-modality-rows")
