@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import parts, simulation
+from benchmarks.accuracy import objective, parts, simulation
 from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.methods import METHODS, Part, Served, Simulated
 from benchmarks.accuracy.serving import served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
-from benchmarks.common.files import code_digest, file_digest
+from benchmarks.common.files import code_digest, digest, file_digest
 from benchmarks.models import decoder
 
 HERE = Path(__file__).parent
@@ -25,6 +25,11 @@ SIMULATION_CODE = [
     served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
     served.REPOSITORY / "morphoquant_vllm" / "numerics" / "weights.py",
     served.REPOSITORY / "calibration" / "quantize" / "rounding.py",
+]
+OBJECTIVE_CODE = [
+    HERE / "objective.py",
+    Path(decoder.__file__),
+    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
 ]
 PART_CODE = [
     HERE / "parts.py",
@@ -68,12 +73,46 @@ def sets_of(job: Job, name: str) -> list[str]:
     return list(job.process)
 
 
-def model_of(job: Job, method: Served | Part) -> Path:
-    """Directory of the model that a method is about; a checkpoint may still have to be made."""
+def _threshold_file(job: Job, tau: float) -> Path:
+    sample = {"max_samples": job.max_samples, "window_tokens": job.settings.window_tokens, "tau": tau}
+    found = {"model": file_digest([job.model]), "data": served.data_digest(job.calibration), **sample}
+    return job.settings.work / "thresholds" / f"{digest({**found, 'code': code_digest(OBJECTIVE_CODE)})[:16]}.json"
+
+
+def _make_threshold(job: Job, tau: float) -> None:
+    path = _threshold_file(job, tau)
+    if not path.is_file():
+        size = job.settings.window_tokens
+        seen = objective.input_dispersions(job.model, job.calibration, size, job.max_samples, simulation.FULL_MASK)
+        objective.write_threshold(path, objective.network_threshold(seen, tau))
+
+
+def recipe_of(job: Job, method: Served | Part) -> dict[str, Any] | None:
+    """The recipe of a method's checkpoint; None if the network's threshold is not made yet."""
+    recipe = served.recipe_of(job.settings, method, job.max_samples)
+    if isinstance(method, Part) or method.network_tau is None:
+        return recipe
+    threshold = objective.read_threshold(_threshold_file(job, method.network_tau))
+    return None if threshold is None else {**recipe, "dispersion_threshold": threshold}
+
+
+def model_of(job: Job, method: Served | Part) -> Path | None:
+    """Directory of a method's model; a checkpoint may still have to be made. None: its recipe too."""
     if isinstance(method, Served) and not method.quantized:
         return job.model
-    recipe = served.recipe_of(job.settings, method, job.max_samples)
-    return served.checkpoint_path(job.settings, job.model, job.calibration, recipe)
+    recipe = recipe_of(job, method)
+    return None if recipe is None else served.checkpoint_path(job.settings, job.model, job.calibration, recipe)
+
+
+def _made(job: Job, method: Served | Part) -> Path:
+    """Directory of a method's model, made unless it is there."""
+    if isinstance(method, Served) and method.network_tau is not None:
+        _make_threshold(job, method.network_tau)
+    directory, recipe = model_of(job, method), recipe_of(job, method)
+    assert directory is not None and recipe is not None
+    if directory != job.model:
+        served.calibrate(directory, job.model, job.calibration, recipe)
+    return directory
 
 
 def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
@@ -96,7 +135,7 @@ def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
             found |= {"data": served.data_digest(job.calibration), **sample}
         return found
     directory = model_of(job, method)
-    if not (directory / "config.json").is_file():
+    if directory is None or not (directory / "config.json").is_file():
         return None
     found["model"] = file_digest([directory])
     if isinstance(method, Part):
@@ -124,27 +163,33 @@ def results(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def run(job: Job, name: str, wanted: Iterable[str]) -> None:
     """Make the results of a method on those of the evaluation sets `wanted` that it has and the cache lacks."""
     method = METHODS[name]
-    if isinstance(method, Part) or (isinstance(method, Served) and method.quantized):
-        recipe = served.recipe_of(job.settings, method, job.max_samples)
-        served.calibrate(model_of(job, method), job.model, job.calibration, recipe)
+    if isinstance(method, Simulated):
+        missing = _missing(job, name, wanted)
+        if missing:
+            _simulate(job, method, missing)
+        return
+    directory = _made(job, method)
+    missing = _missing(job, name, wanted)
+    asked = job.engine if isinstance(method, Served) else ()
+    if any(evaluation in asked for evaluation in missing):
+        tasks = {evaluation: found for evaluation, found in missing.items() if evaluation in asked}
+        _serve(job, name, directory, tasks)
+    rest = {evaluation: found for evaluation, found in missing.items() if evaluation not in asked}
+    if rest:
+        _reload(job, method, directory, rest)
+
+
+def _missing(job: Job, name: str, wanted: Iterable[str]) -> dict[str, Any]:
+    """Keys of those of the evaluation sets `wanted` that the method has and the cache lacks."""
     own = set(sets_of(job, name))
-    missing = {evaluation: key(job, name, evaluation) for evaluation in wanted if evaluation in own}
-    missing = {evaluation: found for evaluation, found in missing.items() if job.cache.load(found or {}) is None}
-    if isinstance(method, Served):
-        asked = {evaluation: found for evaluation, found in missing.items() if evaluation in job.engine}
-        missing = {evaluation: found for evaluation, found in missing.items() if evaluation not in asked}
-        if asked:
-            _serve(job, name, method, asked)
-    if missing and isinstance(method, Simulated):
-        _simulate(job, method, missing)
-    elif missing and not isinstance(method, Simulated):
-        _reload(job, method, missing)
+    keys = {evaluation: key(job, name, evaluation) for evaluation in wanted if evaluation in own}
+    return {evaluation: found for evaluation, found in keys.items() if job.cache.load(found or {}) is None}
 
 
-def _serve(job: Job, name: str, method: Served, missing: Mapping[str, Any]) -> None:
+def _serve(job: Job, name: str, directory: Path, missing: Mapping[str, Any]) -> None:
     description = {
         "benchmark": job.benchmark,
-        "model": str(model_of(job, method).resolve()),
+        "model": str(directory.resolve()),
         "dtype": job.settings.dtype,
         "seed": job.settings.seed,
         "cache": str(job.cache.directory.resolve()),
@@ -168,8 +213,7 @@ def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
         job.cache.store(found, {**result, "beyond": beyond})
 
 
-def _reload(job: Job, method: Served | Part, missing: Mapping[str, Any]) -> None:
-    directory = model_of(job, method)
+def _reload(job: Job, method: Served | Part, directory: Path, missing: Mapping[str, Any]) -> None:
     part = method.part if isinstance(method, Part) else None
     model = parts.load(directory) if part is None else parts.load_part(directory, job.model, part)
     for evaluation, found in missing.items():
@@ -181,8 +225,9 @@ def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
     method = METHODS[name]
     if not isinstance(method, Served) or not method.quantized:
         return None
-    file = model_of(job, method) / "morphoquant_calibration.json"
-    if not file.is_file():
+    directory = model_of(job, method)
+    file = None if directory is None else directory / "morphoquant_calibration.json"
+    if file is None or not file.is_file():
         return None
     report = json.loads(file.read_text(encoding="utf-8"))
     kept = {part: report[part] for part in ("settings", "data", "escape_rate") if part in report}

@@ -46,6 +46,9 @@ class Served:
     quantized: bool = True
     # Overrides of the calibration recipe's defaults.
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    # The mask's threshold: this many standard deviations above the mean dispersion of all channels of the network.
+    # None: the recipe's, for each layer.
+    network_tau: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ KINDS = {
     "gate-up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+
+# The composite loss of arXiv 2606.04349: squared error, and this weight of the cosine.
+COSINE_WEIGHT = 0.75
+# The mask's threshold in standard deviations: the recipe's own default, and one that no channel reaches.
+TAU, NO_MASK_TAU = 2.0, 1e6
 
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
@@ -99,8 +107,14 @@ METHODS: dict[str, Method] = {
     "served-no-mask-no-modality-rows": Served(recipe={"escape_budget": 0.0, "modality_rows": False}),
     "served-no-regression": Served(recipe={"regression": False}),
     "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),
-    # The reference's mask and range search in the place of the budgeted one, and its mask without its search.
+    # The paper's objective: the reference's mask and range search instead of the budgeted one, and its parts.
     "served-reference-grid": Served(recipe={"grid": "reference"}),
+    "served-composite": Served(recipe={"grid": "reference", "cosine_weight": COSINE_WEIGHT}),
+    "served-network-mask": Served(recipe={"grid": "reference"}, network_tau=TAU),
+    "served-composite-network-mask": Served(
+        recipe={"grid": "reference", "cosine_weight": COSINE_WEIGHT}, network_tau=TAU
+    ),
+    "served-reference-no-mask": Served(recipe={"grid": "reference", "tau": NO_MASK_TAU, "full_mask": []}),
     "served-no-search": Served(recipe={"grid": "reference", "lower": 0.999}),
     "served-g64": Served(recipe={"group_size": 64}),
     "served-group": Served(recipe={"scale_levels": 0}),
@@ -114,7 +128,17 @@ METHODS: dict[str, Method] = {
     **{f"floor-{kind}": Part(kind) for kind in KINDS},
 }
 
-# The table over all models: the methods that others publish, ours in both schemes, and the floors.
+# The rows of the paper's objective.
+OBJECTIVE = (
+    "served-reference-grid",
+    "served-composite",
+    "served-network-mask",
+    "served-composite-network-mask",
+    "served-reference-no-mask",
+    "served-no-search",
+)
+
+# The table over all models: published methods, ours in both schemes, the paper's objective and the floors.
 TABLE = (
     "16bit",
     *(name for name in METHODS if name.startswith("w4a")),
@@ -125,6 +149,7 @@ TABLE = (
     "served-g64",
     "served-group",
     "served-group-g64",
+    *OBJECTIVE,
     *(name for name in METHODS if name.startswith("floor-")),
 )
 
