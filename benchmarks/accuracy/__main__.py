@@ -1,4 +1,4 @@
-"""python -m benchmarks.accuracy {language,small-text,omni,table,report}: run what is missing, write JSON and tables."""
+"""python -m benchmarks.accuracy {language,small-text,omni,table,report}: run missing methods, write JSON and tables."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         "--omni-work", type=Path, default=defaults.omni_work, help="work directory of benchmarks.models.tiny_omni"
     )
     asking.add_argument("--questions", type=int, default=defaults.questions, help="per kind")
-    asking.add_argument("--batch-size", type=int, default=defaults.batch_size, help="of what transformers computes")
+    asking.add_argument(
+        "--batch-size", type=int, default=defaults.batch_size, help="of questions that transformers answers"
+    )
     another = argparse.ArgumentParser(add_help=False)
     another.add_argument("--model", type=Path, help="Hugging Face directory to measure in place of the benchmark's own")
     for name, model, parents in (("language", "SmolLM2-135M", []), ("small-text", "a model trained here", [text_work])):
@@ -125,7 +127,7 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
 
 
 def run_table(arguments: argparse.Namespace, command: str, console: Console) -> None:
-    """Run what is missing of the table, model by model; table and summaries are written after each method."""
+    """Run the missing cells of the table, model by model; table and summaries are written after each method."""
     from benchmarks.accuracy import job as jobs
     from benchmarks.accuracy.methods import TABLE, choose
     from benchmarks.accuracy.reporting import overview, report

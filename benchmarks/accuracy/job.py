@@ -66,7 +66,7 @@ class Job:
 def sets_of(job: Job, name: str) -> list[str]:
     """The evaluation sets that a method has results on.
 
-    A served method is asked by vLLM what vLLM can be asked; for the rest its checkpoint is loaded into this process.
+    vLLM evaluates a served method on `job.engine`; its checkpoint is loaded into this process for the others.
     """
     if isinstance(METHODS[name], Served):
         return list(dict.fromkeys([*job.engine, *job.process]))

@@ -24,7 +24,7 @@ Texts = Mapping[str, Callable[[Path], str]]
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model, the texts that it is evaluated and calibrated on, and where all of it comes from."""
+    """A model, its evaluation and calibration texts, and the functions that fetch them."""
 
     # The model's directory, made unless it is there.
     write: Callable[[Settings], Path]

@@ -26,7 +26,7 @@ def input_dispersions(
 ) -> list[Tensor]:
     """Dispersion [K] of every linear input of the 16-bit model on its calibration samples.
 
-    Inputs of linears whose name ends with `full_mask` have no threshold and are left out. So is the first token of
+    Inputs of linears named `*full_mask` have no threshold and are left out. So is the first token of
     each sample: the massive row takes it.
     """
     loaded = decoder.load(model)

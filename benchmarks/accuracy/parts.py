@@ -16,7 +16,7 @@ ACTIVATIONS = "activations"
 
 
 class CodedActivations(nn.Module):
-    """A linear of 16-bit weights, whose input is what the codes of a quantized one stand for."""
+    """A linear of 16-bit weights whose input is decoded from the codes of a quantized one."""
 
     def __init__(self, quantized: MorphoQuantLinear, original: nn.Linear) -> None:
         super().__init__()

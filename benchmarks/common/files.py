@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target` when the block ends, and is removed when it fails."""
+    """A new folder that becomes `target` when the block ends, and is removed if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -21,7 +21,7 @@ def spread(length: int, tokens: int, count: int, name: str) -> list[int]:
 
 
 def evaluation_windows(tokenizer: Any, text: str, name: str, tokens: int, count: int) -> list[list[int]]:
-    """`count` windows of token ids of a text; `name` is what an error calls it."""
+    """`count` windows of token ids of a text; errors call it `name`."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     return [list(ids[start : start + tokens]) for start in spread(len(ids), tokens, count, name)]
 

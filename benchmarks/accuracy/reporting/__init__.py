@@ -1,6 +1,6 @@
 """From stored results to figures, bars, tables and charts.
 
-bars      what the served method is held to
+bars      targets of the served method
 overview  one table of all methods and models
 plots     the chart of a summary
 report    tables and files

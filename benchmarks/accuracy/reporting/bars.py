@@ -12,8 +12,8 @@ ESCAPE_RATE, LAYER_ESCAPE_RATE = 0.05, 0.20
 # Points of accuracy, as shares of 1.
 MAX_LOSS, MAX_LOSS_OF_KIND, MAX_ERROR = 0.01, 0.02, 0.005
 NAIVE_LOSSES = {"w4a4-static-tensor": 0.20, "w4a4-token": 0.05}
-# What questions must tell from 16 bit, if they are to tell working methods from each other: points that it loses at
-# least, by a paired interval that holds no 0.
+# Questions that rank working methods must separate this one from 16 bit: it loses at least these points, and its
+# paired interval excludes 0.
 HARD_FOR, HARD_LOSS = "w4a16-rtn-g64", 0.02
 
 Bar = tuple[str, bool, str]
@@ -70,7 +70,7 @@ def _omni(methods: Mapping[str, Any]) -> list[Bar]:
     row = methods.get(HARD_FOR, {}).get("kinds", {}).get("all", {})
     if "difference_interval" in row:
         low, high = (-bound for bound in reversed(row["difference_interval"]))
-        asked = f"{HARD_FOR} loses at least {HARD_LOSS:.0%}, and its interval holds no 0"
+        asked = f"{HARD_FOR} loses at least {HARD_LOSS:.0%}, its interval excludes 0"
         figures = f"{-row['difference']:.2%}, {low:.2%} to {high:.2%}"
         bars.append((asked, -row["difference"] >= HARD_LOSS and low > 0, figures))
     return bars + (_escapes("questions", ours["activations"]) if ours else [])

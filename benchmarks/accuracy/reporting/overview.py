@@ -1,4 +1,4 @@
-"""One table of all methods and all models: what each loses against 16 bit."""
+"""One table of all methods and all models: the loss of each against 16 bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTION = (
 
 
 def overview(summaries: Mapping[str, Mapping[str, Any]], methods: Sequence[str], command: str) -> dict[str, Any]:
-    """The table as JSON: by method and benchmark what was measured, from `summaries` by benchmark."""
+    """The table as JSON, by method and benchmark, from `summaries` by benchmark."""
     return {
         "command": command,
         "models": {name: summary["model"] for name, summary in summaries.items()},
@@ -45,7 +45,7 @@ def _cell(method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; what was not measured is left empty."""
+    """Header and rows; a cell that was not measured is empty."""
     header = ["method"]
     for name in found["models"]:
         header += ["omni KL", "omni points lost"] if name == "omni" else [name]

@@ -13,7 +13,7 @@ from benchmarks.accuracy.reporting import bars, plots
 from benchmarks.common.files import read_result, write_results
 from morphoquant_vllm.errors import MorphoQuantError
 
-# What the second table of an omni model shows.
+# Caption of an omni model's second table.
 DIVERGENCE = (
     "Divergence from 16 bit (KL), thousandths of a nat per token of the right answer, ± standard error over questions; "
     "log-loss of the right answer, nats. By transformers on the torch reference, in float32."
@@ -91,7 +91,7 @@ def times(found: Mapping[str, Any] | None) -> str:
 
 
 def predictions(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what the right answers' tokens tell of an omni model; no row without such results."""
+    """Header and rows of divergence and log-loss of an omni model; no row for a method without them."""
     methods = {name: method["kinds"] for name, method in summary["methods"].items() if "kinds" in method}
     methods = {name: kinds for name, kinds in methods.items() if "divergence" in kinds["all"]}
     columns = list(dict.fromkeys(kind for kinds in methods.values() for kind in kinds))

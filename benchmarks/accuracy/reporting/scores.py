@@ -40,7 +40,7 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tu
 
 
 def interval(mean: float, error: float, count: int) -> tuple[float, float]:
-    """Where a mean of `count` values lies, at CONFIDENCE by Student's t, given its standard error."""
+    """Interval of a mean of `count` values at CONFIDENCE, by Student's t, from its standard error."""
     half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
     return mean - half, mean + half
 

@@ -103,7 +103,7 @@ def _omni(name: str, found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[s
 def _add_predictions(
     rows: Mapping[str, dict[str, Any]], own: Mapping[str, Any] | None, reference: Mapping[str, Any] | None
 ) -> None:
-    """Add to each kind's row what the right answers' tokens tell: "divergence" from 16 bit, and the "loss"."""
+    """Add "divergence" from 16 bit and "loss" of the right answer to each kind's row."""
     if own is None:
         return
     divergence, loss = _with_all(own["divergence"]), _with_all(own["loss"])
@@ -124,7 +124,7 @@ def _paired(figure: str, values: Sequence[float], reference: Sequence[float]) ->
 
 
 def _right(found: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Right answers by kind, and of all: the engine's own, or what greedy decoding in this process would give."""
+    """Right answers by kind, and of all: the engine's own, or those of greedy decoding in this process."""
     return _with_all(found.get(QUESTIONS, found.get(TOKENS, {}))["right"])
 
 

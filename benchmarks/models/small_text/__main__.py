@@ -30,7 +30,9 @@ def perplexity(model: torch.nn.Module, ids: list[int], window: int) -> tuple[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(".cache/small_text"), help="where model and texts go")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/small_text"), help="folder of the model and the texts"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,7 +42,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     print(f"parameters: {sum(parameter.numel() for parameter in model.parameters()):,}")
-    print("perplexity of a token, by transformers in float32, on texts that did not train")
+    print("perplexity of a token, by transformers in float32, on held-out texts")
     for name, text in books.EVALUATION.items():
         ids = tokenizer(text(arguments.work / "corpus"), verbose=False)["input_ids"]
         value, count = perplexity(model, ids, settings.window)

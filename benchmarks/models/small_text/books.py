@@ -100,7 +100,7 @@ def _joined(books: Callable[[Path], list[Book]], held_out: tuple[str, ...], want
     return "\n\n".join(text for name, text in books(directory) if (name in held_out) is wanted)
 
 
-# By name: what makes the text, given the directory of `fetch`. The novel and the epic are of another hand altogether.
+# Makers of texts by name, given the directory of `fetch`. Novel and epic are by other authors.
 EVALUATION: dict[str, Callable[[Path], str]] = {
     "play": partial(_joined, plays, HELD_OUT_PLAYS, True),
     "scripture": partial(_joined, bible, HELD_OUT_BOOKS, True),

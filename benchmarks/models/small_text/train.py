@@ -28,7 +28,7 @@ KEEP_EVERY = 100
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that the trained weights depend on, besides the machine's arithmetic.
+    """Everything that the trained weights depend on, except the machine's arithmetic.
 
     `threads`: how many of torch's; another number adds in another order. A step sees `batch` windows of `window`
     tokens.
@@ -55,7 +55,7 @@ def trained_model(
 ) -> Path:
     """The model directory, trained in `work` unless a model of the same settings is there.
 
-    It appears when training has ended, or not at all. MorphoQuantError if the texts cannot be had.
+    It appears only when training has ended. Raises MorphoQuantError if the texts cannot be fetched.
     """
     settings = settings or TrainingSettings()
     key = [asdict(settings), books.ARCHIVES, books.HELD_OUT_PLAYS, books.HELD_OUT_BOOKS]

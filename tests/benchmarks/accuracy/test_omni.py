@@ -1,4 +1,4 @@
-"""What the right answers' tokens tell."""
+"""Divergence and log-loss of the right answers' tokens."""
 
 import math
 from pathlib import Path

@@ -20,7 +20,7 @@ def omni(**row: Any) -> dict[str, Any]:
     return {"kinds": {"all": {"accuracy": 0.9, **row}}, "activations": {**BEYOND, "rate": 0.03}}
 
 
-def test_every_method_has_a_line_and_what_was_not_measured_is_empty(tmp_path: Path) -> None:
+def test_every_method_has_a_line_and_unmeasured_cells_are_empty(tmp_path: Path) -> None:
     differs = {"difference": -0.025, "difference_interval": [-0.035, -0.015]}
     summaries = {
         "language": summary({"16bit": text(1.0), "served": text(1.1, BEYOND)}),

@@ -1,4 +1,4 @@
-"""What of the two archives trains, and what is held out; the archives here are made on the spot."""
+"""Training and held-out texts of the two archives, which are made on the spot."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def test_a_chapter_is_a_heading_and_a_line_for_each_verse(archives: Path) -> Non
     assert books.bible(archives) == [("Genesis", genesis), ("Ruth", "RUTH 1\n\nNow it came to pass.")]
 
 
-def test_what_is_held_out_neither_trains_nor_calibrates(archives: Path) -> None:
+def test_held_out_texts_neither_train_nor_calibrate(archives: Path) -> None:
     trained = "\n\n".join(books.training_books(archives))
     calibrated = [books.CALIBRATION[name](archives) for name in books.CALIBRATION_WINDOWS]
     assert "Hamlet".upper() in trained and "GENESIS 2" in trained

@@ -1,4 +1,4 @@
-"""The training in seconds, on a few lines: caching, resuming, and what is written."""
+"""The training in seconds, on a few lines: caching, resuming and the files."""
 
 from dataclasses import replace
 from pathlib import Path
