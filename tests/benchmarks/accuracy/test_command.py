@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,30 @@ def test_results_of_other_settings_do_not_mix(
     summary = json.loads((tmp_path / "results" / "language.json").read_text())
     # 16 bit does not depend on calibration data, GPTQ does and has not been run on these.
     assert set(summary["methods"]) == {"16bit"}
+
+
+def test_the_table_runs_every_model_and_resumes(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, results = tmp_path / "llama", tmp_path / "results"
+    whole = command.prepare
+    monkeypatch.setattr(report, "BENCHMARKS", ("language",))
+    monkeypatch.setattr(
+        command,
+        "prepare",
+        lambda name, settings: whole(name, replace(settings, model=model, windows=2, calibration={"stdlib": 1})),
+    )
+    line = ["table", "--work", str(tmp_path / "work"), "--results", str(results), "--window-tokens", "32"]
+    _run(monkeypatch, [*line, "--methods", "16bit,w4a16-rtn-g32"])
+    assert "language 2/2 w4a16-rtn-g32" in capsys.readouterr().out
+    found = json.loads((results / "overview.json").read_text())
+    assert found["methods"]["16bit"]["language"]["against_16bit"]["ratio"] == 1
+    assert found["methods"]["w4a16-rtn-g32"]["language"]["against_16bit"]["ratio"] != 1
+
+    # All is there: no model is loaded any more.
+    monkeypatch.setattr(job.decoder, "load", None)
+    _run(monkeypatch, [*line, "--methods", "16bit"])
+    assert list(json.loads((results / "overview.json").read_text())["methods"]) == ["16bit"]
 
 
 @pytest.mark.parametrize(
