@@ -38,6 +38,15 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--seed", type=int, default=defaults.seed)
     running.add_argument("--dtype", default=defaults.dtype, choices=("float32", "bfloat16", "float16"), help="of vLLM")
     running.add_argument("--window-tokens", type=int, default=defaults.window_tokens)
+    peers = argparse.ArgumentParser(add_help=False)
+    peers.add_argument(
+        "--peer",
+        dest="peers",
+        action="append",
+        metavar="TOOL=PYTHON",
+        help="python of an environment with another quantizer, for example auto-round=.cache/auto-round/bin/python; "
+        "may be given again",
+    )
     text_work = argparse.ArgumentParser(add_help=False)
     text_work.add_argument(
         "--text-work", type=Path, default=defaults.text_work, help="work directory of benchmarks.models.small_text"
@@ -53,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     another = argparse.ArgumentParser(add_help=False)
     another.add_argument("--model", type=Path, help="Hugging Face directory to measure in place of the benchmark's own")
     for name, model, parents in (("language", "SmolLM2-135M", []), ("small-text", "a model trained here", [text_work])):
-        parents = [shared, running, another, *parents]
+        parents = [shared, running, another, peers, *parents]
         reading = commands.add_parser(name, parents=parents, help=f"perplexity on several texts: {model}")
         reading.add_argument("--texts", help="names, separated by commas; default: all")
         reading.add_argument("--windows", type=int, help=f"evaluation windows per text (default {WINDOWS[name]})")
@@ -63,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
         "omni", parents=[shared, running, another, asking], help="questions over images, speech, clips and text"
     )
     commands.add_parser(
-        "table", parents=[shared, running, text_work, asking], help="one table of all methods on all three models"
+        "table",
+        parents=[shared, running, peers, text_work, asking],
+        help="one table of all methods on all three models",
     )
     commands.add_parser("report", parents=[shared], help="tables and plots of the results that are there")
     return top
@@ -86,12 +97,15 @@ def _full_command(typed: list[str]) -> str:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     from benchmarks.accuracy.language import MODELS
+    from benchmarks.accuracy.peers.environment import parse_environments
     from benchmarks.accuracy.settings import Settings, parse_calibration
 
     values = vars(arguments)
     given = {name: values[name] for name in Settings.__dataclass_fields__ if values.get(name) is not None}
     if "calibration" in given:
         given["calibration"] = parse_calibration(given["calibration"], MODELS[arguments.command]().calibration)
+    if "peers" in given:
+        given["peers"] = parse_environments(given["peers"])
     settings = Settings(**given)
     settings.check()
     return settings
@@ -108,12 +122,14 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
     """Run a benchmark's missing methods one after the other; the summary is written after each."""
     from benchmarks.accuracy import job as jobs
     from benchmarks.accuracy.language import MODELS
-    from benchmarks.accuracy.methods import choose, known_methods
+    from benchmarks.accuracy.methods import choose, known_methods, runnable
     from benchmarks.accuracy.reporting import report
     from benchmarks.accuracy.reporting.summary import summarize
 
     settings, benchmark = _settings(arguments), arguments.command
-    methods = choose("method", _names(arguments.methods), known_methods(benchmark))
+    known = known_methods(benchmark)
+    wanted = _names(arguments.methods)
+    methods = choose("method", runnable(known, settings.peers) if wanted is None else wanted, known)
     texts = None
     if benchmark in MODELS:
         texts = choose("text", _names(arguments.texts), MODELS[benchmark]().evaluation)
@@ -129,21 +145,23 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
 def run_table(arguments: argparse.Namespace, command: str, console: Console) -> None:
     """Run the missing cells of the table, model by model; table and summaries are written after each method."""
     from benchmarks.accuracy import job as jobs
-    from benchmarks.accuracy.methods import TABLE, choose
+    from benchmarks.accuracy.methods import TABLE, choose, known_methods, runnable
     from benchmarks.accuracy.reporting import overview, report
     from benchmarks.accuracy.reporting.summary import summarize
 
     settings = _settings(arguments)
-    methods = choose("method", _names(arguments.methods), TABLE)
+    wanted = _names(arguments.methods)
+    methods = choose("method", runnable(TABLE, settings.peers) if wanted is None else wanted, TABLE)
     found = overview.overview({}, methods, command)
     summaries = {}
     for benchmark in report.BENCHMARKS:
         job = prepare(benchmark, settings)
-        for index, name in enumerate(methods, start=1):
+        own = [name for name in methods if name in known_methods(benchmark)]
+        for index, name in enumerate(own, start=1):
             started = time.monotonic()
             jobs.run(job, name, list(job.evaluations))
             took = f"{time.monotonic() - started:.0f} s"
-            console.print(f"{benchmark} {index}/{len(methods)} {name}: {took}", highlight=False)
+            console.print(f"{benchmark} {index}/{len(own)} {name}: {took}", highlight=False)
             summaries[benchmark] = summarize(job, command)
             report.write(summaries[benchmark], settings.results)
             found = overview.overview(summaries, methods, command)

@@ -11,11 +11,13 @@ from typing import Any
 
 from benchmarks.accuracy import objective, parts, simulation
 from benchmarks.accuracy.cache import Cache
-from benchmarks.accuracy.methods import METHODS, Part, Served, Simulated
+from benchmarks.accuracy.methods import METHODS, Part, Peer, Served, Simulated
+from benchmarks.accuracy.peers import environment
 from benchmarks.accuracy.serving import served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
 from benchmarks.common.files import code_digest, digest, file_digest
 from benchmarks.models import decoder
+from morphoquant_vllm.errors import MorphoQuantError
 
 HERE = Path(__file__).parent
 SIMULATION_CODE = [
@@ -134,6 +136,8 @@ def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
             sample = {"max_samples": job.max_samples, "window_tokens": settings.window_tokens}
             found |= {"data": served.data_digest(job.calibration), **sample}
         return found
+    if isinstance(method, Peer):
+        return {**found, "weights": _peer_key(job, method)}
     directory = model_of(job, method)
     if directory is None or not (directory / "config.json").is_file():
         return None
@@ -167,6 +171,11 @@ def run(job: Job, name: str, wanted: Iterable[str]) -> None:
         missing = _missing(job, name, wanted)
         if missing:
             _simulate(job, method, missing)
+        return
+    if isinstance(method, Peer):
+        missing = _missing(job, name, wanted)
+        if missing:
+            _peer(job, name, method, missing)
         return
     directory = _made(job, method)
     missing = _missing(job, name, wanted)
@@ -211,6 +220,30 @@ def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
         result = job.evaluate(model, evaluation)
         beyond = {layer: [quantizer.bypassed, quantizer.total] for layer, quantizer in counting.items()}
         job.cache.store(found, {**result, "beyond": beyond})
+
+
+def _peer_key(job: Job, method: Peer) -> dict[str, Any]:
+    sample = {"max_samples": job.max_samples, "window_tokens": job.settings.window_tokens, "seed": job.settings.seed}
+    own = {"method": asdict(method), "model": file_digest([job.model]), "data": served.data_digest(job.calibration)}
+    return {**own, **sample, "code": code_digest([environment.SCRIPTS[method.tool], Path(decoder.__file__)])}
+
+
+def _peer(job: Job, name: str, method: Peer, missing: Mapping[str, Any]) -> None:
+    python = job.settings.peers.get(method.tool)
+    if python is None:
+        raise MorphoQuantError(f"{name}: give --peer {method.tool}=PYTHON, the python of an environment with it")
+    size = job.settings.window_tokens
+    inputs = decoder.calibration_inputs(job.model, job.calibration, size, job.max_samples)
+    samples = [sample["input_ids"][0].tolist() for sample in inputs]
+    request = environment.Request(method.version, method.group_size, job.settings.seed, method.options, samples)
+    weights = job.settings.work / "peers" / f"{digest(_peer_key(job, method))[:16]}.safetensors"
+    environment.write_weights(python, method.tool, job.model, request, weights)
+    model = decoder.load(job.model)
+    prefix = decoder.architecture_of(job.model)[0].block_module
+    wanted = [f"{prefix}.{name}" for name in decoder.linears_of(model.get_submodule(prefix))]
+    environment.put_weights(model, weights, wanted)
+    for evaluation, found in missing.items():
+        job.cache.store(found, {**job.evaluate(model, evaluation), "beyond": {}})
 
 
 def _reload(job: Job, method: Served | Part, directory: Path, missing: Mapping[str, Any]) -> None:

@@ -60,7 +60,19 @@ class Part:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
-Method = Simulated | Served | Part
+@dataclass(frozen=True)
+class Peer:
+    """Weights rounded by another quantizer in an environment of its own, on activations of 16 bit."""
+
+    # A name of peers.environment.SCRIPTS, and the version of the package.
+    tool: str
+    version: str
+    group_size: int
+    # The quantizer's own options.
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Method = Simulated | Served | Part | Peer
 
 # Linears of a decoder's block.
 KINDS = {
@@ -75,6 +87,9 @@ COSINE_WEIGHT = 0.75
 # The mask's threshold in standard deviations: the recipe's own default, and one that no channel reaches.
 TAU, NO_MASK_TAU = 2.0, 1e6
 
+# AutoRound's release, and its default number of steps a block, which ends within an hour on two cores for these models.
+AUTO_ROUND, AUTO_ROUND_OPTIONS = "0.16.1", {"iters": 200}
+
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
     "w4a16-rtn-g64": Simulated("rtn"),
@@ -84,6 +99,8 @@ METHODS: dict[str, Method] = {
     "w4a16-gptq-g64": Simulated("gptq"),
     "w4a16-gptq-g32": Simulated("gptq", 32),
     "w4a16-gptq-g128": Simulated("gptq", 128),
+    "w4a16-auto-round-g32": Peer("auto-round", AUTO_ROUND, 32, AUTO_ROUND_OPTIONS),
+    "w4a16-auto-round-g128": Peer("auto-round", AUTO_ROUND, 128, AUTO_ROUND_OPTIONS),
     "w4a4-static-tensor": Simulated("rtn", activations="static-tensor"),
     "w4a4-token": Simulated("rtn", activations="token"),
     "w4a4-token-group": Simulated("rtn", activations="token-group"),
@@ -158,8 +175,16 @@ OMNI_ONLY = ("served-no-modality-rows", "served-budget-0.5-no-modality-rows", "s
 
 
 def known_methods(benchmark: str) -> list[str]:
-    """Names of the methods that a benchmark has."""
-    return [name for name in METHODS if benchmark == "omni" or name not in OMNI_ONLY]
+    """Names of the methods that a benchmark has. Peers are asked about text models only."""
+    if benchmark == "omni":
+        return [name for name, method in METHODS.items() if not isinstance(method, Peer)]
+    return [name for name in METHODS if name not in OMNI_ONLY]
+
+
+def runnable(names: Iterable[str], tools: Iterable[str]) -> list[str]:
+    """Those of the methods that need no peer, or one of `tools`."""
+    known = set(tools)
+    return [name for name in names if not (isinstance(method := METHODS[name], Peer) and method.tool not in known)]
 
 
 def choose(kind: str, wanted: Iterable[str] | None, known: Iterable[str]) -> list[str]:

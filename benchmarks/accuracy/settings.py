@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.accuracy.methods import choose
@@ -40,6 +40,8 @@ class Settings:
     # Where benchmarks.models.small_text keeps its model and texts, and benchmarks.models.tiny_omni model and media.
     text_work: Path = Path(".cache/small_text")
     omni_work: Path = Path(".cache/omni")
+    # The python of the environment of each peer, by tool.
+    peers: Mapping[str, Path] = field(default_factory=dict)
     # Questions per kind and batch size of the omni benchmark.
     questions: int = 300
     batch_size: int = 64
