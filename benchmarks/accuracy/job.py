@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import objective, parts, simulation
+from benchmarks.accuracy import parts, simulation
 from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.methods import METHODS, Part, Peer, Served, Simulated
 from benchmarks.accuracy.peers import environment
-from benchmarks.accuracy.serving import served
+from benchmarks.accuracy.serving import objective, served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
 from benchmarks.common.files import code_digest, digest, file_digest
 from benchmarks.models import decoder
@@ -29,7 +29,7 @@ SIMULATION_CODE = [
     served.REPOSITORY / "calibration" / "quantize" / "rounding.py",
 ]
 OBJECTIVE_CODE = [
-    HERE / "objective.py",
+    HERE / "serving" / "objective.py",
     Path(decoder.__file__),
     served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
 ]

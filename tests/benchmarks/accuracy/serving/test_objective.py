@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.accuracy import job as jobs
-from benchmarks.accuracy import objective
 from benchmarks.accuracy.methods import METHODS, OBJECTIVE, Served
+from benchmarks.accuracy.serving import objective
 from benchmarks.accuracy.settings import Settings
 from calibration.settings.recipe import read_recipe
 from tests.tiny_models import build_tiny_llama
