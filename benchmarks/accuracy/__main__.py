@@ -1,4 +1,4 @@
-"""python -m benchmarks.accuracy {language,omni,report}: run missing methods, then write JSON, tables and plots."""
+"""python -m benchmarks.accuracy {language,small-text,omni,table,report}: run missing methods, write JSON and tables."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.server import exit_on_signals
 
-# Width of the output, in characters, if it does not go to a terminal.
+if TYPE_CHECKING:
+    from benchmarks.accuracy.job import Job
+    from benchmarks.accuracy.settings import Settings
+
+# Columns where there is no terminal that has any.
 LOG_WIDTH = 200
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; defaults are those of Settings."""
-    from benchmarks.accuracy.settings import CALIBRATION_WINDOWS, Settings
+    from benchmarks.accuracy.settings import CALIBRATION_WINDOWS, WINDOWS, Settings
 
     defaults = Settings()
     top = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
@@ -30,22 +35,48 @@ def parser() -> argparse.ArgumentParser:
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--methods", help="names, separated by commas; default: all")
     running.add_argument("--work", type=Path, default=defaults.work, help="models, checkpoints, raw results")
-    running.add_argument("--model", type=Path, help="Hugging Face directory of another model to measure")
     running.add_argument("--seed", type=int, default=defaults.seed)
     running.add_argument("--dtype", default=defaults.dtype, choices=("float32", "bfloat16", "float16"), help="in vLLM")
     running.add_argument("--window-tokens", type=int, default=defaults.window_tokens)
-    language = commands.add_parser("language", parents=[shared, running], help="perplexity on several texts")
-    language.add_argument("--texts", help="names, separated by commas; default: all")
-    language.add_argument("--windows", type=int, default=defaults.windows, help="evaluation windows per text")
-    windows = ",".join(f"{domain}={count}" for domain, count in CALIBRATION_WINDOWS.items())
-    language.add_argument("--calibration", help=f"windows per domain (default {windows})")
-    omni = commands.add_parser("omni", parents=[shared, running], help="questions over images, speech, clips and text")
-    omni.add_argument(
+    peers = argparse.ArgumentParser(add_help=False)
+    peers.add_argument(
+        "--peer",
+        dest="peers",
+        action="append",
+        metavar="TOOL=PYTHON",
+        help="python of an environment with another quantizer, for example auto-round=.cache/auto-round/bin/python; "
+        "may be given again",
+    )
+    text_work = argparse.ArgumentParser(add_help=False)
+    text_work.add_argument(
+        "--text-work", type=Path, default=defaults.text_work, help="work directory of benchmarks.models.small_text"
+    )
+    asking = argparse.ArgumentParser(add_help=False)
+    asking.add_argument(
         "--omni-work", type=Path, default=defaults.omni_work, help="work directory of benchmarks.models.tiny_omni"
     )
-    omni.add_argument("--questions", type=int, default=defaults.questions, help="questions per kind")
-    omni.add_argument("--batch-size", type=int, default=defaults.batch_size, help="batch of the simulated methods")
-    commands.add_parser("report", parents=[shared], help="tables and plots of the kept results")
+    asking.add_argument("--questions", type=int, default=defaults.questions, help="per kind")
+    asking.add_argument(
+        "--batch-size", type=int, default=defaults.batch_size, help="of questions that transformers answers"
+    )
+    another = argparse.ArgumentParser(add_help=False)
+    another.add_argument("--model", type=Path, help="Hugging Face directory to measure in place of the benchmark's own")
+    for name, model, parents in (("language", "SmolLM2-135M", []), ("small-text", "a model trained here", [text_work])):
+        parents = [shared, running, another, peers, *parents]
+        reading = commands.add_parser(name, parents=parents, help=f"perplexity on several texts: {model}")
+        reading.add_argument("--texts", help="names, separated by commas; default: all")
+        reading.add_argument("--windows", type=int, help=f"evaluation windows per text (default {WINDOWS[name]})")
+        windows = ",".join(f"{domain}={count}" for domain, count in CALIBRATION_WINDOWS[name].items())
+        reading.add_argument("--calibration", help=f"windows per domain (default {windows})")
+    commands.add_parser(
+        "omni", parents=[shared, running, another, asking], help="questions over images, speech, clips and text"
+    )
+    commands.add_parser(
+        "table",
+        parents=[shared, running, peers, text_work, asking],
+        help="one table of all methods on all three models",
+    )
+    commands.add_parser("report", parents=[shared], help="tables and plots of the results that are there")
     return top
 
 
@@ -64,39 +95,78 @@ def _full_command(typed: list[str]) -> str:
     return shlex.join(["python", "-m", "benchmarks.accuracy", *kept])
 
 
-def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
-    """Run a benchmark's missing methods one after the other, and write the summary after each."""
-    from transformers.utils import logging as transformers_logging
-
-    from benchmarks.accuracy import job as jobs
-    from benchmarks.accuracy import language, omni
-    from benchmarks.accuracy.methods import choose, known_methods
-    from benchmarks.accuracy.reporting import report
-    from benchmarks.accuracy.reporting.summary import summarize
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from benchmarks.accuracy.language import MODELS
+    from benchmarks.accuracy.peers.environment import parse_environments
     from benchmarks.accuracy.settings import Settings, parse_calibration
-    from benchmarks.common.texts import EVALUATION
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     values = vars(arguments)
     given = {name: values[name] for name in Settings.__dataclass_fields__ if values.get(name) is not None}
     if "calibration" in given:
-        given["calibration"] = parse_calibration(given["calibration"])
+        given["calibration"] = parse_calibration(given["calibration"], MODELS[arguments.command]().calibration)
+    if "peers" in given:
+        given["peers"] = parse_environments(given["peers"])
     settings = Settings(**given)
     settings.check()
-    methods = choose("method", _names(arguments.methods), known_methods(arguments.command))
-    if arguments.command == "language":
-        wanted = choose("text", _names(arguments.texts), EVALUATION)
-        job = language.prepare(settings)
-    else:
-        job = omni.prepare(settings)
-        wanted = list(job.evaluations)
+    return settings
+
+
+def prepare(benchmark: str, settings: Settings) -> Job:
+    """The job of a benchmark, by its name; models are made, unless they are there."""
+    from benchmarks.accuracy import language, omni
+
+    return omni.prepare(settings) if benchmark == "omni" else language.prepare(benchmark, settings)
+
+
+def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
+    """Run a benchmark's missing methods one after the other; the summary is written after each."""
+    from benchmarks.accuracy import job as jobs
+    from benchmarks.accuracy.language import MODELS
+    from benchmarks.accuracy.methods import choose, known_methods, runnable
+    from benchmarks.accuracy.reporting import report
+    from benchmarks.accuracy.reporting.summary import summarize
+
+    settings, benchmark = _settings(arguments), arguments.command
+    known = known_methods(benchmark)
+    wanted = _names(arguments.methods)
+    methods = choose("method", runnable(known, settings.peers) if wanted is None else wanted, known)
+    texts = None
+    if benchmark in MODELS:
+        texts = choose("text", _names(arguments.texts), MODELS[benchmark]().evaluation)
+    job = prepare(benchmark, settings)
     for index, name in enumerate(methods, start=1):
         started = time.monotonic()
-        jobs.run(job, name, wanted)
+        jobs.run(job, name, texts or list(job.evaluations))
         console.print(f"{index}/{len(methods)} {name}: {time.monotonic() - started:.0f} s", highlight=False)
         report.write(summarize(job, command), settings.results)
     report.show(summarize(job, command), console)
+
+
+def run_table(arguments: argparse.Namespace, command: str, console: Console) -> None:
+    """Run the missing cells of the table, model by model; table and summaries are written after each method."""
+    from benchmarks.accuracy import job as jobs
+    from benchmarks.accuracy.methods import TABLE, choose, known_methods, runnable
+    from benchmarks.accuracy.reporting import overview, report
+    from benchmarks.accuracy.reporting.summary import summarize
+
+    settings = _settings(arguments)
+    wanted = _names(arguments.methods)
+    methods = choose("method", runnable(TABLE, settings.peers) if wanted is None else wanted, TABLE)
+    found = overview.overview({}, methods, command)
+    summaries = {}
+    for benchmark in report.BENCHMARKS:
+        job = prepare(benchmark, settings)
+        own = [name for name in methods if name in known_methods(benchmark)]
+        for index, name in enumerate(own, start=1):
+            started = time.monotonic()
+            jobs.run(job, name, list(job.evaluations))
+            took = f"{time.monotonic() - started:.0f} s"
+            console.print(f"{benchmark} {index}/{len(own)} {name}: {took}", highlight=False)
+            summaries[benchmark] = summarize(job, command)
+            report.write(summaries[benchmark], settings.results)
+            found = overview.overview(summaries, methods, command)
+            overview.write(found, settings.results)
+    overview.show(found, console)
 
 
 def main() -> None:
@@ -112,6 +182,13 @@ def main() -> None:
             for summary in report.read(arguments.results):
                 report.write(summary, arguments.results)
                 report.show(summary, console)
+            return
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        if arguments.command == "table":
+            run_table(arguments, _full_command(sys.argv[1:]), console)
         else:
             run(arguments, _full_command(sys.argv[1:]), console)
 

@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import simulation
+from benchmarks.accuracy import parts, simulation
 from benchmarks.accuracy.cache import Cache
-from benchmarks.accuracy.methods import METHODS, Served, Simulated
-from benchmarks.accuracy.serving import served
+from benchmarks.accuracy.methods import METHODS, Part, Peer, Served, Simulated
+from benchmarks.accuracy.peers import environment
+from benchmarks.accuracy.serving import objective, served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
-from benchmarks.common.files import code_digest, file_digest
+from benchmarks.common.files import code_digest, digest, file_digest
 from benchmarks.models import decoder
+from morphoquant_vllm.errors import MorphoQuantError
 
 HERE = Path(__file__).parent
 SIMULATION_CODE = [
@@ -23,6 +25,18 @@ SIMULATION_CODE = [
     HERE / "simulation.py",
     Path(decoder.__file__),
     served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
+    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "weights.py",
+    served.REPOSITORY / "calibration" / "quantize" / "rounding.py",
+]
+OBJECTIVE_CODE = [
+    HERE / "serving" / "objective.py",
+    Path(decoder.__file__),
+    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
+]
+PART_CODE = [
+    HERE / "parts.py",
+    served.REPOSITORY / "morphoquant_vllm" / "hf",
+    served.REPOSITORY / "morphoquant_vllm" / "numerics",
 ]
 
 
@@ -40,45 +54,99 @@ class Job:
     evaluations: Mapping[str, str]
     # Description of an evaluation set for the served worker, JSON.
     described: Callable[[str], dict[str, Any]]
-    # The result of a simulated model on an evaluation set.
+    # The result of a model in this process on an evaluation set.
     evaluate: Callable[[Any, str], dict[str, Any]]
+    # Which evaluation sets vLLM is asked, and which are evaluated in this process.
+    engine: tuple[str, ...]
+    process: tuple[str, ...]
 
     @property
     def cache(self) -> Cache:
         return Cache(self.settings.work / "results")
 
 
-def model_of(job: Job, method: Served) -> Path:
-    """Directory that vLLM serves for a method; a checkpoint may not exist yet."""
-    if not method.quantized:
-        return job.model
+def sets_of(job: Job, name: str) -> list[str]:
+    """The evaluation sets that a method has results on.
+
+    vLLM evaluates a served method on `job.engine`; its checkpoint is loaded into this process for the others.
+    """
+    if isinstance(METHODS[name], Served):
+        return list(dict.fromkeys([*job.engine, *job.process]))
+    return list(job.process)
+
+
+def _threshold_file(job: Job, tau: float) -> Path:
+    sample = {"max_samples": job.max_samples, "window_tokens": job.settings.window_tokens, "tau": tau}
+    found = {"model": file_digest([job.model]), "data": served.data_digest(job.calibration), **sample}
+    return job.settings.work / "thresholds" / f"{digest({**found, 'code': code_digest(OBJECTIVE_CODE)})[:16]}.json"
+
+
+def _make_threshold(job: Job, tau: float) -> None:
+    path = _threshold_file(job, tau)
+    if not path.is_file():
+        size = job.settings.window_tokens
+        seen = objective.input_dispersions(job.model, job.calibration, size, job.max_samples, simulation.FULL_MASK)
+        objective.write_threshold(path, objective.network_threshold(seen, tau))
+
+
+def recipe_of(job: Job, method: Served | Part) -> dict[str, Any] | None:
+    """The recipe of a method's checkpoint; None if the network's threshold is not made yet."""
     recipe = served.recipe_of(job.settings, method, job.max_samples)
-    return served.checkpoint_path(job.settings, job.model, job.calibration, recipe)
+    if isinstance(method, Part) or method.network_tau is None:
+        return recipe
+    threshold = objective.read_threshold(_threshold_file(job, method.network_tau))
+    return None if threshold is None else {**recipe, "dispersion_threshold": threshold}
+
+
+def model_of(job: Job, method: Served | Part) -> Path | None:
+    """Directory of a method's model; a checkpoint may still have to be made. None: its recipe too."""
+    if isinstance(method, Served) and not method.quantized:
+        return job.model
+    recipe = recipe_of(job, method)
+    return None if recipe is None else served.checkpoint_path(job.settings, job.model, job.calibration, recipe)
+
+
+def _made(job: Job, method: Served | Part) -> Path:
+    """Directory of a method's model, made unless it is there."""
+    if isinstance(method, Served) and method.network_tau is not None:
+        _make_threshold(job, method.network_tau)
+    directory, recipe = model_of(job, method), recipe_of(job, method)
+    assert directory is not None and recipe is not None
+    if directory != job.model:
+        served.calibrate(directory, job.model, job.calibration, recipe)
+    return directory
 
 
 def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
-    """Everything a result depends on; None for a served method whose checkpoint is not made yet."""
+    """Everything a result depends on; None for a method whose checkpoint is not made yet.
+
+    Methods are known by their settings and checkpoints, not by their names: a renamed one keeps its results.
+    """
     method, settings = METHODS[name], job.settings
     found = {
         "benchmark": job.benchmark,
         "evaluator": EVALUATOR_VERSION,
         "kind": type(method).__name__,
-        # The settings identify the method, so a renamed one keeps its results.
-        "method": asdict(method),
         "evaluation": job.evaluations[evaluation],
         "seed": settings.seed,
     }
     if isinstance(method, Simulated):
-        found |= {"model": file_digest([job.model]), "code": code_digest(SIMULATION_CODE)}
+        found |= {"method": asdict(method), "model": file_digest([job.model]), "code": code_digest(SIMULATION_CODE)}
         if method.calibrated:
             sample = {"max_samples": job.max_samples, "window_tokens": settings.window_tokens}
             found |= {"data": served.data_digest(job.calibration), **sample}
         return found
+    if isinstance(method, Peer):
+        return {**found, "weights": _peer_key(job, method)}
     directory = model_of(job, method)
-    if not (directory / "config.json").is_file():
+    if directory is None or not (directory / "config.json").is_file():
         return None
-    code = code_digest(served.SERVING_CODE) if method.quantized else None
-    return {**found, "model": file_digest([directory]), "dtype": settings.dtype, "code": code}
+    found["model"] = file_digest([directory])
+    if isinstance(method, Part):
+        return {**found, "part": method.part, "source": file_digest([job.model]), "code": code_digest(PART_CODE)}
+    if evaluation not in job.engine:
+        return {**found, "code": code_digest(PART_CODE)}
+    return {**found, "dtype": settings.dtype, "code": code_digest(served.SERVING_CODE) if method.quantized else None}
 
 
 def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
@@ -90,32 +158,47 @@ def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
 def results(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(method, evaluation set, result) of every result in the cache with the present settings."""
     for name in METHODS:
-        for evaluation in job.evaluations:
+        for evaluation in sets_of(job, name):
             result = load(job, name, evaluation)
             if result is not None:
                 yield name, evaluation, result
 
 
 def run(job: Job, name: str, wanted: Iterable[str]) -> None:
-    """Make the results of a method on the evaluation sets `wanted` that are not in the cache."""
+    """Make the results of a method on those of the evaluation sets `wanted` that it has and the cache lacks."""
     method = METHODS[name]
-    if isinstance(method, Served) and method.quantized:
-        recipe = served.recipe_of(job.settings, method, job.max_samples)
-        served.calibrate(model_of(job, method), job.model, job.calibration, recipe)
-    missing = {evaluation: key(job, name, evaluation) for evaluation in wanted}
-    missing = {evaluation: found for evaluation, found in missing.items() if job.cache.load(found or {}) is None}
-    if not missing:
+    if isinstance(method, Simulated):
+        missing = _missing(job, name, wanted)
+        if missing:
+            _simulate(job, method, missing)
         return
-    if isinstance(method, Served):
-        _serve(job, name, method, missing)
-    else:
-        _simulate(job, method, missing)
+    if isinstance(method, Peer):
+        missing = _missing(job, name, wanted)
+        if missing:
+            _peer(job, name, method, missing)
+        return
+    directory = _made(job, method)
+    missing = _missing(job, name, wanted)
+    asked = job.engine if isinstance(method, Served) else ()
+    if any(evaluation in asked for evaluation in missing):
+        tasks = {evaluation: found for evaluation, found in missing.items() if evaluation in asked}
+        _serve(job, name, directory, tasks)
+    rest = {evaluation: found for evaluation, found in missing.items() if evaluation not in asked}
+    if rest:
+        _reload(job, method, directory, rest)
 
 
-def _serve(job: Job, name: str, method: Served, missing: Mapping[str, Any]) -> None:
+def _missing(job: Job, name: str, wanted: Iterable[str]) -> dict[str, Any]:
+    """Keys of those of the evaluation sets `wanted` that the method has and the cache lacks."""
+    own = set(sets_of(job, name))
+    keys = {evaluation: key(job, name, evaluation) for evaluation in wanted if evaluation in own}
+    return {evaluation: found for evaluation, found in keys.items() if job.cache.load(found or {}) is None}
+
+
+def _serve(job: Job, name: str, directory: Path, missing: Mapping[str, Any]) -> None:
     description = {
         "benchmark": job.benchmark,
-        "model": str(model_of(job, method).resolve()),
+        "model": str(directory.resolve()),
         "dtype": job.settings.dtype,
         "seed": job.settings.seed,
         "cache": str(job.cache.directory.resolve()),
@@ -139,13 +222,45 @@ def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
         job.cache.store(found, {**result, "beyond": beyond})
 
 
+def _peer_key(job: Job, method: Peer) -> dict[str, Any]:
+    sample = {"max_samples": job.max_samples, "window_tokens": job.settings.window_tokens, "seed": job.settings.seed}
+    own = {"method": asdict(method), "model": file_digest([job.model]), "data": served.data_digest(job.calibration)}
+    return {**own, **sample, "code": code_digest([environment.SCRIPTS[method.tool], Path(decoder.__file__)])}
+
+
+def _peer(job: Job, name: str, method: Peer, missing: Mapping[str, Any]) -> None:
+    python = job.settings.peers.get(method.tool)
+    if python is None:
+        raise MorphoQuantError(f"{name}: give --peer {method.tool}=PYTHON, the python of an environment with it")
+    size = job.settings.window_tokens
+    inputs = decoder.calibration_inputs(job.model, job.calibration, size, job.max_samples)
+    samples = [sample["input_ids"][0].tolist() for sample in inputs]
+    request = environment.Request(method.version, method.group_size, job.settings.seed, method.options, samples)
+    weights = job.settings.work / "peers" / f"{digest(_peer_key(job, method))[:16]}.safetensors"
+    environment.write_weights(python, method.tool, job.model, request, weights)
+    model = decoder.load(job.model)
+    prefix = decoder.architecture_of(job.model)[0].block_module
+    wanted = [f"{prefix}.{name}" for name in decoder.linears_of(model.get_submodule(prefix))]
+    environment.put_weights(model, weights, wanted)
+    for evaluation, found in missing.items():
+        job.cache.store(found, {**job.evaluate(model, evaluation), "beyond": {}})
+
+
+def _reload(job: Job, method: Served | Part, directory: Path, missing: Mapping[str, Any]) -> None:
+    part = method.part if isinstance(method, Part) else None
+    model = parts.load(directory) if part is None else parts.load_part(directory, job.model, part)
+    for evaluation, found in missing.items():
+        job.cache.store(found, {**job.evaluate(model, evaluation), "beyond": {}})
+
+
 def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
     """The calibration's report of a served checkpoint: settings, data and escape rate."""
     method = METHODS[name]
     if not isinstance(method, Served) or not method.quantized:
         return None
-    file = model_of(job, method) / "morphoquant_calibration.json"
-    if not file.is_file():
+    directory = model_of(job, method)
+    file = None if directory is None else directory / "morphoquant_calibration.json"
+    if file is None or not file.is_file():
         return None
     report = json.loads(file.read_text(encoding="utf-8"))
     kept = {part: report[part] for part in ("settings", "data", "escape_rate") if part in report}

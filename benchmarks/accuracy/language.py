@@ -1,8 +1,10 @@
-"""Perplexity of a language model on several texts."""
+"""Perplexity of language models on several texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +16,75 @@ from benchmarks.common import corpus, texts
 from benchmarks.common.files import digest, file_digest
 from benchmarks.common.windows import evaluation_windows, write_calibration
 from benchmarks.models import smollm2
+from benchmarks.models.small_text import books
+from benchmarks.models.small_text.train import TrainingSettings, trained_model
+
+Texts = Mapping[str, Callable[[Path], str]]
 
 
-def prepare(settings: Settings) -> Job:
-    """Write the model and the calibration texts unless they exist, and cut the evaluation texts."""
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model, its evaluation and calibration texts, and the functions that fetch them."""
+
+    # The model's directory, made unless it is there.
+    write: Callable[[Settings], Path]
+    # The directory of the texts, fetched unless they are there.
+    fetch: Callable[[Settings], Path]
+    evaluation: Texts
+    calibration: Texts
+
+
+def smollm2_model() -> LanguageModel:
+    """SmolLM2-135M-Instruct, whose weights were on a 4-bit grid before."""
+    return LanguageModel(
+        write=lambda settings: smollm2.write_model(settings.work / smollm2.NAME),
+        fetch=lambda settings: corpus.fetch(settings.work / "corpus"),
+        evaluation=texts.EVALUATION,
+        calibration=texts.CALIBRATION,
+    )
+
+
+def small_text_model() -> LanguageModel:
+    """The small Llama trained here: 16 bit by birth."""
+    return LanguageModel(
+        write=lambda settings: trained_model(settings.text_work, TrainingSettings(settings.seed), print),
+        fetch=lambda settings: books.fetch(settings.text_work / "corpus"),
+        evaluation=books.EVALUATION,
+        calibration=books.CALIBRATION,
+    )
+
+
+# By the benchmark's name.
+MODELS = {"language": smollm2_model, "small-text": small_text_model}
+
+
+def prepare(benchmark: str, settings: Settings) -> Job:
+    """Write model and calibration texts where they are missing, and cut the evaluation texts."""
     from transformers import AutoTokenizer
 
     settings.work.mkdir(parents=True, exist_ok=True)
-    model = settings.model or smollm2.write_model(settings.work / smollm2.NAME)
+    entry = MODELS[benchmark]()
+    model = settings.model or entry.write(settings)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    source = corpus.fetch(settings.work / "corpus")
-    size = settings.window_tokens
-    folder = settings.work / f"calibration-{digest([dict(settings.calibration), size, file_digest([model])])[:16]}"
-    windows = {name: evaluation_windows(tokenizer, source, name, size, settings.windows) for name in texts.EVALUATION}
+    source = entry.fetch(settings)
+    size, counts = settings.window_tokens, settings.calibration_of(benchmark)
+    number = settings.windows_of(benchmark)
+    windows = {
+        name: evaluation_windows(tokenizer, text(source), name, size, number) for name, text in entry.evaluation.items()
+    }
+    domains = {name: entry.calibration[name](source) for name, count in counts.items() if count}
+    folder = settings.work / f"calibration-{digest([dict(counts), size, file_digest([model])])[:16]}"
     return Job(
-        benchmark="language",
+        benchmark=benchmark,
         settings=settings,
         model=model,
-        calibration=write_calibration(tokenizer, source, folder, size, settings.calibration),
-        max_samples=sum(settings.calibration.values()),
+        calibration=write_calibration(tokenizer, domains, folder, size, counts),
+        max_samples=sum(counts.values()),
         evaluations={name: digest(cut) for name, cut in windows.items()},
         described=lambda name: {"windows": windows[name]},
         evaluate=lambda model, name: outcome(window_losses(model, windows[name]), windows[name]),
+        engine=tuple(windows),
+        process=tuple(windows),
     )
 
 

@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.limits import MAX_LEVEL
+
+# Ways of rounding weights in which each block sees the outputs of the quantized blocks before it.
+SEQUENTIAL = ("gptq", "ours")
 
 
 @dataclass(frozen=True)
 class Simulated:
     """A method whose rounding is simulated in float32 on the transformers model."""
 
-    # none, rtn, gptq or nf4
+    # none, rtn, gptq, nf4, or ours: calibration's own rounding, on activations of 16 bit
     weights: str = "none"
     group_size: int = 64
+    # Levels of two-level scales of `ours`; 0: a scale for each group.
+    levels: int = 0
     act_order: bool = False
     # none, static-tensor, token, token-group or oracle
     activations: str = "none"
@@ -29,7 +35,8 @@ class Simulated:
     @property
     def calibrated(self) -> bool:
         """Whether calibration data changes the result."""
-        return self.weights == "gptq" or self.activations in ("static-tensor", "oracle") or "smooth" in self.transform
+        fitted = self.activations in ("static-tensor", "oracle") or "smooth" in self.transform
+        return fitted or self.weights in SEQUENTIAL
 
 
 @dataclass(frozen=True)
@@ -39,17 +46,61 @@ class Served:
     quantized: bool = True
     # Overrides of the calibration recipe's defaults.
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    # The mask's threshold: this many standard deviations above the mean dispersion of all channels of the network.
+    # None: the recipe's, for each layer.
+    network_tau: float | None = None
 
 
-Method = Simulated | Served
+@dataclass(frozen=True)
+class Part:
+    """One part of a served checkpoint in the 16-bit model, in float32 by transformers, on the torch reference."""
+
+    # activations: of every linear, with 16-bit weights; or a name of KINDS: weights and activations of these linears
+    part: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Weights rounded by another quantizer in an environment of its own, on activations of 16 bit."""
+
+    # A name of peers.environment.SCRIPTS, and the version of the package.
+    tool: str
+    version: str
+    group_size: int
+    # The quantizer's own options.
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Method = Simulated | Served | Part | Peer
+
+# Linears of a decoder's block.
+KINDS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate-up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+# The composite loss of arXiv 2606.04349: squared error, and this weight of the cosine.
+COSINE_WEIGHT = 0.75
+# The mask's threshold in standard deviations: the recipe's own default, and one that no channel reaches.
+TAU, NO_MASK_TAU = 2.0, 1e6
+
+# AutoRound's release, and its default number of steps a block, which ends within an hour on two cores for these models.
+AUTO_ROUND, AUTO_ROUND_OPTIONS = "0.16.1", {"iters": 200}
 
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
     "w4a16-rtn-g64": Simulated("rtn"),
     "w4a16-rtn-g32": Simulated("rtn", 32),
+    "w4a16-rtn-g128": Simulated("rtn", 128),
     "w4a16-nf4": Simulated("nf4"),
     "w4a16-gptq-g64": Simulated("gptq"),
     "w4a16-gptq-g32": Simulated("gptq", 32),
+    "w4a16-gptq-g128": Simulated("gptq", 128),
+    "w4a16-auto-round-g32": Peer("auto-round", AUTO_ROUND, 32, AUTO_ROUND_OPTIONS),
+    "w4a16-auto-round-g128": Peer("auto-round", AUTO_ROUND, 128, AUTO_ROUND_OPTIONS),
     "w4a4-static-tensor": Simulated("rtn", activations="static-tensor"),
     "w4a4-token": Simulated("rtn", activations="token"),
     "w4a4-token-group": Simulated("rtn", activations="token-group"),
@@ -73,21 +124,67 @@ METHODS: dict[str, Method] = {
     "served-no-mask-no-modality-rows": Served(recipe={"escape_budget": 0.0, "modality_rows": False}),
     "served-no-regression": Served(recipe={"regression": False}),
     "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),
-    # The reference's mask and range search instead of the budgeted one, and its mask without its search.
+    # The paper's objective: the reference's mask and range search instead of the budgeted one, and its parts.
     "served-reference-grid": Served(recipe={"grid": "reference"}),
+    "served-composite": Served(recipe={"grid": "reference", "cosine_weight": COSINE_WEIGHT}),
+    "served-network-mask": Served(recipe={"grid": "reference"}, network_tau=TAU),
+    "served-composite-network-mask": Served(
+        recipe={"grid": "reference", "cosine_weight": COSINE_WEIGHT}, network_tau=TAU
+    ),
+    "served-reference-no-mask": Served(recipe={"grid": "reference", "tau": NO_MASK_TAU, "full_mask": []}),
     "served-no-search": Served(recipe={"grid": "reference", "lower": 0.999}),
     "served-g64": Served(recipe={"group_size": 64}),
     "served-group": Served(recipe={"scale_levels": 0}),
+    "served-group-g64": Served(recipe={"scale_levels": 0, "group_size": 64}),
+    # Floors: the loss of one part alone. Scales are two-level as in `served`, or one for each group.
+    "floor-weights": Simulated("ours", 32, levels=MAX_LEVEL),
+    "floor-weights-g64": Simulated("ours", 64, levels=MAX_LEVEL),
+    "floor-weights-group": Simulated("ours", 32),
+    "floor-weights-group-g64": Simulated("ours", 64),
+    "floor-activations": Part("activations"),
+    **{f"floor-{kind}": Part(kind) for kind in KINDS},
 }
 
+# The rows of the paper's objective.
+OBJECTIVE = (
+    "served-reference-grid",
+    "served-composite",
+    "served-network-mask",
+    "served-composite-network-mask",
+    "served-reference-no-mask",
+    "served-no-search",
+)
+
+# The table over all models: published methods, ours in both schemes, the paper's objective and the floors.
+TABLE = (
+    "16bit",
+    *(name for name in METHODS if name.startswith("w4a")),
+    "oracle-rtn-g64",
+    "oracle-nf4",
+    "served-16bit",
+    "served",
+    "served-g64",
+    "served-group",
+    "served-group-g64",
+    *OBJECTIVE,
+    *(name for name in METHODS if name.startswith("floor-")),
+)
 
 # A model of one modality has no modality-specific rows.
 OMNI_ONLY = ("served-no-modality-rows", "served-budget-0.5-no-modality-rows", "served-no-mask-no-modality-rows")
 
 
 def known_methods(benchmark: str) -> list[str]:
-    """Names of a benchmark's methods."""
-    return [name for name in METHODS if benchmark == "omni" or name not in OMNI_ONLY]
+    """Names of the methods that a benchmark has. Peers are asked about text models only."""
+    if benchmark == "omni":
+        return [name for name, method in METHODS.items() if not isinstance(method, Peer)]
+    return [name for name in METHODS if name not in OMNI_ONLY]
+
+
+def runnable(names: Iterable[str], tools: Iterable[str]) -> list[str]:
+    """Those of the methods that need no peer, or one of `tools`."""
+    known = set(tools)
+    return [name for name in names if not (isinstance(method := METHODS[name], Peer) and method.tool not in known)]
 
 
 def choose(kind: str, wanted: Iterable[str] | None, known: Iterable[str]) -> list[str]:

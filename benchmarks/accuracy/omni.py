@@ -1,4 +1,8 @@
-"""Exact-match accuracy of a small Qwen2.5-Omni, per kind of question."""
+"""A small Qwen2.5-Omni, per kind of question: exact answers, distance from 16 bit, and the right answer's log-loss.
+
+vLLM is asked for answers. An API gives no more than the likeliest tokens' log probabilities, so the other two figures
+are those of transformers on the torch reference: the right answer's tokens are given, and each is predicted.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
 from benchmarks.accuracy.job import Job
 from benchmarks.accuracy.settings import Settings
-from benchmarks.common.files import digest
+from benchmarks.common.files import digest, file_digest, write_atomically
+from benchmarks.models.decoder import load
 
 # More than the calibration file has, so all of its conversations are used.
 MAX_SAMPLES = 512
-# Name of the one evaluation set.
-QUESTIONS = "questions"
+# The evaluation sets: answers of the engine, and predictions of the right answers' tokens in this process.
+QUESTIONS, TOKENS = "questions", "tokens"
 
 
 def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
@@ -23,7 +32,7 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
     from transformers import AutoProcessor
 
     from benchmarks.models.tiny_omni.data.questions import calibration_file, test_questions
-    from benchmarks.models.tiny_omni.evaluate import answers_transformers
+    from benchmarks.models.tiny_omni.evaluate import answer_log_probs
     from benchmarks.models.tiny_omni.train import trained_model
 
     work = settings.omni_work
@@ -31,9 +40,19 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
     model = settings.model or trained_model(work, settings.seed, progress=progress)
     questions = test_questions(work, settings.questions, settings.seed)
 
+    processor = AutoProcessor.from_pretrained(model)
+    asked = questions_digest(questions)
+
+    def log_probs(thinker: Any) -> list[Tensor]:
+        return answer_log_probs(thinker, processor, questions, settings.batch_size)
+
+    @cache
+    def reference() -> list[Tensor]:
+        return _kept(settings.work / "references", [file_digest([model]), asked], lambda: log_probs(load(model)))
+
     def evaluate(thinker: Any, name: str) -> dict[str, Any]:
-        processor = AutoProcessor.from_pretrained(model)
-        return outcome(questions, answers_transformers(thinker, processor, questions, settings.batch_size))
+        tokens = right_tokens(processor.tokenizer, questions)
+        return predictions(questions, tokens, log_probs(thinker), reference())
 
     return Job(
         benchmark="omni",
@@ -41,10 +60,49 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
         model=model,
         calibration=[calibration_file(work, settings.seed)],
         max_samples=MAX_SAMPLES,
-        evaluations={QUESTIONS: questions_digest(questions)},
+        evaluations={QUESTIONS: asked, TOKENS: asked},
         described=lambda name: {"work": str(work.resolve()), "questions": settings.questions, "seed": settings.seed},
         evaluate=evaluate,
+        engine=(QUESTIONS,),
+        process=(TOKENS,),
     )
+
+
+def _kept(directory: Path, key: Sequence[str], make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What `make` gives, made once for a key: the 16-bit model answers the same questions for every method."""
+    path = directory / f"{digest(list(key))[:32]}.safetensors"
+    if not path.is_file():
+        made = make()
+        lengths = torch.tensor([len(each) for each in made])
+        write_atomically(path, save({"log_probs": torch.cat(made), "lengths": lengths}))
+    stored = load_file(path)
+    return list(stored["log_probs"].split(stored["lengths"].tolist()))
+
+
+def right_tokens(tokenizer: Any, questions: Sequence[Any]) -> list[list[int]]:
+    """Token ids of every right answer, the end of the turn with it."""
+    return [tokenizer(q.answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for q in questions]
+
+
+def predictions(
+    questions: Sequence[Any], tokens: Sequence[list[int]], log_probs: Sequence[Tensor], reference: Sequence[Tensor]
+) -> dict[str, Any]:
+    """By kind and question: "right", "loss" and "divergence", from log probabilities [answer's tokens, vocabulary].
+
+    right: 1 if every token of the right answer is the likeliest, and greedy decoding so gives that answer, else 0.
+    loss: negative log probability of the right answer, in nats. divergence: KL(reference || this) per token, in nats.
+    """
+    found: dict[str, dict[str, list[float]]] = {"right": {}, "loss": {}, "divergence": {}}
+    for question, ids, own, other in zip(questions, tokens, log_probs, reference, strict=True):
+        wanted = torch.tensor(ids)
+        figures = {
+            "right": int((own.argmax(-1) == wanted).all()),
+            "loss": -float(own.gather(1, wanted[:, None]).sum()),
+            "divergence": float((other.exp() * (other - own)).sum(-1).mean()),
+        }
+        for name, value in figures.items():
+            found[name].setdefault(question.kind, []).append(value)
+    return found
 
 
 def outcome(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, Any]:

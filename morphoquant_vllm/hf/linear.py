@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, tensor_specs
 from morphoquant_vllm.format.values import check_values
-from morphoquant_vllm.numerics.activation import activation_record
+from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.exact import linear_exact
 from morphoquant_vllm.numerics.linear import linear, weight_record
 
@@ -67,15 +67,22 @@ class MorphoQuantLinear(nn.Module):
             parallel = self.spec.layers[self.name].parallel
             check_values(self.name, tensors, self.spec.any_row, parallel=parallel, blocks=self.spec.tensor_parallel)
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Row of each token of x [M, K] by its modality, int32 [M]; the mode's row if the pass has not M tokens."""
+        rows = self.mode.token_rows
+        if self.fixed_row is not None:
+            return torch.full(x.shape[:1], self.fixed_row, dtype=torch.int32, device=x.device)
+        if rows is None or rows.numel() != x.shape[0]:
+            return torch.full(x.shape[:1], self.mode.row, dtype=torch.int32, device=x.device)
+        return rows.to(x.device)
+
+    def activation(self) -> ActivationRecord:
+        """The record that quantizes the input."""
+        return activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
+
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
-        rows = self.mode.token_rows
-        if self.fixed_row is not None:
-            rows = torch.full(flat.shape[:1], self.fixed_row, dtype=torch.int32, device=x.device)
-        elif rows is None or rows.numel() != flat.shape[0]:
-            rows = torch.full(flat.shape[:1], self.mode.row, dtype=torch.int32, device=x.device)
-        activation = activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
         weight = weight_record(*(self.get_buffer(name) for name in self.output_tensors))
         compute = linear_exact if self.mode.exact else linear
-        return compute(flat, rows.to(x.device), weight, activation, self.bias).view(*x.shape[:-1], -1)
+        return compute(flat, self.rows_of(flat), weight, self.activation(), self.bias).view(*x.shape[:-1], -1)

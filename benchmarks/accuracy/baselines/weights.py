@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calibration.quantize.rounding import quantize_compensated, quantize_two_level
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.weights import group_scales, round_int4
+from morphoquant_vllm.numerics.weights import channel_order, group_scales, round_int4
 
 NF4_BLOCK = 64
 # NormalFloat4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E), as float32 in bitsandbytes.
@@ -61,6 +62,26 @@ def nf4(weight: Tensor, block: int = NF4_BLOCK) -> Tensor:
     midpoints = (table[1:] + table[:-1]) / 2
     rounded = table[torch.bucketize(unit, midpoints)] * peak
     return rounded.flatten()[: flat.numel()].view_as(weight)
+
+
+def ours_int4(weight: Tensor, hessian: Tensor, group_size: int, levels: int) -> Tensor:
+    """Calibration's own rounding of `weight` [N, K] against the mean of x^T x, `hessian` [K, K]; float32 [N, K].
+
+    Channels are sorted as those of a checkpoint whose step is the channel's root mean square. Scales are free, or with
+    `levels` two-level.
+    """
+    check_groups(weight, group_size)
+    size = hessian.diagonal().clamp(min=0).sqrt()
+    order = channel_order(weight.float() * size).long()
+    target, own = weight.float()[:, order], hessian[order][:, order]
+    if levels:
+        codes, level, unit = quantize_two_level(target, own, group_size, levels)
+        scale = level.float() * unit[:, None]
+    else:
+        codes, free = quantize_compensated(target, own, group_size)
+        scale = free.float()
+    rounded = codes.float().unflatten(1, (-1, group_size)) * scale[..., None]
+    return rounded.flatten(1)[:, order.argsort()]
 
 
 def check_groups(weight: Tensor, group_size: int) -> None:

@@ -1,8 +1,9 @@
 """From stored results to figures, bars, tables and charts.
 
-bars     the targets of the served method
-plots    the chart of a summary
-report   tables and files
-scores   perplexity, accuracy and their errors
-summary  the kept JSON object
+bars      targets of the served method
+overview  one table of all methods and models
+plots     the chart of a summary
+report    tables and files
+scores    perplexity, accuracy and their errors
+summary   the kept JSON object
 """

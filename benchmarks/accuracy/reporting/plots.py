@@ -12,8 +12,8 @@ CUT_RATIO = 20
 
 
 def chart(summary: Mapping[str, Any]) -> bytes:
-    """The chart of a summary; MorphoQuantError if matplotlib is missing."""
-    language = summary["benchmark"] == "language"
+    """The chart of a summary; MorphoQuantError where matplotlib is missing."""
+    language = summary["benchmark"] != "omni"
     part = "texts" if language else "kinds"
     methods = {name: method[part] for name, method in summary["methods"].items()}
     columns = list(dict.fromkeys(column for rows in methods.values() for column in rows))

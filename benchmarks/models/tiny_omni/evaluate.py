@@ -44,6 +44,27 @@ def answers_transformers(
     return answers
 
 
+@torch.no_grad()
+def answer_log_probs(
+    thinker: Any, processor: Any, questions: Sequence[Question], batch_size: int = 64
+) -> list[torch.Tensor]:
+    """Log probabilities of the whole vocabulary at each token of the right answer, given those before it.
+
+    float32 [answer's tokens, vocabulary] for each question; the last token is the end of the turn.
+    """
+    encoder = Encoder(processor)
+    found: list[torch.Tensor] = [torch.empty(0)] * len(questions)
+    order = sorted(range(len(questions)), key=lambda index: questions[index].kind)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = encoder.batch([questions[index] for index in chosen], with_answers=True)
+        labels = batch.pop("labels")[:, 1:]
+        logits = thinker(**batch, use_cache=False).logits[:, :-1]
+        for index, own, wanted in zip(chosen, logits, labels, strict=True):
+            found[index] = own[wanted >= 0].float().log_softmax(-1)
+    return found
+
+
 def answers_vllm(llm: Any, questions: Sequence[Question]) -> list[str]:
     """The answers of an in-process vllm.LLM through its chat API, in the order of the questions.
 

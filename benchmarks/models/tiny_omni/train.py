@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
+from benchmarks.common.files import staged
+from benchmarks.common.machine import torch_threads
 from benchmarks.models.tiny_omni.data.encoding import Encoder
-from benchmarks.models.tiny_omni.data.pool import SPLITS, media_pool, settings_hash, staged
+from benchmarks.models.tiny_omni.data.pool import SPLITS, media_pool, settings_hash
 from benchmarks.models.tiny_omni.data.questions import KINDS, Question, all_texts, question_stream
 from benchmarks.models.tiny_omni.model import ModelSettings, heavy_rows, initial_model, write_files, write_model
 
@@ -64,7 +66,7 @@ def trained_model(
     data = [asdict(SPLITS["train"]), STAGES, all_texts()]
     target = work.resolve() / f"model-{settings_hash([asdict(settings), data])}"
     if not target.is_dir():
-        with staged(target) as staging, torch.random.fork_rng(), _threads(settings.threads):
+        with staged(target) as staging, torch.random.fork_rng(), torch_threads(settings.threads):
             _train(staging, work, settings, progress)
     return target
 
@@ -186,16 +188,6 @@ def _rate(settings: TrainingSettings, step: int) -> float:
         return (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
     return 0.5 * (1 + float(np.cos(np.pi * min(done, 1.0))))
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import job
-from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, choose, known_methods
+from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, choose, known_methods, runnable
 from benchmarks.accuracy.reporting import bars, report
 from benchmarks.common import corpus, texts
 from morphoquant_vllm.errors import MorphoQuantError
@@ -74,6 +75,30 @@ def test_results_of_other_settings_do_not_mix(
     assert set(summary["methods"]) == {"16bit"}
 
 
+def test_the_table_runs_every_model_and_resumes(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, results = tmp_path / "llama", tmp_path / "results"
+    whole = command.prepare
+    monkeypatch.setattr(report, "BENCHMARKS", ("language",))
+    monkeypatch.setattr(
+        command,
+        "prepare",
+        lambda name, settings: whole(name, replace(settings, model=model, windows=2, calibration={"stdlib": 1})),
+    )
+    line = ["table", "--work", str(tmp_path / "work"), "--results", str(results), "--window-tokens", "32"]
+    _run(monkeypatch, [*line, "--methods", "16bit,w4a16-rtn-g32"])
+    assert "language 2/2 w4a16-rtn-g32" in capsys.readouterr().out
+    found = json.loads((results / "overview.json").read_text())
+    assert found["methods"]["16bit"]["language"]["against_16bit"]["ratio"] == 1
+    assert found["methods"]["w4a16-rtn-g32"]["language"]["against_16bit"]["ratio"] != 1
+
+    # All is there: no model is loaded any more.
+    monkeypatch.setattr(job.decoder, "load", None)
+    _run(monkeypatch, [*line, "--methods", "16bit"])
+    assert list(json.loads((results / "overview.json").read_text())["methods"]) == ["16bit"]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -93,7 +118,7 @@ def test_bad_input_ends_in_one_line(
 
 
 def test_methods_of_modalities_belong_to_the_omni_benchmark() -> None:
-    assert known_methods("omni") == list(METHODS)
+    assert known_methods("omni") == runnable(METHODS, [])
     assert set(known_methods("omni")) - set(known_methods("language")) == set(OMNI_ONLY) <= set(METHODS)
 
 

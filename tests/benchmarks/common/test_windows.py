@@ -27,7 +27,8 @@ def test_windows_are_spread_from_the_first_token_to_the_last() -> None:
 def test_calibration_files_hold_as_many_windows_as_asked(llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     counts = {"stdlib": 3, "licence": 1, "numpy": 0}
-    files = windows.write_calibration(tokenizer, tmp_path, tmp_path / "data", 64, counts)
+    own = {name: texts.CALIBRATION[name](tmp_path) for name in counts}
+    files = windows.write_calibration(tokenizer, own, tmp_path / "data", 64, counts)
     assert [file.name for file in files] == ["stdlib.txt", "licence.txt"]
     for file, count in zip(files, (3, 1), strict=True):
         samples = build_samples(
@@ -43,9 +44,10 @@ def test_calibration_files_hold_as_many_windows_as_asked(llama: Path, tmp_path: 
 
 def test_evaluation_windows(llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    cut = windows.evaluation_windows(tokenizer, tmp_path, "code", 32, 5)
+    text = texts.EVALUATION["code"](tmp_path)
+    cut = windows.evaluation_windows(tokenizer, text, "code", 32, 5)
     assert [len(ids) for ids in cut] == [32] * 5
-    assert tokenizer.decode(cut[0])[:2] == texts.EVALUATION["code"](tmp_path)[:2]
+    assert tokenizer.decode(cut[0])[:2] == text[:2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.common.files import staged
 from benchmarks.models.tiny_omni.data import digits, speech
 
 
@@ -48,19 +45,6 @@ class Pool:
 def settings_hash(settings: Any) -> str:
     """Twelve hex digits that change with any of the settings (whatever JSON can hold)."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target` when the block ends, and is removed when it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def media_pool(work: Path, name: str) -> Pool:

@@ -21,12 +21,18 @@ def test_log_ratio_is_that_of_the_perplexities() -> None:
 def test_accuracy_and_its_paired_difference() -> None:
     assert scores.accuracy([1, 1, 1, 0]) == pytest.approx((0.75, math.sqrt(0.75 * 0.25 / 4)))
     right = [1] * 90 + [0] * 10
-    assert scores.accuracy_difference(right, right) == (0.0, 0.0)
+    assert scores.paired_difference(right, right) == (0.0, 0.0)
     worse = [0] * 5 + [1] * 85 + [0] * 10
-    difference, error = scores.accuracy_difference(worse, right)
+    difference, error = scores.paired_difference(worse, right)
     assert difference == pytest.approx(-0.05)
     # Only the 5 that differ make the error, not the 90 or 85 that are right.
     assert error == pytest.approx(math.sqrt(0.05 * 0.95 / 99))
+
+
+def test_an_interval_is_students() -> None:
+    # Of four values with mean 2 and error 0.5; the quantile of 3 degrees of freedom is 3.1824.
+    low, high = scores.interval(2.0, 0.5, 4)
+    assert (low, high) == pytest.approx((2 - 0.5 * 3.18245, 2 + 0.5 * 3.18245), rel=1e-5)
 
 
 def test_activation_bits() -> None:

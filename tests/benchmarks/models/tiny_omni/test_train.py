@@ -15,7 +15,7 @@ from benchmarks.models.tiny_omni import train
 from benchmarks.models.tiny_omni.data import pool, speech
 from benchmarks.models.tiny_omni.data.encoding import Encoder
 from benchmarks.models.tiny_omni.data.questions import Question, calibration_file, test_questions
-from benchmarks.models.tiny_omni.evaluate import answers_transformers
+from benchmarks.models.tiny_omni.evaluate import answer_log_probs, answers_transformers
 from benchmarks.models.tiny_omni.model import ModelSettings, heavy_rows, initial_model, write_files
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
@@ -146,6 +146,23 @@ def test_batched_answers_are_those_of_single_questions(work: Path) -> None:
     together = answers_transformers(thinker, processor, asked, batch_size=14)
     assert together == [answers_transformers(thinker, processor, [question])[0] for question in asked]
     assert len(set(together)) > 1
+
+
+def test_answers_are_scored_as_the_model_predicts_them_token_by_token(model: Path, work: Path) -> None:
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    processor, asked = AutoProcessor.from_pretrained(model), test_questions(work, 2)
+    found = answer_log_probs(thinker, processor, asked, batch_size=14)
+    encoder = Encoder(processor)
+    for question, log_probs in zip(asked, found, strict=True):
+        batch = encoder.batch([question], with_answers=True)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            logits = thinker(**batch, use_cache=False).logits
+        wanted = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+        tokens = labels[0][labels[0] >= 0]
+        loss = -log_probs.gather(1, tokens[:, None]).sum()
+        # Only the padding of a batch differs.
+        torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_are_the_answers_and_the_end_of_the_turn(model: Path, work: Path) -> None:

@@ -1,0 +1,110 @@
+"""Another quantizer's weights, handed back by a process of its own; a stand-in takes its place."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.accuracy import job as jobs
+from benchmarks.accuracy.methods import METHODS, Peer, known_methods, runnable
+from benchmarks.accuracy.peers import environment
+from benchmarks.accuracy.settings import Settings
+from benchmarks.models import decoder
+from morphoquant_vllm.errors import MorphoQuantError
+from tests.tiny_models import build_tiny_llama
+
+NAME = "w4a16-auto-round-g32"
+# Rounds every weight of the decoder to whole numbers, and fails if it sees this project's environment.
+STAND_IN = """
+import json, os, sys
+from safetensors.torch import load_file, save_file
+job = json.load(open(sys.argv[1]))
+assert "PYTHONPATH" not in os.environ
+assert job["group_size"] == 32 and job["options"] == {"iters": 200} and len(job["samples"][0]) == 16
+weights = load_file(job["model"] + "/model.safetensors")
+save_file({n.removesuffix(".weight"): w.float().mul(100).round().div(100)
+           for n, w in weights.items() if "proj" in n}, job["output"])
+"""
+REQUEST = environment.Request("1", 32, 0, {"iters": 200}, [[1] * 16])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return build_tiny_llama(tmp_path / "llama")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(environment, "SCRIPTS", {"auto-round": script})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return script
+
+
+def job_of(model: Path, work: Path, peers: dict[str, Path]) -> jobs.Job:
+    text = work.parent / "text.txt"
+    text.write_text(" ".join(f"word{number}" for number in range(100)))
+
+    def evaluate(loaded: torch.nn.Module, name: str) -> dict[str, object]:
+        weight = loaded.get_submodule("model.layers.1.mlp.up_proj").weight.detach()
+        return {"losses": [float((weight * 100 - (weight * 100).round()).abs().max())], "tokens": 1}
+
+    settings = Settings(work=work, window_tokens=16, peers=peers)
+    return jobs.Job("language", settings, model, [text], 2, {"code": "0"}, dict, evaluate, ("code",), ("code",))
+
+
+def test_the_weights_that_come_back_are_evaluated_and_made_once(model: Path, tmp_path: Path, stand_in: Path) -> None:
+    job = job_of(model, tmp_path / "work", {"auto-round": Path(sys.executable)})
+    plain = decoder.load(model).get_submodule("model.layers.1.mlp.up_proj").weight.detach() * 100
+    assert float((plain - plain.round()).abs().max()) > 0.1
+    jobs.run(job, NAME, ["code"])
+    found = jobs.load(job, NAME, "code")
+    assert found is not None and found["losses"][0] < 1e-4
+
+    (weights,) = (tmp_path / "work" / "peers").glob("*.safetensors")
+    before = weights.stat().st_mtime_ns
+    for result in (tmp_path / "work" / "results").iterdir():
+        result.unlink()
+    jobs.run(job, NAME, ["code"])
+    assert weights.stat().st_mtime_ns == before and jobs.load(job, NAME, "code") == found
+
+
+def test_without_its_environment_a_peer_is_left_out_or_refused(model: Path, tmp_path: Path) -> None:
+    assert NAME in known_methods("language") and NAME not in known_methods("omni")
+    assert NAME in runnable(METHODS, ["auto-round"])
+    assert set(METHODS) - set(runnable(METHODS, [])) == {n for n, m in METHODS.items() if isinstance(m, Peer)}
+    with pytest.raises(MorphoQuantError, match="w4a16-auto-round-g32: give --peer auto-round=PYTHON"):
+        jobs.run(job_of(model, tmp_path / "work", {}), NAME, ["code"])
+
+
+def test_a_failure_names_the_log_and_leaves_no_weights(model: Path, tmp_path: Path, stand_in: Path) -> None:
+    stand_in.write_text("import sys; sys.exit('auto-round 1 is wanted; 2 is installed')")
+    output = tmp_path / "weights.safetensors"
+    with pytest.raises(MorphoQuantError, match=r"status 1; see .*weights\.log: auto-round 1 is wanted; 2 is installed"):
+        environment.write_weights(Path(sys.executable), "auto-round", model, REQUEST, output)
+    assert not output.exists()
+    assert json.loads(output.with_suffix(".json").read_text())["options"] == {"iters": 200}
+
+
+def test_weights_of_other_linears_are_refused(model: Path, tmp_path: Path, stand_in: Path) -> None:
+    output = tmp_path / "weights.safetensors"
+    environment.write_weights(Path(sys.executable), "auto-round", model, REQUEST, output)
+    with pytest.raises(MorphoQuantError, match="not those of the decoder"):
+        environment.put_weights(decoder.load(model), output, ["model.layers.0.mlp.up_proj"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("awq=/bin/sh", "--peer awq=/bin/sh: not TOOL=PYTHON with one of the tools auto-round"),
+        ("auto-round", "not TOOL=PYTHON"),
+        ("auto-round=/no/python", "no such file; give the python of an environment with auto-round"),
+    ],
+)
+def test_environments_are_named_by_tool(given: str, message: str) -> None:
+    assert environment.parse_environments([f"auto-round={sys.executable}"]) == {"auto-round": Path(sys.executable)}
+    with pytest.raises(MorphoQuantError, match=message):
+        environment.parse_environments([given])
