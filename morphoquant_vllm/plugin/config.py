@@ -14,7 +14,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD, LayerSpec, QuantizationSpec
-from morphoquant_vllm.plugin.embeddings import observe_embeddings
 from morphoquant_vllm.plugin.last_word import LastWord, open_last_word
 
 if TYPE_CHECKING:
@@ -50,12 +49,12 @@ class MorphoQuantConfig(QuantizationConfig):
         self._checked = False
         # None until the process that configures the engine has checked the files.
         self._last_word: LastWord | None = None
-        observe_embeddings()
+        _observe_embeddings()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # In a worker, which gets the config by a pickle before it builds the model.
-        observe_embeddings()
+        _observe_embeddings()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "_mlps": {}}
@@ -230,3 +229,10 @@ class MorphoQuantConfig(QuantizationConfig):
         stacked = {} if mapper is None else mapper.orig_to_new_stacked
         names = [prefix.removesuffix(fused) + part for part, (fused, _) in stacked.items() if prefix.endswith(fused)]
         return names if any(name in self.layers for name in names) else [prefix]
+
+
+def _observe_embeddings() -> None:
+    # Imported here: it imports layers, which processes that only register the method do not need.
+    from morphoquant_vllm.plugin.embeddings import observe_embeddings
+
+    observe_embeddings()
