@@ -119,6 +119,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     from benchmarks.calibrate.model.generate import generate
     from benchmarks.calibrate.model.layouts import layout_config, text_config
     from benchmarks.calibrate.report import write
+    from benchmarks.calibrate.serve import note_origin
     from benchmarks.calibrate.summary import summarise
     from benchmarks.calibrate.timing.bound import Decoder
     from benchmarks.calibrate.timing.measure import measure
@@ -149,6 +150,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     budget = None if arguments.memory_budget is None else round(arguments.memory_budget * 2**30)
     job = Job(str(model), [str(path) for path in data], str(output), changes, arguments.cores, arguments.blocks, budget)
     measured = measure(job, kept, say)
+    note_origin(model, output)
     decoder = Decoder.of(text_config(config))
     result = {
         "command": command,
@@ -183,6 +185,7 @@ def run_quick(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from benchmarks.calibrate.data import write_data
+    from benchmarks.calibrate.serve import note_origin
     from calibration.calibrate import calibrate
     from calibration.settings.recipe import read_recipe
 
@@ -200,6 +203,7 @@ def run_quick(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         on_block=lambda result: say(f"block {result.index + 1}/{result.count}"),
     )
+    note_origin(arguments.model, arguments.output)
     shutil.rmtree(directory)
     say(arguments.output)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ ARGUMENTS = (
     "--skip-mm-profiling",
     "--enforce-eager",
 )
+
+
+def note_origin(model: Path, checkpoint: Path) -> None:
+    """Copy the generated model's description into its checkpoint, if both exist: calibration does not carry it."""
+    if (model / GENERATED_FILE).is_file() and checkpoint.is_dir():
+        shutil.copyfile(model / GENERATED_FILE, checkpoint / GENERATED_FILE)
 
 
 def describe(checkpoint: Path) -> dict[str, Any]:
