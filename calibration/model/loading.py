@@ -76,7 +76,10 @@ def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> A
 
 
 def _read_config(model_class: Any, source: Source) -> Any:
-    """transformers' config of the source model, without settings of quantization: it would quantize the model."""
+    """transformers' config of the source model, without settings of quantization: it would quantize the model.
+
+    If the model caps the scores of its attention, the config asks for plain attention: the others leave the cap out.
+    """
     config = model_class.config_class.from_pretrained(
         str(source.directory), local_files_only=True, trust_remote_code=False
     )
@@ -84,6 +87,8 @@ def _read_config(model_class: Any, source: Source) -> Any:
     while parts:
         part = parts.pop()
         vars(part).pop("quantization_config", None)
+        if getattr(part, "attn_logit_softcapping", None):
+            config._attn_implementation = "eager"
         parts += [getattr(part, name) for name in part.sub_configs if getattr(part, name, None) is not None]
     return config
 
