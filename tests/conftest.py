@@ -18,10 +18,12 @@ ENGINES = Path(__file__).parent / "engine"
 torch.set_num_threads(1)
 
 
+# First: xdist reads the marks in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Several workers share the tests by file, since fixtures are made once a file.
 
-    Engine tests stay together, since they share engines, and come first: they take longest. xdist reads the marks last.
+    Engine tests stay together, since they share engines, and come first: they take longest.
     """
     items.sort(key=lambda item: ENGINES not in item.path.parents)
     for item in items:
