@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 # Two processes share the tests. More need more memory: each may start an engine.
-WORKERS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+WORKERS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: setup demo test gpu gpu-full fuzz test-full test-cuda-wheels lint
 
