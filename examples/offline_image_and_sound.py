@@ -22,6 +22,12 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="start sooner, and run without a C++ compiler")
     arguments = parser.parse_args()
 
+    media = {
+        "image": Image.open(arguments.image).convert("RGB"),
+        # Samples and their rate: vLLM mixes the channels and resamples them to the model's rate.
+        "audio": soundfile.read(arguments.sound, dtype="float32"),
+    }
+
     # The chat template puts the model's placeholder tokens where the media stand in the message.
     content = [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": arguments.question}]
     processor = AutoProcessor.from_pretrained(arguments.checkpoint)
@@ -37,11 +43,6 @@ def main() -> None:
         limit_mm_per_prompt={"image": 1, "audio": 1, "video": 0},
         enforce_eager=arguments.eager,
     )
-    media = {
-        "image": Image.open(arguments.image).convert("RGB"),
-        # Samples and their rate: vLLM mixes the channels and resamples them to the model's rate.
-        "audio": soundfile.read(arguments.sound, dtype="float32"),
-    }
     sampling = SamplingParams(temperature=0, max_tokens=arguments.max_tokens)
     (output,) = llm.generate({"prompt": prompt, "multi_modal_data": media}, sampling)
     answer = output.outputs[0]

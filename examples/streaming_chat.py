@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI, OpenAIError
+from openai import APIConnectionError, OpenAI, OpenAIError
 
 
 def encoded(path: Path) -> str:
@@ -48,6 +48,17 @@ def stream_answer(client: OpenAI, model: str, messages: list[Any], max_tokens: i
     return "".join(pieces)
 
 
+def chat(client: OpenAI, content: list[dict[str, Any]], max_tokens: int) -> None:
+    """Ask every line of the input; `content` goes with the first one, and the conversation with each."""
+    model = client.models.list().data[0].id
+    messages: list[Any] = []
+    for line in sys.stdin:
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": line.strip()}]})
+        content = []
+        answer = stream_answer(client, model, messages, max_tokens)
+        messages.append({"role": "assistant", "content": answer})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Chat with a served checkpoint about a sound and a picture.")
     parser.add_argument("--sound", type=Path, help="wav, mp3, flac or ogg, of any rate")
@@ -56,16 +67,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     arguments = parser.parse_args()
 
-    client = OpenAI(base_url=arguments.base_url, api_key="none")
-    model = client.models.list().data[0].id
     content = [image_part(arguments.image)] if arguments.image else []
     content += [sound_part(arguments.sound)] if arguments.sound else []
-    messages: list[Any] = []
-    for line in sys.stdin:
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": line.strip()}]})
-        content = []
-        answer = stream_answer(client, model, messages, arguments.max_tokens)
-        messages.append({"role": "assistant", "content": answer})
+    try:
+        chat(OpenAI(base_url=arguments.base_url, api_key="none"), content, arguments.max_tokens)
+    except APIConnectionError:
+        sys.exit(f"error: no server answers at {arguments.base_url}; start one with vllm serve OUT")
 
 
 if __name__ == "__main__":

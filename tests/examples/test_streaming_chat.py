@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.server import free_port
 from tests.benchmarks.common.questions.stub import Handler, serving
 from tests.examples.running import run
 from tests.tiny_conversations import image_bytes, sound_bytes
@@ -71,6 +72,13 @@ def test_a_format_that_openai_does_not_know_goes_as_a_url(monkeypatch: pytest.Mo
     _, asked = talk(monkeypatch, "What purrs?\n", "--sound", tmp_path / "purr.FLAC")
     url = asked[0]["messages"][0]["content"][0]["audio_url"]["url"]
     assert url == f"data:audio/flac;base64,{base64.b64encode(b'samples').decode()}"
+
+
+def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(SystemExit, match=rf"^error: no server answers at {url}; start one with vllm serve OUT$"):
+        run(monkeypatch, "streaming_chat.py", "--base-url", url)
 
 
 def test_a_missing_sound_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
