@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-DOCUMENTS = [*map(ROOT.joinpath, PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
-FOLDERS = ("morphoquant_vllm", "calibration", "benchmarks", "tests", "docs", "scripts", ".ci")
+DOCUMENTS = [*map(ROOT.joinpath, PAGES), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
+FOLDERS = ("morphoquant_vllm", "calibration", "benchmarks", "tests", "docs", "scripts", "examples", ".ci")
 # Stands in a path for whatever a reader puts there.
 PLACEHOLDER = "NAME"
 # Files of other projects that docs/guide/evaluate.md and docs/design/kernels_gpu.md quote.

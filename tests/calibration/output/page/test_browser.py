@@ -1,12 +1,12 @@
 """The page in a real browser: every figure has a box on the screen, and something is drawn in it."""
 
 import html
-import io
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,15 +23,25 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no browser found: apt-get install chromium"),
 ]
 WIDTH, HEIGHT = 1000, 12000
-# Writes the position and decoded size of each figure's image into the page.
+# Of a phone. No window of the browser is as narrow, so a frame is.
+PHONE_WIDTH = 390
+# Text of a figure has 8 points in a picture of about 1100 pixels: here 10 pixels.
+LEGIBLE_WIDTH = 800
+LIGHT, DARK = 1, 0
+# Tells the page, or the page around it, the position and decoded size of each figure's image.
 MEASURE = """<script>
 addEventListener("load", () => {
   const boxes = [...document.querySelectorAll("figure")].map(figure => {
     const image = figure.querySelector("img"), box = image.getBoundingClientRect();
     return [figure.id, box.left, box.top, box.right, box.bottom, image.naturalWidth];
   });
-  document.body.setAttribute("data-boxes", JSON.stringify(boxes));
-  document.body.setAttribute("data-width", document.documentElement.scrollWidth);
+  parent.postMessage([JSON.stringify(boxes), document.documentElement.scrollWidth], "*");
+});
+</script>"""
+KEEP = """<script>
+addEventListener("message", event => {
+  document.body.setAttribute("data-boxes", event.data[0]);
+  document.body.setAttribute("data-width", event.data[1]);
 });
 </script>"""
 
@@ -52,22 +62,32 @@ def browse(*arguments: str) -> str:
     return done.stdout
 
 
+def measurements(page: Path) -> tuple[int, list[Any]]:
+    """Width that the page takes; name, left, top, right, bottom and natural width of each figure's image."""
+    dom = browse("--virtual-time-budget=5000", "--dump-dom", page.as_uri())
+    found = re.search(r'data-boxes="([^"]+)" data-width="(\d+)"', dom)
+    assert found is not None, dom[-500:]
+    return int(found[2]), json.loads(html.unescape(found[1]))
+
+
+def screenshot(page: Path, *arguments: str) -> np.ndarray:
+    """The window's pixels, [HEIGHT, WIDTH, 3]."""
+    shot = page.with_suffix(".png")
+    browse(f"--screenshot={shot}", *arguments, page.as_uri())
+    return np.asarray(Image.open(shot).convert("RGB"))
+
+
 def test_every_figure_is_drawn_on_the_screen(omni_directory: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     content = write_page(omni_directory, page, ["*.0.mlp.down_proj", "*.1.self_attn.q_proj"])
     measured = tmp_path / "measured.html"
-    measured.write_text(page.read_text().replace("</body>", f"{MEASURE}</body>"))
-    dom = browse("--virtual-time-budget=5000", "--dump-dom", measured.as_uri())
-    found = re.search(r'data-boxes="([^"]+)" data-width="(\d+)"', dom)
-    assert found is not None, dom[-500:]
-    assert int(found[2]) <= WIDTH, "nothing runs off to the right"
-    boxes = json.loads(html.unescape(found[1]))
+    measured.write_text(page.read_text().replace("</body>", f"{KEEP}{MEASURE}</body>"))
+    width, boxes = measurements(measured)
+    assert width <= WIDTH, "nothing runs off to the right"
     assert len(content.chosen) == 2
     assert len(boxes) == 3 + 2 * len(content.chosen)
 
-    shot = tmp_path / "page.png"
-    browse(f"--screenshot={shot}", page.as_uri())
-    pixels = np.asarray(Image.open(io.BytesIO(shot.read_bytes())).convert("RGB"))
+    pixels = screenshot(page)
     assert pixels.shape[:2] == (HEIGHT, WIDTH)
     last = 0.0
     for name, left, top, right, bottom, natural in boxes:
@@ -80,3 +100,29 @@ def test_every_figure_is_drawn_on_the_screen(omni_directory: Path, tmp_path: Pat
         ink = (np.abs(inside.astype(int) - 255).sum(1) > 60).mean()
         assert 0.01 < ink < 0.9, (name, ink)
         assert colours(inside) > 50, name
+
+
+@pytest.mark.full
+def test_on_a_phone_figures_keep_a_legible_width_and_the_page_does_not_run_sideways(
+    omni_directory: Path, tmp_path: Path
+) -> None:
+    inner, frame = tmp_path / "inner.html", tmp_path / "frame.html"
+    write_page(omni_directory, inner, ["*.0.mlp.down_proj"])
+    inner.write_text(inner.read_text().replace("</body>", f"{MEASURE}</body>"))
+    frame.write_text(f'<body>{KEEP}<iframe src="{inner.name}" width="{PHONE_WIDTH}" height="{HEIGHT}"></iframe></body>')
+    width, boxes = measurements(frame)
+    assert width <= PHONE_WIDTH
+    assert len(boxes) == 5
+    assert all(right - left >= LEGIBLE_WIDTH for _, left, _, right, _, _ in boxes)
+
+
+@pytest.mark.full
+def test_a_reader_who_wants_darkness_gets_it_around_light_figures(omni_directory: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(omni_directory, page, ["*.0.mlp.down_proj"])
+    light, dark = (screenshot(page, f"--blink-settings=preferredColorScheme={scheme}") for scheme in (LIGHT, DARK))
+    assert light[:4].min() > 250 and dark[:4].max() < 40
+    # The figures' white is most of what is bright; text on the dark ground is bright, too.
+    assert 0.02 < (dark.min(-1) > 250).mean() < (light.min(-1) > 250).mean() / 2
+    heading = dark[:120, : WIDTH // 2]
+    assert heading.max() > 200, "text can be read"

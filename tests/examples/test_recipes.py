@@ -1,0 +1,79 @@
+"""The recipes and the README of examples/: read by the real reader, planned on the published layout of the 7B."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.calibrate.model.generate import meta_tensors
+from benchmarks.calibrate.model.layouts import layout_config
+from calibration.blocks.memory_need import memory_need
+from calibration.model.architectures import find_architecture
+from calibration.model.plan import decoder_names, plan
+from calibration.model.source import Source, TensorInfo
+from calibration.output.export import checkpoint_size
+from calibration.settings.recipe import Recipe, read_recipe
+from tests.examples.running import EXAMPLES
+
+README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def layout() -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Config and tensors of Qwen2.5-Omni-7B, without weights."""
+    dtypes = {"torch.bfloat16": "BF16", "torch.float32": "F32"}
+    tensors = {
+        name: TensorInfo(Path("model.safetensors"), dtypes[str(tensor.dtype)], tuple(tensor.shape))
+        for name, tensor in meta_tensors("7B").items()
+    }
+    return layout_config("7B"), tensors
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_readme_tells_a_recipes_needs(path: Path, layout: tuple[dict[str, Any], dict[str, TensorInfo]]) -> None:
+    config, tensors = layout
+    recipe, architecture = read_recipe(path), find_architecture(config)
+    spec, names = plan(architecture, config, tensors, recipe), decoder_names(architecture, config, tensors)
+    need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
+    memory = max(need.front_streamed, need.block) / 2**30
+    device = {"cpu": "CPU", "cuda": "one GPU"}[recipe.device]
+    row = f"{device} | {memory:.1f} GiB | {recipe.max_samples} | {recipe.max_tokens} |"
+    assert f"| `examples/recipes/{path.name}` | {row}" in README
+    size = checkpoint_size(Source(Path(), config, tensors), spec)
+    before = sum(tensor.nbytes for tensor in tensors.values())
+    assert f"{before / 1e9:.1f} GB of weights, the checkpoint {size / 1e9:.1f} GB" in README
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_line_of_a_recipe_states_a_setting_that_matters(path: Path) -> None:
+    """Its device and dtype, which a reader looks for, or a value that is not the default."""
+    default, stated = Recipe(), yaml.safe_load(path.read_text(encoding="utf-8"))
+    idle = [name for name, value in stated.items() if getattr(default, name) == value]
+    assert set(idle) <= {"device", "dtype"}
+
+
+def test_the_readme_shows_every_script_with_options_that_it_has() -> None:
+    assert len(SCRIPTS) == 5 and len(RECIPES) == 2
+    for path in SCRIPTS:
+        source = path.read_text(encoding="utf-8")
+        commands = re.findall(rf"python examples/{path.name}(.*)", f"{README}\n{source}")
+        assert len(commands) >= 2, f"a command of {path.name} stands in its docstring and in the README"
+        used = {word for command in commands for word in shlex.split(command.strip("|")) if word.startswith("--")}
+        known = set(re.findall(r'add_argument\("(--[\w-]+)"', source))
+        assert used <= known, path.name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_can_be_copied(path: Path) -> None:
+    """It imports nothing of benchmarks, of tests or of its neighbours."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert names
+    assert not {name.partition(".")[0] for name in names} & {"benchmarks", "tests", "examples", ""}
