@@ -14,7 +14,8 @@ from torch import nn
 import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
-from calibration.model.architectures import Architecture, find_architecture
+from calibration.model.architectures import Architecture
+from calibration.model.discovery import architecture_of_form
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 from morphoquant_vllm.format.files import read_json
@@ -48,9 +49,9 @@ class Side:
 
 
 def open_side(directory: Path) -> Side:
-    """A model directory by its config. Raises MorphoQuantError if it is missing or of an unknown architecture."""
+    """A model directory by its config. Raises MorphoQuantError if it is missing, and as `architecture_of_form`."""
     config = read_json(directory / CONFIG_FILE)
-    return Side(directory, find_architecture(config), config)
+    return Side(directory, architecture_of_form(config, directory), config)
 
 
 def check_pair(first: Side, second: Side) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from calibration.model.architectures import Architecture, SharedInput, known_architecture, refuse_experts
+from calibration.model.fp8 import without_quantization
 from calibration.model.loading import empty_model
 from calibration.model.source import Source, TensorInfo
 from calibration.settings.recipe import Recipe
@@ -47,25 +49,36 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
     Raises MorphoQuantError naming the module and the remedy if transformers cannot build the model without remote
     code, if the decoder is ambiguous, or if its blocks are no chain of linears that can be calibrated one at a time.
     """
-    config = source.config
-    found = Architecture(str(config.get("model_type")), _class_name(config), "", (), verified=False)
-    model = empty_model(found, source, recipe)
-    block_module = _block_list(model, recipe.decoder)
-    blocks = list(model.get_submodule(block_module).children())
+    found, model, blocks = _decoder_of(source, recipe)
+    block_module = found.block_module
     _refuse_other_structures(model, blocks, block_module)
     run = _run(model, blocks, block_module)
     _refuse_changes_between(run, block_module)
     shared_inputs = _shared_inputs(run, block_module, getattr(model, "tp_plan", None) or {})
     prefix = _stored_prefix(block_module, len(blocks), shared_inputs, source.tensors)
-    return replace(
-        found,
-        block_module=block_module,
-        block_prefixes=(prefix,),
-        shared_inputs=shared_inputs,
-        media=tuple(row for row in _MEDIA if any(f"{row}_token_{kind}" in config for kind in ("id", "index"))),
-        sizes=_sizes(model, blocks),
-        tuple_output=run.tuple_output,
-    )
+    return replace(found, block_prefixes=(prefix,), shared_inputs=shared_inputs, tuple_output=run.tuple_output)
+
+
+def architecture_of_form(config: Mapping[str, Any], directory: Path) -> Architecture:
+    """The architecture of a model in any form, 16-bit or a checkpoint, without the names in its files.
+
+    Raises MorphoQuantError for a mixture of experts, if transformers cannot build the model, or if its decoder is
+    ambiguous.
+    """
+    refuse_experts(config)
+    plain = Source(directory, without_quantization(config), {})
+    return known_architecture(config) or _decoder_of(plain, Recipe())[0]
+
+
+def _decoder_of(source: Source, recipe: Recipe) -> tuple[Architecture, Any, list[nn.Module]]:
+    """What config.json alone tells of an unlisted architecture; the model without weights, and its blocks."""
+    config = source.config
+    found = Architecture(str(config.get("model_type")), _class_name(config), "", (), verified=False)
+    model = empty_model(found, source, recipe)
+    block_module = _block_list(model, recipe.decoder)
+    blocks = list(model.get_submodule(block_module).children())
+    media = tuple(row for row in _MEDIA if any(f"{row}_token_{kind}" in config for kind in ("id", "index")))
+    return replace(found, block_module=block_module, media=media, sizes=_sizes(model, blocks)), model, blocks
 
 
 def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_module: str) -> None:

@@ -14,6 +14,8 @@ from calibration.compare.run import compare_models
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels
+from tests.tiny_conversations import write_calibration_data
+from tests.tiny_decoders import build_tiny_decoder
 
 
 @pytest.mark.full
@@ -36,6 +38,15 @@ def test_a_source_and_its_checkpoint(tiny: TinyModels, tmp_path: Path) -> None:
             loss = model(**sample.inputs, labels=labels).loss
         total += float(loss) * int((labels[0, 1:] != -100).sum())
     assert everything["first_perplexity"] == pytest.approx(math.exp(total / everything["tokens"]), rel=1e-4)
+
+
+@pytest.mark.full
+def test_an_architecture_that_is_not_listed(tmp_path: Path) -> None:
+    source, output = build_tiny_decoder("granite", tmp_path / "source"), tmp_path / "out"
+    data = write_calibration_data(tmp_path / "data", "text")
+    calibrate(source, data, output, recipe=Recipe(device="cpu", sample_tokens=64, max_samples=6))
+    found = compare_models(source, output, [data])
+    assert len(found["blocks"]) == 2 and found["modalities"]["all"]["divergence"] > 0
 
 
 def test_forms_of_two_models_are_refused(tiny: TinyModels, tmp_path: Path) -> None:
