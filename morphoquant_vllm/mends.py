@@ -16,7 +16,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -215,10 +214,10 @@ def _mend_torchaudio() -> None:
     if _probe("import torchaudio.transforms")[0]:
         return
     importlib.invalidate_caches()
-    spec = find_spec("torchaudio")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for library in Path(folder, "lib").glob("*.so"):
-            library.unlink()
+    # Not by find_spec: in a process that imported another torchaudio it would name that one.
+    folder = Path(str(metadata.distribution("torchaudio").locate_file("torchaudio")))
+    for library in (folder / "lib").glob("*.so"):
+        library.unlink()
     try:
         _must_load("torchaudio.transforms")
     except MorphoQuantError:

@@ -101,6 +101,8 @@ def test_every_setting_has_a_flag_that_states_its_default() -> None:
             assert f"(default: {'yes' if field.default else 'no'})" in flags[name].help, name
         elif isinstance(field.default, str | int | float):
             spellings = {str(field.default), f"{field.default:g}" if isinstance(field.default, float) else "4GB"}
+            # An empty text is written as none.
+            spellings = spellings if field.default != "" else {"none"}
             assert spellings & set(re.findall(r"[\w.]*\w", flags[name].help)), name
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from calibration import calibrate as module
 from calibration.blocks.capture import ADDED, capture_block_inputs
 from calibration.calibrate import calibrate
-from calibration.data.conversations import load_conversations
+from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.model.architectures import find_architecture
 from calibration.model.discovery import GENERIC

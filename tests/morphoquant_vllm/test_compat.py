@@ -161,6 +161,9 @@ def test_no_module_but_compat_asks_which_vllm_it_is() -> None:
     """
     branches = []
     for file, tree in sources():
+        # These look at an environment's distributions and serve nothing.
+        if file == "mends.py" or file.startswith("doctor/"):
+            continue
         for node in ast.walk(tree):
             tried = isinstance(node, ast.Try) and any(
                 isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith("vllm")

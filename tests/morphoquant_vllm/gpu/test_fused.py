@@ -80,7 +80,7 @@ def test_no_kernel_is_launched_but_those_that_are_counted() -> None:
                 name = ast.unparse(node.func.value).rpartition(".")[2]
                 launching |= {path.stem} if name == "kernel" or name in served.KERNELS else set()
     # Gluon has no interpreter, and no shipped table chooses its kernel.
-    assert imported == set(served.KERNELS.items()) | {("fused_int8", "int8_path")}
+    assert imported == set(served.KERNELS.items()) | {("fused_int8", "int8_path"), ("eight_bit_head", "head")}
     assert launching == {"launcher"}
 
 
