@@ -15,7 +15,7 @@ No module touches files, and only `observation` sets hooks.
     moments          means and second moments of codes and 16-bit values
     rounding         weights to int4 with error compensation
     group_search     codes and scales of each group, by the loss of the codes
-    allowed_scales   free scales and two-level ones, and candidates among them
+    allowed_scales   group scales and two-level ones, and candidates among them
     scale_fit        least squares of scales for given codes
     two_level        two-level scales for a layer that has group scales
     int8_products    exact products of integer codes

@@ -102,7 +102,7 @@ class Recipe(BaseModel):
         ge=0,
         le=MAX_LEVEL,
         description="Two-level scales: a group's scale is an integer from 1 to this "
-        f"(at most {MAX_LEVEL}), times the scale of its output channel. 0: every group has a free scale.",
+        f"(at most {MAX_LEVEL}), times the scale of its output channel. 0: group scales.",
     )
     tau: float = Field(
         default=2.0,
