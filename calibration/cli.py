@@ -203,6 +203,7 @@ def compare(
     max_samples: Annotated[int | None, typer.Option(min=1, help="Number of samples (default: all).")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 2048,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out conversations that cannot be used.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
@@ -212,10 +213,14 @@ def compare(
     """
     from calibration.compare.run import compare_models
     from calibration.compare.show import check_page, comparison_table, write_page
+    from calibration.processes import ONE
 
     if output is not None:
         check_page(output, overwrite=overwrite)
-    found = compare_models(first, second, data, max_samples=max_samples, max_tokens=max_tokens, dtype=dtype)
+    _set_log_levels(ONE)
+    found = compare_models(
+        first, second, data, max_samples=max_samples, max_tokens=max_tokens, dtype=dtype, skip_bad=skip_bad
+    )
     if output is not None:
         write_page(found, output, overwrite=overwrite)
     if as_json:

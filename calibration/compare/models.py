@@ -71,13 +71,16 @@ def check_pair(first: Side, second: Side) -> None:
         )
 
 
-def read_samples(side: Side, data: Iterable[Path], max_tokens: int, max_samples: int | None) -> list[Sample]:
+def read_samples(
+    side: Side, data: Iterable[Path], max_tokens: int, max_samples: int | None, *, skip_bad: bool = False
+) -> list[Sample]:
     """The data as inputs of the model, rendered by the processor of `side`."""
     return build_samples(
         side.directory,
-        load_conversations(data),
+        load_conversations(data, skip_bad=skip_bad),
         max_tokens=max_tokens,
         max_samples=max_samples,
         placeholder_token_ids=side.architecture.placeholder_token_ids(side.config),
         rows=DEFAULT_ROWS,
+        skip_bad=skip_bad,
     )

@@ -27,17 +27,19 @@ def compare_models(
     max_samples: int | None = None,
     max_tokens: int = 2048,
     dtype: str = "float32",
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """The figures of two forms of one model on the same data.
 
     `first` is the measure: usually the 16-bit source, `second` its checkpoint. Raises MorphoQuantError if a directory
-    cannot be read, if they are not forms of one model, or for data that cannot be used.
+    cannot be read, if they are not forms of one model, or for data that cannot be used. With `skip_bad` conversations
+    that cannot be used are left out.
     """
     if dtype not in DTYPES:
         raise MorphoQuantError(f"--dtype '{dtype}' is unknown; known: {', '.join(DTYPES)}")
     sides = open_side(first), open_side(second)
     check_pair(*sides)
-    samples = read_samples(sides[0], data, max_tokens, max_samples)
+    samples = read_samples(sides[0], data, max_tokens, max_samples, skip_bad=skip_bad)
     reference, judged = (side.load(DTYPES[dtype]) for side in sides)
 
     def tell(done: int) -> None:

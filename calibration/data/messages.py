@@ -182,7 +182,8 @@ def _check_marks(
         count = len(media.get(kind, ()))
         if marks != count:
             place.refuse(
-                f"{marks} <{kind}> marks, but {count} {kind}s beside the messages", "write one mark for each of them"
+                f"there are {marks} <{kind}> marks and {count} {kind} files beside the messages",
+                "write one mark for each file",
             )
 
 

@@ -38,7 +38,7 @@ class HeadTile:
 
 
 # For up to block_m tokens the first tile that fits, for more the last.
-TILES = (HeadTile(64, 16, 128, 4, 5), HeadTile(64, 64, 128, 4, 4))
+TILES = (HeadTile(64, 16, 128, 4, 5), HeadTile(64, 64, 64, 4, 4))
 
 
 def tile_of(tokens: int) -> HeadTile:

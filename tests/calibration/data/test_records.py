@@ -83,10 +83,10 @@ def test_bytes_of_a_table_are_the_medium(place: Place) -> None:
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        (user("<image><image>", images=["a.png"]), "2 <image> marks, but 1 images beside the messages"),
-        (user("none", images=["a.png", "b.png"]), "0 <image> marks, but 2 images"),
-        (user("<image><audio>", images=["a.png"]), "1 <audio> marks, but 0 audios"),
-        (user([{"type": "image"}]), "1 <image> marks, but 0 images"),
+        (user("<image><image>", images=["a.png"]), "2 <image> marks and 1 image files beside the messages"),
+        (user("none", images=["a.png", "b.png"]), "0 <image> marks and 2 image files"),
+        (user("<image><audio>", images=["a.png"]), "1 <audio> marks and 0 audio files"),
+        (user([{"type": "image"}]), "1 <image> marks and 0 image files"),
         (user("<video>", videos=[["a.png", "b.png"]]), "videos holds a list where one video belongs"),
         (user("<image>", images=[3]), "images names no image"),
         (user("<image>", images=["gone.png"]), "images file"),
