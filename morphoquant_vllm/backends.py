@@ -156,3 +156,29 @@ def select_backend(device: torch.device) -> str:
     if device.type == "cpu" and cpu.available():
         return "cpu"
     return BACKEND_OF_DEVICE.get(device.type, "reference")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer's records in the layout of one backend, for callers that do not bind their layers."""
+
+    backend: str
+    weight: list[Tensor]
+    activation: list[Tensor]
+
+    def linear(self, x: Tensor, modality: Tensor, bias: Tensor | None) -> Tensor:
+        """y [M, N] of x [M, K] and modality int32 [M], in the dtype of x."""
+        return BACKENDS[self.backend].linear(x, modality, self.weight, self.activation, bias)
+
+
+def prepare_layer(
+    name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype, backend: str = ""
+) -> Prepared:
+    """Prepare canonical records for `backend`, by default the one of their device, and activations of `dtype`.
+
+    Raises MorphoQuantError, with the layer's `name`, if the backend does not serve them.
+    """
+    backend = backend or select_backend(weight.codes.device)
+    chosen = BACKENDS[backend]
+    chosen.check(name, weight, activation, dtype)
+    return Prepared(backend, *chosen.prepare(weight, activation))

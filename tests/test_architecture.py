@@ -33,7 +33,7 @@ ROOMS = {
     "gpu": {"environment", "errors", "numerics", "torch", "triton", "typer"},
     "backends": {"cpu", "gpu", "handles", "numerics", "torch"},
     "ops": {"backends", "handles", "numerics", "torch"},
-    "hf": {"environment", "errors", "format", "numerics", "torch", "transformers"},
+    "hf": {"backends", "environment", "errors", "format", "numerics", "torch", "transformers"},
     # vLLM in other processes only.
     "doctor": {"cpu", "environment", "errors", "format", "gpu", "mends", "torch"},
     "plugin": {

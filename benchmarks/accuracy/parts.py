@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.methods import KINDS
 from benchmarks.models import decoder
-from morphoquant_vllm.hf import MorphoQuantLinear
+from morphoquant_vllm.hf import MorphoQuantLinear, configure
 from morphoquant_vllm.numerics.activation import act_quant, dequantize, token_rows
 
 ACTIVATIONS = "activations"
@@ -35,7 +35,9 @@ class CodedActivations(nn.Module):
 
 def load(checkpoint: Path) -> nn.Module:
     """The quantized model (an omni model's thinker) as transformers loads it, in float32."""
-    return decoder.load(checkpoint)
+    model = decoder.load(checkpoint)
+    configure(model, reference=True)
+    return model
 
 
 def load_part(checkpoint: Path, source: Path, part: str) -> nn.Module:

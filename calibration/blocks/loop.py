@@ -208,9 +208,9 @@ def _no_tokens(spec: QuantizationSpec, layer: str, device: torch.device) -> Tens
 def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, serving: TokenRows) -> None:
     parent, _, name = shard.rpartition(".")
     old = block.get_submodule(shard)
-    device = next(old.parameters()).device
+    weight = next(old.parameters())
     bias = old.bias if isinstance(old.bias, Tensor) else None
-    setattr(block.get_submodule(parent), name, ServedLinear(layer.tensors, bias, serving, device))
+    setattr(block.get_submodule(parent), name, ServedLinear(layer.tensors, bias, serving, weight.device, weight.dtype))
 
 
 def _load_weight(source: Source, layer: str) -> Tensor:

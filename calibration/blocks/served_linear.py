@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from morphoquant_vllm import backends
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
-from morphoquant_vllm.numerics.activation import act_quant, activation_record, token_rows
-from morphoquant_vllm.numerics.linear import weight_record
+from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, activation_record, token_rows
+from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 
 
 @dataclass
@@ -23,27 +24,39 @@ class TokenRows:
     modality: Tensor | None = None
 
 
+def _prepared(weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> backends.Prepared | None:
+    """The records for the kernels of their device; None if none serve them, as on a GPU in float32."""
+    backend = backends.select_backend(weight.codes.device)
+    if backend == "reference":
+        return None
+    try:
+        return backends.prepare_layer("calibration", weight, activation, dtype, backend)
+    except MorphoQuantError:
+        return None
+
+
 class ServedLinear(nn.Module):
     """The integer layer of a checkpoint's tensors: the sums of numerics.linear in float32, for speed.
 
-    On a CPU the serving kernels compute it, if they run. Their group sums are exact integers, and they are several
-    times as fast as a product with dequantized weights. `serving` gives the row of each token that is not massive.
+    The serving kernels compute it, if they serve this device and activations of `dtype`. Their group sums are exact
+    integers, and they are several times as fast as a product with dequantized weights. `serving` gives the row of each
+    token that is not massive.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], bias: Tensor | None, serving: TokenRows, device: torch.device
+        self,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        serving: TokenRows,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.record = activation_record(*(tensors[name].to(device) for name in INPUT_TENSORS))
-        weight = weight_record(*(tensors[name] for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
+        weight = weight_record(*(tensors[name].to(device) for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
         # The kernels' records, or else the dequantized weights.
-        self.prepared, self.matrix = None, None
-        backend = backends.select_backend(device)
-        self.backend = backends.BACKENDS[backend]
-        if backend == "cpu":
-            self.prepared = self.backend.prepare(weight, self.record)
-        else:
-            self.matrix = weight.dequantized().to(device)
+        self.prepared = _prepared(weight, self.record, dtype)
+        self.matrix = None if self.prepared is not None else weight.dequantized()
         self.absorbed_bias = weight.absorbed_bias.to(device)
         self.bias = bias
         self.serving = serving
@@ -52,7 +65,7 @@ class ServedLinear(nn.Module):
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
         if self.prepared is not None:
-            return self.backend.linear(flat, self._modality(flat), *self.prepared, self.bias).view(*x.shape[:-1], -1)
+            return self.prepared.linear(flat, self._modality(flat), self.bias).view(*x.shape[:-1], -1)
         assert self.matrix is not None
         codes, rows = self.codes(flat)
         y = (codes.float() * self.record.gain[rows][:, None]) @ self.matrix.T + self.absorbed_bias[rows]

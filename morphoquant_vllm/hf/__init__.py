@@ -1,7 +1,7 @@
 """After `import morphoquant_vllm.hf` transformers loads MorphoQuant checkpoints with `from_pretrained`.
 
-The quantized linears run on the torch reference (`numerics`), in served or exact mode. This package is for studies and
-evaluation, not for speed. Imports neither vLLM nor calibration.
+The quantized linears run on the kernels of the device, or on request on the torch reference (`numerics`), in served or
+exact mode. This package is for studies and evaluation; vLLM serves faster. Imports neither vLLM nor calibration.
 
     linear     a quantized linear as a module of transformers
     quantizer  the quantizer that `from_pretrained` runs

@@ -1,7 +1,8 @@
-"""A quantized linear as a module of transformers: a checkpoint's tensors as buffers, the torch reference as forward."""
+"""A quantized linear as a module of transformers: a checkpoint's tensors as buffers, and how it computes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from morphoquant_vllm import backends
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, tensor_specs
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.exact import linear_exact
-from morphoquant_vllm.numerics.linear import linear, weight_record
+from morphoquant_vllm.numerics.linear import WeightRecord, linear, weight_record
+
+logger = logging.getLogger(__name__)
+# Activations of another dtype run on the torch reference.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -25,6 +32,8 @@ class Mode:
     row: int
     # Whether values that escape the 4-bit grid bypass it unrounded.
     exact: bool = False
+    # Whether the torch reference computes, instead of the kernels of the device.
+    reference: bool = False
     # Row of every token of the running forward pass, int32 [tokens]; None if one row serves all.
     token_rows: Tensor | None = None
     # Hooks that note the tokens' rows; empty if `token_rows` is not filled.
@@ -32,10 +41,15 @@ class Mode:
 
 
 class MorphoQuantLinear(nn.Module):
-    """One quantized linear. Its buffers keep the format's dtypes, whatever the model is cast to."""
+    """One quantized linear. Its buffers keep the format's dtypes, whatever the model is cast to.
+
+    The kernels of the device compute it; the torch reference does if the mode says so, or if no kernels serve the
+    layer. The kernels' records lie beside the buffers and are made by the first call on a device.
+    """
 
     def __init__(self, name: str, layer: LayerSpec, spec: QuantizationSpec, mode: Mode) -> None:
         super().__init__()
+        self._prepared: tuple[torch.device, backends.Prepared] | None = None
         self.name, self.spec, self.mode = name, spec, mode
         self.output_tensors = OUTPUT_TENSORS[layer.scale_scheme]
         # A tower's patches have no token ids.
@@ -57,6 +71,7 @@ class MorphoQuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._prepared = None
         super()._apply(keep_dtype, recurse)
         return self
 
@@ -80,9 +95,29 @@ class MorphoQuantLinear(nn.Module):
         """The record that quantizes the input."""
         return activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
 
+    def weight(self) -> WeightRecord:
+        """The record of the weights."""
+        return weight_record(*(self.get_buffer(name) for name in self.output_tensors))
+
+    def prepared(self, device: torch.device, dtype: torch.dtype) -> backends.Prepared:
+        """The records for the kernels that serve `device`, or for the reference if they refuse the layer."""
+        if self._prepared is None or self._prepared[0] != device:
+            records = self.weight(), self.activation()
+            try:
+                prepared = backends.prepare_layer(self.name, *records, dtype)
+            except MorphoQuantError as refusal:
+                logger.warning("%s (it runs on the torch reference, which is slow)", refusal)
+                prepared = backends.prepare_layer(self.name, *records, dtype, "reference")
+            self._prepared = device, prepared
+        return self._prepared[1]
+
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
-        weight = weight_record(*(self.get_buffer(name) for name in self.output_tensors))
-        compute = linear_exact if self.mode.exact else linear
-        return compute(flat, self.rows_of(flat), weight, self.activation(), self.bias).view(*x.shape[:-1], -1)
+        rows = self.rows_of(flat)
+        if self.mode.exact or self.mode.reference or x.dtype not in _KERNEL_DTYPES:
+            define = linear_exact if self.mode.exact else linear
+            y = define(flat, rows, self.weight(), self.activation(), self.bias)
+        else:
+            y = self.prepared(x.device, x.dtype).linear(flat, rows, self.bias)
+        return y.view(*x.shape[:-1], -1)

@@ -17,11 +17,15 @@ from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 TOKEN_ROWS = "token"
 
 
-def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | None = None) -> None:
+def configure(
+    model: PreTrainedModel, *, exact: bool | None = None, row: str | None = None, reference: bool | None = None
+) -> None:
     """Change the mode of a loaded MorphoQuant model from its next forward pass on; None keeps a setting.
 
     exact: whether masked values that leave the 4-bit grid bypass it unrounded (the oracle) instead of taking an 8-bit
-    code. row: the name of the row that serves every token, or "token". With "token" each token takes the row of its
+    code; always on the torch reference. reference: whether the torch reference computes the quantized linears, which
+    defines the numbers and is slow, instead of the kernels of the device, which differ by no more than the documented
+    bound. row: the name of the row that serves every token, or "token". With "token" each token takes the row of its
     modality, by the checkpoint's placeholder_token_ids. After loading, row is "token" if the checkpoint has such ids,
     else "any", as in vLLM. Massive tokens always take the massive row, and a tower's patches their fixed row.
     Raises MorphoQuantError for a model without a quantized layer, and for an unknown row.
@@ -29,6 +33,8 @@ def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | N
     mode, spec = _mode_and_spec(model)
     if exact is not None:
         mode.exact = exact
+    if reference is not None:
+        mode.reference = reference
     if row is None:
         return
     if row != TOKEN_ROWS and row not in spec.rows:

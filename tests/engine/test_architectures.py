@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import morphoquant_vllm.hf  # noqa: F401  (transformers learns the method)
+import morphoquant_vllm.hf
 from calibration.model.architectures import known_architecture
 from calibration.model.discovery import GENERIC
 from tests.engine.conftest import ENGINE, TEXT_PROMPT, Engines, calibrate, command
@@ -67,7 +67,9 @@ def test_served_and_reloaded_logprobs_are_the_reference_models(served: tuple[Pat
         source = AutoModelForCausalLM.from_pretrained(directory / f"{name}-source", **plain)
         sixteen_bit = prompt_logprobs(source)
         expected = prompt_logprobs(swap_linears(source, Checkpoint(directory / name)))
-        reloaded = prompt_logprobs(AutoModelForCausalLM.from_pretrained(directory / name, **plain))
+        reload = AutoModelForCausalLM.from_pretrained(directory / name, **plain)
+        morphoquant_vllm.hf.configure(reload, reference=True)
+        reloaded = prompt_logprobs(reload)
         assert "error" not in result, f"{name}: {result['error']}"
         found = torch.tensor(result["requests"][0]["prompt_logprobs"])
         differences = {"served": found - expected, "reloaded": reloaded - expected}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
-import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
+import morphoquant_vllm.hf
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, Engines
 
@@ -21,7 +21,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def reloaded(omni_checkpoint: Path) -> nn.Module:
-    return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(omni_checkpoint, dtype=torch.float32)
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(omni_checkpoint, dtype=torch.float32)
+    # The engine runs the kernels; the definition is compared with them.
+    morphoquant_vllm.hf.configure(model, reference=True)
+    return model
 
 
 def request_of(engines: Engines, index: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-import morphoquant_vllm.hf  # noqa: F401  (transformers learns the method)
+import morphoquant_vllm.hf
 from tests.differing_rows import write_differing_rows
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import calibrate
@@ -83,4 +83,5 @@ def test_served_and_reloaded_logprobs_are_the_references(
     print(f"largest difference of log-probabilities {float((served - expected).abs().max())}")
     assert_same_logprobs(served, expected)
     reloaded = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    morphoquant_vllm.hf.configure(reloaded, reference=True)
     assert_same_logprobs(reference_logprobs(reloaded, source, prompts[QUESTION]), expected)

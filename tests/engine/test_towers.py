@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
 
-import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
+import morphoquant_vllm.hf
 from morphoquant_vllm.format.checkpoint import read_spec
 from tests import tiny_models
 from tests.engine.agreement import LOGPROB_TOLERANCE, assert_same_logprobs
@@ -74,6 +74,7 @@ def test_served_output_is_the_reloads(
     assert sum(layer.fixed_row == "image" for layer in read_spec(checkpoint).layers.values()) >= 10
     loader, prefix = MODELS[name]
     model = loader.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    morphoquant_vllm.hf.configure(model, reference=True)
     found = served_logprobs(results[mode]["fresh"])
     assert_same_logprobs(found, reference_logprobs(model, source, question))
     plain = loader.from_pretrained(source, dtype=torch.float32).eval()

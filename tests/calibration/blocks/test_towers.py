@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import morphoquant_vllm.hf  # noqa: F401 (registers the quantizer)
+import morphoquant_vllm.hf
 from calibration.blocks.loop import BlockResult
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.calibrate import calibrate
@@ -106,6 +106,7 @@ def test_a_tower_serves_what_the_report_says(
         assert 0 < defined[layer] < 0.5, layer
 
     reloaded = getattr(transformers, model_class).from_pretrained(output, dtype=torch.float32).eval()
+    morphoquant_vllm.hf.configure(reloaded, reference=True)
     for pixels in ("pixel_values", "pixel_values_videos"):
         sample = next(sample for sample in samples if pixels in sample.inputs)
         with torch.no_grad():

@@ -53,7 +53,11 @@ def checkpoints(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def load(name: str, directory: Path, **arguments: object) -> nn.Module:
-    return getattr(transformers, MODELS[name][0]).from_pretrained(directory, **arguments)
+    """The model; a quantized one on the torch reference, since these tests compare bits."""
+    model = getattr(transformers, MODELS[name][0]).from_pretrained(directory, **arguments)
+    if any(isinstance(module, MorphoQuantLinear) for module in model.modules()):
+        hf.configure(model, reference=True)
+    return model
 
 
 @torch.no_grad()
@@ -65,7 +69,9 @@ def logits(model: nn.Module) -> Tensor:
 def test_logits_are_the_reference_models_to_the_last_bit(
     tiny: TinyModels, checkpoints: dict[str, Path], name: str
 ) -> None:
-    model, report = load(name, checkpoints[name], dtype=torch.float32, output_loading_info=True)
+    load_model = getattr(transformers, MODELS[name][0]).from_pretrained
+    model, report = load_model(checkpoints[name], dtype=torch.float32, output_loading_info=True)
+    hf.configure(model, reference=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
     plain = load(name, tiny.model(name), dtype=torch.float32)
     reference = swap_linears(plain, Checkpoint(checkpoints[name]), *MODELS[name][1:])
@@ -76,6 +82,7 @@ def test_logits_are_the_reference_models_to_the_last_bit(
 
 def test_the_full_omni_model_loads_with_its_talker(checkpoints: dict[str, Path]) -> None:
     full = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(checkpoints["omni"], dtype=torch.float32)
+    hf.configure(full, reference=True)
     thinker = load("omni", checkpoints["omni"], dtype=torch.float32)
     assert torch.equal(logits(full.thinker), logits(thinker))
     assert full.has_talker
