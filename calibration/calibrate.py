@@ -133,6 +133,9 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     for name, in_features in sixteen_bit(architecture, names, source.tensors).items():
         if processes.first:
             logger.info("%s stays in 16 bit: no group size divides its K = %d", name, in_features)
+    if device.type == "cuda" and memory_budget is not None:
+        share = min(1.0, memory_budget / torch.cuda.get_device_properties(device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(share, device)
     return Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
 
 

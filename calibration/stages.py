@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
 from calibration.blocks.loop import BlockResult, calibrate_blocks
-from calibration.blocks.memory_need import MemoryNeed, check_budget, memory_need
+from calibration.blocks.memory_need import BASE, MemoryNeed, check_budget, memory_need
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
@@ -49,7 +49,7 @@ class Job:
     names: DecoderNames
     spec: QuantizationSpec
     recipe: Recipe
-    # In bytes, for all processes on this machine together; None: the free memory.
+    # In bytes, for all processes on this machine together, and for each GPU; None: the free memory.
     memory_budget: int | None
     device: torch.device
     processes: Processes
@@ -67,8 +67,11 @@ class Job:
         if self.recipe.towers:
             # A tower's quantized layers stay in memory and compute the next layers' inputs.
             need = replace(need, front_streamed=need.front)
-        if self.memory_budget is not None:
-            check_budget(need, self.memory_limit, self.source.directory)
+        # A GPU's memory cannot be exceeded, a machine's is only slow then.
+        if self.memory_budget is not None or self.device.type == "cuda":
+            limit = self.device_limit
+            stated = self.device.type == "cpu" or limit == self.memory_budget
+            check_budget(need, limit, self.source.directory, stated=stated)
         return need
 
     @property
@@ -76,6 +79,14 @@ class Job:
         """Bytes that this process may use."""
         together = psutil.virtual_memory().available if self.memory_budget is None else self.memory_budget
         return together // self.processes.local_size
+
+    @property
+    def device_limit(self) -> int:
+        """Bytes that this process may use where the model runs: of its GPU, or of this machine."""
+        if self.device.type != "cuda":
+            return self.memory_limit
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return free if self.memory_budget is None else min(free, self.memory_budget)
 
     def choose_tokens(self, modalities: Mapping[int, Tensor]) -> TokenSample:
         """Choose the tokens for the search. `modalities` holds the rows of this process's samples, by sample index."""
@@ -99,7 +110,7 @@ def capture(
     if job.processes.first:
         for line in expected.lines():
             logger.info("%s", line)
-    stream = need.front > job.memory_limit and not recipe.towers
+    stream = need.front > job.device_limit and not recipe.towers
     model = load_front(job.architecture, source, recipe, stream_towers=stream, device=job.device)
     sources = {index: sample.source for index, sample in zip(tokens.samples, samples, strict=True)}
     work.keep_samples(sources, _run_front(job, work, model, samples, tokens))
@@ -140,7 +151,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
         sampled_tokens=tokens.modality.numel(),
         memory=max(need.front, need.block),
-        memory_limit=job.memory_limit,
+        memory_limit=job.device_limit,
         work=quantized_size(source, spec) + 5 * states,
         checkpoint=checkpoint_size(source, spec),
     )
@@ -181,7 +192,8 @@ def quantize(
     if work.finished == job.names.blocks:
         return
     need = job.memory_need(tokens)
-    inputs = work.inputs(in_memory=need.block + work.states_size() <= job.memory_limit)
+    beside = need.block if job.device.type == "cpu" else BASE
+    inputs = work.inputs(in_memory=beside + work.states_size() <= job.memory_limit)
     for result in calibrate_blocks(
         BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device),
         inputs,

@@ -4,7 +4,7 @@ vllm serve OUT &
 python examples/lm_eval_checkpoint.py OUT --tasks arc_easy --limit 100 --base-url http://127.0.0.1:8000/v1
 python examples/lm_eval_checkpoint.py OUT --tasks arc_easy --limit 100
 
-A server is far faster: with transformers, quantized layers run on the slow torch reference.
+A server works on many requests at a time, so it is faster.
 """
 
 import argparse

@@ -111,13 +111,18 @@ def input_peak(tokens: int, k: int, n: int, group_size: int) -> int:
     )
 
 
-def check_budget(need: MemoryNeed, budget: int, model: object) -> None:
-    """Raise MorphoQuantError with the sizes if a stated budget is too small even with streaming from disk."""
+def check_budget(need: MemoryNeed, budget: int, model: object, *, stated: bool = True) -> None:
+    """Raise MorphoQuantError with the sizes if a budget is too small even with streaming from disk.
+
+    The budget is --memory-budget if it is `stated`, else a GPU's free memory.
+    """
+    place = f"--memory-budget {_gib(budget)}" if stated else f"the GPU's {_gib(budget)} of free memory"
+    remedy = "raise the budget" if stated else "pass --device cpu"
     for held, nbytes in (("its embeddings and one tower layer", need.front_streamed), ("a decoder block", need.block)):
         if nbytes > budget:
             raise MorphoQuantError(
-                f"{model}: does not fit --memory-budget {_gib(budget)}: {held} and the tensors of its calibration take "
-                f"{_gib(nbytes)}; raise the budget, lower --sample-tokens, or pass --dtype bfloat16"
+                f"{model}: does not fit {place}: {held} and the tensors of its calibration take "
+                f"{_gib(nbytes)}; {remedy}, lower --sample-tokens, or pass --dtype bfloat16"
             )
 
 

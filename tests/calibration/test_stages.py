@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from calibration.blocks.memory_need import MemoryNeed, input_peak, memory_need
@@ -14,7 +15,9 @@ from calibration.model.architectures import find_architecture
 from calibration.model.loading import BlockLoader
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import open_source
+from calibration.processes import ONE
 from calibration.settings.recipe import Recipe
+from calibration.stages import Job
 from calibration.work.directory import WorkDirectory
 from calibration.work.hidden_states import DiskInput
 from morphoquant_vllm.errors import MorphoQuantError
@@ -94,6 +97,33 @@ def test_a_model_that_does_not_fit_the_budget_is_refused_with_the_sizes(tiny: Ti
     with pytest.raises(MorphoQuantError, match=expected):
         calibrate(model, data, tmp_path / "out", recipe=RECIPE, memory_budget=2**29)
     assert list(tmp_path.iterdir()) == [data]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (None, "does not fit the GPU's 0.50GiB of free memory: .* pass --device cpu, lower --sample-tokens"),
+        (2**30, "does not fit the GPU's 0.50GiB of free memory"),
+        (2**28, "does not fit --memory-budget 0.25GiB: .* raise the budget"),
+    ],
+)
+def test_the_memory_of_a_gpu_is_looked_at_before_any_work(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, budget: int | None, message: str
+) -> None:
+    source = open_source(tiny.model("omni"))
+    architecture = find_architecture(source.config)
+    names = decoder_names(architecture, source.config, source.tensors)
+    spec = plan(architecture, source.config, source.tensors, RECIPE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**28, 2**31))
+    # Memory that torch keeps is free for this process.
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**28)
+    job = Job(source, architecture, names, spec, RECIPE, budget, torch.device("cuda", 0), ONE)
+    assert job.device_limit == min(budget or 2**29, 2**29)
+    with pytest.raises(MorphoQuantError, match=message):
+        job.memory_need()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**34, 2**35))
+    if budget != 2**28:
+        assert job.memory_need().block > 0
 
 
 def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
