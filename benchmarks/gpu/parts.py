@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LINEAR_METHODS = ("bf16", "morphoquant", "morphoquant-two-level", "marlin-w4a16", "marlin-w4a8")
+LINEAR_METHODS = ("bf16", "morphoquant", "morphoquant-two-level", "marlin-w4a16", "cutlass-w8a8", "humming-w4a8")
 ENGINE_METHODS = ("bf16", "morphoquant-g32-two-level")
-ALL_ENGINE_METHODS = (*ENGINE_METHODS, "morphoquant-g32", "gptq", "w8a8")
+ALL_ENGINE_METHODS = (*ENGINE_METHODS, "morphoquant-g32", "gptq", "w8a8", "fp8", "nvfp4")
 MODEL = "Qwen2.5-7B"
 
 
@@ -46,7 +46,7 @@ def _engines(name: str, about: str, limit: int, quick: bool, methods: tuple[str,
 _FEW = ("--layers", "gate_up", "down", "--tokens", "1", "16", "256", "2048", "--methods", *LINEAR_METHODS)
 PARTS = (
     _tests("kernels", "kernels beside the torch reference", "tests/morphoquant_vllm/gpu", 180, False),
-    _linears("linears", "linears beside bf16 and Marlin", 120, True, *_FEW),
+    _linears("linears", "linears beside bf16 and three peers", 120, True, *_FEW),
     _tests("engine", "tiny engines: layers, graphs, rows, sleep, ranks", "tests/engine", 300, True),
     _engines("serve", "a 7B engine, bf16 and ours", 300, True, ENGINE_METHODS, "--rounds", "1", "--prompts", "4"),
     _linears("linears-g32", "all linears and peers at G = 32", 600, False),

@@ -19,7 +19,10 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 OURS = ("morphoquant", "morphoquant-two-level")
-PEERS = ("marlin-w4a16", "marlin-w4a8", "humming-w4a4")
+PEERS = (
+    *("marlin-w4a16", "marlin-w4a8", "machete-w4a16", "cutlass-w4a8-fp8", "cutlass-w8a8"),
+    *("humming-w4a8", "humming-w4a8-channel", "humming-w4a4"),
+)
 METHODS = ("bf16", *OURS, *PEERS)
 # Rounds over all methods, so a clock that falls under load falls for each of them.
 ROUNDS = 5
@@ -61,6 +64,17 @@ def vllm_context() -> Iterator[None]:
             cleanup_dist_env_and_memory()
 
 
+@contextmanager
+def unless_refused(name: str, reasons: dict[str, str]) -> Iterator[None]:
+    """Keep a peer's error as the reason why it has no time, in its own words; an error of ours is raised."""
+    try:
+        yield
+    except Exception as problem:
+        if name not in PEERS:
+            raise
+        reasons[name] = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+
+
 def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dict[str, Any]]:
     """Times of every method on one layer, interleaved; a method that cannot serve it has the reason instead.
 
@@ -79,15 +93,21 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
     for name in arguments.methods:
         if name in reasons:
             continue
-        calls = [LAYERS[name](out_features, in_features, arguments.group_size) for _ in range(copies)]
-        if isinstance(calls[0], str):
-            reasons[name] = calls[0]
-        else:
-            built[name] = calls
+        with unless_refused(name, reasons):
+            calls = [LAYERS[name](out_features, in_features, arguments.group_size) for _ in range(copies)]
+            if isinstance(calls[0], str):
+                reasons[name] = calls[0]
+            else:
+                built[name] = calls
     rows = []
     for tokens in arguments.tokens:
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
-        graphs = {name: graph_of(calls, x) for name, calls in built.items()}
+        graphs = {}
+        for name, calls in list(built.items()):
+            with unless_refused(name, reasons):
+                graphs[name] = graph_of(calls, x)
+            if name in reasons:
+                del built[name]
         times: dict[str, list[float]] = {name: [] for name in built}
         host: dict[str, list[float]] = {name: [] for name in built}
         for _ in range(ROUNDS):

@@ -22,6 +22,8 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bf16": ("bf16", ()),
     "gptq": ("gptq", ()),
     "w8a8": ("w8a8", ()),
+    "fp8": ("fp8", ()),
+    "nvfp4": ("nvfp4", ()),
     "morphoquant-g32": ("morphoquant-g32", ()),
     "morphoquant-g32-two-level": ("morphoquant-g32-two-level", ()),
     "morphoquant-g64": ("morphoquant-g64", ()),

@@ -1,4 +1,4 @@
-"""Generated weights in the four compared formats: the tensors of one linear, and the entries of config.json.
+"""Generated weights in the compared formats: the tensors of one linear, and the entries of config.json.
 
 Random weights take as long as trained ones: no kernel's time depends on values. Weights have the variance 1/K, so
 activations stay finite. N outputs, K channels, G group size.
@@ -18,6 +18,11 @@ from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, tensor_s
 # Standard deviation of uniform integers in [-8, 7] and in [-127, 127].
 INT4_DEVIATION, INT8_DEVIATION = math.sqrt((16**2 - 1) / 12), math.sqrt((255**2 - 1) / 12)
 GPTQ_GROUP_SIZE = 128
+# Of NVFP4: channels of one scale, deviation of random codes (each of +-0, 0.5, 1, 1.5, 2, 3, 4, 6), largest value.
+NVFP4_GROUP_SIZE, NVFP4_DEVIATION, NVFP4_MAX = 16, math.sqrt(68.5 / 8), 6.0
+FP8_MAX = 448.0
+# Largest normalized activation that the global scale of NVFP4 inputs is made for.
+NVFP4_INPUT_MAX = 10.0
 # Steps of a third: most codes of a normalized input lie in [-8, 7].
 ACTIVATION_STEP = 0.3
 # No token is massive.
@@ -28,6 +33,8 @@ FORMATS = (
     "bf16",
     "gptq",
     "w8a8",
+    "fp8",
+    "nvfp4",
     "morphoquant-g32",
     f"morphoquant-g32{TWO_LEVEL}",
     "morphoquant-g64",
@@ -63,6 +70,15 @@ def tensors(kind: str, linear: Linear, generator: torch.Generator) -> dict[str, 
             ),
             "weight_scale": torch.full((linear.outputs, 1), linear.channels**-0.5 / INT8_DEVIATION),
         }
+    elif kind == "fp8":
+        # Normal values of deviation 16 use most of FP8's range.
+        weight = torch.randn(linear.outputs, linear.channels, generator=generator) * 16
+        made = {
+            "weight": weight.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn),
+            "weight_scale": torch.full((linear.outputs, 1), linear.channels**-0.5 / 16),
+        }
+    elif kind == "nvfp4":
+        made = _nvfp4(linear, generator)
     else:
         made = _morphoquant(linear, kind, generator)
     if linear.bias:
@@ -83,6 +99,18 @@ def _gptq(linear: Linear, generator: torch.Generator) -> dict[str, Tensor]:
         "qzeros": torch.full((groups, outputs // 8), 0x77777777, dtype=torch.int32),
         "scales": torch.full((groups, outputs), channels**-0.5 / INT4_DEVIATION, dtype=torch.float16),
         "g_idx": torch.arange(channels, dtype=torch.int32) // GPTQ_GROUP_SIZE,
+    }
+
+
+def _nvfp4(linear: Linear, generator: torch.Generator) -> dict[str, Tensor]:
+    """Two codes to a byte, an FP8 scale for 16 channels; global scales divide, as compressed-tensors stores them."""
+    outputs, channels = linear.outputs, linear.channels
+    groups = (outputs, channels // NVFP4_GROUP_SIZE)
+    return {
+        "weight_packed": torch.randint(0, 256, (outputs, channels // 2), generator=generator).to(torch.uint8),
+        "weight_scale": torch.ones(groups).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.tensor([channels**0.5 * NVFP4_DEVIATION]),
+        "input_global_scale": torch.tensor([FP8_MAX * NVFP4_MAX / NVFP4_INPUT_MAX]),
     }
 
 
@@ -146,20 +174,30 @@ def quantization_config(kind: str, model: str) -> dict[str, Any] | None:
             "checkpoint_format": "gptq",
         }
     if kind == "w8a8":
-        eight = {"num_bits": 8, "type": "int", "symmetric": True}
-        scheme = {
-            "targets": ["Linear"],
-            "weights": {**eight, "strategy": "channel", "dynamic": False},
-            "input_activations": {**eight, "strategy": "token", "dynamic": True},
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "ignore": ["lm_head"],
-            "config_groups": {"group_0": scheme},
-        }
+        return _compressed_tensors("int-quantized", *_eight_bits("int"))
+    if kind == "fp8":
+        return _compressed_tensors("float-quantized", *_eight_bits("float"))
+    if kind == "nvfp4":
+        four = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+        return _compressed_tensors("nvfp4-pack-quantized", {**four, "dynamic": False}, {**four, "dynamic": "local"})
     raise ValueError(f"{kind} is MorphoQuant's: its settings are sealed with the weights")
+
+
+def _eight_bits(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of weights with one scale per output, and of activations with one per token."""
+    eight = {"num_bits": 8, "type": kind, "symmetric": True}
+    return {**eight, "strategy": "channel", "dynamic": False}, {**eight, "strategy": "token", "dynamic": True}
+
+
+def _compressed_tensors(storage: str, weights: dict[str, Any], activations: dict[str, Any]) -> dict[str, Any]:
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": storage,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": scheme},
+    }
 
 
 def model_specification(kind: str, model: str) -> QuantizationSpec:

@@ -28,6 +28,21 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve")
 
 
+def scheme_of(quantization: dict[str, Any]) -> str:
+    """The scheme that vLLM takes settings of compressed-tensors for; it asks the GPU's age, so one is made up."""
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as module
+
+    config = module.CompressedTensorsConfig.from_config(quantization)
+    settings = config.target_scheme_map["Linear"]
+    weights, activations = settings["weights"], settings["input_activations"]
+    if module.is_activation_quantization_format(quantization["format"]):
+        if config._is_nvfp4_format(weights) and config._is_nvfp4_format(activations):
+            return "CompressedTensorsW4A4Fp4"
+        if config._is_fp8_w8a8(weights, activations):
+            return "CompressedTensorsW8A8Fp8"
+    return str(settings)
+
+
 @pytest.mark.parametrize("kind", formats.FORMATS)
 def test_a_checkpoint_has_the_tensors_of_its_format(work: Path, kind: str) -> None:
     directory = write_checkpoint("tiny", kind, work)
@@ -46,6 +61,11 @@ def test_a_checkpoint_has_the_tensors_of_its_format(work: Path, kind: str) -> No
     elif kind == "w8a8":
         assert quantization["quant_method"] == "compressed-tensors"
         assert layer[f"{up}.weight"].dtype is torch.int8 and layer[f"{up}.weight_scale"].shape == (256, 1)
+    elif kind in ("fp8", "nvfp4"):
+        assert scheme_of(quantization) == {"fp8": "CompressedTensorsW8A8Fp8", "nvfp4": "CompressedTensorsW4A4Fp4"}[kind]
+        weight = layer[f"{up}.weight" if kind == "fp8" else f"{up}.weight_packed"]
+        assert weight.shape == (256, 128 if kind == "fp8" else 64)
+        assert layer[f"{up}.weight_scale"].shape == (256, 1 if kind == "fp8" else 8)
     else:
         assert len(verify_checkpoint(directory).layers) == 14
         scale = {"group": "weight_scale", "two_level": "weight_level"}[formats.scale_scheme(kind)]
@@ -64,16 +84,23 @@ def test_generated_weights_keep_the_variance_of_their_input() -> None:
     """Every format's matrix has rows of norm about 1, so activations stay finite."""
     linear = next(linear for linear in linears("tiny") if linear.name == "mlp.down_proj")
     generator = torch.Generator().manual_seed(0)
-    made = {kind: formats.tensors(kind, linear, generator) for kind in ("bf16", "gptq", "w8a8", "morphoquant-g32")}
+    kinds = ("bf16", "gptq", "w8a8", "fp8", "nvfp4", "morphoquant-g32")
+    made = {kind: formats.tensors(kind, linear, generator) for kind in kinds}
     shifts = torch.arange(0, 32, 4)
     codes = (made["gptq"]["qweight"][:, None] >> shifts[None, :, None] & 15).flatten(0, 1) - 8
     from morphoquant_vllm.numerics.weights import dequantize_weight
 
     ours = made["morphoquant-g32"]
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    packed = made["nvfp4"]["weight_packed"]
+    nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(1).long()
+    decoded = torch.where(nibbles < 8, 1.0, -1.0) * values[nibbles % 8]
     matrices = {
         "bf16": made["bf16"]["weight"].float(),
         "gptq": (codes * made["gptq"]["scales"].float().repeat_interleave(128, 0)).T,
         "w8a8": made["w8a8"]["weight"] * made["w8a8"]["weight_scale"],
+        "fp8": made["fp8"]["weight"].float() * made["fp8"]["weight_scale"],
+        "nvfp4": decoded / made["nvfp4"]["weight_global_scale"],
         "morphoquant": dequantize_weight(ours["weight_codes"], ours["weight_scale"]) / ours["activation_step"],
     }
     for kind, matrix in matrices.items():
