@@ -72,7 +72,9 @@ def _bound(summary: dict[str, Any]) -> str:
 
 
 def _memory(summary: dict[str, Any]) -> str:
-    return (
+    # Kept results of earlier releases have no figure of a GPU.
+    gpu = summary.get("gpu_peak", 0)
+    return (f"Memory of the GPU: {gpu / GIB:.2f} GiB at most. " if gpu else "") + (
         f"Memory: {summary['anonymous_peak'] / GIB:.2f} GiB at most while blocks were worked on, without pages of "
         f"mapped weight files; {summary['peak'] / GIB:.2f} GiB with them, over the whole run. Cached inputs are "
         f"{summary['cached_inputs'] / GIB:.2f} GiB; 6 GiB and these make {summary['memory_limit'] / GIB:.2f} GiB."

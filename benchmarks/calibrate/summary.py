@@ -56,6 +56,7 @@ def summarise(
         "rates": measured.rates,
         "bounds": bounds,
         "peak": measured.peak,
+        "gpu_peak": measured.gpu_peak,
         "anonymous_peak": anonymous,
         "cached_inputs": inputs,
         "memory_limit": MEMORY_LIMIT + inputs,

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from benchmarks.common import texts
-from benchmarks.common.files import weight_bytes
-from benchmarks.common.machine import machine
+from benchmarks.common.files import weight_bytes, write_atomically
+from benchmarks.common.machine import machine, versions
 from benchmarks.common.server import ServerError, exit_on_signals, serve
 from benchmarks.common.windows import excerpts
 from benchmarks.demo.perplexity import perplexity, windows
@@ -68,10 +68,18 @@ def evaluate(model: Path, work: Path, prompts: dict[str, list[list[int]]]) -> di
         return {text: perplexity(client, name, windows_) for text, windows_ in prompts.items()}
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
+    top.add_argument("--work", type=Path, default=Path(".cache/demo"), help="folder of model, checkpoint and logs")
+    top.add_argument("--result", type=Path, help="also write the figures to this JSON file")
+    return top
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(".cache/demo"), help="folder of model, checkpoint and logs")
-    work = parser.parse_args().work
+    """All four steps, and the result."""
+    arguments = parser().parse_args()
+    work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     started = time.monotonic()
@@ -105,7 +113,14 @@ def main() -> None:
     print(
         f"escape rate in calibration: {rate:.2%} of activation codes carry 8 bits -> {4 + 4 * rate:.2f} bits on average"
     )
-    print(f"took {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    print(f"took {seconds:.0f} s")
+    if arguments.result is not None:
+        figures = {"perplexity": {"16 bit": plain, "W4A4": served}, "escape_rate": rate, "bytes": [before, after]}
+        write_atomically(
+            arguments.result,
+            json.dumps({"machine": machine(), "versions": versions(), **figures, "seconds": seconds}, indent=1) + "\n",
+        )
 
 
 if __name__ == "__main__":

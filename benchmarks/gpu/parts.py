@@ -43,6 +43,15 @@ def _engines(name: str, about: str, limit: int, quick: bool, methods: tuple[str,
     return Part(name, about, command, limit, quick, True, "serve.json")
 
 
+def _calibration(name: str, layout: str, limit: int) -> Part:
+    """A few blocks of a generated model, of which the whole is extrapolated; 24 GiB of the GPU at most."""
+    size = ("--layout", layout, "--layers", "5", "--blocks", "4", "--samples", "128", "--tokens", "512", "--media", "0")
+    where = ("--set", "device=cuda", "--set", "dtype=bfloat16", "--memory-budget", "24", "--work", "{work}/models")
+    command = ("{python}", "-m", "benchmarks.calibrate", "measure", *size, *where, "--results", "{work}")
+    about = f"calibrating the {layout} layout on the GPU, by four blocks"
+    return Part(name, about, command, limit, False, False, "calibrate.json")
+
+
 _FEW = ("--layers", "gate_up", "down", "--tokens", "1", "16", "256", "2048", "--methods", *LINEAR_METHODS)
 PARTS = (
     _tests("kernels", "kernels beside the torch reference", "tests/morphoquant_vllm/gpu", 180, False),
@@ -51,6 +60,17 @@ PARTS = (
     _engines("serve", "a 7B engine, bf16 and ours", 300, True, ENGINE_METHODS, "--rounds", "1", "--prompts", "4"),
     _linears("linears-g32", "all linears and peers at G = 32", 600, False),
     _linears("linears-g128", "all linears and peers at G = 128", 600, False, "--group-size", "128"),
+    _calibration("calibrate-7b", "7B", 1500),
+    _calibration("calibrate-3b", "3B", 900),
+    Part(
+        "demo",
+        "the demo: perplexity by this GPU, beside README's by a CPU",
+        ("{python}", "-m", "benchmarks.demo", "--work", "{work}", "--result", "{work}/demo.json"),
+        900,
+        False,
+        True,
+        "demo.json",
+    ),
     _engines("serve-peers", "a 7B engine beside all peers", 1800, False, ALL_ENGINE_METHODS, "--rounds", "2"),
 )
 NAMES = tuple(part.name for part in PARTS)

@@ -1,6 +1,6 @@
 """vLLM's kernels beside ours, built through the interface of its quantization methods.
 
-Each builder makes one layer of random weights. It returns a call on x, or vLLM's words why the kernel does not run here.
+Each builder makes one layer of random weights. It returns a call on x, or vLLM's words why the kernel does not run.
 The 8-bit and 4-bit activations are quantized within the call, as in a server.
 """
 

@@ -1,15 +1,22 @@
 """Decodes images, audio and video into the inputs of a Hugging Face processor."""
 
+from __future__ import annotations
+
+import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers.video_utils import VideoMetadata
 
 from calibration.data.conversations import BadConversationError, Media
+from morphoquant_vllm.errors import MorphoQuantError
+
+if TYPE_CHECKING:
+    import av
 
 # Formats of pictures that are read. EPS would start Ghostscript; Pillow reads others too, which few people have.
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -39,20 +46,22 @@ def decode_audio(media: Media, sampling_rate: int, limit: int | None = None) -> 
     Raises BadConversationError naming the media if it has no audio, cannot be decoded, or holds NaN or infinity. So
     does a sound of more than `limit` samples, whose rest is not decoded.
     """
+    library = _pyav()
     try:
         samples = _resampled(media, sampling_rate, limit)
         if not samples.size:
             raise ValueError("it holds no samples")
         if not np.isfinite(samples).all():
             raise ValueError("it holds samples that are NaN or infinite")
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (library.FFmpegError, OSError, ValueError) as error:
         raise _undecodable(media, error) from error
     return samples
 
 
 def _resampled(media: Media, sampling_rate: int, limit: int | None) -> NDArray[np.float32]:
     # The mean of the file's channels, as in vLLM: FFmpeg's mix to mono is up to 3 dB louder.
-    resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
+    library = _pyav()
+    resampler = library.AudioResampler(format="fltp", rate=sampling_rate)
     pieces: list[NDArray[np.float32]] = []
     read, rate, length = 0, sampling_rate, 0
 
@@ -61,7 +70,7 @@ def _resampled(media: Media, sampling_rate: int, limit: int | None) -> NDArray[n
         pieces.extend(new)
         return sum(map(len, new))
 
-    with av.open(_open(media), mode="r") as container:
+    with library.open(_open(media), mode="r") as container:
         if not container.streams.audio:
             raise ValueError("it has no audio stream")
         for frame in container.decode(container.streams.audio[0]):
@@ -89,12 +98,13 @@ def decode_video(
     Only those frames are held in memory. Raises BadConversationError naming the media if it has no video or cannot be
     decoded.
     """
+    library = _pyav()
     # transformers' PyAV reader trusts the container's frame count: WebM has none, a truncated file states too many.
     try:
         total = sum(1 for _ in _video_frames(media))
         if not total:
             raise ValueError("it holds no frames")
-        with av.open(_open(media), mode="r") as container:
+        with library.open(_open(media), mode="r") as container:
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
@@ -117,8 +127,16 @@ def decode_video(
         }
         metadata.frames_indices = indices
         return np.stack([frames[index] for index in indices]), metadata
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (library.FFmpegError, OSError, ValueError) as error:
         raise _undecodable(media, error) from error
+
+
+def _pyav() -> Any:
+    """PyAV, which decodes sound and video; texts and images are calibrated without it."""
+    try:
+        return importlib.import_module("av")
+    except ModuleNotFoundError as error:
+        raise MorphoQuantError("sound and video need the Python package 'av'; pip install av") from error
 
 
 def _open(media: Media) -> io.BytesIO | str:
@@ -126,7 +144,8 @@ def _open(media: Media) -> io.BytesIO | str:
 
 
 def _video_frames(media: Media) -> Iterator[av.VideoFrame]:
-    with av.open(_open(media), mode="r") as container:
+    library = _pyav()
+    with library.open(_open(media), mode="r") as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         yield from container.decode(container.streams.video[0])

@@ -34,6 +34,8 @@ class Measured:
     finished: bool = False
     # Peak memory of the largest process, by the operating system's count.
     peak: int = 0
+    # Peak of the memory that torch kept on the GPU; 0 on a CPU.
+    gpu_peak: int = 0
     profile: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     # FLOP/s of products by dtype, on the same cores: the best of all runs.
     rates: dict[str, float] = field(default_factory=dict)
@@ -135,6 +137,7 @@ def take(measured: Measured, event: dict[str, Any], before: float, fresh: bool, 
         measured.finished = event["finished"]
         measured.after_last_block = event["time"] - before if event["finished"] else None
         measured.peak = max(measured.peak, event["peak"])
+        measured.gpu_peak = max(measured.gpu_peak, event.get("gpu_peak", 0))
         measured.profile = event["profile"]
     return False
 

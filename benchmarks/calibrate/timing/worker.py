@@ -26,6 +26,7 @@ from benchmarks.calibrate.timing.rates import product_rate
 from benchmarks.common.command import one_line_errors
 from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate
+from calibration.model.loading import choose_device
 from calibration.settings.recipe import read_recipe
 
 ROWS = 25
@@ -63,7 +64,12 @@ def run(job: Job) -> None:
         if job.blocks is not None and result.index + 1 >= job.blocks < result.count:
             raise EnoughBlocks
 
-    rates = {str(dtype).removeprefix("torch."): product_rate(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    recipe = read_recipe(overrides=job.recipe)
+    device = choose_device(recipe.device)
+    rates = {
+        str(dtype).removeprefix("torch."): product_rate(dtype, device=device)
+        for dtype in (torch.bfloat16, torch.float32)
+    }
     limits = {} if job.memory_budget is None else {"memory_budget": job.memory_budget}
     profile = cProfile.Profile()
     say("start", rates=rates)
@@ -74,7 +80,7 @@ def run(job: Job) -> None:
             job.model,
             job.data,
             job.output,
-            recipe=read_recipe(overrides=job.recipe),
+            recipe=recipe,
             overwrite=True,
             on_block=on_block,
             **limits,
@@ -83,7 +89,8 @@ def run(job: Job) -> None:
         finished = False
     # Kilobytes on Linux.
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    say("end", finished=finished, peak=peak, profile=table(profile))
+    on_gpu = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    say("end", finished=finished, peak=peak, gpu_peak=on_gpu, profile=table(profile))
 
 
 def table(profile: cProfile.Profile, rows: int = ROWS) -> dict[str, list[dict[str, Any]]]:

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.calibrate.__main__ as calibrate
+import benchmarks.demo.__main__ as demo
 import benchmarks.gpu_linear.__main__ as gpu_linear
 import benchmarks.serve.__main__ as serve
 from benchmarks.gpu.parts import NAMES, PARTS, Part, chosen
 from benchmarks.gpu.run import command_of
+from calibration.settings.recipe import read_recipe
 
-PARSERS = {"benchmarks.gpu_linear": gpu_linear.parser, "benchmarks.serve": serve.parser}
+PARSERS = {
+    "benchmarks.calibrate": calibrate.parser,
+    "benchmarks.demo": demo.parser,
+    "benchmarks.gpu_linear": gpu_linear.parser,
+    "benchmarks.serve": serve.parser,
+}
 
 
 @pytest.mark.parametrize("part", PARTS, ids=NAMES)
@@ -23,7 +31,11 @@ def test_the_command_of_a_part_is_one_that_its_program_takes(part: Part, tmp_pat
         assert f"--junitxml={tmp_path}/{part.result}" in arguments
     else:
         taken = PARSERS[module]().parse_args(arguments)
-        assert taken.results == tmp_path
+        written = taken.result.parent if module == "benchmarks.demo" else taken.results
+        assert written == tmp_path
+        if module == "benchmarks.calibrate":
+            recipe = read_recipe(overrides=calibrate.settings(taken.set))
+            assert (recipe.device, recipe.dtype) == ("cuda", "bfloat16")
 
 
 def test_parts_have_names_of_their_own() -> None:

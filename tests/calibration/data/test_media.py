@@ -2,6 +2,8 @@
 
 import io
 import math
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -19,6 +21,20 @@ from tests.calibration.media_files import encode_audio, encode_video, png, sine
 
 def media(kind: str, content: bytes | Path) -> Media:
     return Media(kind, content, "data.jsonl:7: thing")
+
+
+def test_images_need_no_pyav_and_sound_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # None makes an import fail as if the package were missing.
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert decode_image(media("image", png(Image.new("RGB", (5, 3))))).size == (5, 3)
+    for decode in (lambda: decode_audio(media("audio", b""), 16000), lambda: decode_video(media("video", b""), list)):
+        with pytest.raises(MorphoQuantError, match="need the Python package 'av'; pip install av"):
+            decode()
+
+
+def test_importing_calibration_does_not_import_pyav() -> None:
+    code = "import sys; sys.modules['av'] = None; import calibration.calibrate, calibration.cli"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_image_from_bytes_and_file(tmp_path: Path) -> None:
