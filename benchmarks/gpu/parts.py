@@ -27,9 +27,9 @@ class Part:
     result: str
 
 
-def _tests(name: str, about: str, folder: str, limit: int, vllm: bool) -> Part:
+def _tests(name: str, about: str, folder: str, limit: int, vllm: bool, quick: bool = True) -> Part:
     command = ("{python}", "-m", "pytest", "-q", "-m", "gpu", folder, "--junitxml={work}/tests.xml")
-    return Part(name, about, command, limit, True, vllm, "tests.xml")
+    return Part(name, about, command, limit, quick, vllm, "tests.xml")
 
 
 def _linears(name: str, about: str, limit: int, quick: bool, *arguments: str) -> Part:
@@ -60,6 +60,7 @@ PARTS = (
     _engines("serve", "a 7B engine, bf16 and ours", 300, True, ENGINE_METHODS, "--rounds", "1", "--prompts", "4"),
     _linears("linears-g32", "all linears and peers at G = 32", 600, False),
     _linears("linears-g128", "all linears and peers at G = 128", 600, False, "--group-size", "128"),
+    _tests("calibration", "calibration: bytes, resume, towers", "tests/calibration", 600, False, False),
     _calibration("calibrate-7b", "7B", 1500),
     _calibration("calibrate-3b", "3B", 900),
     Part(
