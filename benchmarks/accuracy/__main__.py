@@ -1,4 +1,4 @@
-"""python -m benchmarks.accuracy {language,small-text,omni,table,report}: run missing methods, write JSON and tables."""
+"""python -m benchmarks.accuracy {language,small-text,gemma,omni,table,report}: missing methods, JSON and tables."""
 
 from __future__ import annotations
 
@@ -61,7 +61,12 @@ def parser() -> argparse.ArgumentParser:
     )
     another = argparse.ArgumentParser(add_help=False)
     another.add_argument("--model", type=Path, help="Hugging Face directory to measure in place of the benchmark's own")
-    for name, model, parents in (("language", "SmolLM2-135M", []), ("small-text", "a model trained here", [text_work])):
+    models = (
+        ("language", "SmolLM2-135M", []),
+        ("small-text", "a model trained here", [text_work]),
+        ("gemma", "Gemma 3 270M, from a package that you install", []),
+    )
+    for name, model, parents in models:
         parents = [shared, running, another, peers, *parents]
         reading = commands.add_parser(name, parents=parents, help=f"perplexity on several texts: {model}")
         reading.add_argument("--texts", help="names, separated by commas; default: all")
@@ -145,7 +150,7 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
 def run_table(arguments: argparse.Namespace, command: str, console: Console) -> None:
     """Run the missing cells of the table, model by model; table and summaries are written after each method."""
     from benchmarks.accuracy import job as jobs
-    from benchmarks.accuracy.methods import TABLE, choose, known_methods, runnable
+    from benchmarks.accuracy.methods import TABLE, TABLE_MODELS, choose, known_methods, runnable
     from benchmarks.accuracy.reporting import overview, report
     from benchmarks.accuracy.reporting.summary import summarize
 
@@ -154,7 +159,7 @@ def run_table(arguments: argparse.Namespace, command: str, console: Console) -> 
     methods = choose("method", runnable(TABLE, settings.peers) if wanted is None else wanted, TABLE)
     found = overview.overview({}, methods, command)
     summaries = {}
-    for benchmark in report.BENCHMARKS:
+    for benchmark in TABLE_MODELS:
         job = prepare(benchmark, settings)
         own = [name for name in methods if name in known_methods(benchmark)]
         for index, name in enumerate(own, start=1):

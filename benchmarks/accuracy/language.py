@@ -15,7 +15,7 @@ from benchmarks.accuracy.settings import Settings
 from benchmarks.common import corpus, texts
 from benchmarks.common.files import digest, file_digest
 from benchmarks.common.windows import evaluation_windows, write_calibration
-from benchmarks.models import smollm2
+from benchmarks.models import gemma3, smollm2
 from benchmarks.models.small_text import books
 from benchmarks.models.small_text.train import TrainingSettings, trained_model
 
@@ -44,6 +44,16 @@ def smollm2_model() -> LanguageModel:
     )
 
 
+def gemma_model() -> LanguageModel:
+    """Gemma 3 270M, whose weights were on grids of 4 to 6 bits before: another architecture and another maker."""
+    return LanguageModel(
+        write=lambda settings: gemma3.write_model(settings.work / gemma3.NAME),
+        fetch=lambda settings: corpus.fetch(settings.work / "corpus"),
+        evaluation=texts.EVALUATION,
+        calibration=texts.CALIBRATION,
+    )
+
+
 def small_text_model() -> LanguageModel:
     """The small Llama trained here: 16 bit by birth."""
     return LanguageModel(
@@ -55,7 +65,7 @@ def small_text_model() -> LanguageModel:
 
 
 # By the benchmark's name.
-MODELS = {"language": smollm2_model, "small-text": small_text_model}
+MODELS = {"language": smollm2_model, "small-text": small_text_model, "gemma": gemma_model}
 
 
 def prepare(benchmark: str, settings: Settings) -> Job:

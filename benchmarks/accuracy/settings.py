@@ -17,8 +17,9 @@ CALIBRATION_WINDOWS = {
     "language": {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2},
     "small-text": books.CALIBRATION_WINDOWS,
 }
+CALIBRATION_WINDOWS["gemma"] = CALIBRATION_WINDOWS["language"]
 # Evaluation windows per text: a small model's cost little.
-WINDOWS = {"language": 8, "small-text": 32}
+WINDOWS = {"language": 8, "small-text": 32, "gemma": 8}
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,14 @@ def spread(length: int, tokens: int, count: int, name: str) -> list[int]:
 
 
 def evaluation_windows(tokenizer: Any, text: str, name: str, tokens: int, count: int) -> list[list[int]]:
-    """`count` windows of token ids of a text; errors call it `name`."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return [list(ids[start : start + tokens]) for start in spread(len(ids), tokens, count, name)]
+    """`count` windows of token ids of a text; errors call it `name`.
+
+    If the tokenizer begins texts with special tokens such as BOS, so does every window.
+    """
+    first = list(tokenizer("")["input_ids"])
+    ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+    size = tokens - len(first)
+    return [[*first, *ids[start : start + size]] for start in spread(len(ids), size, count, name)]
 
 
 def write_calibration(

@@ -6,8 +6,9 @@ The file is Q4_1: the 16-bit model of the benchmarks is that file dequantized to
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
+
+from benchmarks.models import gguf
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -22,20 +23,4 @@ def gguf_file() -> Path:
 
 def write_model(directory: Path) -> Path:
     """Write config, bfloat16 weights, tokenizer and chat template to `directory` unless they are there."""
-    if (directory / "config.json").is_file():
-        return directory
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = gguf_file()
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers notes the weights' origin as a quantization, but the saved weights are plain bfloat16.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(directory)
-    return directory
+    return directory if (directory / "config.json").is_file() else gguf.write_model(gguf_file(), directory)

@@ -18,7 +18,7 @@ DIVERGENCE = (
     "Divergence from 16 bit (KL), thousandths of a nat per token of the right answer, ± standard error over questions; "
     "log-loss of the right answer, nats. By transformers on the torch reference, in float32."
 )
-BENCHMARKS = ("language", "small-text", "omni")
+BENCHMARKS = ("language", "small-text", "gemma", "omni")
 
 
 def write(summary: Mapping[str, Any], directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import job
+from benchmarks.accuracy import job, methods
 from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, choose, known_methods, runnable
 from benchmarks.accuracy.reporting import bars, report
 from benchmarks.common import corpus, texts
@@ -80,7 +80,7 @@ def test_the_table_runs_every_model_and_resumes(
 ) -> None:
     model, results = tmp_path / "llama", tmp_path / "results"
     whole = command.prepare
-    monkeypatch.setattr(report, "BENCHMARKS", ("language",))
+    monkeypatch.setattr(methods, "TABLE_MODELS", ("language",))
     monkeypatch.setattr(
         command,
         "prepare",

@@ -2,6 +2,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from benchmarks.common import texts, windows
@@ -48,6 +49,20 @@ def test_evaluation_windows(llama: Path, tmp_path: Path) -> None:
     cut = windows.evaluation_windows(tokenizer, text, "code", 32, 5)
     assert [len(ids) for ids in cut] == [32] * 5
     assert tokenizer.decode(cut[0])[:2] == text[:2]
+
+
+def test_each_window_begins_as_the_tokenizer_begins_texts(llama: Path, tmp_path: Path) -> None:
+    plain = AutoTokenizer.from_pretrained(llama)
+    begun = AutoTokenizer.from_pretrained(llama)
+    begun.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{plain.eos_token} $A", special_tokens=[(plain.eos_token, plain.eos_token_id)]
+    )
+    assert begun("")["input_ids"] == [plain.eos_token_id]
+    text = texts.EVALUATION["code"](tmp_path)
+    cut, whole = (windows.evaluation_windows(tokenizer, text, "code", 32, 3) for tokenizer in (begun, plain))
+    assert [len(ids) for ids in cut] == [32] * 3
+    assert {ids[0] for ids in cut} == {plain.eos_token_id}
+    assert cut[0][1:] == whole[0][:-1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
