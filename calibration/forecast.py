@@ -11,6 +11,8 @@ class Forecast:
     """The work of a calibration, and its need of one process; sizes are in bytes."""
 
     layers: int
+    # Routed experts of all blocks.
+    experts: int
     blocks: int
     samples: int
     # Tokens of each row in all samples.
@@ -26,8 +28,9 @@ class Forecast:
         """The forecast for people."""
         tokens = ", ".join(f"{row} {count}" for row, count in self.tokens.items())
         tight = "" if self.memory <= self.memory_limit else "; parts are read from disk instead, which is slower"
+        experts = f" and {self.experts} experts" if self.experts else ""
         return [
-            f"{self.layers} linears in {self.blocks} blocks, on {self.samples} samples",
+            f"{self.layers} linears{experts} in {self.blocks} blocks, on {self.samples} samples",
             f"tokens: {tokens}; the search looks at {self.sampled_tokens}",
             f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{tight}",
             f"disk: {_gb(self.work)} for the work directory until the end, {_gb(self.checkpoint)} for the checkpoint",

@@ -130,7 +130,9 @@ def load_merged(
     merged = torch.empty(stored.merged_shape(parameter), device=device, dtype=dtype)
     for expert, place in enumerate(merged):
         kinds = (DOWN,) if parameter.endswith(DOWN) else PROJECTIONS[:2]
-        torch.cat([weight.to(device, dtype) for weight in load_expert(source, stored, expert, kinds).values()], out=place)
+        torch.cat(
+            [weight.to(device, dtype) for weight in load_expert(source, stored, expert, kinds).values()], out=place
+        )
     return merged
 
 

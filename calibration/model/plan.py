@@ -13,8 +13,7 @@ from calibration.model.experts import StoredExperts, check_served, find_experts
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.experts import ExpertsSpec
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
+from morphoquant_vllm.format.schema import ExpertsSpec, LayerSpec, QuantizationSpec, allowed_tensor_parallel
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
@@ -116,13 +115,15 @@ def plan(
         layers |= tower_layers(architecture.tower(tower), tensors, recipe)
     decoder_config = architecture.decoder_config(config)
     experts = _experts(stored, chosen, tensors, decoder_config, recipe)
-    every = layers | {name: layer for experts_name, spec in experts.items() for name, layer in spec.layers(experts_name).items()}
-    for name, layer in every.items():
+    for name, layer in layers.items():
         layer.check(name)
+    for name, settings in experts.items():
+        settings.check(name)
     size = recipe.tensor_parallel
     if not isinstance(size, int):
         choices = EXPERTS_TENSOR_PARALLEL_CHOICES if experts else TENSOR_PARALLEL_CHOICES
-        size = largest_tensor_parallel(every.values(), decoder_config, choices)
+        first = [layer for name, settings in experts.items() for layer in settings.expert_layers(name, 0).values()]
+        size = largest_tensor_parallel([*layers.values(), *first], decoder_config, choices)
     spec = QuantizationSpec(
         layers=layers,
         experts=experts,

@@ -33,7 +33,7 @@ from calibration.quantize.moments import Moments
 from calibration.quantize.observation import InputCollector, Routing
 from calibration.quantize.served_weights import round_weights
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.schema import QuantizationSpec, input_holder
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 # All drawn tokens together weigh as many tokens as this in each expert's moments.
@@ -122,13 +122,13 @@ def quantize_experts(
         linears = {kind: f"{name}.{expert}.{kind}" for kind in (GATE, UP, DOWN)}
         quantized, error, inner = _quantize_gate_up(layer, chosen, linears, weights, plain)
         tensors |= quantized
-        down = quantize_input(
-            inner, chosen.tokens, {linears[DOWN]: weights[DOWN]}, layer.spec, plain, chosen.judged
-        )[linears[DOWN]]
+        down = quantize_input(inner, chosen.tokens, {linears[DOWN]: weights[DOWN]}, layer.spec, plain, chosen.judged)[
+            linears[DOWN]
+        ]
         tensors[linears[DOWN]] = down.tensors
         gate_up_errors.append(error if chosen.routed.numel() else None)
         downs.append(down if chosen.routed.numel() else None)
-    tensors[f"{name}.0.{GATE}"] |= layer.found.tensors
+    tensors[input_holder(name)] |= layer.found.tensors
     return QuantizedExperts(tensors, _figures(layer, gate_up_errors, downs))
 
 
@@ -143,7 +143,7 @@ def _find_layer(
     """Grid, rows and codes of the one input of gate and up, and its pooled moments."""
     x, target, processes = sample.input.observation.sample, sample.input.target, tokens.processes
     settings = spec.experts[name].layers(name)
-    first = settings[f"{name}.0.{GATE}"]
+    first = settings[input_holder(name)]
     # In place of the weights of all experts: a matrix that gives every error and column norm the same size.
     factor = gram_factor(_gram(load, spec.experts[name].count, tokens, x.device, x.shape[1]))
     massive = find_massive(x, sample.input.outlying, 1, tokens, wanted=recipe.massive_row)
@@ -154,7 +154,7 @@ def _find_layer(
         factor,
         spec,
         recipe,
-        full_mask=full_mask(first, [f"{name}.0.{GATE}"], recipe),
+        full_mask=full_mask(first, [input_holder(name)], recipe),
     )
     coded = code_tokens(x, tokens, massive.own, found, spec)
     pooled = gather_moments(coded, target, factor[:, coded.order], processes)

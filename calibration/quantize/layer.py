@@ -95,9 +95,7 @@ def quantize_input(
         shown = judged.tokens
         coded, target, shown_massive = judged.of(coded, target, massive.all)
     record = input_record(coded, shown, shown_massive, found, spec.rows)
-    errors = _output_errors(
-        JudgedTokens.of(coded, target, shown), shards, matrix, served.matrix, bias, processes
-    )
+    errors = _output_errors(JudgedTokens.of(coded, target, shown), shards, matrix, served.matrix, bias, processes)
     layer_tensors = split_tensors(shards, served, bias[:, coded.sets.of_row])
     return {
         name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(record, output_error=errors[name]))

@@ -133,9 +133,7 @@ class RoutedCollector(InputCollector):
 
     def routing(self, tokens: TokenSample) -> Routing:
         """The routing so far, of all processes."""
-        return Routing(
-            tokens.all_gather(torch.cat(self._experts)), tokens.processes.all_reduce(self._counts, "SUM")
-        )
+        return Routing(tokens.all_gather(torch.cat(self._experts)), tokens.processes.all_reduce(self._counts, "SUM"))
 
 
 def _no_tokens(like: Tensor) -> ChannelStatistics:
