@@ -11,8 +11,6 @@ class Forecast:
     """The work of a calibration, and its need of one process; sizes are in bytes."""
 
     layers: int
-    # Routed experts of all blocks.
-    experts: int
     blocks: int
     samples: int
     # Tokens of each row in all samples.
@@ -23,6 +21,8 @@ class Forecast:
     # Of the work directory, and of the new checkpoint's tensors and files.
     work: int
     checkpoint: int
+    # Routed experts of all blocks.
+    experts: int = 0
 
     def lines(self) -> list[str]:
         """The forecast for people."""

@@ -135,7 +135,6 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
     states = sum(tokens.counts.values()) * hidden_size * getattr(torch, job.recipe.dtype).itemsize
     return Forecast(
         layers=len(spec.layers),
-        experts=sum(settings.count for settings in spec.experts.values()),
         blocks=job.names.blocks,
         samples=len(tokens.positions),
         tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
@@ -144,6 +143,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         memory_limit=job.memory_limit,
         work=quantized_size(source, spec) + 5 * states,
         checkpoint=checkpoint_size(source, spec),
+        experts=sum(settings.count for settings in spec.experts.values()),
     )
 
 
