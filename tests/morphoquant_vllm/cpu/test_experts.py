@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from morphoquant_vllm import ops
+from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import experts as cpu_experts
 from morphoquant_vllm.cpu.build import Kernels
 from morphoquant_vllm.cpu.experts import Prepared
@@ -155,6 +157,17 @@ def test_the_reference_agrees_on_the_whole_layer(library: Kernels, threads: int)
         expected = experts(x, modality[:31], weights, ids, record)
         y = cpu_experts.run(x, modality, weights, ids, cpu_experts.prepare(record), library)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_the_op_is_bound_to_the_kernels_and_compiles() -> None:
+    if not cpu.available():
+        pytest.skip("the CPU kernels do not run on this machine")
+    record, (x, modality, weights, ids) = small(), inputs(6, 2)
+    handle = ops.bind_experts(record, "cpu")
+    given = (x, modality, weights, ids, handle)
+    expected = cpu_experts.run(x, modality, weights, ids, cpu_experts.prepare(record))
+    compiled = torch.compile(lambda x: ops.bound_experts(x, *given[1:]) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected + 1)
 
 
 @pytest.mark.parametrize("row", [ROWS, -1, 2**31 - 1])
