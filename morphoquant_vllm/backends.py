@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.cpu import experts as cpu_experts
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
 from morphoquant_vllm.gpu import head as gpu_head
 from morphoquant_vllm.handles import Bound
 from morphoquant_vllm.numerics import activation as activation_numerics
+from morphoquant_vllm.numerics import experts as experts_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics
 from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.experts import ExpertsRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 
 Linear = Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
@@ -28,6 +32,10 @@ def _takes_any_layer(name: str, weight: WeightRecord, activation: ActivationReco
 
 def _takes_any_head(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
     """The check of a head that every machine computes alike."""
+
+
+def _takes_any_experts(name: str, record: ExpertsRecord, dtype: torch.dtype) -> None:
+    """The check of a backend that serves all experts."""
 
 
 def _serves_no_weight(weight: Tensor) -> bool:
@@ -60,6 +68,19 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A backend's implementation of routed experts."""
+
+    # Lay a record out for this backend, once, after loading. The result holds all that `run` needs; no weight is twice
+    # in memory once the record is gone.
+    prepare: Callable[[ExpertsRecord], Any]
+    # y [M, K] of x, modality, topk_weights, topk_ids and the result of `prepare`. Inputs as the op takes them; checked.
+    run: Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor]
+    # Raise MorphoQuantError, with the experts' name, if a record or activations of a dtype are not served.
+    check: Callable[[str, ExpertsRecord, torch.dtype], None] = _takes_any_experts
+
+
+@dataclass(frozen=True)
 class Backend:
     """One implementation of the integer linear layer."""
 
@@ -79,6 +100,8 @@ class Backend:
     silu_mul_linear: Linear | None = None
     # lm_head, if the backend computes it; otherwise vLLM does.
     head: Head | None = None
+    # Routed experts; None if the backend does not serve quantized ones.
+    experts: Experts | None = None
     # Instruction set of its compiled kernels; empty if it has none.
     instructions: Callable[[], str] = _has_no_instructions
 
@@ -97,6 +120,16 @@ def _reference_linear(
 ) -> Tensor:
     modality = modality[: x.shape[0]]
     return linear_numerics.linear(x, modality, WeightRecord(*weight), ActivationRecord(*activation), bias)
+
+
+def _reference_prepare_experts(record: ExpertsRecord) -> ExpertsRecord:
+    return record
+
+
+def _reference_experts(
+    x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor, record: ExpertsRecord
+) -> Tensor:
+    return experts_numerics.experts(x, modality[: x.shape[0]], topk_weights, topk_ids, record)
 
 
 def _triton_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
@@ -121,6 +154,7 @@ BACKENDS = {
         record_sizes=(len(WeightRecord._fields), len(ActivationRecord._fields)),
         act_quant=_reference_act_quant,
         linear=_reference_linear,
+        experts=Experts(_reference_prepare_experts, _reference_experts),
     ),
     "triton": Backend(
         prepare=gpu_backend.prepare,
@@ -143,6 +177,7 @@ BACKENDS = {
             bfloat16=cpu_head.head_bfloat16,
             serves_bfloat16=cpu_head.serves_bfloat16,
         ),
+        experts=Experts(cpu_experts.prepare, cpu_experts.run),
         instructions=cpu.instructions,
     ),
 }

@@ -2,6 +2,7 @@
 
     keep(handle, layer)    when the layer is loaded
     layer_of(handle)       at each call: the address of the tensor is the key
+    experts_of(handle)     the same of the routed experts of a layer
 
 The handle is a weight that no other layer has. A compiled graph takes it like any weight, so layers share graphs, and a
 cached graph serves the next process. A layer is removed when its handle is freed, before another tensor can take that
@@ -11,7 +12,7 @@ address. Weights that are loaded again into the same tensors keep their layer.
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -38,7 +39,14 @@ class Bound(Protocol):
         """y [M, N] of the RMSNorm of x [M, K], or of x + residual, and then that sum; inputs are checked."""
 
 
-_LAYERS: dict[int, Bound] = {}
+class BoundExperts(Protocol):
+    """The bound experts of a layer. They do not hold the handle itself; another tensor may have its memory."""
+
+    def experts(self, x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """y [M, K] of x [M, K]; inputs are checked."""
+
+
+_LAYERS: dict[int, Bound | BoundExperts] = {}
 
 
 def is_taken(tensor: Tensor) -> bool:
@@ -46,7 +54,7 @@ def is_taken(tensor: Tensor) -> bool:
     return tensor.data_ptr() in _LAYERS
 
 
-def keep(handle: Tensor, layer: Bound) -> None:
+def keep(handle: Tensor, layer: Bound | BoundExperts) -> None:
     """Keep a layer for as long as its handle lives."""
     address = handle.data_ptr()
     _LAYERS[address] = layer
@@ -54,7 +62,16 @@ def keep(handle: Tensor, layer: Bound) -> None:
 
 
 def layer_of(handle: Tensor) -> Bound:
-    """The layer of a handle; raises RuntimeError for another tensor."""
+    """The layer of a handle that `ops.bind` gave; raises RuntimeError for a tensor that is no handle."""
+    return cast(Bound, _find(handle))
+
+
+def experts_of(handle: Tensor) -> BoundExperts:
+    """The experts of a handle that `ops.bind_experts` gave; raises RuntimeError for a tensor that is no handle."""
+    return cast(BoundExperts, _find(handle))
+
+
+def _find(handle: Tensor) -> Bound | BoundExperts:
     try:
         return _LAYERS[handle.data_ptr()]
     except KeyError:

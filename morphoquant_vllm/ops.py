@@ -23,6 +23,14 @@ Layers in vLLM are bound to their backend when they are loaded, by `bind`, and c
 So a call looks up one address. A compiled graph takes the handle as any weight. So layers share graphs, and a cached
 graph serves the next process. A layer lives as long as its handle. A copy of the handle is refused.
 
+The routed experts of a layer are bound by `bind_experts`, and called by a handle, too:
+
+    morphoquant::bound_experts(x, modality, topk_weights, topk_ids, handle)  -> y [M, K], dtype of x
+
+    topk_weights  float32 [M, T]: weights of the T experts of each token
+    topk_ids      int32 or int64 [M, T]: those experts. An id below 0, or E and above, adds nothing
+    handle        absorbed_bias of the experts' down_proj, float32 [E, R, K]
+
 Two ops compute lm_head. They run if the backend of x's device has a `head`:
 
     morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit head, see numerics/head.py
@@ -36,14 +44,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from morphoquant_vllm import handles
-from morphoquant_vllm.backends import BACKENDS, select_backend
+from morphoquant_vllm.backends import BACKENDS, Experts, select_backend
 from morphoquant_vllm.numerics import norm as norm_numerics
+from morphoquant_vllm.numerics.experts import ExpertsRecord
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,34 @@ def bind(
     return handle
 
 
+@dataclass(frozen=True)
+class _PreparedExperts:
+    """The experts of a layer, prepared for a backend."""
+
+    backend: str
+    prepared: Any
+
+    def experts(self, x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return _experts_of(self.backend).run(x, modality, topk_weights, topk_ids, self.prepared)
+
+
+def bind_experts(record: ExpertsRecord, backend: str) -> Tensor:
+    """Bind the experts of a layer to a backend that serves them, and return their handle; they are freed with it."""
+    # The record may be what the backend keeps, so the handle is a tensor of its own with the same memory.
+    handle = record.down.absorbed_bias.detach()
+    if handles.is_taken(handle):
+        handle = handle.clone()
+    handles.keep(handle, _PreparedExperts(backend, _experts_of(backend).prepare(record)))
+    return handle
+
+
+def _experts_of(backend: str) -> Experts:
+    found = BACKENDS[backend].experts
+    if found is None:
+        raise RuntimeError(f"the backend '{backend}' does not serve quantized experts")
+    return found
+
+
 def _check_inputs(x: Tensor, modality: Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K], got shape {list(x.shape)}")
@@ -133,6 +171,20 @@ def _bound_silu_mul_linear(gate_up: Tensor, modality: Tensor, handle: Tensor, bi
     return handles.layer_of(handle).silu_mul_linear(gate_up, modality, handle, bias)
 
 
+def _bound_experts(x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor, handle: Tensor) -> Tensor:
+    _check_inputs(x, modality)
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape != topk_weights.shape:
+        raise ValueError(
+            f"topk_ids and topk_weights must be [{x.shape[0]}, T], got {list(topk_ids.shape)} and "
+            f"{list(topk_weights.shape)}"
+        )
+    if topk_weights.dtype != torch.float32 or topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"topk_weights must be float32 and topk_ids integers, got {topk_weights.dtype} and {topk_ids.dtype}"
+        )
+    return handles.experts_of(handle).experts(x, modality, topk_weights, topk_ids)
+
+
 def _head(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     found = BACKENDS[select_backend(x.device)].head
     if found is None:
@@ -169,6 +221,10 @@ def _head_bfloat16_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _bound_experts_fake(x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor, handle: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], handle.shape[2]))
+
+
 # The operators live as long as this object does.
 _LIBRARY = torch.library.Library("morphoquant", "DEF")
 for _name, _schema, _implementation, _fake in (
@@ -202,6 +258,12 @@ for _name, _schema, _implementation, _fake in (
         _bound_silu_mul_linear,
         _bound_fake,
     ),
+    (
+        "bound_experts",
+        "(Tensor x, Tensor modality, Tensor topk_weights, Tensor topk_ids, Tensor handle) -> Tensor",
+        _bound_experts,
+        _bound_experts_fake,
+    ),
     ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", _head, _head_fake),
     ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", _head_bfloat16, _head_bfloat16_fake),
 ):
@@ -214,6 +276,7 @@ linear = torch.ops.morphoquant.linear
 silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
 bound_linear = torch.ops.morphoquant.bound_linear
 bound_silu_mul_linear = torch.ops.morphoquant.bound_silu_mul_linear
+bound_experts = torch.ops.morphoquant.bound_experts
 head = torch.ops.morphoquant.head
 head_bfloat16 = torch.ops.morphoquant.head_bfloat16
 

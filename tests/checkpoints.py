@@ -1,7 +1,7 @@
 """A small valid checkpoint of random weights, made with the schema and the numerics alone."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from morphoquant_vllm.format.schema import (
     GROUP_SCHEME,
     MASSIVE_CHANNELS,
     TWO_LEVEL_SCHEME,
+    ExpertsSpec,
     LayerSpec,
     QuantizationSpec,
     input_blocks,
@@ -107,6 +108,20 @@ def _rounded(permuted: Tensor, layer: LayerSpec) -> dict[str, Tensor]:
     }
 
 
+def random_experts_tensors(name: str, spec: QuantizationSpec) -> dict[str, Tensor]:
+    """All stored tensors of the list of experts `name`, by their names in the files."""
+    layers = spec.experts[name].layers(name)
+    column = [layer for layer, settings in layers.items() if settings.parallel == "column"]
+    groups = [column, *([layer] for layer in layers if layer not in set(column))]
+    tensors = {}
+    for number, names in enumerate(groups):
+        settings = layers[names[0]]
+        shards = [torch.randn(settings.out_features, settings.in_features) * settings.in_features**-0.5 for _ in names]
+        for layer, group in zip(names, random_group(shards, settings, spec, torch.tensor(number)), strict=True):
+            tensors |= {stored_name(layer, tensor): group[tensor] for tensor in spec.stored_tensors(layer)}
+    return tensors
+
+
 def write_random_checkpoint(
     directory: Path,
     *,
@@ -115,10 +130,11 @@ def write_random_checkpoint(
     tensor_parallel: int = 2,
     single_file: bool = False,
     two_level: Collection[str] = (),
+    experts: Mapping[str, ExpertsSpec] | None = None,
 ) -> QuantizationSpec:
     """Write a valid checkpoint, of one file or of two, with an index; returns its settings.
 
-    `two_level`: shared inputs whose layers have two-level scales.
+    `two_level`: shared inputs whose layers have two-level scales. `experts` are added to the linears.
     """
     layers_of = {
         name: replace(layer, scale_scheme=TWO_LEVEL_SCHEME) if layer.shared_input in two_level else layer
@@ -130,6 +146,7 @@ def write_random_checkpoint(
         tensor_parallel=tensor_parallel,
         placeholder_token_ids={"image": (7,), "audio": (8,)},
         created_by="tests",
+        experts=dict(experts or {}),
     )
     torch.manual_seed(0)
     tensors = {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16()}
@@ -140,6 +157,8 @@ def write_random_checkpoint(
             tensors |= {stored_name(name, tensor): value for tensor, value in group.items()}
             if spec.layers[name].bias:
                 tensors[f"{name}.bias"] = torch.randn(spec.layers[name].out_features).bfloat16()
+    for name in spec.experts:
+        tensors |= random_experts_tensors(name, spec)
     tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
 
     directory.mkdir(parents=True, exist_ok=True)

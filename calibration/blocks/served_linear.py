@@ -23,6 +23,12 @@ class TokenRows:
     # Row of each token, int [M]; None if unknown.
     modality: Tensor | None = None
 
+    def of(self, x: Tensor) -> Tensor:
+        """The row of each token of x [M, K] that is not massive, int32 [M]."""
+        if self.modality is None:
+            return torch.full(x.shape[:1], self.any_row, dtype=torch.int32, device=x.device)
+        return self.modality.to(x.device, torch.int32)
+
 
 def _prepared(weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> backends.Prepared | None:
     """The records for the kernels of their device; None if none serve them, as on a GPU in float32."""
@@ -65,7 +71,7 @@ class ServedLinear(nn.Module):
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
         if self.prepared is not None:
-            return self.prepared.linear(flat, self._modality(flat), self.bias).view(*x.shape[:-1], -1)
+            return self.prepared.linear(flat, self.serving.of(flat), self.bias).view(*x.shape[:-1], -1)
         assert self.matrix is not None
         codes, rows = self.codes(flat)
         y = (codes.float() * self.record.gain[rows][:, None]) @ self.matrix.T + self.absorbed_bias[rows]
@@ -75,7 +81,7 @@ class ServedLinear(nn.Module):
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 [M, K] and row int32 [M] of each token of x [M, K]."""
-        rows = token_rows(x, self._modality(x), self.record)
+        rows = token_rows(x, self.serving.of(x), self.record)
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         # Processing all tokens of one row at a time is several times faster than gathering a row per token.
         for row in rows.unique().tolist():
@@ -83,9 +89,3 @@ class ServedLinear(nn.Module):
             in_row = rows == row
             codes[in_row] = act_quant(x[in_row], rows[in_row], self.record._replace(**per_row))
         return codes, rows
-
-    def _modality(self, x: Tensor) -> Tensor:
-        """The row of each token of x [M, K] that is not massive, int32 [M]."""
-        if self.serving.modality is None:
-            return torch.full(x.shape[:1], self.serving.any_row, dtype=torch.int32, device=x.device)
-        return self.serving.modality.to(x.device, torch.int32)

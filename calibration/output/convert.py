@@ -138,6 +138,7 @@ def _plan(
             continue
         fitted += other
         exact += [name for name in names if name not in other]
+    left += [name for name, experts in spec.experts.items() if experts.scale_scheme == GROUP_SCHEME]
     return tuple(exact), tuple(fitted), tuple(left)
 
 

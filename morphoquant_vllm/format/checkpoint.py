@@ -6,9 +6,11 @@ Imports torch, safetensors and the standard library only: `morphoquant verify` r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ from morphoquant_vllm.format.schema import (
     LayerSpec,
     QuantizationSpec,
     TensorSpec,
+    input_holder,
     stored_name,
-    tensor_specs,
 )
 
 CONFIG_FILE = "config.json"
@@ -127,11 +129,11 @@ def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
     Raises MorphoQuantError naming a file or tensor that is missing, unexpected, truncated or misshapen.
     """
     stored = read_headers(directory)
-    for name, layer in spec.layers.items():
-        _check_layer_headers(directory, name, layer, tensor_specs(layer, len(spec.rows), spec.tensor_parallel), stored)
+    for name, layer in spec.linears.items():
+        _check_layer_headers(directory, name, layer, spec.stored_tensors(name), stored)
     carried = []
     for name, tensor in stored.items():
-        owner = owner_of(name, spec.layers)
+        owner = owner_of(name, spec.linears)
         if owner is not None:
             _check_belongs(directory / tensor.file, name, owner, spec)
         elif name.rpartition(".")[2] in _LAYER_TENSORS:
@@ -200,33 +202,69 @@ def owner_of(tensor: str, layers: Mapping[str, LayerSpec]) -> str | None:
 def _check_belongs(file: Path, name: str, owner: str, spec: QuantizationSpec) -> None:
     """Refuse a tensor below the quantized layer `owner` that the format does not define."""
     tensor = name.removeprefix(f"{owner}.")
-    if tensor in tensor_specs(spec.layers[owner], len(spec.rows), spec.tensor_parallel):
+    if tensor in spec.stored_tensors(owner):
         return
     if tensor == "bias":
-        if not spec.layers[owner].bias:
+        if not spec.linears[owner].bias:
             raise MorphoQuantError(
                 f"{file}: {name} exists, but the config says that {owner} has no bias; calibrate again"
             )
     elif tensor == "weight":
         raise MorphoQuantError(f"{file}: {name} is a 16-bit weight of a quantized layer; {CALIBRATE_AGAIN}")
+    elif tensor in INPUT_TENSORS:
+        raise MorphoQuantError(
+            f"{file}: {name} exists, but the experts of a layer share one input, which the first one holds; "
+            f"{CALIBRATE_AGAIN}"
+        )
     else:
         raise MorphoQuantError(f"{file}: {name} is not a tensor of a quantized layer; {CALIBRATE_AGAIN}")
 
 
 def load_layer(directory: Path, files: Mapping[str, str], name: str, spec: QuantizationSpec) -> dict[str, Tensor]:
-    """The tensors of one quantized layer by their name below it, with `bias` if the layer has one.
+    """The tensors of one layer of `spec.layers` by their name below it, with `bias` if the layer has one.
 
     `files` is the result of `check_headers`.
     """
-    wanted = list(tensor_specs(spec.layers[name], len(spec.rows), spec.tensor_parallel)) + (
-        ["bias"] if spec.layers[name].bias else []
-    )
-    by_file: dict[str, list[str]] = {}
-    for tensor in wanted:
-        by_file.setdefault(files[stored_name(name, tensor)], []).append(tensor)
-    tensors = {}
-    for file_name, names in by_file.items():
-        with open_file(directory / file_name) as file:
-            for tensor in names:
-                tensors[tensor] = file.get_tensor(stored_name(name, tensor))
-    return tensors
+    wanted = [*spec.stored_tensors(name), *(["bias"] if spec.layers[name].bias else [])]
+    with _OpenFiles(directory, files) as opened:
+        return opened.tensors(name, wanted)
+
+
+def load_experts(
+    directory: Path, files: Mapping[str, str], name: str, spec: QuantizationSpec
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each linear of the list of experts `name`, and its tensors by their name below it.
+
+    Those of gate_proj and up_proj have the input's tensors, too, which the file holds once. One linear is in memory
+    at a time. `files` is the result of `check_headers`.
+    """
+    with _OpenFiles(directory, files) as opened:
+        shared = opened.tensors(input_holder(name), INPUT_TENSORS)
+        for layer, settings in spec.experts[name].layers(name).items():
+            stored = opened.tensors(layer, spec.stored_tensors(layer))
+            yield layer, stored if settings.parallel == "row" else shared | stored
+
+
+def load_input(directory: Path, files: Mapping[str, str], layer: str) -> dict[str, Tensor]:
+    """INPUT_TENSORS of a linear that stores them; `files` is the result of `check_headers`."""
+    with _OpenFiles(directory, files) as opened:
+        return opened.tensors(layer, INPUT_TENSORS)
+
+
+class _OpenFiles(ExitStack):
+    """The weight files of a checkpoint, each opened once: a header of many experts takes long to read."""
+
+    def __init__(self, directory: Path, files: Mapping[str, str]) -> None:
+        super().__init__()
+        self.directory, self.files = directory, files
+        self.handles: dict[str, Any] = {}
+
+    def tensors(self, layer: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of a layer by their name below it."""
+        return {name: self._handle(stored_name(layer, name)).get_tensor(stored_name(layer, name)) for name in names}
+
+    def _handle(self, tensor: str) -> Any:
+        file = self.files[tensor]
+        if file not in self.handles:
+            self.handles[file] = self.enter_context(open_file(self.directory / file))
+        return self.handles[file]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,10 @@ PARALLEL_KINDS = ("column", "row")
 # Bits of a weight code. The format has room for 8; a version that serves them will list them here.
 WEIGHT_BITS = (4,)
 # Settings that later versions of this package may fill without a new format version. Here they must be empty.
-RESERVED = ("experts", "kv_cache")
+RESERVED = ("kv_cache",)
+OPTIONAL_FIELDS = ("created_by", "experts")
+# Most experts of one layer. A damaged count must not exhaust the memory.
+MAX_EXPERTS = 4096
 # Names of layers and rows come from files and are shown in terminals and pages, so they are plain and short.
 _NAME = re.compile(r"[\w.\-]{1,200}", re.ASCII)
 
@@ -151,6 +155,75 @@ def check_tensor_parallel(name: str, in_features: int, group_size: int, size: in
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """Settings of the routed experts of one layer: their entry in quantization_config.experts.
+
+    Its name is that of the list of experts, e.g. "model.layers.0.mlp.experts". An expert is silu(gate_proj) * up_proj
+    and down_proj, without biases.
+    """
+
+    count: int
+    # K of gate_proj and up_proj, and N of down_proj.
+    in_features: int
+    # N of gate_proj and up_proj, and K of down_proj.
+    intermediate_features: int
+    group_size: int
+    scale_scheme: str = GROUP_SCHEME
+
+    def check(self, name: str, tensor_parallel: int = 1) -> None:
+        """Raise MorphoQuantError naming the experts if a rule of the format is broken."""
+        for setting in ("count", "in_features", "intermediate_features"):
+            if type(getattr(self, setting)) is not int:
+                raise MorphoQuantError(f"{name}: {setting} must be int, got {getattr(self, setting)!r}")
+        if not 1 <= self.count <= MAX_EXPERTS:
+            raise MorphoQuantError(f"{name}: count must be 1 to {MAX_EXPERTS} experts, got {self.count}")
+        for layer_name, layer in self.expert_layers(name, 0).items():
+            layer.check(layer_name, tensor_parallel)
+
+    def layers(self, name: str) -> dict[str, LayerSpec]:
+        """Settings of the linears of all experts of the list `name`, as of ordinary layers."""
+        return {
+            layer: settings
+            for index in range(self.count)
+            for layer, settings in self.expert_layers(name, index).items()
+        }
+
+    def expert_layers(self, name: str, index: int) -> dict[str, LayerSpec]:
+        """Settings of gate_proj, up_proj and down_proj of one expert of the list `name`."""
+        gate_up = LayerSpec(
+            in_features=self.in_features,
+            out_features=self.intermediate_features,
+            group_size=self.group_size,
+            parallel="column",
+            shared_input=experts_input(name),
+            scale_scheme=self.scale_scheme,
+        )
+        down = LayerSpec(
+            in_features=self.intermediate_features,
+            out_features=self.in_features,
+            group_size=self.group_size,
+            parallel="row",
+            shared_input=f"{name}.{index}.down_proj",
+            scale_scheme=self.scale_scheme,
+        )
+        return {
+            f"{name}.{index}.gate_proj": gate_up,
+            f"{name}.{index}.up_proj": gate_up,
+            f"{name}.{index}.down_proj": down,
+        }
+
+
+def experts_input(name: str) -> str:
+    """The name of the input that gate_proj and up_proj of all experts of the list `name` share."""
+    return f"{name}.gate_up_proj"
+
+
+def input_holder(experts: str) -> str:
+    """The one layer of a list of experts that stores the tensors of the input of gate_proj and up_proj."""
+    return f"{experts}.0.gate_proj"
+
+
+@dataclass(frozen=True)
 class QuantizationSpec:
     """The quantization_config of a checkpoint."""
 
@@ -165,10 +238,12 @@ class QuantizationSpec:
     created_by: str = ""
     # Content of the whole checkpoint; None in version 2, and before a checkpoint is written.
     integrity: Integrity | None = None
+    # Routed experts by the name of their list; the linears of these are not in `layers`.
+    experts: dict[str, ExpertsSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shared = (layer.shared_input for layer in self.layers.values() if type(layer.shared_input) is str)
-        for name in (*self.rows, *self.layers, *shared):
+        for name in (*self.rows, *self.layers, *self.experts, *shared):
             if type(name) is not str or not _NAME.fullmatch(name):
                 raise MorphoQuantError(
                     f"quantization_config: {name!r} is not a name of a row or layer; copy config.json again"
@@ -181,9 +256,10 @@ class QuantizationSpec:
             raise MorphoQuantError(
                 f"quantization_config: tensor_parallel must be 1 or more, got {self.tensor_parallel}"
             )
-        if not self.layers:
+        if not self.layers and not self.experts:
             raise MorphoQuantError("quantization_config: no quantized layer is listed under 'layers'")
         self._check_placeholders()
+        self._check_experts()
         for name, layer in self.layers.items():
             layer.check(name, self.tensor_parallel)
             if layer.fixed_row and layer.fixed_row not in self.rows[:-1]:
@@ -214,13 +290,41 @@ class QuantizationSpec:
                     )
                 row_of[token] = row
 
+    def _check_experts(self) -> None:
+        for name, experts in self.experts.items():
+            experts.check(name, self.tensor_parallel)
+            inside = [layer for layer in (*self.layers, *self.experts) if layer.startswith(f"{name}.")]
+            if name in self.layers or inside:
+                raise MorphoQuantError(
+                    f"quantization_config: {(inside or [name])[0]} is listed, and so is {name} under 'experts', which "
+                    "holds it; copy config.json again"
+                )
+
+    @cached_property
+    def linears(self) -> dict[str, LayerSpec]:
+        """All quantized linears: `layers`, and then those of every expert."""
+        of_experts = (experts.layers(name) for name, experts in self.experts.items())
+        return {**self.layers, **{name: layer for layers in of_experts for name, layer in layers.items()}}
+
+    def stored_tensors(self, name: str) -> dict[str, TensorSpec]:
+        """The tensors that the checkpoint stores below a linear, except the source layer's bias.
+
+        The input of gate_proj and up_proj of a list of experts is stored once, below `input_holder`.
+        """
+        layer = self.linears[name]
+        specs = tensor_specs(layer, len(self.rows), self.tensor_parallel)
+        if name in self.layers or layer.parallel == "row":
+            return specs
+        experts = layer.shared_input.rpartition(".")[0]
+        return specs if name == input_holder(experts) else {t: s for t, s in specs.items() if t not in INPUT_TENSORS}
+
     @property
     def any_row(self) -> int:
         """Index of the row that serves tokens of unknown modality."""
         return self.rows.index(ANY_ROW)
 
     def shared_inputs(self) -> dict[str, list[str]]:
-        """Layer names by the input that they share, in the order of the file."""
+        """Names in `layers` by the input that they share, in the order of the file."""
         groups: dict[str, list[str]] = {}
         for name, layer in self.layers.items():
             groups.setdefault(layer.shared_input, []).append(name)
@@ -244,6 +348,8 @@ class QuantizationSpec:
             "tensor_parallel": self.tensor_parallel,
             "placeholder_token_ids": {row: list(ids) for row, ids in self.placeholder_token_ids.items()},
             "layers": {name: _settings(layer) for name, layer in self.layers.items()},
+            # Left out if empty: a checkpoint without experts keeps its digest.
+            **({"experts": {name: asdict(experts) for name, experts in self.experts.items()}} if self.experts else {}),
         }
 
     @staticmethod
@@ -277,9 +383,10 @@ def _check_fields(config: Mapping[str, Any], version: int) -> None:
     needed = {"quant_method", "format_version", "rows", "tensor_parallel", "placeholder_token_ids", "layers"}
     if version == FORMAT_VERSION:
         needed.add("integrity")
-        unknown = config.keys() - needed - {"created_by", *RESERVED}
+        unknown = config.keys() - needed - {*OPTIONAL_FIELDS, *RESERVED}
     else:
-        # Loaders of version 2 ignored unknown fields.
+        # Loaders of version 2 ignored unknown fields. Settings that are not sealed yet have this version, and may have
+        # experts.
         unknown = config.keys() & {"integrity", *RESERVED}
     for name in sorted(needed - config.keys()):
         raise MorphoQuantError(f"quantization_config: {name} is missing; copy config.json again")
@@ -307,6 +414,7 @@ def _parse(config: Mapping[str, Any]) -> QuantizationSpec:
         },
         created_by=str(config.get("created_by", "")),
         integrity=None if integrity is None else Integrity.from_dict(integrity),
+        experts={name: ExpertsSpec(**experts) for name, experts in (config.get("experts") or {}).items()},
     )
 
 

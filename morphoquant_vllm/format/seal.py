@@ -23,7 +23,7 @@ def sealed(directory: Path, config: Mapping[str, Any], spec: QuantizationSpec) -
         spec,
         integrity=Integrity(
             files={name: file_digest(directory / name) for name in files},
-            carried=tuple(sorted(name for name in stored if owner_of(name, spec.layers) is None)),
+            carried=tuple(sorted(name for name in stored if owner_of(name, spec.linears) is None)),
             config=config_digests(config),
             settings=spec.settings_digest(),
         ),

@@ -12,6 +12,7 @@ from morphoquant_vllm.format.checkpoint import (
     CALIBRATE_AGAIN,
     CONFIG_FILE,
     check_headers,
+    load_experts,
     load_layer,
     owner_of,
     read_spec,
@@ -54,8 +55,11 @@ def verify_checkpoint(
     files = check_headers(directory, spec)
     for group, names in spec.shared_inputs().items():
         _check_group(directory, files, group, names, spec)
+    for experts in spec.experts:
+        for name, tensors in load_experts(directory, files, experts, spec):
+            _check_layer(name, tensors, spec)
     if checksums:
-        carried = {name for name in files if owner_of(name, spec.layers) is None}
+        carried = {name for name in files if owner_of(name, spec.linears) is None}
         for file_name in sorted(set(files.values())):
             _check_content(directory / file_name, carried, spec, on_bytes)
     return spec
@@ -68,9 +72,7 @@ def _check_group(
     first: dict[str, Tensor] = {}
     for name in names:
         tensors = load_layer(directory, files, name, spec)
-        check_values(name, tensors, spec.any_row, parallel=spec.layers[name].parallel, blocks=spec.tensor_parallel)
-        if "bias" in tensors:
-            check_bias(stored_name(name, "bias"), tensors["bias"])
+        _check_layer(name, tensors, spec)
         first = first or {tensor: tensors[tensor] for tensor in INPUT_TENSORS}
         unequal = unequal_input_tensors(first, tensors)
         if unequal:
@@ -78,6 +80,12 @@ def _check_group(
                 f"{stored_name(name, unequal[0])}: differs from that of {names[0]}, but the shards of {group} "
                 "share one input; calibrate again"
             )
+
+
+def _check_layer(name: str, tensors: Mapping[str, Tensor], spec: QuantizationSpec) -> None:
+    check_values(name, tensors, spec.any_row, parallel=spec.linears[name].parallel, blocks=spec.tensor_parallel)
+    if "bias" in tensors:
+        check_bias(stored_name(name, "bias"), tensors["bias"])
 
 
 def _check_content(

@@ -8,6 +8,7 @@ Notation
     N  output channels (out_features)
     G  group size: input channels that share one weight scale
     R  modality rows (text, image, video, audio, any, ...)
+    E  experts of a layer
 
     limits       group sizes and levels that a layer may have (imports nothing)
     statistics   statistics that calibration collects per input channel
@@ -15,6 +16,7 @@ Notation
     activation   the form that integer hardware serves: step, centre, gain, mask -> codes (escape mode)
     weights      absorption of steps into weights, channel order, int4 rounding, packing, absorbed bias
     linear       the integer linear layer: codes x int4 -> output
+    experts      a mixture of experts: routed tokens through the integer linears of their experts
     norm         RMSNorm, for ops that compute it before the layer
     exact        exact mode: values that escape the grid are not rounded
     head         the 8-bit lm_head

@@ -20,6 +20,9 @@ from torch import Tensor
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, token_rows
 from morphoquant_vllm.numerics.weights import dequantize_weight, times_group, unpack
 
+# Relative error of one float32 operation, as the bounds of other backends count it.
+FLOAT32_ROUNDING = 2.0**-23
+
 
 class WeightRecord(NamedTuple):
     """One layer's weights in the canonical layout; K follows the permuted channel order."""
@@ -90,14 +93,22 @@ def group_sums(codes: Tensor, weight: WeightRecord) -> Tensor:
 def output_bound(codes: Tensor, rows: Tensor, weight: WeightRecord, gain: Tensor, reference: Tensor) -> Tensor:
     """Largest difference of another backend's output from `reference` [M, N] (in its dtype), float64 [M, N].
 
-    One unit in the last place of the output dtype, plus (K/G + 4) * 2^-23 * (gain * sum_g |scale_g * acc_g| +
-    |absorbed_bias|): K/G + 4 float32 roundings.
+    One unit in the last place of the output dtype, plus K/G + 4 float32 roundings of `output_magnitude`.
     """
+    magnitude = output_magnitude(codes, rows, weight, gain)
+    return last_place(reference) + (weight.scale.shape[1] + 4) * FLOAT32_ROUNDING * magnitude
+
+
+def output_magnitude(codes: Tensor, rows: Tensor, weight: WeightRecord, gain: Tensor) -> Tensor:
+    """gain * sum_g |scale_g * acc_g| + |absorbed_bias|, float64 [M, N]: the size of what float32 sums round."""
     rows = rows.long()
     sums = group_sums(codes, weight).double().abs()
     magnitude = torch.einsum("mng,ng->mn", sums, weight.group_scales().abs())
-    magnitude = magnitude * gain.double()[rows, None] + weight.absorbed_bias.double()[rows].abs()
-    info = torch.finfo(reference.dtype)
-    exponent = torch.floor(torch.log2(reference.double().abs().clamp(min=info.tiny)))
-    ulp = info.eps * torch.exp2(exponent)
-    return ulp + (weight.scale.shape[1] + 4) * 2.0**-23 * magnitude
+    return magnitude * gain.double()[rows, None] + weight.absorbed_bias.double()[rows].abs()
+
+
+def last_place(values: Tensor) -> Tensor:
+    """One unit in the last place of each value in its dtype, float64."""
+    info = torch.finfo(values.dtype)
+    exponent = torch.floor(torch.log2(values.double().abs().clamp(min=info.tiny)))
+    return info.eps * torch.exp2(exponent)

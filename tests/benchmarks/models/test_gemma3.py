@@ -21,9 +21,7 @@ def test_without_its_package_one_line_says_what_to_install(tmp_path: Path) -> No
 
 
 @pytest.mark.full
-@pytest.mark.skipif(
-    not HAS_PACKAGE, reason="the package is not installed: its terms are the user's to accept"
-)
+@pytest.mark.skipif(not HAS_PACKAGE, reason="the package is not installed: its terms are the user's to accept")
 def test_the_model_writes_sense_after_its_first_token(tmp_path: Path) -> None:
     directory = gemma3.write_model(tmp_path / "gemma")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gemma"]
