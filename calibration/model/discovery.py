@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from calibration.model.architectures import Architecture, SharedInput, known_architecture, refuse_experts
 from calibration.model.fp8 import without_quantization
 from calibration.model.loading import empty_model
+from calibration.model.refusals import SCORES_TEXT
 from calibration.model.source import Source, TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -36,11 +37,13 @@ _MEDIA = ("image", "video", "audio")
 def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
     """The verified architecture of the source model, or the one that `discover` finds in it.
 
+    A verified architecture is that of a model that writes text, so models that score one are discovered.
     Raises MorphoQuantError for a mixture of experts, and as `discover`.
     """
     refuse_experts(source.config)
     known = known_architecture(source.config)
-    return known if known is not None and not recipe.decoder else discover(source, recipe)
+    scores = any(str(name).endswith(SCORES_TEXT) for name in source.config.get("architectures") or ())
+    return known if known is not None and not recipe.decoder and not scores else discover(source, recipe)
 
 
 def discover(source: Source, recipe: Recipe) -> Architecture:
@@ -107,6 +110,10 @@ def _class_name(config: Mapping[str, Any]) -> str:
     """The class of transformers that config.json names."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    if not isinstance(getattr(transformers, name, None), type):
+        # A reward model's head may be remote code, which calibration does not need: it copies the head's tensors.
+        base = next((name.removesuffix(ending) for ending in SCORES_TEXT if name.endswith(ending)), None)
+        name = name if base is None else f"{base}Model"
     if isinstance(getattr(transformers, name, None), type):
         return name
     if "auto_map" in config:
