@@ -21,6 +21,7 @@ from transformers import (
     Qwen2_5OmniForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -184,3 +185,13 @@ def build_tiny_qwen3(directory: Path, seed: int = 0) -> Path:
     ids = write_tokenizer(directory, "text")
     config = Qwen3Config(**{**DECODER, "head_dim": 32, "eos_token_id": ids["im_end"]})
     return write_model(directory, Qwen3ForCausalLM, config, seed, ids)
+
+
+def build_tiny_reward_model(directory: Path, seed: int = 0) -> Path:
+    """Write a Qwen2 whose head gives a text one score into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "text")
+    tokens = {"eos_token_id": ids["im_end"], "bos_token_id": None, "pad_token_id": ids["end"]}
+    return write_model(
+        directory, Qwen2ForSequenceClassification, Qwen2Config(**{**DECODER, **tokens, "num_labels": 1}), seed, ids
+    )

@@ -22,6 +22,7 @@ from calibration.model.experts import SIXTEEN_BIT, counts_experts
 from calibration.model.fp8 import without_quantization
 from calibration.model.loading import empty_model
 from calibration.model.plan import matches
+from calibration.model.refusals import SCORES_TEXT
 from calibration.model.source import Source, TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -40,12 +41,14 @@ _GATES = ("gate", "router", "shared_expert_gate")
 def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
     """The verified architecture of the source model, or the one that `discover` finds in it.
 
+    A verified architecture is that of a model that writes text, so models that score one are discovered.
     Raises MorphoQuantError as `discover`.
     """
     known = known_architecture(source.config)
     # A listed dense type whose config counts experts is another model than the listed one.
     listed = known is not None and (bool(known.experts) or not counts_experts(source.config))
-    return known if known is not None and listed and not recipe.decoder else discover(source, recipe)
+    scores = any(str(name).endswith(SCORES_TEXT) for name in source.config.get("architectures") or ())
+    return known if known is not None and listed and not recipe.decoder and not scores else discover(source, recipe)
 
 
 def discover(source: Source, recipe: Recipe) -> Architecture:
@@ -127,6 +130,10 @@ def _class_name(config: Mapping[str, Any]) -> str:
     """The class of transformers that config.json names."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    if not isinstance(getattr(transformers, name, None), type):
+        # A reward model's head may be remote code, which calibration does not need: it copies the head's tensors.
+        base = next((name.removesuffix(ending) for ending in SCORES_TEXT if name.endswith(ending)), None)
+        name = name if base is None else f"{base}Model"
     if isinstance(getattr(transformers, name, None), type):
         return name
     if "auto_map" in config:

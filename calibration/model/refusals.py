@@ -10,12 +10,13 @@ from typing import Any
 from calibration.model.architectures import Architecture
 from morphoquant_vllm.errors import MorphoQuantError
 
-# Endings of the classes that write text. Others have a head that scores or classifies, or none.
+# Endings of the classes that are calibrated: those that write text, and those that score one. Others have no head.
 _WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel", "LMHeadModel")
+SCORES_TEXT = ("ForSequenceClassification", "ForRewardModel", "ForProcessRewardModel")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a config.json with an infinite number, an empty quantization_config, or a head that writes no text."""
+    """Refuse a config.json with an infinite number, an empty quantization_config, or a head of another kind."""
     for path, value in _values(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise MorphoQuantError(
@@ -27,10 +28,10 @@ def check_config(config: Mapping[str, Any]) -> None:
             )
     classes = config.get("architectures")
     for name in classes if isinstance(classes, list) else ():
-        if isinstance(name, str) and not name.endswith(_WRITES_TEXT):
+        if isinstance(name, str) and not name.endswith((*_WRITES_TEXT, *SCORES_TEXT)):
             raise MorphoQuantError(
-                f"config.json: {name} is not supported: it has a reward or classification head, or none; only models "
-                "that write text are calibrated"
+                f"config.json: {name} is not supported: it has another head, or none; only models that write text or "
+                f"score one (...{', ...'.join(SCORES_TEXT)}) are calibrated"
             )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from morphoquant_vllm import backends, environment
@@ -18,13 +19,23 @@ from morphoquant_vllm.plugin.silu_mul_pass import SiluMulFusion
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# vLLM shows the messages of loggers below "vllm".
+logger = init_logger(f"vllm.{__name__}")
+
 
 def install(config: VllmConfig, backend: str) -> None:
     """Let vLLM's compiler run the passes for layers of `backend` if it has fused kernels and the environment asks.
 
     Off by default, since vLLM's compiled graph with them has not run on a GPU. A pass that the user named stays.
+    With LoRA they are switched off.
     """
-    if backends.BACKENDS[backend].silu_mul_linear is not None and environment.fusion():
+    if backends.BACKENDS[backend].silu_mul_linear is None or not environment.fusion():
+        return
+    if config.lora_config is not None:
+        logger.warning_once(
+            "MorphoQuant: MORPHOQUANT_FUSION is off: adapters (LoRA) read inputs that fused kernels do not write"
+        )
+    else:
         config.compilation_config.inductor_compile_config.setdefault(current_platform.pass_key, Fusions())
 
 

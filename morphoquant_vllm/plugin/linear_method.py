@@ -62,6 +62,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.weight_size = self.activation_size = 0
         self.backend = ""
         self.activation_dtype = torch.get_default_dtype()
+        self.takes_adapters = False
 
     def create_weights(
         self,
@@ -75,8 +76,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     ) -> None:
         self._check_shapes(layer, input_size)
         self.activation_dtype = params_dtype
+        config = get_current_vllm_config()
+        self.takes_adapters = config.lora_config is not None
         # vLLM copies the compiler's settings when a model has all its layers, before weights are loaded.
-        fusion.install(get_current_vllm_config(), backends.select_backend(torch.get_default_device()))
+        fusion.install(config, backends.select_backend(torch.get_default_device()))
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
         parameters = make_parameters(
@@ -147,6 +150,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
             for index, buffer in enumerate(record):
                 layer.register_buffer(f"{kind}_record_{index}", buffer, persistent=False)
+        if self.takes_adapters:
+            # vLLM's layers for LoRA ask a linear's weight for its device. It is no parameter, and has no elements.
+            layer.weight = torch.empty(0, device=device)
         if not self.layer_spec.fixed_row:
             layer.register_buffer("modality", self.bus.rows(device), persistent=False)
         if device.type == "cpu":

@@ -56,6 +56,21 @@ def tiny(directory: Path, model_type: str, **changes: Any) -> Source:
     return source_of(directory, model_class, {**settings, **changes})
 
 
+@pytest.mark.parametrize(
+    ("named", "built"),
+    [
+        ("Qwen2ForSequenceClassification", "Qwen2ForSequenceClassification"),
+        ("Qwen2ForProcessRewardModel", "Qwen2Model"),
+        ("Qwen2ForRewardModel", "Qwen2Model"),
+    ],
+)
+def test_a_reward_model_is_discovered_even_if_its_head_is_remote_code(tmp_path: Path, named: str, built: str) -> None:
+    made = source_of(tmp_path, "Qwen2ForSequenceClassification", {})
+    source = Source(made.directory, {**made.config, "architectures": [named], "auto_map": {}}, made.tensors)
+    found = choose_architecture(source, Recipe())
+    assert (found.model_class, found.verified, found.block_prefixes) == (built, False, ("model.layers",))
+
+
 @pytest.mark.parametrize("model_type", list(STRUCTURES))
 def test_linears_are_grouped_by_what_they_read_and_where_they_lie(tmp_path: Path, model_type: str) -> None:
     found = discover(tiny(tmp_path, model_type), Recipe())

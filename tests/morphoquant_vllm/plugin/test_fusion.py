@@ -1,5 +1,6 @@
 """How the graph passes get into vLLM's compiler."""
 
+import logging
 import pickle
 from copy import deepcopy
 
@@ -32,3 +33,19 @@ def test_vllm_s_compiler_takes_the_passes_where_asked_and_keeps_the_user_s(monke
     config = VllmConfig(compilation_config=named)
     fusion.install(config, "triton")
     assert config.compilation_config.inductor_compile_config[current_platform.pass_key] is users
+
+
+def test_the_passes_are_off_for_adapters_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.config import VllmConfig
+    from vllm.config.lora import LoRAConfig
+    from vllm.platforms import current_platform
+
+    monkeypatch.setenv("MORPHOQUANT_FUSION", "1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    config = VllmConfig()
+    config.lora_config = LoRAConfig()
+    fusion.install(config, "triton")
+    assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
+    assert [line for line in caplog.messages if "MORPHOQUANT_FUSION is off: adapters (LoRA)" in line]

@@ -83,6 +83,22 @@ class TestFusedLayer:
         assert torch.equal(nested[0], y)
         assert not list(layer.named_parameters()), "the canonical parameters are gone, no second copy stays"
 
+    def test_only_for_adapters_a_layer_has_a_weight_that_tells_its_device(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from vllm.config import get_current_vllm_config
+        from vllm.lora.layers.utils import _get_lora_device
+
+        spec = specification()
+        plain = load(merged_layer(spec), stored(spec, 2))
+        monkeypatch.setattr(get_current_vllm_config(), "lora_config", SimpleNamespace())
+        adapted = load(merged_layer(spec), stored(spec, 2))
+        assert not hasattr(plain, "weight")
+        assert _get_lora_device(adapted) == adapted.weight.device == torch.device("cpu")
+        assert adapted.state_dict().keys() == plain.state_dict().keys()
+        x = torch.randn(5, K, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(adapted(x)[0], plain(x)[0])
+
     def test_each_token_takes_the_row_that_the_buffer_names(self) -> None:
         spec = specification()
         shards = stored(spec, 2)
