@@ -12,6 +12,24 @@ from tests.tiny_models import DECODER, write_model
 # Every token id that a config names must exist, and head_dim is 32, the smallest that vLLM's CPU attention takes.
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {"head_dim": 32, "sliding_window": 32}),
+    # Stretched positions, and queries that are scaled more from every 16th token on.
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 256.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
     # One block of three has full attention, as published: local and global positions both occur.
     "gemma3_text": (
         "Gemma3ForCausalLM",

@@ -191,6 +191,7 @@ ARCHITECTURES = (
     ),
     Architecture("gemma3_text", "Gemma3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
+    Architecture("ministral3", "Ministral3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("mistral", "MistralForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen2", "Qwen2ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen3", "Qwen3ForCausalLM", "model.layers", ("model.layers",)),
