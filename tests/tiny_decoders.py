@@ -1,19 +1,35 @@
 """Tiny random decoders of many architectures, in the published layout: those that calibration lists, and others."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from benchmarks.models.tiny_omni.config import mrope
-from benchmarks.models.tiny_omni.processor import ProcessorSettings, write_processor, write_tokenizer
+from benchmarks.models.tiny_omni.processor import write_tokenizer
 from tests.tiny_models import DECODER, write_model
 
 # By model_type: transformers' class, and settings of its config that differ from those of DECODER.
 # Every token id that a config names must exist, and head_dim is 32, the smallest that vLLM's CPU attention takes.
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {"head_dim": 32, "sliding_window": 32}),
+    # Stretched positions, and queries that are scaled more from every 16th token on.
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 256.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
     # One block of three has full attention, as published: local and global positions both occur.
     "gemma3_text": (
         "Gemma3ForCausalLM",
@@ -75,68 +91,3 @@ def build_tiny_decoder(model_type: str, directory: Path, seed: int = 0, **change
     tokens = {"bos_token_id": None, "eos_token_id": ids["im_end"], "pad_token_id": ids["end"]}
     config = model_class.config_class(**{**DECODER, **tokens, **settings, **changes})
     return write_model(directory, model_class, config, seed, ids)
-
-
-# Features of both vision blocks are added to the hidden states after the first two decoder blocks.
-QWEN3_VISION = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_heads": 2,
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "out_hidden_size": 128,
-    "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0, 1],
-}
-
-
-def write_qwen3_vl_processor(directory: Path) -> dict[str, int]:
-    """Write the processor of a Qwen3-VL; return `token_ids`."""
-    ids = write_processor(directory, "vl", ProcessorSettings(16, 4 * 32 * 32, 64 * 32 * 32))
-    sizes = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 32 * 32}
-    for file, changes in {
-        "tokenizer_config.json": {},
-        "preprocessor_config.json": {"size": sizes},
-        "video_preprocessor_config.json": {
-            "video_processor_type": "Qwen3VLVideoProcessor",
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "size": sizes,
-        },
-    }.items():
-        path = directory / file
-        content = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**content, **changes, "processor_class": "Qwen3VLProcessor"}))
-    return ids
-
-
-def qwen3_vl_settings(ids: dict[str, int], **text: Any) -> dict[str, Any]:
-    """The settings of a Qwen3-VL's config; `text` are further ones of its text_config."""
-    return {
-        "text_config": {
-            **DECODER,
-            "num_hidden_layers": 3,
-            "head_dim": 32,
-            "rope_parameters": {**mrope(32), "mrope_interleaved": True},
-            "bos_token_id": None,
-            "eos_token_id": ids["im_end"],
-            **text,
-        },
-        "vision_config": QWEN3_VISION,
-        "image_token_id": ids["image"],
-        "video_token_id": ids["video"],
-        "vision_start_token_id": ids["vision_bos"],
-        "vision_end_token_id": ids["vision_eos"],
-        "tie_word_embeddings": False,
-    }
-
-
-def build_tiny_qwen3_vl(directory: Path, seed: int = 0) -> Path:
-    """Write a Qwen3-VL, whose vision features also reach later blocks (deepstack), into `directory`; return it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    ids = write_qwen3_vl_processor(directory)
-    config = transformers.Qwen3VLConfig(**qwen3_vl_settings(ids))
-    return write_model(directory, transformers.Qwen3VLForConditionalGeneration, config, seed, ids)

@@ -10,7 +10,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.models.tiny_omni.config import mrope
 from benchmarks.models.tiny_omni.processor import ProcessorSettings, write_processor, write_tokenizer
-from tests.tiny_decoders import QWEN3_VISION, qwen3_vl_settings, write_qwen3_vl_processor
+from tests.tiny_media_models import QWEN3_VISION, qwen3_vl_settings, write_qwen3_vl_processor
 from tests.tiny_models import DECODER, write_model
 
 # Down's K keeps whole groups of 32 on two ranks.

@@ -70,6 +70,9 @@ def _random_tensor(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
     parent = name.rsplit(".", 2)[-2]
     if name.endswith(".bias"):
         return noise * (0.5 if parent in ("q_proj", "k_proj", "v_proj") else 0.1)
+    if name.endswith(".A_log"):
+        # The states of linear attention last for tens to thousands of tokens.
+        return 1.5 * noise - 6
     if like.ndim < 2:
         weight = 1 + 0.1 * noise
         if parent in ("input_layernorm", "post_attention_layernorm"):

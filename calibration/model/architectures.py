@@ -41,6 +41,13 @@ _DECODER_BLOCK = (
     SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
     SharedInput("mlp.down_proj", ("mlp.down_proj",), "row"),
 )
+# Blocks have full or linear attention. The linears in_proj_b and in_proj_a read the same input; their few outputs
+# stay in 16 bit, as vLLM's in_proj_ba, since they set the decay of a state that every later token reads.
+_GATED_DELTA_NET_BLOCK = (
+    SharedInput("linear_attn.in_proj_qkvz", ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), "column", True),
+    SharedInput("linear_attn.out_proj", ("linear_attn.out_proj",), "row", True),
+    *(replace(shared, optional=shared.name.startswith("self_attn.")) for shared in _DECODER_BLOCK),
+)
 _TOWER_BLOCK = (
     SharedInput("attn.proj", ("attn.proj",), "row"),
     SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
@@ -203,8 +210,27 @@ ARCHITECTURES = (
         shared_inputs=_EXPERTS_BLOCK,
         experts=_EXPERTS,
     ),
+    Architecture(
+        model_type="qwen3_5",
+        model_class="Qwen3_5ForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("model.language_model.layers",),
+        text_config=("text_config",),
+        media=("image", "video"),
+        towers=("model.visual",),
+        tower_prefixes=("model.visual.",),
+        shared_inputs=_GATED_DELTA_NET_BLOCK,
+    ),
+    Architecture(
+        "qwen3_5_text",
+        "Qwen3_5ForCausalLM",
+        "model.layers",
+        ("model.layers", "model.language_model.layers"),
+        shared_inputs=_GATED_DELTA_NET_BLOCK,
+    ),
     Architecture("gemma3_text", "Gemma3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
+    Architecture("ministral3", "Ministral3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("mistral", "MistralForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen2", "Qwen2ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("qwen3", "Qwen3ForCausalLM", "model.layers", ("model.layers",)),

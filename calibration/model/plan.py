@@ -133,9 +133,10 @@ def plan(
     )
     if not divides_heads(size, decoder_config):
         heads, kv_heads = _head_counts(decoder_config)
+        linear = "".join(f" and {count} {kind}" for kind, count in _linear_heads(decoder_config).items())
         raise MorphoQuantError(
-            f"tensor_parallel = {size}: {heads} attention heads and {kv_heads} key-value heads cannot be divided "
-            f"among {size} ranks; leave it at auto"
+            f"tensor_parallel = {size}: {heads} attention heads and {kv_heads} key-value heads{linear} cannot be "
+            f"divided among {size} ranks; leave it at auto"
         )
     return spec
 
@@ -220,9 +221,24 @@ def largest_tensor_parallel(
 
 
 def divides_heads(size: int, decoder_config: Mapping[str, Any]) -> bool:
-    """Whether `size` ranks get whole attention heads; key-value heads may be copied if there are fewer than ranks."""
+    """Whether `size` ranks get whole attention heads; key-value heads may be copied if there are fewer than ranks.
+
+    The heads of linear attention are never copied.
+    """
     heads, kv_heads = _head_counts(decoder_config)
-    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+    linear = _linear_heads(decoder_config).values()
+    return (
+        heads % size == 0
+        and (kv_heads % size == 0 or size % kv_heads == 0)
+        and not any(count % size for count in linear)
+    )
+
+
+def _linear_heads(decoder_config: Mapping[str, Any]) -> dict[str, int]:
+    """Heads of linear attention by their kind in words; empty for a decoder without it."""
+    kinds = {"key heads of linear attention": "key", "value heads of linear attention": "value"}
+    counts = {kind: decoder_config.get(f"linear_num_{name}_heads") for kind, name in kinds.items()}
+    return {kind: count for kind, count in counts.items() if isinstance(count, int)}
 
 
 def _head_counts(decoder_config: Mapping[str, Any]) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def _values(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_weight_names(architecture: Architecture, tensors: Iterable[str]) -> None:
     """Refuse weights whose decoder blocks have another prefix than the published ones, and name both."""
-    linear = architecture.shared_inputs[0].shards[0]
+    linear = next(shared for shared in architecture.shared_inputs if not shared.optional).shards[0]
     first = re.compile(rf"(?:(.*)\.)?0\.{re.escape(linear)}(?:\.base_layer)?\.weight")
     found = [match[1] or "" for name in tensors if (match := first.fullmatch(name))]
     # Towers have blocks, too; their names are those of a decoder only if no decoder is there.

@@ -157,5 +157,22 @@ def write_checkpoint(
     write_distributions(directory, distributions)
     write_json(directory / REPORT_FILE, report)
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
-    settings = sealed(directory, source.config, spec)
-    write_json(directory / CONFIG_FILE, {**source.config, "quantization_config": settings.to_dict()})
+    config = with_query_scale(source.config)
+    settings = sealed(directory, config, spec)
+    write_json(directory / CONFIG_FILE, {**config, "quantization_config": settings.to_dict()})
+
+
+def with_query_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the scale of late queries also where vLLM looks for it, as `llama_4_scaling`.
+
+    transformers keeps it in Ministral 3's rope parameters. vLLM reads them, and would not scale queries after
+    original_max_position_embeddings tokens.
+    """
+    text = config.get("text_config")
+    found = {**config, "text_config": with_query_scale(text)} if isinstance(text, Mapping) else dict(config)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping) and "llama_4_scaling_beta" in rope:
+        scale = {"beta": rope["llama_4_scaling_beta"]}
+        scale["original_max_position_embeddings"] = rope.get("original_max_position_embeddings")
+        found.setdefault("llama_4_scaling", scale)
+    return found

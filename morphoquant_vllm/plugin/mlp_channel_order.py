@@ -18,8 +18,8 @@ GATE_UP, DOWN = ".mlp.gate_up_proj", ".mlp.down_proj"
 # have separate entries: vLLM passes them their section of config.json.
 MODEL_TYPES = frozenset(
     (
-        *("llama", "mistral", "phi3", "qwen2", "qwen3", "qwen2_5_vl", "qwen2_5_vl_text"),
-        *("qwen3_vl", "qwen3_vl_text"),
+        *("llama", "mistral", "ministral3", "phi3", "qwen2", "qwen3", "qwen2_5_vl", "qwen2_5_vl_text"),
+        *("qwen3_vl", "qwen3_vl_text", "qwen3_5", "qwen3_5_text"),
         *("qwen2_5_omni", "qwen2_5_omni_thinker", "qwen2_5_omni_text"),
     )
 )

@@ -81,8 +81,10 @@ class LoadLog:
 
         def load(param: BasevLLMParameter, loaded_weight: Tensor, *shard: Any, **named_shard: Any) -> None:
             shard_id = tuple(value for value in (*shard, *named_shard.values()) if value is not None)
-            if fused and not shard_id and isinstance(param, SharedInputParameter):
-                # Fused in the file already (attn.qkv of Qwen2.5-VL): vLLM would cut it along an output dimension.
+            several = not shard_id or isinstance(shard_id[0], tuple)
+            if fused and several and isinstance(param, SharedInputParameter):
+                # Several shards in one of the file's tensors: attn.qkv of Qwen2.5-VL, or Qwen3.5's in_proj_qkv, whose
+                # shard id is a tuple. vLLM would cut the tensor along an output dimension.
                 param.load_column_parallel_weight(loaded_weight)
             else:
                 loader(param, loaded_weight, *shard, **named_shard)

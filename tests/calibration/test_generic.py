@@ -22,7 +22,8 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import DEFAULT_ROWS, QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.tiny_conversations import write_calibration_data
-from tests.tiny_decoders import build_tiny_decoder, build_tiny_qwen3_vl
+from tests.tiny_decoders import build_tiny_decoder
+from tests.tiny_media_models import build_tiny_qwen3_vl
 
 RECIPE = Recipe(device="cpu", rounding="nearest", regression=False)
 

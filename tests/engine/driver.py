@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tests.engine.linear_attention import linear_attention
+
 
 def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """Turn the JSON form of a prompt into vLLM's: media are named by file."""
@@ -159,7 +161,8 @@ def main(run: Callable[[dict[str, Any]], None] = run) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(job)
+        with linear_attention(job.get("linear_attention")):
+            run(job)
 
 
 if __name__ == "__main__":

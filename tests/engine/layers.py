@@ -11,7 +11,11 @@ from morphoquant_vllm.numerics.linear import matmul, output_bound
 from tests.records import activation_of, weight_of
 from tests.reference_model import Checkpoint
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+}
 
 
 def captured_layers(result: dict[str, Any]) -> list[str]:

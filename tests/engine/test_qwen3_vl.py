@@ -24,7 +24,7 @@ from tests.engine.rows import (
 )
 from tests.reference_model import Checkpoint, swap_linears
 from tests.tiny_conversations import image_bytes, write_calibration_data
-from tests.tiny_decoders import build_tiny_qwen3_vl
+from tests.tiny_media_models import build_tiny_qwen3_vl
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 

@@ -222,3 +222,28 @@ def test_experts_of_another_kind_are_refused_or_ignored() -> None:
     with pytest.raises(MorphoQuantError, match=r"layers.1.mlp.experts: experts of this kind are not served in 4 bit"):
         make_plan(with_experts(), config)
     assert make_plan(with_experts(), config, ignore=("*.experts.*",)).experts == {}
+
+
+def test_blocks_of_qwen3_5_have_full_or_linear_attention() -> None:
+    prefix = "model.language_model.layers"
+    tensors = headers(prefix=prefix)
+    for shard in "qkvo":
+        del tensors[f"{prefix}.0.self_attn.{shard}_proj.weight"]
+    linear = {"in_proj_qkv": (512, 256), "in_proj_z": (256, 256), "in_proj_b": (4, 256), "out_proj": (256, 256)}
+    for name, shape in linear.items():
+        tensors[f"{prefix}.0.linear_attn.{name}.weight"] = TensorInfo(Path("f"), "BF16", shape)
+    config = {"model_type": "qwen3_5", "image_token_id": 5, "video_token_id": 6}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    spec = make_plan(tensors, {**config, "text_config": {**CONFIG, **heads}})
+    assert sorted(name.removeprefix(f"{prefix}.0.") for name in spec.layers if name.startswith(f"{prefix}.0.")) == [
+        *(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj")),
+        *(f"mlp.{name}_proj" for name in ("down", "gate", "up")),
+    ]
+    assert len(spec.layers) == 6 + 7
+    layer = spec.layers[f"{prefix}.0.linear_attn.in_proj_z"]
+    assert (layer.parallel, layer.shared_input) == ("column", f"{prefix}.0.linear_attn.in_proj_qkvz")
+    assert spec.layers[f"{prefix}.0.linear_attn.out_proj"].parallel == "row"
+    # Two key heads of linear attention, although four ranks could share the others.
+    assert spec.tensor_parallel == 2
+    with pytest.raises(MorphoQuantError, match=r"2 key heads of linear attention and 4 value heads .* among 4 ranks"):
+        make_plan(tensors, {**config, "text_config": {**CONFIG, **heads}}, tensor_parallel=4)

@@ -15,6 +15,7 @@ from calibration.output.export import (
     output_tensors,
     quantized_size,
     split_shards,
+    with_query_scale,
     write_checkpoint,
 )
 from morphoquant_vllm.format.checkpoint import read_headers, read_spec
@@ -176,3 +177,13 @@ def test_splitting() -> None:
 
     shards = split_shards([Sized(size) for size in (5, 5, 1, 20, 1)], 10)  # type: ignore[misc]
     assert [[tensor.nbytes for tensor in shard] for shard in shards] == [[5, 5], [1], [20], [1]]
+
+
+def test_vllm_finds_the_scale_of_late_queries_of_either_layout() -> None:
+    rope = {"rope_type": "yarn", "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1}
+    scale = {"beta": 0.1, "original_max_position_embeddings": 16384}
+    assert with_query_scale({"rope_parameters": rope}) == {"rope_parameters": rope, "llama_4_scaling": scale}
+    nested = with_query_scale({"text_config": {"rope_parameters": rope}})
+    assert nested["text_config"]["llama_4_scaling"] == scale and "llama_4_scaling" not in nested
+    for plain in ({"rope_parameters": {"rope_type": "default"}}, {"rope_parameters": None}, {"llama_4_scaling": {}}):
+        assert with_query_scale(plain) == plain

@@ -1,5 +1,6 @@
 """Loading into vLLM's own linear layers, one process: checks, refusals and outputs."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -98,6 +99,37 @@ class TestFusedLayer:
         assert adapted.state_dict().keys() == plain.state_dict().keys()
         x = torch.randn(5, K, generator=torch.Generator().manual_seed(1))
         assert torch.equal(adapted(x)[0], plain(x)[0])
+
+    def test_a_tensor_of_several_shards_is_loaded_under_a_tuple_of_ids(self) -> None:
+        """Qwen3.5's in_proj_qkv is three shards of vLLM's in_proj_qkvz, and in_proj_z the fourth."""
+        from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+        names = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
+        sizes = (2 * N, N)
+        fused = "linear_attn.in_proj_qkvz"
+        spec = QuantizationSpec(
+            layers={name: LayerSpec(K, n, G, "column", fused) for name, n in zip(names, sizes, strict=True)}
+        )
+        matrices = [torch.randn(n, K, generator=torch.Generator().manual_seed(n)) for n in sizes]
+        shards = random_group(matrices, spec.layers[names[0]], spec, torch.tensor(3))
+        config = MorphoQuantConfig(spec)
+        config.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+
+        def built(parts: Iterable[tuple[dict[str, Tensor], tuple[int, ...] | int]]) -> torch.nn.Module:
+            sizes = [N // 2, N // 2, N, N]
+            layer = MergedColumnParallelLinear(K, sizes, bias=False, quant_config=config, prefix=fused)
+            for tensors, shard_id in parts:
+                for name, tensor in tensors.items():
+                    parameter = getattr(layer, name)
+                    parameter.weight_loader(parameter, tensor, shard_id)
+            layer.quant_method.process_weights_after_loading(layer)
+            return layer
+
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(1))
+        layer = built(zip(shards, ((0, 1, 2), 3), strict=True))
+        assert torch.equal(layer(x)[0], reference(shards, x, spec.any_row))
+        with pytest.raises(MorphoQuantError, match="1 of 2 shards were loaded"):
+            built([(shards[0], (0, 1, 2))])
 
     def test_each_token_takes_the_row_that_the_buffer_names(self) -> None:
         spec = specification()
