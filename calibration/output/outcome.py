@@ -41,4 +41,5 @@ def outcome_lines(report: Mapping[str, Any], output: Path) -> list[str]:
         named = ", ".join(f"{name} ({factor:.1f}x)" for name, factor in list(found.items())[:NAMED])
         lines.append(f"output errors far above those of their kind, in {len(found)} layers: {named}")
     place = shlex.quote(shown)
-    return [*lines, f"next: morphoquant doctor --model {place} && vllm serve {place}"]
+    # vLLM on a CPU takes nearly all memory unless it is told; on a GPU it does not read the variable.
+    return [*lines, f"next: morphoquant doctor --model {place} && VLLM_CPU_KVCACHE_SPACE=4 vllm serve {place}"]

@@ -20,4 +20,4 @@ def test_the_last_line_serves_the_checkpoint() -> None:
     first, second, last = outcome_lines(report, Path("my model"))
     assert first == "my model: 3 layers quantized, escape rate 4.00%"
     assert "in 1 layers: c.down (5.0x)" in second
-    assert last == "next: morphoquant doctor --model 'my model' && vllm serve 'my model'"
+    assert last == "next: morphoquant doctor --model 'my model' && VLLM_CPU_KVCACHE_SPACE=4 vllm serve 'my model'"
