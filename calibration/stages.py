@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
-from calibration.blocks.loop import BlockResult, calibrate_blocks
+from calibration.blocks.loop import BlockResult, LayerBegins, calibrate_blocks
 from calibration.blocks.memory_need import MemoryNeed, check_budget, memory_need
+from calibration.blocks.time_need import operations, product_speed
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
@@ -143,7 +144,16 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         memory_limit=job.memory_limit,
         work=quantized_size(source, spec) + 5 * states,
         checkpoint=checkpoint_size(source, spec),
+        seconds=_seconds(job, tokens),
     )
+
+
+def _seconds(job: Job, tokens: TokenSample) -> float | None:
+    """The time for the blocks on one process's CPU; None elsewhere, since nothing was measured there."""
+    if job.device.type != "cpu" or job.processes.size > 1:
+        return None
+    layers = (layer for name, layer in job.spec.layers.items() if name.startswith(f"{job.names.prefix}."))
+    return operations(layers, sum(tokens.counts.values()), tokens.modality.numel()) / product_speed()
 
 
 def _run_front(
@@ -174,7 +184,11 @@ def _run_front(
 
 
 def quantize(
-    job: Job, work: WorkDirectory, tokens: TokenSample, on_block: Callable[[BlockResult], None] | None = None
+    job: Job,
+    work: WorkDirectory,
+    tokens: TokenSample,
+    on_block: Callable[[BlockResult], None] | None = None,
+    on_layer: Callable[[LayerBegins], None] | None = None,
 ) -> None:
     """Quantize the unfinished blocks in order, and keep each block as soon as it is finished."""
     assert work.finished is not None
@@ -192,6 +206,7 @@ def quantize(
         spec=job.spec,
         recipe=job.recipe,
         first=work.finished,
+        on_layer=on_layer,
     ):
         work.finish_block(result, inputs)
         if on_block is not None:

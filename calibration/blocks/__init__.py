@@ -4,5 +4,6 @@ capture        captures the decoder's inputs: embeddings and towers run once on 
 loop           observes each block, quantizes it, passes its outputs to the next
 towers         the same for the blocks of an encoder
 memory_need    the memory and disk that a run needs
+time_need      the time that a run needs
 served_linear  a quantized linear that replaces the model's linear
 """
