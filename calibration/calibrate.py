@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calibration.blocks.loop import BlockResult
+from calibration.blocks.loop import BlockResult, LayerBegins
 from calibration.data.conversations import CLASSES
 from calibration.data.data_files import load_conversations
 from calibration.forecast import Forecast
@@ -47,6 +47,7 @@ def calibrate(
     skip_bad: bool = False,
     memory_budget: int | None = None,
     on_block: Callable[[BlockResult], None] | None = None,
+    on_layer: Callable[[LayerBegins], None] | None = None,
     processes: Processes = ONE,
 ) -> dict[str, Any]:
     """Make a MorphoQuant checkpoint of the model directory `model` in the directory `output`.
@@ -60,9 +61,9 @@ def calibrate(
     With several `processes` (processes.open_processes), each makes the same call and takes its share of the samples.
     `memory_budget` is then the total for the processes of one machine.
 
-    `on_block` is called after each decoder block. Returns the report that is also written to
-    morphoquant_calibration.json. Raises MorphoQuantError for problems that the user can fix. After any failure,
-    `output` is as it was before.
+    `on_block` is called after each decoder block, `on_layer` before each input of a block is quantized. Returns the
+    report that is also written to morphoquant_calibration.json. Raises MorphoQuantError for problems that the user can
+    fix. After any failure, `output` is as it was before.
     """
     output = Path(output)
     job = _plan(model, recipe or Recipe(), memory_budget, processes)
@@ -89,7 +90,7 @@ def calibrate(
         processes.broadcast(lambda: check_output(output, source.directory, overwrite=overwrite))
         with _clear_memory_errors(job):
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
-            quantize(job, kept, tokens, on_block)
+            quantize(job, kept, tokens, on_block, on_layer)
         return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
 
 

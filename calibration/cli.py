@@ -87,6 +87,7 @@ def calibrate(
                 recipe=chosen_recipe,
                 restart=restart,
                 on_block=progress,
+                on_layer=progress.begin,
                 processes=processes,
                 **places,
             )

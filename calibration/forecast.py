@@ -1,4 +1,4 @@
-"""What a calibration will do, from sizes alone: layers, tokens, memory and disk. Pure."""
+"""What a calibration will do: layers, tokens, memory, disk and time. Pure."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Forecast:
     # Of the work directory, and of the new checkpoint's tensors and files.
     work: int
     checkpoint: int
+    # Of the decoder's blocks; None if there is no estimate.
+    seconds: float | None
     # Routed experts of all blocks.
     experts: int = 0
 
@@ -34,8 +36,24 @@ class Forecast:
             f"tokens: {tokens}; the search looks at {self.sampled_tokens}",
             f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{tight}",
             f"disk: {_gb(self.work)} for the work directory until the end, {_gb(self.checkpoint)} for the checkpoint",
-            "time: the line of each block has an estimate of the rest",
+            f"time: {self._time()}",
         ]
+
+    def _time(self) -> str:
+        if self.seconds is None:
+            return "the line of each block has an estimate of the rest"
+        return (
+            f"about {duration(self.seconds)} for the blocks, a rough estimate if nothing else runs on this machine; "
+            "the line of each block has a better one"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, in two figures at most."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _gb(count: int) -> str:

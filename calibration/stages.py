@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
-from calibration.blocks.loop import BlockResult, calibrate_blocks
+from calibration.blocks.loop import BlockResult, LayerBegins, calibrate_blocks
 from calibration.blocks.memory_need import BASE, MemoryNeed, check_budget, memory_need
+from calibration.blocks.time_need import operations, product_speed
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
@@ -155,7 +156,16 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         work=quantized_size(source, spec) + 5 * states,
         checkpoint=checkpoint_size(source, spec),
         experts=sum(settings.count for settings in spec.experts.values()),
+        seconds=_seconds(job, tokens),
     )
+
+
+def _seconds(job: Job, tokens: TokenSample) -> float | None:
+    """The time for the blocks on one process's CPU; None elsewhere and for experts, which were not measured."""
+    if job.device.type != "cpu" or job.processes.size > 1 or job.spec.experts:
+        return None
+    layers = (layer for name, layer in job.spec.layers.items() if name.startswith(f"{job.names.prefix}."))
+    return operations(layers, sum(tokens.counts.values()), tokens.modality.numel()) / product_speed()
 
 
 def _run_front(
@@ -186,7 +196,11 @@ def _run_front(
 
 
 def quantize(
-    job: Job, work: WorkDirectory, tokens: TokenSample, on_block: Callable[[BlockResult], None] | None = None
+    job: Job,
+    work: WorkDirectory,
+    tokens: TokenSample,
+    on_block: Callable[[BlockResult], None] | None = None,
+    on_layer: Callable[[LayerBegins], None] | None = None,
 ) -> None:
     """Quantize the unfinished blocks in order, and keep each block as soon as it is finished."""
     assert work.finished is not None
@@ -205,6 +219,7 @@ def quantize(
         spec=job.spec,
         recipe=job.recipe,
         first=work.finished,
+        on_layer=on_layer,
     ):
         work.finish_block(result, inputs)
         if on_block is not None:

@@ -66,7 +66,12 @@ PLUGINS = Variable(
     "all",
     "Names of the plugins that vLLM loads, separated by commas; `morphoquant doctor` notices if this one is left out.",
 )
-VARIABLES = (CPU, CACHE, CACHE_HOME, CXX, TILES, FUSION, WORKSPACE, CHECKSUMS, WAIT_POLICY, PLUGINS)
+KV_CACHE = Variable(
+    "VLLM_CPU_KVCACHE_SPACE",
+    "none: vLLM takes 92 % of the memory",
+    "GiB of the cache of keys and values on a CPU. vLLM reads it; `morphoquant doctor` looks whether it is needed.",
+)
+VARIABLES = (CPU, CACHE, CACHE_HOME, CXX, TILES, FUSION, WORKSPACE, CHECKSUMS, WAIT_POLICY, PLUGINS, KV_CACHE)
 
 
 def cpu_instructions() -> str:
@@ -119,6 +124,11 @@ def plugins() -> list[str] | None:
     # An empty value is a choice of none for vLLM.
     chosen = os.environ.get(PLUGINS.name)
     return None if chosen is None else chosen.split(",")
+
+
+def kv_cache_space() -> str:
+    """GiB of vLLM's cache of keys and values on a CPU; empty if vLLM chooses."""
+    return "" if KV_CACHE.text() == "0" else KV_CACHE.text()
 
 
 def wait_passively() -> None:

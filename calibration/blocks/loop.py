@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,11 +48,21 @@ class BlockResult:
 
 
 @dataclass(frozen=True)
+class LayerBegins:
+    """The input of a block that is quantized next, by the name of its fused layer."""
+
+    index: int
+    count: int
+    layer: str
+
+
+@dataclass(frozen=True)
 class _LoadedBlock:
     """A block in memory, and the samples of this process that run through it."""
 
     module: nn.Module
     index: int
+    count: int
     inputs: Sequence[BlockInput]
     # Rows of the running sample's tokens, for the linears that are already quantized.
     serving: TokenRows
@@ -104,13 +114,15 @@ def calibrate_blocks(
     spec: QuantizationSpec,
     recipe: Recipe,
     first: int = 0,
+    on_layer: Callable[[LayerBegins], None] | None = None,
 ) -> Iterator[BlockResult]:
     """Yield the quantized layers of each block in order, from block `first` on.
 
     Two streams of hidden states go through the decoder. The 16-bit model's stream gives the target outputs of layers.
     The served stream runs the layers quantized so far, also within the block. `inputs` hold the states before block
     `first`; at each result they hold the inputs of the next block. One block at a time is in memory. `inputs` are this
-    process's samples, and `tokens` describes those of all processes. Every process yields the same.
+    process's samples, and `tokens` describes those of all processes. Every process yields the same. `on_layer` is
+    called before each input of a block is quantized.
     """
     serving = TokenRows(spec.any_row)
     sampled = {spec.rows[row]: int((tokens.modality == row).sum()) for row in tokens.counts}
@@ -121,11 +133,11 @@ def calibrate_blocks(
             if names.layer(index, shared.shards[0]) in spec.layers
         }
         module = blocks.load(index)
-        block = _LoadedBlock(module, index, inputs, serving, next(module.parameters()).device)
+        block = _LoadedBlock(module, index, len(blocks), inputs, serving, next(module.parameters()).device)
         del module
         routed = names.layer(index, architecture.experts)
         experts = {architecture.experts: routed} if routed in spec.experts else {}
-        found = _calibrate_block(block, shards_of, experts, tokens, source, spec, recipe)
+        found = _calibrate_block(block, shards_of, experts, tokens, source, spec, recipe, on_layer)
         del block
         for layers in shards_of.values() if tokens.processes.first else ():
             record = found.layers[layers[0]].record
@@ -155,6 +167,7 @@ def _calibrate_block(
     source: Source,
     spec: QuantizationSpec,
     recipe: Recipe,
+    on_layer: Callable[[LayerBegins], None] | None,
 ) -> _Quantized:
     """The block's layers and the distributions of its inputs; its samples then hold the inputs of the next block.
 
@@ -176,6 +189,8 @@ def _calibrate_block(
     outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_sampled)])
     found = _Quantized()
     for shards, layers in shards_of.items():
+        if on_layer is not None:
+            on_layer(LayerBegins(block.index, block.count, spec.layers[layers[0]].shared_input))
         collectors = targets.pop(shards[0]), InputCollector(layers[0], none[shards[0]])
         sample = _sample_input(block, shards[0], *collectors, rows, outlying, tokens.processes)
         weights = {layer: _load_weight(source, layer) for layer in layers}
@@ -190,6 +205,8 @@ def _calibrate_block(
         # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
         del collectors, sample, weights
     for module, name in experts.items():
+        if on_layer is not None:
+            on_layer(LayerBegins(block.index, block.count, name))
         shape = len(spec.rows), spec.experts[name].count
         served = RoutedCollector(name, shape, block.modality, none[module])
         sample = _sample_input(block, module, targets.pop(module), served, rows, outlying, tokens.processes)

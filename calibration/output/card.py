@@ -103,7 +103,8 @@ def _serving() -> str:
     return (
         "## Serve\n\n"
         "With the package `morphoquant-vllm` beside vLLM, and this directory as `DIR`:\n\n"
-        "```sh\nmorphoquant doctor --model DIR\nvllm serve DIR\n```\n\n"
+        "```sh\nmorphoquant doctor --model DIR\n"
+        "VLLM_CPU_KVCACHE_SPACE=4 vllm serve DIR    # GiB for keys and values on a CPU\n```\n\n"
         "vLLM refuses the checkpoint without that package. `morphoquant verify DIR` checks every file."
     )
 

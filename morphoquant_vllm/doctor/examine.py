@@ -15,6 +15,8 @@ def examine(model: memory.Model | None = None) -> list[Finding]:
     """Every fact of this machine, in the order of the display; with `model`, also its media and its memory."""
     has_gpu = machine.has_gpu()
     needed = None if model is None or not model.is_quantized else model.media
+    mends = guarded("mends", server.needed_mends)
+    mendable = {finding.subject for finding in mends}
     findings = [
         *guarded("python", machine.python),
         *guarded("torch", machine.torch_build),
@@ -24,9 +26,10 @@ def examine(model: memory.Model | None = None) -> list[Finding]:
         *guarded("gpu", machine.gpu),
         *guarded("vllm", server.distribution),
         *guarded("plugin", server.plugin),
-        *guarded("interfaces", server.interfaces),
-        *guarded("mends", server.needed_mends),
-        *guarded("media", lambda: server.media(needed)),
+        *guarded("interfaces", lambda: server.interfaces(mendable)),
+        *mends,
+        *guarded("media", lambda: server.media(needed, mendable)),
+        *guarded("kv-cache", lambda: () if has_gpu else memory.kv_cache()),
     ]
     if model is not None:
         findings += guarded("memory", lambda: memory.serving(model, machine.gpu_memory()))
@@ -46,9 +49,15 @@ def as_text(findings: Sequence[Finding]) -> str:
         lines.append(f"{_MARKS[finding.state]:7}  {finding.subject:{width}}  {finding.text}")
         if finding.remedy:
             lines.append(f"{'':7}  {'':{width}}  -> {finding.remedy}")
-    problems = sum(finding.state == "problem" for finding in findings)
-    lines.append(f"{problems} problem{'s' * (problems != 1)}" if problems else "this machine can serve")
-    return "\n".join(lines)
+    return "\n".join([*lines, _verdict(findings)])
+
+
+def _verdict(findings: Sequence[Finding]) -> str:
+    problems = [finding for finding in findings if finding.state == "problem"]
+    if not problems:
+        return "this machine can serve"
+    begin = f"; begin with {server.MEND}" if any(server.MEND in finding.remedy for finding in problems) else ""
+    return f"{len(problems)} problem{'s' * (len(problems) != 1)}{begin}"
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:

@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from morphoquant_vllm.doctor.finding import Finding, ok, problem
+from morphoquant_vllm import environment
+from morphoquant_vllm.doctor.finding import Finding, note, ok, problem
 
 # While vLLM loads on a CPU, weights take up to 1.05 times their files (morphoquant_vllm.host_memory).
 LOADING = 1.05
 # Processes of vLLM's server and engine without a model, with torch and transformers imported: about 1 GiB each.
 PROCESSES = 2 << 30
+MEMINFO = Path("/proc/meminfo")
+# vLLM on a CPU does not start unless so much of the memory is free, or the cache's size is given.
+WANTED = 0.92
+# GiB that serve some conversations of a 7B model.
+ENOUGH = 4
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,29 @@ def read_model(directory: Path) -> Model:
     return Model(directory, weights, frozenset(spec.placeholder_token_ids), True)
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free bytes on the CPU: the system's, or those that remain of a container's limit."""
+def cpu_memory(meminfo: Path = MEMINFO, groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """All bytes on the CPU and the free ones: the system's, or those of a container's limit."""
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) << 10
+    total, free = (int(lines[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
     limit, used = groups / "memory.max", groups / "memory.current"
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
+        total, free = min(total, int(text)), min(free, max(0, int(text) - int(used.read_text())))
+    return total, free
+
+
+def kv_cache() -> Iterator[Finding]:
+    """Whether vLLM starts on this CPU without being told the size of its cache of keys and values."""
+    if not MEMINFO.exists():
+        return  # not Linux
+    total, free = cpu_memory()
+    if space := environment.kv_cache_space():
+        yield ok("kv-cache", f"{space} GiB ({environment.KV_CACHE})")
+    elif free < WANTED * total:
+        text = f"`vllm serve` takes {WANTED:.0%} of the memory for itself, but {free / total:.0%} is free"
+        space = str(min(ENOUGH, max(1, (free - PROCESSES) >> 31)))
+        yield note("kv-cache", text, f"{environment.KV_CACHE}={space} vllm serve ... gives it {space} GiB instead")
+    else:
+        yield ok("kv-cache", f"vLLM takes {WANTED:.0%} of the memory, unless {environment.KV_CACHE} gives it less")
 
 
 def serving(model: Model, gpu_bytes: int | None) -> Iterator[Finding]:
@@ -57,7 +78,7 @@ def serving(model: Model, gpu_bytes: int | None) -> Iterator[Finding]:
     need = round(model.weights * (1 if gpu_bytes is not None else LOADING)) + (
         0 if gpu_bytes is not None else PROCESSES
     )
-    have = available_memory() if gpu_bytes is None else gpu_bytes
+    have = cpu_memory()[1] if gpu_bytes is None else gpu_bytes
     place = "free on the CPU" if gpu_bytes is None else "on the GPU"
     text = f"{os.path.basename(os.path.realpath(model.directory))} takes {need / 2**30:.2f} GiB"
     rest = f"{have / 2**30:.2f} GiB are {place}"

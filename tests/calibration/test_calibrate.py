@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from calibration.blocks.loop import BlockResult
+from calibration.blocks.loop import BlockResult, LayerBegins
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.calibrate import calibrate
 from calibration.data import model_inputs
@@ -42,7 +42,11 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
     model_class, *prefixes = MODELS[name]
     source, data, output = tiny.model(name), tiny.data(name), tmp_path / "out"
     blocks: list[BlockResult] = []
-    report = calibrate(source, data, output, recipe=EVERY_TOKEN, on_block=blocks.append)
+    begun: list[LayerBegins] = []
+    report = calibrate(source, data, output, recipe=EVERY_TOKEN, on_block=blocks.append, on_layer=begun.append)
+    inputs = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert [(layer.index, layer.count) for layer in begun] == [(0, 2)] * 4 + [(1, 2)] * 4
+    assert [layer.layer for layer in begun[4:]] == [f"{prefixes[0]}.1.{name}" for name in inputs]
     assert [(block.index, block.count) for block in blocks] == [(0, 2), (1, 2)]
     assert list(tmp_path.iterdir()) == [output]
     assert json.loads((output / "morphoquant_calibration.json").read_text()) == report

@@ -301,14 +301,14 @@ def test_doctor_has_an_exit_status(run: Run, tmp_path: Path, monkeypatch: pytest
     from morphoquant_vllm.doctor import server
     from morphoquant_vllm.doctor.finding import problem
 
-    monkeypatch.setattr(server, "interfaces", list)
+    monkeypatch.setattr(server, "interfaces", lambda mendable: [])
     monkeypatch.setattr(server, "needed_mends", list)
-    monkeypatch.setattr(server, "media", lambda needed: [])
+    monkeypatch.setattr(server, "media", lambda needed, mendable: [])
     write_random_checkpoint(tmp_path / "model")
     status, out, err = run("doctor", "--model", tmp_path / "model")
     assert (status, err) == (0, ""), out
     assert "this machine can serve" in out and " memory " in out
-    monkeypatch.setattr(server, "interfaces", lambda: [problem("interfaces", "differ", "install it")])
+    monkeypatch.setattr(server, "interfaces", lambda mendable: [problem("interfaces", "differ", "install it")])
     status, out, _ = run("doctor", "--json")
     assert (status, json.loads(out)["healthy"]) == (1, False)
     refused(run("doctor", "--model", tmp_path / "none"), "none")
@@ -322,8 +322,8 @@ def test_doctor_mends_before_it_looks(run: Run, monkeypatch: pytest.MonkeyPatch)
     faults = ["torchaudio"]
     mend = mends.Mend("torchaudio", "it is old", "makes it young", faults.clear)
     monkeypatch.setattr(mends, "needed_mends", lambda: [mend] if faults else [])
-    monkeypatch.setattr(server, "interfaces", list)
-    monkeypatch.setattr(server, "media", lambda needed: [])
+    monkeypatch.setattr(server, "interfaces", lambda mendable: [])
+    monkeypatch.setattr(server, "media", lambda needed, mendable: [])
     status, out, _ = run("doctor")
     assert status == 1 and "PROBLEM  torchaudio" in out and "--mend makes it young" in out
     status, out, err = run("doctor", "--mend")

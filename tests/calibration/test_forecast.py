@@ -2,17 +2,38 @@
 
 from dataclasses import replace
 
-from calibration.forecast import Forecast
+import pytest
 
-FORECAST = Forecast(14, 2, 3, {"text": 40, "image": 8}, 48, 2 * 10**9, 3 * 10**9, 10**9, 5 * 10**8)
+from calibration.forecast import Forecast, duration
+
+FORECAST = Forecast(14, 2, 3, {"text": 40, "image": 8}, 48, 2 * 10**9, 3 * 10**9, 10**9, 5 * 10**8, 5904.0)
 
 
 def test_the_lines_have_every_figure() -> None:
     text = "\n".join(FORECAST.lines())
-    for words in ("14 linears in 2 blocks, on 3 samples", "text 40, image 8", "2.00 GB of 3.00", "1.00 GB", "0.50 GB"):
+    for words in (
+        "14 linears in 2 blocks, on 3 samples",
+        "text 40, image 8",
+        "2.00 GB of 3.00",
+        "1.00 GB",
+        "0.50 GB",
+        "98 min",
+    ):
         assert words in text
     assert "read from disk" not in text
 
 
 def test_too_little_memory_is_said() -> None:
     assert "read from disk" in "\n".join(replace(FORECAST, memory=4 * 10**9).lines())
+
+
+def test_no_estimate_is_made_up() -> None:
+    assert FORECAST.lines()[:-1] == replace(FORECAST, seconds=None).lines()[:-1]
+    assert replace(FORECAST, seconds=None).lines()[-1] == "time: the line of each block has an estimate of the rest"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (125, "2.1 min"), (7100, "120 min"), (7300, "2 h")]
+)
+def test_times_have_two_figures(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

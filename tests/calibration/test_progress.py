@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from calibration.blocks.loop import BlockResult
+from calibration.blocks.loop import BlockResult, LayerBegins
 from calibration.progress import BlockProgress
 
 
@@ -34,3 +34,15 @@ def test_on_a_terminal_there_is_a_bar_with_block_and_loss() -> None:
     shown = show(terminal=True)
     assert "block 2/2" in shown
     assert "loss" in shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_names_the_layer_that_is_worked_on(terminal: bool) -> None:
+    stream = io.StringIO()
+    with BlockProgress(Console(file=stream, force_terminal=terminal, width=100)) as progress:
+        progress(BlockResult(0, 2, {}, 0.25))
+        progress.begin(LayerBegins(1, 2, "layers.1.mlp.down_proj"))
+    shown = stream.getvalue()
+    assert ("layers.1.mlp.down_proj" in shown) == terminal
+    assert "block 1/2" in shown, "the block is not finished"
+    assert "loss 0.2500" in shown

@@ -18,6 +18,8 @@ def test_a_note_does_not_prevent_serving_and_a_problem_does() -> None:
     sick = [*healthy, problem("vllm", "absent", "install it")]
     assert not is_healthy(sick)
     assert as_text(sick).splitlines()[-1] == "1 problem"
+    mendable = [*sick, problem("torchaudio", "old", "morphoquant doctor --mend makes it young")]
+    assert as_text(mendable).splitlines()[-1] == "2 problems; begin with morphoquant doctor --mend"
     assert as_json(sick)["healthy"] is False
     assert as_json(sick)["findings"][2] == {
         "subject": "vllm",

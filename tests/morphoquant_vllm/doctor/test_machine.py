@@ -102,7 +102,7 @@ def test_a_doctor_runs_without_torch(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from morphoquant_vllm.doctor import examine, server\n"
-        "server.interfaces = list; server.needed_mends = list\nserver.media = lambda needed: []\n"
+        "server.interfaces = server.media = lambda *given: []; server.needed_mends = list\n"
         "print(examine.as_text(examine.examine()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -11,18 +11,38 @@ from tests.checkpoints import write_random_checkpoint
 
 def meminfo(folder: Path, kib: int) -> Path:
     path = folder / "meminfo"
-    path.write_text(f"MemTotal:       99999999 kB\nMemAvailable:   {kib} kB\n")
+    path.write_text(f"MemTotal:       {16 << 20} kB\nMemFree:   1 kB\nMemAvailable:   {kib} kB\n")
     return path
 
 
 def test_a_container_has_less_than_the_machine(tmp_path: Path) -> None:
     info = meminfo(tmp_path, 8 << 20)
-    assert memory.available_memory(info, tmp_path) == 8 << 30
+    assert memory.cpu_memory(info, tmp_path) == (16 << 30, 8 << 30)
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(str(1 << 30))
-    assert memory.available_memory(info, tmp_path) == 8 << 30
+    assert memory.cpu_memory(info, tmp_path) == (16 << 30, 8 << 30)
     (tmp_path / "memory.max").write_text(f"{4 << 30}\n")
-    assert memory.available_memory(info, tmp_path) == 3 << 30
+    assert memory.cpu_memory(info, tmp_path) == (4 << 30, 3 << 30)
+
+
+@pytest.mark.parametrize(
+    ("free", "space", "state", "words"),
+    [
+        (15 << 30, "", "ok", "92% of the memory"),
+        (14 << 30, "", "note", "VLLM_CPU_KVCACHE_SPACE=4 vllm serve"),
+        (5 << 30, "", "note", "VLLM_CPU_KVCACHE_SPACE=1 vllm serve"),
+        (0, "", "note", "VLLM_CPU_KVCACHE_SPACE=1 vllm serve"),
+        (14 << 30, "0", "note", "VLLM_CPU_KVCACHE_SPACE=4 vllm serve"),
+        (14 << 30, "10", "ok", "10 GiB"),
+    ],
+)
+def test_vllm_does_not_start_by_itself_if_memory_is_in_use(
+    monkeypatch: pytest.MonkeyPatch, free: int, space: str, state: str, words: str
+) -> None:
+    monkeypatch.setattr(memory, "cpu_memory", lambda: (16 << 30, free))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    (finding,) = memory.kv_cache()
+    assert finding.state == state and words in finding.text + finding.remedy
 
 
 def test_a_checkpoint_is_read_from_its_files(tmp_path: Path) -> None:
@@ -41,7 +61,7 @@ def test_a_checkpoint_is_read_from_its_files(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, gpu_bytes: int | None, weights: int, state: str
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 8 << 30)
+    monkeypatch.setattr(memory, "cpu_memory", lambda: (16 << 30, 8 << 30))
     model = memory.Model(Path("some"), weights, frozenset(), True)
     (finding,) = memory.serving(model, gpu_bytes)
     assert finding.state == state

@@ -60,6 +60,16 @@ def test_interfaces_are_compared_in_another_process(
     assert finding.state == state and words in finding.text
 
 
+def test_a_known_fault_is_mended_before_anything_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the reason why vLLM and the libraries of media do not import: another vLLM would not help."""
+    monkeypatch.setattr(server, "COMPARE", (sys.executable, "-c", "import sys; sys.exit('torn library')"))
+    monkeypatch.setattr(server, "MEDIA", {"audio": {"no_such_module": "sounds", "none_such": "waves"}})
+    assert only(server.interfaces()).remedy == server.INSTALL
+    assert only(server.interfaces({"sounds"})).remedy == "morphoquant doctor --mend first"
+    assert only(server.media(None, {"sounds"})).remedy == "pip install waves"
+    assert only(server.media(None, {"sounds", "waves"})).remedy == "morphoquant doctor --mend first"
+
+
 def test_a_comparison_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "COMPARE", (sys.executable, "-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(server, "COMPARE_TIMEOUT", 0.5)

@@ -1,0 +1,50 @@
+"""The estimate of a calibration's time against measured blocks."""
+
+from dataclasses import replace
+
+import pytest
+
+from calibration.blocks import time_need
+from morphoquant_vllm.format.schema import LayerSpec
+
+
+def block(hidden: int, kv: int, inner: int) -> list[LayerSpec]:
+    """The seven linears of a block."""
+    inputs = {
+        "qkv_proj": (hidden, (hidden, kv, kv)),
+        "o_proj": (hidden, (hidden,)),
+        "gate_up_proj": (hidden, (inner, inner)),
+        "down_proj": (inner, (hidden,)),
+    }
+    return [LayerSpec(k, n, 32, "column", name) for name, (k, outputs) in inputs.items() for n in outputs]
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "drawn", "seconds"),
+    [
+        # docs/results/calibration.md: 3B layout, 64 samples of 512 tokens, at 193 GFLOP/s.
+        (block(2048, 256, 11008), 64 * 512, 16384, 160.7),
+        # docs/guide/install.md: the demo's model, 29 blocks left of 30 after the first.
+        (block(576, 192, 1536), 9070, 8192, 223 / 29),
+    ],
+)
+def test_measured_blocks_come_out_within_a_tenth(
+    layers: list[LayerSpec], tokens: int, drawn: int, seconds: float
+) -> None:
+    assert time_need.operations(layers, tokens, drawn) / 193e9 == pytest.approx(seconds, rel=0.1)
+
+
+def test_two_blocks_take_twice_the_time_of_one() -> None:
+    one = block(64, 32, 128)
+    other = [replace(layer, shared_input=f"second.{layer.shared_input}") for layer in one]
+    assert time_need.operations([*one, *other], 100, 10) == 2 * time_need.operations(one, 100, 10)
+
+
+def test_the_speed_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is the test's: products take 4, 2 and 3 seconds."""
+    ticks = iter((0.0, 4.0, 10.0, 12.0, 20.0, 23.0))
+    turns = iter((0.0, 0.1, 0.2, 0.3, 99.0))
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("time.monotonic", lambda: next(turns))
+    monkeypatch.setattr(time_need, "PRODUCT", (3, 4, 5))
+    assert time_need.product_speed() == 2 * 3 * 4 * 5 / 2.0
