@@ -117,7 +117,7 @@ def attention_alone(text_source: Path) -> Served:
         text_source.with_name("attention"),
         *QUICK,
         "--ignore",
-        "*.experts",
+        "*.experts.*",
     )
     ways: dict[str, dict[str, Any]] = {
         "eager": {},
