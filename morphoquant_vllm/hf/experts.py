@@ -30,6 +30,9 @@ MERGED = "gate_up_proj"
 class MorphoQuantExperts(nn.Module):
     """The list of experts `name`. Modules below have the names of the file, so transformers loads their tensors."""
 
+    # Qwen3-Omni-MoE's class initialises its experts' parameters by these names.
+    gate_up_proj = down_proj = torch.empty(0)
+
     def __init__(self, name: str, spec: QuantizationSpec, mode: Mode) -> None:
         super().__init__()
         self.name, self.spec, self.mode = name, spec, mode

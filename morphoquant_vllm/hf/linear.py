@@ -40,8 +40,6 @@ class Mode:
 class StoredTensors(nn.Module):
     """A linear's tensors as buffers that keep the format's dtypes, whatever the model is cast to."""
 
-    bias: nn.Parameter | None = None
-
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__()
         self.names = tuple(specs)
@@ -51,9 +49,11 @@ class StoredTensors(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredTensors:
         """Follow the model to another device, but keep the format's dtypes."""
 
+        bias = getattr(self, "bias", None)
+
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+            return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_dtype, recurse)
         return self

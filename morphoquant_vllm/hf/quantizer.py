@@ -73,8 +73,6 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         for name, module in _module_names(model, spec.experts, MERGED, renamed).items():
             check_merged(name, model.get_submodule(module), spec.experts[name])
             model.set_submodule(module, MorphoQuantExperts(name, spec, mode))
-            # Else Qwen3-Omni-MoE would initialise the parameters that the experts no longer have.
-            model.get_submodule(module.rpartition(".")[0])._is_hf_initialized = True
         _check_nothing_missing(model, directory, _renaming(model, self))
 
     def update_weight_conversions(
