@@ -17,6 +17,7 @@ Notation
     linear       the integer linear layer: codes x int4 -> output
     norm         RMSNorm, for ops that compute it before the layer
     exact        exact mode: values that escape the grid are not rounded
+    escape_counts  counts of tokens and escapes by row
     head         the 8-bit lm_head
     golden       command: replays the authors' recorded outputs
 """
