@@ -176,14 +176,14 @@ class MorphoQuantConfig(QuantizationConfig):
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
         return MorphoQuantLinearMethod(
-            bus.spec, settings, bus, self._mlp_of(layer, prefix), self._watch_of(prefix, shards)
+            bus.spec, settings, bus, self._mlp_of(layer, prefix), self._watch_of(prefix, shards, bus)
         )
 
-    def _watch_of(self, prefix: str, shards: list[str]) -> EscapeWatch | None:
+    def _watch_of(self, prefix: str, shards: list[str], bus: ModalityBus) -> EscapeWatch | None:
         """The watch of this model, to which the layer is added; None if its escapes are not counted."""
         from vllm.config import get_current_vllm_config_or_none
 
-        from morphoquant_vllm.plugin import escape_watch
+        from morphoquant_vllm.plugin import escape_report, escape_watch
         from morphoquant_vllm.plugin.additional_config import read_settings
 
         config, first = get_current_vllm_config_or_none(), self.layers[shards[0]]
@@ -194,7 +194,9 @@ class MorphoQuantConfig(QuantizationConfig):
         if self.escape_watch is None:
             escape_watch.refuse_partial_steps(config)
             escape_watch.observe_steps()
-            self.escape_watch = escape_watch.EscapeWatch(settings, self.modality_bus().spec.rows, self._metrics)
+            model = config.model_config
+            report = None if model is None else escape_report.read_report(model.model, model.revision)
+            self.escape_watch = escape_watch.EscapeWatch(settings, bus.spec.rows, self._metrics, report)
         self.escape_watch.add(shards[0], self._stored[shards[0]], first.in_features)
         return self.escape_watch
 

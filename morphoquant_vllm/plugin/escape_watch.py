@@ -28,7 +28,7 @@ from morphoquant_vllm.numerics.escape_counts import COLUMNS
 from morphoquant_vllm.plugin.additional_config import Watch
 from morphoquant_vllm.plugin.counted_layer import Counter, Gate
 from morphoquant_vllm.plugin.escape_metrics import MetricsFolder
-from morphoquant_vllm.plugin.escape_report import Drift, RowCounts, calibrated_rates, read_report, rows_of, summary
+from morphoquant_vllm.plugin.escape_report import Drift, RowCounts, calibrated_rates, rows_of, summary
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -73,8 +73,10 @@ class WatchedLayer:
 class EscapeWatch:
     """The counts of one model in one process, and their reports."""
 
-    def __init__(self, settings: Watch, rows: tuple[str, ...], metrics: MetricsFolder | None) -> None:
+    def __init__(self, settings: Watch, rows: tuple[str, ...], metrics: MetricsFolder | None, report: Any) -> None:
+        """`report` is that of the calibration, a JSON value or None."""
         self.settings, self.rows, self.metrics = settings, rows, metrics
+        self._report = report
         self.layers: dict[str, WatchedLayer] = {}
         # Set when the first layer is loaded: index of each counted layer, and its K on this rank (0 until it counts).
         self.chosen: dict[str, int] = {}
@@ -120,20 +122,16 @@ class EscapeWatch:
         self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
         self.copied = torch.zeros(shape, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self.gate.live = torch.zeros((), dtype=torch.int64, device=device)
+        chosen = [self.layers[name] for name in self.chosen]
+        self.calibrated = calibrated_rates(self._report, {layer.stored: layer.in_features for layer in chosen})
+        self._report, self._drift = None, Drift(self.calibrated)
         logger.info_once(
             "MorphoQuant: escapes are counted in one step of every %d, in %d of %d layers",
             *(self.settings.every, len(self.chosen), len(names)),
         )
 
-    def compare_with(self, config: VllmConfig) -> None:
-        """Read the calibrated rates of the chosen layers."""
-        report = read_report(config.model_config.model, config.model_config.revision)
-        chosen = [self.layers[name] for name in self.chosen]
-        self.calibrated = calibrated_rates(report, {layer.stored: layer.in_features for layer in chosen})
-        self._drift = Drift(self.calibrated)
-
     @contextmanager
-    def step(self, config: VllmConfig, tokens: int) -> Iterator[None]:
+    def step(self, tokens: int) -> Iterator[None]:
         """Around a step of requests with this many tokens: every n-th is counted."""
         if not tokens or not self.chosen:
             yield
@@ -147,7 +145,7 @@ class EscapeWatch:
                 self.gate.skips = False
             return
         if self._reporter is None:
-            self._start(config)
+            self._start()
         self.gate.live.fill_(tokens)
         try:
             yield
@@ -156,8 +154,7 @@ class EscapeWatch:
             with self._lock:
                 self.copied.copy_(self.counts, non_blocking=True)
 
-    def _start(self, config: VllmConfig) -> None:
-        self.compare_with(config)
+    def _start(self) -> None:
         # The thread holds no reference: the watch ends with its model.
         arguments = weakref.ref(self), self.settings.seconds
         self._reporter = threading.Thread(target=_report_until_gone, args=arguments, daemon=True, name="morphoquant")
@@ -207,7 +204,7 @@ def observe_steps() -> None:
         watch = getattr(self.vllm_config.quant_config, "escape_watch", None)
         if watch is None:
             return original(self, scheduler_output)
-        with watch.step(self.vllm_config, scheduler_output.total_num_scheduled_tokens):
+        with watch.step(scheduler_output.total_num_scheduled_tokens):
             return original(self, scheduler_output)
 
     setattr(execute_model, _MARK, True)
