@@ -83,7 +83,7 @@ def test_counted_escapes_are_those_of_the_reference(engines: Engines, checkpoint
     totals = torch.tensor([*result["counted"].values()]).sum(0)
     for row in ("text", "image", "audio"):
         tokens, escaped, *_ = totals[checkpoint.spec.rows.index(row)].tolist()
-        assert 0 < escaped and len(layers) * 10 < tokens, row
+        assert escaped > 0 and len(layers) * 10 < tokens, row
 
 
 def test_a_compiled_engine_counts_as_an_eager_one(engines: Engines) -> None:
