@@ -14,6 +14,7 @@ load_check      the cost of a checkpoint's checks when it is loaded
 omni_eval       published omni benchmarks, asked of any server
 paper           the paper's table with our rows: calibrates, serves, asks four benchmarks
 serve           whole engines with vLLM's own benchmarks
+watch_escapes   the cost of counting escapes in an engine step
 
 common          code that the benchmarks share
 models          models that they need, and the shapes of published ones

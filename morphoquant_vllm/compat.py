@@ -91,6 +91,12 @@ INTERFACES: dict[str, str] = {
     "vllm.model_executor.model_loader.utils:get_model_cls": "(model_config)",
     f"{_CONFIG}:set_current_vllm_config": "(vllm_config, check_compile=False, prefix=None)",
     f"{_CONFIG}:ModelConfig.dtype": "attribute",
+    f"{_CONFIG}:ModelConfig.model": "attribute",
+    f"{_CONFIG}:ModelConfig.revision": "attribute",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase": "class(object)",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model": "(self, scheduler_output)",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase.vllm_config": "attribute",
+    "vllm.v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens": "attribute",
     "vllm.distributed:init_distributed_environment": (
         "(world_size=-1, rank=-1, distributed_init_method='env://', local_rank=-1, backend='nccl', timeout=None)"
     ),

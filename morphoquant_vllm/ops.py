@@ -85,18 +85,25 @@ class _Plain:
 
 
 def bind(
-    weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype, backend: str
+    weight: list[Tensor],
+    activation: list[Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+    wrap: Callable[[handles.Bound], handles.Bound] | None = None,
 ) -> Tensor:
     """Bind a layer of prepared records, with the bias of its later calls, and return its handle.
 
     The handle replaces the weight record's last tensor, and usually is that tensor. The layer is freed with it.
+    Calls go to `wrap` of the bound layer, if given.
     """
     *rest, handle = weight
     if handles.is_taken(handle):
         # Another layer has the same tensor.
         handle = handle.clone()
     own = BACKENDS[backend].bind
-    handles.keep(handle, own([*rest, handle], activation, bias, dtype) if own else _Plain(backend, rest, activation))
+    layer = own([*rest, handle], activation, bias, dtype) if own else _Plain(backend, rest, activation)
+    handles.keep(handle, layer if wrap is None else wrap(layer))
     return handle
 
 

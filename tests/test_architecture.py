@@ -37,9 +37,9 @@ ROOMS = {
     # vLLM in other processes only.
     "doctor": {"cpu", "environment", "errors", "format", "gpu", "mends", "torch"},
     "plugin": {
-        *("backends", "environment", "errors", "format", "host_memory", "numerics", "ops"),
-        # vLLM brings the last two.
-        *("torch", "transformers", "vllm", "huggingface_hub", "tqdm"),
+        *("backends", "environment", "errors", "format", "handles", "host_memory", "numerics", "ops"),
+        # vLLM brings the last three.
+        *("torch", "transformers", "vllm", "huggingface_hub", "prometheus_client", "tqdm"),
     },
     "names": {"errors", "format", "plugin"},
 }

@@ -19,6 +19,7 @@ Notation
     experts      a mixture of experts: routed tokens through the integer linears of their experts
     norm         RMSNorm, for ops that compute it before the layer
     exact        exact mode: values that escape the grid are not rounded
+    escape_counts  counts of tokens and escapes by row
     head         the 8-bit lm_head
     golden       command: replays the authors' recorded outputs
 """

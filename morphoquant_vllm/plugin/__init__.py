@@ -8,6 +8,11 @@ experts_method     quantized routed experts: refusals, checks after loading, the
 experts_loading    how one expert's tensors are cut for ranks, and which were loaded
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one
+additional_config  the plugin's settings in vLLM's --additional-config
+escape_watch       counts escapes while a model is served, in some layers and steps
+counted_layer      a bound layer that counts its escapes
+escape_report      escape rates by row, beside those of calibration
+escape_metrics     the counts on vLLM's page /metrics
 embeddings         the token embeddings that model classes leave out of quantization
 model_names        vLLM's model without weights, compared with a checkpoint's layers
 modality_bus       the row of each token, from the embedding that sees its id to the linears

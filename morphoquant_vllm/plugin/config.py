@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
+    from morphoquant_vllm.plugin.escape_metrics import MetricsFolder
+    from morphoquant_vllm.plugin.escape_watch import EscapeWatch
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
 
@@ -43,14 +45,18 @@ class MorphoQuantConfig(QuantizationConfig):
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
         self.experts: dict[str, ExpertsSpec] = dict(spec.experts) if spec else {}
+        # Names of the linears in the files.
+        self._stored = {name: name for name in self.layers}
         # Created with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
+        self.escape_watch: EscapeWatch | None = None
         self._mlps: dict[str, Intermediate] = {}
         # A model's hub id until a worker has checked its files, and whether they were checked before that.
         self._hub_id: str | None = None
         self._checked = False
         # None until the process that configures the engine has checked the files.
         self._last_word: LastWord | None = None
+        self._metrics: MetricsFolder | None = None
         _observe_embeddings()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -59,7 +65,7 @@ class MorphoQuantConfig(QuantizationConfig):
         _observe_embeddings()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bus": None, "_mlps": {}}
+        return {**self.__dict__, "_bus": None, "escape_watch": None, "_mlps": {}}
 
     def __repr__(self) -> str:
         return f"MorphoQuantConfig({len(self.layers)} layers, experts of {len(self.experts)})"
@@ -92,6 +98,7 @@ class MorphoQuantConfig(QuantizationConfig):
                 "without --quantization morphoquant, or make a checkpoint of it with `morphoquant calibrate`"
             )
         from morphoquant_vllm.plugin.checkpoint_check import cached_snapshot, check_directory
+        from morphoquant_vllm.plugin.escape_metrics import open_metrics
 
         directory = Path(model_name)
         if directory.is_dir():
@@ -104,7 +111,7 @@ class MorphoQuantConfig(QuantizationConfig):
             else:
                 logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
         if self._last_word is None:
-            self._last_word = open_last_word()
+            self._last_word, self._metrics = open_last_word(), open_metrics()
 
     def _check_downloaded(self) -> None:
         """In a worker, before it loads: check a hub model that was not on the disk when the engine was configured.
@@ -125,6 +132,7 @@ class MorphoQuantConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
+        self._stored = hf_to_vllm_mapper.apply_dict(self._stored)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self._last_word is None:
@@ -142,8 +150,9 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+        from morphoquant_vllm.plugin.additional_config import read_settings
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
-        from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod, wants_eight_bits
+        from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
 
         if isinstance(layer, RoutedExperts):
@@ -152,7 +161,7 @@ class MorphoQuantConfig(QuantizationConfig):
             return ModalityEmbeddingMethod(self.modality_bus())
         if isinstance(layer, ParallelLMHead):
             config = get_current_vllm_config_or_none()
-            wanted = config is not None and wants_eight_bits(config.additional_config)
+            wanted = config is not None and read_settings(config.additional_config).lm_head == "int8"
             return EightBitHeadMethod(config) if wanted else SixteenBitHeadMethod()
         if not isinstance(layer, LinearBase):
             return None  # attention stays as it is
@@ -169,7 +178,30 @@ class MorphoQuantConfig(QuantizationConfig):
             )
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
-        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix))
+        return MorphoQuantLinearMethod(
+            bus.spec, settings, bus, self._mlp_of(layer, prefix), self._watch_of(prefix, shards, bus)
+        )
+
+    def _watch_of(self, prefix: str, shards: list[str], bus: ModalityBus) -> EscapeWatch | None:
+        """The watch of this model, to which the layer is added; None if its escapes are not counted."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        from morphoquant_vllm.plugin import escape_report, escape_watch
+        from morphoquant_vllm.plugin.additional_config import read_settings
+
+        config, first = get_current_vllm_config_or_none(), self.layers[shards[0]]
+        settings = None if config is None else read_settings(config.additional_config).watch
+        # Towers get patches, and a draft model other tokens, than those of a step.
+        if config is None or settings is None or first.fixed_row or prefix.startswith(DRAFT_PREFIX):
+            return None
+        if self.escape_watch is None:
+            escape_watch.refuse_partial_steps(config)
+            escape_watch.observe_steps()
+            model = config.model_config
+            report = None if model is None else escape_report.read_report(model.model, model.revision)
+            self.escape_watch = escape_watch.EscapeWatch(settings, bus.spec.rows, self._metrics, report)
+        self.escape_watch.add(shards[0], self._stored[shards[0]], first.in_features)
+        return self.escape_watch
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """The method of a list of experts; None, vLLM's own in 16 bit, if the checkpoint does not name it."""

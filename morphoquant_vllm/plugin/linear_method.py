@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,17 @@ from morphoquant_vllm.format.schema import (
 )
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
-from morphoquant_vllm.numerics.activation import activation_record
+from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.linear import weight_record
 from morphoquant_vllm.plugin import fusion
 from morphoquant_vllm.plugin import mlp_channel_order as intermediate
+from morphoquant_vllm.plugin.counted_layer import CountedLayer
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import LoadLog, check_ranks, make_parameters
+
+if TYPE_CHECKING:
+    from morphoquant_vllm.handles import Bound
+    from morphoquant_vllm.plugin.escape_watch import EscapeWatch
 
 
 @register_weight_loader_v2_supported_method
@@ -40,7 +46,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     """Quantization method of one (fused) linear layer.
 
     `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output. `bus` holds the
-    rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its channels may be renumbered.
+    rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its channels may be renumbered. `watch`
+    counts the escapes of some layers.
     """
 
     def __init__(
@@ -49,10 +56,12 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         shards: dict[str, LayerSpec],
         bus: ModalityBus,
         mlp: intermediate.Intermediate | None = None,
+        watch: EscapeWatch | None = None,
     ) -> None:
         self.spec = spec
         self.bus = bus
         self.mlp = mlp
+        self.watch = watch
         # True once the channels between gate_up_proj and down_proj are in down_proj's order.
         self.renumbered = False
         self.shards = shards
@@ -141,8 +150,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         backend = backends.BACKENDS[self.backend]
         backend.check(self.name, weight, activation, self.activation_dtype)
         prepared = backend.prepare(weight, activation)
+        wrap = self._counting(layer, prepared[1], activation)
         try:
-            handle = ops.bind(*prepared, getattr(layer, "bias", None), self.activation_dtype, self.backend)
+            handle = ops.bind(*prepared, getattr(layer, "bias", None), self.activation_dtype, self.backend, wrap)
         except MorphoQuantError as problem:
             raise MorphoQuantError(f"{self.name}: {problem}") from None
         prepared[0][-1] = handle
@@ -158,6 +168,18 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         if device.type == "cpu":
             del tensors, weight, activation, parameter
             release_freed_memory()
+
+    def _counting(
+        self, layer: torch.nn.Module, prepared: list[Tensor], record: ActivationRecord
+    ) -> Callable[[Bound], Bound] | None:
+        """The wrap of the bound layer that counts its escapes; None if it does not count."""
+        if self.watch is None:
+            return None
+        rank, split = int(layer.tp_rank), self.layer_spec.parallel == "row"  # type: ignore[arg-type]
+        counter = self.watch.counter(
+            self.name, rank, split=split, backend=self.backend, prepared=prepared, record=record
+        )
+        return None if counter is None else partial(CountedLayer, counter=counter)
 
     def _reordered(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` with the channels between gate_up_proj and down_proj in down_proj's order."""

@@ -26,23 +26,6 @@ from morphoquant_vllm.numerics.head import quantize_rows
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
 
-SETTINGS = "morphoquant"
-KINDS = ("16bit", "int8")
-
-
-def wants_eight_bits(additional_config: Any) -> bool:
-    """Whether vLLM's `additional_config` asks for an 8-bit head; MorphoQuantError if it has an unknown setting."""
-    settings = additional_config.get(SETTINGS, {}) if isinstance(additional_config, dict) else {}
-    if not isinstance(settings, dict) or not settings.keys() <= {"lm_head"}:
-        raise MorphoQuantError(
-            f"--additional-config: '{SETTINGS}' takes only the setting lm_head, got {settings!r}; "
-            'write {"morphoquant": {"lm_head": "int8"}}'
-        )
-    kind = settings.get("lm_head", KINDS[0])
-    if kind not in KINDS:
-        raise MorphoQuantError(f"--additional-config: lm_head is {kind!r}; it can be one of {list(KINDS)}")
-    return bool(kind == "int8")
-
 
 def megabytes(*tensors: Tensor) -> float:
     """Size of tensors in MB."""

@@ -25,6 +25,8 @@ from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration
 
 TEXT_PROMPT = list(range(20, 60))
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True}
+# Only the first step of requests, in every layer: a job's capture has the same calls.
+COUNTING: dict[str, Any] = {"morphoquant": {"watch_escapes": {"every": 1_000_000, "layers": 1_000}}}
 SERVER_ARGUMENTS = (
     "--dtype=float32",
     "--max-model-len=1024",
@@ -34,6 +36,7 @@ SERVER_ARGUMENTS = (
     "--quantization=morphoquant",
     # A model of random weights would write blanks for ever.
     '--structured-outputs-config={"backend":"xgrammar","disable_any_whitespace":true}',
+    '--additional-config={"morphoquant":{"watch_escapes":{"every":1,"layers":3,"seconds":0.5}}}',
 )
 
 
@@ -170,12 +173,16 @@ def engines(
     started.run(
         {
             "plain": {"model": str(llama_source), "prompts": [text], "engine": ENGINE},
-            "eager": {**omni, "capture": str(directory / "eager.safetensors")},
-            "compiled": {**omni, "engine": {**ENGINE, "enforce_eager": False}},
+            "eager": {
+                **omni,
+                "engine": {**ENGINE, "additional_config": COUNTING},
+                "capture": str(directory / "eager.safetensors"),
+            },
+            "compiled": {**omni, "engine": {**ENGINE, "enforce_eager": False, "additional_config": COUNTING}},
             "tp2": {**omni, "engine": {**ENGINE, "tensor_parallel_size": 2}},
             "bfloat16": {
                 **omni,
-                "engine": {**ENGINE, "dtype": "bfloat16"},
+                "engine": {**ENGINE, "dtype": "bfloat16", "additional_config": COUNTING},
                 "capture": str(directory / "bfloat16.safetensors"),
             },
             "float16": {

@@ -94,6 +94,12 @@ def _linear_methods(model: torch.nn.Module) -> dict[str, str]:
     }
 
 
+def _counted(llm: Any) -> dict[str, list[list[int]]]:
+    """Counts of escapes by checkpoint layer, if the engine counts them."""
+    watch = llm.llm_engine.model_executor.driver_worker.vllm_config.quant_config.escape_watch
+    return {} if watch is None else {watch.layers[n].stored: watch.copied[i].tolist() for n, i in watch.chosen.items()}
+
+
 def run(job: dict[str, Any]) -> None:
     """Start one engine, generate, write the requested results."""
     from vllm import LLM, SamplingParams
@@ -122,6 +128,8 @@ def run(job: dict[str, Any]) -> None:
         _watch_towers(model, result["towers"])
     sampling = SamplingParams(max_tokens=job.get("max_tokens", 8), temperature=0, logprobs=1, prompt_logprobs=0)
     outputs = llm.generate([_prompt(prompt) for prompt in job["prompts"]], sampling, use_tqdm=False)
+    if "additional_config" in job["engine"]:
+        result["counted"] = _counted(llm)
     if "sleep" in job:
         llm.sleep(job["sleep"])
         llm.wake_up()

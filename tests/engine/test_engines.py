@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from morphoquant_vllm.numerics import weights
-from morphoquant_vllm.numerics.activation import escapes
+from morphoquant_vllm.numerics.activation import act_quant, escapes, token_rows
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, Engines
 from tests.engine.layers import assert_layers_are_the_reference, captured_layers, seen, stored_shards
@@ -64,6 +64,33 @@ def test_activations_really_are_four_bit(engines: Engines, checkpoint: Checkpoin
         relative = (y.float() - weight_only).norm() / weight_only.norm()
         # A 4-bit grid costs percents; bfloat16 rounding alone would cost 0.2 %.
         assert 0.01 < float(relative) < 1, (layer, float(relative))
+
+
+@pytest.mark.parametrize("job", ["eager", "bfloat16"])
+def test_counted_escapes_are_those_of_the_reference(engines: Engines, checkpoint: Checkpoint, job: str) -> None:
+    result = engines.results[job]
+    layers = captured_layers(result)
+    assert len(result["counted"]) == len(layers)
+    for layer in layers:
+        x, modality = seen(result, layer, checkpoint, STORED_PREFIX)[0], result["captured"][f"{layer}.modality"]
+        first = stored_shards(layer, STORED_PREFIX)[0]
+        activation = activation_of(checkpoint.layer(first))
+        massive = token_rows(x, modality, activation) == len(checkpoint.spec.rows) - 1
+        escaped = escapes(act_quant(x, token_rows(x, modality, activation), activation)).sum(1)
+        columns = torch.stack((torch.ones_like(escaped), escaped, massive, escaped * massive), 1)
+        expected = [columns[modality == row].sum(0).tolist() for row in range(len(checkpoint.spec.rows))]
+        assert result["counted"][first] == expected, layer
+    totals = torch.tensor([*result["counted"].values()]).sum(0)
+    for row in ("text", "image", "audio"):
+        tokens, escaped, *_ = totals[checkpoint.spec.rows.index(row)].tolist()
+        assert escaped > 0 and len(layers) * 10 < tokens, row
+
+
+def test_a_compiled_engine_counts_as_an_eager_one(engines: Engines) -> None:
+    eager, compiled = (torch.tensor([*engines.results[job]["counted"].values()]) for job in ("eager", "compiled"))
+    assert torch.equal(eager[..., 0], compiled[..., 0]), "tokens of each row"
+    # The compiler adds up in another order, so a value at the border of two codes may fall into the other one.
+    torch.testing.assert_close(compiled.double(), eager.double(), rtol=0.01, atol=2)
 
 
 def test_compiled_equals_eager(engines: Engines) -> None:

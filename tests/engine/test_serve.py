@@ -6,6 +6,8 @@ import base64
 import io
 import os
 import shutil
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,33 @@ def test_text_agrees_with_the_reference_model(client: OpenAI, reference: nn.Modu
     assert len(tokens) == 8
     inputs = {"input_ids": torch.tensor([TEXT_PROMPT])}
     assert_agrees(reference_logprobs(reference, inputs, tokens), tokens, answer.choices[0].logprobs.token_logprobs)
+
+
+def test_the_page_of_metrics_has_the_escapes_of_each_row(
+    client: OpenAI, server: Server, checkpoint: Checkpoint
+) -> None:
+    name = client.models.list().data[0].id
+
+    def counted() -> dict[str, float]:
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as page:
+            lines = [line.split() for line in page.read().decode().splitlines() if line.startswith("morphoquant:")]
+        return {metric: float(value) for metric, value in lines}
+
+    before = counted().get('morphoquant:counted_inputs_total{row="text"}', 0.0)
+    client.completions.create(model=name, prompt=TEXT_PROMPT, max_tokens=4, temperature=0)
+    # Three layers count the prompt, and all new tokens but the last.
+    expected = before + 3 * (len(TEXT_PROMPT) + 3)
+    deadline = time.monotonic() + 20
+    while (found := counted()).get('morphoquant:counted_inputs_total{row="text"}', 0.0) < expected:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    assert found['morphoquant:counted_inputs_total{row="text"}'] == expected
+    rate = found['morphoquant:counted_escapes_total{row="text"}'] / found['morphoquant:counted_codes_total{row="text"}']
+    assert 0 < rate < 0.2
+    assert 0 < found['morphoquant:calibrated_escape_rate{row="text"}'] < 0.05
+    log = server.log.read_text()
+    assert "MorphoQuant: escapes are counted in one step of every 1, in 3 of 8 layers" in log
+    assert "MorphoQuant: escapes: text " in log
 
 
 def test_image_and_audio_agree_with_the_reference_model(

@@ -11,7 +11,7 @@ from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.head import quantize_rows, rounding_bound
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
-from morphoquant_vllm.plugin.lm_head import SixteenBitHeadMethod, wants_eight_bits
+from morphoquant_vllm.plugin.lm_head import SixteenBitHeadMethod
 from tests.checkpoints import layer_specs
 
 VOCABULARY, K = 100, 64
@@ -161,25 +161,3 @@ def test_a_damaged_head_is_refused(asked: bool) -> None:
     layer.weight.data[7, 7] = torch.nan
     with pytest.raises(MorphoQuantError, match=r"lm_head.weight: holds NaN"):
         process(layer)
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ({}, False),
-        ({"other": 1}, False),
-        ({"morphoquant": {}}, False),
-        ({"morphoquant": {"lm_head": "16bit"}}, False),
-        ({"morphoquant": {"lm_head": "int8"}}, True),
-        (object(), False),
-    ],
-)
-def test_the_option_is_off_unless_it_says_int8(given: object, wanted: bool) -> None:
-    assert wants_eight_bits(given) is wanted
-
-
-@pytest.mark.parametrize("given", [{"lm_head": "int4"}, {"lm_haed": "int8"}, "int8"])
-def test_what_the_option_does_not_know_is_refused_in_one_line(given: object) -> None:
-    with pytest.raises(MorphoQuantError, match="--additional-config") as caught:
-        wants_eight_bits({"morphoquant": given})
-    assert "\n" not in str(caught.value)

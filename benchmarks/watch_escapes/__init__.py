@@ -1,0 +1,1 @@
+"""Measures what counting escapes costs an engine step."""

@@ -1,0 +1,64 @@
+"""The plugin's settings in vLLM's `--additional-config`, which vLLM hands to every worker.
+
+vllm serve OUT --additional-config '{"morphoquant": {"lm_head": "int8", "watch_escapes": {"every": 16}}}'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+SETTINGS = "morphoquant"
+HEADS = ("16bit", "int8")
+_EXAMPLE = '{"morphoquant": {"lm_head": "int8", "watch_escapes": {}}}'
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How escapes are counted while a model is served."""
+
+    # Every n-th engine step is counted.
+    every: int = 16
+    # In this many layers, spread over the decoder; in all if it has fewer.
+    layers: int = 8
+    # Between two reports.
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings; `watch` is None if escapes are not counted."""
+
+    lm_head: str = HEADS[0]
+    watch: Watch | None = None
+
+
+def read_settings(additional_config: Any) -> Settings:
+    """The plugin's settings; MorphoQuantError for an unknown one, or a value out of range."""
+    given = additional_config.get(SETTINGS, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(given, dict) or not given.keys() <= {"lm_head", "watch_escapes"}:
+        raise MorphoQuantError(
+            f"--additional-config: '{SETTINGS}' takes only the settings lm_head and watch_escapes, got {given!r}; "
+            f"write {_EXAMPLE}"
+        )
+    lm_head = given.get("lm_head", HEADS[0])
+    if lm_head not in HEADS:
+        raise MorphoQuantError(f"--additional-config: lm_head is {lm_head!r}; it can be one of {list(HEADS)}")
+    return Settings(lm_head, _watch(given["watch_escapes"]) if "watch_escapes" in given else None)
+
+
+def _watch(given: Any) -> Watch:
+    names = [field.name for field in fields(Watch)]
+    if not isinstance(given, dict) or not given.keys() <= set(names):
+        raise MorphoQuantError(
+            f"--additional-config: watch_escapes is an object with {', '.join(names)}, got {given!r}; write {{}} for "
+            f"their defaults"
+        )
+    for name, value in given.items():
+        kinds = (int, float) if name == "seconds" else (int,)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf"):
+            number = "a number above 0" if name == "seconds" else "an integer of 1 or more"
+            raise MorphoQuantError(f"--additional-config: watch_escapes: {name} is {value!r}; it must be {number}")
+    return Watch(**given)

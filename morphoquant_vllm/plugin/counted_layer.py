@@ -1,0 +1,81 @@
+"""A bound layer that counts its escapes before it multiplies.
+
+The counting lies inside the op that serves the layer. So the compiled graph stays as it is, and a CUDA graph records
+the counting with the layer. The counts accumulate in tensors on the device, and nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import silu
+
+from morphoquant_vllm import backends
+from morphoquant_vllm.numerics.activation import is_massive
+from morphoquant_vllm.numerics.escape_counts import add_escape_counts
+from morphoquant_vllm.numerics.norm import normed
+
+if TYPE_CHECKING:
+    from morphoquant_vllm.handles import Bound
+
+
+@dataclass
+class Gate:
+    """Whether, and for how many tokens, the layers count."""
+
+    # The first tokens of the step that are requests' tokens, int64 [] on the device; 0 outside counted steps.
+    live: Tensor
+    # True in a step of requests that is not counted.
+    skips: bool = False
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts the escapes of one layer's inputs, with the quantizer of its backend."""
+
+    gate: Gate
+    counts: Tensor  # int64 [R, len(COLUMNS)]
+    backend: str
+    activation: list[Tensor]  # prepared for the backend
+    massive: tuple[Tensor, Tensor, Tensor]  # channel, low, high
+
+    def count(self, x: Tensor, modality: Tensor) -> None:
+        """Add the escapes of x [M, K], with modality int32 [M or more]."""
+        if self.gate.skips or not x.shape[0]:
+            return
+        codes = backends.BACKENDS[self.backend].act_quant(x, modality, self.activation)
+        add_escape_counts(self.counts, codes, modality, is_massive(x, *self.massive), self.gate.live)
+
+
+@dataclass(frozen=True)
+class CountedLayer:
+    """A bound layer with a counter before it."""
+
+    layer: Bound
+    counter: Counter
+
+    def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        self.counter.count(x, modality)
+        return self.layer.linear(x, modality, handle, bias)
+
+    def silu_mul_linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.counter.gate.skips:
+            gate, up = x.chunk(2, dim=1)
+            self.counter.count(silu(gate) * up, modality)
+        return self.layer.silu_mul_linear(x, modality, handle, bias)
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        epsilon: float,
+        modality: Tensor,
+        handle: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.counter.gate.skips:
+            self.counter.count(normed(x, residual, norm_weight, epsilon)[0], modality)
+        return self.layer.norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
