@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
+    from morphoquant_vllm.plugin.reload import ReloadCheck
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -44,6 +45,7 @@ class MorphoQuantConfig(QuantizationConfig):
         # Created with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
         self._mlps: dict[str, Intermediate] = {}
+        self._reload_check: ReloadCheck | None = None
         # A model's hub id until a worker has checked its files, and whether they were checked before that.
         self._hub_id: str | None = None
         self._checked = False
@@ -142,7 +144,9 @@ class MorphoQuantConfig(QuantizationConfig):
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
         from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod, wants_eight_bits
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
+        from morphoquant_vllm.plugin.reload import ReloadCheck
 
+        check = self._reload_check = self._reload_check or ReloadCheck()
         if isinstance(layer, RoutedExperts):
             raise MorphoQuantError(
                 f"{prefix}: fused experts are not supported by morphoquant; serve this model in 16 bit"
@@ -152,7 +156,7 @@ class MorphoQuantConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             config = get_current_vllm_config_or_none()
             wanted = config is not None and wants_eight_bits(config.additional_config)
-            return EightBitHeadMethod(config) if wanted else SixteenBitHeadMethod()
+            return EightBitHeadMethod(config, check) if wanted else SixteenBitHeadMethod(check)
         if not isinstance(layer, LinearBase):
             return None  # attention stays as it is
         shards = self.shard_names(prefix)
@@ -166,7 +170,7 @@ class MorphoQuantConfig(QuantizationConfig):
             )
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
-        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix))
+        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> Intermediate | None:
         """The state that gate_up_proj and down_proj of one MLP share; None if its channels may not be renumbered."""
