@@ -22,16 +22,13 @@ from tests.tiny_conversations import write_calibration_data
 
 pytestmark = pytest.mark.full
 
-# By name: the model, and the engine's settings. A Llama's head is its embedding; a Qwen2 has biases and its own head.
-MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama": (tiny_models.build_tiny_llama, {}),
-    "llama, 8-bit head": (
-        tiny_models.build_tiny_llama,
-        {"dtype": "bfloat16", "additional_config": {"morphoquant": {"lm_head": "int8"}}},
-    ),
-    "qwen2": (tiny_models.build_tiny_qwen2, {"dtype": "bfloat16"}),
-    "qwen2, 8-bit head": (tiny_models.build_tiny_qwen2, {"additional_config": {"morphoquant": {"lm_head": "int8"}}}),
-    "qwen2, two ranks": (tiny_models.build_tiny_qwen2, {"tensor_parallel_size": 2}),
+EIGHT_BITS = {"additional_config": {"morphoquant": {"lm_head": "int8"}}}
+# The engine's settings by the model's name. A Llama's head is its embedding; a Qwen2 has biases and its own head.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, 8-bit head": {"dtype": "bfloat16", **EIGHT_BITS},
+    "qwen2, 8-bit head": EIGHT_BITS,
+    "qwen2, two ranks": {"tensor_parallel_size": 2},
 }
 
 
@@ -48,13 +45,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     damaged = Path(shutil.copytree(directory / "qwen2-1", directory / "damaged"))
     flip_bit(damaged, "model.layers.1.mlp.down_proj.weight_codes")
     jobs: dict[str, dict[str, Any]] = {}
-    for name, (_, settings) in MODELS.items():
+    for name, settings in MODELS.items():
         first, second = (str(directory / f"{name.split(',')[0]}-{seed}") for seed in (0, 1))
         jobs[name] = {"model": first, "engine": settings, "reloads": [second, first]}
         jobs[f"{name}, fresh"] = {"model": second, "engine": settings, "reloads": []}
-    first = str(directory / "qwen2-0")
-    jobs["damaged"] = {"model": first, "engine": {}, "reloads": [str(damaged)]}
-    jobs["another model"] = {"model": first, "engine": {}, "reloads": [str(directory / "llama-0")]}
+    jobs["qwen2, 8-bit head"]["reloads"].append(str(damaged))
+    jobs["llama"]["reloads"].append(str(directory / "qwen2-0"))
     lines = [
         {**job, "engine": {**ENGINE, **job["engine"]}, "tokens": TEXT_PROMPT, "output": str(directory / f"{name}.json")}
         for name, job in jobs.items()
@@ -76,17 +72,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_reloaded_engine_answers_as_one_started_with_the_weights(served: dict[str, list[Any]], name: str) -> None:
-    before, after, back = served[name]
+    before, after, back = served[name][:3]
     (fresh,) = served[f"{name}, fresh"]
     assert after == fresh and back == before
     assert max(abs(one - other) for one, other in zip(before, after, strict=True)) > 1
 
 
 def test_a_damaged_directory_is_refused_in_one_line(served: dict[str, list[Any]]) -> None:
-    assert "is damaged (its SHA-256 is not the recorded one)" in served["damaged"][-1]
+    assert "is damaged (its SHA-256 is not the recorded one)" in served["qwen2, 8-bit head"][3]
 
 
 def test_a_directory_of_other_settings_is_refused_in_one_line(served: dict[str, list[Any]]) -> None:
-    assert (
-        "its layers, rows or token ids are not those that are served; start a new server" in served["another model"][-1]
-    )
+    line = served["llama"][3]
+    assert "its layers, rows or token ids are not those that are served; start a new server" in line
