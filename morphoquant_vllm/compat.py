@@ -21,6 +21,11 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import Any
 
+# Versions of vLLM whose engine has run the tests; the interfaces below are theirs.
+TESTED = ("0.32.0",)
+# How an interface is described that vLLM does not have.
+MISSING = "missing"
+
 _CONFIG = "vllm.config"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _BASE = _QUANTIZATION + ".base_config"
@@ -300,11 +305,11 @@ def describe(path: str) -> str:
     try:
         module = importlib.import_module(module_name)
     except ImportError as problem:
-        return f"missing ({' '.join(str(problem).split())})"
+        return f"{MISSING} ({' '.join(str(problem).split())})"
     owner_name, _, member = name.partition(".")
     owner = getattr(module, owner_name, None)
     if owner is None:
-        return "missing"
+        return MISSING
     return _member(owner, member) if member else _thing(owner)
 
 
@@ -336,7 +341,7 @@ def _member(owner: type, name: str) -> str:
     library = owner.__module__.partition(".")[0]
     classes = [cls for cls in owner.__mro__ if cls.__module__.partition(".")[0] == library]
     set_on_instances = any(name in _set_on_self(cls) for cls in classes)
-    return "attribute" if declared or set_on_instances else "missing"
+    return "attribute" if declared or set_on_instances else MISSING
 
 
 @cache
@@ -353,10 +358,15 @@ def _set_on_self(cls: type) -> set[str]:
     }
 
 
+def installed_version() -> str:
+    """The version of the installed vLLM."""
+    return importlib.metadata.version("vllm")
+
+
 def main() -> int:
     """Print the differences; exit status 1 if there are any."""
     lines = differences(INTERFACES)
-    version = importlib.metadata.version("vllm")
+    version = installed_version()
     for line in lines:
         print(line)
     print(f"vLLM {version}: {len(INTERFACES) - len(lines)} of {len(INTERFACES)} interfaces are as the plugin uses them")

@@ -1,11 +1,14 @@
 """The classes that vLLM calls; the one room that imports vLLM.
 
+version_check      one line about an untested vLLM, compared once
 config             which layers of a model are quantized, and the checks before workers start
 checkpoint_check   checks a checkpoint's files before vLLM loads a weight
 last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
 experts_method     quantized routed experts: refusals, checks after loading, the call of the op
 experts_loading    how one expert's tensors are cut for ranks, and which were loaded
+dummy_weights      valid values for vLLM's --load-format dummy
+reload             weights that vLLM loads again into a running engine
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one
 additional_config  the plugin's settings in vLLM's --additional-config
@@ -24,10 +27,16 @@ silu_mul_pass      a pass of vLLM's compiler that joins silu(gate) * up with the
 
 
 def register() -> None:
-    """Entry point of vLLM's general plugins: register `--quantization morphoquant`. Runs in every vLLM process."""
+    """Entry point of vLLM's general plugins: register `--quantization morphoquant`. Runs in every vLLM process.
+
+    Not if the installed vLLM lacks an interface that the plugin needs: an error in the log names it.
+    """
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from morphoquant_vllm.format.schema import QUANT_METHOD
     from morphoquant_vllm.plugin.config import MorphoQuantConfig
+    from morphoquant_vllm.plugin.version_check import may_serve
 
+    if not may_serve():
+        return
     register_quantization_config(QUANT_METHOD)(MorphoQuantConfig)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from morphoquant_vllm.plugin.escape_watch import EscapeWatch
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
+    from morphoquant_vllm.plugin.reload import ReloadCheck
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -51,6 +52,7 @@ class MorphoQuantConfig(QuantizationConfig):
         self._bus: ModalityBus | None = None
         self.escape_watch: EscapeWatch | None = None
         self._mlps: dict[str, Intermediate] = {}
+        self._reload_check: ReloadCheck | None = None
         # A model's hub id until a worker has checked its files, and whether they were checked before that.
         self._hub_id: str | None = None
         self._checked = False
@@ -154,7 +156,9 @@ class MorphoQuantConfig(QuantizationConfig):
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
         from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
+        from morphoquant_vllm.plugin.reload import ReloadCheck
 
+        check = self._reload_check = self._reload_check or ReloadCheck()
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
@@ -162,7 +166,7 @@ class MorphoQuantConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             config = get_current_vllm_config_or_none()
             wanted = config is not None and read_settings(config.additional_config).lm_head == "int8"
-            return EightBitHeadMethod(config) if wanted else SixteenBitHeadMethod()
+            return EightBitHeadMethod(config, check) if wanted else SixteenBitHeadMethod(check)
         if not isinstance(layer, LinearBase):
             return None  # attention stays as it is
         shards = self.shard_names(prefix)
@@ -178,9 +182,8 @@ class MorphoQuantConfig(QuantizationConfig):
             )
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
-        return MorphoQuantLinearMethod(
-            bus.spec, settings, bus, self._mlp_of(layer, prefix), self._watch_of(prefix, shards, bus)
-        )
+        watch = self._watch_of(prefix, shards, bus)
+        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch)
 
     def _watch_of(self, prefix: str, shards: list[str], bus: ModalityBus) -> EscapeWatch | None:
         """The watch of this model, to which the layer is added; None if its escapes are not counted."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from morphoquant_vllm import backends
-from morphoquant_vllm.numerics.activation import is_massive
+from morphoquant_vllm.numerics.activation import ActivationRecord, is_massive
 from morphoquant_vllm.numerics.escape_counts import add_escape_counts
 from morphoquant_vllm.numerics.norm import normed
 
@@ -47,6 +47,13 @@ class Counter:
             return
         codes = backends.BACKENDS[self.backend].act_quant(x, modality, self.activation)
         add_escape_counts(self.counts, codes, modality, is_massive(x, *self.massive), self.gate.live)
+
+    def take_intervals(self, record: ActivationRecord) -> None:
+        """Recognise massive tokens by the intervals of weights that were loaded again."""
+        for old, new in zip(
+            self.massive, (record.massive_channel, record.massive_low, record.massive_high), strict=True
+        ):
+            old.copy_(new)
 
 
 @dataclass(frozen=True)

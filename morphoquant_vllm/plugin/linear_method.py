@@ -30,11 +30,12 @@ from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.linear import weight_record
-from morphoquant_vllm.plugin import fusion
+from morphoquant_vllm.plugin import dummy_weights, fusion
 from morphoquant_vllm.plugin import mlp_channel_order as intermediate
-from morphoquant_vllm.plugin.counted_layer import CountedLayer
+from morphoquant_vllm.plugin.counted_layer import CountedLayer, Counter
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import LoadLog, check_ranks, make_parameters
+from morphoquant_vllm.plugin.reload import ReloadCheck, replace_records
 
 if TYPE_CHECKING:
     from morphoquant_vllm.handles import Bound
@@ -46,8 +47,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     """Quantization method of one (fused) linear layer.
 
     `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output. `bus` holds the
-    rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its channels may be renumbered. `watch`
-    counts the escapes of some layers.
+    rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its channels may be renumbered. The layers
+    of a model share a `reload_check`. `watch` counts the escapes of some layers.
     """
 
     def __init__(
@@ -56,12 +57,15 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         shards: dict[str, LayerSpec],
         bus: ModalityBus,
         mlp: intermediate.Intermediate | None = None,
+        reload_check: ReloadCheck | None = None,
         watch: EscapeWatch | None = None,
     ) -> None:
         self.spec = spec
         self.bus = bus
         self.mlp = mlp
+        self.reload_check = reload_check
         self.watch = watch
+        self.counter: Counter | None = None
         # True once the channels between gate_up_proj and down_proj are in down_proj's order.
         self.renumbered = False
         self.shards = shards
@@ -71,7 +75,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.weight_size = self.activation_size = 0
         self.backend = ""
         self.activation_dtype = torch.get_default_dtype()
-        self.takes_adapters = False
+        self.activation_device = torch.get_default_device()
+        self.takes_adapters = self.dummy = False
+        # The records that are served, once the layer is bound.
+        self.served: tuple[list[Tensor], list[Tensor]] | None = None
 
     def create_weights(
         self,
@@ -87,6 +94,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.activation_dtype = params_dtype
         config = get_current_vllm_config()
         self.takes_adapters = config.lora_config is not None
+        self.dummy = config.load_config.load_format == "dummy"
         # vLLM copies the compiler's settings when a model has all its layers, before weights are loaded.
         fusion.install(config, backends.select_backend(torch.get_default_device()))
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
@@ -99,6 +107,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             scale_scheme=self.layer_spec.scale_scheme,
             rows=len(self.spec.rows),
             blocks=input_blocks(self.layer_spec, self.spec.tensor_parallel) * input_size_per_partition // input_size,
+            shards=len(self.shards),
             watch=lambda tensor: self.load_log.watch(tensor, loader, fused),
         )
         for tensor, parameter in parameters.items():
@@ -121,11 +130,31 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             check_ranks(self.spec, self.name, self.layer_spec, size)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Lay the loaded tensors out and bind the layer. If vLLM loads it again, replace what is served."""
+        again = self.served is not None
+        if again and self.reload_check is not None:
+            self.reload_check.check(get_current_vllm_config(), self.spec)
+        tensors = self._take_loaded(layer)
+        if not again:
+            self._bind(layer, self._in_order(layer, tensors, self._order(layer, tensors)))
+        elif self.renumbered:
+            assert self.mlp is not None
+            is_down = isinstance(layer, RowParallelLinear)
+            self.mlp.reloaded.take(is_down, tensors, partial(self._replace, layer, tensors))
+        else:
+            self._replace(layer, tensors, None)
+        if self.activation_device.type == "cpu":
+            del tensors
+            release_freed_memory()
+
+    def _take_loaded(self, layer: torch.nn.Module) -> dict[str, Tensor]:
+        """The layer's loaded and checked tensors, by the format's names; its parameters are removed."""
         tensors = {}
         for tensor, parameter in list(layer.named_parameters(recurse=False)):
             if tensor == "bias":
                 continue
-            self.load_log.check(self.name, tensor, len(self.shards))
+            if not self.dummy:
+                self.load_log.check(self.name, tensor, len(self.shards))
             tensors[tensor] = parameter.data
             delattr(layer, tensor)
         self._check_bias(layer)
@@ -135,6 +164,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         first_channel = rank * tensors["channel_order"].numel()
         for tensor in ("channel_order", "massive_channel"):
             tensors[tensor] = tensors[tensor] - first_channel
+        if self.dummy:
+            dummy_weights.fill(tensors)
         check_values(
             self.name,
             tensors,
@@ -142,32 +173,36 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             parallel=self.layer_spec.parallel,
             blocks=self.spec.tensor_parallel // size,
         )
-        tensors = self._reordered(layer, tensors)
+        return tensors
+
+    def _prepared(self, tensors: dict[str, Tensor]) -> tuple[tuple[list[Tensor], list[Tensor]], ActivationRecord]:
+        """The weight and the activation record of the backend of the tensors' device, and the canonical one of both."""
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
         weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
-        device = weight.codes.device
-        self.backend = backends.select_backend(device)
+        self.activation_device = weight.codes.device
+        self.backend = backends.select_backend(self.activation_device)
         backend = backends.BACKENDS[self.backend]
         backend.check(self.name, weight, activation, self.activation_dtype)
-        prepared = backend.prepare(weight, activation)
+        return backend.prepare(weight, activation), activation
+
+    def _bind(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+        prepared, activation = self._prepared(tensors)
         wrap = self._counting(layer, prepared[1], activation)
         try:
             handle = ops.bind(*prepared, getattr(layer, "bias", None), self.activation_dtype, self.backend, wrap)
         except MorphoQuantError as problem:
             raise MorphoQuantError(f"{self.name}: {problem}") from None
         prepared[0][-1] = handle
+        self.served = prepared
         self.weight_size, self.activation_size = (len(record) for record in prepared)
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
             for index, buffer in enumerate(record):
                 layer.register_buffer(f"{kind}_record_{index}", buffer, persistent=False)
         if self.takes_adapters:
             # vLLM's layers for LoRA ask a linear's weight for its device. It is no parameter, and has no elements.
-            layer.weight = torch.empty(0, device=device)
+            layer.weight = torch.empty(0, device=self.activation_device)
         if not self.layer_spec.fixed_row:
-            layer.register_buffer("modality", self.bus.rows(device), persistent=False)
-        if device.type == "cpu":
-            del tensors, weight, activation, parameter
-            release_freed_memory()
+            layer.register_buffer("modality", self.bus.rows(self.activation_device), persistent=False)
 
     def _counting(
         self, layer: torch.nn.Module, prepared: list[Tensor], record: ActivationRecord
@@ -176,29 +211,41 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         if self.watch is None:
             return None
         rank, split = int(layer.tp_rank), self.layer_spec.parallel == "row"  # type: ignore[arg-type]
-        counter = self.watch.counter(
+        self.counter = self.watch.counter(
             self.name, rank, split=split, backend=self.backend, prepared=prepared, record=record
         )
-        return None if counter is None else partial(CountedLayer, counter=counter)
+        return None if self.counter is None else partial(CountedLayer, counter=self.counter)
 
-    def _reordered(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` with the channels between gate_up_proj and down_proj in down_proj's order."""
+    def _replace(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> None:
+        """Serve other tensors from the same memory. vLLM then gives the layer its buffers back."""
+        assert self.served is not None
+        prepared, activation = self._prepared(self._in_order(layer, tensors, order))
+        replace_records(self.name, self.served, prepared)
+        if self.counter is not None:
+            self.counter.take_intervals(activation)
+
+    def _order(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> Tensor | None:
+        """down_proj's channel order if the channels between gate_up_proj and down_proj are renumbered, int64 [K]."""
         if self.mlp is None:
-            return tensors
-        codes = tensors["weight_codes"]
+            return None
         is_down = isinstance(layer, RowParallelLinear)
-        order = self.mlp.columns() if is_down else self.mlp.rows(codes.shape[0])
+        order = self.mlp.order_of_inputs() if is_down else self.mlp.order_for_outputs(tensors["weight_codes"].shape[0])
         self.renumbered = order is not None
+        return order
+
+    def _in_order(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> dict[str, Tensor]:
+        """`tensors` with the channels between gate_up_proj and down_proj in `order`; with None as they are."""
         if order is None:
             return tensors
         # The other layer's tensors may have been on another device (CPU offload).
-        order = order.to(codes.device)
-        if is_down:
+        order = order.to(tensors["weight_codes"].device)
+        if isinstance(layer, RowParallelLinear):
             return intermediate.reorder_inputs(tensors, order)
+        rows = intermediate.both_halves(order)
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            bias.data.copy_(bias.data[order])
-        return intermediate.reorder_outputs(tensors, order)
+            bias.data.copy_(bias.data[rows])
+        return intermediate.reorder_outputs(tensors, rows)
 
     def _check_bias(self, layer: torch.nn.Module) -> None:
         """Check the source layer's bias: vLLM allocates it uninitialised and does not report a missing one."""

@@ -22,6 +22,7 @@ from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import move_to_large_pages, zero_bytes
 from morphoquant_vllm.numerics.head import quantize_rows
+from morphoquant_vllm.plugin.reload import ReloadCheck
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -35,10 +36,20 @@ def megabytes(*tensors: Tensor) -> float:
 class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
     """vLLM's 16-bit head. On a CPU with AVX512-BF16 and without AMX, it multiplies with the loaded weight itself.
 
-    vLLM's product keeps a second, packed copy of the weight, and reads it more slowly.
+    vLLM's product keeps a second, packed copy of the weight, and reads it more slowly. A tied head makes its copy anew
+    after `reload_check` saw that weights were loaded again: vLLM processes only the embedding then.
     """
 
-    in_place = False
+    in_place = tied = False
+
+    def __init__(self, reload_check: ReloadCheck | None = None) -> None:
+        self.reload_check = reload_check
+        self.made_after = 0
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        self.tied = True
+        tied: torch.nn.Module = super().tie_weights(layer, embed_tokens)
+        return tied
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
@@ -51,7 +62,14 @@ class SixteenBitHeadMethod(UnquantizedEmbeddingMethod):
         if not self.in_place:
             super().process_weights_after_loading(layer)
 
+    def follow_reload(self, layer: torch.nn.Module) -> None:
+        """Process a tied head's weight once more if it was loaded again since."""
+        if self.tied and self.reload_check is not None and self.made_after != self.reload_check.layers:
+            self.made_after = self.reload_check.layers
+            self.process_weights_after_loading(layer)
+
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.follow_reload(layer)
         if not self.in_place:
             return super().apply(layer, x, bias)
         return _logits(ops.head_bfloat16(x.reshape(-1, x.shape[-1]), layer.weight), x, bias)
@@ -75,16 +93,13 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
 
     supports_pre_processed_weights = False
 
-    def __init__(self, config: VllmConfig) -> None:
+    def __init__(self, config: VllmConfig, reload_check: ReloadCheck | None = None) -> None:
+        super().__init__(reload_check)
         model = config.model_config
         # Logits in another dtype need the weight itself.
         self.head_dtype = model.head_dtype if model is not None else None
-        self.tied = self.eight_bit = False
-
-    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
-        self.tied = True
-        tied: torch.nn.Module = super().tie_weights(layer, embed_tokens)
-        return tied
+        self.eight_bit = False
+        self.served: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         weight: Tensor = layer.weight.data  # type: ignore[assignment]
@@ -101,9 +116,16 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
         head = _head_on(weight.device)
         assert head is not None, "a device without a head is refused above"
         head.check(codes, scale, weight.dtype)
+        if self.eight_bit:
+            # Weights that vLLM loaded again. It then gives the layer the served buffers back.
+            self.served[0].copy_(codes)
+            self.served[1].copy_(scale)
+            if not self.tied:
+                layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+            return
         layer.register_buffer("head_codes", codes, persistent=False)
         layer.register_buffer("head_scale", scale, persistent=False)
-        self.eight_bit = True
+        self.served, self.eight_bit = (codes, scale), True
         made, before = megabytes(codes, scale), megabytes(weight)
         if self.tied:
             logger.info_once(
@@ -124,6 +146,7 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
         return None
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.follow_reload(layer)
         if not self.eight_bit:
             return super().apply(layer, x, bias)
         return _logits(ops.head(x.reshape(-1, x.shape[-1]), layer.head_codes, layer.head_scale), x, bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.format.schema import INPUT_TENSORS
+from morphoquant_vllm.plugin.reload import ReloadedPair
 
 GATE_UP, DOWN = ".mlp.gate_up_proj", ".mlp.down_proj"
 # Models whose MLP in vLLM is exactly gate_up_proj, silu(gate) * up and down_proj. The decoders of multimodal models
@@ -29,16 +30,17 @@ class Intermediate:
     """State that gate_up_proj and down_proj of one MLP share on one rank while they are loaded."""
 
     def __init__(self) -> None:
+        self.reloaded = ReloadedPair()
         # vLLM's down_proj, until gate_up_proj has been processed.
         self.down: torch.nn.Module | None = None
         # down_proj's channel order on this rank, int64 [K], between the processing of gate_up_proj and of down_proj.
         self._order: Tensor | None = None
 
-    def rows(self, out_features: int) -> Tensor | None:
-        """The order of rows for gate_up_proj with `out_features` outputs, int64; None if they stay.
+    def order_for_outputs(self, out_features: int) -> Tensor | None:
+        """down_proj's channel order for gate_up_proj with `out_features` outputs, int64 [K]; None if they stay.
 
-        down_proj must follow, by `columns`. Nothing is moved if its tensors are gone, or if its channel order is not a
-        permutation, which the checks of down_proj refuse.
+        down_proj must follow, by `order_of_inputs`. Nothing is moved if its tensors are gone, or if its channel order
+        is not a permutation, which the checks of down_proj refuse.
         """
         down, self.down = self.down, None
         stored = getattr(down, "channel_order", None)
@@ -48,12 +50,17 @@ class Intermediate:
         if not torch.equal(order.sort().values, torch.arange(order.numel(), device=order.device)):
             return None
         self._order = order
-        return torch.cat((order, order + order.numel()))
+        return order
 
-    def columns(self) -> Tensor | None:
+    def order_of_inputs(self) -> Tensor | None:
         """The order of down_proj's input channels, int64 [K]; None for the source's order. May be called once."""
         order, self._order = self._order, None
         return order
+
+
+def both_halves(order: Tensor) -> Tensor:
+    """The rows of gate and of up, int64 [2K], for down_proj's channel order, int64 [K]."""
+    return torch.cat((order, order + order.numel()))
 
 
 def reorder_outputs(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -152,6 +152,7 @@ class ModalityEmbeddingMethod(SixteenBitHeadMethod):
     """vLLM's 16-bit embedding, which also passes its token ids to the bus."""
 
     def __init__(self, bus: ModalityBus) -> None:
+        super().__init__()
         self.bus = bus
         self.prepared = False
 
@@ -160,7 +161,8 @@ class ModalityEmbeddingMethod(SixteenBitHeadMethod):
         self.bus.attach(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Deferred to the first `apply`: on a CPU, vLLM would pack a second copy that only tied heads need."""
+        """Deferred to the next `apply`: on a CPU, vLLM would pack a second copy that only tied heads need."""
+        self.prepared = False
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # Only called if the model's head is the embedding itself.

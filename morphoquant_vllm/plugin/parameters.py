@@ -28,20 +28,28 @@ class SharedInputParameter(BasevLLMParameter):
     """A tensor of the layer's input: shards of a fused layer must bring the same values; row-parallel ranks cut K.
 
     vLLM's RowvLLMParameter would silently keep the values of the last shard. `cut` is the dimension over K or over
-    blocks of K; None if the tensor has none, as gain.
+    blocks of K; None if the tensor has none, as gain. `shards` is the number of shards that bring it.
     """
 
-    def __init__(self, *, data: Tensor, weight_loader: Callable[..., None], name: str, cut: int | None) -> None:
+    def __init__(
+        self, *, data: Tensor, weight_loader: Callable[..., None], name: str, cut: int | None, shards: int
+    ) -> None:
         super().__init__(data=data, weight_loader=weight_loader)
         self.name_in_messages = name
         self.cut = cut
         self.filled = False
+        # vLLM counts loaded elements to find out when a layer is complete that is loaded again.
+        self.weight_loader_numel = shards * data.numel()
 
     def _fill(self, loaded_weight: Tensor, **_: Any) -> None:
         if loaded_weight.shape != self.data.shape:
             raise MorphoQuantError(
                 f"{self.name_in_messages}: has shape {list(loaded_weight.shape)}, expected {list(self.data.shape)}"
             )
+        if self.is_meta:
+            # vLLM counts what a loader would copy, before it loads a layer again.
+            self.data.copy_(loaded_weight)
+            return
         if self.filled and not torch.equal(self.data, loaded_weight.to(self.data.device)):
             raise MorphoQuantError(
                 f"{self.name_in_messages}: differs between the shards of a fused layer; calibrate again"
@@ -93,8 +101,8 @@ class LoadLog:
         return load
 
     def check(self, name: str, tensor: str, shards: int) -> None:
-        """Raise MorphoQuantError unless `shards` shards of the tensor were loaded."""
-        loaded = len(self._loaded.get(tensor, ()))
+        """Raise MorphoQuantError unless `shards` shards of the tensor were loaded. They may be loaded again."""
+        loaded = len(self._loaded.pop(tensor, ()))
         if loaded != shards:
             raise MorphoQuantError(
                 f"{name}.{tensor}: {loaded} of {shards} shards were loaded; the checkpoint is incomplete"
@@ -122,16 +130,19 @@ def make_parameters(
     scale_scheme: str,
     rows: int,
     blocks: int,
+    shards: int,
     watch: Callable[[str], Callable[..., None]],
 ) -> dict[str, BasevLLMParameter]:
     """One rank's parameters of one (fused) layer under the format's tensor names; `watch` gives each its loader.
 
-    `blocks` is the number of this rank's blocks of K, of those that the checkpoint stores.
+    `blocks` is the number of this rank's blocks of K, of those that the checkpoint stores; `shards` that of the
+    checkpoint's layers in it.
     """
 
     def shared(tensor: str, shape: tuple[int, ...], dtype: torch.dtype, cut: int | None) -> SharedInputParameter:
         data = torch.zeros(shape, dtype=dtype)
-        return SharedInputParameter(data=data, weight_loader=watch(tensor), name=f"{name}.{tensor}", cut=cut)
+        loader = watch(tensor)
+        return SharedInputParameter(data=data, weight_loader=loader, name=f"{name}.{tensor}", cut=cut, shards=shards)
 
     def by_group(tensor: str, dtype: torch.dtype) -> GroupQuantScaleParameter:
         data = torch.zeros(out_features, groups, dtype=dtype)

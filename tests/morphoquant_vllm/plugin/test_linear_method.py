@@ -84,6 +84,16 @@ class TestFusedLayer:
         assert torch.equal(nested[0], y)
         assert not list(layer.named_parameters()), "the canonical parameters are gone, no second copy stays"
 
+    def test_dummy_weights_make_a_valid_layer_without_loading(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.config import get_current_vllm_config
+
+        monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
+        for spec in (specification(), two_level(specification())):
+            layer = merged_layer(spec)
+            layer.quant_method.process_weights_after_loading(layer)
+            y, _ = layer(torch.randn(5, K, generator=torch.Generator().manual_seed(1)))
+            assert bool(y.isfinite().all()) and float(y.std()) > 0
+
     def test_only_for_adapters_a_layer_has_a_weight_that_tells_its_device(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

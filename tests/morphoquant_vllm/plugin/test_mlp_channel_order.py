@@ -135,7 +135,7 @@ class TestLoading:
         process(*layers)
         mlp = layers[0].quant_method.mlp
         assert all(layer.quant_method.renumbered for layer in layers)
-        assert mlp.rows(2 * WIDTH) is None and mlp.columns() is None
+        assert mlp.order_for_outputs(2 * WIDTH) is None and mlp.order_of_inputs() is None
 
     def test_nothing_moves_when_down_proj_was_processed_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = specification()

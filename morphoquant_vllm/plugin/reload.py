@@ -1,0 +1,83 @@
+"""Weights that vLLM loads again into a running engine: into the same memory, so handles and CUDA graphs stay valid.
+
+vLLM gives a layer its parameters back, loads them, and lets its method process them once more. The method then lays new
+records out, whose content takes the place of the served one's. Channels that gate_up_proj and down_proj of an MLP
+exchange are numbered anew when both have come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from vllm.config import VllmConfig
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, read_spec
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.plugin.checkpoint_check import check_directory
+
+Records = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+def replace_records(name: str, served: Records, loaded: Records) -> None:
+    """Copy the records of `loaded` into those that are served. MorphoQuantError if one has another shape."""
+    pairs = [pair for kind in zip(served, loaded, strict=True) for pair in zip(*kind, strict=True)]
+    for old, new in pairs:
+        if old.shape != new.shape or old.dtype != new.dtype:
+            raise MorphoQuantError(
+                f"{name}: the new weights need other memory than the served ones ({list(new.shape)}, "
+                f"{list(old.shape)}); start a new server with them"
+            )
+    for old, new in pairs:
+        old.copy_(new)
+
+
+class ReloadCheck:
+    """Checks a directory before the first of its weights is used. Keeps which one it checked last."""
+
+    def __init__(self) -> None:
+        # Quantized layers that were loaded again so far.
+        self.layers = 0
+        self._checked: tuple[str, int] | None = None
+
+    def check(self, config: VllmConfig, served: QuantizationSpec) -> None:
+        """Refuse a directory that is damaged, or whose settings are not the served ones. Hub ids are not looked at."""
+        self.layers += 1
+        directory = Path(config.model_config.model)
+        if not directory.is_dir():
+            return
+        # A checkpoint that was written anew has a new config.json.
+        state = (str(directory), (directory / CONFIG_FILE).stat().st_mtime_ns)
+        if state == self._checked:
+            return
+        check_directory(directory)
+        if _settings(read_spec(directory)) != _settings(served):
+            raise MorphoQuantError(
+                f"{directory / CONFIG_FILE}: its layers, rows or token ids are not those that are served; start a new "
+                "server with it"
+            )
+        self._checked = state
+
+
+def _settings(spec: QuantizationSpec) -> QuantizationSpec:
+    return replace(spec, created_by="", integrity=None)
+
+
+class ReloadedPair:
+    """gate_up_proj and down_proj of one MLP between two loads: whichever comes first waits for the other."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[bool, tuple[dict[str, Tensor], Callable[[Tensor], None]]] = {}
+
+    def take(self, is_down: bool, tensors: dict[str, Tensor], finish: Callable[[Tensor], None]) -> None:
+        """Keep one layer's `finish`; with the second, both get down_proj's channel order, int64 [K]."""
+        self._waiting[is_down] = (tensors, finish)
+        if len(self._waiting) < 2:
+            return
+        waiting, self._waiting = self._waiting, {}
+        order = waiting[True][0]["channel_order"].long()
+        for _, call in waiting.values():
+            call(order)

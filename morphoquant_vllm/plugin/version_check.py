@@ -1,0 +1,87 @@
+"""Compares an untested vLLM's interfaces with those that the plugin uses, once for each version.
+
+The comparison imports much of vLLM, so another process makes it. Its lines are kept in the cache directory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from vllm.logger import init_logger
+
+from morphoquant_vllm import __version__, compat, environment
+
+# vLLM shows the messages of loggers below "vllm".
+logger = init_logger(f"vllm.{__name__}")
+COMPARE = (sys.executable, "-m", "morphoquant_vllm.compat")
+_TIMEOUT = 180
+_SHOWN = 3
+
+
+def may_serve() -> bool:
+    """Whether the installed vLLM has every interface that the plugin needs. One line tells of an untested version.
+
+    Worker processes do not compare: the process that started them did.
+    """
+    version = compat.installed_version()
+    if version.partition("+")[0] in compat.TESTED or multiprocessing.parent_process() is not None:
+        return True
+    lines = _kept_lines(version)
+    if lines is None:
+        logger.warning("MorphoQuant: vLLM %s is not tested, and its interfaces could not be compared", version)
+        return True
+    gone = [line for line in lines if f" is {compat.MISSING}" in line]
+    shown = "; ".join((gone or lines)[:_SHOWN])
+    if gone:
+        logger.error(
+            "MorphoQuant: vLLM %s lacks %d needed interfaces (%s); install one of %s",
+            *(version, len(gone), shown, ", ".join(compat.TESTED)),
+        )
+    elif lines:
+        logger.warning(
+            "MorphoQuant: vLLM %s is not tested; it differs in %d interfaces: %s", version, len(lines), shown
+        )
+    else:
+        logger.warning(
+            "MorphoQuant: vLLM %s is not tested; all interfaces that the plugin uses are as in %s",
+            *(version, compat.TESTED[-1]),
+        )
+    return not gone
+
+
+def _kept_lines(version: str) -> list[str] | None:
+    """The differences of a version, one line each: kept ones, or compared now; None if neither is possible."""
+    cache = environment.cache_directory()
+    kept = None if cache is None else cache / "compared" / f"vllm-{version}-morphoquant-{__version__}.txt"
+    if kept is not None and kept.is_file():
+        return kept.read_text().splitlines()
+    lines = _compare()
+    if lines is not None and kept is not None:
+        _keep(kept, lines)
+    return lines
+
+
+def _compare() -> list[str] | None:
+    # Without plugins: the process would compare again.
+    variables = {**os.environ, environment.PLUGINS.name: ""}
+    try:
+        done = subprocess.run(COMPARE, capture_output=True, text=True, timeout=_TIMEOUT, env=variables)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    # The last line counts the others, which name one difference each.
+    return done.stdout.splitlines()[:-1] if done.returncode in (0, 1) and done.stdout else None
+
+
+def _keep(file: Path, lines: list[str]) -> None:
+    """Write the lines; a cache that cannot be written costs a comparison at the next start."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staged = file.with_name(f"{file.name}.{os.getpid()}")
+        staged.write_text("".join(f"{line}\n" for line in lines))
+        staged.replace(file)
+    except OSError as error:
+        logger.debug("MorphoQuant: %s is not written: %s", file, error)
