@@ -127,6 +127,11 @@ class Architecture:
         return ids
 
 
+def _prefixes(*modules: str) -> tuple[str, ...]:
+    """The names of these modules' tensors in the files of older and newer versions of transformers."""
+    return tuple(f"{outer}{module}." for module in modules for outer in ("", "model."))
+
+
 ARCHITECTURES = (
     Architecture(
         model_type="qwen2_5_omni",
@@ -188,6 +193,37 @@ ARCHITECTURES = (
         "model.layers",
         ("model.layers", "model.language_model.layers"),
         shared_inputs=_GATED_DELTA_NET_BLOCK,
+    ),
+    Architecture(
+        model_type="gemma3",
+        model_class="Gemma3ForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("language_model.model.layers", "model.language_model.layers"),
+        text_config=("text_config",),
+        media=("image",),
+        towers=("model.vision_tower", "model.multi_modal_projector"),
+        tower_prefixes=_prefixes("vision_tower", "multi_modal_projector"),
+    ),
+    # In transformers' layout; the publisher's own (internvl_chat) is code in the model's directory.
+    Architecture(
+        model_type="internvl",
+        model_class="InternVLForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("language_model.model.layers", "model.language_model.layers"),
+        text_config=("text_config",),
+        media=("image",),
+        towers=("model.vision_tower", "model.multi_modal_projector"),
+        tower_prefixes=_prefixes("vision_tower", "multi_modal_projector"),
+    ),
+    Architecture(
+        model_type="qwen2_audio",
+        model_class="Qwen2AudioForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("language_model.model.layers", "model.language_model.layers"),
+        text_config=("text_config",),
+        media=("audio",),
+        towers=("model.audio_tower", "model.multi_modal_projector"),
+        tower_prefixes=_prefixes("audio_tower", "multi_modal_projector"),
     ),
     Architecture("gemma3_text", "Gemma3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),

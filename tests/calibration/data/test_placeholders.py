@@ -1,5 +1,7 @@
 """Placeholder counts and modality rows on hand-made tokens; with a model's processor: test_samples.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -21,3 +23,10 @@ def test_audio_tokens_follow_qwens_tower() -> None:
         mask[row, :frames] = 1
     # 10 ms a frame, 40 ms a token.
     assert media_tokens(None, {"feature_attention_mask": mask}) == {"audio": [75, 25, 1]}
+
+
+def test_a_processor_with_a_fixed_number_of_tokens_is_counted_by_its_pictures() -> None:
+    """Gemma 3's and InternVL's: each picture, or each tile of one, has as many."""
+    processor = SimpleNamespace(image_seq_length=4)
+    assert media_tokens(processor, {"pixel_values": torch.zeros(3, 3, 28, 28)}) == {"image": [4, 4, 4]}
+    assert media_tokens(processor, {"input_ids": torch.zeros(1, 5)}) == {}
