@@ -87,6 +87,8 @@ class Architecture:
     verified: bool = True
     # The decoder's sizes if config.json may spell them in its own way: the generic path asks transformers.
     sizes: Mapping[str, Any] | None = None
+    # The class in the model's directory, as auto_map names it, if transformers has none of this name.
+    remote_code: str = ""
     # Whether a block returns a tuple that begins with the hidden states.
     tuple_output: bool = False
 

@@ -14,6 +14,7 @@ from accelerate.hooks import remove_hook_from_module
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
@@ -68,11 +69,18 @@ class Blocks(Protocol):
 
 def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> Any:
     """The source model on the meta device, without weights; MorphoQuantError if transformers refuses the config."""
-    model_class = getattr(transformers, architecture.model_class)
     with _clear_loading_errors(architecture, source):
+        model_class = _model_class(architecture, source)
         config = _read_config(model_class, source)
         with torch.device("meta"):
             return model_class._from_config(config, dtype=getattr(torch, recipe.dtype)).eval()
+
+
+def _model_class(architecture: Architecture, source: Source) -> Any:
+    """transformers' class; or that of the model's directory, whose code then runs."""
+    if architecture.remote_code:
+        return get_class_from_dynamic_module(architecture.remote_code, str(source.directory), local_files_only=True)
+    return getattr(transformers, architecture.model_class)
 
 
 def _read_config(model_class: Any, source: Source) -> Any:
@@ -107,7 +115,6 @@ def load_front(
     That is slower and needs almost no memory; towers in FP8 are always in memory. `device` None means the recipe's.
     Raises MorphoQuantError if transformers cannot load the model, or if any weight is missing, including the blocks'.
     """
-    model_class = getattr(transformers, architecture.model_class)
     empty = empty_model(architecture, source, recipe)
     scaled = _scaled_parameters(architecture, source, empty)
     stream_towers = stream_towers and not scaled
@@ -115,6 +122,7 @@ def load_front(
     if "lm_head.weight" not in empty.all_tied_weights_keys:
         absent.append("lm_head")
     with _clear_loading_errors(architecture, source):
+        model_class = _model_class(architecture, source)
         model, loading = model_class.from_pretrained(
             str(source.directory),
             config=_read_config(model_class, source),
