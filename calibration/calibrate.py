@@ -130,6 +130,8 @@ def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processe
     if not architecture.verified:
         if processes.first:
             logger.info("%s: %s", source.config.get("model_type"), GENERIC)
+            if architecture.remote_code:
+                logger.warning("%s of the model's directory runs: --trust-remote-code", architecture.remote_code)
         processes.broadcast(lambda: check_names(source, spec))
     for name, in_features in sixteen_bit(architecture, names, source.tensors).items():
         if processes.first:

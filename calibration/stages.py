@@ -132,6 +132,7 @@ def prepare(
         placeholder_token_ids=job.spec.placeholder_token_ids,
         rows=job.spec.rows,
         skip_bad=skip_bad,
+        trust_remote_code=recipe.trust_remote_code,
         processes=job.processes,
     )
     check_media(samples, recipe, job.processes)
@@ -227,9 +228,11 @@ def quantize(
 
 
 def _structure(job: Job) -> dict[str, Any]:
-    """What the report says of an unlisted architecture, and of linears that stay in 16 bit."""
+    """What the report says of an unlisted architecture, of code that ran, and of linears that stay in 16 bit."""
     kept = sixteen_bit(job.architecture, job.names, job.source.tensors)
     said: dict[str, Any] = {} if job.architecture.verified else {"architecture": GENERIC}
+    if job.architecture.remote_code:
+        said["remote_code"] = job.architecture.remote_code
     return said | ({"sixteen_bit": sorted(kept)} if kept else {})
 
 

@@ -84,10 +84,20 @@ def _part(kind: str, value: str) -> dict[str, Any]:
     return {"type": kind, kind: {"data": value, "format": "wav"} if kind == "input_audio" else {"url": value}}
 
 
+# Media of the data, beside text.
+_KINDS = {
+    "omni": {"image", "video", "audio"},
+    "vl": {"image", "video"},
+    "image": {"image"},
+    "audio": {"audio"},
+    "text": set(),
+}
+
+
 def write_calibration_data(directory: Path, processor_kind: str = "omni") -> Path:
     """Write data.jsonl and the media it names into `directory`; return the path of data.jsonl.
 
-    processor_kind "omni" has text, image, audio and video, "vl" no audio, "text" text only.
+    processor_kind is a key of _KINDS.
     """
     (directory / "media").mkdir(parents=True, exist_ok=True)
     answer = {"role": "assistant", "content": "The tone rises slowly, and a red square moves over the field."}
@@ -99,9 +109,9 @@ def write_calibration_data(directory: Path, processor_kind: str = "omni") -> Pat
             answer,
         ],
     ]
-    if processor_kind != "text":
+    kinds = _KINDS[processor_kind]
+    if "image" in kinds:
         (directory / "media" / "ramp.png").write_bytes(image_bytes(1))
-        write_video(directory / "media" / "square.mp4", 2)
         conversations += [
             [_turn(_part("image_url", "media/ramp.png"), _text("What can you see in this image?")), answer],
             [
@@ -109,16 +119,19 @@ def write_calibration_data(directory: Path, processor_kind: str = "omni") -> Pat
                 answer,
                 _turn(_text("And in one short sentence?")),
             ],
-            [_turn(_part("video_url", "media/square.mp4"), _text("The video shows what?")), answer],
         ]
-    if processor_kind == "omni":
+    if "video" in kinds:
+        write_video(directory / "media" / "square.mp4", 2)
+        conversations.append([_turn(_part("video_url", "media/square.mp4"), _text("The video shows what?")), answer])
+    if "audio" in kinds:
         (directory / "media" / "tone.wav").write_bytes(sound_bytes(4))
+        pictures = [_part("image_url", "media/ramp.png")] if "image" in kinds else []
         conversations += [
             [_turn(_part("input_audio", sound_base64(5)), _text("What can you hear?")), answer],
             [
                 _turn(
                     _part("audio_url", "media/tone.wav"),
-                    _part("image_url", "media/ramp.png"),
+                    *pictures,
                     _text("Say what the sound is, and what the picture is."),
                 ),
                 answer,

@@ -1,4 +1,4 @@
-"""A tiny InternVL in transformers' layout whose decoder is quantized at random: calibration does not know InternVL."""
+"""A tiny InternVL in transformers' layout, and one whose decoder is quantized at random."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from benchmarks.models.tiny_omni.processor import write_tokenizer
+from benchmarks.models.tiny_omni.processor import chat_template, write_tokenizer
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import read_json
 from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, stored_name
@@ -48,6 +48,7 @@ _SHARED = {
 # Qwen2's class in vLLM passes its embedding a quantization config, Cohere's does not.
 DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": {},
+    "qwen3": {"head_dim": 32},
     "cohere": {"architectures": ["CohereForCausalLM"], "rms_norm_eps": None, "logit_scale": 0.5},
 }
 
@@ -57,7 +58,14 @@ def write_internvl(directory: Path, decoder: str = "qwen2") -> Path:
 
     `decoder` is a key of DECODERS.
     """
-    directory.mkdir(parents=True)
+    build_tiny_internvl(directory, decoder)
+    _quantize(directory, {"image": (read_json(directory / CONFIG_FILE)["image_token_id"],)})
+    return directory
+
+
+def build_tiny_internvl(directory: Path, decoder: str = "qwen2") -> Path:
+    """Write an InternVL whose decoder is of a type of DECODERS into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(directory, "vl")
     _write_processor(directory)
     config = InternVLConfig(
@@ -75,9 +83,12 @@ def write_internvl(directory: Path, decoder: str = "qwen2") -> Path:
         downsample_ratio=0.5,
         tie_word_embeddings=False,
     )
-    write_model(directory, InternVLForConditionalGeneration, config, 0, ids)
-    _quantize(directory, {"image": (ids["image"],)})
-    return directory
+    return write_model(directory, InternVLForConditionalGeneration, config, 0, ids)
+
+
+def with_placeholder(template: str, token: str) -> str:
+    """The chat template of Qwen's models that writes `token` alone for a picture; the processor adds what is around."""
+    return template.replace(f"<|vision_start|>{IMAGE}<|vision_end|>", token)
 
 
 def _write_processor(directory: Path) -> None:
@@ -90,6 +101,7 @@ def _write_processor(directory: Path) -> None:
         "preprocessor_config.json": {"image_processor_type": "GotOcr2ImageProcessor", **media, **tiles},
         "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", **media},
         "processor_config.json": {"image_seq_length": TILE_TOKENS},
+        "chat_template.json": {"chat_template": with_placeholder(chat_template("vl"), IMAGE)},
     }.items():
         (directory / file).write_text(json.dumps(content | named))
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer
 
 from benchmarks.models.tiny_omni.config import mrope
-from benchmarks.models.tiny_omni.processor import ProcessorSettings, write_processor
+from benchmarks.models.tiny_omni.processor import ProcessorSettings, chat_template, write_processor, write_tokenizer
+from tests.tiny_internvl import with_placeholder
 from tests.tiny_models import DECODER, write_model
 
 _VISION = {
@@ -94,18 +96,125 @@ def write_qwen3_vl_processor(directory: Path) -> dict[str, int]:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_processor(directory, "vl", ProcessorSettings(16, 4 * 32 * 32, 64 * 32 * 32))
     sizes = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 32 * 32}
-    for file, changes in {
-        "tokenizer_config.json": {},
-        "preprocessor_config.json": {"size": sizes},
-        "video_preprocessor_config.json": {
-            "video_processor_type": "Qwen3VLVideoProcessor",
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "size": sizes,
+    video = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": sizes,
+    }
+    files = {"preprocessor_config.json": {"size": sizes}, "video_preprocessor_config.json": video}
+    _write_json(directory, {"tokenizer_config.json": {}, **files}, "Qwen3VLProcessor")
+    return ids
+
+
+# Names in the files that Gemma 3 and Qwen2-Audio were published with.
+_PUBLISHED = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.audio_tower.": "audio_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+# Tokens of a picture of Gemma 3: one of four patches in a row.
+GEMMA_TOKENS = 4
+
+
+def build_tiny_gemma3(directory: Path, seed: int = 0) -> Path:
+    """Write a Gemma 3 that takes pictures, under its published tensor names, into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "vl")
+    # vLLM joins the line ends around a picture to these.
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    tokens = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<|image_pad|>"}
+    _write_json(
+        directory,
+        {
+            "tokenizer_config.json": {"extra_special_tokens": tokens},
+            "preprocessor_config.json": {
+                "image_processor_type": "Gemma3ImageProcessor",
+                "size": {"height": 56, "width": 56},
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+            },
+            "processor_config.json": {"image_seq_length": GEMMA_TOKENS},
+            "chat_template.json": {"chat_template": with_placeholder(chat_template("vl"), "<|vision_start|>")},
         },
-    }.items():
+        "Gemma3Processor",
+    )
+    config = transformers.Gemma3Config(
+        text_config={
+            **DECODER,
+            "head_dim": 32,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 64,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "image_size": 56,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=GEMMA_TOKENS,
+        boi_token_index=ids["vision_bos"],
+        eoi_token_index=ids["vision_eos"],
+        image_token_index=ids["image"],
+        bos_token_id=None,
+        eos_token_id=ids["im_end"],
+        pad_token_id=ids["end"],
+    )
+    return write_model(directory, transformers.Gemma3ForConditionalGeneration, config, seed, ids, _PUBLISHED)
+
+
+def build_tiny_qwen2_audio(directory: Path, seed: int = 0) -> Path:
+    """Write a Qwen2-Audio, whose tower takes one window of 30 s, under its published names; return `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "omni")
+    _write_json(
+        directory,
+        {
+            "tokenizer_config.json": {},
+            "preprocessor_config.json": {
+                "feature_extractor_type": "WhisperFeatureExtractor",
+                "feature_size": 128,
+                "sampling_rate": 16000,
+                "chunk_length": 30,
+                "n_samples": 480000,
+                "nb_max_frames": 3000,
+                "hop_length": 160,
+                "n_fft": 400,
+                "padding_value": 0.0,
+                "return_attention_mask": True,
+            },
+            "chat_template.json": {"chat_template": chat_template("omni")},
+        },
+        "Qwen2AudioProcessor",
+    )
+    config = transformers.Qwen2AudioConfig(
+        text_config={"model_type": "qwen2", **DECODER, "bos_token_id": None, "eos_token_id": ids["im_end"]},
+        audio_config={
+            "d_model": 64,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 128,
+            "num_mel_bins": 128,
+        },
+        audio_token_index=ids["audio"],
+    )
+    return write_model(directory, transformers.Qwen2AudioForConditionalGeneration, config, seed, ids, _PUBLISHED)
+
+
+def _write_json(directory: Path, files: dict[str, dict[str, Any]], processor: str) -> None:
+    """Add settings, and the processor's class, to JSON files of `directory`."""
+    for file, changes in files.items():
         path = directory / file
         content = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**content, **changes, "processor_class": "Qwen3VLProcessor"}))
-    return ids
+        path.write_text(json.dumps({**content, **changes, "processor_class": processor}))

@@ -108,7 +108,7 @@ def _write_weights(
     parameters = {name for name, _ in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == "lm_head.weight" and getattr(model.config, "tie_word_embeddings", False):
             continue
         stored = next((new + name[len(old) :] for old, new in renames.items() if name.startswith(old)), name)
         drawn = _random_tensor(stored, value, seed) if name in parameters else value.float()

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, Qwen2AudioProcessor
 
 from calibration.data.conversations import BadConversationError, Conversation, Media, Message, PlainText, Text
 from calibration.data.media import decode_audio, decode_image, decode_video
@@ -168,22 +168,16 @@ def _content(message: Message, multimodal: bool) -> Any:
 
 def _process(processor: Any, source: str, text: str, media: list[Media], max_tokens: int) -> dict[str, torch.Tensor]:
     options: dict[str, Any] = {"text_kwargs": {"add_special_tokens": False}}
-    images = [decode_image(item) for item in media if item.kind == "image"]
-    audio: list[Any] = []
-    videos: list[Any] = []
-    if any(item.kind == "audio" for item in media):
-        audio, options["audio_kwargs"] = _decode_audio(processor, media, max_tokens)
-    if any(item.kind == "video" for item in media):
-        videos, options["videos_kwargs"] = _decode_videos(processor.video_processor, media, max_tokens)
+    kinds = {item.kind for item in media}
+    # Processors refuse arguments for media that they do not take.
+    if "image" in kinds:
+        options["images"] = [decode_image(item) for item in media if item.kind == "image"]
+    if "audio" in kinds:
+        options["audio"], options["audio_kwargs"] = _decode_audio(processor, media, max_tokens)
+    if "video" in kinds:
+        options["videos"], options["videos_kwargs"] = _decode_videos(processor.video_processor, media, max_tokens)
     try:
-        batch = processor(
-            text=[text],
-            images=images or None,
-            videos=videos or None,
-            audio=audio or None,
-            return_tensors="pt",
-            **options,
-        )
+        batch = processor(text=[text], return_tensors="pt", **options)
     # StopIteration and IndexError: the template wrote more placeholders than the conversation has media.
     except (ValueError, StopIteration, IndexError) as error:
         raise BadConversationError(
@@ -196,12 +190,17 @@ def _process(processor: Any, source: str, text: str, media: list[Media], max_tok
             "directory again"
         ) from error
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    if "feature_attention_mask" in inputs:
+    if "feature_attention_mask" in inputs and not _one_window(processor):
         # Whisper's features are padded to a fixed length (300 s in Qwen2.5-Omni: 15 MB a clip), masked in forward.
         longest = int(inputs["feature_attention_mask"].sum(-1).max())
         for name in ("input_features", "feature_attention_mask"):
             inputs[name] = inputs[name][..., :longest].clone()
     return inputs
+
+
+def _one_window(processor: Any) -> bool:
+    """Whether the audio tower takes one window of fixed length, as Whisper's own: longer sounds lose their end."""
+    return isinstance(processor, Qwen2AudioProcessor)
 
 
 def _decode_audio(processor: Any, media: list[Media], max_tokens: int) -> tuple[list[Any], dict[str, Any]]:
@@ -210,6 +209,8 @@ def _decode_audio(processor: Any, media: list[Media], max_tokens: int) -> tuple[
     rate = extractor.sampling_rate
     limit = (max_tokens + 1) * frames_per_token(processor) * extractor.hop_length
     audio = [decode_audio(item, rate, limit) for item in media if item.kind == "audio"]
+    if _one_window(processor):
+        return audio, {"sampling_rate": rate, "truncation": True}
     # Without these, sounds longer than chunk_length lose their end. vLLM passes truncation off, too; several sounds
     # are padded to the longest.
     longest = max(extractor.n_samples, *(len(samples) for samples in audio))

@@ -33,6 +33,9 @@ def media_tokens(processor: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str
         tokens["image"] = (inputs["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).tolist()
     if "video_grid_thw" in inputs:
         tokens["video"] = (inputs["video_grid_thw"].prod(-1) // processor.video_processor.merge_size**2).tolist()
+    if "image" not in tokens and "pixel_values" in inputs and hasattr(processor, "image_seq_length"):
+        # Gemma 3 and InternVL: as many for each picture, or for each tile that a picture is cut into.
+        tokens["image"] = [processor.image_seq_length] * inputs["pixel_values"].shape[0]
     if "feature_attention_mask" in inputs:
         frames = inputs["feature_attention_mask"].sum(-1)
         if type(processor).__name__ == _QWEN3_OMNI:

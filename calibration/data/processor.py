@@ -11,15 +11,15 @@ from transformers import AutoProcessor
 from morphoquant_vllm.errors import MorphoQuantError
 
 
-def load_processor(model_dir: Path | str) -> Any:
-    """The directory's multimodal processor, or its tokenizer if it has none; never runs code from the directory.
+def load_processor(model_dir: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """The directory's multimodal processor, or its tokenizer if it has none; runs its code only if it is trusted.
 
     Raises MorphoQuantError naming the directory if neither can be loaded.
     """
     if not Path(model_dir).is_dir():
         raise MorphoQuantError(f"{model_dir}: no such model directory; give a downloaded Hugging Face model")
     try:
-        processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=trust_remote_code)
     except ImportError as error:
         raise MorphoQuantError(
             f"{model_dir}: its processor needs a library that does not load ({failure(error)}); install it"

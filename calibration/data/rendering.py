@@ -44,6 +44,7 @@ def build_samples(
     placeholder_token_ids: Mapping[str, Sequence[int]],
     rows: Sequence[str],
     skip_bad: bool = False,
+    trust_remote_code: bool = False,
     processes: Processes = ONE,
 ) -> list[Sample]:
     """Render this process's share of the calibration data into model inputs, in the order of the data.
@@ -54,7 +55,7 @@ def build_samples(
 
     `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens. The model does
     not take a modality that is missing there. `rows` names the rows in order, see token_rows. With `skip_bad`,
-    conversations that cannot be used are logged and left out.
+    conversations that cannot be used are logged and left out. `trust_remote_code` lets a processor's own code run.
 
     Raises MorphoQuantError if the directory has no usable tokenizer. Other errors name the file and line of the first
     few unusable conversations: media that the model does not take or that cannot be decoded, placeholders that do not
@@ -66,7 +67,7 @@ def build_samples(
             f"max_tokens={max_tokens}, window_tokens={window_tokens} and max_samples={max_samples} leave no data; "
             "use at least 2, 2 and 1"
         )
-    processor = load_processor(model_dir)
+    processor = load_processor(model_dir, trust_remote_code=trust_remote_code)
     items = _choose_items(data, processor, window_tokens, max_samples, processes)
     samples: list[Sample] = []
     cut = 0

@@ -90,6 +90,8 @@ class Architecture:
     verified: bool = True
     # The decoder's sizes if config.json may spell them in its own way: the generic path asks transformers.
     sizes: Mapping[str, Any] | None = None
+    # The class in the model's directory, as auto_map names it, if transformers has none of this name.
+    remote_code: str = ""
     # Whether a block returns a tuple that begins with the hidden states.
     tuple_output: bool = False
     # Module of a block that holds its routed experts, which can be quantized; some blocks may lack it.
@@ -130,6 +132,11 @@ class Architecture:
                 raise MorphoQuantError(f"config.json: no {row}_token_id for model_type '{self.model_type}'")
             ids[row] = (token,)
         return ids
+
+
+def _prefixes(*modules: str) -> tuple[str, ...]:
+    """The names of these modules' tensors in the files of older and newer versions of transformers."""
+    return tuple(f"{outer}{module}." for module in modules for outer in ("", "model."))
 
 
 ARCHITECTURES = (
@@ -227,6 +234,37 @@ ARCHITECTURES = (
         "model.layers",
         ("model.layers", "model.language_model.layers"),
         shared_inputs=_GATED_DELTA_NET_BLOCK,
+    ),
+    Architecture(
+        model_type="gemma3",
+        model_class="Gemma3ForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("language_model.model.layers", "model.language_model.layers"),
+        text_config=("text_config",),
+        media=("image",),
+        towers=("model.vision_tower", "model.multi_modal_projector"),
+        tower_prefixes=_prefixes("vision_tower", "multi_modal_projector"),
+    ),
+    # In transformers' layout; the publisher's own (internvl_chat) is code in the model's directory.
+    Architecture(
+        model_type="internvl",
+        model_class="InternVLForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("language_model.model.layers", "model.language_model.layers"),
+        text_config=("text_config",),
+        media=("image",),
+        towers=("model.vision_tower", "model.multi_modal_projector"),
+        tower_prefixes=_prefixes("vision_tower", "multi_modal_projector"),
+    ),
+    Architecture(
+        model_type="qwen2_audio",
+        model_class="Qwen2AudioForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("language_model.model.layers", "model.language_model.layers"),
+        text_config=("text_config",),
+        media=("audio",),
+        towers=("model.audio_tower", "model.multi_modal_projector"),
+        tower_prefixes=_prefixes("audio_tower", "multi_modal_projector"),
     ),
     Architecture("gemma3_text", "Gemma3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),

@@ -86,7 +86,8 @@ def architecture_of_form(config: Mapping[str, Any], directory: Path) -> Architec
 def _decoder_of(source: Source, recipe: Recipe) -> tuple[Architecture, Any, list[nn.Module]]:
     """What config.json alone tells of an unlisted architecture; the model without weights, and its blocks."""
     config = source.config
-    found = Architecture(str(config.get("model_type")), _class_name(config), "", (), verified=False)
+    name, remote_code = _class_name(config, trust_remote_code=recipe.trust_remote_code)
+    found = Architecture(str(config.get("model_type")), name, "", (), verified=False, remote_code=remote_code)
     model = empty_model(found, source, recipe)
     block_module = _block_list(model, recipe.decoder)
     blocks = list(model.get_submodule(block_module).children())
@@ -126,8 +127,8 @@ def _skip_experts(block: nn.Module, block_name: str, recipe: Recipe) -> list[str
     return list(found)
 
 
-def _class_name(config: Mapping[str, Any]) -> str:
-    """The class of transformers that config.json names."""
+def _class_name(config: Mapping[str, Any], *, trust_remote_code: bool) -> tuple[str, str]:
+    """The class of transformers that config.json names; or one of the model's directory, with its place there."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if not isinstance(getattr(transformers, name, None), type):
@@ -135,11 +136,14 @@ def _class_name(config: Mapping[str, Any]) -> str:
         base = next((name.removesuffix(ending) for ending in SCORES_TEXT if name.endswith(ending)), None)
         name = name if base is None else f"{base}Model"
     if isinstance(getattr(transformers, name, None), type):
-        return name
+        return name, ""
     if "auto_map" in config:
+        remote = config["auto_map"].get("AutoModelForCausalLM") if isinstance(config["auto_map"], Mapping) else None
+        if trust_remote_code and isinstance(remote, str):
+            return name, remote
         raise MorphoQuantError(
-            f"config.json: {name or 'the model'} is code in the model's directory (auto_map), and remote code is never "
-            "run; use a version of the model that transformers builds itself"
+            f"config.json: {name or 'the model'} is code in the model's directory (auto_map), which runs only with "
+            "--trust-remote-code, and only as AutoModelForCausalLM; or use a version that transformers builds itself"
         )
     raise MorphoQuantError(
         f"config.json: model_type {config.get('model_type')!r} is not supported: transformers "

@@ -14,6 +14,7 @@ from accelerate.hooks import remove_hook_from_module
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from calibration.model.architectures import Architecture
 from calibration.model.experts import StoredExperts, find_experts, load_merged, merged_parameter
@@ -69,11 +70,18 @@ class Blocks(Protocol):
 
 def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> Any:
     """The source model on the meta device, without weights; MorphoQuantError if transformers refuses the config."""
-    model_class = getattr(transformers, architecture.model_class)
     with _clear_loading_errors(architecture, source):
+        model_class = _model_class(architecture, source)
         config = _read_config(model_class, source)
         with torch.device("meta"):
             return model_class._from_config(config, dtype=getattr(torch, recipe.dtype)).eval()
+
+
+def _model_class(architecture: Architecture, source: Source) -> Any:
+    """transformers' class; or that of the model's directory, whose code then runs."""
+    if architecture.remote_code:
+        return get_class_from_dynamic_module(architecture.remote_code, str(source.directory), local_files_only=True)
+    return getattr(transformers, architecture.model_class)
 
 
 def _read_config(model_class: Any, source: Source) -> Any:
@@ -108,14 +116,15 @@ def load_front(
     That is slower and needs almost no memory; towers in FP8 are always in memory. `device` None means the recipe's.
     Raises MorphoQuantError if transformers cannot load the model, or if any weight is missing, including the blocks'.
     """
-    model_class = getattr(transformers, architecture.model_class)
     empty = empty_model(architecture, source, recipe)
     scaled = _scaled_parameters(architecture, source, empty)
     stream_towers = stream_towers and not scaled
     absent = [architecture.block_module, *(architecture.towers if stream_towers else ())]
     if "lm_head.weight" not in empty.all_tied_weights_keys:
         absent.append("lm_head")
-    config = _read_config(model_class, source)
+    with _clear_loading_errors(architecture, source):
+        model_class = _model_class(architecture, source)
+        config = _read_config(model_class, source)
     blocks = empty.get_submodule(architecture.block_module)
     merged = any(parameter.dim() > 2 for parameter in blocks.parameters())
     if merged:

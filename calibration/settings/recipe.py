@@ -56,6 +56,10 @@ class Recipe(BaseModel):
         description="Module with the list of decoder blocks, as transformers names it; empty: found by itself. "
         "It leads to the generic path.",
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run the code that the model's directory brings (auto_map of config.json), which may do anything.",
+    )
     group_size: GroupSize = Field(
         default=GROUP_SIZES[0],
         description=f"Input channels that share one weight scale: one of {', '.join(map(str, GROUP_SIZES))}.",

@@ -1,5 +1,6 @@
 """Models of unlisted types from end to end: what is written, what the report says, what vLLM is asked."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import dynamic_module_utils
 
 from calibration import calibrate as module
 from calibration.blocks.capture import ADDED, capture_block_inputs
@@ -24,6 +26,7 @@ from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.tiny_conversations import write_calibration_data
 from tests.tiny_decoders import build_tiny_decoder
 from tests.tiny_media_models import build_tiny_qwen3_vl
+from tests.tiny_models import build_tiny_llama
 
 RECIPE = Recipe(device="cpu", rounding="nearest", regression=False)
 
@@ -104,3 +107,42 @@ def _note(given: list[Tensor]) -> Any:
         given.append(args[0] if args else kwargs["hidden_states"])
 
     return note
+
+
+# Code as publishers put it beside the weights; it leaves a mark when it runs.
+_REMOTE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path(MARK).touch()
+
+
+class FarConfig(LlamaConfig):
+    model_type = "far"
+
+
+class FarForCausalLM(LlamaForCausalLM):
+    config_class = FarConfig
+"""
+
+
+def test_code_of_the_models_directory_runs_on_request_alone_and_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "check_names", lambda source, spec: None)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, mark = build_tiny_llama(tmp_path / "model"), tmp_path / "ran"
+    (model / "far.py").write_text(_REMOTE.replace("MARK", repr(str(mark))))
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoConfig": "far.FarConfig", "AutoModelForCausalLM": "far.FarForCausalLM"}
+    changes = {"model_type": "far", "architectures": ["FarForCausalLM"], "auto_map": auto_map}
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    data = write_calibration_data(tmp_path / "data", "text")
+    with pytest.raises(MorphoQuantError, match="FarForCausalLM is code in the model's directory"):
+        calibrate(model, data, tmp_path / "out", recipe=RECIPE)
+    assert not mark.exists()
+    trusting = RECIPE.model_copy(update={"trust_remote_code": True})
+    report = calibrate(model, data, tmp_path / "out", recipe=trusting)
+    assert mark.exists()
+    assert report["remote_code"] == "far.FarForCausalLM" and report["architecture"] == GENERIC
+    assert len(verify_checkpoint(tmp_path / "out").layers) == 14

@@ -80,6 +80,26 @@ def test_served_and_reloaded_logprobs_are_the_reference_models(served: tuple[Pat
         assert float((sixteen_bit - expected).abs().max()) > 100 * TOLERANCE, name
 
 
+@pytest.mark.full
+def test_two_ranks_serve_what_the_generic_path_made(tmp_path: Path) -> None:
+    """Phi-3's files hold fused matrices; Starcoder2 runs in vLLM's Transformers backend."""
+    names = ("phi3", "starcoder2")
+    data = write_calibration_data(tmp_path / "data", "text")
+    for name in names:
+        calibrate(build_tiny_decoder(name, tmp_path / f"{name}-source"), data, tmp_path / name)
+    engines = Engines(tmp_path)
+    job = {"prompts": [{"prompt_token_ids": TEXT_PROMPT}], "engine": {**ENGINE, "tensor_parallel_size": 2}}
+    engines.run({name: {**job, "model": str(tmp_path / name)} for name in names})
+    for name, result in engines.results.items():
+        assert "error" not in result, f"{name}: {result['error']}"
+        source = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-source", dtype=torch.float32)
+        expected = prompt_logprobs(swap_linears(source, Checkpoint(tmp_path / name)))
+        found = torch.tensor(result["requests"][0]["prompt_logprobs"])
+        largest = float((found - expected).abs().max())
+        print(f"{name} on two ranks: largest difference of log-probabilities {largest}")
+        assert largest < TOLERANCE, name
+
+
 def test_every_linear_of_the_decoder_is_quantized(served: tuple[Path, Engines]) -> None:
     directory, engines = served
     for name, result in engines.results.items():

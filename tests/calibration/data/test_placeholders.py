@@ -1,5 +1,7 @@
 """Placeholder counts and modality rows on hand-made tokens; with a model's processor: test_samples.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers.models.qwen3_omni_moe import processing_qwen3_omni_moe
@@ -31,3 +33,10 @@ def test_audio_tokens_of_qwen3_omni_are_those_of_its_processor(frames: int) -> N
     expected = processing_qwen3_omni_moe._get_feat_extract_output_lengths(mask.sum(-1))
     assert media_tokens(processor, {"feature_attention_mask": mask}) == {"audio": expected.tolist()}
     assert frames <= int(expected) * frames_per_token(processor)
+
+
+def test_a_processor_with_a_fixed_number_of_tokens_is_counted_by_its_pictures() -> None:
+    """Gemma 3's and InternVL's: each picture, or each tile of one, has as many."""
+    processor = SimpleNamespace(image_seq_length=4)
+    assert media_tokens(processor, {"pixel_values": torch.zeros(3, 3, 28, 28)}) == {"image": [4, 4, 4]}
+    assert media_tokens(processor, {"input_ids": torch.zeros(1, 5)}) == {}

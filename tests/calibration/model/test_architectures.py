@@ -16,7 +16,6 @@ def test_known_types_are_found_by_name() -> None:
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: qwen2_5_omni, .*qwen3"),
         ({}, "None is not supported"),
-        ({"model_type": "internvl"}, "'internvl' is not supported; supported: .*qwen2_5_vl"),
         ({"model_type": "internvl_chat"}, "'internvl_chat' is not supported"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is not supported; supported: .*qwen3_moe"),
     ],
