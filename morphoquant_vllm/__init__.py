@@ -7,10 +7,8 @@
     cpu, gpu     their code
     plugin       the classes that vLLM calls; the only room that imports vLLM
     hf           loading a checkpoint with transformers
-    doctor       the facts of a machine that decide how a model is served
+    doctor       the facts of a machine that decide how a model is served, and mends of its environment
     compat       command: compares the installed vLLM with the interfaces that the plugin needs
-    mends        command: finds and mends an environment in which vLLM cannot serve
-    torchvision_ops_hook  a file that a mend copies into the environment
     names        command: does vLLM find every quantized layer under its name?
     handles      bound layers by their handle, which is one of their tensors
     host_memory  large pages, and the return of freed memory

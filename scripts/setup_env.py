@@ -101,7 +101,7 @@ def install_project(python: Path) -> None:
 def mend(python: Path) -> None:
     """Mend what keeps vLLM from serving, then import all that an omni model's server reaches."""
     say("checking that torch's companions load, and that sound is read (a minute)")
-    succeeded, output = run([str(python), "-m", "morphoquant_vllm.mends", "--apply"], lines=25)
+    succeeded, output = run([str(python), "-m", "morphoquant_vllm.doctor.mends", "--apply"], lines=25)
     if not succeeded:
         raise SetupError("the environment cannot serve, see above; mend that, then run make setup again", output)
     for line in output.splitlines():
@@ -133,7 +133,7 @@ def examine(python: Path) -> None:
 def fingerprint(gpu: bool) -> str:
     """Return a digest of everything that decides the content of the environment."""
     digest = hashlib.sha256(b"gpu" if gpu else b"cpu")
-    mends = [ROOT / "morphoquant_vllm" / name for name in ("mends.py", "torchvision_ops_hook.py")]
+    mends = [ROOT / "morphoquant_vllm" / "doctor" / name for name in ("mends.py", "torchvision_ops_hook.py")]
     for path in (ROOT / "pyproject.toml", *mends, *sorted(Path(__file__).resolve().parent.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -23,8 +23,6 @@ ROOMS = {
     "errors": set(),
     "environment": set(),
     "compat": set(),  # vLLM by name, while it compares
-    "mends": {"errors"},
-    "torchvision_ops_hook": {"torch"},
     "handles": {"torch"},
     "host_memory": {"torch"},
     "numerics": {"errors", "torch", "safetensors"},
@@ -35,7 +33,7 @@ ROOMS = {
     "ops": {"backends", "handles", "numerics", "torch"},
     "hf": {"backends", "environment", "errors", "format", "numerics", "torch", "transformers"},
     # vLLM in other processes only.
-    "doctor": {"cpu", "environment", "errors", "format", "gpu", "mends", "torch"},
+    "doctor": {"cpu", "environment", "errors", "format", "gpu", "torch"},
     "plugin": {
         *("backends", "compat", "environment", "errors", "format", "handles", "host_memory", "numerics", "ops"),
         # vLLM brings the last three.

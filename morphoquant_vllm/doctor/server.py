@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 
-from morphoquant_vllm import environment, mends
+from morphoquant_vllm import environment
+from morphoquant_vllm.doctor import mends
 from morphoquant_vllm.doctor.finding import Finding, note, ok, problem
 
 # vLLM's versions that this package admits; tests compare it with pyproject.toml.

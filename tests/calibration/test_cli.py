@@ -315,8 +315,7 @@ def test_doctor_has_an_exit_status(run: Run, tmp_path: Path, monkeypatch: pytest
 
 
 def test_doctor_mends_before_it_looks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from morphoquant_vllm import mends
-    from morphoquant_vllm.doctor import server
+    from morphoquant_vllm.doctor import mends, server
     from morphoquant_vllm.errors import MorphoQuantError
 
     faults = ["torchaudio"]

@@ -1,4 +1,6 @@
-"""Mends of an environment in which vLLM cannot serve, mostly CPU ones: `python -m morphoquant_vllm.mends [--apply]`.
+"""Mends of an environment in which vLLM cannot serve, mostly CPU ones.
+
+`python -m morphoquant_vllm.doctor.mends` lists those that are needed, with `--apply` it makes them.
 
 Each is found by a probe, a fresh Python that imports the package. So nothing is changed that works. `make setup`
 applies all of them. Imports the standard library only: torch may be what does not load.

@@ -14,7 +14,7 @@ import pytest
 import scipy.signal
 import soundfile
 
-from morphoquant_vllm import mends
+from morphoquant_vllm.doctor import mends
 from morphoquant_vllm.errors import MorphoQuantError
 
 RATES = (8000, 22050, 24000, 44100, 48000)
@@ -248,6 +248,6 @@ def test_vllms_resampler_gives_the_same_sound(rate: int) -> None:
 
 def test_the_module_needs_the_standard_library_alone() -> None:
     """It mends what does not load, so it must not load it."""
-    code = "import sys, morphoquant_vllm.mends; print('torch' in sys.modules)"
+    code = "import sys, morphoquant_vllm.doctor.mends; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
