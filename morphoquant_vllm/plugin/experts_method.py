@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
@@ -18,6 +19,7 @@ from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.experts import ExpertsRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
+from morphoquant_vllm.plugin import dummy_weights
 from morphoquant_vllm.plugin.experts_loading import ExpertsParameters
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import check_ranks
@@ -111,7 +113,13 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
             layer.register_parameter(tensor, parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        self.parameters.check_loaded()
+        if self.backend:
+            raise MorphoQuantError(
+                f"{self.name}: quantized experts are not loaded again into a running engine; start a new server"
+            )
+        dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        if not dummy:
+            self.parameters.check_loaded()
         tensors = {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
         for name in tensors:
             delattr(layer, name)
@@ -120,6 +128,10 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
             for part in ("w13_", "w2_")
         )
         del tensors
+        if dummy:
+            dummy_weights.fill(gate_up)
+            for expert in range(down["gain"].shape[0]):
+                dummy_weights.fill({tensor: values[expert] for tensor, values in down.items()})
         # Channels are numbered over the whole K; this rank's start here.
         first = layer.moe_config.moe_parallel_config.tp_rank * down["channel_order"].shape[1]
         for tensor in ("channel_order", "massive_channel"):

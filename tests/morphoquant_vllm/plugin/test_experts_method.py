@@ -91,6 +91,18 @@ class TestLoaded:
         layer.modality.fill_(spec.any_row)
         assert not list(layer.named_parameters()), "the canonical parameters are gone"
 
+    def test_dummy_weights_are_served_and_weights_are_not_loaded_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.config import get_current_vllm_config
+
+        monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
+        layer = runner(specification()).routed_experts
+        layer.quant_method.process_weights_after_loading(layer)
+        x, _ = random_tokens(TOKENS)
+        y, _ = call(layer, x)
+        assert y.shape == x.shape and bool(y.isfinite().all())
+        with pytest.raises(MorphoQuantError, match="not loaded again into a running engine; start a new server"):
+            layer.quant_method.process_weights_after_loading(layer)
+
     def test_a_step_longer_than_the_buffer_takes_any(self) -> None:
         stored, spec = made(), specification()
         layer = loaded(spec, files(stored))
