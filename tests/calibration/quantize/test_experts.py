@@ -81,10 +81,21 @@ def routed(tokens: int, count: int) -> Tensor:
     return torch.rand(tokens, count, generator=generator) < shares
 
 
-@pytest.mark.parametrize("scheme", ["two_level", "group"])
-def test_experts_serve_the_tokens_that_chose_them(scheme: str) -> None:
-    chosen = routed(400, 3)
-    recipe = RECIPE if scheme == "two_level" else RECIPE.model_copy(update={"scale_levels": 0})
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        ({}, 0.25),
+        ({"scale_levels": 0}, 0.25),
+        ({"modality_rows": True, "row_margin": 0.0}, 0.25),
+        # The authors' search gives channels with long tails coarser steps.
+        ({"grid": "reference"}, 0.4),
+    ],
+    ids=["two-level scales", "group scales", "modality rows", "reference grid"],
+)
+def test_experts_serve_the_tokens_that_chose_them(settings: dict[str, Any], largest: float) -> None:
+    chosen = routed(800, 3)
+    recipe = RECIPE.model_copy(update=settings)
+    scheme = recipe.scale_scheme
     found, x = made(chosen, recipe, scheme)
     spec = spec_of(3, scheme)
     for linear in spec.experts[NAME].layers(NAME):
@@ -99,12 +110,12 @@ def test_experts_serve_the_tokens_that_chose_them(scheme: str) -> None:
         expected = (silu(own @ gate.T) * (own @ up.T)) @ down.T
         rows = torch.full((own.shape[0],), 4, dtype=torch.int32)
         ids, ones = torch.full((own.shape[0], 1), e), torch.ones(own.shape[0], 1)
-        assert relative(experts(own, rows, ones, ids, record), expected) < 0.25
+        assert relative(experts(own, rows, ones, ids, record), expected) < largest
     figures = found.record
     assert figures.drawn_tokens == chosen.sum(0).tolist() == figures.tokens
-    assert (figures.few, figures.none) == (2, 1)
+    assert (figures.few, figures.none) == (1, 1)
     assert figures.gate_up_error[2] is None and figures.down_error[2] is None
-    assert all(0 < error < 0.3 for error in figures.errors) and len(figures.errors) == 4
+    assert all(0 < error < largest for error in figures.errors) and len(figures.errors) == 4
 
 
 def test_one_expert_of_all_tokens_is_as_a_dense_mlp() -> None:
