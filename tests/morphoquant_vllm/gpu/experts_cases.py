@@ -169,12 +169,12 @@ def self_check(two_level: bool, damaged: str) -> None:
 
 
 def _damaged(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` whose result, or last argument, is wrong in one place."""
+    """`function` whose result, or last argument, is wrong."""
 
     def run(*arguments: Any) -> Any:
         found = function(*arguments)
         first = arguments[-1] if found is None else found[0] if isinstance(found, tuple) else found
-        first.view(-1)[:64] += 3
+        first += 3
         return found
 
     return run
