@@ -168,7 +168,9 @@ def verify(directory: Directory) -> None:
 
     spec = verify_checkpoint(directory)
     shown = one_line(str(directory))
-    typer.echo(f"{shown}: {len(spec.layers)} quantized layers, all in order")
+    count = sum(settings.count for settings in spec.experts.values())
+    experts = f" and {count} experts" if count else ""
+    typer.echo(f"{shown}: {len(spec.layers)} quantized layers{experts}, all in order")
     if spec.integrity is None:
         typer.echo(f"{shown}: {OLD_VERSION}")
 

@@ -21,13 +21,16 @@ class Forecast:
     # Of the work directory, and of the new checkpoint's tensors and files.
     work: int
     checkpoint: int
+    # Routed experts of all blocks.
+    experts: int = 0
 
     def lines(self) -> list[str]:
         """The forecast for people."""
         tokens = ", ".join(f"{row} {count}" for row, count in self.tokens.items())
         tight = "" if self.memory <= self.memory_limit else "; parts are read from disk instead, which is slower"
+        experts = f" and {self.experts} experts" if self.experts else ""
         return [
-            f"{self.layers} linears in {self.blocks} blocks, on {self.samples} samples",
+            f"{self.layers} linears{experts} in {self.blocks} blocks, on {self.samples} samples",
             f"tokens: {tokens}; the search looks at {self.sampled_tokens}",
             f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{tight}",
             f"disk: {_gb(self.work)} for the work directory until the end, {_gb(self.checkpoint)} for the checkpoint",

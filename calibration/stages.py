@@ -28,7 +28,7 @@ from calibration.model.plan import DecoderNames, sixteen_bit
 from calibration.model.source import Source
 from calibration.output.card import model_card, read_front_matter
 from calibration.output.export import checkpoint_size, quantized_size, tensors_size, write_checkpoint
-from calibration.output.report import make_report
+from calibration.output.report import empty_experts, make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
@@ -143,6 +143,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         memory_limit=job.memory_limit,
         work=quantized_size(source, spec) + 5 * states,
         checkpoint=checkpoint_size(source, spec),
+        experts=sum(settings.count for settings in spec.experts.values()),
     )
 
 
@@ -208,7 +209,11 @@ def _structure(job: Job) -> dict[str, Any]:
 def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, overwrite: bool) -> dict[str, Any]:
     """Write the checkpoint from the finished blocks and move it to `output`; its report."""
     source, spec, recipe = job.source, job.spec, job.recipe
-    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts) | _structure(job)
+    experts = work.experts()
+    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts, experts) | _structure(job)
+    warning = empty_experts(experts)
+    if warning:
+        logger.warning("%s", warning)
     if source.fp8:
         report["source"] = {"weights": f"{source.fp8}, read as bfloat16"}
     block_of = {job.names.layer(block, ""): block for block in range(job.names.blocks)}

@@ -25,6 +25,7 @@ _CONFIG = "vllm.config"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _BASE = _QUANTIZATION + ".base_config"
 _LINEAR = "vllm.model_executor.layers.linear"
+_MOE = "vllm.model_executor.layers.fused_moe"
 _EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 _PARAMETER = "vllm.model_executor.parameter"
 _CREATE_WEIGHTS = (
@@ -111,7 +112,45 @@ INTERFACES: dict[str, str] = {
     ),
     f"{_CONFIG}:VllmConfig.load_config": "attribute",
     f"{_CONFIG}:LoadConfig.download_dir": "attribute",
-    "vllm.model_executor.layers.fused_moe:RoutedExperts": "class(PluggableLayer)",
+    f"{_MOE}:RoutedExperts": "class(PluggableLayer)",
+    f"{_MOE}:RoutedExperts.moe_config": "attribute",
+    f"{_MOE}:RoutedExperts.expert_map": "property",
+    f"{_MOE}:RoutedExperts.expert_map_manager": "attribute",
+    f"{_MOE}:RoutedExperts.apply_router_weight_on_input": "attribute",
+    f"{_MOE}:RoutedExperts.swiglu_limit": "attribute",
+    f"{_MOE}:RoutedExperts.swiglu_alpha": "attribute",
+    f"{_MOE}:RoutedExperts.swiglu_beta": "attribute",
+    f"{_MOE}:GateLinear": "class(ReplicatedLinear)",
+    f"{_MOE}:FusedMoEMethodBase": "class(QuantizeMethodBase)",
+    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.__init__": "(self, moe)",
+    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.create_weights": (
+        "(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs)"
+    ),
+    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.get_fused_moe_quant_config": "(self, layer)",
+    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.apply": (
+        "(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)"
+    ),
+    f"{_MOE}.activation:MoEActivation.SILU": "attribute",
+    f"{_MOE}.config:FUSED_MOE_UNQUANTIZED_CONFIG": "object",
+    f"{_MOE}.config:FusedMoEQuantConfig": "class(object)",
+    f"{_MOE}.activation:MoEActivation": "class(Enum)",
+    "vllm.platforms.interface:Platform.is_cpu": "(self)",
+    f"{_MOE}.config:FusedMoEConfig.num_experts": "attribute",
+    f"{_MOE}.config:FusedMoEConfig.hidden_dim": "attribute",
+    f"{_MOE}.config:FusedMoEConfig.intermediate_size": "attribute",
+    f"{_MOE}.config:FusedMoEConfig.activation": "attribute",
+    f"{_MOE}.config:FusedMoEConfig.has_bias": "attribute",
+    f"{_MOE}.config:FusedMoEConfig.is_lora_enabled": "attribute",
+    f"{_MOE}.config:FusedMoEConfig.moe_parallel_config": "attribute",
+    f"{_MOE}.config:FusedMoEParallelConfig.tp_rank": "attribute",
+    f"{_MOE}.config:FusedMoEParallelConfig.tp_size": "attribute",
+    f"{_MOE}.config:FusedMoEParallelConfig.dp_size": "attribute",
+    f"{_MOE}.config:FusedMoEParallelConfig.pcp_size": "attribute",
+    f"{_MOE}.config:FusedMoEParallelConfig.use_ep": "attribute",
+    f"{_MOE}.config:FusedMoEParallelConfig.enable_eplb": "attribute",
+    f"{_MOE}.expert_map_manager:ExpertMapManager.map_global_to_local": "(self, global_id)",
+    f"{_MOE}.expert_map_manager:ExpertMapManager.get_local_expert_ids": "(self)",
+    f"{_MOE}.expert_map_manager:ExpertMapManager.num_fused_shared_experts": "attribute",
     f"{_LINEAR}:LinearBase": "class(PluggableLayer)",
     f"{_LINEAR}:LinearBase.tp_rank": "attribute",
     f"{_LINEAR}:LinearBase.tp_size": "attribute",
@@ -201,6 +240,13 @@ PRIVATE_PARTS: dict[str, str] = {
         "(source_key, weight_renamings, weight_converters, base_model_prefix=None, meta_state_dict=None, reverse=False)"
     ),
     "transformers.models.qwen2_5_omni.configuration_qwen2_5_omni:Qwen2_5OmniThinkerConfig": "class(PreTrainedConfig)",
+    "transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe:Qwen3OmniMoeThinkerConfig": (
+        "class(PreTrainedConfig)"
+    ),
+    f"{_LOADING}:WeightConverter.__init__": "(self, source_patterns, target_patterns, operations, force_cpu=False)",
+    f"{_LOADING}:WeightTransform.scope_prefix": "attribute",
+    f"{_LOADING}:WeightTransform.base_model_prefix": "attribute",
+    f"{_QUANTIZER}.update_weight_conversions": "(self, weight_conversions)",
     "transformers.configuration_utils:PreTrainedConfig.get_config_dict": "(pretrained_model_name_or_path, **kwargs)",
     "transformers.quantizers.auto:register_quantization_config": "(method)",
     "transformers.quantizers.auto:register_quantizer": "(name)",

@@ -78,7 +78,7 @@ def build_tiny_decoder(model_type: str, directory: Path, seed: int = 0, **change
 
 
 # Features of both vision blocks are added to the hidden states after the first two decoder blocks.
-_QWEN3_VISION = {
+QWEN3_VISION = {
     "depth": 2,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -92,9 +92,8 @@ _QWEN3_VISION = {
 }
 
 
-def build_tiny_qwen3_vl(directory: Path, seed: int = 0) -> Path:
-    """Write a Qwen3-VL, whose vision features also reach later blocks (deepstack), into `directory`; return it."""
-    directory.mkdir(parents=True, exist_ok=True)
+def write_qwen3_vl_processor(directory: Path) -> dict[str, int]:
+    """Write the processor of a Qwen3-VL; return `token_ids`."""
     ids = write_processor(directory, "vl", ProcessorSettings(16, 4 * 32 * 32, 64 * 32 * 32))
     sizes = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 32 * 32}
     for file, changes in {
@@ -111,20 +110,33 @@ def build_tiny_qwen3_vl(directory: Path, seed: int = 0) -> Path:
         path = directory / file
         content = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**content, **changes, "processor_class": "Qwen3VLProcessor"}))
-    config = transformers.Qwen3VLConfig(
-        text_config={
+    return ids
+
+
+def qwen3_vl_settings(ids: dict[str, int], **text: Any) -> dict[str, Any]:
+    """The settings of a Qwen3-VL's config; `text` are further ones of its text_config."""
+    return {
+        "text_config": {
             **DECODER,
             "num_hidden_layers": 3,
             "head_dim": 32,
             "rope_parameters": {**mrope(32), "mrope_interleaved": True},
             "bos_token_id": None,
             "eos_token_id": ids["im_end"],
+            **text,
         },
-        vision_config=_QWEN3_VISION,
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
-        vision_start_token_id=ids["vision_bos"],
-        vision_end_token_id=ids["vision_eos"],
-        tie_word_embeddings=False,
-    )
+        "vision_config": QWEN3_VISION,
+        "image_token_id": ids["image"],
+        "video_token_id": ids["video"],
+        "vision_start_token_id": ids["vision_bos"],
+        "vision_end_token_id": ids["vision_eos"],
+        "tie_word_embeddings": False,
+    }
+
+
+def build_tiny_qwen3_vl(directory: Path, seed: int = 0) -> Path:
+    """Write a Qwen3-VL, whose vision features also reach later blocks (deepstack), into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_qwen3_vl_processor(directory)
+    config = transformers.Qwen3VLConfig(**qwen3_vl_settings(ids))
     return write_model(directory, transformers.Qwen3VLForConditionalGeneration, config, seed, ids)

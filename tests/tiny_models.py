@@ -6,6 +6,7 @@ logits are far from flat and three input channels of every decoder linear carry 
 
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,8 +23,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from benchmarks.models.tiny_omni.config import mrope, omni_config, stored_dtype, write_config, write_speakers
@@ -80,10 +79,14 @@ def _random_tensor(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
         return noise
     # Logits of a standard deviation of about 4; everything else keeps the variance of its input.
     gain = 4.0 if parent == "lm_head" else 1.0
-    return noise * gain / math.sqrt(like[0].numel())
+    inputs = like.shape[-1] if parent == "experts" else like[0].numel()
+    return noise * gain / math.sqrt(inputs)
 
 
-def _published_experts(name: str, fused: torch.Tensor) -> dict[str, torch.Tensor]:
+Published = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def separate_experts(name: str, fused: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the per-expert tensors of `...experts.gate_up_proj` [E, 2I, H] or `...experts.down_proj` [E, H, I]."""
     stem, kind = name.rsplit(".", 1)
     parts = {"gate_proj": 0, "up_proj": 1} if kind == "gate_up_proj" else {kind: 0}
@@ -94,7 +97,9 @@ def _published_experts(name: str, fused: torch.Tensor) -> dict[str, torch.Tensor
     }
 
 
-def _write_weights(directory: Path, model: PreTrainedModel, seed: int, renames: dict[str, str]) -> None:
+def _write_weights(
+    directory: Path, model: PreTrainedModel, seed: int, renames: dict[str, str], published: Published
+) -> None:
     """Write model.safetensors: bfloat16, but float32 for tensors published so (token2wav)."""
     parameters = {name for name, _ in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
@@ -104,7 +109,7 @@ def _write_weights(directory: Path, model: PreTrainedModel, seed: int, renames: 
         stored = next((new + name[len(old) :] for old, new in renames.items() if name.startswith(old)), name)
         drawn = _random_tensor(stored, value, seed) if name in parameters else value.float()
         drawn = drawn.to(stored_dtype(stored)).contiguous()
-        tensors |= _published_experts(stored, drawn) if ".mlp.experts." in stored else {stored: drawn}
+        tensors |= {stored: drawn} if ".mlp.experts." not in stored else published(stored, drawn)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -115,13 +120,17 @@ def write_model(
     seed: int,
     ids: dict[str, int],
     renames: dict[str, str] | None = None,
+    published: Published = separate_experts,
 ) -> Path:
-    """Write config.json and random weights of a model of transformers into `directory`; return it."""
+    """Write config.json and random weights of a model of transformers into `directory`; return it.
+
+    `published` gives the published tensors of a parameter that holds all experts of a block.
+    """
     write_config(directory, config, model_class.__name__, ids)
     # The buffers of a model are kept as its constructor makes them, the parameters are drawn anew.
     with torch.random.fork_rng(), torch.no_grad():
         model = model_class._from_config(config, dtype=torch.float32)
-    _write_weights(directory, model, seed, renames or {})
+    _write_weights(directory, model, seed, renames or {}, published)
     return directory
 
 
@@ -175,11 +184,3 @@ def build_tiny_qwen3(directory: Path, seed: int = 0) -> Path:
     ids = write_tokenizer(directory, "text")
     config = Qwen3Config(**{**DECODER, "head_dim": 32, "eos_token_id": ids["im_end"]})
     return write_model(directory, Qwen3ForCausalLM, config, seed, ids)
-
-
-def build_tiny_mixtral_like(directory: Path, seed: int = 0) -> Path:
-    """Write a Qwen3-MoE, whose experts transformers and vLLM fuse and calibration must refuse; return `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    ids = write_tokenizer(directory, "text")
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    return write_model(directory, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**DECODER, **experts}), seed, ids)

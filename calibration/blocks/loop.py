@@ -10,21 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks.capture import ADDED, BlockInput
+from calibration.blocks.served_experts import ServedExperts
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.token_choice import TokenSample
 from calibration.model.architectures import Architecture
+from calibration.model.experts import PROJECTIONS, find_experts, load_expert
 from calibration.model.loading import Blocks
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.output.distributions import observe
 from calibration.processes import Processes
+from calibration.quantize.experts import ExpertsSample, QuantizedExperts, quantize_experts
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.layer_report import escape_warning
 from calibration.quantize.massive_tokens import candidates
-from calibration.quantize.observation import InputCollector, SampleCollector, run_observed
+from calibration.quantize.observation import InputCollector, RoutedCollector, SampleCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.schema import QuantizationSpec, experts_input, input_holder
 from morphoquant_vllm.host_memory import release_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ class BlockResult:
     loss: float | None
     # The kept tensors of each input's distribution, by the input's name.
     distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    # By the name of the list of experts.
+    experts: dict[str, QuantizedExperts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class _LoadedBlock:
         """What the model gives the block of the hidden states before it: some add features of media to them."""
         added = entry.arguments[self.index].get(ADDED)
         return hidden if added is None else hidden + added.to(hidden.device)
+
+    def modality(self) -> Tensor:
+        """The modality of each token of the running sample."""
+        assert self.serving.modality is not None
+        return self.serving.modality
 
     def run(
         self,
@@ -113,43 +123,60 @@ def calibrate_blocks(
         module = blocks.load(index)
         block = _LoadedBlock(module, index, inputs, serving, next(module.parameters()).device)
         del module
-        finished, distributions = _calibrate_block(block, shards_of, tokens, source, spec, recipe)
+        routed = names.layer(index, architecture.experts)
+        experts = {architecture.experts: routed} if routed in spec.experts else {}
+        found = _calibrate_block(block, shards_of, experts, tokens, source, spec, recipe)
         del block
         for layers in shards_of.values() if tokens.processes.first else ():
-            warning = escape_warning(spec.layers[layers[0]].shared_input, finished[layers[0]].record, recipe, sampled)
+            record = found.layers[layers[0]].record
+            warning = escape_warning(spec.layers[layers[0]].shared_input, record, recipe, sampled)
             if warning:
                 logger.warning("%s", warning)
-        errors = [layer.record.output_error for layer in finished.values()]
+        errors = [layer.record.output_error for layer in found.layers.values()]
+        errors += [error for layer in found.experts.values() for error in layer.record.errors]
         loss = sum(errors) / len(errors) if errors else None
-        yield BlockResult(index, len(blocks), finished, loss, distributions)
+        yield BlockResult(index, len(blocks), found.layers, loss, found.distributions, found.experts)
+
+
+@dataclass
+class _Quantized:
+    """What a block's calibration has made so far; the fields of BlockResult."""
+
+    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
+    distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    experts: dict[str, QuantizedExperts] = field(default_factory=dict)
 
 
 def _calibrate_block(
     block: _LoadedBlock,
     shards_of: Mapping[tuple[str, ...], list[str]],
+    experts: Mapping[str, str],
     tokens: TokenSample,
     source: Source,
     spec: QuantizationSpec,
     recipe: Recipe,
-) -> tuple[dict[str, QuantizedLayer], dict[str, dict[str, Tensor]]]:
+) -> _Quantized:
     """The block's layers and the distributions of its inputs; its samples then hold the inputs of the next block.
 
-    `shards_of` maps each input's linears, by their names in the block, to layers.
+    `shards_of` maps each input's linears, by their names in the block, to layers. `experts` maps the list of experts of
+    the block to its name in the files; experts come after all linears.
     """
     # Shards read the same input, so only the first is observed.
     # Used only if this process has no samples: samples determine the width themselves.
+    widths = {shards[0]: (layers[0], spec.layers[layers[0]].in_features) for shards, layers in shards_of.items()}
+    widths |= {module: (name, spec.experts[name].in_features) for module, name in experts.items()}
     none = {
-        layers[0]: None if block.inputs else _no_tokens(spec, layers[0], block.device) for layers in shards_of.values()
+        module: None if block.inputs else torch.zeros(0, width, device=block.device)
+        for module, (_, width) in widths.items()
     }
-    targets = {shards[0]: SampleCollector(layers[0], none[layers[0]]) for shards, layers in shards_of.items()}
+    targets = {module: SampleCollector(name, none[module]) for module, (name, _) in widths.items()}
     massive_row = len(spec.rows) - 1
     rows = _run_16bit(block, targets, massive_row, tokens.processes)
     of_sampled = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
     outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_sampled)])
-    finished: dict[str, QuantizedLayer] = {}
-    distributions = {}
+    found = _Quantized()
     for shards, layers in shards_of.items():
-        collectors = targets.pop(shards[0]), InputCollector(layers[0], none[layers[0]])
+        collectors = targets.pop(shards[0]), InputCollector(layers[0], none[shards[0]])
         sample = _sample_input(block, shards[0], *collectors, rows, outlying, tokens.processes)
         weights = {layer: _load_weight(source, layer) for layer in layers}
         # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
@@ -157,13 +184,53 @@ def _calibrate_block(
         quantized = quantize_input(sample, tokens, weights, spec, recipe)
         for shard, layer in zip(shards, layers, strict=True):
             _replace(block.module, shard, quantized[layer], block.serving)
-        finished |= quantized
-        distributions[spec.layers[layers[0]].shared_input] = observe(sample, tokens, quantized[layers[0]].tensors, spec)
+        found.layers |= quantized
+        shared_input = spec.layers[layers[0]].shared_input
+        found.distributions[shared_input] = observe(sample, tokens, quantized[layers[0]].tensors, spec)
         # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
         del collectors, sample, weights
+    for module, name in experts.items():
+        shape = len(spec.rows), spec.experts[name].count
+        served = RoutedCollector(name, shape, block.modality, none[module])
+        sample = _sample_input(block, module, targets.pop(module), served, rows, outlying, tokens.processes)
+        _quantize_experts(
+            block, module, name, ExpertsSample(sample, served.routing(tokens)), tokens, source, spec, recipe, found
+        )
+        del served, sample
     for entry, row in zip(block.inputs, rows, strict=True):
         entry.write_served(block.run(entry, entry.served, {}, row))
-    return finished, distributions
+    return found
+
+
+def _quantize_experts(
+    block: _LoadedBlock,
+    module: str,
+    name: str,
+    sample: ExpertsSample,
+    tokens: TokenSample,
+    source: Source,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+    found: _Quantized,
+) -> None:
+    """Quantize the list of experts `name`, replace it in the block, and add it to `found`."""
+    stored = find_experts(name, source.tensors)
+    assert stored is not None
+
+    def load(expert: int) -> dict[str, Tensor]:
+        weights = load_expert(source, stored, expert, PROJECTIONS)
+        for kind, weight in weights.items():
+            _check_finite(stored.projection(expert, kind), weight)
+        return weights
+
+    release_freed_memory()
+    quantized = quantize_experts(sample, tokens, name, load, spec, recipe)
+    parent, _, last = module.rpartition(".")
+    served = ServedExperts(name, stored.count, quantized.tensors, block.serving, block.device)
+    setattr(block.module.get_submodule(parent), last, served)
+    found.experts[name] = quantized
+    shared_input = experts_input(name)
+    found.distributions[shared_input] = observe(sample.input, tokens, quantized.tensors[input_holder(name)], spec)
 
 
 def _run_16bit(
@@ -201,10 +268,6 @@ def _sample_input(
     return InputSample(served.observation(processes), aimed, outlying)
 
 
-def _no_tokens(spec: QuantizationSpec, layer: str, device: torch.device) -> Tensor:
-    return torch.zeros(0, spec.layers[layer].in_features, device=device)
-
-
 def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, serving: TokenRows) -> None:
     parent, _, name = shard.rpartition(".")
     old = block.get_submodule(shard)
@@ -215,6 +278,10 @@ def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, serving: Token
 
 def _load_weight(source: Source, layer: str) -> Tensor:
     weight = source.load(f"{layer}.weight")
+    _check_finite(layer, weight)
+    return weight
+
+
+def _check_finite(layer: str, weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
         raise MorphoQuantError(f"{layer}.weight: holds NaN or infinite values; the source model is damaged")
-    return weight

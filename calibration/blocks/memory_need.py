@@ -5,6 +5,7 @@ The formula of docs/design/streaming.md. M tokens of all samples, T sampled toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ SEARCH_COPIES = 3.75
 KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
 FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
+# Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
+POOLED_SQUARES, PART_COPIES = 4, 1.25
 # Gaps between tensors in the C library's heap.
 HEAP = 2**26
 
@@ -70,6 +73,7 @@ def memory_need(
             [layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.{index}.")],
             width,
             sampled_tokens,
+            _experts(spec, names.layer(index, architecture.experts), sampled_tokens),
         )
         for index in range(names.blocks)
     ]
@@ -80,15 +84,24 @@ def memory_need(
     )
 
 
-def _block(infos: Iterable[TensorInfo], layers: Iterable[LayerSpec], width: int, tokens: int) -> int:
-    """Bytes of one block: its weights, and the largest need of one of its inputs."""
+def _block(
+    infos: Iterable[TensorInfo],
+    layers: Iterable[LayerSpec],
+    width: int,
+    tokens: int,
+    experts: tuple[int, int],
+) -> int:
+    """Bytes of one block: its weights, and the largest need of one of its inputs.
+
+    `experts` are the input channels of its experts, and the bytes for quantizing them; 0 if it has none.
+    """
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         inputs.setdefault(layer.shared_input, []).append(layer)
     # In the model's dtype, or in float32 once they are quantized; both for the linears that are being quantized.
     weights = sum(info.elements for info in infos) * max(width, 4)
-    peaks = [0]
-    waiting = sum(shards[0].in_features for shards in inputs.values())
+    peaks = [experts[1]]
+    waiting = sum(shards[0].in_features for shards in inputs.values()) + experts[0]
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         # The 16-bit model's inputs of later linears stay in memory until their turn.
@@ -109,6 +122,28 @@ def input_peak(tokens: int, k: int, n: int, group_size: int) -> int:
             kept + FIT_SQUARES * k * k + FIT_MATRICES * n * k + FIT_SYSTEMS * rows * groups**2,
         )
     )
+
+
+def _experts(spec: QuantizationSpec, name: str, tokens: int) -> tuple[int, int]:
+    """Input channels of the list of experts `name`, and bytes for quantizing it; 0 if the spec has none."""
+    experts = spec.experts.get(name)
+    if experts is None:
+        return 0, 0
+    k, inner, group_size = experts.in_features, experts.intermediate_features, experts.group_size
+    # The checkpoint's tensors, and once more as they are served.
+    results = 2 * sum(
+        math.prod(want.shape) * want.dtype.itemsize
+        for linear in experts.layers(name)
+        for want in spec.stored_tensors(linear).values()
+    )
+    # Pooled: tokens and codes, moments and the factor of all weights. For one expert: its weights, its moments, and its
+    # tokens, which are all tokens at worst.
+    pooled = 4 * round(KEPT_COPIES * tokens * k + POOLED_SQUARES * k * k)
+    search = 4 * round((SEARCH_COPIES - KEPT_COPIES) * tokens * k + k * k)
+    one = 4 * 3 * inner * k + 4 * 2 * k * k + 4 * 2 * tokens * inner
+    gate_up = one + input_peak(0, k, 2 * inner, group_size) + 4 * round(PART_COPIES * tokens * k)
+    down = one + input_peak(tokens, inner, k, group_size)
+    return k, results + pooled + max(search, gate_up, down)
 
 
 def check_budget(need: MemoryNeed, budget: int, model: object) -> None:

@@ -22,6 +22,12 @@ class TokenRows:
     # Row of each token, int [M]; None if unknown.
     modality: Tensor | None = None
 
+    def of(self, x: Tensor) -> Tensor:
+        """The row of each token of x [M, K] that is not massive, int32 [M]."""
+        if self.modality is None:
+            return torch.full(x.shape[:1], self.any_row, dtype=torch.int32, device=x.device)
+        return self.modality.to(x.device, torch.int32)
+
 
 class ServedLinear(nn.Module):
     """The integer layer of a checkpoint's tensors: the sums of numerics.linear in float32, for speed.
@@ -52,7 +58,7 @@ class ServedLinear(nn.Module):
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
         if self.prepared is not None:
-            return self.backend.linear(flat, self._modality(flat), *self.prepared, self.bias).view(*x.shape[:-1], -1)
+            return self.backend.linear(flat, self.serving.of(flat), *self.prepared, self.bias).view(*x.shape[:-1], -1)
         assert self.matrix is not None
         codes, rows = self.codes(flat)
         y = (codes.float() * self.record.gain[rows][:, None]) @ self.matrix.T + self.absorbed_bias[rows]
@@ -62,7 +68,7 @@ class ServedLinear(nn.Module):
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 [M, K] and row int32 [M] of each token of x [M, K]."""
-        rows = token_rows(x, self._modality(x), self.record)
+        rows = token_rows(x, self.serving.of(x), self.record)
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         # Processing all tokens of one row at a time is several times faster than gathering a row per token.
         for row in rows.unique().tolist():
@@ -70,9 +76,3 @@ class ServedLinear(nn.Module):
             in_row = rows == row
             codes[in_row] = act_quant(x[in_row], rows[in_row], self.record._replace(**per_row))
         return codes, rows
-
-    def _modality(self, x: Tensor) -> Tensor:
-        """The row of each token of x [M, K] that is not massive, int32 [M]."""
-        if self.serving.modality is None:
-            return torch.full(x.shape[:1], self.serving.any_row, dtype=torch.int32, device=x.device)
-        return self.serving.modality.to(x.device, torch.int32)

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from calibration.data.conversations import BadConversationError, Conversation, Media, Message, PlainText, Text
 from calibration.data.media import decode_audio, decode_image, decode_video
-from calibration.data.placeholders import FRAMES_PER_TOKEN, check_placeholders, check_text, media_tokens
+from calibration.data.placeholders import check_placeholders, check_text, frames_per_token, media_tokens
 from calibration.data.processor import failure
 from calibration.time_limit import time_limit
 
@@ -172,7 +172,7 @@ def _process(processor: Any, source: str, text: str, media: list[Media], max_tok
     audio: list[Any] = []
     videos: list[Any] = []
     if any(item.kind == "audio" for item in media):
-        audio, options["audio_kwargs"] = _decode_audio(processor.feature_extractor, media, max_tokens)
+        audio, options["audio_kwargs"] = _decode_audio(processor, media, max_tokens)
     if any(item.kind == "video" for item in media):
         videos, options["videos_kwargs"] = _decode_videos(processor.video_processor, media, max_tokens)
     try:
@@ -204,10 +204,11 @@ def _process(processor: Any, source: str, text: str, media: list[Media], max_tok
     return inputs
 
 
-def _decode_audio(extractor: Any, media: list[Media], max_tokens: int) -> tuple[list[Any], dict[str, Any]]:
+def _decode_audio(processor: Any, media: list[Media], max_tokens: int) -> tuple[list[Any], dict[str, Any]]:
     """Samples of each sound, and the feature extractor's keyword arguments for them."""
+    extractor = processor.feature_extractor
     rate = extractor.sampling_rate
-    limit = (max_tokens + 1) * FRAMES_PER_TOKEN * extractor.hop_length
+    limit = (max_tokens + 1) * frames_per_token(processor) * extractor.hop_length
     audio = [decode_audio(item, rate, limit) for item in media if item.kind == "audio"]
     # Without these, sounds longer than chunk_length lose their end. vLLM passes truncation off, too; several sounds
     # are padded to the longest.

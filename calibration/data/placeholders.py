@@ -7,8 +7,11 @@ import torch
 
 from calibration.data.conversations import BadConversationError, Conversation, Text
 
-# Frames of a sound for each token of Qwen's audio towers: a convolution of stride 2, then pooling by 2.
-FRAMES_PER_TOKEN = 4
+# Frames of a sound for each token of Qwen2.5's audio towers: a convolution of stride 2, then pooling by 2.
+_FRAMES_PER_TOKEN = 4
+# Qwen3-Omni's tower: three convolutions of stride 2, on chunks of 100 frames, which have 13 tokens each.
+_QWEN3_OMNI = "Qwen3OmniMoeProcessor"
+_CHUNK_FRAMES, _CHUNK_TOKENS = 100, 13
 
 
 def check_text(conversation: Conversation, tokenizer: Any, placeholder_token_ids: Mapping[str, Sequence[int]]) -> None:
@@ -31,10 +34,25 @@ def media_tokens(processor: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str
     if "video_grid_thw" in inputs:
         tokens["video"] = (inputs["video_grid_thw"].prod(-1) // processor.video_processor.merge_size**2).tolist()
     if "feature_attention_mask" in inputs:
-        # FRAMES_PER_TOKEN, with the roundings of both steps.
-        convolved = (inputs["feature_attention_mask"].sum(-1) - 1) // 2 + 1
-        tokens["audio"] = ((convolved - 2) // 2 + 1).tolist()
+        frames = inputs["feature_attention_mask"].sum(-1)
+        if type(processor).__name__ == _QWEN3_OMNI:
+            rest = _halved(_halved(_halved(frames % _CHUNK_FRAMES)))
+            tokens["audio"] = (rest + frames // _CHUNK_FRAMES * _CHUNK_TOKENS).tolist()
+        else:
+            tokens["audio"] = (_halved(frames) // 2).tolist()
     return tokens
+
+
+def frames_per_token(processor: Any) -> int:
+    """Frames of a sound for each of its tokens, rounded up."""
+    if type(processor).__name__ == _QWEN3_OMNI:
+        return -(-_CHUNK_FRAMES // _CHUNK_TOKENS)
+    return _FRAMES_PER_TOKEN
+
+
+def _halved(count: torch.Tensor) -> torch.Tensor:
+    """What a convolution of stride 2 leaves of a number of frames."""
+    return (count - 1) // 2 + 1
 
 
 def check_placeholders(

@@ -35,6 +35,27 @@ class TokenSample:
         """The same tokens, with the samples divided among processes: `owners` is the rank of each sample."""
         return replace(self, processes=processes, owners=tuple(owners))
 
+    def part(self, chosen: Tensor, weight: Tensor, counts: Mapping[int, int]) -> TokenSample:
+        """The tokens `chosen`, int64 [t], ascending places among the T, with new weights [t] and counts of rows."""
+        kept = torch.zeros(self.modality.numel(), dtype=torch.bool)
+        kept[chosen] = True
+        lengths = [positions.numel() for positions in self.positions]
+        parts = zip(self.positions, kept.split(lengths), strict=True)
+        return replace(
+            self,
+            positions=tuple(positions[own] for positions, own in parts),
+            modality=self.modality[chosen],
+            weight=weight / weight.sum(),
+            counts=dict(counts),
+        )
+
+    def own(self, chosen: Tensor) -> Tensor:
+        """Places of the tokens `chosen`, int64 ascending, in this process's values: int64."""
+        if self.processes.size == 1:
+            return chosen
+        local = self.token_owners == self.processes.rank
+        return (local.cumsum(0) - 1)[chosen[local[chosen]]]
+
     @property
     def samples(self) -> list[int]:
         """Indices of this process's samples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -46,6 +46,9 @@ _TOWER_BLOCK = (
     SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
     SharedInput("mlp.down_proj", ("mlp.down_proj",), "row"),
 )
+# A block has experts or a dense MLP.
+_EXPERTS = "mlp.experts"
+_EXPERTS_BLOCK = (*_DECODER_BLOCK[:2], *(replace(shared, optional=True) for shared in _DECODER_BLOCK[2:]))
 # Qwen2.5-Omni's files hold q, k and v separately, Qwen2.5-VL's as one matrix.
 _SPLIT_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.q", "attn.k", "attn.v"), "column"), *_TOWER_BLOCK)
 _FUSED_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.qkv",), "column"), *_TOWER_BLOCK)
@@ -82,6 +85,8 @@ class Architecture:
     sizes: Mapping[str, Any] | None = None
     # Whether a block returns a tuple that begins with the hidden states.
     tuple_output: bool = False
+    # Module of a block that holds its routed experts, which can be quantized; some blocks may lack it.
+    experts: str = ""
 
     def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that describes the decoder.
@@ -164,6 +169,40 @@ ARCHITECTURES = (
         towers=("model.visual",),
         tower_prefixes=("model.visual.",),
     ),
+    Architecture(
+        model_type="qwen3_omni_moe",
+        model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
+        block_module="model.layers",
+        block_prefixes=("thinker.model.layers",),
+        media_config=("thinker_config",),
+        text_config=("thinker_config", "text_config"),
+        media=("image", "video", "audio"),
+        towers=("audio_tower", "visual"),
+        tower_prefixes=("thinker.audio_tower.", "thinker.visual."),
+        model_prefix="thinker.",
+        shared_inputs=_EXPERTS_BLOCK,
+        experts=_EXPERTS,
+    ),
+    Architecture(
+        model_type="qwen3_vl_moe",
+        model_class="Qwen3VLMoeForConditionalGeneration",
+        block_module="model.language_model.layers",
+        block_prefixes=("model.language_model.layers",),
+        text_config=("text_config",),
+        media=("image", "video"),
+        towers=("model.visual",),
+        tower_prefixes=("model.visual.",),
+        shared_inputs=_EXPERTS_BLOCK,
+        experts=_EXPERTS,
+    ),
+    Architecture(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        "model.layers",
+        ("model.layers",),
+        shared_inputs=_EXPERTS_BLOCK,
+        experts=_EXPERTS,
+    ),
     Architecture("gemma3_text", "Gemma3ForCausalLM", "model.layers", ("model.layers",)),
     Architecture("llama", "LlamaForCausalLM", "model.layers", ("model.layers",)),
     Architecture("mistral", "MistralForCausalLM", "model.layers", ("model.layers",)),
@@ -171,15 +210,12 @@ ARCHITECTURES = (
     Architecture("qwen3", "Qwen3ForCausalLM", "model.layers", ("model.layers",)),
 )
 
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
     """The verified architecture of a config.json.
 
-    Raises MorphoQuantError naming the model_type if it is unknown or a mixture of experts.
+    Raises MorphoQuantError naming the model_type if it is unknown.
     """
-    refuse_experts(config)
     architecture = known_architecture(config)
     if architecture is None:
         raise MorphoQuantError(
@@ -193,23 +229,8 @@ def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
     return next((item for item in ARCHITECTURES if item.model_type == config.get("model_type")), None)
 
 
-def refuse_experts(config: Mapping[str, Any]) -> None:
-    """Raise MorphoQuantError if a config.json describes a mixture of experts."""
-    if _has_experts(config):
-        raise MorphoQuantError(
-            f"config.json: model_type '{config.get('model_type')}' is a mixture of experts, whose fused experts are "
-            f"not supported; supported: dense models, such as {_known()}"
-        )
-
-
 def _known() -> str:
     return ", ".join(architecture.model_type for architecture in ARCHITECTURES)
-
-
-def _has_experts(config: Mapping[str, Any]) -> bool:
-    return any(isinstance(config.get(key), int) and config[key] > 0 for key in _EXPERT_KEYS) or any(
-        _has_experts(value) for value in config.values() if isinstance(value, Mapping)
-    )
 
 
 def _check_counts(decoder_config: Mapping[str, Any]) -> None:

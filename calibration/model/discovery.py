@@ -17,9 +17,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from calibration.model.architectures import Architecture, SharedInput, known_architecture, refuse_experts
+from calibration.model.architectures import Architecture, SharedInput, known_architecture
+from calibration.model.experts import SIXTEEN_BIT, counts_experts
 from calibration.model.fp8 import without_quantization
 from calibration.model.loading import empty_model
+from calibration.model.plan import matches
 from calibration.model.source import Source, TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -31,16 +33,19 @@ _FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): 
 # Tokens of the pass on the meta device; its values do not exist.
 _TOKENS = 4
 _MEDIA = ("image", "video", "audio")
+# Names of linears that choose experts, or weigh the shared ones: they stay in 16 bit.
+_GATES = ("gate", "router", "shared_expert_gate")
 
 
 def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
     """The verified architecture of the source model, or the one that `discover` finds in it.
 
-    Raises MorphoQuantError for a mixture of experts, and as `discover`.
+    Raises MorphoQuantError as `discover`.
     """
-    refuse_experts(source.config)
     known = known_architecture(source.config)
-    return known if known is not None and not recipe.decoder else discover(source, recipe)
+    # A listed dense type whose config counts experts is another model than the listed one.
+    listed = known is not None and (bool(known.experts) or not counts_experts(source.config))
+    return known if known is not None and listed and not recipe.decoder else discover(source, recipe)
 
 
 def discover(source: Source, recipe: Recipe) -> Architecture:
@@ -48,10 +53,17 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
 
     Raises MorphoQuantError naming the module and the remedy if transformers cannot build the model without remote
     code, if the decoder is ambiguous, or if its blocks are no chain of linears that can be calibrated one at a time.
+    The same error names routed experts, unless the recipe leaves them in 16 bit.
     """
     found, model, blocks = _decoder_of(source, recipe)
     block_module = found.block_module
     _refuse_other_structures(model, blocks, block_module)
+    lists = [_skip_experts(block, f"{block_module}.{index}", recipe) for index, block in enumerate(blocks)]
+    if counts_experts(source.config) and not any(lists):
+        raise MorphoQuantError(
+            f"config.json: model_type '{source.config.get('model_type')}' is a mixture of experts, but no module of "
+            f"{type(model).__name__} is called experts; this model is not supported"
+        )
     run = _run(model, blocks, block_module)
     _refuse_changes_between(run, block_module)
     shared_inputs = _shared_inputs(run, block_module, getattr(model, "tp_plan", None) or {})
@@ -62,10 +74,8 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
 def architecture_of_form(config: Mapping[str, Any], directory: Path) -> Architecture:
     """The architecture of a model in any form, 16-bit or a checkpoint, without the names in its files.
 
-    Raises MorphoQuantError for a mixture of experts, if transformers cannot build the model, or if its decoder is
-    ambiguous.
+    Raises MorphoQuantError if transformers cannot build the model, or if its decoder is ambiguous.
     """
-    refuse_experts(config)
     plain = Source(directory, without_quantization(config), {})
     return known_architecture(config) or _decoder_of(plain, Recipe())[0]
 
@@ -82,18 +92,12 @@ def _decoder_of(source: Source, recipe: Recipe) -> tuple[Architecture, Any, list
 
 
 def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_module: str) -> None:
-    """Refuse decoders that read an encoder's states, experts, and blocks that the files do not hold whole."""
+    """Refuse decoders that read an encoder's states, and blocks that the files do not hold whole."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise MorphoQuantError(
             f"{type(model).__name__}: is an encoder-decoder, whose cross-attention is not supported; take a decoder"
         )
     for index, block in enumerate(blocks):
-        for name, _ in block.named_modules():
-            if name.rpartition(".")[2] == "experts":
-                raise MorphoQuantError(
-                    f"{block_module}.{index}.{name}: a mixture of experts, whose fused experts are not supported; "
-                    "take a dense model"
-                )
         stored = block.state_dict()
         for name, _ in block.named_buffers():
             if name not in stored:
@@ -101,6 +105,22 @@ def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_modu
                     f"{block_module}.{index}.{name}: a buffer that weight files do not hold, so blocks cannot be "
                     "loaded one at a time; this model is not supported"
                 )
+
+
+def _skip_experts(block: nn.Module, block_name: str, recipe: Recipe) -> list[str]:
+    """Let the routed experts of a block return zeros, since routing needs values; the names of their modules.
+
+    Raises MorphoQuantError if the recipe does not leave them in 16 bit.
+    """
+    found = {name: module for name, module in block.named_modules() if name.rpartition(".")[2] == "experts"}
+    for name, module in found.items():
+        if not matches(f"{block_name}.{name}.0.gate_proj", recipe.ignore):
+            raise MorphoQuantError(
+                f"{block_name}.{name}: a mixture of experts of a kind that is not known in 4 bit; {SIXTEEN_BIT}"
+            )
+        # An attribute of the instance hides the class's method.
+        module.forward = lambda hidden, *others, **named: torch.zeros_like(hidden)
+    return list(found)
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
@@ -156,7 +176,17 @@ def _lists_with_linears(model: nn.Module) -> dict[str, int]:
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The linears of a block but for routed experts and for the gates that choose or weigh experts."""
+    modules = dict(block.named_modules())
+    lists = tuple(f"{name}." for name in modules if name.rpartition(".")[2] == "experts")
+    has_experts = bool(lists)
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear)
+        and not name.startswith(lists)
+        and not (has_experts and name.rpartition(".")[2] in _GATES)
+    }
 
 
 @dataclass

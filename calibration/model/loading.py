@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from calibration.model.architectures import Architecture
+from calibration.model.experts import StoredExperts, find_experts, load_merged, merged_parameter
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.processes import ONE, Processes
@@ -114,10 +115,17 @@ def load_front(
     absent = [architecture.block_module, *(architecture.towers if stream_towers else ())]
     if "lm_head.weight" not in empty.all_tied_weights_keys:
         absent.append("lm_head")
+    config = _read_config(model_class, source)
+    blocks = empty.get_submodule(architecture.block_module)
+    merged = any(parameter.dim() > 2 for parameter in blocks.parameters())
+    if merged:
+        # transformers would convert the experts of all blocks and write them to disk again.
+        decoder_config = _decoder_config(config, len(blocks))
+        decoder_config.num_hidden_layers = 0
     with _clear_loading_errors(architecture, source):
         model, loading = model_class.from_pretrained(
             str(source.directory),
-            config=_read_config(model_class, source),
+            config=config,
             dtype=getattr(torch, recipe.dtype),
             device_map=_places(empty, absent, str(device or choose_device(recipe.device))),
             local_files_only=True,
@@ -129,12 +137,20 @@ def load_front(
         raise MorphoQuantError(
             f"{source.directory}: the weights lack {min(loading['missing_keys'])}; download the model again"
         )
+    if merged:
+        _decoder_config(model.config, 0).num_hidden_layers = len(blocks)
+        model.set_submodule(architecture.block_module, blocks)
     with torch.no_grad():
         for name, stored in scaled.items():
             model.get_parameter(name).copy_(source.load(stored))
     # The blocks do not run here, so accelerate's hooks that read their weights are removed.
     remove_hook_from_module(model.get_submodule(architecture.block_module), recurse=True)
     return model.eval()
+
+
+def _decoder_config(config: Any, blocks: int) -> Any:
+    """The part of transformers' config that counts the `blocks` of the decoder."""
+    return config if getattr(config, "num_hidden_layers", None) == blocks else config.get_text_config()
 
 
 def _scaled_parameters(architecture: Architecture, source: Source, model: nn.Module) -> dict[str, str]:
@@ -205,18 +221,42 @@ class BlockLoader:
                     f"{source.directory}: config.json asks for {len(self._blocks)} decoder blocks, but the weights "
                     f"hold {stored}; download the model again"
                 )
+        # By block: its lists of experts that transformers holds in another form than the files.
+        self._experts = [self._merged_experts(architecture, index) for index in range(len(self._blocks))]
         for index, block in enumerate(self._blocks):
             # Parameters, and the buffers that files hold.
             for name, parameter in block.state_dict().items():
-                stored = names.layer(index, name)
-                info = source.tensors.get(stored)
-                if info is None:
-                    raise MorphoQuantError(f"{source.directory}: the weights lack {stored}; download the model again")
-                if info.shape != tuple(parameter.shape):
-                    raise MorphoQuantError(
-                        f"{source.directory}: transformers cannot load it as {architecture.model_class} ({stored} is "
-                        f"{list(info.shape)} in the files, but {list(parameter.shape)} by config.json)"
-                    )
+                experts = self._experts[index].get(merged_parameter(name) or "")
+                self._check_stored(architecture, names.layer(index, name), tuple(parameter.shape), experts)
+
+    def _merged_experts(self, architecture: Architecture, index: int) -> dict[str, StoredExperts]:
+        found = {}
+        for name in self._blocks[index].state_dict():
+            parent = merged_parameter(name)
+            # Unknown experts are taken as they lie there, if they do.
+            if parent is None or (not architecture.experts and self._names.layer(index, name) in self._source.tensors):
+                continue
+            experts = find_experts(self._names.layer(index, parent), self._source.tensors)
+            if experts is not None:
+                found[parent] = experts
+        return found
+
+    def _check_stored(
+        self, architecture: Architecture, stored: str, wanted: tuple[int, ...], experts: StoredExperts | None
+    ) -> None:
+        """Refuse a parameter of the shape `wanted` that the files lack or hold in another shape."""
+        info = self._source.tensors.get(stored)
+        if experts is not None:
+            shape: tuple[int, ...] | None = experts.merged_shape(stored)
+        else:
+            shape = None if info is None else info.shape
+        if shape is None:
+            raise MorphoQuantError(f"{self._source.directory}: the weights lack {stored}; download the model again")
+        if shape != wanted:
+            raise MorphoQuantError(
+                f"{self._source.directory}: transformers cannot load it as {architecture.model_class} ({stored} is "
+                f"{list(shape)} in the files, but {list(wanted)} by config.json)"
+            )
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -227,12 +267,16 @@ class BlockLoader:
         # Without this call, Python would free their gigabytes only at its next collection.
         gc.collect()
         block = self._blocks[index]
-        weights = {
+        weights = {}
+        for name, parameter in block.state_dict().items():
+            experts = self._experts[index].get(merged_parameter(name) or "")
+            if experts is not None:
+                weights[name] = load_merged(self._source, experts, name, self._device, parameter.dtype)
+                continue
+            stored = self._source.load(self._names.layer(index, name))
             # A copy outside the mapped file, whose alignment depends on the file: products of differently aligned
             # tensors can differ in their last bits.
-            name: self._source.load(self._names.layer(index, name)).to(self._device, parameter.dtype, copy=True)
-            for name, parameter in block.state_dict().items()
-        }
+            weights[name] = stored.to(self._device, parameter.dtype, copy=True)
         filled = copy.deepcopy(block)
         filled.load_state_dict(weights, assign=True)
         return filled.requires_grad_(False)

@@ -9,13 +9,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from calibration.model.architectures import Architecture, SharedInput, Tower
+from calibration.model.experts import StoredExperts, check_served, find_experts
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
+from morphoquant_vllm.format.schema import ExpertsSpec, LayerSpec, QuantizationSpec, allowed_tensor_parallel
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
+# absorbed_bias of each expert's down_proj is stored once for each rank.
+EXPERTS_TENSOR_PARALLEL_CHOICES = (2, 1)
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,9 @@ def plan(
     tower if the model lacks it or no layer of it would be quantized.
     """
     names = decoder_names(architecture, config, tensors)
-    chosen = (
-        _choose(names, architecture.shared_inputs, tensors, recipe) - sixteen_bit(architecture, names, tensors).keys()
-    )
+    stored = stored_experts(architecture, names, tensors)
+    chosen = _choose(names, architecture.shared_inputs, stored, tensors, recipe)
+    chosen -= sixteen_bit(architecture, names, tensors).keys()
     if not chosen:
         raise MorphoQuantError(
             f"{names.prefix}: no linear is left to quantize: none of {list(GROUP_SIZES)} divides their K"
@@ -110,14 +113,20 @@ def plan(
     layers = _layers(names, architecture.shared_inputs, tensors, chosen, recipe)
     for tower in recipe.towers:
         layers |= tower_layers(architecture.tower(tower), tensors, recipe)
+    decoder_config = architecture.decoder_config(config)
+    experts = _experts(stored, chosen, tensors, decoder_config, recipe)
     for name, layer in layers.items():
         layer.check(name)
-    decoder_config = architecture.decoder_config(config)
+    for name, settings in experts.items():
+        settings.check(name)
     size = recipe.tensor_parallel
     if not isinstance(size, int):
-        size = largest_tensor_parallel(layers.values(), decoder_config)
+        choices = EXPERTS_TENSOR_PARALLEL_CHOICES if experts else TENSOR_PARALLEL_CHOICES
+        first = [layer for name, settings in experts.items() for layer in settings.expert_layers(name, 0).values()]
+        size = largest_tensor_parallel([*layers.values(), *first], decoder_config, choices)
     spec = QuantizationSpec(
         layers=layers,
+        experts=experts,
         tensor_parallel=size,
         placeholder_token_ids=architecture.placeholder_token_ids(config),
         created_by=created_by,
@@ -136,7 +145,24 @@ def sixteen_bit(architecture: Architecture, names: DecoderNames, tensors: Mappin
     shapes = {
         name: tensors[f"{name}.weight"].shape for name in _decoder_linears(names, architecture.shared_inputs, tensors)
     }
-    return {name: shape[1] for name, shape in shapes.items() if all(shape[1] % size for size in GROUP_SIZES)}
+    found = {name: shape[1] for name, shape in shapes.items()}
+    for experts in stored_experts(architecture, names, tensors).values():
+        # All experts of a layer are quantized, or none.
+        sizes = (experts.in_features, experts.intermediate_features)
+        unfit = next((k for k in sizes if all(k % size for size in GROUP_SIZES)), None)
+        if unfit is not None:
+            found |= dict.fromkeys(experts.linears, unfit)
+    return {name: k for name, k in found.items() if all(k % size for size in GROUP_SIZES)}
+
+
+def stored_experts(
+    architecture: Architecture, names: DecoderNames, tensors: Mapping[str, TensorInfo]
+) -> dict[int, StoredExperts]:
+    """The routed experts of each block that has some, by block; MorphoQuantError if one lacks a tensor."""
+    if not architecture.experts:
+        return {}
+    found = {block: find_experts(names.layer(block, architecture.experts), tensors) for block in range(names.blocks)}
+    return {block: experts for block, experts in found.items() if experts is not None}
 
 
 def _decoder_linears(
@@ -182,10 +208,12 @@ def unfit_linears(tower: Tower, tensors: Mapping[str, TensorInfo], group_size: i
     return {name: shape[1] for name, shape in sizes.items() if shape[1] % group_size}
 
 
-def largest_tensor_parallel(layers: Iterable[LayerSpec], decoder_config: Mapping[str, Any]) -> int:
-    """The largest of 8, 4, 2, 1 that leaves groups of row-parallel layers whole and divides the attention heads."""
+def largest_tensor_parallel(
+    layers: Iterable[LayerSpec], decoder_config: Mapping[str, Any], choices: Sequence[int] = TENSOR_PARALLEL_CHOICES
+) -> int:
+    """The largest of `choices` that leaves groups of row-parallel layers whole and divides the attention heads."""
     shapes = {(layer.in_features, layer.group_size) for layer in layers if layer.parallel == "row"}
-    for size in TENSOR_PARALLEL_CHOICES:
+    for size in choices:
         if divides_heads(size, decoder_config) and all(size in allowed_tensor_parallel(*shape) for shape in shapes):
             return size
     return 1
@@ -203,15 +231,22 @@ def _head_counts(decoder_config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _choose(
-    names: DecoderNames, shared_inputs: Sequence[SharedInput], tensors: Mapping[str, TensorInfo], recipe: Recipe
+    names: DecoderNames,
+    shared_inputs: Sequence[SharedInput],
+    stored: Mapping[int, StoredExperts],
+    tensors: Mapping[str, TensorInfo],
+    recipe: Recipe,
 ) -> set[str]:
-    """The decoder linears that the recipe's patterns select."""
-    decoder = set(_decoder_linears(names, shared_inputs, tensors))
-    # Every name that a pattern may match: all stored weight matrices, including embeddings and towers.
-    matrices = {
+    """The decoder linears that the recipe's patterns select, experts' included."""
+    of_experts = {linear for experts in stored.values() for linear in experts.linears}
+    merged = {name for experts in stored.values() for name in experts.tensors}
+    decoder = {*_decoder_linears(names, shared_inputs, tensors), *of_experts}
+    # Every name that a pattern may match: all stored weight matrices, including embeddings and towers. Experts of
+    # another kind may be one tensor, whose name has no ending.
+    matrices = of_experts | {
         name.removesuffix(".weight")
         for name, info in tensors.items()
-        if name.endswith(".weight") and len(info.shape) >= 2
+        if name not in merged and (len(info.shape) > 2 or (name.endswith(".weight") and len(info.shape) == 2))
     }
     for setting, patterns in (("targets", recipe.targets or ()), ("ignore", recipe.ignore)):
         for pattern in patterns:
@@ -230,6 +265,35 @@ def _choose(
     if not chosen:
         raise MorphoQuantError("targets: no layer is left to quantize after 'ignore'; narrow 'ignore'")
     return chosen
+
+
+def _experts(
+    stored: Mapping[int, StoredExperts],
+    chosen: set[str],
+    tensors: Mapping[str, TensorInfo],
+    decoder_config: Mapping[str, Any],
+    recipe: Recipe,
+) -> dict[str, ExpertsSpec]:
+    """Settings of the lists of experts that are quantized; those of a block are quantized together or not at all."""
+    found = {}
+    for experts in stored.values():
+        missing = [linear for linear in experts.linears if linear not in chosen]
+        if len(missing) == len(experts.linears):
+            continue
+        if missing:
+            raise MorphoQuantError(
+                f"{experts.name}: its experts are quantized together or not at all, but targets and ignore leave out "
+                f"{missing[0]}; name all of '{experts.name}.*', or none"
+            )
+        check_served(experts, tensors, decoder_config)
+        found[experts.name] = ExpertsSpec(
+            count=experts.count,
+            in_features=experts.in_features,
+            intermediate_features=experts.intermediate_features,
+            group_size=recipe.group_size,
+            scale_scheme=recipe.scale_scheme,
+        )
+    return found
 
 
 def _layers(

@@ -90,6 +90,13 @@ class Source:
         scale, path = info.scale
         return dequantize(stored, _load(path, scale), info.block)
 
+    def load_part(self, name: str, index: int) -> Tensor:
+        """Element `index` of a tensor's first dimension, as `load` gives it; the others are not read."""
+        info = self.tensors[name]
+        if info.scale is not None:
+            return self.load(name)[index].clone()
+        return _load(info.file, name, index)
+
     def check_finite(self) -> None:
         """Refuse NaN and infinity in any float tensor: carried tensors are served unchanged."""
         for name, info in self.tensors.items():
@@ -97,10 +104,10 @@ class Source:
                 check_finite(f"{info.file}: {name}", self.load(name), "download the file again")
 
 
-def _load(path: Path, name: str) -> Tensor:
+def _load(path: Path, name: str, index: int | None = None) -> Tensor:
     try:
         with safe_open(str(path), "pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
     except (SafetensorError, OSError) as error:
         raise MorphoQuantError(f"{path}: {name} cannot be read ({error}); download the file again") from error
 

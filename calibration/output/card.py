@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from calibration.output.outcome import experts_errors
 from morphoquant_vllm.errors import one_line
 from morphoquant_vllm.format.schema import QuantizationSpec
 
@@ -118,10 +119,11 @@ def _meaning(escape_rate: float) -> str:
 
 
 def _figures(spec: QuantizationSpec, report: Mapping[str, Any], nbytes: int, source_nbytes: int) -> str:
-    errors = {name: layer["output_error"] for name, layer in report["layers"].items()}
+    errors = {name: layer["output_error"] for name, layer in report["layers"].items()} | experts_errors(report)
     worst = sorted(errors, key=lambda name: -errors[name])[:WORST_LAYERS]
     figures = {
         "quantized linears": len(spec.layers),
+        **_experts_figures(spec, report),
         "tensors": f"{nbytes / 1e9:.3f} GB, {nbytes / source_nbytes:.2f} of the source's {source_nbytes / 1e9:.3f} GB",
         "escape rate": f"{report['escape_rate']:.2%}",
         "relative output error of a linear, median": f"{statistics.median(errors.values()):.4f}",
@@ -132,6 +134,17 @@ def _figures(spec: QuantizationSpec, report: Mapping[str, Any], nbytes: int, sou
         "16-bit layer on 16-bit inputs. It is no measure of answers: evaluate those on your task."
     )
     return _table("Figures", ("", "measured in calibration"), figures, note)
+
+
+def _experts_figures(spec: QuantizationSpec, report: Mapping[str, Any]) -> dict[str, object]:
+    experts = report.get("experts", {})
+    if not experts:
+        return {}
+    few, none = (sum(figures[key] for figures in experts.values()) for key in ("few", "none"))
+    return {
+        "quantized experts": sum(settings.count for settings in spec.experts.values()),
+        "experts with few drawn tokens, and with none": f"{few}, {none}",
+    }
 
 
 def _table(title: str, head: tuple[str, str], rows: Mapping[str, Any], note: str = "") -> str:

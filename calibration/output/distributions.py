@@ -18,7 +18,7 @@ from calibration.output.weight_file import write_weights
 from calibration.quantize.layer import InputSample
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import open_file
-from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
+from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec, experts_input
 from morphoquant_vllm.numerics.activation import ESCAPE_MAX, ESCAPE_MIN, act_quant, activation_record, token_rows
 from morphoquant_vllm.numerics.reference import dispersion_score
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
@@ -125,15 +125,19 @@ def read_distributions(directory: Path, spec: QuantizationSpec) -> dict[str, dic
     distributions: dict[str, dict[str, Tensor]] = {}
     with open_file(path) as file:
         names = set(file.keys())
-        for shared_input, layers in spec.shared_inputs().items():
+        for shared_input, in_features in _widths(spec).items():
             keys = [key for key in known if f"{shared_input}.{key}" in names]
             if any(name.startswith(f"{shared_input}.") for name in names):
                 distribution = {key: file.get_tensor(f"{shared_input}.{key}") for key in keys}
-                _check_distribution(
-                    f"{path}: {shared_input}", distribution, spec.rows, spec.layers[layers[0]].in_features
-                )
+                _check_distribution(f"{path}: {shared_input}", distribution, spec.rows, in_features)
                 distributions[shared_input] = distribution
     return distributions
+
+
+def _widths(spec: QuantizationSpec) -> dict[str, int]:
+    """K by the name of each input whose distribution is kept: of an expert's down_proj it is not."""
+    widths = {name: spec.layers[layers[0]].in_features for name, layers in spec.shared_inputs().items()}
+    return widths | {experts_input(name): settings.in_features for name, settings in spec.experts.items()}
 
 
 def _check_distribution(name: str, distribution: Mapping[str, Tensor], rows: Sequence[str], in_features: int) -> None:

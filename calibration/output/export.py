@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from calibration.model.experts import find_experts
 from calibration.model.source import Source
 from calibration.output.card import CARD_FILE
 from calibration.output.distributions import write_distributions
@@ -21,7 +22,7 @@ from calibration.output.json_file import write_json
 from calibration.output.report import REPORT_FILE
 from calibration.output.weight_file import write_weights
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
-from morphoquant_vllm.format.schema import QuantizationSpec, stored_name, tensor_specs
+from morphoquant_vllm.format.schema import QuantizationSpec, stored_name
 from morphoquant_vllm.format.seal import sealed
 
 # Files of a model directory that a server reads, by kind. A directory of a training run holds many others.
@@ -95,18 +96,22 @@ def output_tensors(source: Source, spec: QuantizationSpec, quantized: LoadQuanti
 
     `quantized` gives a layer's tensor by its name in schema.tensor_specs; it is called when the tensor is loaded.
     """
-    weights = {stored_name(layer, "weight"): layer for layer in spec.layers}
+    layers_of = {stored_name(layer, "weight"): [layer] for layer in spec.layers}
+    for experts in spec.experts:
+        stored = find_experts(experts, source.tensors)
+        assert stored is not None
+        layers_of |= stored.tensors
     for name, info in source.tensors.items():
-        layer = weights.get(name)
-        if layer is None:
+        if name not in layers_of:
             yield OutputTensor(name, info.nbytes, partial(source.load, name))
             continue
-        for tensor, want in tensor_specs(spec.layers[layer], len(spec.rows), spec.tensor_parallel).items():
-            yield OutputTensor(
-                stored_name(layer, tensor),
-                math.prod(want.shape) * want.dtype.itemsize,
-                partial(quantized, layer, tensor),
-            )
+        for layer in layers_of[name]:
+            for tensor, want in spec.stored_tensors(layer).items():
+                yield OutputTensor(
+                    stored_name(layer, tensor),
+                    math.prod(want.shape) * want.dtype.itemsize,
+                    partial(quantized, layer, tensor),
+                )
 
 
 def split_shards(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.output.report import REPORT_FILE
-from calibration.output.report_file import LayerReport, read_report
+from calibration.output.report_file import ExpertsReport, LayerReport, read_report
 from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read_headers, read_spec
 from morphoquant_vllm.format.files import open_file
-from morphoquant_vllm.format.schema import TWO_LEVEL_SCHEME, QuantizationSpec, stored_name, tensor_specs
+from morphoquant_vllm.format.schema import (
+    TWO_LEVEL_SCHEME,
+    QuantizationSpec,
+    experts_input,
+    input_holder,
+    stored_name,
+    tensor_specs,
+)
 
 # Bytes per element, by safetensors' names; carried tensors may have any of these.
 ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
@@ -43,8 +51,12 @@ def inspect_data(directory: Path) -> dict[str, Any]:
     layers = [
         _layer_data(directory, name, spec, files, stored, measured.get(name, LayerReport())) for name in spec.layers
     ]
+    figures = {} if report is None else report.experts
+    experts = [
+        _experts_data(directory, name, spec, files, stored, figures.get(name, ExpertsReport())) for name in spec.experts
+    ]
     total = sum(_tensor_bytes(tensor) for tensor in stored.values())
-    quantized, quantized_16bit = (sum(layer[key] for layer in layers) for key in ("bytes", "bytes_16bit"))
+    quantized, quantized_16bit = (sum(layer[key] for layer in layers + experts) for key in ("bytes", "bytes_16bit"))
     rate = None if report is None else report.escape_rate
     return {
         "directory": str(directory),
@@ -55,8 +67,10 @@ def inspect_data(directory: Path) -> dict[str, Any]:
         "architecture": None if report is None else report.architecture,
         "sixteen_bit": [] if report is None else report.sixteen_bit,
         "layers": layers,
+        "experts": experts,
         "totals": {
             "layers": len(layers),
+            "experts": sum(settings.count for settings in spec.experts.values()),
             "bytes": total,
             "bytes_16bit": total - quantized + quantized_16bit,
             "quantized_bytes": quantized,
@@ -85,9 +99,6 @@ def _layer_data(
     measured: LayerReport,
 ) -> dict[str, Any]:
     layer = spec.layers[name]
-    mask_name = stored_name(name, "modality_mask")
-    with open_file(directory / files[mask_name]) as file:
-        masked: torch.Tensor = file.get_tensor(mask_name).sum(1)
     names = [stored_name(name, tensor) for tensor in tensor_specs(layer, len(spec.rows), spec.tensor_parallel)]
     bias_bytes = 0
     if layer.bias:
@@ -100,7 +111,7 @@ def _layer_data(
         "scale_scheme": layer.scale_scheme,
         "parallel": layer.parallel,
         "shared_input": layer.shared_input,
-        "masked_channels": dict(zip(spec.rows, masked.tolist(), strict=True)),
+        "masked_channels": _masked_channels(directory, name, spec, files),
         "escape_rate": measured.escape_rate,
         "output_error": measured.output_error,
         "own_rows": [row for row, choice in measured.modality_rows.items() if choice.own],
@@ -109,11 +120,54 @@ def _layer_data(
     }
 
 
+def _masked_channels(directory: Path, layer: str, spec: QuantizationSpec, files: Mapping[str, str]) -> dict[str, int]:
+    """Channels of a layer's input that may escape, by row name."""
+    name = stored_name(layer, "modality_mask")
+    with open_file(directory / files[name]) as file:
+        masked: torch.Tensor = file.get_tensor(name).sum(1)
+    return dict(zip(spec.rows, masked.tolist(), strict=True))
+
+
+def _experts_data(
+    directory: Path,
+    name: str,
+    spec: QuantizationSpec,
+    files: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
+    measured: ExpertsReport,
+) -> dict[str, Any]:
+    """One list of experts; figures by expert are lists, and those of the input are gate's and up's."""
+    settings = spec.experts[name]
+    names = [stored_name(linear, tensor) for linear in settings.layers(name) for tensor in spec.stored_tensors(linear)]
+    elements = 3 * settings.count * settings.in_features * settings.intermediate_features
+    return {
+        "name": name,
+        "count": settings.count,
+        "in_features": settings.in_features,
+        "intermediate_features": settings.intermediate_features,
+        "group_size": settings.group_size,
+        "scale_scheme": settings.scale_scheme,
+        "shared_input": experts_input(name),
+        "masked_channels": _masked_channels(directory, input_holder(name), spec, files),
+        "escape_rate": measured.input.escape_rate,
+        "output_error": measured.input.output_error,
+        "tokens": measured.tokens,
+        "drawn_tokens": measured.drawn_tokens,
+        "few": measured.few,
+        "none": measured.none,
+        "gate_up_error": measured.gate_up_error,
+        "down_error": measured.down_error,
+        "down_escape_rate": measured.down_escape_rate,
+        "bytes": sum(_tensor_bytes(stored[tensor]) for tensor in names),
+        "bytes_16bit": elements * SIXTEEN_BIT,
+    }
+
+
 def inspect_table(directory: Path) -> RenderableType:
     """The same as a rich renderable: one line per layer, then the totals; layer names fold on narrow terminals."""
     data = inspect_data(directory)
     # Names of a model share a long prefix: shown once, it leaves room for the figures.
-    prefix = common_prefix([layer["name"] for layer in data["layers"]])
+    prefix = common_prefix([layer["name"] for layer in data["layers"] + data["experts"]])
     title = Text(f"layers below {prefix}") if prefix else None
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
@@ -133,6 +187,16 @@ def inspect_table(directory: Path) -> RenderableType:
             size_text(layer["bytes"]),
             percent(layer["bytes"] / layer["bytes_16bit"]),
         )
+    for experts in data["experts"]:
+        table.add_row(
+            Text(f"{experts['name'].removeprefix(prefix)} ({experts['count']})"),
+            f"{experts['intermediate_features']}x{experts['in_features']}",
+            str(experts["group_size"]),
+            _masked(experts["masked_channels"]),
+            percent((experts["escape_rate"] or {}).get("all")),
+            size_text(experts["bytes"]),
+            percent(experts["bytes"] / experts["bytes_16bit"]),
+        )
     return Group(table, Text("\n".join(_summary(data))))
 
 
@@ -140,8 +204,9 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     totals = data["totals"]
     lines = [
         f"masked: channels that may escape to 8 bits, in rows {'/'.join(data['rows'])} (one figure if all agree)",
-        f"quantized layers: {totals['layers']}, {size_text(totals['quantized_bytes'])}, "
+        f"quantized layers: {totals['layers']}{_and_experts(totals)}, {size_text(totals['quantized_bytes'])}, "
         f"{percent(totals['quantized_bytes'] / totals['quantized_bytes_16bit'])} of 16 bit",
+        *_experts_summary(data["experts"]),
         f"whole checkpoint: {size_text(totals['bytes'])}, {percent(totals['bytes'] / totals['bytes_16bit'])} of "
         f"{size_text(totals['bytes_16bit'])} with those layers in 16 bit",
     ]
@@ -168,6 +233,22 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"escape rates: unknown, {REPORT_FILE} states none")
     return lines
+
+
+def _and_experts(totals: Mapping[str, Any]) -> str:
+    return f" and {totals['experts']} experts" if totals["experts"] else ""
+
+
+def _experts_summary(experts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The line about the experts' tokens in calibration; none without experts, or without a report."""
+    drawn = [count for entry in experts for count in entry["drawn_tokens"]]
+    if not drawn:
+        return []
+    few, none = (sum(entry[key] or 0 for entry in experts) for key in ("few", "none"))
+    return [
+        f"experts: NxK of gate and up; drawn tokens of an expert: {min(drawn)} to {max(drawn)}, "
+        f"{statistics.median(drawn):.0f} in the middle; {few} had few, {none} none"
+    ]
 
 
 def common_prefix(names: list[str]) -> str:

@@ -16,14 +16,25 @@ FACTOR = 2.0
 NAMED = 5
 
 
-def standing_out(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def experts_errors(report: Mapping[str, Any]) -> dict[str, float]:
+    """Output errors of the inputs of all experts of a report that saw tokens, by name."""
+    return {
+        f"{name}.{expert}.{kind}_proj": error
+        for name, figures in report.get("experts", {}).items()
+        for kind in ("gate_up", "down")
+        for expert, error in enumerate(figures[f"{kind}_error"])
+        if error is not None
+    }
+
+
+def standing_out(errors_of: Mapping[str, float]) -> dict[str, float]:
     """Layers whose output error is far above that of others of their kind, with the factor; the worst first.
 
-    `layers` are those of the calibration report. A kind is the last part of a name, such as down_proj.
+    A kind is the last part of a name, such as down_proj.
     """
     kinds: dict[str, dict[str, float]] = {}
-    for name, layer in layers.items():
-        kinds.setdefault(name.rpartition(".")[2], {})[name] = layer["output_error"]
+    for name, error in errors_of.items():
+        kinds.setdefault(name.rpartition(".")[2], {})[name] = error
     factors: dict[str, float] = {}
     for errors in kinds.values():
         middle = statistics.median(errors.values())
@@ -34,9 +45,11 @@ def standing_out(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def outcome_lines(report: Mapping[str, Any], output: Path) -> list[str]:
     """The lines that end a calibration."""
     layers = report["layers"]
+    count = sum(len(figures["tokens"]) for figures in report.get("experts", {}).values())
+    experts = f" and {count} experts" if count else ""
     shown = one_line(str(output))
-    lines = [f"{shown}: {len(layers)} layers quantized, escape rate {report['escape_rate']:.2%}"]
-    found = standing_out(layers)
+    lines = [f"{shown}: {len(layers)} layers{experts} quantized, escape rate {report['escape_rate']:.2%}"]
+    found = standing_out({name: layer["output_error"] for name, layer in layers.items()} | experts_errors(report))
     if found:
         named = ", ".join(f"{name} ({factor:.1f}x)" for name, factor in list(found.items())[:NAMED])
         lines.append(f"output errors far above those of their kind, in {len(found)} layers: {named}")

@@ -12,11 +12,13 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 
 if TYPE_CHECKING:
     # `inspect` needs only the file's name, and neither pydantic nor the numerics.
-    from calibration.quantize.layer_report import LayerRecord
+    from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
     from calibration.settings.recipe import Recipe
 
 REPORT_FILE = "morphoquant_calibration.json"
 REPORT_FORMAT = 1
+# Up to this share of experts without tokens is not warned of.
+EMPTY_SHARE = 0.05
 PACKAGE = "morphoquant-vllm"
 
 
@@ -34,6 +36,7 @@ def make_report(
     records: Mapping[str, LayerRecord],
     samples: int,
     token_counts: Mapping[int, int],
+    experts: Mapping[str, ExpertsFigures],
 ) -> dict[str, Any]:
     """The JSON object of REPORT_FILE, the same for the same run (no times, no paths)."""
     # Without these settings, a checkpoint's bytes are the same as before they existed.
@@ -43,8 +46,9 @@ def make_report(
         "format": REPORT_FORMAT,
         "settings": {**settings, "tensor_parallel": spec.tensor_parallel},
         "data": {"samples": samples, "tokens": {spec.rows[row]: count for row, count in token_counts.items()}},
-        "escape_rate": overall_escape_rate(spec, records),
+        "escape_rate": overall_escape_rate(spec, records, experts, sum(token_counts.values())),
         "layers": {name: asdict(record) for name, record in records.items()},
+        **({"experts": {name: asdict(figures) for name, figures in experts.items()}} if experts else {}),
         "versions": {
             PACKAGE: package_version(),
             "python": platform.python_version(),
@@ -54,11 +58,31 @@ def make_report(
     }
 
 
-def overall_escape_rate(spec: QuantizationSpec, records: Mapping[str, LayerRecord]) -> float:
+def overall_escape_rate(
+    spec: QuantizationSpec, records: Mapping[str, LayerRecord], experts: Mapping[str, ExpertsFigures], tokens: int
+) -> float:
     """Codes outside [-8, 7] as a fraction of the decoder's codes; codes of a shared input count once.
 
-    A tower's codes are excluded, because its patches are not these tokens: a picture has four patches per token.
+    A tower's codes are excluded, because its patches are not these tokens: a picture has four patches per token. An
+    expert's codes count for the tokens that chose it, of `tokens` in all.
     """
     first = [names[0] for names in spec.shared_inputs().values() if not spec.layers[names[0]].fixed_row]
-    total = sum(spec.layers[name].in_features for name in first)
-    return sum(records[name].escape_rate["all"] * spec.layers[name].in_features for name in first) / total
+    parts = [(records[name].escape_rate["all"], float(spec.layers[name].in_features)) for name in first]
+    for name, figures in experts.items():
+        settings = spec.experts[name]
+        parts.append((figures.input.escape_rate["all"], settings.in_features))
+        for rate, count in zip(figures.down_escape_rate, figures.tokens, strict=True):
+            parts.append((rate or 0.0, settings.intermediate_features * count / tokens))
+    return sum(rate * codes for rate, codes in parts) / sum(codes for _, codes in parts)
+
+
+def empty_experts(experts: Mapping[str, ExpertsFigures]) -> str | None:
+    """A sentence about experts that no drawn token chose; None if they are at most EMPTY_SHARE of all."""
+    count = sum(len(figures.tokens) for figures in experts.values())
+    none = sum(figures.none for figures in experts.values())
+    if none <= EMPTY_SHARE * count:
+        return None
+    return (
+        f"{none} of {count} experts ({none / count:.0%}) were chosen by no drawn token, and their weights are rounded "
+        "plainly; give more or more varied data, with a larger --max-samples and --sample-tokens"
+    )

@@ -43,6 +43,19 @@ class LayerReport(_Part):
     modality_rows: dict[Name, RowChoice] = {}
 
 
+class ExpertsReport(_Part):
+    """Calibration's figures of one layer's routed experts; the fields of ExpertsFigures."""
+
+    tokens: list[Count] = []
+    drawn_tokens: list[Count] = []
+    few: Count | None = None
+    none: Count | None = None
+    input: LayerReport = LayerReport()
+    gate_up_error: list[Error | None] = []
+    down_error: list[Error | None] = []
+    down_escape_rate: list[Share | None] = []
+
+
 class Data(_Part):
     """The calibration data: samples, and tokens by row."""
 
@@ -56,6 +69,7 @@ class Report(_Part):
     format: Literal[1] = 1
     escape_rate: Share | None = None
     layers: dict[str, LayerReport] = {}
+    experts: dict[str, ExpertsReport] = {}
     data: Data = Data()
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}

@@ -31,7 +31,7 @@ def find_means(
     if not coded.sets.any_modality_only:
         # The row `any` may have to serve any token.
         ordinary = (~massive).nonzero().flatten()
-        code[0], value[0] = _means_in_any_row(coded, x, target, ordinary, processes)
+        code[0], value[0] = means_in_any_row(coded, x, target, ordinary, processes)
     return Means(code, value)
 
 
@@ -46,10 +46,10 @@ def find_bias(
     return bias
 
 
-def _means_in_any_row(
+def means_in_any_row(
     coded: CodedTokens, x: Tensor, target: Tensor, chosen: Tensor, processes: Processes
 ) -> tuple[Tensor, Tensor]:
-    """Means, [K] each, of the tokens `chosen` of x, as if the row `any` served all of them."""
+    """Means of codes and of values, [K] each, of the tokens `chosen` of x, as if the row `any` served all of them."""
     record, row, weight = coded.record, coded.sets.rows[0], coded.weight[chosen]
     total = processes.all_reduce(weight.sum(), "SUM")
     code_mean, value_mean = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])

@@ -6,7 +6,7 @@ Channel order is that of the checkpoint's channel_order; natural order is the so
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,12 @@ class CodedTokens:
     weight: Tensor
     # int8 [T, K].
     codes: Tensor
+
+    def part(self, own: Tensor) -> CodedTokens:
+        """Those of the tokens `own`, int64 [t]."""
+        own = own.to(self.codes.device)
+        fields = {name: getattr(self, name)[own] for name in ("rows", "token_set", "weight", "codes")}
+        return replace(self, **fields)
 
     @property
     def gain(self) -> Tensor:

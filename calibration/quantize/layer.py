@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from calibration.data.token_choice import TokenSample
 from calibration.model.plan import matches
 from calibration.processes import Processes
 from calibration.quantize.bias import find_bias, find_means
-from calibration.quantize.coded_tokens import code_tokens, gather_moments
+from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments
 from calibration.quantize.grids import find_input
 from calibration.quantize.layer_report import JudgedTokens, LayerRecord, input_record, output_error
 from calibration.quantize.massive_tokens import find_massive
@@ -42,12 +42,27 @@ class InputSample:
     outlying: Tensor
 
 
+@dataclass(frozen=True)
+class JudgedPart:
+    """The drawn tokens on which the report's figures are taken, if these are not all."""
+
+    tokens: TokenSample
+    # Their places among the drawn tokens of all processes, and among this one's: int64.
+    places: Tensor
+    own: Tensor
+
+    def of(self, coded: CodedTokens, target: Tensor, massive: Tensor) -> tuple[CodedTokens, Tensor, Tensor]:
+        """Codes and 16-bit values [own t, K] of these tokens, and which are massive, bool [t]."""
+        return coded.part(self.own), target[self.own.to(target.device)], massive[self.places]
+
+
 def quantize_input(
     inputs: InputSample,
     tokens: TokenSample,
     shards: Mapping[str, Tensor],
     spec: QuantizationSpec,
     recipe: Recipe,
+    judged: JudgedPart | None = None,
 ) -> dict[str, QuantizedLayer]:
     """Quantize the linears `shards` (weights [N, K] by layer name) that share one input.
 
@@ -56,6 +71,7 @@ def quantize_input(
 
     Each process has some of the tokens and fits some of the output channels; all get the same result. Sums of floats
     may differ between processes, so one process computes the results that depend on them and broadcasts them.
+    `judged` are the tokens on which the figures of the report are taken; None means all.
     """
     x, target, processes = inputs.observation.sample, inputs.target, tokens.processes
     first = spec.layers[next(iter(shards))]
@@ -63,7 +79,7 @@ def quantize_input(
     matrix = torch.cat([weight.to(x.device, torch.float32) for weight in shards.values()])
     massive = find_massive(x, inputs.outlying, blocks, tokens, wanted=recipe.massive_row)
     found = find_input(
-        inputs.observation, tokens, massive, matrix, spec, recipe, full_mask=_full_mask(first, shards, recipe)
+        inputs.observation, tokens, massive, matrix, spec, recipe, full_mask=full_mask(first, shards, recipe)
     )
     coded = code_tokens(x, tokens, massive.own, found, spec)
     # From here on in channel order.
@@ -74,10 +90,13 @@ def quantize_input(
     means = find_means(moments, coded, x, target, massive.own, processes)
     any_massive = bool(massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
-    record = input_record(coded, tokens, massive.all, found, spec.rows)
-    judged = JudgedTokens.of(coded, target, tokens)
-    errors = _output_errors(judged, shards, matrix, served.matrix, bias, processes)
-    layer_tensors = _split_tensors(shards, served, bias[:, coded.sets.of_row])
+    shown, shown_massive = tokens, massive.all
+    if judged is not None:
+        shown = judged.tokens
+        coded, target, shown_massive = judged.of(coded, target, massive.all)
+    record = input_record(coded, shown, shown_massive, found, spec.rows)
+    errors = _output_errors(JudgedTokens.of(coded, target, shown), shards, matrix, served.matrix, bias, processes)
+    layer_tensors = split_tensors(shards, served, bias[:, coded.sets.of_row])
     return {
         name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(record, output_error=errors[name]))
         for name in shards
@@ -101,7 +120,7 @@ def _output_errors(
     }
 
 
-def _split_tensors(shards: Mapping[str, Tensor], served: ServedWeights, bias: Tensor) -> dict[str, dict[str, Tensor]]:
+def split_tensors(shards: Mapping[str, Tensor], served: ServedWeights, bias: Tensor) -> dict[str, dict[str, Tensor]]:
     """The checkpoint's tensors of each layer, on the CPU; bias [B, R, N] of all `shards` together."""
     sizes = [weight.shape[0] for weight in shards.values()]
     parts_of = {name: value.split(sizes) for name, value in served.stored.items()}
@@ -112,5 +131,6 @@ def _split_tensors(shards: Mapping[str, Tensor], served: ServedWeights, bias: Te
     }
 
 
-def _full_mask(first: LayerSpec, shards: Mapping[str, Tensor], recipe: Recipe) -> bool:
+def full_mask(first: LayerSpec, shards: Iterable[str], recipe: Recipe) -> bool:
+    """Whether every channel of the input of the layers `shards` may escape, in the reference's grid."""
     return matches(first.shared_input, recipe.full_mask) or any(matches(name, recipe.full_mask) for name in shards)

@@ -46,6 +46,30 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class ExpertsFigures:
+    """The figures of one layer's routed experts in the report; lists have an entry per expert."""
+
+    # Tokens of all samples that chose each expert in the served stream, and the drawn ones among them.
+    tokens: list[int]
+    drawn_tokens: list[int]
+    # Experts with fewer drawn tokens than they need alone, and those without any, which are rounded plainly.
+    few: int
+    none: int
+    # Of the one input of gate and up; its output_error is the mean over experts.
+    input: LayerRecord
+    # Output errors of gate and up together, and of down, over the tokens that chose the expert; None without any.
+    gate_up_error: list[float | None]
+    down_error: list[float | None]
+    # Escapes of down's codes as a fraction of all.
+    down_escape_rate: list[float | None]
+
+    @property
+    def errors(self) -> list[float]:
+        """The errors of all inputs of experts that saw tokens."""
+        return [error for error in (*self.gate_up_error, *self.down_error) if error is not None]
+
+
+@dataclass(frozen=True)
 class JudgedTokens:
     """This process's tokens on which the output error is measured, with K in channel order."""
 

@@ -82,6 +82,19 @@ class Moments:
         for field, operation in REDUCTIONS.items():
             setattr(self, field, processes.all_reduce(getattr(self, field), operation))
 
+    def mix(self, pooled: Moments, share: float) -> None:
+        """Let these moments weigh `share` of the whole, and `pooled` ones of the same codes the rest.
+
+        `pooled` has codes times values. Means and moments are then those of all these tokens together.
+        """
+        own = share / float(self.weight.sum()) if share > 0 else 0.0
+        rest = (1 - share) / float(pooled.weight.sum())
+        for name in REDUCTIONS:
+            other = getattr(pooled, name)
+            if name == "code_aim" and self.of_outputs:
+                other = other @ self.matrix.T
+            getattr(self, name).mul_(own).add_(other, alpha=rest)
+
     def take_centred(self, channels: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Codes times codes [K, K], and times the outputs of these channels [K, n], about the means of each set.
 

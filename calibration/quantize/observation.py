@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibration.data.token_choice import TokenSample
 from calibration.processes import ONE, Processes
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.statistics import REDUCTIONS, ChannelStatistics
@@ -39,8 +40,11 @@ class SampleCollector:
         self.name = name
         self._chosen: list[Tensor] = [] if none is None else [none]
 
-    def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Add one calibration sample: x [M, K], the rows of its tokens int [M] and its drawn positions int64."""
+    def add(self, x: Tensor, rows: Tensor, positions: Tensor, *others: Tensor) -> None:
+        """Add one calibration sample: x [M, K], the rows of its tokens int [M] and its drawn positions int64.
+
+        `others` are the module's further inputs.
+        """
         self._chosen.append(x[positions].float())
 
     def sample(self) -> Tensor:
@@ -65,7 +69,7 @@ class InputCollector(SampleCollector):
         super().__init__(name, none)
         self._statistics: dict[int, ChannelStatistics] = {}
 
-    def add(self, x: Tensor, rows: Tensor, positions: Tensor) -> None:
+    def add(self, x: Tensor, rows: Tensor, positions: Tensor, *others: Tensor) -> None:
         """As SampleCollector.add. Raises MorphoQuantError with the layer's name if x holds NaN or infinite values."""
         present = rows.unique().tolist()
         for row in present:
@@ -92,6 +96,44 @@ class InputCollector(SampleCollector):
                 }
             )
         return Observation(found, sample)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts the tokens of all processes chose."""
+
+    # Experts of each drawn token, bool [T, E], on the CPU, in the order of TokenSample.
+    chosen: Tensor
+    # Tokens of all calibration samples by modality and expert, int64 [R, E], on the CPU.
+    counts: Tensor
+
+
+class RoutedCollector(InputCollector):
+    """An InputCollector of a module of routed experts, which also notes the experts of each token.
+
+    `modality_of` gives the modalities of the running sample's tokens, int [M]; `rows` tells massive ones apart.
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, int], modality_of: Callable[[], Tensor], none: Tensor | None = None
+    ) -> None:
+        """`shape`: the numbers of rows and of experts."""
+        super().__init__(name, none)
+        self._modality_of = modality_of
+        self._counts = torch.zeros(shape, dtype=torch.int64)
+        self._experts: list[Tensor] = [torch.zeros(0, shape[1], dtype=torch.bool)]
+
+    def add(self, x: Tensor, rows: Tensor, positions: Tensor, *others: Tensor) -> None:
+        """As InputCollector.add; the first of `others` holds the ids of each token's experts, int64 [M, top]."""
+        super().add(x, rows, positions)
+        ids = others[0].cpu().long()
+        chosen = torch.zeros(ids.shape[0], self._counts.shape[1], dtype=torch.bool).scatter_(1, ids, value=True)
+        self._experts.append(chosen[positions.cpu()])
+        self._counts.index_add_(0, self._modality_of().flatten().cpu().long(), chosen.long())
+
+    def routing(self, tokens: TokenSample) -> Routing:
+        """The routing so far, of all processes."""
+        return Routing(tokens.all_gather(torch.cat(self._experts)), tokens.processes.all_reduce(self._counts, "SUM"))
 
 
 def _no_tokens(like: Tensor) -> ChannelStatistics:
@@ -123,7 +165,7 @@ def run_observed(
                 f"{collector.name}: its input has {x.shape[0]} tokens of a calibration sample of {rows.numel()}; "
                 "this model cannot be calibrated"
             )
-        collector.add(x, rows, positions)
+        collector.add(x, rows, positions, *inputs[1:])
         if stop:
             raise InputReached
 

@@ -30,7 +30,7 @@ from calibration.blocks.capture import BlockInput, MemoryInput
 from calibration.blocks.loop import BlockResult
 from calibration.output.report import REPORT_FILE
 from calibration.processes import ONE, Processes
-from calibration.quantize.layer_report import LayerRecord
+from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
 from calibration.quantize.modality_rows import RowChoice
 from calibration.work.block_arguments import pack
 from calibration.work.durable_files import (
@@ -159,6 +159,7 @@ class WorkDirectory:
                 "inputs": hash_file(self._before(result.index)),
                 "loss": result.loss,
                 "layers": {name: asdict(layer.record) for name, layer in result.layers.items()},
+                "experts": {name: asdict(layer.record) for name, layer in result.experts.items()},
                 "files": {name: asdict(record) for name, record in files.items()},
             }
             write_json_durably(self._manifest_file(result.index), manifest)
@@ -170,15 +171,21 @@ class WorkDirectory:
 
     def records(self) -> dict[str, LayerRecord]:
         """The records of all finished layers, towers' first."""
-        records = {}
+        records: dict[str, LayerRecord] = {}
         towers = _manifest(self.path / SAMPLES_FILE, self.settings).get("towers")
         parts = [towers["layers"]] if towers else []
         parts += [_manifest(self._manifest_file(index), self.settings)["layers"] for index in range(self.finished or 0)]
         for part in parts:
-            for name, record in part.items():
-                rows = {row: RowChoice(**choice) for row, choice in record.pop("modality_rows").items()}
-                records[name] = LayerRecord(**record, modality_rows=rows)
+            records |= {name: _record(record) for name, record in part.items()}
         return records
+
+    def experts(self) -> dict[str, ExpertsFigures]:
+        """The figures of all finished lists of experts."""
+        found = {}
+        for index in range(self.finished or 0):
+            for name, figures in _manifest(self._manifest_file(index), self.settings)["experts"].items():
+                found[name] = ExpertsFigures(**{**figures, "input": _record(figures["input"])})
+        return found
 
     def distributions(self) -> dict[str, dict[str, Tensor]]:
         """The kept distributions of all inputs."""
@@ -263,12 +270,19 @@ def _united(parts: Iterable[Mapping[K, V]]) -> dict[K, V]:
     return {key: value for part in parts for key, value in part.items()}
 
 
+def _record(record: dict[str, Any]) -> LayerRecord:
+    """The record of a manifest's entry."""
+    rows = {row: RowChoice(**choice) for row, choice in record.pop("modality_rows").items()}
+    return LayerRecord(**record, modality_rows=rows)
+
+
 def _packed(result: BlockResult) -> dict[str, Tensor]:
     """A block's tensors by the names of a block file: as in the checkpoint, and its distributions."""
+    linears = {name: layer.tensors for name, layer in result.layers.items()}
+    for experts in result.experts.values():
+        linears |= experts.tensors
     tensors = {
-        stored_name(name, tensor): value.clone()
-        for name, layer in result.layers.items()
-        for tensor, value in layer.tensors.items()
+        stored_name(name, tensor): value.clone() for name, stored in linears.items() for tensor, value in stored.items()
     }
     tensors |= {
         f"{_DISTRIBUTION} {shared} {key}": value

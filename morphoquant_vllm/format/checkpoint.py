@@ -245,6 +245,12 @@ def load_experts(
             yield layer, stored if settings.parallel == "row" else shared | stored
 
 
+def load_input(directory: Path, files: Mapping[str, str], layer: str) -> dict[str, Tensor]:
+    """INPUT_TENSORS of a linear that stores them; `files` is the result of `check_headers`."""
+    with _OpenFiles(directory, files) as opened:
+        return opened.tensors(layer, INPUT_TENSORS)
+
+
 class _OpenFiles(ExitStack):
     """The weight files of a checkpoint, each opened once: a header of many experts takes long to read."""
 

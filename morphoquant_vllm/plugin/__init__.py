@@ -4,6 +4,8 @@ config             which layers of a model are quantized, and the checks before 
 checkpoint_check   checks a checkpoint's files before vLLM loads a weight
 last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
+experts_method     quantized routed experts: refusals, checks after loading, the call of the op
+experts_loading    how one expert's tensors are cut for ranks, and which were loaded
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one
 embeddings         the token embeddings that model classes leave out of quantization

@@ -13,11 +13,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import QUANT_METHOD, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.schema import QUANT_METHOD, ExpertsSpec, LayerSpec, QuantizationSpec
 from morphoquant_vllm.plugin.last_word import LastWord, open_last_word
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
@@ -41,6 +42,7 @@ class MorphoQuantConfig(QuantizationConfig):
         self.spec = spec
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
+        self.experts: dict[str, ExpertsSpec] = dict(spec.experts) if spec else {}
         # Created with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
         self._mlps: dict[str, Intermediate] = {}
@@ -60,7 +62,7 @@ class MorphoQuantConfig(QuantizationConfig):
         return {**self.__dict__, "_bus": None, "_mlps": {}}
 
     def __repr__(self) -> str:
-        return f"MorphoQuantConfig({len(self.layers)} layers)"
+        return f"MorphoQuantConfig({len(self.layers)} layers, experts of {len(self.experts)})"
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -122,6 +124,7 @@ class MorphoQuantConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self._last_word is None:
@@ -135,7 +138,7 @@ class MorphoQuantConfig(QuantizationConfig):
     def _method_of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_downloaded()
         from vllm.config import get_current_vllm_config_or_none
-        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -144,9 +147,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
 
         if isinstance(layer, RoutedExperts):
-            raise MorphoQuantError(
-                f"{prefix}: fused experts are not supported by morphoquant; serve this model in 16 bit"
-            )
+            return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
             return ModalityEmbeddingMethod(self.modality_bus())
         if isinstance(layer, ParallelLMHead):
@@ -159,6 +160,8 @@ class MorphoQuantConfig(QuantizationConfig):
         quantized = [name for name in shards if name in self.layers]
         if not quantized:
             return UnquantizedLinearMethod()
+        if isinstance(layer, GateLinear):
+            raise MorphoQuantError(f"{prefix}: the router of experts is served in 16 bit only; calibrate again")
         if len(quantized) < len(shards):
             missing = [name for name in shards if name not in self.layers]
             raise MorphoQuantError(
@@ -167,6 +170,19 @@ class MorphoQuantConfig(QuantizationConfig):
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
         return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix))
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a list of experts; None, vLLM's own in 16 bit, if the checkpoint does not name it."""
+        from vllm.platforms import current_platform
+
+        from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod, refuse_sixteen_bit
+
+        name = prefix.removeprefix(DRAFT_PREFIX)
+        if name not in self.experts:
+            refuse_sixteen_bit(prefix, layer, current_platform.is_cpu())
+            return None
+        bus = self.modality_bus()
+        return MorphoQuantExpertsMethod(layer, bus.spec, name, self.experts[name], bus)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> Intermediate | None:
         """The state that gate_up_proj and down_proj of one MLP share; None if its channels may not be renumbered."""

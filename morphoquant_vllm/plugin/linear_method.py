@@ -23,7 +23,6 @@ from morphoquant_vllm.format.schema import (
     OUTPUT_TENSORS,
     LayerSpec,
     QuantizationSpec,
-    check_tensor_parallel,
     input_blocks,
 )
 from morphoquant_vllm.format.values import check_values
@@ -32,8 +31,8 @@ from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.numerics.linear import weight_record
 from morphoquant_vllm.plugin import fusion
 from morphoquant_vllm.plugin import mlp_channel_order as intermediate
-from morphoquant_vllm.plugin.modality_bus import ModalityBus, warn_of_long_step
-from morphoquant_vllm.plugin.parameters import LoadLog, make_parameters
+from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
+from morphoquant_vllm.plugin.parameters import LoadLog, check_ranks, make_parameters
 
 
 @register_weight_loader_v2_supported_method
@@ -106,14 +105,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 "otherwise; calibrate again"
             )
         size = int(layer.tp_size)  # type: ignore[arg-type]
-        if row_parallel and size > 1:
-            check_tensor_parallel(self.name, input_size, self.layer_spec.group_size, size)
-            if self.spec.tensor_parallel % size:
-                allowed = [s for s in range(1, self.spec.tensor_parallel + 1) if self.spec.tensor_parallel % s == 0]
-                raise MorphoQuantError(
-                    f"{self.name}: tensor parallel size {size} breaks a group: the checkpoint was made for sizes "
-                    f"{allowed}; serve with one of these, or calibrate with --tensor-parallel {size}"
-                )
+        if row_parallel:
+            check_ranks(self.spec, self.name, self.layer_spec, size)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         tensors = {}
@@ -194,15 +187,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
 
     def token_rows(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
         """Row of each token of x [M, K], int32 [M or more], as the ops take it."""
-        if self.layer_spec.fixed_row:
-            row = self.spec.rows.index(self.layer_spec.fixed_row)
-        else:
-            modality: Tensor = layer.modality  # type: ignore[assignment]
-            # vLLM compiles for at most the buffer's tokens, so the graph needs no second branch.
-            if torch.compiler.is_compiling() or x.shape[0] <= modality.numel():
-                return modality
-            row = self.spec.any_row
-            warn_of_long_step(x.shape[0], modality.numel())
+        if not self.layer_spec.fixed_row:
+            return rows_of_step(layer.modality, x, self.spec.any_row)  # type: ignore[arg-type]
+        row = self.spec.rows.index(self.layer_spec.fixed_row)
         return torch.full(x.shape[:1], row, dtype=torch.int32, device=x.device)
 
     def records(self, layer: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:

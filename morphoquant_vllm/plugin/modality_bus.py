@@ -134,6 +134,15 @@ class ModalityBus:
         self.buffer[: ids.numel()].copy_(self._table[ids.clamp(-1, self._table.numel() - 1)])
 
 
+def rows_of_step(buffer: Tensor, x: Tensor, any_row: int) -> Tensor:
+    """Row of each token of x [M, K], int32 [M or more]: the bus's `buffer`, or 'any' for a longer step."""
+    # vLLM compiles for at most the buffer's tokens, so the graph needs no second branch.
+    if torch.compiler.is_compiling() or x.shape[0] <= buffer.numel():
+        return buffer
+    warn_of_long_step(x.shape[0], buffer.numel())
+    return torch.full(x.shape[:1], any_row, dtype=torch.int32, device=x.device)
+
+
 def warn_of_long_step(tokens: int, held: int) -> None:
     """Log once that a step has more tokens than the buffer: they are served with row 'any'."""
     logger.warning_once("MorphoQuant: row '%s' serves a step of %d tokens; %d were announced", ANY_ROW, tokens, held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
+from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
 from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
 
@@ -34,13 +36,20 @@ def check_model(directory: Path, spec: QuantizationSpec) -> str:
         if isinstance(method, MorphoQuantLinearMethod)
         for layer in method.shards.values()
     }
-    missing = [name for name, layer in spec.layers.items() if id(layer) not in built]
+    built |= {id(method.experts) for method in methods if isinstance(method, MorphoQuantExpertsMethod)}
+    _refuse_missing(model, "linear", spec.layers, built)
+    _refuse_missing(model, "list of experts", spec.experts, built)
+    return type(model).__name__
+
+
+def _refuse_missing(model: torch.nn.Module, kind: str, listed: Mapping[str, object], built: set[int]) -> None:
+    """Refuse settings, by their names in the file, of which no method was built."""
+    missing = [name for name, settings in listed.items() if id(settings) not in built]
     if missing:
         raise MorphoQuantError(
-            f"{missing[0]}: vLLM's {type(model).__name__} has no linear of this name that can be quantized "
-            f"({len(missing)} of {len(spec.layers)} layers are missing); leave it in 16 bit: --ignore '{missing[0]}'"
+            f"{missing[0]}: vLLM's {type(model).__name__} has no {kind} of this name that can be quantized "
+            f"({len(missing)} of {len(listed)} are missing); leave it in 16 bit: --ignore '{missing[0]}'"
         )
-    return type(model).__name__
 
 
 def _empty_model(config: VllmConfig) -> torch.nn.Module:

@@ -15,7 +15,13 @@ from vllm.model_executor.parameter import (
 )
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import MASSIVE_CHANNELS, TWO_LEVEL_SCHEME
+from morphoquant_vllm.format.schema import (
+    MASSIVE_CHANNELS,
+    TWO_LEVEL_SCHEME,
+    LayerSpec,
+    QuantizationSpec,
+    check_tensor_parallel,
+)
 
 
 class SharedInputParameter(BasevLLMParameter):
@@ -91,6 +97,19 @@ class LoadLog:
             raise MorphoQuantError(
                 f"{name}.{tensor}: {loaded} of {shards} shards were loaded; the checkpoint is incomplete"
             )
+
+
+def check_ranks(spec: QuantizationSpec, name: str, layer: LayerSpec, ranks: int) -> None:
+    """Refuse to cut K of the row-parallel `layer` among `ranks` for which the checkpoint was not made."""
+    if ranks == 1:
+        return
+    check_tensor_parallel(name, layer.in_features, layer.group_size, ranks)
+    if spec.tensor_parallel % ranks:
+        allowed = [size for size in range(1, spec.tensor_parallel + 1) if spec.tensor_parallel % size == 0]
+        raise MorphoQuantError(
+            f"{name}: tensor parallel size {ranks} breaks a group: the checkpoint was made for sizes {allowed}; serve "
+            f"with one of these, or calibrate with --tensor-parallel {ranks}"
+        )
 
 
 def make_parameters(

@@ -39,7 +39,7 @@ def test_a_layer_that_vllm_would_not_find_is_named(tmp_path: Path) -> None:
     assert done.returncode == names.MISSING
     assert done.stderr.splitlines()[-1] == (
         "model.layers.1.self_attn.out_proj: vLLM's StablelmForCausalLM has no linear of this name that can be "
-        "quantized (1 of 2 layers are missing); leave it in 16 bit: --ignore 'model.layers.1.self_attn.out_proj'"
+        "quantized (1 of 2 are missing); leave it in 16 bit: --ignore 'model.layers.1.self_attn.out_proj'"
     )
 
 

@@ -16,8 +16,8 @@ from calibration.output.inspection import inspect_data
 from calibration.output.report import REPORT_FILE
 from calibration.output.report_file import Report, read_report
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
+from morphoquant_vllm.format.checkpoint import check_headers, load_input, read_spec
+from morphoquant_vllm.format.schema import QuantizationSpec, experts_input, input_holder
 from morphoquant_vllm.numerics.reference import outlier_mask
 
 # Number of inputs that are drawn channel by channel if none is named.
@@ -75,16 +75,17 @@ def gather(directory: Path, patterns: Sequence[str] = ()) -> Content:
         )
     distributions = read_distributions(directory, spec)
     measured = {layer["name"]: layer for layer in inspected["layers"]}
-    inputs = tuple(
-        _input(name, layers, distributions.get(name, {}), measured) for name, layers in spec.shared_inputs().items()
-    )
+    measured |= {input_holder(entry["name"]): entry for entry in inspected["experts"]}
+    layers_of = spec.shared_inputs() | {experts_input(name): [input_holder(name)] for name in spec.experts}
+    inputs = tuple(_input(name, layers, distributions.get(name, {}), measured) for name, layers in layers_of.items())
     files = check_headers(directory, spec)
     chosen = []
     for entry in _choose([entry for entry in inputs if entry.distribution], patterns):
-        tensors = load_layer(directory, files, entry.layers[0], spec)
-        grid = {tensor: tensors[tensor] for tensor in INPUT_TENSORS}
+        grid = load_input(directory, files, entry.layers[0])
         chosen.append(Input(entry.name, entry.layers, entry.distribution, grid, entry.output_error, entry.escape_rate))
-    if patterns and not any(matches(name, tuple(patterns)) for name in (*spec.layers, *spec.shared_inputs())):
+    if patterns and not any(
+        matches(name, tuple(patterns)) for name in (*spec.layers, *layers_of, *map(input_holder, spec.experts))
+    ):
         raise MorphoQuantError(f"--layer {' '.join(patterns)!r} matches no layer; `morphoquant inspect` lists them")
     return Content(Path(os.path.realpath(directory)).name, spec, inspected, report, inputs, tuple(chosen))
 

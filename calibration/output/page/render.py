@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,17 +71,18 @@ def render(content: Content) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["short"] = short
+    environment.filters |= {"short": short, "span": span, "shares": shares}
     escape_rows = [
         row
         for row in (*content.spec.rows, "all")
         if any(row in (layer["escape_rate"] or {}) for layer in content.inspected["layers"])
     ]
+    names = [entry["name"] for kind in ("layers", "experts") for entry in content.inspected[kind]]
     return environment.get_template("page.html.j2").render(
         content=content,
         totals=content.inspected["totals"],
         escape_rows=escape_rows,
-        prefix=common_prefix([layer["name"] for layer in content.inspected["layers"]]),
+        prefix=common_prefix(names),
         has_distributions=any(entry.distribution for entry in content.inputs),
         figure=figure,
         percent=percent,
@@ -92,6 +94,17 @@ def short(value: object) -> str:
     """A value from a file as one line of text for the page, whatever its type."""
     values = value if isinstance(value, list) else [value]
     return one_line(", ".join(map(str, values)), LONGEST_CELL)
+
+
+def span(counts: Sequence[int]) -> str:
+    """Smallest, middle and largest of some counts; "-" without any."""
+    return f"{min(counts)} / {statistics.median(counts):.0f} / {max(counts)}" if counts else "-"
+
+
+def shares(values: Sequence[float | None]) -> str:
+    """Middle and largest of some shares; "-" without any."""
+    known = [value for value in values if value is not None]
+    return f"{percent(statistics.median(known))} / {percent(max(known))}" if known else "-"
 
 
 def draw(content: Content) -> dict[str, bytes]:

@@ -90,15 +90,6 @@ def test_a_fused_layer_is_quantized_whole_or_not_at_all(config: MorphoQuantConfi
         config.get_quant_method(layer, prefix)
 
 
-def test_fused_experts_are_refused_by_name(config: MorphoQuantConfig) -> None:
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    layer = RoutedExperts.__new__(RoutedExperts)
-    torch.nn.Module.__init__(layer)
-    with pytest.raises(MorphoQuantError, match=r"model.layers.0.mlp.experts: fused experts are not supported"):
-        config.get_quant_method(layer, "model.layers.0.mlp.experts")
-
-
 def test_embeddings_stay_16_bit_and_tell_the_bus_their_tokens(config: MorphoQuantConfig) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 

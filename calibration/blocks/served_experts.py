@@ -1,0 +1,62 @@
+"""Quantized experts that replace the model's experts: later layers are then calibrated on served outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks.served_linear import TokenRows
+from morphoquant_vllm import backends
+from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, input_holder, scale_scheme_of
+from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
+from morphoquant_vllm.numerics.experts import ExpertsRecord, experts_record
+from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
+
+
+class ServedExperts(nn.Module):
+    """The integer experts of a checkpoint's tensors, by the backend of the device, else by the torch reference.
+
+    `serving` gives the row of each token that is not massive. `tensors` holds those of each linear of the list of
+    experts `name`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        serving: TokenRows,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        found = backends.BACKENDS[backends.select_backend(device)].experts
+        self.experts = found or backends.BACKENDS["reference"].experts
+        assert self.experts is not None
+        self.prepared = self.experts.prepare(_record(name, count, tensors, device))
+        self.serving = serving
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """y [M, K] of hidden [M, K], in its dtype; index and weights [M, T] are those of the router."""
+        assert self.experts is not None
+        rows = self.serving.of(hidden)
+        return self.experts.run(hidden, rows, top_k_weights.float(), top_k_index, self.prepared)
+
+
+def _record(name: str, count: int, tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> ExpertsRecord:
+    def weights(kind: str) -> list[WeightRecord]:
+        found = [tensors[f"{name}.{expert}.{kind}"] for expert in range(count)]
+        names = OUTPUT_TENSORS[scale_scheme_of(found[0])]
+        return [weight_record(*(layer[tensor].to(device) for tensor in names)) for layer in found]
+
+    def activation(linear: str) -> ActivationRecord:
+        return activation_record(*(tensors[linear][tensor].to(device) for tensor in INPUT_TENSORS))
+
+    return experts_record(
+        weights("gate_proj"),
+        weights("up_proj"),
+        activation(input_holder(name)),
+        weights("down_proj"),
+        [activation(f"{name}.{expert}.down_proj") for expert in range(count)],
+    )

@@ -1,0 +1,304 @@
+"""From the observed input of routed experts to the checkpoint's tensors. Pure: tensors in, tensors out.
+
+Gate and up of all experts read one input: its grid, rows and codes are found once, on all drawn tokens. Each expert's
+weights are then fitted to the tokens that chose it, and to all others with the weight of a few. Experts are processed
+one at a time, so their 16-bit weights and moments are in memory for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from calibration.data.token_choice import TokenSample
+from calibration.quantize.bias import Means, find_bias, find_means, means_in_any_row
+from calibration.quantize.chunks import together
+from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments
+from calibration.quantize.grids import FoundInput, find_input
+from calibration.quantize.layer import (
+    InputSample,
+    JudgedPart,
+    QuantizedLayer,
+    full_mask,
+    quantize_input,
+    split_tensors,
+)
+from calibration.quantize.layer_report import ExpertsFigures, JudgedTokens, input_record, output_error
+from calibration.quantize.massive_tokens import MassiveTokens, find_massive
+from calibration.quantize.moments import Moments
+from calibration.quantize.observation import InputCollector, Routing
+from calibration.quantize.served_weights import round_weights
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.format.schema import QuantizationSpec, input_holder
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+# All drawn tokens together weigh as many tokens as this in each expert's moments.
+POOLED_TOKENS = 64
+# An expert with fewer drawn tokens has few: the grid of its down takes as many others.
+FEW_TOKENS = 256
+# Damping of the factor of the experts' weights, as a fraction of their mean energy.
+FACTOR_DAMPING = 1e-6
+
+# Weights of one expert by the last part of their names: gate and up [I, K], down [K, I].
+LoadExpert = Callable[[int], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ExpertsSample:
+    """The drawn tokens of the experts' input, and the routing of all tokens, both in the served stream."""
+
+    input: InputSample
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """Tensors of each linear by its name in the checkpoint, on the CPU, and the figures for the report.
+
+    The tensors of the one input of gate and up are those of the first expert's gate.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    record: ExpertsFigures
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What the experts of one layer have in common; tokens are this process's, if nothing else is said."""
+
+    name: str
+    spec: QuantizationSpec
+    recipe: Recipe
+    tokens: TokenSample
+    sample: ExpertsSample
+    massive: MassiveTokens
+    found: FoundInput
+    coded: CodedTokens
+    # Of all drawn tokens: moments with codes times values, and means.
+    pooled: Moments
+    means: Means
+    # dtype in which the model runs.
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The drawn tokens of one expert."""
+
+    # Places among all drawn tokens, int64, ascending: tokens that chose it, and these with the borrowed ones.
+    routed: Tensor
+    served: Tensor
+    # The share of the tokens that chose it in its moments.
+    share: float
+    # Both as samples; borrowed tokens weigh 1 - share in the second.
+    judged: JudgedPart
+    tokens: TokenSample
+
+
+def quantize_experts(
+    sample: ExpertsSample,
+    tokens: TokenSample,
+    name: str,
+    load: LoadExpert,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+) -> QuantizedExperts:
+    """Quantize the list of experts `name` of the spec; computes on the device of the observed tokens.
+
+    `load` gives the weights of one expert, and is called twice for each. All processes get the same result.
+    """
+    layer = _find_layer(sample, tokens, name, load, spec, recipe)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    gate_up_errors, downs = [], []
+    count = spec.experts[name].count
+    for expert in range(count):
+        chosen = _choose(layer, expert)
+        plain = recipe if chosen.routed.numel() else _plain(recipe)
+        weights = load(expert)
+        linears = {kind: f"{name}.{expert}.{kind}" for kind in (GATE, UP, DOWN)}
+        quantized, error, inner = _quantize_gate_up(layer, chosen, linears, weights, plain)
+        tensors |= quantized
+        down = quantize_input(inner, chosen.tokens, {linears[DOWN]: weights[DOWN]}, layer.spec, plain, chosen.judged)[
+            linears[DOWN]
+        ]
+        tensors[linears[DOWN]] = down.tensors
+        gate_up_errors.append(error if chosen.routed.numel() else None)
+        downs.append(down if chosen.routed.numel() else None)
+    tensors[input_holder(name)] |= layer.found.tensors
+    return QuantizedExperts(tensors, _figures(layer, gate_up_errors, downs))
+
+
+def _find_layer(
+    sample: ExpertsSample,
+    tokens: TokenSample,
+    name: str,
+    load: LoadExpert,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+) -> _Layer:
+    """Grid, rows and codes of the one input of gate and up, and its pooled moments."""
+    x, target, processes = sample.input.observation.sample, sample.input.target, tokens.processes
+    settings = spec.experts[name].layers(name)
+    first = settings[input_holder(name)]
+    # In place of the weights of all experts: a matrix that gives every error and column norm the same size.
+    factor = gram_factor(_gram(load, spec.experts[name].count, tokens, x.device, x.shape[1]))
+    massive = find_massive(x, sample.input.outlying, 1, tokens, wanted=recipe.massive_row)
+    found = find_input(
+        sample.input.observation,
+        tokens,
+        massive,
+        factor,
+        spec,
+        recipe,
+        full_mask=full_mask(first, [input_holder(name)], recipe),
+    )
+    coded = code_tokens(x, tokens, massive.own, found, spec)
+    pooled = gather_moments(coded, target, factor[:, coded.order], processes)
+    means = find_means(pooled, coded, x, target, massive.own, processes)
+    own = replace(spec, layers=settings, experts={})
+    dtype = getattr(torch, recipe.dtype)
+    return _Layer(name, own, recipe, tokens, sample, massive, found, coded, pooled, means, dtype)
+
+
+def _gram(load: LoadExpert, count: int, tokens: TokenSample, device: torch.device, width: int) -> Tensor:
+    """Sum over experts of W^T W of gate and up, float32 [K, K]; each process adds some experts."""
+    gram = torch.zeros(width, width, device=device)
+    share = tokens.processes.share(count)
+    for expert in range(share.start, share.stop):
+        weights = load(expert)
+        for kind in (GATE, UP):
+            weight = weights[kind].to(device, torch.float32)
+            gram.addmm_(weight.T, weight)
+    return tokens.processes.all_reduce(gram, "SUM")
+
+
+def gram_factor(gram: Tensor) -> Tensor:
+    """Upper triangular U [K, K] with U^T U = gram [K, K], almost: outputs x U^T have the norms of those of W.
+
+    gram = W^T W, so the columns of U have the norms of W's.
+    """
+    damping = FACTOR_DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    while True:
+        damped = gram.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
+        if not int(failed):
+            return factor
+        damping *= 10
+
+
+def _choose(layer: _Layer, expert: int) -> _Chosen:
+    """The drawn tokens of an expert, and evenly spaced ones that it borrows from the others."""
+    tokens, routing = layer.tokens, layer.sample.routing
+    chose = routing.chosen[:, expert]
+    routed, others = chose.nonzero().flatten(), (~chose).nonzero().flatten()
+    wanted = min(others.numel(), max(POOLED_TOKENS, FEW_TOKENS - routed.numel()))
+    borrowed = others[torch.linspace(0, max(0, others.numel() - 1), wanted).long()]
+    share = routed.numel() / (routed.numel() + POOLED_TOKENS) if wanted else 1.0
+    weight = torch.zeros_like(tokens.weight)
+    for places, part in ((routed, share), (borrowed, 1 - share)):
+        if places.numel():
+            weight[places] = part * tokens.weight[places] / tokens.weight[places].sum()
+    served = torch.cat((routed, borrowed)).sort().values
+    present = tokens.modality[served].unique().tolist()
+    counts = {row: max(1, int(routing.counts[row, expert])) for row in present}
+    of_routed = {row: counts[row] for row in tokens.modality[routed].unique().tolist()}
+    judged = tokens.part(routed, tokens.weight[routed], of_routed)
+    within = (torch.isin(served, routed)).nonzero().flatten()
+    all_served = tokens.part(served, weight[served], counts)
+    return _Chosen(routed, served, share, JudgedPart(judged, within, all_served.own(within)), all_served)
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The recipe of an expert that no drawn token chose: each weight is rounded by itself."""
+    return recipe.model_copy(update={"rounding": "nearest", "regression": False})
+
+
+def _quantize_gate_up(
+    layer: _Layer, chosen: _Chosen, linears: Mapping[str, str], weights: Mapping[str, Tensor], recipe: Recipe
+) -> tuple[dict[str, dict[str, Tensor]], float, InputSample]:
+    """Tensors of gate and up, their output error, and the input of down on the expert's tokens."""
+    coded, processes = layer.coded, layer.tokens.processes
+    shards = {linears[kind]: weights[kind] for kind in (GATE, UP)}
+    matrix = torch.cat([weight.to(coded.codes.device, torch.float32) for weight in shards.values()])[:, coded.order]
+    routed = layer.tokens.own(chosen.routed).to(coded.codes.device)
+    target = layer.sample.input.target
+    part, part_target = coded.part(routed), target[routed]
+    moments = gather_moments(part, part_target, matrix, processes)
+    moments.mix(layer.pooled, chosen.share)
+    means = _means(layer, chosen, routed, moments)
+    step = layer.found.grids.grid.step.to(matrix.device)[coded.order]
+    served = round_weights(matrix, step, moments, layer.spec.layers[linears[GATE]], recipe, processes)
+    any_massive = bool(layer.massive.all.any())
+    bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, 1, any_massive=any_massive))
+    judged = JudgedTokens.of(part, part_target, chosen.judged.tokens)
+    error = output_error(judged, matrix, served.matrix, bias.sum(0), processes)
+    inner = _inner_sample(layer, chosen, matrix, served.matrix, bias.sum(0), linears[DOWN])
+    return split_tensors(shards, served, bias[:, coded.sets.of_row]), error, inner
+
+
+def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> Means:
+    """Means of each set of tokens, as bias.find_means; the expert's tokens have the share of its moments."""
+    code, value = moments.means()
+    if not layer.coded.sets.any_modality_only:
+        code[0], value[0] = layer.means.code[0], layer.means.value[0]
+        ordinary = routed[~layer.massive.own.to(routed.device)[routed]]
+        if chosen.routed.numel() and not bool(layer.massive.all[chosen.routed].all()):
+            x, target = layer.sample.input.observation.sample, layer.sample.input.target
+            own = means_in_any_row(layer.coded, x, target, ordinary, layer.tokens.processes)
+            code[0], value[0] = (
+                chosen.share * mine + (1 - chosen.share) * pooled
+                for mine, pooled in zip(own, (code[0], value[0]), strict=True)
+            )
+    return Means(code, value)
+
+
+def _inner_sample(
+    layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor, bias: Tensor, name: str
+) -> InputSample:
+    """The input of down on the expert's tokens, borrowed ones included.
+
+    matrix and served [2I, K] are the 16-bit and the served weights of gate and up, bias [S, 2I] those of sets.
+    """
+    own = layer.tokens.own(chosen.served).to(matrix.device)
+    coded, outlying = layer.coded.part(own), layer.sample.input.outlying[own.cpu()]
+    target = layer.sample.input.target[own]
+    wanted, found = [matrix.new_zeros(0, matrix.shape[0] // 2)], [matrix.new_zeros(0, matrix.shape[0] // 2)]
+    for codes, gain, sets, values in together(coded.codes, coded.gain, coded.token_set, target):
+        gated = (codes.float() * gain[:, None]) @ served.T + bias[sets]
+        found.append(_gated(gated, layer.dtype))
+        wanted.append(_gated(values.index_select(1, coded.order) @ matrix.T, layer.dtype))
+    x = torch.cat(found)
+    collector = InputCollector(name)
+    modality = chosen.tokens.local(chosen.tokens.modality)
+    rows = torch.where(outlying, len(layer.spec.rows) - 1, modality).to(x.device)
+    collector.add(x, rows, torch.arange(x.shape[0], device=x.device))
+    return InputSample(collector.observation(layer.tokens.processes), torch.cat(wanted), outlying)
+
+
+def _gated(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
+    """silu(gate) * up in float32 [T, I], each rounded to `dtype` as in numerics.experts; gate_up is [T, 2I]."""
+    gate, up = gate_up.to(dtype).chunk(2, dim=1)
+    return (silu(gate) * up).float()
+
+
+def _figures(
+    layer: _Layer, gate_up_errors: Sequence[float | None], downs: Sequence[QuantizedLayer | None]
+) -> ExpertsFigures:
+    drawn = layer.sample.routing.chosen.sum(0).tolist()
+    record = input_record(layer.coded, layer.tokens, layer.massive.all, layer.found, layer.spec.rows)
+    known = [error for error in gate_up_errors if error is not None]
+    return ExpertsFigures(
+        tokens=layer.sample.routing.counts.sum(0).tolist(),
+        drawn_tokens=drawn,
+        few=sum(0 < count < FEW_TOKENS for count in drawn),
+        none=sum(count == 0 for count in drawn),
+        input=replace(record, output_error=sum(known) / len(known) if known else 0.0),
+        gate_up_error=list(gate_up_errors),
+        down_error=[None if down is None else down.record.output_error for down in downs],
+        down_escape_rate=[None if down is None else down.record.escape_rate["all"] for down in downs],
+    )
