@@ -17,14 +17,11 @@ from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import check_headers, load_experts
-from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.numerics.activation import act_quant, token_rows
-from morphoquant_vllm.numerics.experts import ExpertsRecord, experts, experts_record, intermediate
+from morphoquant_vllm.numerics.experts import ExpertsRecord, experts, intermediate
 from morphoquant_vllm.numerics.linear import matmul
 from tests.calibration.built_models import TinyModels
-from tests.records import activation_of, weight_of
 from tests.reference_model import Checkpoint, StepRows, swap_linears
 from tests.tiny_experts import build_tiny_olmoe, build_tiny_qwen3_moe
 
@@ -39,20 +36,6 @@ MODALITIES = {"qwen3_vl_moe": {"text", "image", "video"}, "qwen3_omni_moe": {"te
 EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0)
 # Quick, for tests that are about other things than numbers.
 QUICK = Recipe(device="cpu", rounding="nearest", regression=False)
-
-
-def record_of(directory: Path, name: str, spec: QuantizationSpec) -> ExpertsRecord:
-    """The experts of a checkpoint's own files."""
-    parts: dict[str, list[dict[str, Tensor]]] = {}
-    for linear, tensors in load_experts(directory, check_headers(directory, spec), name, spec):
-        parts.setdefault(linear.rpartition(".")[2], []).append(tensors)
-    return experts_record(
-        [weight_of(tensors) for tensors in parts["gate_proj"]],
-        [weight_of(tensors) for tensors in parts["up_proj"]],
-        activation_of(parts["gate_proj"][0]),
-        [weight_of(tensors) for tensors in parts["down_proj"]],
-        [activation_of(tensors) for tensors in parts["down_proj"]],
-    )
 
 
 class MeasuredExperts(nn.Module):
@@ -112,9 +95,7 @@ def measured(source: Path, output: Path, name: str, samples: list[Sample]) -> Ma
     found = {}
     for experts_name in checkpoint.spec.experts:
         place = module + experts_name.removeprefix(stored)
-        found[experts_name] = MeasuredExperts(
-            record_of(output, experts_name, checkpoint.spec), plain.get_submodule(place), step
-        )
+        found[experts_name] = MeasuredExperts(checkpoint.experts(experts_name), plain.get_submodule(place), step)
         served.set_submodule(place, found[experts_name])
     for sample in samples:
         for model in (plain, served):
