@@ -40,9 +40,9 @@ def build_experts(
 
 
 def build_quantize_pairs(
-    target: str, *, dtype: str = "bfloat16", blocks: int = 1, in_order: bool = True, fusion: bool = False
+    target: str, *, dtype: str = "bfloat16", blocks: int = 1, in_order: bool = True
 ) -> CompiledKernel:
-    """The quantizer of pairs, for `blocks` sets of massive intervals. `fusion` True: unlike a launch."""
+    """The quantizer of pairs, for `blocks` sets of massive intervals."""
     aligned = {
         "codes_ptr": "*i8",
         "rows_ptr": "*i32",
@@ -62,7 +62,7 @@ def build_quantize_pairs(
         (*aligned, "K"),
         target,
         num_warps=quantize_launch.QUANTIZE_WARPS,
-        enable_fp_fusion=fusion,
+        enable_fp_fusion=False,
     )
 
 
