@@ -116,6 +116,8 @@ INTERFACES: dict[str, str] = {
     ),
     f"{_CONFIG}:VllmConfig.load_config": "attribute",
     f"{_CONFIG}:LoadConfig.download_dir": "attribute",
+    f"{_CONFIG}:LoadConfig.load_format": "attribute",
+    f"{_CONFIG}:ModelConfig.model": "attribute",
     "vllm.model_executor.layers.fused_moe:RoutedExperts": "class(PluggableLayer)",
     f"{_LINEAR}:LinearBase": "class(PluggableLayer)",
     f"{_LINEAR}:LinearBase.tp_rank": "attribute",
