@@ -236,6 +236,21 @@ def test_weights_with_nan_or_activations_that_overflow_name_the_layer(tiny: Tiny
     assert sorted(path.name for path in tmp_path.glob("*.work")) == ["a.work"], "b and c ended before any work"
 
 
+def test_layers_of_mtp_are_carried_as_they_are(tiny: TinyModels, tmp_path: Path) -> None:
+    """transformers' model does not have them: they draft tokens in vLLM."""
+    source = Path(shutil.copytree(tiny.model("llama"), tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    drawn = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    added = {"mtp.layers.0.mlp.down_proj.weight": drawn, "model.mtp_layers.0.input_proj.weight": drawn + 1}
+    save_file({**tensors, **added}, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
+    calibrate(source, tiny.data("llama"), tmp_path / "out", recipe=recipe)
+    written: dict[str, Any] = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(file)
+    assert all(torch.equal(written[name], tensor) for name, tensor in added.items())
+
+
 def test_a_gpu_that_is_too_small_is_one_line(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
