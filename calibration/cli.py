@@ -20,7 +20,7 @@ from rich.console import Console
 from calibration.settings.flags import chosen, with_setting_flags
 from calibration.settings.recipe import read_recipe, read_size
 from morphoquant_vllm import environment
-from morphoquant_vllm.errors import MorphoQuantError, one_line
+from morphoquant_vllm.errors import MorphoQuantError, missing_package, one_line
 
 if TYPE_CHECKING:
     from calibration.processes import Processes
@@ -273,7 +273,7 @@ def main() -> None:
     except MorphoQuantError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        _fail(f"the Python package '{error.name}' is missing; install morphoquant-vllm[calibration]")
+        _fail(missing_package(error.name, "calibration"))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 

@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its 16-bit model, which can then be calibrated.
 
-pip install "morphoquant-vllm[calibration,lora]"
+pip install ".[calibration,lora]"    # in a checkout
 python examples/merge_lora.py MODEL ADAPTER MERGED
 morphoquant calibrate MERGED --data conversations.jsonl --output OUT
 
@@ -19,10 +19,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from morphoquant_vllm.errors import missing_package
+
 try:
     from peft import PeftModel
 except ImportError:
-    sys.exit('error: merging needs peft; run pip install "morphoquant-vllm[lora]"')
+    sys.exit(f"error: {missing_package('peft', 'lora')}")
 
 
 def merged_model(directory: Path, adapter: Path) -> tuple[transformers.PreTrainedModel, str]:

@@ -15,6 +15,14 @@ class MorphoQuantError(Exception):
         super().__init__(one_line(message))
 
 
+def missing_package(name: str | None, extra: str) -> str:
+    """The line for a Python package that is not installed, and the extra of this one that brings it."""
+    return (
+        f"the Python package '{name}' is missing; run pip install '.[{extra}]' in a checkout of MorphoQuant, "
+        f"or pip install 'WHEEL[{extra}]' with the file of its wheel"
+    )
+
+
 def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
     """`text` with control characters escaped, and shortened in its middle to about `longest` letters."""
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

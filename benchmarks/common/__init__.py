@@ -7,6 +7,7 @@ machine    processor, versions, load
 plots      panels and PNG
 questions  published omni benchmarks, and a server that is asked them
 server     starts and stops `vllm serve`
+tables     tables that several benchmarks print
 texts      texts to evaluate and to calibrate on
 windows    texts cut into windows of tokens
 """

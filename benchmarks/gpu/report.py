@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.common.tables.linears import table
 from benchmarks.gpu.parts import PARTS
 
 _ABOUT = {part.name: part.about for part in PARTS}
@@ -18,23 +19,6 @@ def outcome(entry: dict[str, Any]) -> str:
     return f"{entry['state']}: {result['passed']} passed, {len(result['failed'])} failed, {skipped} skipped"
 
 
-def linears(result: dict[str, Any]) -> list[str]:
-    """Times over bf16 of a result of benchmarks.gpu_linear, a row for each layer and number of tokens."""
-    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
-    points: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        points.setdefault((row["layer"], row["M"]), {})[row["method"]] = row
-    lines = [f"| layer | M | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
-    for (layer, tokens), found in points.items():
-        base = found.get("bf16", {}).get("us")
-        cells = [
-            f"{row['us']:.1f} µs" + (f" ({base / row['us']:.2f})" if base else "") if "us" in row else row["skipped"]
-            for row in (found[method] for method in methods)
-        ]
-        lines.append(f"| {layer} | {tokens} | {' | '.join(cells)} |")
-    return lines
-
-
 def markdown(merged: dict[str, Any]) -> str:
     """Device, versions, a table of the parts, and the linears."""
     versions = ", ".join(f"{name} {version}" for name, version in merged["versions"].items())
@@ -45,7 +29,7 @@ def markdown(merged: dict[str, Any]) -> str:
         lines.append(f"| {name} | {about} | {outcome(entry)} | {entry['seconds']:.0f} | {entry['when']} |")
     for name, entry in merged["parts"].items():
         if "rows" in (entry.get("result") or {}):
-            lines += ["", f"## {name}: microseconds (times faster than bf16)", "", *linears(entry["result"])]
+            lines += ["", f"## {name}: microseconds (times faster than bf16)", "", *table(entry["result"]["rows"])]
         if entry.get("output"):
             lines += ["", f"## {name}: the end of its output", "", "```text", entry["output"].rstrip(), "```"]
     return "\n".join(lines) + "\n"

@@ -13,7 +13,8 @@ from typing import Any
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.files import write_results
 from benchmarks.common.machine import versions
-from benchmarks.gpu_linear.report import by_point, cells, markdown
+from benchmarks.common.tables.linears import by_point, cells
+from benchmarks.gpu_linear.report import markdown
 from benchmarks.models.shapes import GPU_LAYERS, GPU_TOKENS
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES

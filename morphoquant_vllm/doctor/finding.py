@@ -41,7 +41,7 @@ def guarded(subject: str, check: Callable[[], Iterable[Finding]]) -> list[Findin
     try:
         return list(check())
     except ModuleNotFoundError as error:
-        return [problem(subject, f"the Python package '{error.name}' is missing", "install morphoquant-vllm again")]
+        return [problem(subject, f"the Python package '{error.name}' is missing", "install MorphoQuant again")]
     # Broad on purpose: a doctor reports a broken installation instead of ending with it.
     except Exception as error:
         words = one_line(f"{type(error).__name__}: {' '.join(str(error).split())}", 200)

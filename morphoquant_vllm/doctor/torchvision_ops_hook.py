@@ -1,8 +1,8 @@
 """Declares torchvision's two detection operators if its compiled ones do not load.
 
 `morphoquant_vllm/doctor/mends.py` copies this file into an environment's site-packages and adds a `.pth` line that
-calls `install()`. So every process of that environment has the hook, the engine's child processes too. Only the
-transforms of torchvision are used. The operators are declared, not implemented, and a call of one still fails.
+calls `install()`. So every process of that environment has the hook, also the engine's children. Only torchvision's
+transforms are used. The operators are declared, not implemented, and a call of one still fails.
 """
 
 from __future__ import annotations

@@ -12,15 +12,15 @@ neither vLLM nor calibration.
 
 from __future__ import annotations
 
+from morphoquant_vllm.errors import missing_package
+
 try:
     import transformers as _transformers  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     # An ImportError: code that guards an import expects it.
-    raise ImportError(
-        "morphoquant_vllm.hf needs the Python package 'transformers'; install morphoquant-vllm[hf]"
-    ) from error
+    raise ImportError(f"morphoquant_vllm.hf: {missing_package('transformers', 'hf')}") from error
 
 from morphoquant_vllm.hf.experts import MorphoQuantExperts
 from morphoquant_vllm.hf.linear import MorphoQuantLinear

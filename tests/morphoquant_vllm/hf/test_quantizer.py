@@ -288,7 +288,8 @@ def test_it_says_so_where_transformers_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "morphoquant_vllm.hf needs the Python package 'transformers'; install morphoquant-vllm[hf]"
+        "morphoquant_vllm.hf: the Python package 'transformers' is missing; run pip install '.[hf]' in a checkout of "
+        "MorphoQuant, or pip install 'WHEEL[hf]' with the file of its wheel"
     ]
 
 

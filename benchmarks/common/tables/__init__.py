@@ -1,0 +1,4 @@
+"""Tables that several benchmarks print.
+
+linears  times of linears over bf16
+"""
