@@ -163,7 +163,6 @@ INTERFACES: dict[str, str] = {
     f"{_MOE}.expert_map_manager:ExpertMapManager.get_local_expert_ids": "(self)",
     f"{_MOE}.expert_map_manager:ExpertMapManager.num_fused_shared_experts": "attribute",
     f"{_CONFIG}:LoadConfig.load_format": "attribute",
-    f"{_CONFIG}:ModelConfig.model": "attribute",
     f"{_LINEAR}:LinearBase": "class(PluggableLayer)",
     f"{_LINEAR}:LinearBase.tp_rank": "attribute",
     f"{_LINEAR}:LinearBase.tp_size": "attribute",

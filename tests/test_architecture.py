@@ -35,7 +35,7 @@ ROOMS = {
     # vLLM in other processes only.
     "doctor": {"cpu", "environment", "errors", "format", "gpu", "torch"},
     "plugin": {
-        *("backends", "compat", "environment", "errors", "format", "handles", "host_memory", "numerics", "ops"),
+        *("", "backends", "compat", "environment", "errors", "format", "handles", "host_memory", "numerics", "ops"),
         # vLLM brings the last three.
         *("torch", "transformers", "vllm", "huggingface_hub", "prometheus_client", "tqdm"),
     },
