@@ -26,7 +26,8 @@ def markdown(summary: dict[str, Any]) -> str:
     parts = [
         "# Routed experts on a CPU",
         f"`{summary['command']}`, {summary['seconds']:.0f} s. {summary['machine']}; ours {summary['instructions']}, "
-        f"vLLM's isa `{summary['isa']}`. {summary['threads']} thread(s). Load average at start {stated_load(summary)}.",
+        f"vLLM's isa `{summary['isa']}`. {summary['threads']} thread(s), OMP_WAIT_POLICY {summary['wait_policy']}. "
+        f"Load average at start {stated_load(summary)}.",
         f"One layer of {layer['name']}: {layer['experts']} experts, {layer['chosen']} of each token, "
         f"K = {layer['hidden']}, I = {layer['between']}. Medians (quartiles) of interleaved calls in ms, and times "
         "bf16. Every round has fresh routing. Quantization, sorting and the weighted sum are included.",
