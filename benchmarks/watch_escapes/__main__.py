@@ -32,18 +32,20 @@ def parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def timed_steps(watch: Any, found: dict[int, dict[str, list[float]]]) -> Iterator[None]:
-    """Note the seconds of each step by its tokens, counted and not; the watch counts every second one."""
+    """Note the CPU seconds of each step by its tokens, counted and not; the watch counts every second one.
+
+    They are of all threads together. Programs beside it disturb them less than the time of a clock."""
     step = watch.step
 
     @contextmanager
     def timed(tokens: int) -> Iterator[None]:
         kind = "not counted" if watch.steps % 2 else "counted"
-        started = time.perf_counter()
+        started = time.process_time()
         with step(tokens):
             yield
         if tokens:
             times = found.setdefault(tokens, {"counted": [], "not counted": []})
-            times[kind].append(time.perf_counter() - started)
+            times[kind].append(time.process_time() - started)
 
     watch.step = timed
     try:
@@ -53,7 +55,7 @@ def timed_steps(watch: Any, found: dict[int, dict[str, list[float]]]) -> Iterato
 
 
 def summarize(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Median milliseconds of both kinds of steps, and the median difference of neighbouring steps."""
+    """Median CPU milliseconds of both kinds of steps, and the median difference of neighbouring steps."""
     pairs = zip(times["counted"], times["not counted"], strict=False)
     return {
         "counted_ms": 1000 * median(times["counted"]),
@@ -64,7 +66,7 @@ def summarize(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the steps of one engine: decoding one and eight sequences, and prompts one at a time."""
+    """CPU seconds of the steps of one engine: decoding one and eight sequences, and prompts one at a time."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams

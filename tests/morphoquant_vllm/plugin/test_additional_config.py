@@ -33,7 +33,7 @@ def test_everything_is_off_unless_asked_for(given: object, settings: Settings) -
         ({"lm_haed": "int8"}, "lm_haed"),
         ("int8", "'int8'"),
         ({"watch_escapes": True}, "watch_escapes is an object with every, layers, seconds, got True"),
-        ({"watch_escapes": {"evry": 2}}, "evry"),
+        ({"watch_escapes": {"each": 2}}, "each"),
         ({"watch_escapes": {"every": 0}}, "every is 0; it must be an integer of 1 or more"),
         ({"watch_escapes": {"every": True}}, "every is True"),
         ({"watch_escapes": {"layers": 1.5}}, "layers is 1.5"),
