@@ -40,6 +40,6 @@ def test_an_fp8_cache_is_used_and_the_finer_format_strays_less(served: dict[str,
         torch.tensor(served[name]["requests"][0]["prompt_logprobs"]) for name in ("auto", "fp8", "fp8_e5m2")
     )
     fine, coarse = ((found - auto).abs().mean() for found in (e4m3, e5m2))
-    # Equal answers would mean a cache in 16 bit. A model of random weights feels 8 bits, but answers as before by rank.
+    # Equal answers would mean a cache in 16 bit. Random weights feel 8 bits, but what was likely stays likely.
     assert 0 < float(fine) < float(coarse)
     assert float(torch.corrcoef(torch.stack((auto, e4m3)))[0, 1]) > 0.8
