@@ -5,6 +5,7 @@ The comparison imports much of vLLM, so another process makes it. Its lines are 
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from vllm.logger import init_logger
 
-from morphoquant_vllm import __version__, compat, environment
+from morphoquant_vllm import compat, environment
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -56,7 +57,9 @@ def may_serve() -> bool:
 def _kept_lines(version: str) -> list[str] | None:
     """The differences of a version, one line each: kept ones, or compared now; None if neither is possible."""
     cache = environment.cache_directory()
-    kept = None if cache is None else cache / "compared" / f"vllm-{version}-morphoquant-{__version__}.txt"
+    # Another version of this package may use other interfaces.
+    used = hashlib.sha256(repr(sorted(compat.INTERFACES.items())).encode()).hexdigest()[:12]
+    kept = None if cache is None else cache / "compared" / f"vllm-{version}-{used}.txt"
     if kept is not None and kept.is_file():
         return kept.read_text().splitlines()
     lines = _compare()

@@ -1,0 +1,41 @@
+"""Records that take the place of served ones, and the two layers of an MLP that wait for each other."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.plugin.reload import ReloadedPair, replace_records
+
+
+def test_new_records_take_the_place_of_the_served_ones() -> None:
+    served = ([torch.zeros(3), torch.zeros(2)], [torch.zeros(4)])
+    places = [tensor.data_ptr() for kind in served for tensor in kind]
+    replace_records("mlp.up_proj", served, ([torch.ones(3), torch.ones(2)], [torch.ones(4)]))
+    assert all(bool((tensor == 1).all()) for kind in served for tensor in kind)
+    assert places == [tensor.data_ptr() for kind in served for tensor in kind]
+
+
+def test_records_of_another_shape_are_refused_before_any_is_replaced() -> None:
+    served = ([torch.zeros(3)], [torch.zeros(4)])
+    with pytest.raises(MorphoQuantError, match=r"mlp.up_proj: the new weights need other memory .*start a new server"):
+        replace_records("mlp.up_proj", served, ([torch.ones(3)], [torch.ones(5)]))
+    assert not served[0][0].any()
+
+
+@pytest.mark.parametrize("down_first", [False, True])
+def test_both_layers_of_an_mlp_get_the_new_order_of_down_proj(down_first: bool) -> None:
+    pair, given = ReloadedPair(), []
+    down = {"channel_order": torch.tensor([2, 0, 1], dtype=torch.int32)}
+
+    def finish(name: str, order: Tensor) -> None:
+        given.append((name, order.tolist()))
+
+    steps = [(False, {}, "gate_up"), (True, down, "down")]
+    for is_down, tensors, name in steps[:: -1 if down_first else 1]:
+        assert not given, "the first waits"
+        pair.take(is_down, tensors, lambda order, name=name: finish(name, order))
+    assert sorted(given) == [("down", [2, 0, 1]), ("gate_up", [2, 0, 1])]
+    given.clear()
+    pair.take(True, down, lambda order: finish("down", order))
+    assert not given, "a second reload begins anew"
