@@ -82,8 +82,8 @@ def test_served_and_reloaded_logprobs_are_the_reference_models(served: tuple[Pat
 
 @pytest.mark.full
 def test_two_ranks_serve_what_the_generic_path_made(tmp_path: Path) -> None:
-    """Phi-3's files hold fused matrices; Starcoder2 runs in vLLM's Transformers backend."""
-    names = ("phi3", "starcoder2")
+    """Phi-3's files hold fused matrices, which ranks cut by vLLM's shards."""
+    names = ("phi3",)
     data = write_calibration_data(tmp_path / "data", "text")
     for name in names:
         calibrate(build_tiny_decoder(name, tmp_path / f"{name}-source"), data, tmp_path / name)

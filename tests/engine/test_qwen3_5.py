@@ -87,7 +87,6 @@ def bfloat16(source: Path, calibrated: Path) -> dict[str, dict[str, Any]]:
     engines.run(
         {
             "source": {**job, "model": str(source), "linear_attention": "c++"},
-            "two ranks": {**job, "model": str(calibrated), "engine": {**settings, "tensor_parallel_size": 2}},
             **{
                 name: {
                     **job,
@@ -149,7 +148,7 @@ def test_layers_between_vllms_own_attention_are_the_references(
     assert_layers_are_the_reference(bfloat16[convolution], Checkpoint(calibrated), torch.bfloat16, prefix)
 
 
-@pytest.mark.parametrize("engine", [*CONVOLUTIONS, "two ranks"])
+@pytest.mark.parametrize("engine", CONVOLUTIONS)
 def test_bfloat16_costs_no_more_with_four_bits_than_four_bits_do(
     bfloat16: dict[str, dict[str, Any]], source: Path, calibrated: Path, engine: str
 ) -> None:
