@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.cpu import experts as cpu_experts
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
 from morphoquant_vllm.gpu import head as gpu_head
@@ -176,6 +177,7 @@ BACKENDS = {
             bfloat16=cpu_head.head_bfloat16,
             serves_bfloat16=cpu_head.serves_bfloat16,
         ),
+        experts=Experts(cpu_experts.prepare, cpu_experts.run),
         instructions=cpu.instructions,
     ),
 }

@@ -240,6 +240,13 @@ PRIVATE_PARTS: dict[str, str] = {
         "(source_key, weight_renamings, weight_converters, base_model_prefix=None, meta_state_dict=None, reverse=False)"
     ),
     "transformers.models.qwen2_5_omni.configuration_qwen2_5_omni:Qwen2_5OmniThinkerConfig": "class(PreTrainedConfig)",
+    "transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe:Qwen3OmniMoeThinkerConfig": (
+        "class(PreTrainedConfig)"
+    ),
+    f"{_LOADING}:WeightConverter.__init__": "(self, source_patterns, target_patterns, operations, force_cpu=False)",
+    f"{_LOADING}:WeightTransform.scope_prefix": "attribute",
+    f"{_LOADING}:WeightTransform.base_model_prefix": "attribute",
+    f"{_QUANTIZER}.update_weight_conversions": "(self, weight_conversions)",
     "transformers.configuration_utils:PreTrainedConfig.get_config_dict": "(pretrained_model_name_or_path, **kwargs)",
     "transformers.quantizers.auto:register_quantization_config": "(method)",
     "transformers.quantizers.auto:register_quantizer": "(name)",

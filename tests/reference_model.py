@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.checkpoint import check_headers, load_experts, load_layer, read_spec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
 from morphoquant_vllm.numerics.linear import linear
+from tests.experts import record_of
 from tests.records import activation_of, weight_of
 
 
@@ -51,6 +53,17 @@ class ReferenceLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+class ReferenceExperts(nn.Module):
+    """The experts of a block as numerics.experts defines them."""
+
+    def __init__(self, experts: ExpertsRecord, step: StepRows) -> None:
+        super().__init__()
+        self.experts, self.step = experts, step
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts(hidden_states, self.step.rows, top_k_weights.float(), top_k_index, self.experts)
+
+
 class Checkpoint:
     """A checkpoint's settings and layers, read from its files."""
 
@@ -63,6 +76,11 @@ class Checkpoint:
         """Stored tensors of a layer, with the source layer's bias if it has one."""
         return load_layer(self.directory, self._files, name, self.spec)
 
+    def experts(self, name: str) -> ExpertsRecord:
+        """The record of a list of experts."""
+        tensors = [tensors for _, tensors in load_experts(self.directory, self._files, name, self.spec)]
+        return record_of([tuple(tensors[first : first + 3]) for first in range(0, len(tensors), 3)])
+
 
 def swap_linears(
     model: nn.Module,
@@ -72,7 +90,7 @@ def swap_linears(
     by_modality: bool = True,
     tower_prefix: str = "",
 ) -> nn.Module:
-    """Swap every quantized linear of a float32 transformers model for the reference, in place.
+    """Swap every quantized linear and list of experts of a float32 transformers model for the reference, in place.
 
     Layers are stored under `stored_prefix` + x and are modules `module_prefix` + x; those stored under another name x
     are modules `tower_prefix` + x. One sequence at a time.
@@ -84,6 +102,9 @@ def swap_linears(
         module = module_prefix + name.removeprefix(stored_prefix) if inside else tower_prefix + name
         bias = model.get_submodule(module).bias
         model.set_submodule(module, ReferenceLinear(checkpoint.layer(name), bias, step, layer.fixed_row))
+    for name in checkpoint.spec.experts:
+        module = module_prefix + name.removeprefix(stored_prefix)
+        model.set_submodule(module, ReferenceExperts(checkpoint.experts(name), step))
     return model.eval()
 
 

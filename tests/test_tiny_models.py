@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -16,9 +17,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
-from tests import tiny_conversations, tiny_models
+from tests import tiny_conversations, tiny_experts, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_qwen2_5_vl_is_stored_under_published_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [tiny_models.build_tiny_llama, tiny_models.build_tiny_qwen3, tiny_models.build_tiny_mixtral_like]
+    "build", [tiny_models.build_tiny_llama, tiny_models.build_tiny_qwen3, tiny_experts.build_tiny_qwen3_moe]
 )
 def test_text_models_load_whole(build: Callable[[Path], Path], tmp_path: Path) -> None:
     directory = build(tmp_path / "model")
@@ -111,6 +114,32 @@ def test_text_models_load_whole(build: Callable[[Path], Path], tmp_path: Path) -
     inputs = AutoTokenizer.from_pretrained(directory)("The user asks.", return_tensors="pt")
     with torch.no_grad():
         assert model(**inputs).logits.std() > 1.0  # far from flat
+
+
+@pytest.mark.parametrize(
+    ("build", "model_class", "published"),
+    [
+        (
+            tiny_experts.build_tiny_qwen3_vl_moe,
+            Qwen3VLMoeForConditionalGeneration,
+            "model.language_model.layers.0.mlp.experts.gate_up_proj",
+        ),
+        (
+            tiny_experts.build_tiny_qwen3_omni_moe,
+            Qwen3OmniMoeForConditionalGeneration,
+            "thinker.model.layers.0.mlp.experts.3.gate_proj.weight",
+        ),
+    ],
+)
+def test_mixtures_of_experts_load_whole_from_their_published_names(
+    build: Callable[[Path], Path], model_class: Any, published: str, tmp_path: Path
+) -> None:
+    directory = build(tmp_path / "model")
+    assert published in load_file(directory / "model.safetensors")
+    _, info = model_class.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert AutoProcessor.from_pretrained(directory).image_token
 
 
 def test_decoder_inputs_have_outlier_channels(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def build_tiny_qwen3_vl_moe(directory: Path, seed: int = 0) -> Path:
     """Write a Qwen3-VL-MoE, whose files hold the experts of a block merged and transposed; return `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_qwen3_vl_processor(directory)
-    config = transformers.Qwen3VLMoeConfig(**qwen3_vl_settings(ids, **EXPERTS))
+    # transformers transposes a tensor only if its shape is not the wanted one, so K may be neither I nor 2I.
+    experts = {**EXPERTS, "moe_intermediate_size": 192}
+    config = transformers.Qwen3VLMoeConfig(**qwen3_vl_settings(ids, **experts))
     model_class = transformers.Qwen3VLMoeForConditionalGeneration
     return write_model(directory, model_class, config, seed, ids, published=_transposed)
 

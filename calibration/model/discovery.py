@@ -58,8 +58,12 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
     found, model, blocks = _decoder_of(source, recipe)
     block_module = found.block_module
     _refuse_other_structures(model, blocks, block_module)
-    for index, block in enumerate(blocks):
-        _skip_experts(block, f"{block_module}.{index}", recipe)
+    lists = [_skip_experts(block, f"{block_module}.{index}", recipe) for index, block in enumerate(blocks)]
+    if counts_experts(source.config) and not any(lists):
+        raise MorphoQuantError(
+            f"config.json: model_type '{source.config.get('model_type')}' is a mixture of experts, but no module of "
+            f"{type(model).__name__} is called experts; this model is not supported"
+        )
     run = _run(model, blocks, block_module)
     _refuse_changes_between(run, block_module)
     shared_inputs = _shared_inputs(run, block_module, getattr(model, "tp_plan", None) or {})
@@ -103,17 +107,20 @@ def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_modu
                 )
 
 
-def _skip_experts(block: nn.Module, block_name: str, recipe: Recipe) -> None:
-    """Let the routed experts of a block return zeros, since routing needs values; MorphoQuantError if not ignored."""
-    for name, module in block.named_modules():
-        if name.rpartition(".")[2] != "experts":
-            continue
+def _skip_experts(block: nn.Module, block_name: str, recipe: Recipe) -> list[str]:
+    """Let the routed experts of a block return zeros, since routing needs values; the names of their modules.
+
+    Raises MorphoQuantError if the recipe does not leave them in 16 bit.
+    """
+    found = {name: module for name, module in block.named_modules() if name.rpartition(".")[2] == "experts"}
+    for name, module in found.items():
         if not matches(f"{block_name}.{name}.0.gate_proj", recipe.ignore):
             raise MorphoQuantError(
                 f"{block_name}.{name}: a mixture of experts of a kind that is not known in 4 bit; {SIXTEEN_BIT}"
             )
         # An attribute of the instance hides the class's method.
         module.forward = lambda hidden, *others, **named: torch.zeros_like(hidden)
+    return list(found)
 
 
 def _class_name(config: Mapping[str, Any]) -> str:

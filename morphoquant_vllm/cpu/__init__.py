@@ -1,6 +1,7 @@
 """The backend for x86 CPUs: C++ kernels, from the wheel or compiled at first use. `kernels/` holds their source.
 
 backend   checked calls of the compiled linear layer
+experts   checked calls of the compiled routed experts
 head      checked calls of the compiled heads
 layout    the memory layout of a layer for the kernels
 build     compiles the kernels and loads them

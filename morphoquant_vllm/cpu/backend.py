@@ -18,7 +18,8 @@ from morphoquant_vllm.cpu.layout import HEADER_BYTES, RECORD_SIZES, prepare
 
 __all__ = ["RECORD_SIZES", "act_quant", "available", "instructions", "linear", "prepare"]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As native code numbers them (cpu/kernels/call.h).
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The fields of Request in cpu/kernels/record.h.
 _REQUEST = struct.Struct("=18q")
 # Return codes of the functions (cpu/kernels/entry.cpp).
@@ -43,13 +44,13 @@ def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor], library: Ke
     codes = x.new_empty(x.shape, dtype=torch.int8)
     if x.shape[0]:
         request = _REQUEST.pack(
-            *(x.data_ptr(), x.stride(0), _DTYPES[x.dtype], *x.shape, modality.data_ptr()),
+            *(x.data_ptr(), x.stride(0), DTYPES[x.dtype], *x.shape, modality.data_ptr()),
             *(block.data_ptr(), block.numel(), torch.get_num_threads(), codes.data_ptr()),
             *(0,) * 8,
         )
-        status = (library or _loaded()).act_quant(request)
+        status = (library or loaded()).act_quant(request)
         if status:
-            raise _error(status)
+            raise error(status)
     return codes
 
 
@@ -71,17 +72,17 @@ def linear(
     rows, outputs = absorbed_bias.shape
     bias_at = bias_dtype = 0
     if bias is not None:
-        if bias.dtype not in _DTYPES or bias.shape != (outputs,) or not bias.is_cpu:
+        if bias.dtype not in DTYPES or bias.shape != (outputs,) or not bias.is_cpu:
             raise ValueError(f"bias must be a float [{outputs}] on the CPU, got {bias.dtype} {list(bias.shape)}")
         bias = bias.contiguous()
-        bias_at, bias_dtype = bias.data_ptr(), _DTYPES[bias.dtype]
+        bias_at, bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
     y = x.new_empty((tokens, outputs))
     if tokens:
         # One call without unpacking: this line runs for every layer of every step.
         request = _REQUEST.pack(
             x.data_ptr(),
             x.stride(0),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             tokens,
             channels,
             modality.data_ptr(),
@@ -98,13 +99,14 @@ def linear(
             bias_dtype,
             y.data_ptr(),
         )
-        status = (library or _loaded()).linear(request)
+        status = (library or loaded()).linear(request)
         if status:
-            raise _error(status)
+            raise error(status)
     return y
 
 
-def _loaded() -> Kernels:
+def loaded() -> Kernels:
+    """The kernels. Raises RuntimeError if none run here, or those of another version."""
     library = kernels()
     if library is None:
         raise RuntimeError("the CPU kernels do not run on this machine; use the backend 'reference'")
@@ -113,7 +115,8 @@ def _loaded() -> Kernels:
     return library
 
 
-def _error(status: int) -> Exception:
+def error(status: int) -> Exception:
+    """The exception for a return code of the native functions."""
     if status == _BAD_ROW:
         return IndexError("modality names a row that the activation record does not have")
     if status == _NO_MEMORY:
@@ -123,7 +126,7 @@ def _error(status: int) -> Exception:
 
 def _inputs(x: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
     """Check `x` and `modality`; x with adjacent channels, modality contiguous."""
-    if x.dtype not in _DTYPES or not x.is_cpu or not modality.is_cpu:
+    if x.dtype not in DTYPES or not x.is_cpu or not modality.is_cpu:
         raise ValueError(f"x must be float32, bfloat16 or float16 on the CPU, got {x.dtype} on {x.device}")
     return x if x.stride(1) == 1 else x.contiguous(), modality.contiguous()
 

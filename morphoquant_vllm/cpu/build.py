@@ -47,7 +47,7 @@ COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library: functions of a packed Request, HeadCall or HeadBFloat16Call (see cpu/kernels/).
+    """The loaded library: functions of a packed Request, HeadCall, ExpertsRequest or HeadBFloat16Call (cpu/kernels/).
 
     They return 0, 1 for a bad row, 2 for a bad record, 3 if memory is exhausted. `head_bfloat16` is None if the
     processor lacks AVX512-BF16.
@@ -56,6 +56,7 @@ class Kernels:
     act_quant: Callable[[bytes], int]
     linear: Callable[[bytes], int]
     head: Callable[[bytes], int]
+    experts: Callable[[bytes], int]
     request_size: int
     instructions: str
     head_bfloat16: Callable[[bytes], int] | None = None
@@ -188,7 +189,8 @@ def load(path: Path, instructions: str) -> Kernels:
     """Load a built library. Raises BuildError if the system refuses it."""
     try:
         library = ctypes.CDLL(str(path.absolute()))
-        functions = (library.morphoquant_act_quant, library.morphoquant_linear, library.morphoquant_head)
+        act_quant, linear = library.morphoquant_act_quant, library.morphoquant_linear
+        head, experts = library.morphoquant_head, library.morphoquant_experts
         head_bfloat16 = library.morphoquant_head_bfloat16
         request_size, has_head_bfloat16 = library.morphoquant_request_size, library.morphoquant_has_head_bfloat16
     # ValueError: the loader's message quotes bytes of a damaged file. AttributeError: it is another library.
@@ -196,11 +198,14 @@ def load(path: Path, instructions: str) -> Kernels:
         raise BuildError(
             f"{path} does not load ({error}); remove it, and set {environment.CXX} to g++ if it names another compiler"
         ) from error
-    for function in (*functions, head_bfloat16):
+    for function in (act_quant, linear, head, experts, head_bfloat16):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     request_size.restype = ctypes.c_int64
     return Kernels(
-        *functions,
+        act_quant,
+        linear,
+        head,
+        experts,
         request_size=request_size(),
         instructions=instructions,
         head_bfloat16=head_bfloat16 if has_head_bfloat16() else None,

@@ -1,9 +1,10 @@
 """After `import morphoquant_vllm.hf` transformers loads MorphoQuant checkpoints with `from_pretrained`.
 
-The quantized linears run on the torch reference (`numerics`), in served or exact mode. This package is for studies and
-evaluation, not for speed. Imports neither vLLM nor calibration.
+The quantized linears and experts run on the torch reference (`numerics`), in served or exact mode. This package is for
+studies and evaluation, not for speed. Imports neither vLLM nor calibration.
 
     linear     a quantized linear as a module of transformers
+    experts    the quantized experts of a block as a module of transformers
     quantizer  the quantizer that `from_pretrained` runs
     settings   served numbers or exact mode, and which row serves which token
 """
@@ -20,8 +21,9 @@ except ModuleNotFoundError as error:
         "morphoquant_vllm.hf needs the Python package 'transformers'; install morphoquant-vllm[hf]"
     ) from error
 
+from morphoquant_vllm.hf.experts import MorphoQuantExperts
 from morphoquant_vllm.hf.linear import MorphoQuantLinear
 from morphoquant_vllm.hf.quantizer import MorphoQuantHfConfig, MorphoQuantHfQuantizer
 from morphoquant_vllm.hf.settings import configure
 
-__all__ = ["MorphoQuantHfConfig", "MorphoQuantHfQuantizer", "MorphoQuantLinear", "configure"]
+__all__ = ["MorphoQuantExperts", "MorphoQuantHfConfig", "MorphoQuantHfQuantizer", "MorphoQuantLinear", "configure"]

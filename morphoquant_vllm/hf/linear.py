@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, tensor_specs
+from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, TensorSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.exact import linear_exact
@@ -30,51 +30,64 @@ class Mode:
     # Hooks that note the tokens' rows; empty if `token_rows` is not filled.
     hooks: list[RemovableHandle] = field(default_factory=list)
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Row of each token of x [M, K] by its modality, int32 [M]; `row` if the running pass has not M tokens."""
+        if self.token_rows is None or self.token_rows.numel() != x.shape[0]:
+            return torch.full(x.shape[:1], self.row, dtype=torch.int32, device=x.device)
+        return self.token_rows.to(x.device)
 
-class MorphoQuantLinear(nn.Module):
-    """One quantized linear. Its buffers keep the format's dtypes, whatever the model is cast to."""
+
+class StoredTensors(nn.Module):
+    """A linear's tensors as buffers that keep the format's dtypes, whatever the model is cast to."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__()
+        self.names = tuple(specs)
+        for tensor, want in specs.items():
+            self.register_buffer(tensor, torch.empty(want.shape, dtype=want.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredTensors:
+        """Follow the model to another device, but keep the format's dtypes."""
+
+        bias = getattr(self, "bias", None)
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their name below the layer."""
+        return {name: self.get_buffer(name) for name in self.names}
+
+
+class MorphoQuantLinear(StoredTensors):
+    """One quantized linear."""
 
     def __init__(self, name: str, layer: LayerSpec, spec: QuantizationSpec, mode: Mode) -> None:
-        super().__init__()
+        super().__init__(spec.stored_tensors(name))
         self.name, self.spec, self.mode = name, spec, mode
         self.output_tensors = OUTPUT_TENSORS[layer.scale_scheme]
         # A tower's patches have no token ids.
         self.fixed_row = spec.rows.index(layer.fixed_row) if layer.fixed_row else None
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.tensors = tuple(tensor_specs(layer, len(spec.rows), spec.tensor_parallel))
-        for tensor, want in tensor_specs(layer, len(spec.rows), spec.tensor_parallel).items():
-            self.register_buffer(tensor, torch.empty(want.shape, dtype=want.dtype))
         # The bias has the model's dtype, as in vLLM.
         self.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if layer.bias else None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MorphoQuantLinear:
-        """Follow the model to another device, but keep the format's dtypes."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
-
     def check(self) -> None:
         """Raise MorphoQuantError naming the layer if loaded values break a rule of the format."""
-        tensors = {tensor: self.get_buffer(tensor) for tensor in self.tensors}
-        if not any(tensor.is_meta for tensor in tensors.values()):
-            parallel = self.spec.layers[self.name].parallel
-            check_values(self.name, tensors, self.spec.any_row, parallel=parallel, blocks=self.spec.tensor_parallel)
+        check_unless_meta(self.name, self.tensors(), self.spec)
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """Row of each token of x [M, K] by its modality, int32 [M]; the mode's row if the pass has not M tokens."""
-        rows = self.mode.token_rows
+        """Row of each token of x [M, K], int32 [M]: the fixed row of a tower's layer, or by the mode."""
         if self.fixed_row is not None:
             return torch.full(x.shape[:1], self.fixed_row, dtype=torch.int32, device=x.device)
-        if rows is None or rows.numel() != x.shape[0]:
-            return torch.full(x.shape[:1], self.mode.row, dtype=torch.int32, device=x.device)
-        return rows.to(x.device)
+        return self.mode.rows_of(x)
 
     def activation(self) -> ActivationRecord:
         """The record that quantizes the input."""
@@ -86,3 +99,10 @@ class MorphoQuantLinear(nn.Module):
         weight = weight_record(*(self.get_buffer(name) for name in self.output_tensors))
         compute = linear_exact if self.mode.exact else linear
         return compute(flat, self.rows_of(flat), weight, self.activation(), self.bias).view(*x.shape[:-1], -1)
+
+
+def check_unless_meta(name: str, tensors: Mapping[str, Tensor], spec: QuantizationSpec) -> None:
+    """Check the values of a linear's tensors; a model without weights has none."""
+    if not any(tensor.is_meta for tensor in tensors.values()):
+        parallel = spec.linears[name].parallel
+        check_values(name, tensors, spec.any_row, parallel=parallel, blocks=spec.tensor_parallel)

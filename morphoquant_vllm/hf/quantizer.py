@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,6 +21,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import read_headers
 from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec, stored_name
 from morphoquant_vllm.format.verify import verify_checkpoint
+from morphoquant_vllm.hf.experts import MERGED, MorphoQuantExperts, check_merged
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.hf.settings import TOKEN_ROWS, configure
 
@@ -62,16 +64,26 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         verify_checkpoint(directory, checksums=checksums_wanted())
         mode = Mode(spec.any_row)
-        for name, module in _module_names(model, spec).items():
+        renamed = _renaming(model, self)
+        # from_pretrained builds the model on the meta device.
+        for name, module in _module_names(model, spec.layers, "weight", renamed).items():
             layer = spec.layers[name]
             _check_linear(name, model.get_submodule(module), layer.in_features, layer.out_features, layer.bias)
-            # from_pretrained builds the model on the meta device.
             model.set_submodule(module, MorphoQuantLinear(name, layer, spec, mode))
-        _check_nothing_missing(model, directory)
+        for name, module in _module_names(model, spec.experts, MERGED, renamed).items():
+            check_merged(name, model.get_submodule(module), spec.experts[name])
+            model.set_submodule(module, MorphoQuantExperts(name, spec, mode))
+        _check_nothing_missing(model, directory, _renaming(model, self))
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightConverter | WeightRenaming]
+    ) -> list[WeightConverter | WeightRenaming]:
+        """transformers' conversions of experts, for 16-bit experts alone."""
+        return [_for_whole_names(entry) for entry in super().update_weight_conversions(weight_conversions)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         for module in model.modules():
-            if isinstance(module, MorphoQuantLinear):
+            if isinstance(module, (MorphoQuantLinear, MorphoQuantExperts)):
                 module.check()
         if self.quantization_config.spec.placeholder_token_ids:
             # As in vLLM: each token is quantized by its modality's row.
@@ -90,37 +102,47 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         return False
 
 
-def _module_names(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, str]:
-    """Module name of each quantized layer of the model, by the rules by which transformers renames weights."""
-    renamed = _renaming(model)
+def _module_names(
+    model: PreTrainedModel, listed: Collection[str], tensor: str, renamed: Callable[[str], str]
+) -> dict[str, str]:
+    """Module name of each listed layer, or list of experts, whose 16-bit module has a `tensor`."""
     weights = model.state_dict()
     modules, missing = {}, []
-    for name in spec.layers:
-        key = renamed(stored_name(name, "weight"))
+    for name in listed:
+        key = renamed(stored_name(name, tensor))
         if key in weights:
-            modules[name] = key.removesuffix(".weight")
+            modules[name] = key.removesuffix(f".{tensor}")
         else:
             missing.append(name)
     if missing:
         raise MorphoQuantError(
-            f"{type(model).__name__} has no layer {missing[0]} ({len(missing)} of {len(spec.layers)} quantized layers "
+            f"{type(model).__name__} has no layer {missing[0]} ({len(missing)} of {len(listed)} quantized layers "
             "are missing); load the class that config.json names under 'architectures'"
         )
     return modules
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+def _renaming(model: PreTrainedModel, quantizer: MorphoQuantHfQuantizer) -> Callable[[str], str]:
     """A function from a stored name to transformers' name of the tensor in `model`."""
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     weights = model.state_dict()
     return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, weights)[0]
 
 
-def _check_nothing_missing(model: PreTrainedModel, directory: Path) -> None:
+def _for_whole_names(entry: WeightConverter | WeightRenaming) -> WeightConverter | WeightRenaming:
+    """A conversion that takes no `gate_proj.weight_codes` for a `gate_proj.weight`, which begins alike."""
+    if not isinstance(entry, WeightConverter):
+        return entry
+    sources = [f"{source}$" if source.endswith(".weight") else source for source in entry.source_patterns]
+    whole = WeightConverter(sources, entry.target_patterns, entry.operations, entry.force_cpu)
+    whole.scope_prefix, whole.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+    return whole
+
+
+def _check_nothing_missing(model: PreTrainedModel, directory: Path, renamed: Callable[[str], str]) -> None:
     """Refuse a checkpoint that lacks a tensor of the model, also one without a list of tensors (version 2)."""
-    renamed = _renaming(model)
     stored = {renamed(name) for name in read_headers(directory)}
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys() - stored
     if expected:
@@ -140,18 +162,18 @@ def _check_linear(name: str, module: nn.Module, in_features: int, out_features: 
         raise MorphoQuantError(f"{name}: the model and the checkpoint disagree about a bias; config.json was changed")
 
 
-class _ThinkerConfigs:
-    """Copies quantization_config into a thinker's section of config.json, which does not contain it.
+def _pass_to_thinkers(config_class: type[PreTrainedConfig]) -> None:
+    """Let a thinker's section of config.json have the file's quantization_config, which it does not contain.
 
     Without it `Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(DIR)` would fill the quantized layers with
     random numbers. So `get_config_dict` of that one config class is replaced.
     """
+    original = config_class.get_config_dict
 
-    original = Qwen2_5OmniThinkerConfig.get_config_dict
-
-    @classmethod
-    def get_config_dict(cls, name: Any, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        config, rest = cls.original(name, **arguments)
+    def get_config_dict(
+        cls: type[PreTrainedConfig], name: Any, **arguments: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        config, rest = original(name, **arguments)
         quantization = config.get("quantization_config")
         thinker = config.get("thinker_config")
         ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
@@ -159,5 +181,8 @@ class _ThinkerConfigs:
             config = {**config, "thinker_config": {**thinker, "quantization_config": quantization}}
         return config, rest
 
+    config_class.get_config_dict = classmethod(get_config_dict)
 
-Qwen2_5OmniThinkerConfig.get_config_dict = _ThinkerConfigs.get_config_dict
+
+for _config_class in (Qwen2_5OmniThinkerConfig, Qwen3OmniMoeThinkerConfig):
+    _pass_to_thinkers(_config_class)

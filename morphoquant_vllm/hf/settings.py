@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.hf.experts import MorphoQuantExperts
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 
 # Value of `row` in `configure`: each token takes the row of its modality.
@@ -43,7 +44,7 @@ def configure(model: PreTrainedModel, *, exact: bool | None = None, row: str | N
 
 def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) -> list[RemovableHandle]:
     """Hooks that note the rows of each forward pass when its token ids are embedded."""
-    # The full Qwen2.5-Omni model has no embedding; its thinker has.
+    # A full omni model has no embedding; its thinker has.
     decoder = getattr(model, "thinker", model)
 
     def forget(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -59,6 +60,6 @@ def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) ->
 
 def _mode_and_spec(model: PreTrainedModel) -> tuple[Mode, QuantizationSpec]:
     for module in model.modules():
-        if isinstance(module, MorphoQuantLinear):
+        if isinstance(module, (MorphoQuantLinear, MorphoQuantExperts)):
             return module.mode, module.spec
     raise MorphoQuantError(f"{type(model).__name__} holds no MorphoQuant layer; load it from a MorphoQuant checkpoint")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, escapes, token_rows
+from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
 from morphoquant_vllm.numerics.linear import WeightRecord, matmul
 
 
@@ -31,3 +32,8 @@ def linear_exact(
     """`linear.linear` in exact mode: y [M, N] in the dtype of x [M, K], modality int32 [M]."""
     rows = token_rows(x, modality, activation)
     return matmul(exact_codes(x, rows, activation), rows, weight, activation.gain, bias).to(x.dtype)
+
+
+def experts_exact(x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor, record: ExpertsRecord) -> Tensor:
+    """`experts.experts` in exact mode: y [M, K] in the dtype of x [M, K]; the other arguments are the same."""
+    return experts(x, modality, topk_weights, topk_ids, record, exact_codes)

@@ -13,7 +13,7 @@ Letters beside those of the package: I is the intermediate size, T the number of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ from torch.nn.functional import silu
 
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, token_rows
 from morphoquant_vllm.numerics.linear import FLOAT32_ROUNDING, WeightRecord, last_place, matmul, output_magnitude
+
+# Codes [M, K] of x [M, K] and the row of each token, int32 [M].
+Quantizer = Callable[[Tensor, Tensor, ActivationRecord], Tensor]
 
 
 class ExpertsRecord(NamedTuple):
@@ -74,20 +77,29 @@ def joined(gate: WeightRecord, up: WeightRecord) -> WeightRecord:
     return WeightRecord(codes, scale, channel_scale, torch.cat((gate.absorbed_bias, up.absorbed_bias), dim=1))
 
 
-def experts(x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor, record: ExpertsRecord) -> Tensor:
+def experts(
+    x: Tensor,
+    modality: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    record: ExpertsRecord,
+    quantize: Quantizer = act_quant,
+) -> Tensor:
     """y [M, K] in the dtype of x [M, K]; modality int32 [M] names the row of each token that is not massive.
 
     topk_weights [M, T] is float32, topk_ids [M, T] int32 or int64. An id below 0, or E and above, adds nothing: its
     expert lies on another rank.
     """
-    h = intermediate(x, modality, topk_ids, record)
-    return weighted_sum(h, modality, topk_weights, topk_ids, record).to(x.dtype)
+    h = intermediate(x, modality, topk_ids, record, quantize)
+    return weighted_sum(h, modality, topk_weights, topk_ids, record, quantize).to(x.dtype)
 
 
-def intermediate(x: Tensor, modality: Tensor, topk_ids: Tensor, record: ExpertsRecord) -> Tensor:
+def intermediate(
+    x: Tensor, modality: Tensor, topk_ids: Tensor, record: ExpertsRecord, quantize: Quantizer = act_quant
+) -> Tensor:
     """silu(gate) * up of each token's experts, [M, T, I] in the dtype of x [M, K]; zeros for ids of other ranks."""
     rows = token_rows(x, modality, record.input)
-    codes = act_quant(x, rows, record.input)
+    codes = quantize(x, rows, record.input)
     h = x.new_zeros(*topk_ids.shape, record.intermediate.channel_order.shape[1])
     for index, tokens, slots in routed(topk_ids, record.size):
         gate_up, _, _ = record.expert(index)
@@ -97,12 +109,21 @@ def intermediate(x: Tensor, modality: Tensor, topk_ids: Tensor, record: ExpertsR
     return h
 
 
-def weighted_sum(h: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor, record: ExpertsRecord) -> Tensor:
+def weighted_sum(
+    h: Tensor,
+    modality: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    record: ExpertsRecord,
+    quantize: Quantizer = act_quant,
+) -> Tensor:
     """The sum of weights times down over each token's experts, float64 [M, K], of h [M, T, I]."""
     y = h.new_zeros(h.shape[0], record.down.codes.shape[1], dtype=torch.float64)
     for index, tokens, slots in routed(topk_ids, record.size):
         _, down, activation = record.expert(index)
-        rows, codes = _down_codes(h[tokens, slots], modality[tokens], activation)
+        inputs = h[tokens, slots]
+        rows = token_rows(inputs, modality[tokens], activation)
+        codes = quantize(inputs, rows, activation)
         weight = topk_weights[tokens, slots].double()[:, None]
         y.index_add_(0, tokens, weight * matmul(codes, rows, down, activation.gain, None))
     return y
@@ -128,13 +149,8 @@ def experts_bound(
     magnitude = torch.zeros(reference.shape, dtype=torch.float64, device=h.device)
     for index, tokens, slots in routed(topk_ids, record.size):
         _, down, activation = record.expert(index)
-        rows, codes = _down_codes(h[tokens, slots], modality[tokens], activation)
+        rows = token_rows(h[tokens, slots], modality[tokens], activation)
+        codes = act_quant(h[tokens, slots], rows, activation)
         weight = topk_weights[tokens, slots].double().abs()[:, None]
         magnitude.index_add_(0, tokens, weight * output_magnitude(codes, rows, down, activation.gain))
     return last_place(reference) + roundings * FLOAT32_ROUNDING * magnitude
-
-
-def _down_codes(h: Tensor, modality: Tensor, activation: ActivationRecord) -> tuple[Tensor, Tensor]:
-    """Rows [M] and codes [M, I] of down's input h [M, I]."""
-    rows = token_rows(h, modality, activation)
-    return rows, act_quant(h, rows, activation)

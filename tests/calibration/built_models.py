@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from tests.tiny_conversations import write_calibration_data
+from tests.tiny_experts import build_tiny_qwen3_moe, build_tiny_qwen3_omni_moe, build_tiny_qwen3_vl_moe
 from tests.tiny_models import (
     build_tiny_llama,
-    build_tiny_mixtral_like,
     build_tiny_omni,
     build_tiny_qwen2,
     build_tiny_qwen2_5_vl,
@@ -18,9 +18,11 @@ _BUILDERS = {
     "qwen3": build_tiny_qwen3,
     "qwen2_5_vl": build_tiny_qwen2_5_vl,
     "omni": build_tiny_omni,
-    "moe": build_tiny_mixtral_like,
+    "qwen3_moe": build_tiny_qwen3_moe,
+    "qwen3_vl_moe": build_tiny_qwen3_vl_moe,
+    "qwen3_omni_moe": build_tiny_qwen3_omni_moe,
 }
-_KINDS = {"qwen2_5_vl": "vl", "omni": "omni"}
+_KINDS = {"qwen2_5_vl": "vl", "omni": "omni", "qwen3_vl_moe": "vl", "qwen3_omni_moe": "omni"}
 
 
 class TinyModels:

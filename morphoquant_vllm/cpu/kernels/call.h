@@ -13,7 +13,7 @@ enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 struct Call {
   const void* x;      // [M, K] of dtype; rows x_stride elements apart
   int64_t x_stride;
-  int64_t dtype;      // of x and y
+  int64_t dtype;      // of x
   int64_t tokens;     // M
   int64_t channels;   // K
   const int32_t* modality;  // [M]
@@ -46,7 +46,8 @@ struct Call {
   int64_t bias_dtype;
   int64_t outputs;     // N
   int64_t group_size;  // G
-  void* y;             // [M, N], contiguous
+  void* y;             // [M, N] of y_dtype, contiguous
+  int64_t y_dtype;
 };
 
 // Adjacent outputs in the weight record.

@@ -6,13 +6,12 @@
 #include <memory>
 #include <new>
 
+#include "experts.h"
 #include "head.h"
 #include "head_bfloat16.h"
-#include "gemm_two_level.h"
-#include "quantize.h"
-#include "record.h"
 
 using morphoquant::Call;
+using morphoquant::Range;
 using morphoquant::Request;
 
 namespace {
@@ -30,7 +29,7 @@ int run(const Request& request, bool multiply) {
     c.offset = c.token_row + c.tokens;
     c.codes = reinterpret_cast<int8_t*>(c.offset + offsets);
   }
-  c.unsigned_codes = multiply && morphoquant::takes_bytes(c);
+  c.unsigned_codes = multiply && morphoquant::takes_bytes(c.two_level, c.tokens);
   std::atomic<bool> valid{true};
   morphoquant::Share share(multiply ? morphoquant::gemm_units(c) : 0, c.threads);
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
@@ -39,7 +38,9 @@ int run(const Request& request, bool multiply) {
     if (!morphoquant::quantize(c, thread, threads)) valid.store(false, std::memory_order_relaxed);
     if (multiply) {
 #pragma omp barrier
-      if (valid.load(std::memory_order_relaxed)) morphoquant::gemm(c, share);
+      if (valid.load(std::memory_order_relaxed)) {
+        for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) morphoquant::gemm(c, taken);
+      }
     }
   }
   return valid.load() ? 0 : 1;
@@ -51,6 +52,13 @@ int run(const Request& request, bool multiply) {
 // undefined. 2 if a record does not fit the request; 3 if memory is exhausted.
 extern "C" int morphoquant_act_quant(const Request* request) { return run(*request, false); }
 extern "C" int morphoquant_linear(const Request* request) { return run(*request, true); }
+extern "C" int morphoquant_experts(const morphoquant::ExpertsRequest* request) {
+  try {
+    return morphoquant::run_experts(*request);
+  } catch (const std::bad_alloc&) {
+    return 3;
+  }
+}
 extern "C" int morphoquant_head(const morphoquant::HeadCall* call) {
   if (call->dtype == morphoquant::kFloat32) {
     morphoquant::run_head<morphoquant::kFloat32>(*call);

@@ -18,9 +18,9 @@ template <int Blocks>
 inline void fetch_outputs(const Call& c, int64_t block, int64_t m) {
   const int64_t n = block * kBlock;
   const auto* absorbed = reinterpret_cast<const char*>(c.absorbed_bias + c.token_row[m] * c.outputs + n);
-  auto* y = static_cast<char*>(c.y) + (m * c.outputs + n) * element_size(c.dtype);
+  auto* y = static_cast<char*>(c.y) + (m * c.outputs + n) * element_size(c.y_dtype);
   for (int64_t byte = 0; byte < Blocks * kBlock * 4; byte += 64) __builtin_prefetch(absorbed + byte);
-  for (int64_t byte = 0; byte < Blocks * kBlock * element_size(c.dtype); byte += 64) __builtin_prefetch(y + byte, 1);
+  for (int64_t byte = 0; byte < Blocks * kBlock * element_size(c.y_dtype); byte += 64) __builtin_prefetch(y + byte, 1);
 }
 
 template <int Blocks>
@@ -77,8 +77,8 @@ inline void epilogue_as(const Call& c, int64_t block, int64_t first, int64_t las
 
 template <int Blocks>
 inline void epilogue(const Call& c, int64_t block, int64_t first, int64_t last, const float* out) {
-  if (c.dtype == kFloat32) return epilogue_as<kFloat32, Blocks>(c, block, first, last, out);
-  if (c.dtype == kBFloat16) return epilogue_as<kBFloat16, Blocks>(c, block, first, last, out);
+  if (c.y_dtype == kFloat32) return epilogue_as<kFloat32, Blocks>(c, block, first, last, out);
+  if (c.y_dtype == kBFloat16) return epilogue_as<kBFloat16, Blocks>(c, block, first, last, out);
   epilogue_as<kFloat16, Blocks>(c, block, first, last, out);
 }
 

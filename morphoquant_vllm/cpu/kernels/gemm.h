@@ -250,32 +250,30 @@ inline int64_t gemm_units(const Call& c) {
   return (blocks_of(c) + unit_blocks(c) - 1) / unit_blocks(c) * token_chunks(c);
 }
 
-// A thread's share of the `gemm_units`: wide_panel(c, block, first token, last token) computes the blocks of a tile,
+// A range of the `gemm_units`: wide_panel(c, block, first token, last token) computes the blocks of a tile,
 // narrow_panel computes one block.
 template <class Panel>
-inline void panels(const Call& c, Share& share, Panel wide_panel, Panel narrow_panel) {
+inline void panels(const Call& c, Range units, Panel wide_panel, Panel narrow_panel) {
   const int64_t blocks = blocks_of(c), width = unit_blocks(c), chunks = token_chunks(c);
   // Chunks of one size, a multiple of every tile.
   const int64_t chunk = ((c.tokens + chunks - 1) / chunks + 11) / 12 * 12;
-  for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) {
-    for (int64_t unit = taken.begin; unit < taken.end; ++unit) {
-      const int64_t first = unit % chunks * chunk, last = std::min(first + chunk, c.tokens);
-      int64_t block = unit / chunks * width;
-      if (first >= last) continue;
-      if (width == Dot::kTileBlocks && block + width <= blocks) {
-        wide_panel(c, block, first, last);
-        continue;
-      }
-      for (const int64_t end = std::min(block + width, blocks); block < end; ++block) {
-        narrow_panel(c, block, first, last);
-      }
+  for (int64_t unit = units.begin; unit < units.end; ++unit) {
+    const int64_t first = unit % chunks * chunk, last = std::min(first + chunk, c.tokens);
+    int64_t block = unit / chunks * width;
+    if (first >= last) continue;
+    if (width == Dot::kTileBlocks && block + width <= blocks) {
+      wide_panel(c, block, first, last);
+      continue;
+    }
+    for (const int64_t end = std::min(block + width, blocks); block < end; ++block) {
+      narrow_panel(c, block, first, last);
     }
   }
 }
 
 template <class Groups>
-inline void gemm_groups(const Call& c, Share& share) {
-  panels(c, share, panel<Dot, Groups, Dot::kTileBlocks>, panel<Dot, Groups, 1>);
+inline void gemm_groups(const Call& c, Range units) {
+  panels(c, units, panel<Dot, Groups, Dot::kTileBlocks>, panel<Dot, Groups, 1>);
 }
 
 }  // namespace morphoquant

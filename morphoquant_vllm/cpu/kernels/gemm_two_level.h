@@ -90,14 +90,16 @@ inline void byte_panel(const Call& c, int64_t block, int64_t first, int64_t last
 constexpr int64_t kByteTokens = 25;
 
 // Whether a call multiplies bytes q * level; codes are then stored as code + 128.
-inline bool takes_bytes(const Call& c) { return c.two_level && !Dot::kNarrowSums && c.tokens >= kByteTokens; }
+inline bool takes_bytes(bool two_level, int64_t tokens) {
+  return two_level && !Dot::kNarrowSums && tokens >= kByteTokens;
+}
 
-inline void gemm(const Call& c, Share& share) {
+inline void gemm(const Call& c, Range units) {
   if constexpr (!Dot::kNarrowSums) {
-    if (takes_bytes(c)) return panels(c, share, byte_panel<Dot, Dot::kTileBlocks>, byte_panel<Dot, 1>);
+    if (takes_bytes(c.two_level, c.tokens)) return panels(c, units, byte_panel<Dot, Dot::kTileBlocks>, byte_panel<Dot, 1>);
   }
-  if (c.two_level) return gemm_groups<Levelled<Dot>>(c, share);
-  gemm_groups<Scaled<Dot>>(c, share);
+  if (c.two_level) return gemm_groups<Levelled<Dot>>(c, units);
+  gemm_groups<Scaled<Dot>>(c, units);
 }
 
 }  // namespace morphoquant

@@ -117,6 +117,7 @@ inline bool read(const Request& r, bool multiply, Call& c) {
   c.bias_dtype = r.bias_dtype;
   c.outputs = r.outputs;
   c.y = r.y;
+  c.y_dtype = r.dtype;
   return read_weight(r, c);
 }
 

@@ -114,7 +114,7 @@ def test_the_stored_prefix_may_differ_from_the_modules(tmp_path: Path) -> None:
         ({"architectures": ["NoSuchForCausalLM"]}, "has no class 'NoSuchForCausalLM', which 'architectures' names"),
         ({"architectures": []}, "has no class ''"),
         ({"architectures": ["X"], "auto_map": {"AutoModel": "m.X"}}, "X is code in the model's directory"),
-        ({"num_local_experts": 4}, "'granite' is a mixture of experts"),
+        ({"num_local_experts": 4}, "'granite' is a mixture of experts, but no module of Granite"),
     ],
 )
 def test_what_transformers_does_not_build_is_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -129,11 +129,23 @@ def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
         discover(source, Recipe())
 
 
-def test_experts_are_refused_by_their_module(tmp_path: Path) -> None:
+def test_experts_are_refused_by_their_module_unless_they_stay_in_16_bit(tmp_path: Path) -> None:
     model_class = "MixtralForCausalLM"
     source = source_of(tmp_path, model_class, {"num_local_experts": 2})
-    with pytest.raises(MorphoQuantError, match=r"model.layers.0.mlp.experts: a mixture of experts"):
+    with pytest.raises(MorphoQuantError, match=r"model.layers.0.mlp.experts: a mixture .* --ignore '\*.experts.\*'"):
         discover(source, Recipe())
+    found = discover(source, Recipe(ignore=("*.experts.*",)))
+    # The router is no linear to quantize.
+    assert [shared.name for shared in found.shared_inputs] == ["self_attn.qkv_proj", "self_attn.o_proj"]
+
+
+def test_the_gates_of_experts_stay_in_16_bit(tmp_path: Path) -> None:
+    settings = {"num_experts": 4, "shared_expert_intermediate_size": 64, "moe_intermediate_size": 64}
+    source = source_of(tmp_path, "Qwen2MoeForCausalLM", settings)
+    found = discover(source, Recipe(ignore=("*.experts.*",)))
+    shards = [shard for shared in found.shared_inputs for shard in shared.shards]
+    assert {"mlp.shared_expert.gate_proj", "mlp.shared_expert.down_proj"} < set(shards)
+    assert not {"mlp.gate", "mlp.shared_expert_gate"} & set(shards)
 
 
 def test_blocks_that_the_files_do_not_hold_whole_are_refused(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def whole_model(source: Source, dtype: torch.dtype) -> Any:
     return model_class.from_pretrained(source.directory, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen2_5_vl", "omni"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "qwen2_5_vl", "omni", "qwen3_moe", "qwen3_vl_moe", "qwen3_omni_moe"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_weight_is_the_one_that_transformers_loads(tiny: TinyModels, name: str, dtype: torch.dtype) -> None:
     source, architecture, recipe = opened(tiny.model(name), dtype)

@@ -164,3 +164,61 @@ def test_optional_linears_are_planned_in_the_blocks_that_have_them() -> None:
     assert len(spec.layers) == 11 and "model.layers.0.self_attn.q_proj" in spec.layers
     with pytest.raises(MorphoQuantError, match=r"model.layers.1.self_attn.q_proj.weight: missing"):
         make_plan(tensors)
+
+
+EXPERTS_CONFIG = {"model_type": "qwen3_moe", "hidden_act": "silu"}
+
+
+def with_experts(inner: int = 64, hidden: int = 256) -> dict[str, TensorInfo]:
+    """Block 1 has three experts instead of a dense MLP."""
+    tensors = {name: info for name, info in headers(hidden).items() if ".1.mlp." not in name}
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    for expert in range(3):
+        for kind, shape in shapes.items():
+            tensors[f"model.layers.1.mlp.experts.{expert}.{kind}.weight"] = TensorInfo(Path("f"), "BF16", shape)
+    return tensors | {"model.layers.1.mlp.gate.weight": TensorInfo(Path("f"), "BF16", (3, hidden))}
+
+
+def test_experts_are_planned_beside_dense_blocks() -> None:
+    spec = make_plan(with_experts(), EXPERTS_CONFIG)
+    assert len(spec.layers) == 11
+    ((name, experts),) = spec.experts.items()
+    assert name == "model.layers.1.mlp.experts"
+    assert (experts.count, experts.in_features, experts.intermediate_features) == (3, 256, 64)
+    assert (experts.group_size, experts.scale_scheme) == (32, "two_level")
+    assert spec.tensor_parallel == 2
+    # The router is no layer.
+    assert not any(layer.endswith("mlp.gate") for layer in spec.linears)
+
+
+def test_auto_tensor_parallel_leaves_the_groups_of_experts_whole() -> None:
+    assert make_plan(with_experts(inner=32), EXPERTS_CONFIG).tensor_parallel == 1
+    assert make_plan(with_experts(inner=256), EXPERTS_CONFIG).tensor_parallel == 2
+
+
+def test_experts_stay_in_16_bit_by_pattern() -> None:
+    spec = make_plan(with_experts(), EXPERTS_CONFIG, ignore=("*.experts.*",))
+    assert spec.experts == {} and len(spec.layers) == 11
+    only = make_plan(with_experts(), EXPERTS_CONFIG, targets=("*.experts.*",))
+    assert list(only.experts) == ["model.layers.1.mlp.experts"] and only.layers == {}
+
+
+def test_experts_of_a_block_are_quantized_together() -> None:
+    with pytest.raises(
+        MorphoQuantError, match=r"layers.1.mlp.experts: its experts .* leave out \S*experts.0.down_proj"
+    ):
+        make_plan(with_experts(), EXPERTS_CONFIG, ignore=("*.0.down_proj",))
+
+
+def test_experts_whose_k_no_group_size_divides_stay_in_16_bit() -> None:
+    spec = make_plan(with_experts(inner=48), EXPERTS_CONFIG)
+    assert spec.experts == {} and len(spec.layers) == 11
+    with pytest.raises(MorphoQuantError, match=r"experts.0.down_proj: K = 96 is not divisible by group_size 64"):
+        make_plan(with_experts(inner=96), EXPERTS_CONFIG, group_size=64)
+
+
+def test_experts_of_another_kind_are_refused_or_ignored() -> None:
+    config = EXPERTS_CONFIG | {"hidden_act": "gelu"}
+    with pytest.raises(MorphoQuantError, match=r"layers.1.mlp.experts: experts of this kind are not served in 4 bit"):
+        make_plan(with_experts(), config)
+    assert make_plan(with_experts(), config, ignore=("*.experts.*",)).experts == {}

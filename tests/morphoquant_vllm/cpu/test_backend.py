@@ -236,7 +236,7 @@ def _native_code(call: bytes) -> int:
     raise AssertionError("native code was called")
 
 
-UNCALLABLE = Kernels(_native_code, _native_code, _native_code, 0, "none")
+UNCALLABLE = Kernels(_native_code, _native_code, _native_code, _native_code, 0, "none")
 
 
 @pytest.mark.parametrize("field", ["channel_order", "massive_channel"])

@@ -64,7 +64,7 @@ def _native_code(call: bytes) -> int:
     ],
 )
 def test_wrong_inputs_raise_before_native_code_runs(change) -> None:
-    library = Kernels(_native_code, _native_code, _native_code, 0, "none")
+    library = Kernels(_native_code, _native_code, _native_code, _native_code, 0, "none")
     with pytest.raises(ValueError, match="must"):
         cpu_head.head(*change(*head_case(12, 64, 3, torch.float32)), library)
 
@@ -82,19 +82,19 @@ def test_wrong_inputs_raise_before_native_code_runs(change) -> None:
     ],
 )
 def test_wrong_bfloat16_inputs_raise_before_native_code_runs(change) -> None:
-    library = Kernels(_native_code, _native_code, _native_code, 0, "none", _native_code)
+    library = Kernels(_native_code, _native_code, _native_code, _native_code, 0, "none", _native_code)
     with pytest.raises(ValueError, match="must"):
         cpu_head.head_bfloat16(*change(*bfloat16_case(12, 64, 3)), library)
 
 
 def test_a_processor_without_the_instruction_is_named() -> None:
-    library = Kernels(_native_code, _native_code, _native_code, 0, "none")
+    library = Kernels(_native_code, _native_code, _native_code, _native_code, 0, "none")
     with pytest.raises(RuntimeError, match="AVX512-BF16"):
         cpu_head.head_bfloat16(*bfloat16_case(12, 64, 3), library)
 
 
 def test_amx_and_what_the_kernel_does_not_take_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Kernels(_native_code, _native_code, _native_code, 0, "none", _native_code)
+    library = Kernels(_native_code, _native_code, _native_code, _native_code, 0, "none", _native_code)
     monkeypatch.setattr(cpu_head, "kernels", lambda: library)
     monkeypatch.setattr(cpu_head, "cpu_flags", lambda: frozenset(("avx512_bf16",)))
     weight = bfloat16_case(12, 64, 1)[1]
@@ -110,7 +110,7 @@ def test_amx_and_what_the_kernel_does_not_take_are_left_to_vllm(monkeypatch: pyt
 
 
 def test_no_tokens_need_no_native_code() -> None:
-    library = Kernels(_native_code, _native_code, _native_code, 0, "none", _native_code)
+    library = Kernels(_native_code, _native_code, _native_code, _native_code, 0, "none", _native_code)
     for dtype in (torch.float32, torch.bfloat16):
         x, codes, scale = head_case(12, 64, 3, dtype)
         assert cpu_head.head(x[:0], codes, scale, library).shape == (0, 12)

@@ -19,6 +19,7 @@ extern "C" {
 int morphoquant_act_quant(const char*) { return omp_get_max_threads() > 0 ? 42 : 0; }
 int morphoquant_linear(const char*) { return 0; }
 int morphoquant_head(const char*) { return 0; }
+int morphoquant_experts(const char*) { return 0; }
 int morphoquant_head_bfloat16(const char*) { return 0; }
 int64_t morphoquant_request_size() { return 7; }
 int morphoquant_has_head_bfloat16() { return 0; }

@@ -1,0 +1,1 @@
+"""Routed experts on a CPU: this package's kernels against vLLM's bf16 ones."""
