@@ -21,7 +21,7 @@ from benchmarks.models.tiny_omni.experts_config import (
 from benchmarks.models.tiny_omni.model import HEAD_DIM, Family, ModelSettings, draw, heavy_channels, processor_settings
 from benchmarks.models.tiny_omni.processor import VOCAB_SIZE
 
-# Its processor enlarges every frame of a clip to at least 128 * 32 * 32 pixels, which are 2 x 4 tokens of 2 x 2 patches.
+# Its processor enlarges a clip to at least 128 * 32 * 32 pixels a frame, which are 2 x 4 tokens of 2 x 2 patches.
 PATCH_SIZE = 64
 FRAME_PIXELS = (128 * 32 * 32, 768 * 32 * 32)
 

@@ -99,7 +99,9 @@ def experts_config(
     )
 
 
-def write_experts_processor(directory: Path, settings: ProcessorSettings, frame_pixels: tuple[int, int]) -> dict[str, int]:
+def write_experts_processor(
+    directory: Path, settings: ProcessorSettings, frame_pixels: tuple[int, int]
+) -> dict[str, int]:
     """Write the files of Qwen3-Omni-MoE's processor; return `processor.token_ids`.
 
     `frame_pixels`: the least and the largest number of pixels of a clip's frame.
