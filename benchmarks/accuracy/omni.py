@@ -67,18 +67,21 @@ def prepare(settings: Settings, benchmark: str = OMNI, progress: Callable[[str],
         tokens = right_tokens(processor.tokenizer, questions)
         return predictions(questions, tokens, log_probs(thinker), reference())
 
-    process = (TOKENS, EXPERT_ERRORS) if benchmark == MOE_OMNI else (TOKENS,)
+    evaluations = {QUESTIONS: asked, TOKENS: asked}
+    if benchmark == MOE_OMNI:
+        # A result is known by its set's hash: this one is made of the same questions.
+        evaluations[EXPERT_ERRORS] = digest([asked, EXPERT_ERRORS, EXPERT_QUESTIONS])
     return Job(
         benchmark=benchmark,
         settings=settings,
         model=model,
         calibration=[calibration_file(work, settings.seed)],
         max_samples=MAX_SAMPLES,
-        evaluations=dict.fromkeys((QUESTIONS, *process), asked),
+        evaluations=evaluations,
         described=lambda name: {"work": str(work.resolve()), "questions": settings.questions, "seed": settings.seed},
         evaluate=evaluate,
         engine=(QUESTIONS,),
-        process=process,
+        process=tuple(name for name in evaluations if name != QUESTIONS),
     )
 
 

@@ -69,7 +69,8 @@ def trained_model(
 ) -> Path:
     """The model directory, trained in `work` unless a model of the same settings is there; `settings` have their seed.
 
-    It appears only when training has ended; an interrupted training goes on. Raises MorphoQuantError if espeak-ng is missing.
+    It appears only when training has ended; an interrupted training goes on. Raises MorphoQuantError if espeak-ng is
+    missing.
     """
     settings = settings or TrainingSettings(seed)
     data = [asdict(SPLITS["train"]), STAGES, all_texts()]
