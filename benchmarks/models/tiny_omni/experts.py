@@ -85,6 +85,10 @@ def initial_model(settings: ModelSettings, ids: dict[str, int]) -> Qwen3OmniMoeF
             draw(name, parameter, settings)
         for parameter, rows in heavy_rows(model.thinker, settings):
             parameter[rows] *= settings.heavy_factor
+        for name, parameter in model.talker.named_parameters():
+            # transformers leaves these as the memory was.
+            if ".mlp.experts." in name:
+                draw(name, parameter, settings)
     return model
 
 
