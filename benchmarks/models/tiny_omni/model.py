@@ -43,12 +43,16 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models is made: processor's files, model before training, its heavy rows, and its files."""
+    """How a family of models is made: processor's files, model before training, its heavy rows, and its files.
+
+    `kept`: the media whose features training keeps in memory.
+    """
 
     write_files: Callable[[Path], dict[str, int]]
     initial_model: Callable[[ModelSettings, dict[str, int]], Any]
     heavy_rows: Callable[[Any, ModelSettings], list[tuple[nn.Parameter, Tensor]]]
     write_model: Callable[[Path, Any, dict[str, int]], None]
+    kept: tuple[str, ...]
 
 
 def initial_model(settings: ModelSettings, ids: dict[str, int]) -> Qwen2_5OmniForConditionalGeneration:
@@ -147,4 +151,5 @@ def write_model(directory: Path, model: Qwen2_5OmniForConditionalGeneration, ids
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-DENSE = Family(write_files, initial_model, heavy_rows, write_model)
+# In bfloat16 pictures and clips take 4 GiB.
+DENSE = Family(write_files, initial_model, heavy_rows, write_model, ("image", "audio", "video"))

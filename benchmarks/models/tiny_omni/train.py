@@ -96,8 +96,8 @@ def _train(
     ids = family.write_files(directory)
     model = family.initial_model(settings.model, ids)
     thinker = model.thinker
-    # bfloat16 pixels: the clips' would fill 4 GiB otherwise, and their noise is coarser.
-    encoder = Encoder(AutoProcessor.from_pretrained(directory), torch.bfloat16, keep=True)
+    # bfloat16 pixels: their noise is coarser.
+    encoder = Encoder(AutoProcessor.from_pretrained(directory), torch.bfloat16, family.kept)
     streams = _streams(work, settings.seed)
     frozen = _freeze_rows(family.heavy_rows(thinker, settings.model))
     optimizer = torch.optim.AdamW(_groups(thinker, frozen, settings), betas=(0.9, 0.98))
