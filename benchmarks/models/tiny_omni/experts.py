@@ -116,5 +116,5 @@ def write_model(directory: Path, model: Any, ids: dict[str, int]) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-# Its pictures and clips would take 6 GiB. Processed again, they cost training a third more time of the CPU.
+# Its pictures and clips would take 6 GiB: they are processed at every use.
 EXPERTS = Family(write_files, initial_model, heavy_rows, write_model, ("audio",))

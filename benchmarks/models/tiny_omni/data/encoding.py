@@ -21,7 +21,7 @@ _MODALITIES = {"image_url": "image", "audio_url": "audio", "video_url": "video"}
 class Encoder:
     """Turns questions into batches for the thinker.
 
-    `processor`: of the model directory. `dtype`: of pixels. `keep`: the kinds of media ("image", "audio", "video") whose
+    `processor`: of the model directory. `dtype`: of pixels. `keep`: kinds of media ("image", "audio", "video"); their
     features are kept for the next time that a medium is used. Those of pictures and clips are large.
     """
 
