@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         reason = " ".join(str(problem).split())[:300]
         print(f"{chosen.directory}: vLLM cannot build this model ({reason})", file=sys.stderr)
         return NOT_BUILT
-    print(f"{chosen.directory}: vLLM's {found} has all {len(spec.layers)} layers")
+    print(f"{chosen.directory}: vLLM's {found} has all {len(spec.linears)} layers")
     return 0
 
 

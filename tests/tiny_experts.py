@@ -25,6 +25,16 @@ def build_tiny_qwen3_moe(directory: Path, seed: int = 0, **changes: Any) -> Path
     return write_model(directory, Qwen3MoeForCausalLM, Qwen3MoeConfig(**settings), seed, ids)
 
 
+def build_tiny_olmoe(directory: Path, seed: int = 0) -> Path:
+    """Write an OLMoE, a mixture of experts that calibration does not list, into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "text")
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    tokens = {"bos_token_id": None, "eos_token_id": ids["im_end"], "pad_token_id": ids["end"]}
+    config = transformers.OlmoeConfig(**{**DECODER, **tokens, **sizes})
+    return write_model(directory, transformers.OlmoeForCausalLM, config, seed, ids)
+
+
 def _transposed(name: str, merged: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: merged.transpose(1, 2).contiguous()}
 

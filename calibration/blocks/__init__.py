@@ -1,8 +1,9 @@
 """Runs the model: the loop over blocks, and the hidden states between them.
 
-capture        captures the decoder's inputs: embeddings and towers run once on every sample
-loop           observes each block, quantizes it, passes its outputs to the next
-towers         the same for the blocks of an encoder
-memory_need    the memory and disk that a run needs
-served_linear  a quantized linear that replaces the model's linear
+capture         captures the decoder's inputs: embeddings and towers run once on every sample
+loop            observes each block, quantizes it, passes its outputs to the next
+towers          the same for the blocks of an encoder
+memory_need     the memory and disk that a run needs
+served_linear   a quantized linear that replaces the model's linear
+served_experts  quantized experts that replace the model's experts
 """

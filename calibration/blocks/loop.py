@@ -127,9 +127,10 @@ def calibrate_blocks(
         experts = {architecture.experts: routed} if routed in spec.experts else {}
         found = _calibrate_block(block, shards_of, experts, tokens, source, spec, recipe)
         del block
-        for layers in shards_of.values() if tokens.processes.first else ():
-            record = found.layers[layers[0]].record
-            warning = escape_warning(spec.layers[layers[0]].shared_input, record, recipe, sampled)
+        records = {spec.layers[name].shared_input: layer.record for name, layer in found.layers.items()}
+        records |= {experts_input(name): layer.record.input for name, layer in found.experts.items()}
+        for shared_input, record in records.items() if tokens.processes.first else ():
+            warning = escape_warning(shared_input, record, recipe, sampled)
             if warning:
                 logger.warning("%s", warning)
         errors = [layer.record.output_error for layer in found.layers.values()]

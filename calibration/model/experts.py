@@ -1,4 +1,4 @@
-"""The routed experts of a decoder block in the model's files: found by name and shape, read one at a time.
+"""The routed experts of a decoder block in the model's files: found by name and shape, planned, read one at a time.
 
 Files hold them expert by expert (`<name>.<e>.gate_proj.weight` [I, K]), or merged and transposed as Qwen3-VL-MoE does
 (`<name>.gate_up_proj` [E, K, 2I], `<name>.down_proj` [E, I, K]). transformers merges them without transposing. I is the
@@ -7,14 +7,17 @@ intermediate size of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibration.model.source import Source, TensorInfo
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import ExpertsSpec
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -156,6 +159,35 @@ def check_served(
         raise MorphoQuantError(
             f"{experts.name}: experts of this kind are not served in 4 bit ({problem}); {SIXTEEN_BIT}"
         )
+
+
+def plan_experts(
+    stored: Iterable[StoredExperts],
+    chosen: Collection[str],
+    tensors: Mapping[str, TensorInfo],
+    decoder_config: Mapping[str, Any],
+    recipe: Recipe,
+) -> dict[str, ExpertsSpec]:
+    """Settings of the lists of experts that are quantized; those of a block are quantized together or not at all."""
+    found = {}
+    for experts in stored:
+        missing = [linear for linear in experts.linears if linear not in chosen]
+        if len(missing) == len(experts.linears):
+            continue
+        if missing:
+            raise MorphoQuantError(
+                f"{experts.name}: its experts are quantized together or not at all, but targets and ignore leave out "
+                f"{missing[0]}; name all of '{experts.name}.*', or none"
+            )
+        check_served(experts, tensors, decoder_config)
+        found[experts.name] = ExpertsSpec(
+            count=experts.count,
+            in_features=experts.in_features,
+            intermediate_features=experts.intermediate_features,
+            group_size=recipe.group_size,
+            scale_scheme=recipe.scale_scheme,
+        )
+    return found
 
 
 def counts_experts(config: Mapping[str, object]) -> bool:

@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from calibration.model.architectures import Architecture, SharedInput, Tower
-from calibration.model.experts import StoredExperts, check_served, find_experts
+from calibration.model.experts import StoredExperts, find_experts, plan_experts
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import ExpertsSpec, LayerSpec, QuantizationSpec, allowed_tensor_parallel
+from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
@@ -114,7 +114,7 @@ def plan(
     for tower in recipe.towers:
         layers |= tower_layers(architecture.tower(tower), tensors, recipe)
     decoder_config = architecture.decoder_config(config)
-    experts = _experts(stored, chosen, tensors, decoder_config, recipe)
+    experts = plan_experts(stored.values(), chosen, tensors, decoder_config, recipe)
     for name, layer in layers.items():
         layer.check(name)
     for name, settings in experts.items():
@@ -265,35 +265,6 @@ def _choose(
     if not chosen:
         raise MorphoQuantError("targets: no layer is left to quantize after 'ignore'; narrow 'ignore'")
     return chosen
-
-
-def _experts(
-    stored: Mapping[int, StoredExperts],
-    chosen: set[str],
-    tensors: Mapping[str, TensorInfo],
-    decoder_config: Mapping[str, Any],
-    recipe: Recipe,
-) -> dict[str, ExpertsSpec]:
-    """Settings of the lists of experts that are quantized; those of a block are quantized together or not at all."""
-    found = {}
-    for experts in stored.values():
-        missing = [linear for linear in experts.linears if linear not in chosen]
-        if len(missing) == len(experts.linears):
-            continue
-        if missing:
-            raise MorphoQuantError(
-                f"{experts.name}: its experts are quantized together or not at all, but targets and ignore leave out "
-                f"{missing[0]}; name all of '{experts.name}.*', or none"
-            )
-        check_served(experts, tensors, decoder_config)
-        found[experts.name] = ExpertsSpec(
-            count=experts.count,
-            in_features=experts.in_features,
-            intermediate_features=experts.intermediate_features,
-            group_size=recipe.group_size,
-            scale_scheme=recipe.scale_scheme,
-        )
-    return found
 
 
 def _layers(

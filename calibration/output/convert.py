@@ -25,8 +25,8 @@ from morphoquant_vllm.format.schema import (
     GROUP_SCHEME,
     MAX_TWO_LEVEL_CHANNELS,
     TWO_LEVEL_SCHEME,
-    LayerSpec,
     QuantizationSpec,
+    input_holder,
     stored_name,
 )
 from morphoquant_vllm.format.seal import sealed
@@ -97,14 +97,14 @@ def convert(
         with clear_write_errors(output, directory):
             for path in copied:
                 _copy(directory, path, partial)
-            layers, errors = _write_weights(directory, partial, files, spec, exact, fitted)
+            unsealed, errors = _write_weights(directory, partial, files, spec, exact, fitted)
             config = read_json(directory / CONFIG_FILE)
-            settings = sealed(partial, config, replace(spec, layers=layers, integrity=None))
+            settings = sealed(partial, config, unsealed)
             # config.json is written last: an incomplete directory does not load.
             write_json(partial / CONFIG_FILE, {**config, "quantization_config": settings.to_dict()})
         # The hashes were just computed from these files; reading them again would only repeat that.
         verify_checkpoint(partial, checksums=False)
-    return Conversion(len(layers), exact, errors, left)
+    return Conversion(len(spec.linears), exact, errors, left)
 
 
 def _nothing_to_do(directory: Path, left: Collection[str]) -> str:
@@ -121,15 +121,16 @@ def _plan(
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Names of the layers to convert exactly, of those to refit, and of those to leave.
 
-    Shards that share an input have one scale scheme: either all of them change, or none.
+    Shards that share an input have one scale scheme, and so have the experts of a list: either all change, or none.
     """
     exact: list[str] = []
     fitted: list[str] = []
     left: list[str] = []
-    for names in spec.shared_inputs().values():
-        if spec.layers[names[0]].scale_scheme != GROUP_SCHEME:
+    lists = (list(experts.layers(name)) for name, experts in spec.experts.items())
+    for names in (*spec.shared_inputs().values(), *lists):
+        if spec.linears[names[0]].scale_scheme != GROUP_SCHEME:
             continue
-        if spec.layers[names[0]].in_features > MAX_TWO_LEVEL_CHANNELS:
+        if max(spec.linears[name].in_features for name in names) > MAX_TWO_LEVEL_CHANNELS:
             left += names
             continue
         other = [name for name in names if exact_levels(_load(directory, files, name, "weight_scale")) is None]
@@ -138,7 +139,6 @@ def _plan(
             continue
         fitted += other
         exact += [name for name in names if name not in other]
-    left += [name for name, experts in spec.experts.items() if experts.scale_scheme == GROUP_SCHEME]
     return tuple(exact), tuple(fitted), tuple(left)
 
 
@@ -173,8 +173,8 @@ def _write_weights(
     spec: QuantizationSpec,
     exact: Collection[str],
     fitted: Collection[str],
-) -> tuple[dict[str, LayerSpec], dict[str, float]]:
-    """Write weight files and index; the layers' settings, and the errors of fitted layers.
+) -> tuple[QuantizationSpec, dict[str, float]]:
+    """Write weight files and index; the settings, not sealed yet, and the errors of fitted layers.
 
     Files without a changed tensor, and the index if no tensor changes its name, are copied.
     """
@@ -191,11 +191,17 @@ def _write_weights(
             _copy(directory, Path(file_name), target)
             weight_map |= {name: file_name for name, file in files.items() if file == file_name}
     _write_index(directory, target, weight_map, bool(changed))
-    schemes = {
+    layers = {
         name: replace(layer, scale_scheme=TWO_LEVEL_SCHEME) if stored_name(name, "weight_scale") in changed else layer
         for name, layer in spec.layers.items()
     }
-    return schemes, errors
+    experts = {
+        name: replace(listed, scale_scheme=TWO_LEVEL_SCHEME)
+        if stored_name(input_holder(name), "weight_scale") in changed
+        else listed
+        for name, listed in spec.experts.items()
+    }
+    return replace(spec, layers=layers, experts=experts, integrity=None), errors
 
 
 def _rewritten(

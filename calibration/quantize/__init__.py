@@ -4,6 +4,7 @@ No module touches files, and only `observation` sets hooks.
 
     observation      statistics and drawn tokens of a block's inputs, by module hooks
     layer            the phases for one input, from grids to tensors
+    experts          the same for routed experts: one input, and each expert on its tokens
     grids            step and centre of each channel, and the rows of modalities
     coded_tokens     rows and codes of the drawn tokens, and their moments
     served_weights   weights rounded to the stored and served form

@@ -25,7 +25,7 @@ from morphoquant_vllm.plugin.parameters import check_ranks
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
-SIXTEEN_BIT = "leave these experts in 16 bit: calibrate with --ignore '*.experts'"
+SIXTEEN_BIT = "leave these experts in 16 bit: calibrate with --ignore '*.experts.*'"
 
 
 def refuse_unserved(name: str, layer: RoutedExperts, experts: ExpertsSpec) -> None:

@@ -111,6 +111,25 @@ def test_two_processes_calibrate_an_omni_model(
     assert_like_one(tmp_path / "two", tmp_path / "one", first)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("samples", [5, 1], ids=["", "one without samples"])
+def test_two_processes_calibrate_a_mixture_of_experts(
+    tiny: TinyModels, texts: Path, tmp_path: Path, samples: int
+) -> None:
+    model, recipe = tiny.model("qwen3_moe"), SMALL.model_copy(update={"max_samples": samples})
+    report = calibrate(model, texts, tmp_path / "one", recipe=recipe)
+    results = in_processes(tmp_path, call(model, texts, tmp_path / "two", recipe))
+    assert results[0] == results[1]
+    assert_like_one(tmp_path / "two", tmp_path / "one")
+    for name, figures in report["experts"].items():
+        found = results[0]["experts"][name]
+        # A token near the border between two experts may choose the other one.
+        assert sum(found["tokens"]) == sum(figures["tokens"])
+        assert found["drawn_tokens"] == pytest.approx(figures["drawn_tokens"], abs=8)
+        for kind in ("gate_up_error", "down_error"):
+            assert found[kind] == pytest.approx(figures[kind], rel=0.3), name
+
+
 def test_a_process_without_samples_takes_part(tiny: TinyModels, texts: Path, tmp_path: Path) -> None:
     recipe = SMALL.model_copy(update={"max_samples": 1})
     calibrate(tiny.model("llama"), texts, tmp_path / "one", recipe=recipe)

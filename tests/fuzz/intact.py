@@ -10,7 +10,7 @@ from calibration.output.report import REPORT_FILE, make_report
 from calibration.quantize.layer_report import LayerRecord
 from calibration.quantize.modality_rows import RowChoice
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.schema import ExpertsSpec, QuantizationSpec
 from tests.checkpoints import VOCABULARY, seal_again, write_random_checkpoint
 
 KEPT_CHANNELS = 16
@@ -35,7 +35,9 @@ ADDED = {"<image>": 7, "<audio>": 8, "<|end|>": 9}
 
 def write_intact(directory: Path) -> None:
     """Write the checkpoint, with its tokenizer, its calibration report and the distributions beside it."""
-    spec = write_random_checkpoint(directory, layers=1, two_level=("model.layers.0.mlp.gate_up_proj",))
+    experts = {"model.layers.0.block_sparse.experts": ExpertsSpec(2, 64, 64, 32, "two_level")}
+    two_level = ("model.layers.0.mlp.gate_up_proj",)
+    spec = write_random_checkpoint(directory, layers=1, two_level=two_level, experts=experts)
     path = directory / "config.json"
     _write(path, json.loads(path.read_text()) | CONFIG)
     seal_again(directory)
@@ -48,7 +50,7 @@ def write_intact(directory: Path) -> None:
     _write(directory / "generation_config.json", {"eos_token_id": [9], "temperature": 0.7, "do_sample": True})
     _write(directory / "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "size": {"max_pixels": 12845056}})
     (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}\n")
-    _write(directory / REPORT_FILE, make_report(Recipe(), spec, _records(spec), 12, {0: 900, 1: 300, 5: 12}))
+    _write(directory / REPORT_FILE, make_report(Recipe(), spec, _records(spec), 12, {0: 900, 1: 300, 5: 12}, {}))
     write_distributions(directory, _distributions(spec))
 
 

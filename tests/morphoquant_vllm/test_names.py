@@ -9,9 +9,10 @@ import pytest
 
 from morphoquant_vllm import names
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.schema import ExpertsSpec, LayerSpec, QuantizationSpec
 from tests.engine.conftest import REPOSITORY
 from tests.tiny_decoders import build_tiny_decoder
+from tests.tiny_experts import build_tiny_qwen3_moe
 
 
 def planned(directory: Path, *layers: str) -> str:
@@ -41,6 +42,21 @@ def test_a_layer_that_vllm_would_not_find_is_named(tmp_path: Path) -> None:
         "model.layers.1.self_attn.out_proj: vLLM's StablelmForCausalLM has no linear of this name that can be "
         "quantized (1 of 2 are missing); leave it in 16 bit: --ignore 'model.layers.1.self_attn.out_proj'"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_list_of_experts_that_vllm_would_not_find_is_named(tmp_path: Path) -> None:
+    model = build_tiny_qwen3_moe(tmp_path / "model")
+    file, found = tmp_path / "planned.json", "model.layers.0.mlp.experts"
+    experts = {name: ExpertsSpec(4, 128, 64, 32) for name in (found, "model.layers.1.experts")}
+    file.write_text(json.dumps(QuantizationSpec({}, experts={found: experts[found]}).to_dict()))
+    done = run(model, str(file))
+    assert done.returncode == 0, done.stderr
+    file.write_text(json.dumps(QuantizationSpec({}, experts=experts).to_dict()))
+    done = run(model, str(file))
+    assert done.returncode == names.MISSING
+    assert "model.layers.1.experts: vLLM's Qwen3MoeForCausalLM has no list of experts of this name" in done.stderr
 
 
 @pytest.mark.parametrize(

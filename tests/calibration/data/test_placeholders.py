@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers.models.qwen3_omni_moe import processing_qwen3_omni_moe
 
-from calibration.data.placeholders import check_placeholders, media_tokens
+from calibration.data.placeholders import check_placeholders, frames_per_token, media_tokens
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -21,3 +22,12 @@ def test_audio_tokens_follow_qwens_tower() -> None:
         mask[row, :frames] = 1
     # 10 ms a frame, 40 ms a token.
     assert media_tokens(None, {"feature_attention_mask": mask}) == {"audio": [75, 25, 1]}
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 9, 99, 100, 101, 107, 300, 3000])
+def test_audio_tokens_of_qwen3_omni_are_those_of_its_processor(frames: int) -> None:
+    processor = type("Qwen3OmniMoeProcessor", (), {})()
+    mask = torch.ones(1, frames, dtype=torch.int32)
+    expected = processing_qwen3_omni_moe._get_feat_extract_output_lengths(mask.sum(-1))
+    assert media_tokens(processor, {"feature_attention_mask": mask}) == {"audio": expected.tolist()}
+    assert frames <= int(expected) * frames_per_token(processor)

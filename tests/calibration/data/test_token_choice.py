@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.data.token_choice import choose_tokens, modality_shares, water_fill
+from calibration.processes import Processes
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -82,3 +83,27 @@ def test_the_seed_decides() -> None:
 def test_no_tokens_are_refused() -> None:
     with pytest.raises(MorphoQuantError, match="no tokens"):
         choose_tokens([torch.empty(0, dtype=torch.int32)], 16, 1.0, 0)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 2**16))
+def test_a_part_of_the_tokens_keeps_their_places_and_ranks(lengths: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [1, *lengths]
+    modalities = [torch.randint(0, 2, (length,), generator=generator) for length in lengths]
+    tokens = choose_tokens(modalities, 100, 1.0, 0).spread(Rank(), [index % 2 for index in range(len(lengths))])
+    flat = [(sample, position) for sample, chosen in enumerate(tokens.positions) for position in chosen.tolist()]
+    chosen = (torch.rand(len(flat), generator=generator) < 0.5).nonzero().flatten()
+    part = tokens.part(chosen, torch.ones(chosen.numel()), {0: 1})
+    kept = [(sample, position) for sample, places in enumerate(part.positions) for position in places.tolist()]
+    assert kept == [flat[index] for index in chosen.tolist()]
+    assert torch.equal(part.modality, tokens.modality[chosen])
+    values = torch.arange(len(flat))
+    # The values of rank 1's tokens of the part, among all of rank 1's values.
+    mine = tokens.local(values)[tokens.own(chosen)]
+    assert torch.equal(mine, part.local(values[chosen]))
+
+
+class Rank(Processes):
+    """The second of two processes; nothing is exchanged."""
+
+    rank, size = 1, 2

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from calibration.output.card import model_card, read_front_matter
-from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.schema import ExpertsSpec, QuantizationSpec
 from tests.checkpoints import layer_specs
 
 SPEC = QuantizationSpec(layers=layer_specs(1))
@@ -88,3 +88,12 @@ def test_a_source_without_a_readable_card(tmp_path: Path) -> None:
     assert read_front_matter(tmp_path) == {}
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
     assert read_front_matter(tmp_path) == {}
+
+
+def test_experts_are_counted_and_their_errors_are_among_the_worst() -> None:
+    figures = {"few": 2, "none": 1, "gate_up_error": [0.1, None], "down_error": [0.9, None], "tokens": [4, 0]}
+    spec = QuantizationSpec(layers=SPEC.layers, experts={"m.experts": ExpertsSpec(2, 64, 32, 32)})
+    text = model_card({}, spec, REPORT | {"experts": {"m.experts": figures}}, "Qwen3MoeForCausalLM", 500, 1000)
+    assert "| quantized experts | 2 |" in text
+    assert "| experts with few drawn tokens, and with none | 2, 1 |" in text
+    assert "| largest: `m.experts.0.down_proj` | 0.9000 |" in text

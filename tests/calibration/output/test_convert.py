@@ -16,7 +16,13 @@ from calibration.output import convert as module
 from calibration.output.convert import convert
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.format.schema import DEFAULT_ROWS, GROUP_SCHEME, TWO_LEVEL_SCHEME, stored_name
+from morphoquant_vllm.format.schema import (
+    DEFAULT_ROWS,
+    GROUP_SCHEME,
+    TWO_LEVEL_SCHEME,
+    ExpertsSpec,
+    stored_name,
+)
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.numerics.linear import linear
 from tests.checkpoints import edit, write_random_checkpoint
@@ -280,3 +286,31 @@ def test_an_older_checkpoint_is_replaced_if_asked(old: Path, tmp_path: Path) -> 
     convert(old, tmp_path / "new", overwrite=True)
     assert read_spec(tmp_path / "new").integrity is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_the_experts_of_a_list_change_together(tmp_path: Path, approximate: bool) -> None:
+    old = tmp_path / "old"
+    write_random_checkpoint(old, layers=1, experts={EXPERTS: ExpertsSpec(2, 64, 128, 32)})
+    names = list(read_spec(old).experts[EXPERTS].layers(EXPERTS))
+    # One linear of the list has random scales.
+    make_exact(old, names[:-1] if approximate else names)
+    result = convert(old, tmp_path / "new", scales="two-level", approximate=approximate)
+    spec = verify_checkpoint(tmp_path / "new")
+    assert spec.experts[EXPERTS].scale_scheme == TWO_LEVEL_SCHEME
+    assert set(names[:-1]) <= set(result.exact)
+    assert (names[-1] in result.errors) is approximate and (names[-1] in result.exact) is not approximate
+    assert result.layers == 7 + len(names)
+
+
+def test_experts_stay_if_one_of_them_has_no_exact_levels(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    write_random_checkpoint(old, layers=1, experts={EXPERTS: ExpertsSpec(2, 64, 128, 32)})
+    names = list(read_spec(old).experts[EXPERTS].layers(EXPERTS))
+    make_exact(old, [*names[:-1], DOWN])
+    result = convert(old, tmp_path / "new", scales="two-level")
+    assert set(names) <= set(result.left) and DOWN in result.exact
+    assert verify_checkpoint(tmp_path / "new").experts[EXPERTS].scale_scheme == GROUP_SCHEME

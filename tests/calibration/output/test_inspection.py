@@ -14,6 +14,7 @@ from calibration.output.inspection import inspect_data, inspect_table, percent
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.schema import ExpertsSpec
 from tests.checkpoints import HIDDEN, VOCABULARY, write_config, write_random_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -160,3 +161,45 @@ def test_a_row_of_another_name_is_shown(tmp_path: Path) -> None:
 
 def test_figures_of_any_size_are_written_short() -> None:
     assert [percent(share) for share in (None, 0, 1.5, 3e38)] == ["-", "0.00%", "150.00%", "3e+40%"]
+
+
+def test_experts_have_a_line_and_their_figures(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts"
+    spec = write_random_checkpoint(tmp_path, experts={name: ExpertsSpec(3, HIDDEN, 64, 32)})
+    figures = {
+        "tokens": [9, 4, 0],
+        "drawn_tokens": [7, 2, 0],
+        "few": 2,
+        "none": 1,
+        "input": {"escape_rate": {"text": 0.03, "all": 0.03}, "output_error": 0.2},
+        "gate_up_error": [0.1, 0.2, None],
+        "down_error": [0.3, 0.4, None],
+        "down_escape_rate": [0.01, 0.02, None],
+    }
+    sidecar = {"escape_rate": RATE, "layers": {}, "experts": {name: figures}}
+    (tmp_path / REPORT_FILE).write_text(json.dumps(sidecar))
+    data = inspect_data(tmp_path)
+    (experts,) = data["experts"]
+    assert (experts["count"], experts["few"], experts["none"]) == (3, 2, 1)
+    assert experts["down_error"] == [0.3, 0.4, None]
+    assert experts["bytes_16bit"] == 2 * 3 * 3 * HIDDEN * 64
+    stored = 0
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(str(path), "pt") as file:
+            tensors = (file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}."))  # noqa: SIM118
+            stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert experts["bytes"] == stored
+    assert data["totals"]["experts"] == 3
+    assert data["totals"]["quantized_bytes"] == stored + sum(layer["bytes"] for layer in data["layers"])
+    text = render(tmp_path)
+    assert "1.mlp.experts (3)" in text and f"64x{HIDDEN}" in text
+    assert f"quantized layers: {len(spec.layers)} and 3 experts" in text
+    assert "drawn tokens of an expert: 0 to 7, 2 in the" in text and "2 had few, 1 none" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("field", "value"), [("tokens", [-1]), ("down_error", ["x"]), ("few", 0.5)])
+def test_damaged_figures_of_experts_are_named(tmp_path: Path, field: str, value: object) -> None:
+    write_random_checkpoint(tmp_path)
+    (tmp_path / REPORT_FILE).write_text(json.dumps({"layers": {}, "experts": {"m.experts": {field: value}}}))
+    with pytest.raises(MorphoQuantError, match=rf"experts.m.experts.{field}"):
+        inspect_data(tmp_path)

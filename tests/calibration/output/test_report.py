@@ -1,9 +1,9 @@
 import pytest
 
-from calibration.output.report import make_report
-from calibration.quantize.layer_report import LayerRecord
+from calibration.output.report import empty_experts, make_report
+from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.schema import ExpertsSpec, LayerSpec, QuantizationSpec
 
 SPEC = QuantizationSpec(
     layers={
@@ -16,9 +16,6 @@ SPEC = QuantizationSpec(
 
 
 def test_the_overall_rate_counts_codes_and_shared_inputs_once() -> None:
-    def record(rate: float) -> LayerRecord:
-        return LayerRecord({"text": rate, "all": rate}, 0.1, {"any": 1}, 0, 1.0, 2)
-
     records = {"q": record(0.4), "k": record(0.4), "down": record(0.0)}
     report = make_report(Recipe(), SPEC, records, samples=3, token_counts={0: 7, 3: 2}, experts={})
     assert report["escape_rate"] == pytest.approx(0.4 * 32 / (32 + 96))
@@ -26,3 +23,29 @@ def test_the_overall_rate_counts_codes_and_shared_inputs_once() -> None:
     assert report["settings"]["tensor_parallel"] == 1
     assert report["layers"]["q"]["escape_rate"] == {"text": 0.4, "all": 0.4}
     assert report["layers"]["q"]["massive_tokens"] == 2
+
+
+def record(rate: float) -> LayerRecord:
+    return LayerRecord({"text": rate, "all": rate}, 0.1, {"any": 1}, 0, 1.0, 2)
+
+
+def figures(tokens: list[int], rates: list[float | None], none: int = 0) -> ExpertsFigures:
+    errors = [None if rate is None else 0.1 for rate in rates]
+    return ExpertsFigures(tokens, tokens, 0, none, record(0.2), errors, errors, rates)
+
+
+def test_codes_of_an_expert_count_for_the_tokens_that_chose_it() -> None:
+    spec = QuantizationSpec(layers={}, experts={"m.experts": ExpertsSpec(3, 64, 32, 32)})
+    experts = {"m.experts": figures([6, 2, 0], [0.1, 0.5, None], none=1)}
+    report = make_report(Recipe(), spec, {}, samples=1, token_counts={0: 4}, experts=experts)
+    # Of each token: 64 codes of the input, and 32 of every expert that it chose.
+    codes = [(0.2, 64), (0.1, 32 * 6 / 4), (0.5, 32 * 2 / 4)]
+    assert report["escape_rate"] == pytest.approx(sum(r * n for r, n in codes) / sum(n for _, n in codes))
+    assert report["experts"]["m.experts"]["down_escape_rate"] == [0.1, 0.5, None]
+
+
+def test_many_experts_without_tokens_are_a_warning() -> None:
+    assert empty_experts({}) is None
+    assert empty_experts({"a": figures([1] * 19 + [0], [0.1] * 19 + [None], none=1)}) is None
+    warning = empty_experts({"a": figures([1] * 18 + [0, 0], [0.1] * 18 + [None] * 2, none=2)})
+    assert warning is not None and warning.startswith("2 of 20 experts (10%) were chosen by no drawn token")

@@ -25,10 +25,9 @@ from morphoquant_vllm.format.schema import (
     QuantizationSpec,
     input_holder,
 )
-from morphoquant_vllm.numerics.activation import ActivationRecord
-from morphoquant_vllm.numerics.experts import ExpertsRecord, experts, experts_record
+from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
 from tests.calibration.inputs import K, activations, observe, relative
-from tests.records import activation_of, weight_of
+from tests.experts import record_of as stored_record
 
 NAME, INNER = "m.mlp.experts", 64
 RECIPE = Recipe(device="cpu", modality_rows=False)
@@ -68,17 +67,10 @@ def made(chosen: Tensor, recipe: Recipe = RECIPE, scheme: str = "two_level") -> 
 
 
 def record_of(made: QuantizedExperts, count: int) -> ExpertsRecord:
-    def activation(linear: str) -> ActivationRecord:
-        return activation_of(made.tensors[linear])
-
-    kinds = {kind: [made.tensors[f"{NAME}.{e}.{kind}"] for e in range(count)] for kind in ("gate_proj", "up_proj")}
-    down = [f"{NAME}.{e}.down_proj" for e in range(count)]
-    return experts_record(
-        [weight_of(tensors) for tensors in kinds["gate_proj"]],
-        [weight_of(tensors) for tensors in kinds["up_proj"]],
-        activation(input_holder(NAME)),
-        [weight_of(made.tensors[name]) for name in down],
-        [activation(name) for name in down],
+    shared = {tensor: made.tensors[input_holder(NAME)][tensor] for tensor in INPUT_TENSORS}
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    return stored_record(
+        [tuple(shared | made.tensors[f"{NAME}.{e}.{kind}"] for kind in kinds) for e in range(count)]  # type: ignore[misc]
     )
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.quantize.observation import InputCollector, run_observed
+from calibration.data.token_choice import choose_tokens
+from calibration.quantize.observation import InputCollector, RoutedCollector, run_observed
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 
@@ -73,3 +74,36 @@ def test_values_that_are_not_finite_name_the_layer(bad: float) -> None:
     x[1, 2] = bad
     with pytest.raises(MorphoQuantError, match=r"blocks\.0\.proj: its input holds NaN or infinite values"):
         InputCollector("blocks.0.proj").add(x, torch.zeros(3), torch.tensor([0]))
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.experts(hidden[0], ids, torch.ones(ids.shape))[None]
+
+
+class Experts(nn.Module):
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+def test_the_experts_of_tokens_are_noted_by_modality() -> None:
+    ids = [torch.tensor([[0, 2], [2, 1], [0, 1]]), torch.tensor([[1, 0]])]
+    modalities = [torch.tensor([0, 3, 0], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)]
+    chosen = [torch.tensor([0, 1]), torch.tensor([0])]
+    running: list[torch.Tensor] = []
+    collector = RoutedCollector("experts", (6, 4), lambda: running[-1])
+    for sample in range(2):
+        running.append(modalities[sample])
+        hidden = torch.randn(1, ids[sample].shape[0], 4)
+        # The first token is massive: its row is not its modality.
+        rows = torch.where(torch.arange(ids[sample].shape[0]) == 0, 5, modalities[sample])
+        run_observed(Routed(), hidden, {"ids": ids[sample]}, {"experts": collector}, rows, chosen[sample])
+    tokens = choose_tokens([torch.zeros(3), torch.zeros(1)], 100, 1.0, 0)
+    routing = collector.routing(tokens)
+    assert routing.chosen.int().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0]]
+    assert routing.counts[0].tolist() == [2, 1, 1, 0] and routing.counts[3].tolist() == [1, 2, 1, 0]
+    assert int(routing.counts.sum()) == 8

@@ -1,7 +1,9 @@
 """A mixture of experts against its definition from linears, and the bound that other backends are held to."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -41,6 +43,32 @@ def test_experts_are_the_sum_of_their_linears(dtype: torch.dtype, two_level: boo
     assert y.dtype == dtype
     # Cast once; float64 sums of other heights and orders differ far below a float32 rounding.
     assert torch.allclose(y.double(), expected.to(dtype).double(), rtol=2.0**-22 if dtype == torch.float32 else 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    count=st.integers(1, 4),
+    ids=st.lists(st.lists(st.integers(-2, 5), min_size=3, max_size=3), min_size=1, max_size=6),
+)
+def test_any_routing_is_the_sum_over_the_experts_at_hand(seed: int, count: int, ids: list[list[int]]) -> None:
+    """Ids of other ranks, an expert twice, experts that nobody chose."""
+    stored = random_experts(count, 32, 32, seed=seed)
+    topk_ids = torch.tensor(ids)
+    x, modality = random_tokens(len(ids), 32, seed)
+    topk_weights = torch.rand(topk_ids.shape, generator=torch.Generator().manual_seed(seed))
+    here = (topk_ids >= 0) & (topk_ids < count)
+    record = record_of(stored)
+    y = weighted_sum(intermediate(x, modality, topk_ids, record), modality, topk_weights, topk_ids, record)
+    expected = by_definition(x, modality, topk_weights * here, topk_ids.clamp(0, count - 1), stored)
+    # Products of other heights sum in another order, in float64.
+    assert torch.allclose(y, expected, rtol=1e-11, atol=1e-11)
+    # Experts in another order, with ids that follow them.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    moved = record_of([stored[index] for index in order.tolist()])
+    renumbered = torch.where(here, order.argsort()[topk_ids.clamp(0, count - 1)], -1)
+    h = intermediate(x, modality, renumbered, moved)
+    assert torch.allclose(weighted_sum(h, modality, topk_weights, renumbered, moved), y, rtol=1e-11, atol=1e-11)
 
 
 def test_massive_tokens_of_the_input_and_of_down_are_told_apart() -> None:
