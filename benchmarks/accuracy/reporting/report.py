@@ -22,6 +22,8 @@ DIVERGENCE = (
 BENCHMARKS = ("language", "small-text", "omni")
 # Benchmarks whose results stand in files; the table is over BENCHMARKS.
 KEPT = (*BENCHMARKS, MOE_OMNI)
+# Further tables of a mixture of experts, by caption.
+EXPERTS = {experts.INTERVALS: experts.intervals, experts.CAPTION: experts.table}
 
 
 def write(summary: Mapping[str, Any], directory: Path) -> None:
@@ -137,7 +139,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "",
         *lines_of(header, rows),
     ]
-    lines += _predictions(summary) + _expert_errors(summary) + _modality_rows(summary)
+    lines += _predictions(summary) + _experts(summary) + _modality_rows(summary)
     found = bars.check(summary)
     if found:
         lines += ["", "| bar | met | measured |", "|---|---|---|"]
@@ -150,9 +152,12 @@ def _predictions(summary: Mapping[str, Any]) -> list[str]:
     return ["", DIVERGENCE, "", *lines_of(header, rows)] if rows else []
 
 
-def _expert_errors(summary: Mapping[str, Any]) -> list[str]:
-    header, rows = experts.table(summary)
-    return ["", experts.CAPTION, "", *lines_of(header, rows)] if rows else []
+def _experts(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for caption, make in EXPERTS.items():
+        header, rows = make(summary)
+        lines += ["", caption, "", *lines_of(header, rows)] if rows else []
+    return lines
 
 
 def lines_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -203,9 +208,10 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     header, rows = predictions(summary)
     if rows:
         show_table(DIVERGENCE, header, rows, console)
-    header, rows = experts.table(summary)
-    if rows:
-        show_table(experts.CAPTION, header, rows, console)
+    for caption, make in EXPERTS.items():
+        header, rows = make(summary)
+        if rows:
+            show_table(caption, header, rows, console)
     for asked, met, figures in bars.check(summary):
         console.print(f"{'met ' if met else 'MISS'} {asked}: {figures}", markup=False, highlight=False)
 

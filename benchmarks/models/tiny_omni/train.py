@@ -73,14 +73,19 @@ def trained_model(
     missing.
     """
     settings = settings or TrainingSettings(seed)
-    data = [asdict(SPLITS["train"]), STAGES, all_texts()]
-    target = work.resolve() / f"model-{settings_hash([asdict(settings), data])}"
+    target = model_path(work, settings)
     if not target.is_dir():
         kept = target.with_suffix(".state")
         with staged(target) as staging, torch.random.fork_rng(), torch_threads(settings.threads):
             _train(staging, work, settings, kept, progress)
         kept.unlink(missing_ok=True)
     return target
+
+
+def model_path(work: Path, settings: TrainingSettings) -> Path:
+    """Directory of the model of these settings; it need not exist."""
+    data = [asdict(SPLITS["train"]), STAGES, all_texts()]
+    return work.resolve() / f"model-{settings_hash([asdict(settings), data])}"
 
 
 def family_of(settings: ModelSettings) -> Family:

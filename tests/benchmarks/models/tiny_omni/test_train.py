@@ -1,11 +1,9 @@
 """The training script in seconds: caching, frozen heavy rows, and the same inputs as in calibration and serving."""
 
 import json
-import wave
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,20 +19,11 @@ from benchmarks.models.tiny_omni.experts import ExpertsSettings
 from benchmarks.models.tiny_omni.model import ModelSettings
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
+from tests.benchmarks.models.tiny_omni.tones import write_tone
 
 SIZES = {"hidden": 128, "layers": 1, "heads": 2}
 SETTINGS = train.TrainingSettings(steps=2, warmup=1, learning_rate=1e-2, model=ModelSettings(intermediate=128, **SIZES))
 EXPERTS = replace(SETTINGS, threads=1, model=ExpertsSettings(intermediate=64, experts=4, **SIZES))
-
-
-def write_tone(path: Path, digit: int, voices: speech.Voices, generator: np.random.Generator) -> None:
-    """A tone instead of speech: espeak-ng need not be there."""
-    time = np.arange(int(generator.uniform(0.3, 0.6) * speech.SAMPLING_RATE)) / speech.SAMPLING_RATE
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(speech.SAMPLING_RATE)
-        file.writeframes((8000 * np.sin(2 * np.pi * 100 * (digit + 1) * time)).astype("<i2").tobytes())
 
 
 @pytest.fixture(scope="module")
