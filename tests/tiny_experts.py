@@ -65,6 +65,5 @@ def build_tiny_qwen3_omni_moe(directory: Path, seed: int = 0) -> Path:
     pixels = (4 * 32 * 32, 64 * 32 * 32)
     ids = write_experts_processor(directory, ProcessorSettings(16, *pixels), pixels)
     text = qwen3_vl_settings(ids, **EXPERTS, pad_token_id=ids["end"])["text_config"]
-    # vLLM divides the size of a picture by a patch's: 8 x 8 positions.
-    config = experts_config(ids, text, {**QWEN3_VISION, "image_size": 8 * 16}, _AUDIO)
+    config = experts_config(ids, text, QWEN3_VISION, _AUDIO)
     return write_model(directory, transformers.Qwen3OmniMoeForConditionalGeneration, config, seed, ids)

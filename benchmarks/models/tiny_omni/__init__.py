@@ -1,1 +1,1 @@
-"""A small omni model, dense or of experts, with heavy channels by modality, trained here, and questions to measure it."""
+"""A small omni model, dense or of experts, with heavy channels by modality, and questions to measure it by."""

@@ -66,9 +66,7 @@ def initial_model(settings: ModelSettings, ids: dict[str, int]) -> Qwen3OmniMoeF
         "patch_size": PATCH_SIZE,
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
-        # A learned position for each of 8 x 8 patches; vLLM divides the size of a picture by a patch's.
         "num_position_embeddings": 64,
-        "image_size": 8 * PATCH_SIZE,
         "deepstack_visual_indexes": [0],
         "out_hidden_size": settings.hidden,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def _talker(ids: dict[str, int], hidden: int) -> dict[str, Any]:
     }
 
 
+def _for_vllm(vision: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the published vision config that vLLM reads and transformers has no use for."""
+    side = math.isqrt(vision["num_position_embeddings"])
+    return {"image_size": side * vision["patch_size"], "apply_vit_abs_pos_embed": True}
+
+
 def experts_config(
     ids: dict[str, int], decoder: dict[str, Any], vision: dict[str, Any], audio: dict[str, Any]
 ) -> Qwen3OmniMoeConfig:
@@ -77,7 +84,7 @@ def experts_config(
     """
     thinker = {
         "text_config": {"bos_token_id": None, "eos_token_id": ids["im_end"], "pad_token_id": ids["end"], **decoder},
-        "vision_config": vision,
+        "vision_config": {**vision, **_for_vllm(vision)},
         "audio_config": {"num_mel_bins": 128, **audio},
         "position_id_per_seconds": 13,
         **{f"{kind}_token_id": ids[kind] for kind in ("audio", "image", "video", "user")},
