@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from benchmarks.models.tiny_omni.config import mrope, omni_config, stored_dtype, write_config, write_speakers
+from benchmarks.models.tiny_omni.experts_config import separate_experts
 from benchmarks.models.tiny_omni.processor import VOCAB_SIZE, write_processor, write_tokenizer
 
 # Every row-parallel linear keeps whole groups of 32 on two ranks: K/2 is 64 (o_proj) and 128 (down_proj).
@@ -88,17 +89,6 @@ def _random_tensor(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 Published = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
-
-
-def separate_experts(name: str, fused: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the per-expert tensors of `...experts.gate_up_proj` [E, 2I, H] or `...experts.down_proj` [E, H, I]."""
-    stem, kind = name.rsplit(".", 1)
-    parts = {"gate_proj": 0, "up_proj": 1} if kind == "gate_up_proj" else {kind: 0}
-    return {
-        f"{stem}.{expert}.{part}.weight": weights.chunk(len(parts))[index].contiguous()
-        for expert, weights in enumerate(fused)
-        for part, index in parts.items()
-    }
 
 
 def _write_weights(

@@ -1,4 +1,4 @@
-"""python -m benchmarks.accuracy {language,small-text,gemma,omni,table,report}: missing methods, JSON and tables."""
+"""python -m benchmarks.accuracy MODEL, table or report: run missing methods, write JSON and tables."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LOG_WIDTH = 200
 
 def parser() -> argparse.ArgumentParser:
     """The command line; defaults are those of Settings."""
+    from benchmarks.accuracy.methods import MOE_OMNI, OMNI
     from benchmarks.accuracy.settings import CALIBRATION_WINDOWS, WINDOWS, Settings
 
     defaults = Settings()
@@ -73,9 +74,9 @@ def parser() -> argparse.ArgumentParser:
         reading.add_argument("--windows", type=int, help=f"evaluation windows per text (default {WINDOWS[name]})")
         windows = ",".join(f"{domain}={count}" for domain, count in CALIBRATION_WINDOWS[name].items())
         reading.add_argument("--calibration", help=f"windows per domain (default {windows})")
-    commands.add_parser(
-        "omni", parents=[shared, running, another, asking], help="questions over images, speech, clips and text"
-    )
+    for name, model in ((OMNI, "a dense model"), (MOE_OMNI, "a mixture of experts")):
+        asked = f"questions over images, speech, clips and text: {model} trained here"
+        commands.add_parser(name, parents=[shared, running, another, asking], help=asked)
     commands.add_parser(
         "table",
         parents=[shared, running, peers, text_work, asking],
@@ -119,8 +120,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def prepare(benchmark: str, settings: Settings) -> Job:
     """The job of a benchmark, by its name; models are made, unless they are there."""
     from benchmarks.accuracy import language, omni
+    from benchmarks.accuracy.methods import ASKING
 
-    return omni.prepare(settings) if benchmark == "omni" else language.prepare(benchmark, settings)
+    return omni.prepare(settings, benchmark) if benchmark in ASKING else language.prepare(benchmark, settings)
 
 
 def run(arguments: argparse.Namespace, command: str, console: Console) -> None:

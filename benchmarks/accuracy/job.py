@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.accuracy import parts, simulation
 from benchmarks.accuracy.cache import Cache
+from benchmarks.accuracy.experts.separate import separate
 from benchmarks.accuracy.methods import METHODS, Part, Peer, Served, Simulated
 from benchmarks.accuracy.peers import environment
 from benchmarks.accuracy.serving import objective, served
@@ -22,6 +23,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 HERE = Path(__file__).parent
 SIMULATION_CODE = [
     HERE / "baselines",
+    HERE / "experts",
     HERE / "simulation.py",
     Path(decoder.__file__),
     served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
@@ -35,6 +37,7 @@ OBJECTIVE_CODE = [
 ]
 PART_CODE = [
     HERE / "parts.py",
+    HERE / "experts",
     served.REPOSITORY / "morphoquant_vllm" / "hf",
     served.REPOSITORY / "morphoquant_vllm" / "numerics",
 ]
@@ -209,6 +212,7 @@ def _serve(job: Job, name: str, directory: Path, missing: Mapping[str, Any]) -> 
 
 def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
     model = decoder.load(job.model)
+    separate(model)
     samples = []
     if method.calibrated:
         size = job.settings.window_tokens

@@ -176,9 +176,28 @@ TABLE = (
 OMNI_ONLY = ("served-no-modality-rows", "served-budget-0.5-no-modality-rows", "served-no-mask-no-modality-rows")
 
 
+# Benchmarks that ask questions about media, of a dense model and of a mixture of experts.
+OMNI, MOE_OMNI = "omni", "moe-omni"
+ASKING = (OMNI, MOE_OMNI)
+# Methods that need no activations of their own of an expert that calibration tokens may not choose.
+EXPERTS = (
+    "16bit",
+    "w4a16-rtn-g64",
+    "w4a16-rtn-g32",
+    "w4a16-gptq-g64",
+    "w4a16-gptq-g32",
+    "w4a4-token",
+    "w4a4-token-group",
+    "served-16bit",
+    "served",
+)
+
+
 def known_methods(benchmark: str) -> list[str]:
     """Names of the methods that a benchmark has. Peers are asked about text models only."""
-    if benchmark == "omni":
+    if benchmark == MOE_OMNI:
+        return list(EXPERTS)
+    if benchmark == OMNI:
         return [name for name, method in METHODS.items() if not isinstance(method, Peer)]
     return [name for name in METHODS if name not in OMNI_ONLY]
 

@@ -1,7 +1,8 @@
-"""A small Qwen2.5-Omni, per kind of question: exact answers, distance from 16 bit, and the right answer's log-loss.
+"""A small omni model, dense or with experts: exact answers, distance from 16 bit, and the right answer's log-loss.
 
-vLLM is asked for answers. An API gives no more than the likeliest tokens' log probabilities, so the other two figures
-are those of transformers on the torch reference: the right answer's tokens are given, and each is predicted.
+All by kind of question. vLLM is asked for answers. An API gives no more than the likeliest tokens' log probabilities,
+so the other two figures are those of transformers on the torch reference: the right answer's tokens are given, and each
+is predicted.
 """
 
 from __future__ import annotations
@@ -16,28 +17,36 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from benchmarks.accuracy.experts.errors import expert_errors
 from benchmarks.accuracy.job import Job
+from benchmarks.accuracy.methods import MOE_OMNI, OMNI
 from benchmarks.accuracy.settings import Settings
 from benchmarks.common.files import digest, file_digest, write_atomically
 from benchmarks.models.decoder import load
+from benchmarks.models.tiny_omni.data.questions import Question
 
 # More than the calibration file has, so all of its conversations are used.
 MAX_SAMPLES = 512
-# The evaluation sets: answers of the engine, and predictions of the right answers' tokens in this process.
-QUESTIONS, TOKENS = "questions", "tokens"
+# The evaluation sets: answers of the engine; predictions of the right answers' tokens, and errors of experts, in this
+# process.
+QUESTIONS, TOKENS, EXPERT_ERRORS = "questions", "tokens", "expert-errors"
+# Questions of each kind on which errors of experts are measured.
+EXPERT_QUESTIONS = 20
 
 
-def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
+def prepare(settings: Settings, benchmark: str = OMNI, progress: Callable[[str], None] = print) -> Job:
     """Train the model unless it exists, with lines to `progress`, and make the questions."""
     from transformers import AutoProcessor
 
+    from benchmarks.models.tiny_omni.data.encoding import Encoder
     from benchmarks.models.tiny_omni.data.questions import calibration_file, test_questions
     from benchmarks.models.tiny_omni.evaluate import answer_log_probs
-    from benchmarks.models.tiny_omni.train import trained_model
+    from benchmarks.models.tiny_omni.train import TrainingSettings, experts_training, trained_model
 
     work = settings.omni_work
     work.mkdir(parents=True, exist_ok=True)
-    model = settings.model or trained_model(work, settings.seed, progress=progress)
+    training = experts_training if benchmark == MOE_OMNI else TrainingSettings
+    model = settings.model or trained_model(work, settings=training(settings.seed), progress=progress)
     questions = test_questions(work, settings.questions, settings.seed)
 
     processor = AutoProcessor.from_pretrained(model)
@@ -51,21 +60,41 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Job:
         return _kept(settings.work / "references", [file_digest([model]), asked], lambda: log_probs(load(model)))
 
     def evaluate(thinker: Any, name: str) -> dict[str, Any]:
+        if name == EXPERT_ERRORS:
+            chosen, encoder = questions_of_each_kind(questions, EXPERT_QUESTIONS), Encoder(processor)
+            batches = (encoder.batch(asked, with_answers=True) for asked in chosen)
+            return {"lists": expert_errors(thinker, load(model), map(_inputs, batches))}
         tokens = right_tokens(processor.tokenizer, questions)
         return predictions(questions, tokens, log_probs(thinker), reference())
 
+    evaluations = {QUESTIONS: asked, TOKENS: asked}
+    if benchmark == MOE_OMNI:
+        # A result is known by its set's hash: this one is made of the same questions.
+        evaluations[EXPERT_ERRORS] = digest([asked, EXPERT_ERRORS, EXPERT_QUESTIONS])
     return Job(
-        benchmark="omni",
+        benchmark=benchmark,
         settings=settings,
         model=model,
         calibration=[calibration_file(work, settings.seed)],
         max_samples=MAX_SAMPLES,
-        evaluations={QUESTIONS: asked, TOKENS: asked},
+        evaluations=evaluations,
         described=lambda name: {"work": str(work.resolve()), "questions": settings.questions, "seed": settings.seed},
         evaluate=evaluate,
         engine=(QUESTIONS,),
-        process=(TOKENS,),
+        process=tuple(name for name in evaluations if name != QUESTIONS),
     )
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def questions_of_each_kind(questions: Sequence[Question], count: int) -> list[list[Question]]:
+    """The first `count` questions of each kind."""
+    kinds: dict[str, list[Question]] = {}
+    for question in questions:
+        kinds.setdefault(question.kind, []).append(question)
+    return [asked[:count] for asked in kinds.values()]
 
 
 def _kept(directory: Path, key: Sequence[str], make: Callable[[], list[Tensor]]) -> list[Tensor]:

@@ -75,10 +75,13 @@ def apply(
 def fit(
     method: Simulated, inputs: Sequence[Tensor], weights: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Tensor], Activation | None]:
-    """Rounded weights [N, K] of the linears that share `inputs` ([M, K] each), and the function of their input."""
+    """Rounded weights [N, K] of the linears that share `inputs` ([M, K] each), and the function of their input.
+
+    Weights without inputs are rounded plainly.
+    """
     forward, matrices = _transform(method, inputs, weights, seed)
     seen = list(inputs) if forward is None else [forward(x) for x in inputs]
-    hessian = hessian_of(seen) if method.weights in SEQUENTIAL else None
+    hessian = hessian_of(seen) if method.weights in SEQUENTIAL and seen else None
     rounded = {name: _round(method, matrix, hessian) for name, matrix in matrices.items()}
     full_mask = any(name.endswith(FULL_MASK) for name in weights)
     quantizer = _activation(method, seen, full_mask)
@@ -110,7 +113,7 @@ def _round(method: Simulated, weight: Tensor, hessian: Tensor | None) -> Tensor:
         return ours_int4(weight, hessian, method.group_size, method.levels)
     if hessian is not None:
         return gptq_int4(weight, hessian, method.group_size, method.act_order)
-    if method.weights == "rtn":
+    if method.weights in ("rtn", *SEQUENTIAL):
         return rtn_int4(weight, method.group_size)
     return nf4(weight) if method.weights == "nf4" else weight
 

@@ -35,7 +35,7 @@ class Group:
     """Linears of a block that read the same input, by their names below the block."""
 
     names: tuple[str, ...]
-    # One [M, K] per sample.
+    # One [M, K] per sample; of an expert, one per sample with tokens that chose it.
     inputs: list[Tensor]
 
 
@@ -134,4 +134,6 @@ def observe(block: nn.Module, index: int, entries: Sequence[BlockInput]) -> tupl
         # Every linear of a group gets the same object as input.
         shared.setdefault(tuple(id(x) for x in inputs), []).append(name)
     groups = [Group(tuple(names), [x.flatten(0, -2) for x in seen[names[0]]]) for names in shared.values()]
+    # Experts that no token chose.
+    groups += [Group((name,), []) for name in linears_of(block) if name not in seen]
     return groups, outputs

@@ -1,6 +1,7 @@
 """From stored results to figures, bars, tables and charts.
 
 bars      targets of the served method
+experts   tables of a mixture of experts
 overview  one table of all methods and models
 plots     the chart of a summary
 report    tables and files

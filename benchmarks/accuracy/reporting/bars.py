@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.accuracy.methods import ASKING, MOE_OMNI
+
 OURS, ORACLE, RTN, GPTQ = "served", "oracle-rtn-g64", "w4a16-rtn-g64", "w4a16-gptq-g64"
+# GPTQ with groups as large as ours.
+GPTQ_SAME_GROUPS = "w4a16-gptq-g32"
 # Largest ratio of our perplexity to W4A16 GPTQ's.
 GPTQ_RATIO = 1.15
 ESCAPE_RATE, LAYER_ESCAPE_RATE = 0.05, 0.20
@@ -21,7 +25,9 @@ Bar = tuple[str, bool, str]
 
 def check(summary: Mapping[str, Any]) -> list[Bar]:
     """(what is asked, whether it holds, the figures) for every bar whose methods were measured."""
-    return (_omni if summary["benchmark"] == "omni" else _language)(summary["methods"])
+    if summary["benchmark"] == MOE_OMNI:
+        return _experts(summary["methods"])
+    return (_omni if summary["benchmark"] in ASKING else _language)(summary["methods"])
 
 
 def _escapes(where: str, activations: Mapping[str, Any] | None) -> list[Bar]:
@@ -74,3 +80,23 @@ def _omni(methods: Mapping[str, Any]) -> list[Bar]:
         figures = f"{-row['difference']:.2%}, {low:.2%} to {high:.2%}"
         bars.append((asked, -row["difference"] >= HARD_LOSS and low > 0, figures))
     return bars + (_escapes("questions", ours["activations"]) if ours else [])
+
+
+def _experts(methods: Mapping[str, Any]) -> list[Bar]:
+    """Ours is not worse than W4A16 GPTQ: in answers at 95 %, and in divergence from 16 bit by its mean."""
+    bars: list[Bar] = []
+    ours = methods.get(OURS, {})
+    for name in (GPTQ, GPTQ_SAME_GROUPS):
+        theirs = methods.get(name, {})
+        if not ours or not theirs:
+            continue
+        found = theirs["against_ours"]
+        difference, high = found["difference"], found["interval"][1]
+        figures = f"{difference:+.2%}, {found['interval'][0]:+.2%} to {high:+.2%}"
+        bars.append((f"answers not worse than {name}'s: the interval of ours - {name} reaches 0", high >= 0, figures))
+        rows = [each["kinds"]["all"] for each in (ours, theirs)]
+        if all("divergence" in row for row in rows):
+            own, other = (row["divergence"] for row in rows)
+            asked = f"divergence at most {name}'s"
+            bars.append((asked, own <= other, f"{1000 * own:.2f} / {1000 * other:.2f} thousandths of a nat"))
+    return bars

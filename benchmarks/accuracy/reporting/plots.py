@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.accuracy.methods import ASKING
 from benchmarks.common.plots import panels, png
 
 # Perplexities above this many times 16 bit's are cut off: such a model is useless.
@@ -13,7 +14,7 @@ CUT_RATIO = 20
 
 def chart(summary: Mapping[str, Any]) -> bytes:
     """The chart of a summary; MorphoQuantError where matplotlib is missing."""
-    language = summary["benchmark"] != "omni"
+    language = summary["benchmark"] not in ASKING
     part = "texts" if language else "kinds"
     methods = {name: method[part] for name, method in summary["methods"].items()}
     columns = list(dict.fromkeys(column for rows in methods.values() for column in rows))

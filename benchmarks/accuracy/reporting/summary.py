@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.accuracy.job import Job, calibration_report, results
-from benchmarks.accuracy.methods import METHODS, Served
-from benchmarks.accuracy.omni import QUESTIONS, TOKENS
+from benchmarks.accuracy.methods import ASKING, METHODS, Served
+from benchmarks.accuracy.omni import EXPERT_ERRORS, QUESTIONS, TOKENS
 from benchmarks.accuracy.reporting import scores
 from benchmarks.accuracy.serving.served import data_digest
 from benchmarks.common.files import file_digest
@@ -19,7 +19,6 @@ from benchmarks.common.machine import processor, versions
 SERVED_REFERENCE, REFERENCE = "served-16bit", "16bit"
 OURS = "served"
 FORMAT = 3
-OMNI = "omni"
 # Above it exp overflows.
 MAX_LOG = 700
 
@@ -29,7 +28,7 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
     raw: dict[str, dict[str, dict[str, Any]]] = {}
     for name, evaluation, result in results(job):
         raw.setdefault(name, {})[evaluation] = result
-    language, settings = job.benchmark != OMNI, job.settings
+    language, settings = job.benchmark not in ASKING, job.settings
     figures = _language if language else _omni
     return {
         "format": FORMAT,
@@ -97,7 +96,8 @@ def _omni(name: str, found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[s
         if kind in reference:
             rows[kind] |= _paired("difference", outcomes, reference[kind])
     _add_predictions(rows, found.get(TOKENS), raw.get(REFERENCE, {}).get(TOKENS))
-    return {"kinds": rows}
+    experts = {EXPERT_ERRORS: found[EXPERT_ERRORS]["lists"]} if EXPERT_ERRORS in found else {}
+    return {"kinds": rows, **experts}
 
 
 def _add_predictions(
@@ -142,13 +142,13 @@ def _ratio(found: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, flo
     return {"ratio": _number(ratio), "error": _number(ratio * error)}
 
 
-def _omni_against(found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, float] | None:
-    """Our accuracy less this one, on the same questions, and its standard error."""
+def _omni_against(found: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Our accuracy less this one, on the same questions, its standard error and its interval."""
     if OURS not in raw:
         return None
     ours, right = (_right(each)["all"] for each in (raw[OURS], found))
-    difference, error = scores.paired_difference(ours, right)
-    return {"difference": difference, "error": error}
+    found = _paired("difference", ours, right)
+    return {name.removeprefix("difference_"): value for name, value in found.items()}
 
 
 def _with_all(values: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.accuracy import language, omni
 from benchmarks.accuracy.cache import Cache
+from benchmarks.accuracy.methods import ASKING
 from benchmarks.accuracy.serving.escapes import EscapeCounter
 
 # No question of the omni benchmark is longer.
@@ -25,7 +26,7 @@ def make_engine(job: dict[str, Any]) -> Any:
     """An eager engine that computes every token of every prompt; prefixes are not reused."""
     from vllm import LLM
 
-    if job["benchmark"] == "omni":
+    if job["benchmark"] in ASKING:
         length, sequences = MAX_MODEL_LEN, OMNI_MAX_SEQUENCES
         media = {"limit_mm_per_prompt": {"image": 1, "video": 1, "audio": 1}}
     else:
@@ -58,7 +59,7 @@ def window_losses(llm: Any, windows: list[list[int]]) -> list[float]:
 
 def run_task(benchmark: str, task: dict[str, Any], llm: Any) -> dict[str, Any]:
     """The result of one evaluation set."""
-    if benchmark != "omni":
+    if benchmark not in ASKING:
         return language.outcome(window_losses(llm, task["windows"]), task["windows"])
     from benchmarks.models.tiny_omni.data.questions import test_questions
     from benchmarks.models.tiny_omni.evaluate import answers_vllm

@@ -1,1 +1,1 @@
-"""A small Qwen2.5-Omni with modality-specific heavy channels, trained here, and questions to measure it by."""
+"""A small omni model, dense or of experts, with heavy channels by modality, and questions to measure it by."""

@@ -22,7 +22,9 @@ from benchmarks.common.machine import torch_threads
 from benchmarks.models.tiny_omni.data.encoding import Encoder
 from benchmarks.models.tiny_omni.data.pool import SPLITS, media_pool, settings_hash
 from benchmarks.models.tiny_omni.data.questions import KINDS, Question, all_texts, question_stream
-from benchmarks.models.tiny_omni.model import ModelSettings, heavy_rows, initial_model, write_files, write_model
+from benchmarks.models.tiny_omni.experts import EXPERTS, ExpertsSettings
+from benchmarks.models.tiny_omni.model import DENSE, Family, ModelSettings
+from benchmarks.models.training import keep, resume
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,9 @@ STAGES: tuple[tuple[float, Batch], ...] = (
     (0.3, ({"text": 12, "image": 12, "image+text": 8}, {"audio": 12})),
     (1.0, ({"text": 12, "image": 6, "image+text": 8}, {"audio": 6, "image+audio": 8}, {"video": 8, "video+audio": 6})),
 )
+# Steps between lines of progress, and between states from which an interrupted training goes on.
 LOG_EVERY = 50
+KEEP_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class TrainingSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
 
 
+def experts_training(seed: int = 0) -> TrainingSettings:
+    """Settings of the mixture of experts. One thread for each of a step's passes, which run side by side."""
+    return TrainingSettings(seed, threads=1, model=ExpertsSettings())
+
+
 def trained_model(
     work: Path,
     seed: int = 0,
@@ -60,38 +69,56 @@ def trained_model(
 ) -> Path:
     """The model directory, trained in `work` unless a model of the same settings is there; `settings` have their seed.
 
-    It appears only when training has ended. Raises MorphoQuantError if espeak-ng is missing.
+    It appears only when training has ended; an interrupted training goes on. Raises MorphoQuantError if espeak-ng is
+    missing.
     """
     settings = settings or TrainingSettings(seed)
-    data = [asdict(SPLITS["train"]), STAGES, all_texts()]
-    target = work.resolve() / f"model-{settings_hash([asdict(settings), data])}"
+    target = model_path(work, settings)
     if not target.is_dir():
+        kept = target.with_suffix(".state")
         with staged(target) as staging, torch.random.fork_rng(), torch_threads(settings.threads):
-            _train(staging, work, settings, progress)
+            _train(staging, work, settings, kept, progress)
+        kept.unlink(missing_ok=True)
     return target
 
 
-def _train(directory: Path, work: Path, settings: TrainingSettings, progress: Callable[[str], None]) -> None:
+def model_path(work: Path, settings: TrainingSettings) -> Path:
+    """Directory of the model of these settings; it need not exist."""
+    data = [asdict(SPLITS["train"]), STAGES, all_texts()]
+    return work.resolve() / f"model-{settings_hash([asdict(settings), data])}"
+
+
+def family_of(settings: ModelSettings) -> Family:
+    """The family of models that the settings size."""
+    return EXPERTS if isinstance(settings, ExpertsSettings) else DENSE
+
+
+def _train(
+    directory: Path, work: Path, settings: TrainingSettings, kept: Path, progress: Callable[[str], None]
+) -> None:
     torch.manual_seed(settings.seed)
-    ids = write_files(directory)
-    model = initial_model(settings.model, ids)
+    family = family_of(settings.model)
+    ids = family.write_files(directory)
+    model = family.initial_model(settings.model, ids)
     thinker = model.thinker
-    # bfloat16 pixels: the clips' would fill 4 GiB otherwise, and their noise is coarser.
-    encoder = Encoder(AutoProcessor.from_pretrained(directory), torch.bfloat16, keep=True)
+    # bfloat16 pixels: their noise is coarser.
+    encoder = Encoder(AutoProcessor.from_pretrained(directory), torch.bfloat16, family.kept)
     streams = _streams(work, settings.seed)
-    frozen = _freeze_rows(thinker, settings.model)
-    optimizer = torch.optim.AdamW(_groups(thinker, frozen, settings), lr=settings.learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, settings))
+    frozen = _freeze_rows(family.heavy_rows(thinker, settings.model))
+    optimizer = torch.optim.AdamW(_groups(thinker, frozen, settings), betas=(0.9, 0.98))
+    done = resume(kept, thinker, optimizer)
     started, exact = time.monotonic(), _Exact()
     thinker.train()
     parameters = [parameter for parameter in thinker.parameters() if parameter.requires_grad]
 
     def one_pass(count: int, size: int, batch: dict[str, Tensor]) -> tuple[Sequence[Tensor | None], list[bool]]:
-        loss, right = _loss(thinker, batch)
+        loss, right = _loss(thinker, batch, settings.model)
         return torch.autograd.grad(loss * count / size, parameters, allow_unused=True), right
 
     with _fast_patches(thinker.visual), ThreadPoolExecutor() as side_by_side:
-        for step, passes in enumerate(_prepared(settings.steps, streams, encoder), start=1):
+        for step, passes in enumerate(_prepared(done, settings.steps, streams, encoder), start=done + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _rate(settings, step - 1)
             size = sum(len(questions) for questions, _ in passes)
             # A pass alone keeps little more than one core busy. Gradients are added in the order of the passes.
             running = [side_by_side.submit(one_pass, len(questions), size, batch) for questions, batch in passes]
@@ -104,11 +131,12 @@ def _train(directory: Path, work: Path, settings: TrainingSettings, progress: Ca
             nn.utils.clip_grad_norm_(thinker.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             if step % LOG_EVERY == 0:
                 progress(f"step {step}/{settings.steps}  {exact}  {time.monotonic() - started:.0f} s")
                 exact = _Exact()
-    write_model(directory, model.eval(), ids)
+            if step % KEEP_EVERY == 0:
+                keep(kept, step, thinker, optimizer)
+    family.write_model(directory, model.eval(), ids)
 
 
 class _Exact:
@@ -136,35 +164,45 @@ def _streams(work: Path, seed: int) -> dict[str, Iterator[Question]]:
 
 
 def _prepared(
-    steps: int, streams: Mapping[str, Iterator[Question]], encoder: Encoder
+    done: int, steps: int, streams: Mapping[str, Iterator[Question]], encoder: Encoder
 ) -> Iterator[list[tuple[list[Question], dict[str, Tensor]]]]:
-    """Each step's passes: their questions, encoded while the step before is trained on."""
+    """The passes of each step after `done`: their questions, encoded while the step before is trained on."""
+
+    def drawn(step: int) -> list[list[Question]]:
+        passes = next(batch for until, batch in STAGES if step <= until * steps)
+        return [[next(streams[kind]) for kind, count in kinds.items() for _ in range(count)] for kinds in passes]
 
     def prepare(step: int) -> list[tuple[list[Question], dict[str, Tensor]]]:
-        passes = next(batch for until, batch in STAGES if step <= until * steps)
-        drawn = [[next(streams[kind]) for kind, count in kinds.items() for _ in range(count)] for kinds in passes]
-        return [(questions, encoder.batch(questions, with_answers=True)) for questions in drawn]
+        return [(questions, encoder.batch(questions, with_answers=True)) for questions in drawn(step)]
 
+    for step in range(1, done + 1):
+        drawn(step)
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        following = ahead.submit(prepare, 1)
-        for step in range(1, steps + 1):
+        following = ahead.submit(prepare, done + 1)
+        for step in range(done + 1, steps + 1):
             passes = following.result()
             if step < steps:
                 following = ahead.submit(prepare, step + 1)
             yield passes
 
 
-def _loss(thinker: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, list[bool]]:
-    """Mean cross-entropy of the answers' tokens, and which answers were exact; `batch` as Encoder.batch makes it."""
+def _loss(thinker: nn.Module, batch: dict[str, Tensor], settings: ModelSettings) -> tuple[Tensor, list[bool]]:
+    """Mean cross-entropy of the answers' tokens, and which answers were exact; `batch` as Encoder.batch makes it.
+
+    With experts the loss of unequal use is added.
+    """
     labels = batch.pop("labels")[:, 1:]
-    logits = thinker(**batch, use_cache=False).logits[:, :-1]
+    routed = isinstance(settings, ExpertsSettings)
+    output = thinker(**batch, use_cache=False, **({"output_router_logits": True} if routed else {}))
+    logits = output.logits[:, :-1]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    if isinstance(settings, ExpertsSettings):
+        loss = loss + settings.balance * output.aux_loss
     return loss, ((logits.argmax(-1) == labels) | (labels < 0)).all(-1).tolist()
 
 
-def _freeze_rows(thinker: nn.Module, settings: ModelSettings) -> list[nn.Parameter]:
+def _freeze_rows(holders: list[tuple[nn.Parameter, Tensor]]) -> list[nn.Parameter]:
     """Keep the heavy rows' gradients at zero; return the parameters that hold such rows."""
-    holders = heavy_rows(thinker, settings)
     for parameter, rows in holders:
         parameter.register_hook(partial(_without_rows, rows))
     return [parameter for parameter, _ in holders]

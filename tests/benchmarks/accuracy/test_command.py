@@ -152,3 +152,22 @@ def test_bars_of_the_omni_benchmark() -> None:
         ("questions: escapes at most 5%", False),
         ("questions: escapes at most 20% in any layer", True),
     ]
+
+
+def test_bars_of_the_mixture_of_experts() -> None:
+    def method(divergence: float, interval: list[float]) -> dict:
+        against = {"difference": sum(interval) / 2, "error": 0.001, "interval": interval}
+        return {"kinds": {"all": {"divergence": divergence}}, "against_ours": against}
+
+    methods = {
+        "served": method(0.002, [0, 0]),
+        "w4a16-gptq-g64": method(0.001, [-0.004, 0.001]),
+        "w4a16-gptq-g32": method(0.003, [-0.005, -0.001]),
+    }
+    assert [(asked, met) for asked, met, _ in bars.check({"benchmark": "moe-omni", "methods": methods})] == [
+        ("answers not worse than w4a16-gptq-g64's: the interval of ours - w4a16-gptq-g64 reaches 0", True),
+        ("divergence at most w4a16-gptq-g64's", False),
+        ("answers not worse than w4a16-gptq-g32's: the interval of ours - w4a16-gptq-g32 reaches 0", False),
+        ("divergence at most w4a16-gptq-g32's", True),
+    ]
+    assert bars.check({"benchmark": "moe-omni", "methods": {"16bit": methods["w4a16-gptq-g64"]}}) == []

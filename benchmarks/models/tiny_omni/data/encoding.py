@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ _MODALITIES = {"image_url": "image", "audio_url": "audio", "video_url": "video"}
 class Encoder:
     """Turns questions into batches for the thinker.
 
-    `processor`: of the model directory. `dtype`: in which pixels are kept (clips are large). `keep`: whether a
-    medium's features are kept for the next time that it is used.
+    `processor`: of the model directory. `dtype`: of pixels. `keep`: kinds of media ("image", "audio", "video"); their
+    features are kept for the next time that a medium is used. Those of pictures and clips are large.
     """
 
-    def __init__(self, processor: Any, dtype: torch.dtype = torch.float32, keep: bool = False) -> None:
+    def __init__(self, processor: Any, dtype: torch.dtype = torch.float32, keep: Collection[str] = ()) -> None:
         self.processor, self.dtype, self.keep = processor, dtype, keep
         self.tokens = {kind: getattr(processor, f"{kind}_token") for kind in _MODALITIES.values()}
         self._kept: dict[str, tuple[int, dict[str, Tensor]]] = {}
@@ -62,7 +62,7 @@ class Encoder:
             for name in ("input_features", "feature_attention_mask"):
                 features[name] = features[name][..., :length].clone()
         encoded = batch["input_ids"].shape[1], features
-        if self.keep:
+        if kind in self.keep:
             self._kept[file] = encoded
         return encoded
 

@@ -1,38 +1,29 @@
 """The training script in seconds: caching, frozen heavy rows, and the same inputs as in calibration and serving."""
 
 import json
-import wave
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import AutoProcessor
 
+from benchmarks.models import decoder
 from benchmarks.models.tiny_omni import train
 from benchmarks.models.tiny_omni.data import pool, speech
 from benchmarks.models.tiny_omni.data.encoding import Encoder
 from benchmarks.models.tiny_omni.data.questions import Question, calibration_file, test_questions
 from benchmarks.models.tiny_omni.evaluate import answer_log_probs, answers_transformers
-from benchmarks.models.tiny_omni.model import ModelSettings, heavy_rows, initial_model, write_files
+from benchmarks.models.tiny_omni.experts import ExpertsSettings
+from benchmarks.models.tiny_omni.model import ModelSettings
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
+from tests.benchmarks.models.tiny_omni.tones import write_tone
 
-SETTINGS = train.TrainingSettings(
-    steps=2, warmup=1, learning_rate=1e-2, model=ModelSettings(hidden=128, intermediate=128, layers=1, heads=2)
-)
-
-
-def write_tone(path: Path, digit: int, voices: speech.Voices, generator: np.random.Generator) -> None:
-    """A tone instead of speech: espeak-ng need not be there."""
-    time = np.arange(int(generator.uniform(0.3, 0.6) * speech.SAMPLING_RATE)) / speech.SAMPLING_RATE
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(speech.SAMPLING_RATE)
-        file.writeframes((8000 * np.sin(2 * np.pi * 100 * (digit + 1) * time)).astype("<i2").tobytes())
+SIZES = {"hidden": 128, "layers": 1, "heads": 2}
+SETTINGS = train.TrainingSettings(steps=2, warmup=1, learning_rate=1e-2, model=ModelSettings(intermediate=128, **SIZES))
+EXPERTS = replace(SETTINGS, threads=1, model=ExpertsSettings(intermediate=64, experts=4, **SIZES))
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +45,19 @@ def model(work: Path, few_media: None) -> Path:
     return train.trained_model(work, settings=SETTINGS)
 
 
-def test_full_model_loads_and_heavy_rows_kept_their_values(model: Path, tmp_path: Path) -> None:
-    trained = Qwen2_5OmniForConditionalGeneration.from_pretrained(model, dtype=torch.float32).thinker
-    torch.manual_seed(SETTINGS.seed)
-    drawn = initial_model(SETTINGS.model, write_files(tmp_path)).thinker
-    for (weight, rows), (initial, _) in zip(
-        heavy_rows(trained, SETTINGS.model), heavy_rows(drawn, SETTINGS.model), strict=True
-    ):
+families = pytest.mark.parametrize("settings", [SETTINGS, EXPERTS], ids=["dense", "experts"])
+
+
+@families
+def test_full_model_loads_and_heavy_rows_kept_their_values(
+    settings: train.TrainingSettings, work: Path, tmp_path: Path
+) -> None:
+    family = train.family_of(settings.model)
+    torch.manual_seed(settings.seed)
+    full = family.initial_model(settings.model, family.write_files(tmp_path))
+    trained = type(full).from_pretrained(train.trained_model(work, settings=settings), dtype=torch.float32).thinker
+    holders = [family.heavy_rows(thinker, settings.model) for thinker in (trained, full.thinker)]
+    for (weight, rows), (initial, _) in zip(*holders, strict=True):
         initial = initial.detach().bfloat16().float()
         assert torch.equal(weight[rows], initial[rows])
         others = torch.ones(len(weight), dtype=torch.bool).index_fill(0, rows, False)
@@ -68,9 +65,65 @@ def test_full_model_loads_and_heavy_rows_kept_their_values(model: Path, tmp_path
         if weight.ndim == 2:
             # 35 times the spread of the other rows, which two steps hardly change: 10 is far from both.
             assert weight[rows].std() > 10 * weight[others].std()
-    vision, audio = (set(rows.tolist()) for _, rows in heavy_rows(trained, SETTINGS.model)[::2])
-    assert len(vision) == len(audio) == SETTINGS.model.heavy_rows
+    vision, audio = (set(rows.tolist()) for _, rows in holders[0][::2])
+    assert len(vision) == len(audio) == settings.model.heavy_rows
     assert not vision & audio
+
+
+def test_experts_lie_on_disk_one_by_one_and_all_of_them_learned(work: Path, tmp_path: Path) -> None:
+    stored = load_file(train.trained_model(work, settings=EXPERTS) / "model.safetensors")
+    family = train.family_of(EXPERTS.model)
+    torch.manual_seed(EXPERTS.seed)
+    drawn = family.initial_model(EXPERTS.model, family.write_files(tmp_path)).thinker.model.layers[0].mlp.experts
+    stem = "thinker.model.layers.0.mlp.experts"
+    for expert in range(4):
+        gate, up = drawn.gate_up_proj[expert].detach().bfloat16().chunk(2)
+        wanted = {"gate_proj": gate, "up_proj": up, "down_proj": drawn.down_proj[expert].detach().bfloat16()}
+        for part, initial in wanted.items():
+            learned = stored[f"{stem}.{expert}.{part}.weight"]
+            assert learned.shape == initial.shape and not torch.equal(learned, initial)
+            # Two steps of 0.01 at most: the neighbours' weights are much farther away.
+            assert (learned - initial).abs().max() < 0.03
+    assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in stored)
+
+
+def test_unequal_use_of_experts_adds_to_the_loss(work: Path) -> None:
+    directory = train.trained_model(work, settings=EXPERTS)
+    thinker = decoder.load(directory)
+    batch = Encoder(AutoProcessor.from_pretrained(directory)).batch(test_questions(work, 1), with_answers=True)
+    losses = [
+        train._loss(thinker, dict(batch), replace(EXPERTS.model, balance=balance))[0].item() for balance in (0.0, 1.0)
+    ]
+    batch.pop("labels")
+    wanted = thinker(**batch, use_cache=False, output_router_logits=True).aux_loss.item()
+    # Two of the experts serve each token: 2 if all are equally busy, more if not.
+    assert wanted >= 2 - 1e-4
+    assert losses[1] - losses[0] == pytest.approx(wanted, rel=1e-4)
+
+
+@families
+def test_interrupted_training_goes_on_as_if_it_had_not_been(
+    settings: train.TrainingSettings, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train.trained_model(work, settings=settings)
+    monkeypatch.setattr(train, "KEEP_EVERY", 1)
+
+    def interrupted(path: Path, step: int, *state: object) -> None:
+        keep(path, step, *state)
+        raise KeyboardInterrupt
+
+    keep = train.keep
+    monkeypatch.setattr(train, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.trained_model(tmp_path, settings=settings)
+    state = tmp_path / f"{whole.name}.state"
+    assert torch.load(state, weights_only=True)["step"] == 1
+    monkeypatch.setattr(train, "keep", keep)
+    first, second = (
+        load_file(model / "model.safetensors") for model in (whole, train.trained_model(tmp_path, settings=settings))
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not state.exists()
 
 
 def test_cached_by_settings_and_same_seed_same_bytes(model: Path, work: Path, tmp_path: Path) -> None:
@@ -102,17 +155,18 @@ def test_interrupted_training_leaves_no_model(work: Path, monkeypatch: pytest.Mo
     assert {path for path in work.iterdir() if path.name.startswith(("model", ".model"))} <= before
 
 
-def test_questions_become_what_calibration_makes_of_them(model: Path, work: Path) -> None:
+@families
+def test_questions_become_what_calibration_makes_of_them(settings: train.TrainingSettings, work: Path) -> None:
     """calibration.data.rendering is tested against vLLM; the benchmark's own faster way must give the same inputs."""
-    config = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(model).config
-    ids = {kind: [getattr(config, f"{kind}_token_id")] for kind in ("image", "video", "audio")}
+    model = train.trained_model(work, settings=settings)
+    architecture, config = decoder.architecture_of(model)
     path = calibration_file(work)
     samples = build_samples(
         model,
         load_conversations(path),
         max_tokens=512,
         max_samples=30,
-        placeholder_token_ids=ids,
+        placeholder_token_ids=architecture.placeholder_token_ids(config),
         rows=("text", "image", "video", "audio", "any"),
     )
     encoder = Encoder(AutoProcessor.from_pretrained(model))
@@ -138,10 +192,11 @@ def _asked(path: Path, line: int) -> Question:
     return Question("any", [user], assistant["content"])
 
 
-def test_batched_answers_are_those_of_single_questions(work: Path) -> None:
+@families
+def test_batched_answers_are_those_of_single_questions(settings: train.TrainingSettings, work: Path) -> None:
     # Hardly trained: two larger steps already make every answer the same.
-    model = train.trained_model(work, settings=replace(SETTINGS, learning_rate=1e-5))
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    model = train.trained_model(work, settings=replace(settings, learning_rate=1e-5))
+    thinker = decoder.load(model)
     processor, asked = AutoProcessor.from_pretrained(model), test_questions(work, 2)
     together = answers_transformers(thinker, processor, asked, batch_size=14)
     assert together == [answers_transformers(thinker, processor, [question])[0] for question in asked]
@@ -149,7 +204,7 @@ def test_batched_answers_are_those_of_single_questions(work: Path) -> None:
 
 
 def test_answers_are_scored_as_the_model_predicts_them_token_by_token(model: Path, work: Path) -> None:
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    thinker = decoder.load(model)
     processor, asked = AutoProcessor.from_pretrained(model), test_questions(work, 2)
     found = answer_log_probs(thinker, processor, asked, batch_size=14)
     encoder = Encoder(processor)
