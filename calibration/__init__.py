@@ -4,6 +4,7 @@ cli             the command `morphoquant`
 calibrate       one run from model and data to checkpoint
 stages          its stages: capture, quantize, export
 forecast        what a run will do and need
+examination     the memory of a calibration, for `morphoquant doctor`
 settings        the settings, each declared once
 model           the source model: files, architectures, the plan of quantized layers
 data            from conversations to tokens

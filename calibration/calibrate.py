@@ -66,7 +66,7 @@ def calibrate(
     fix. After any failure, `output` is as it was before.
     """
     output = Path(output)
-    job = _plan(model, recipe or Recipe(), memory_budget, processes)
+    job = plan_job(model, recipe or Recipe(), memory_budget, processes)
     source = job.source
     # A link leads to the place that is meant, for example on a larger disk; its own name cannot be removed.
     place = Path(os.path.realpath(work if work is not None else default_work(output)))
@@ -110,14 +110,14 @@ def dry_run(
     Raises MorphoQuantError for whatever would end that call before its first block: the model, settings, data, places.
     """
     output = Path(output)
-    job = _plan(model, recipe or Recipe(), memory_budget, ONE)
+    job = plan_job(model, recipe or Recipe(), memory_budget, ONE)
     place = Path(work) if work is not None else default_work(output)
     _check_places(job, output, place, overwrite=overwrite)
     conversations = load_conversations(data, skip_bad=skip_bad)
     return forecast(job, prepare(job, conversations, skip_bad=skip_bad)[1])
 
 
-def _plan(model: Path | str, recipe: Recipe, memory_budget: int | None, processes: Processes) -> Job:
+def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, processes: Processes) -> Job:
     """The job of this run: which layers are quantized, and how, by the model's config and the recipe."""
     device = choose_device(recipe.device, processes)
     source = open_source(model)

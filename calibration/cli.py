@@ -249,7 +249,12 @@ def doctor(
     if mend:
         for line in server.mend_all():
             typer.echo(f"mending {line}", err=True)
-    findings = examine(None if model is None else read_model(model))
+    served = None if model is None else read_model(model)
+    findings = examine(served)
+    if served is not None and not served.is_quantized:
+        from calibration.examination import calibrating
+
+        findings += calibrating(served.directory)
     typer.echo(json.dumps(json_object(findings), indent=2) if as_json else as_text(findings))
     if not is_healthy(findings):
         raise typer.Exit(1)

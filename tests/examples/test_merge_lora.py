@@ -85,5 +85,7 @@ def test_a_merged_tensor_without_a_place_in_the_source_is_refused(
 
 def test_without_peft_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match=r'^error: merging needs peft; run pip install "morphoquant-vllm\[lora\]"$'):
+    with pytest.raises(
+        SystemExit, match=r"^error: the Python package 'peft' is missing; run pip install '\.\[lora\]' in a"
+    ):
         run(monkeypatch, "merge_lora.py", tmp_path, tmp_path, tmp_path / "merged")

@@ -1,0 +1,42 @@
+"""What `morphoquant doctor --model` says of a 16-bit model: the memory that its calibration takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.doctor.finding import Finding, note, ok
+from morphoquant_vllm.errors import MorphoQuantError, missing_package, one_line
+
+
+def calibrating(directory: Path) -> Iterator[Finding]:
+    """The memory need of a calibration with the default settings against the free memory; no weights are loaded."""
+    subject, name = "calibration", one_line(directory.resolve().name)
+    try:
+        need, free = _need_and_free(directory)
+    except ModuleNotFoundError as error:
+        yield note(subject, f"{name} cannot be calibrated here", missing_package(error.name, "calibration"))
+        return
+    except MorphoQuantError as error:
+        reason, _, remedy = str(error).rpartition("; ")
+        yield note(subject, f"{name} cannot be calibrated: {reason or remedy}", remedy if reason else "")
+        return
+    text = f"{name} takes up to {need / 2**30:.2f} GiB without hidden states, {free / 2**30:.2f} GiB are free"
+    if need <= free:
+        yield ok(subject, text)
+    else:
+        yield note(subject, text, "calibrate with less --sample-tokens, or with --dtype bfloat16")
+
+
+def _need_and_free(directory: Path) -> tuple[int, int]:
+    """Bytes that a decoder block or the streamed front takes, and those that are free."""
+    # Imported here: they need the extra `calibration`.
+    from calibration.blocks.memory_need import memory_need
+    from calibration.calibrate import plan_job
+    from calibration.processes import ONE
+
+    recipe = Recipe()
+    job = plan_job(directory, recipe, None, ONE)
+    need = memory_need(job.architecture, job.source.tensors, job.names, job.spec, recipe, recipe.sample_tokens)
+    return max(need.front_streamed, need.block), job.memory_limit
