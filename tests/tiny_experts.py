@@ -145,8 +145,8 @@ def build_tiny_qwen3_omni_moe(directory: Path, seed: int = 0) -> Path:
     visual = qwen3_vl_settings(ids, **EXPERTS, pad_token_id=ids["end"])
     thinker = {
         "text_config": visual["text_config"],
-        # Published configs have image_size, which vLLM reads: 8 x 8 position embeddings of patches of 16 pixels.
-        "vision_config": {**QWEN3_VISION, "image_size": 128},
+        # Published configs have both, and vLLM reads them: 8 x 8 position embeddings of patches of 16 pixels.
+        "vision_config": {**QWEN3_VISION, "image_size": 128, "apply_vit_abs_pos_embed": True},
         "audio_config": _AUDIO,
         "position_id_per_seconds": 13,
         **{f"{kind}_token_id": ids[kind] for kind in ("audio", "image", "video", "user")},
