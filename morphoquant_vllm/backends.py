@@ -13,6 +13,7 @@ from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import experts as cpu_experts
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.gpu import backend as gpu_backend
+from morphoquant_vllm.gpu import experts as gpu_experts
 from morphoquant_vllm.gpu import head as gpu_head
 from morphoquant_vllm.handles import Bound
 from morphoquant_vllm.numerics import activation as activation_numerics
@@ -165,6 +166,7 @@ BACKENDS = {
         bind=gpu_backend.bind,
         silu_mul_linear=_triton_silu_mul_linear,
         head=Head(gpu_head.head, gpu_head.eight_bit_refusal, gpu_head.check),
+        experts=Experts(gpu_experts.prepare, gpu_experts.run, gpu_backend.check_experts),
     ),
     "cpu": Backend(
         prepare=cpu.prepare,

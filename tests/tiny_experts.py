@@ -43,7 +43,8 @@ def build_tiny_qwen3_vl_moe(directory: Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_qwen3_vl_processor(directory)
     # transformers transposes a tensor only if its shape is not the wanted one, so K may be neither I nor 2I.
-    experts = {**EXPERTS, "moe_intermediate_size": 192}
+    # Published configs have norm_topk_prob, which vLLM reads; transformers always normalizes.
+    experts = {**EXPERTS, "moe_intermediate_size": 192, "norm_topk_prob": True}
     config = transformers.Qwen3VLMoeConfig(**qwen3_vl_settings(ids, **experts))
     model_class = transformers.Qwen3VLMoeForConditionalGeneration
     return write_model(directory, model_class, config, seed, ids, published=_transposed)

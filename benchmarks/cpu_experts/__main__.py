@@ -7,6 +7,7 @@ from memory. Needs 5 GB of memory.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace, command: str, layer: Layer) -> dict[str, 
         "isa": isa,
         **busy,
         "threads": arguments.threads,
+        # Threads that sleep while they wait leave the cores of a busy machine to others, and get them back sooner.
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "layer": asdict(layer),
         "bytes": {name: way.size for name, way in made.items()},
         "points": points,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -51,12 +52,21 @@ def timed(
 
 
 def measure(ways: Mapping[str, Way], layer: Layer, tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """One entry for each number of tokens: the times of every way, and how many experts a call reads on average."""
+    """One entry for each number of tokens: the times of every way, the experts that a call reads on average, and the
+    cores that other processes took meanwhile."""
     points = []
     for count in tokens:
+        before, started = _others(), time.perf_counter()
         times = timed(ways, layer, count, seconds)
+        others = max(_others() - before, 0.0) / (time.perf_counter() - started)
         read = layer.experts * (1 - (1 - layer.chosen / layer.experts) ** count)
-        points.append({"tokens": count, "experts_read": read, "times": times})
+        points.append({"tokens": count, "experts_read": read, "others": others, "times": times})
         line = ", ".join(f"{way} {time['median'] * 1e3:.2f} ms" for way, time in times.items())
-        print(f"M={count}: {line}", flush=True)
+        print(f"M={count}: {line}; other processes took {others:.2f} cores", flush=True)
     return points
+
+
+def _others() -> float:
+    """Seconds of processor time that other processes, and other guests of the host, have taken so far."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    return float(sum(machine) - machine.idle - machine.iowait - own.user - own.system)

@@ -26,13 +26,14 @@ def markdown(summary: dict[str, Any]) -> str:
     parts = [
         "# Routed experts on a CPU",
         f"`{summary['command']}`, {summary['seconds']:.0f} s. {summary['machine']}; ours {summary['instructions']}, "
-        f"vLLM's isa `{summary['isa']}`. {summary['threads']} thread(s). Load average at start {stated_load(summary)}.",
+        f"vLLM's isa `{summary['isa']}`. {summary['threads']} thread(s), OMP_WAIT_POLICY {summary['wait_policy']}. "
+        f"Load average at start {stated_load(summary)}.",
         f"One layer of {layer['name']}: {layer['experts']} experts, {layer['chosen']} of each token, "
         f"K = {layer['hidden']}, I = {layer['between']}. Medians (quartiles) of interleaved calls in ms, and times "
         "bf16. Every round has fresh routing. Quantization, sorting and the weighted sum are included.",
-        _row(["", "memory", *(f"M = {point['tokens']}" for point in points), "bars met"]),
     ]
-    lines = [parts.pop(), "|---" * (len(points) + 3) + "|"]
+    heading = ["", "memory", *(f"M = {point['tokens']}" for point in points), "bars met"]
+    lines = [_row(heading), "|---" * len(heading) + "|"]
     for way in summary["bytes"]:
         share = summary["bytes"][way] / summary["bytes"][BFLOAT16]
         met = [way == BFLOAT16 or share <= MEMORY_BAR]
@@ -46,7 +47,12 @@ def markdown(summary: dict[str, Any]) -> str:
         lines.append(_row([*cells, "" if way == BFLOAT16 else "yes" if all(met) else "**no**"]))
     bars = ", ".join(f"{bar} x at M = {tokens}" for tokens, bar in SPEED_BARS.items())
     read = ", ".join(f"{point['experts_read']:.0f} at M = {point['tokens']}" for point in points)
-    parts += ["\n".join(lines), f"Bars: {bars}; memory at most {MEMORY_BAR} x bf16. Experts read by a call: {read}."]
+    others = ", ".join(f"{point['others']:.2f} at M = {point['tokens']}" for point in points)
+    parts += [
+        "\n".join(lines),
+        f"Bars: {bars}; memory at most {MEMORY_BAR} x bf16. Experts read by a call: {read}. "
+        f"Cores that other processes took meanwhile: {others}.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -27,6 +27,9 @@ Notation
     adding_launch    the product over a split K that adds its partial sums; no shipped tile has it
     norm_launch      the launch of RMSNorm with the quantizer, and the layer after it
     bound_norm       the compiled kernel of norm_launch, for a bound layer
+    experts          routed experts: pairs sorted on the device, and their launches
+    experts_layout   their layout in GPU memory (torch only)
+    experts_check    their kernels compared with the torch reference on this GPU
     head             the 8-bit lm_head: its launch and its check
 
 Importing this package imports none of its modules.

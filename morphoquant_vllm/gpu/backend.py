@@ -10,6 +10,7 @@ from torch import Tensor
 from morphoquant_vllm.gpu import device, layout
 from morphoquant_vllm.gpu import load_checks as checks
 from morphoquant_vllm.numerics.activation import ActivationRecord
+from morphoquant_vllm.numerics.experts import ExpertsRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 
 if TYPE_CHECKING:
@@ -23,6 +24,20 @@ def check(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: 
     """Raise MorphoQuantError if the kernels do not serve the layer; it names the layer, the rule and the remedy."""
     checks.check_device(name, weight.codes.device)
     checks.check_layer(name, weight, activation, dtype)
+
+
+def check_experts(name: str, record: ExpertsRecord, dtype: torch.dtype) -> None:
+    """Raise MorphoQuantError if the kernels do not serve the experts; it names them, the rule and the remedy.
+
+    It also raises if a kernel that they can need gives a wrong result on this GPU.
+    """
+    checks.check_device(name, record.down.codes.device)
+    gate_up, down, intermediate = record.expert(0)
+    checks.check_layer(name, gate_up, record.input, dtype)
+    checks.check_layer(name, down, intermediate, dtype)
+    from morphoquant_vllm.gpu import experts_check
+
+    experts_check.check(name, record, dtype, device.profile_of(record.down.codes.device))
 
 
 def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:

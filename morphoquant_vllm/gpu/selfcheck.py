@@ -34,7 +34,7 @@ ROWS = 3
 EPSILON = 1e-6
 
 
-def _random_product(
+def random_product(
     seed: int, tokens: int, group_size: int, two_level: bool
 ) -> tuple[torch.Tensor, torch.Tensor, WeightRecord, torch.Tensor]:
     """Random codes int8 [M, K], rows int32 [M], weight of that kind, and gain float32 [R]."""
@@ -59,7 +59,7 @@ def problem_of_tile(
     tile: Tile, group_size: int, splits: int, dtype: torch.dtype, device: torch.device, profile: Profile
 ) -> str:
     """The problem of a tile's kernel on `device`; empty if its outputs lie within the reference's bound."""
-    codes, rows, weight, gain = _random_product(tile.block_n, tile.block_m + 3, group_size, tile.two_level)
+    codes, rows, weight, gain = random_product(tile.block_n, tile.block_m + 3, group_size, tile.two_level)
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
@@ -81,7 +81,7 @@ def problem_of_tile(
 @cache
 def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.device, profile: Profile) -> str:
     """The problem of the int8 path on `device`; empty if weights are equal and outputs lie within the bound."""
-    codes, rows, weight, gain = _random_product(tile.block_n, tile.block_m + 3, layout.UNIT_K, two_level=True)
+    codes, rows, weight, gain = random_product(tile.block_n, tile.block_m + 3, layout.UNIT_K, two_level=True)
     expected = linear_numerics.matmul(codes, rows, weight, gain, None).to(dtype)
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
@@ -117,7 +117,7 @@ def problem_of_quantizer(
     With silu(gate) * up 1 code in 1000 may differ, since two exponentials may differ in the last bits.
     """
     generator = torch.Generator().manual_seed(tokens)
-    record = _random_record(in_features, in_order, generator)
+    record = random_record(in_features, in_order, generator)
     x = (torch.randn((tokens, in_features * (1 + silu_mul)), generator=generator) * 4).to(dtype)
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
@@ -153,7 +153,7 @@ def problem_of_norm_quantizer(
     and rows must equal the reference's. The new residual must equal the reference's too.
     """
     generator = torch.Generator().manual_seed(tokens)
-    record = _random_record(in_features, in_order, generator)
+    record = random_record(in_features, in_order, generator)
     x, residual = (torch.randn((2, tokens, in_features), generator=generator) * 4).to(dtype)
     weight = (torch.rand(in_features, generator=generator) + 1).to(dtype)
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
@@ -181,7 +181,7 @@ def problem_of_norm_quantizer(
     )
 
 
-def _random_record(in_features: int, in_order: bool, generator: torch.Generator) -> ActivationRecord:
+def random_record(in_features: int, in_order: bool, generator: torch.Generator) -> ActivationRecord:
     """A quantizer of ROWS rows with random tables."""
     order = torch.arange(in_features) if in_order else torch.randperm(in_features, generator=generator)
     return ActivationRecord(

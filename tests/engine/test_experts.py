@@ -58,9 +58,13 @@ def text_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text_checkpoint(text_source: Path) -> Path:
-    data = write_calibration_data(text_source.with_name("data"), "text")
-    return calibrate(text_source, data, text_source.with_name("checkpoint"), *QUICK)
+def text_data(text_source: Path) -> Path:
+    return write_calibration_data(text_source.with_name("data"), "text")
+
+
+@pytest.fixture(scope="module")
+def text_checkpoint(text_source: Path, text_data: Path) -> Path:
+    return calibrate(text_source, text_data, text_source.with_name("checkpoint"), *QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +113,10 @@ def test_every_way_to_serve_gives_the_reference_models_logprobs(
 
 
 @pytest.fixture(scope="module")
-def attention_alone(text_source: Path) -> Served:
+def attention_alone(text_source: Path, text_data: Path) -> Served:
     checkpoint = calibrate(
         text_source,
-        text_source.with_name("data"),
+        text_data,
         text_source.with_name("attention"),
         *QUICK,
         "--ignore",
@@ -127,7 +131,7 @@ def attention_alone(text_source: Path) -> Served:
 
 
 @pytest.mark.full
-def test_a_model_whose_attention_alone_is_quantized_is_served(text_checkpoint: Path, attention_alone: Served) -> None:
+def test_a_model_whose_attention_alone_is_quantized_is_served(attention_alone: Served) -> None:
     spec = attention_alone.checkpoint.spec
     assert not spec.experts and all("self_attn" in name for name in spec.layers)
     model = transformers.AutoModelForCausalLM.from_pretrained(attention_alone.source, dtype=torch.float32)
@@ -172,6 +176,6 @@ def test_a_question_about_media_gets_the_reference_models_logprobs(kind: str, tm
     model = getattr(transformers, class_name).from_pretrained(source, dtype=torch.float32)
     swap_linears(model, served.checkpoint, prefix)
     inputs = transformers.AutoProcessor.from_pretrained(source)(text=[prompt], return_tensors="pt", **media)
-    assert served.started.results["eager"]["requests"][1]["prompt_token_ids"] == inputs["input_ids"][0].tolist()
     assert_same_logprobs(served.logprobs("eager", 0), expected_logprobs(model, of_text()))
+    assert served.started.results["eager"]["requests"][1]["prompt_token_ids"] == inputs["input_ids"][0].tolist()
     assert_same_logprobs(served.logprobs("eager", 1), expected_logprobs(model, dict(inputs)))

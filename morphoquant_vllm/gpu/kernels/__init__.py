@@ -10,6 +10,7 @@ int8_gemm       codes x int8 weights
 fused_int8      codes x packed weights, which are unpacked while products run; in Gluon
 epilogue        from sums to outputs
 reduce_splits   adds the partial sums of a split K
+experts         routed experts: products of pairs, their quantizer, the sum of a token's pairs
 eight_bit_head  lm_head: 16-bit activations x 8-bit weights
 pdl             programmatic dependent launch: a kernel starts while the one before ends
 """
