@@ -66,7 +66,5 @@ def build_tiny_qwen3_omni_moe(directory: Path, seed: int = 0) -> Path:
     pixels = (4 * 32 * 32, 64 * 32 * 32)
     ids = write_experts_processor(directory, ProcessorSettings(16, *pixels), pixels)
     text = qwen3_vl_settings(ids, **EXPERTS, pad_token_id=ids["end"])["text_config"]
-    # Published configs have both, and vLLM reads them: 8 x 8 position embeddings of patches of 16 pixels.
-    vision = {**QWEN3_VISION, "image_size": 128, "apply_vit_abs_pos_embed": True}
-    config = experts_config(ids, text, vision, _AUDIO)
+    config = experts_config(ids, text, QWEN3_VISION, _AUDIO)
     return write_model(directory, transformers.Qwen3OmniMoeForConditionalGeneration, config, seed, ids)
