@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from calibration.blocks.capture import MemoryInput, capture_block_inputs
+from calibration.blocks.capture import MemoryInput, capture_block_inputs, serve_towers
 from calibration.blocks.loop import BlockResult, LayerBegins, calibrate_blocks
 from calibration.blocks.memory_need import BASE, MemoryNeed, check_budget, memory_need
 from calibration.blocks.time_need import operations, product_speed
@@ -192,7 +192,7 @@ def _run_front(
     )
     # The served stream begins with the outputs of the quantized towers; the targets keep those of the 16-bit towers.
     for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
-        entry.served = again.hidden
+        serve_towers(entry, again)
     return captured
 
 

@@ -16,6 +16,8 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 # Key among a block's arguments of the features that the model adds to the hidden states before the block.
 ADDED = "added"
+# Key of the same features in the served stream, if they are others: those of a quantized tower.
+SERVED_ADDED = "served_added"
 
 
 class BlockInput(Protocol):
@@ -34,7 +36,7 @@ class BlockInput(Protocol):
     def served(self) -> Tensor: ...
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """The model's other arguments of each block, such as positions and mask; ADDED is none of the block's own."""
+        """The model's other arguments of each block, such as positions and mask; ADDED is none of its own."""
 
     def write_hidden(self, value: Tensor) -> None:
         """Store the block's output in the 16-bit model, for the next block; samples come in order."""
@@ -83,6 +85,16 @@ def capture_block_inputs(
         with skipped_blocks(blocks, entry, tuple_output=tuple_output):
             model(**_to_model(sample.inputs, embedding.device, embedding.dtype), use_cache=False)
         yield entry
+
+
+def serve_towers(entry: MemoryInput, again: MemoryInput) -> None:
+    """Begin the served stream of a sample with what quantized towers gave it, captured `again`."""
+    entry.served = again.hidden
+    # Blocks with the same arguments share them.
+    entry.arguments = [
+        {**passed, SERVED_ADDED: served[ADDED]} if ADDED in served else passed
+        for passed, served in zip(entry.arguments, again.arguments, strict=True)
+    ]
 
 
 def _check_token_ids(samples: Sequence[Sample], rows: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.capture import ADDED, BlockInput
+from calibration.blocks.capture import ADDED, SERVED_ADDED, BlockInput
 from calibration.blocks.served_experts import ServedExperts
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.token_choice import TokenSample
@@ -69,9 +69,10 @@ class _LoadedBlock:
     # Noted when it is loaded: a block may have no parameters but those of its linears, which are replaced.
     device: torch.device
 
-    def given(self, entry: BlockInput, hidden: Tensor) -> Tensor:
+    def given(self, entry: BlockInput, hidden: Tensor, *, served: bool = False) -> Tensor:
         """What the model gives the block of the hidden states before it: some add features of media to them."""
-        added = entry.arguments[self.index].get(ADDED)
+        passed = entry.arguments[self.index]
+        added = passed.get(SERVED_ADDED if served and SERVED_ADDED in passed else ADDED)
         return hidden if added is None else hidden + added.to(hidden.device)
 
     def modality(self) -> Tensor:
@@ -86,14 +87,15 @@ class _LoadedBlock:
         collectors: Mapping[str, SampleCollector],
         rows: Tensor,
         *,
+        served: bool = False,
         stop: bool = False,
     ) -> Tensor:
-        """The output for one sample, on the CPU; the input if the run stops early."""
+        """The output for one sample of a stream, on the CPU; the input if the run stops early."""
         self.serving.modality = entry.modality
         output = run_observed(
             self.module,
-            self.given(entry, hidden).to(self.device),
-            {name: value for name, value in entry.arguments[self.index].items() if name != ADDED},
+            self.given(entry, hidden, served=served).to(self.device),
+            {name: value for name, value in entry.arguments[self.index].items() if name not in (ADDED, SERVED_ADDED)},
             collectors,
             rows.to(self.device),
             entry.positions.to(self.device),
@@ -216,7 +218,7 @@ def _calibrate_block(
         )
         del served, sample
     for entry, row in zip(block.inputs, rows, strict=True):
-        entry.write_served(block.run(entry, entry.served, {}, row))
+        entry.write_served(block.run(entry, entry.served, {}, row, served=True))
     return found
 
 
@@ -282,7 +284,7 @@ def _sample_input(
     """The input of `linear` after the layers quantized so far; `target` holds its input in the 16-bit model."""
     aimed = target.sample()
     for entry, row in zip(block.inputs, rows, strict=True):
-        block.run(entry, entry.served, {linear: served}, row, stop=True)
+        block.run(entry, entry.served, {linear: served}, row, served=True, stop=True)
     return InputSample(served.observation(processes), aimed, outlying)
 
 

@@ -59,6 +59,13 @@ _EXPERTS_BLOCK = (*_DECODER_BLOCK[:2], *(replace(shared, optional=True) for shar
 # Qwen2.5-Omni's files hold q, k and v separately, Qwen2.5-VL's as one matrix.
 _SPLIT_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.q", "attn.k", "attn.v"), "column"), *_TOWER_BLOCK)
 _FUSED_TOWER_BLOCK = (SharedInput("attn.qkv", ("attn.qkv",), "column"), *_TOWER_BLOCK)
+# Qwen3-VL's MLP has no gate.
+_QWEN3_TOWER_BLOCK = (
+    SharedInput("attn.qkv", ("attn.qkv",), "column"),
+    SharedInput("attn.proj", ("attn.proj",), "row"),
+    SharedInput("mlp.linear_fc1", ("mlp.linear_fc1",), "column"),
+    SharedInput("mlp.linear_fc2", ("mlp.linear_fc2",), "row"),
+)
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,9 @@ ARCHITECTURES = (
         block_prefixes=("model.language_model.layers",),
         text_config=("text_config",),
         media=("image", "video"),
+        quantizable_towers=(
+            Tower("image", "model.visual", "model.visual.blocks", ("model.visual.blocks",), _QWEN3_TOWER_BLOCK),
+        ),
         towers=("model.visual",),
         tower_prefixes=("model.visual.",),
     ),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tests.tiny_conversations import write_calibration_data
 from tests.tiny_experts import build_tiny_qwen3_moe, build_tiny_qwen3_omni_moe, build_tiny_qwen3_vl_moe
+from tests.tiny_media_models import build_tiny_qwen3_vl
 from tests.tiny_models import (
     build_tiny_llama,
     build_tiny_omni,
@@ -18,11 +19,12 @@ _BUILDERS = {
     "qwen3": build_tiny_qwen3,
     "qwen2_5_vl": build_tiny_qwen2_5_vl,
     "omni": build_tiny_omni,
+    "qwen3_vl": build_tiny_qwen3_vl,
     "qwen3_moe": build_tiny_qwen3_moe,
     "qwen3_vl_moe": build_tiny_qwen3_vl_moe,
     "qwen3_omni_moe": build_tiny_qwen3_omni_moe,
 }
-_KINDS = {"qwen2_5_vl": "vl", "omni": "omni", "qwen3_vl_moe": "vl", "qwen3_omni_moe": "omni"}
+_KINDS = {"qwen2_5_vl": "vl", "qwen3_vl": "vl", "omni": "omni", "qwen3_vl_moe": "vl", "qwen3_omni_moe": "omni"}
 
 
 class TinyModels:

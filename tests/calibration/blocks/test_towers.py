@@ -40,7 +40,14 @@ MODELS = {
         {"model.layers.": "model.language_model.layers.", "visual.": "model.visual."},
         ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     ),
+    # Its tower's features also reach later blocks of the decoder.
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {"model.language_model.layers.": "model.language_model.layers.", "model.visual.": "model.visual."},
+        ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
+    ),
 }
+BLOCKS = {"qwen3_vl": 3}
 # Every token and patch is sampled and counts the same: errors can then be measured from outside.
 EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0, towers=("image",))
 
@@ -50,7 +57,7 @@ def module_name(layer: str, prefixes: dict[str, str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", ["omni", "qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.full)])
 def test_a_tower_serves_what_the_report_says(
     tiny: TinyModels, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
@@ -61,10 +68,10 @@ def test_a_tower_serves_what_the_report_says(
     assert [message[:22] for message in caplog.messages if "tower" in message] == [
         f"image tower: block {block}/2" for block in (1, 2)
     ]
-    assert len(verify_checkpoint(output).layers) == 14 + 2 * len(linears)
+    assert len(verify_checkpoint(output).layers) == 7 * BLOCKS.get(name, 2) + 2 * len(linears)
     spec = read_spec(output)
     tower = [layer for layer in spec.layers if "visual" in layer]
-    stem = "thinker.visual.blocks" if name == "omni" else "visual.blocks"
+    stem = {"omni": "thinker.visual.blocks", "qwen3_vl": "model.visual.blocks"}.get(name, "visual.blocks")
     assert tower == [f"{stem}.{block}.{linear}" for block in range(2) for linear in linears]
     for layer, settings in spec.layers.items():
         assert settings.fixed_row == ("image" if layer in tower else "")
@@ -85,6 +92,8 @@ def test_a_tower_serves_what_the_report_says(
     stored, module = next(iter(prefixes.items()))
     if name == "omni":
         swap_linears(reference, checkpoint, "thinker.")
+    elif name == "qwen3_vl":
+        swap_linears(reference, checkpoint)
     else:
         swap_linears(reference, checkpoint, stored, module, tower_prefix="model.")
     samples = build_samples(
