@@ -238,6 +238,12 @@ PRIVATE_PARTS: dict[str, str] = {
         "pattern_name=None, get_decomp_fn=<function select_decomp_table>)"
     ),
     "torch._subclasses.fake_tensor:FakeTensorMode": "class(TorchDispatchMode)",
+    # calibration/model/loading.py: code in the model's directory, on request
+    "transformers.dynamic_module_utils:get_class_from_dynamic_module": (
+        "(class_reference, pretrained_model_name_or_path, cache_dir=None, force_download=False, "
+        "proxies=None, token=None, revision=None, local_files_only=False, repo_type=None, "
+        "code_revision=None, **kwargs)"
+    ),
     # hf/linear.py: buffers that keep their dtype
     "torch.nn:Module._apply": "(self, fn, recurse=True)",
     # calibration/quantize/int8_products.py

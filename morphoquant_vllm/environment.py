@@ -126,6 +126,11 @@ def plugins() -> list[str] | None:
     return None if chosen is None else chosen.split(",")
 
 
+def without_plugins() -> dict[str, str]:
+    """The variables of this process, for a child in which vLLM loads no plugin."""
+    return {**os.environ, PLUGINS.name: ""}
+
+
 def kv_cache_space() -> str:
     """GiB of vLLM's cache of keys and values on a CPU; empty if vLLM chooses."""
     return "" if KV_CACHE.text() == "0" else KV_CACHE.text()

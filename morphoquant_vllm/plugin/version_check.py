@@ -70,7 +70,7 @@ def _kept_lines(version: str) -> list[str] | None:
 
 def _compare() -> list[str] | None:
     # Without plugins: the process would compare again.
-    variables = {**os.environ, environment.PLUGINS.name: ""}
+    variables = environment.without_plugins()
     try:
         done = subprocess.run(COMPARE, capture_output=True, text=True, timeout=_TIMEOUT, env=variables)
     except (OSError, subprocess.TimeoutExpired):

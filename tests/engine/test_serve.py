@@ -79,7 +79,10 @@ def test_the_page_of_metrics_has_the_escapes_of_each_row(
             lines = [line.split() for line in page.read().decode().splitlines() if line.startswith("morphoquant:")]
         return {metric: float(value) for metric, value in lines}
 
-    before = counted().get('morphoquant:counted_inputs_total{row="text"}', 0.0)
+    # Counts of earlier requests arrive with a delay.
+    before = -1.0
+    while before != (before := counted().get('morphoquant:counted_inputs_total{row="text"}', 0.0)):
+        time.sleep(2)
     client.completions.create(model=name, prompt=TEXT_PROMPT, max_tokens=4, temperature=0)
     # Three layers count the prompt, and all new tokens but the last.
     expected = before + 3 * (len(TEXT_PROMPT) + 3)

@@ -41,7 +41,8 @@ def stored(spec: QuantizationSpec) -> tuple[list[dict[str, Tensor]], dict[str, T
 def engine_of(model_type: str = "qwen2", adapters: bool = False) -> SimpleNamespace:
     """As much of vLLM's configuration as decides."""
     model = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type))
-    return SimpleNamespace(model_config=model, lora_config=SimpleNamespace() if adapters else None)
+    lora = SimpleNamespace() if adapters else None
+    return SimpleNamespace(model_config=model, lora_config=lora, additional_config={})
 
 
 def mlp_layers(
@@ -117,7 +118,7 @@ class TestLoading:
         assert torch.equal(y, expected)
 
     @pytest.mark.parametrize(
-        "engine", [None, SimpleNamespace(model_config=None, lora_config=None), engine_of("mixtral"), engine_of("")]
+        "engine", [None, SimpleNamespace(model_config=None, lora_config=None, additional_config={}), engine_of("mixtral"), engine_of("")]
     )
     def test_models_that_are_not_known_stay_as_they_are(
         self, monkeypatch: pytest.MonkeyPatch, engine: SimpleNamespace | None
