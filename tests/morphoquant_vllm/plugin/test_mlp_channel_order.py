@@ -118,7 +118,13 @@ class TestLoading:
         assert torch.equal(y, expected)
 
     @pytest.mark.parametrize(
-        "engine", [None, SimpleNamespace(model_config=None, lora_config=None, additional_config={}), engine_of("mixtral"), engine_of("")]
+        "engine",
+        [
+            None,
+            SimpleNamespace(model_config=None, lora_config=None, additional_config={}),
+            engine_of("mixtral"),
+            engine_of(""),
+        ],
     )
     def test_models_that_are_not_known_stay_as_they_are(
         self, monkeypatch: pytest.MonkeyPatch, engine: SimpleNamespace | None
