@@ -11,17 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import (
-    DEFAULT_ROWS,
+from morphoquant_vllm.format.layers import (
     GROUP_SCHEME,
     MASSIVE_CHANNELS,
     TWO_LEVEL_SCHEME,
     ExpertsSpec,
     LayerSpec,
-    QuantizationSpec,
     input_blocks,
     stored_name,
 )
+from morphoquant_vllm.format.schema import DEFAULT_ROWS, QuantizationSpec
 from morphoquant_vllm.format.seal import sealed
 from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.limits import MAX_LEVEL

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.format.schema import QuantizationSpec, input_blocks, stored_name
+from morphoquant_vllm.format.layers import input_blocks, stored_name
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics import weights
 from tests.checkpoints import edit_tensors, file_of
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts_record
 from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_spec
 from morphoquant_vllm.format.files import read_json
-from morphoquant_vllm.format.schema import LayerSpec, stored_name
+from morphoquant_vllm.format.layers import LayerSpec, stored_name
 from tests.checkpoints import edit_tensors, file_of, random_group, seal_again
 
 # The tower's linears by the input that they share; mlp.down_proj stays in 16 bit, as on the published models.

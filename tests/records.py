@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
+from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 

@@ -14,7 +14,8 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from benchmarks.models.tiny_omni.processor import chat_template, write_tokenizer
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import read_json
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, stored_name
+from morphoquant_vllm.format.layers import LayerSpec, stored_name
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.seal import sealed
 from tests.checkpoints import random_group
 from tests.tiny_models import DECODER, write_model

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import DEFAULT_ROWS, MASSIVE_CHANNELS
+from morphoquant_vllm.format.layers import MASSIVE_CHANNELS
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, activation_record, code_limits, token_rows
 
 WARM_UP = 5

@@ -19,7 +19,8 @@ from calibration.quantize.layer import InputSample, quantize_input
 from calibration.quantize.observation import InputCollector
 from calibration.settings.recipe import read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.activation import Grid, escapes
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from benchmarks.models.shapes import linears
-from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, TensorSpec, tensor_specs
+from morphoquant_vllm.format.layers import LayerSpec, TensorSpec, tensor_specs
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 # Qwen2.5-7B: 28 heads of 128, 4 of them for keys and values; [N, K] of every linear of a decoder block.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.shapes import MODELS, Linear, linears
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, tensor_specs
+from morphoquant_vllm.format.layers import LayerSpec, tensor_specs
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 # Standard deviation of uniform integers in [-8, 7] and in [-127, 127].
 INT4_DEVIATION, INT8_DEVIATION = math.sqrt((16**2 - 1) / 12), math.sqrt((255**2 - 1) / 12)

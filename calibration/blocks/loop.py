@@ -27,7 +27,8 @@ from calibration.quantize.massive_tokens import candidates
 from calibration.quantize.observation import InputCollector, RoutedCollector, SampleCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import QuantizationSpec, experts_input, input_holder
+from morphoquant_vllm.format.layers import experts_input, input_holder
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.host_memory import release_freed_memory
 
 logger = logging.getLogger(__name__)

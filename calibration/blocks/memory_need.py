@@ -17,7 +17,8 @@ from calibration.model.source import TensorInfo
 from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 # Python with torch, transformers and a processor, before any model.
 BASE = 3 * 2**28

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calibration.blocks.served_linear import TokenRows
 from morphoquant_vllm import backends
-from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, input_holder, scale_scheme_of
+from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, input_holder, scale_scheme_of
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts_record
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record

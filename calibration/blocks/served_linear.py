@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
+from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, activation_record, token_rows
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 import torch
 
-from morphoquant_vllm.format.schema import LayerSpec
+from morphoquant_vllm.format.layers import LayerSpec
 
 # Operations of a product that take as long as search and fits for one drawn value. It was fitted to a measured block of
 # 2048 channels; the demo's model of 576 channels confirms it (docs/results/calibration.md).

@@ -17,7 +17,7 @@ from torch import Tensor
 from calibration.model.source import Source, TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import ExpertsSpec
+from morphoquant_vllm.format.layers import ExpertsSpec
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"

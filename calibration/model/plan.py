@@ -13,7 +13,8 @@ from calibration.model.experts import StoredExperts, find_experts, plan_experts
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, allowed_tensor_parallel
+from morphoquant_vllm.format.layers import LayerSpec, allowed_tensor_parallel
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)

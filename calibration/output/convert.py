@@ -20,15 +20,14 @@ from calibration.quantize.two_level import exact_levels, refit
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_index, read_spec
 from morphoquant_vllm.format.files import check_regular, open_file, read_json
-from morphoquant_vllm.format.schema import (
-    FORMAT_VERSION,
+from morphoquant_vllm.format.layers import (
     GROUP_SCHEME,
     MAX_TWO_LEVEL_CHANNELS,
     TWO_LEVEL_SCHEME,
-    QuantizationSpec,
     input_holder,
     stored_name,
 )
+from morphoquant_vllm.format.schema import FORMAT_VERSION, QuantizationSpec
 from morphoquant_vllm.format.seal import sealed
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.numerics import weights

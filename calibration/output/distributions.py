@@ -18,7 +18,8 @@ from calibration.output.weight_file import write_weights
 from calibration.quantize.layer import InputSample
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import open_file
-from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec, experts_input
+from morphoquant_vllm.format.layers import INPUT_TENSORS, experts_input
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.activation import ESCAPE_MAX, ESCAPE_MIN, act_quant, activation_record, token_rows
 from morphoquant_vllm.numerics.reference import dispersion_score
 from morphoquant_vllm.numerics.statistics import ChannelStatistics

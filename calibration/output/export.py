@@ -22,7 +22,8 @@ from calibration.output.json_file import write_json
 from calibration.output.report import REPORT_FILE
 from calibration.output.weight_file import write_weights
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
-from morphoquant_vllm.format.schema import QuantizationSpec, stored_name
+from morphoquant_vllm.format.layers import stored_name
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.seal import sealed
 
 # Files of a model directory that a server reads, by kind. A directory of a training run holds many others.

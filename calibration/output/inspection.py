@@ -19,14 +19,8 @@ from calibration.output.report import REPORT_FILE
 from calibration.output.report_file import ExpertsReport, LayerReport, read_report
 from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read_headers, read_spec
 from morphoquant_vllm.format.files import open_file
-from morphoquant_vllm.format.schema import (
-    TWO_LEVEL_SCHEME,
-    QuantizationSpec,
-    experts_input,
-    input_holder,
-    stored_name,
-    tensor_specs,
-)
+from morphoquant_vllm.format.layers import TWO_LEVEL_SCHEME, experts_input, input_holder, stored_name, tensor_specs
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 # Bytes per element, by safetensors' names; carried tensors may have any of these.
 ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}

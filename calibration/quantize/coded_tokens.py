@@ -16,7 +16,8 @@ from calibration.processes import Processes
 from calibration.quantize import moments as second_moments
 from calibration.quantize.chunks import together
 from calibration.quantize.grids import FoundInput
-from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec
+from morphoquant_vllm.format.layers import INPUT_TENSORS
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics import activation
 
 # Tokens whose values are multiplied by their codes at once: enough that the sums are seldom read and written.

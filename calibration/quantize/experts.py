@@ -33,7 +33,8 @@ from calibration.quantize.moments import Moments
 from calibration.quantize.observation import InputCollector, Routing
 from calibration.quantize.served_weights import round_weights
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import QuantizationSpec, input_holder
+from morphoquant_vllm.format.layers import input_holder
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 # All drawn tokens together weigh as many tokens as this in each expert's moments.

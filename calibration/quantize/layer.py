@@ -19,7 +19,8 @@ from calibration.quantize.massive_tokens import find_massive
 from calibration.quantize.observation import Observation
 from calibration.quantize.served_weights import ServedWeights, round_weights
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, input_blocks
+from morphoquant_vllm.format.layers import LayerSpec, input_blocks
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibration.data.token_choice import TokenSample
 from calibration.processes import ONE, Processes
-from morphoquant_vllm.format.schema import MASSIVE_CHANNELS
+from morphoquant_vllm.format.layers import MASSIVE_CHANNELS
 from morphoquant_vllm.numerics.activation import is_massive
 
 # A token is a candidate if the norm of its residual stream is this many times the median of its modality, ...

@@ -12,7 +12,7 @@ from calibration.quantize.moments import Moments, regress
 from calibration.quantize.rounding import quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
+from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics import weights
 

@@ -200,7 +200,7 @@ class Recipe(BaseModel):
     def scale_scheme(self) -> str:
         """The checkpoint's storage scheme of weight scales."""
         # Imported here: it imports torch.
-        from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME
+        from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME
 
         return TWO_LEVEL_SCHEME if self.scale_levels else GROUP_SCHEME
 

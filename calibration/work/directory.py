@@ -46,7 +46,7 @@ from calibration.work.durable_files import (
 )
 from calibration.work.hidden_states import STREAMS, DiskInput, Stream, read_arguments, sample_file, states_file
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
-from morphoquant_vllm.format.schema import stored_name
+from morphoquant_vllm.format.layers import stored_name
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -1,6 +1,7 @@
 """The checkpoint as files: names, shapes, dtypes and rules. Needs torch and safetensors only.
 
-schema       quantization_config and the tensors of a layer
+layers       settings of a linear and of a list of experts, and the tensors that each stores
+schema       quantization_config as a whole
 integrity    a checkpoint's lists and hashes of its tensors, files and settings
 values       the values that a layer's tensors may hold
 files        opens JSON and safetensors files, or refuses them in one line

@@ -18,15 +18,15 @@ from torch import Tensor
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import COPY_AGAIN, check_directory, open_file, read_json
 from morphoquant_vllm.format.integrity import Integrity
-from morphoquant_vllm.format.schema import (
+from morphoquant_vllm.format.layers import (
     INPUT_TENSORS,
     OUTPUT_TENSORS,
     LayerSpec,
-    QuantizationSpec,
     TensorSpec,
     input_holder,
     stored_name,
 )
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

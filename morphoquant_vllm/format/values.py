@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import ANY_ROW, INPUT_TENSORS, TWO_LEVEL_SCHEME, scale_scheme_of
+from morphoquant_vllm.format.layers import INPUT_TENSORS, TWO_LEVEL_SCHEME, scale_scheme_of
+from morphoquant_vllm.format.schema import ANY_ROW
 from morphoquant_vllm.numerics.limits import MAX_LEVEL
 
 # Largest magnitude of a value and of an output's bound. The next norm squares an output, and that square is still

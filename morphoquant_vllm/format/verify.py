@@ -19,7 +19,8 @@ from morphoquant_vllm.format.checkpoint import (
 )
 from morphoquant_vllm.format.files import COPY_AGAIN, open_file, read_json
 from morphoquant_vllm.format.integrity import check_config, file_digest
-from morphoquant_vllm.format.schema import INPUT_TENSORS, QuantizationSpec, stored_name
+from morphoquant_vllm.format.layers import INPUT_TENSORS, stored_name
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import check_token_table
 from morphoquant_vllm.format.values import check_bias, check_finite, check_values, unequal_input_tensors
 

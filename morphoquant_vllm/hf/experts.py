@@ -10,13 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import (
-    INPUT_TENSORS,
-    OUTPUT_TENSORS,
-    ExpertsSpec,
-    QuantizationSpec,
-    input_holder,
-)
+from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, ExpertsSpec, input_holder
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.hf.linear import Mode, StoredTensors, check_unless_meta
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.exact import experts_exact

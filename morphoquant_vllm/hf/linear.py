@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, QuantizationSpec, TensorSpec
+from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, TensorSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.exact import linear_exact

@@ -19,7 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from morphoquant_vllm.environment import checksums_wanted
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import read_headers
-from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec, stored_name
+from morphoquant_vllm.format.layers import stored_name
+from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.hf.experts import MERGED, MorphoQuantExperts, check_merged
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear

@@ -13,7 +13,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import QUANT_METHOD, ExpertsSpec, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
+from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec
 from morphoquant_vllm.plugin.last_word import LastWord, open_last_word
 
 if TYPE_CHECKING:

@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import (
+from morphoquant_vllm.format.layers import (
     INPUT_TENSORS,
     OUTPUT_TENSORS,
     ExpertsSpec,
-    QuantizationSpec,
     TensorSpec,
     input_holder,
     stored_name,
     tensor_specs,
 )
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 # The dimension over outputs of each tensor of gate_proj and up_proj, which column-parallel ranks cut.

@@ -13,7 +13,8 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 
 from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import INPUT_TENSORS, OUTPUT_TENSORS, ExpertsSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, ExpertsSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record

@@ -19,13 +19,8 @@ from vllm.model_executor.layers.linear import (
 
 from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import (
-    INPUT_TENSORS,
-    OUTPUT_TENSORS,
-    LayerSpec,
-    QuantizationSpec,
-    input_blocks,
-)
+from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, input_blocks
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import INPUT_TENSORS
+from morphoquant_vllm.format.layers import INPUT_TENSORS
 from morphoquant_vllm.plugin.reload import ReloadedPair
 
 GATE_UP, DOWN = ".mlp.gate_up_proj", ".mlp.down_proj"

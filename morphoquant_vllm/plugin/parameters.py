@@ -15,13 +15,8 @@ from vllm.model_executor.parameter import (
 )
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import (
-    MASSIVE_CHANNELS,
-    TWO_LEVEL_SCHEME,
-    LayerSpec,
-    QuantizationSpec,
-    check_tensor_parallel,
-)
+from morphoquant_vllm.format.layers import MASSIVE_CHANNELS, TWO_LEVEL_SCHEME, LayerSpec, check_tensor_parallel
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 
 class SharedInputParameter(BasevLLMParameter):

@@ -12,7 +12,8 @@ from benchmarks.decisions.inputs import LinearInput, generated_input, real_input
 from benchmarks.decisions.layers import Variant, measure
 from calibration.quantize import step_search as steps
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, tensor_specs
+from morphoquant_vllm.format.layers import LayerSpec, tensor_specs
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from morphoquant_vllm.numerics.activation import act_quant, token_rows
 from tests.tiny_models import build_tiny_llama
 

@@ -7,7 +7,8 @@ from calibration.data.token_choice import TokenSample, choose_tokens
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.observation import Observation
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
 from tests.records import activation_of, weight_of

@@ -10,7 +10,8 @@ from calibration.output.report import REPORT_FILE, make_report
 from calibration.quantize.layer_report import LayerRecord
 from calibration.quantize.modality_rows import RowChoice
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import ExpertsSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import ExpertsSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from tests.checkpoints import VOCABULARY, seal_again, write_random_checkpoint
 
 KEPT_CHANNELS = 16

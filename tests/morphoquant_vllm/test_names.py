@@ -9,7 +9,8 @@ import pytest
 
 from morphoquant_vllm import names
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import ExpertsSpec, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from tests.engine.conftest import REPOSITORY
 from tests.tiny_decoders import build_tiny_decoder
 from tests.tiny_experts import build_tiny_qwen3_moe

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from morphoquant_vllm import backends, ops
 from morphoquant_vllm.cpu import backend as cpu
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics import activation, linear
 from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of

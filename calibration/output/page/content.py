@@ -17,7 +17,8 @@ from calibration.output.report import REPORT_FILE
 from calibration.output.report_file import Report, read_report
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_input, read_spec
-from morphoquant_vllm.format.schema import QuantizationSpec, experts_input, input_holder
+from morphoquant_vllm.format.layers import experts_input, input_holder
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.reference import outlier_mask
 
 # Number of inputs that are drawn channel by channel if none is named.

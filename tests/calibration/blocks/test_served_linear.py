@@ -6,7 +6,8 @@ from torch import Tensor
 
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from morphoquant_vllm.cpu import backend as cpu
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.activation import is_massive
 from morphoquant_vllm.numerics.linear import linear
 from tests.checkpoints import random_group

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from calibration.blocks import time_need
-from morphoquant_vllm.format.schema import LayerSpec
+from morphoquant_vllm.format.layers import LayerSpec
 
 
 def block(hidden: int, kv: int, inner: int) -> list[LayerSpec]:

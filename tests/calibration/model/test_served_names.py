@@ -11,7 +11,8 @@ from calibration.model.served_names import check_names
 from calibration.model.source import Source
 from morphoquant_vllm import names
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 SOURCE = Source(Path("model"), {}, {})
 SPEC = QuantizationSpec({"a": LayerSpec(32, 32, 32, "column", "a")})

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from calibration.output.card import model_card, read_front_matter
-from morphoquant_vllm.format.schema import ExpertsSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import ExpertsSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from tests.checkpoints import layer_specs
 
 SPEC = QuantizationSpec(layers=layer_specs(1))

@@ -16,13 +16,8 @@ from calibration.output import convert as module
 from calibration.output.convert import convert
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.format.schema import (
-    DEFAULT_ROWS,
-    GROUP_SCHEME,
-    TWO_LEVEL_SCHEME,
-    ExpertsSpec,
-    stored_name,
-)
+from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, ExpertsSpec, stored_name
+from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.numerics.linear import linear
 from tests.checkpoints import edit, write_random_checkpoint

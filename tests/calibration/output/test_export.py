@@ -19,7 +19,8 @@ from calibration.output.export import (
     write_checkpoint,
 )
 from morphoquant_vllm.format.checkpoint import read_headers, read_spec
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec, tensor_specs
+from morphoquant_vllm.format.layers import LayerSpec, tensor_specs
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj")
 SPEC = QuantizationSpec(

@@ -14,7 +14,7 @@ from calibration.output.inspection import inspect_data, inspect_table, percent
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.format.schema import ExpertsSpec
+from morphoquant_vllm.format.layers import ExpertsSpec
 from tests.checkpoints import HIDDEN, VOCABULARY, write_config, write_random_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -3,7 +3,8 @@ import pytest
 from calibration.output.report import empty_experts, make_report
 from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import ExpertsSpec, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 SPEC = QuantizationSpec(
     layers={

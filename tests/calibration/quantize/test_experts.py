@@ -18,13 +18,8 @@ from calibration.quantize.moments import Moments, gather
 from calibration.quantize.observation import Routing
 from calibration.quantize.rounding import damp
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import (
-    INPUT_TENSORS,
-    ExpertsSpec,
-    LayerSpec,
-    QuantizationSpec,
-    input_holder,
-)
+from morphoquant_vllm.format.layers import INPUT_TENSORS, ExpertsSpec, LayerSpec, input_holder
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
 from tests.calibration.inputs import K, activations, observe, relative
 from tests.experts import record_of as stored_record

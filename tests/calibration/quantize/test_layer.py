@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calibration.quantize.layer_report import escape_warning
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.format.schema import tensor_specs
+from morphoquant_vllm.format.layers import tensor_specs
 from morphoquant_vllm.format.values import check_values, unequal_input_tensors
 from morphoquant_vllm.numerics import activation, weights
 from tests.calibration.inputs import (

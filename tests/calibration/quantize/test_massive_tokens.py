@@ -12,7 +12,7 @@ from calibration.quantize.massive_tokens import (
     holds,
     no_intervals,
 )
-from morphoquant_vllm.format.schema import MASSIVE_CHANNELS
+from morphoquant_vllm.format.layers import MASSIVE_CHANNELS
 from morphoquant_vllm.format.values import check_massive_channels
 from morphoquant_vllm.numerics.activation import is_massive
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
-from morphoquant_vllm.format.schema import FORMAT_VERSION, tensor_specs
+from morphoquant_vllm.format.layers import tensor_specs
+from morphoquant_vllm.format.schema import FORMAT_VERSION
 from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.checkpoints import edit, edit_tensors, file_of, set_bias, write_config, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused

@@ -9,15 +9,8 @@ import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_experts, read_spec
-from morphoquant_vllm.format.schema import (
-    INPUT_TENSORS,
-    MAX_EXPERTS,
-    ExpertsSpec,
-    LayerSpec,
-    QuantizationSpec,
-    input_holder,
-    stored_name,
-)
+from morphoquant_vllm.format.layers import INPUT_TENSORS, MAX_EXPERTS, ExpertsSpec, LayerSpec, input_holder, stored_name
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.checkpoints import HIDDEN, edit, edit_tensors, file_of, flip_bit, layer_specs, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import (
+from morphoquant_vllm.format.layers import (
     INPUT_TENSORS,
     MAX_TWO_LEVEL_CHANNELS,
     OUTPUT_TENSORS,
     LayerSpec,
-    QuantizationSpec,
     TensorSpec,
     allowed_tensor_parallel,
     check_group_size,
@@ -21,6 +20,7 @@ from morphoquant_vllm.format.schema import (
     scale_scheme_of,
     tensor_specs,
 )
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.values import check_massive_channels, check_order, unequal_input_tensors
 from morphoquant_vllm.numerics.activation import activation_record
 from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL

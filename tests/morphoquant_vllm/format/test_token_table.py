@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import DEFAULT_ROWS, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import DEFAULT_ROWS, QuantizationSpec
 from morphoquant_vllm.format.token_table import (
     added_token_ids,
     check_token_table,

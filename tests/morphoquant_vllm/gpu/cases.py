@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.gpu import layout
 from morphoquant_vllm.gpu.tiles import Tile
 from morphoquant_vllm.numerics import activation as activation_numerics

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from morphoquant_vllm import backends
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics import activation as activation_numerics
 from morphoquant_vllm.numerics import linear as linear_numerics

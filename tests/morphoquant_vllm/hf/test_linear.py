@@ -9,7 +9,8 @@ from torch import Tensor
 from morphoquant_vllm import backends
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics.activation import act_quant, token_rows
 from morphoquant_vllm.numerics.linear import linear, output_bound

@@ -15,7 +15,8 @@ import morphoquant_vllm.hf as hf
 from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import token_rows
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics.linear import linear

@@ -2,7 +2,8 @@
 
 import torch
 
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, dequantize, escapes
 from morphoquant_vllm.numerics.exact import exact_codes, linear_exact
 from morphoquant_vllm.numerics.linear import WeightRecord, linear

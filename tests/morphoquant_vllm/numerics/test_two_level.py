@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant
 from morphoquant_vllm.numerics.linear import WeightRecord, group_sums, linear, matmul, output_bound, weight_record

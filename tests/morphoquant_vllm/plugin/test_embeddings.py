@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 SPEC = QuantizationSpec(
     layers={"a": LayerSpec(64, 32, 32, "column", "a")}, placeholder_token_ids={"image": (7,), "audio": (9,)}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from morphoquant_vllm import ops
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.activation import act_quant, escapes, is_massive, token_rows
 from morphoquant_vllm.numerics.escape_counts import COLUMNS
 from morphoquant_vllm.plugin.additional_config import Watch

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import INPUT_TENSORS, ExpertsSpec, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import INPUT_TENSORS, ExpertsSpec, LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.experts import experts
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from tests.experts import Expert, random_experts, random_routing, random_tokens, record_of

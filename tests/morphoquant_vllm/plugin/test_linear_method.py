@@ -10,7 +10,8 @@ from torch import Tensor
 
 from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import INPUT_TENSORS, LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import INPUT_TENSORS, LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.gpu import device
 from morphoquant_vllm.numerics.activation import act_quant, is_massive, token_rows
 from morphoquant_vllm.numerics.linear import linear, matmul

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.activation import act_quant, token_rows
 from morphoquant_vllm.plugin import mlp_channel_order as intermediate
 from morphoquant_vllm.plugin.config import MorphoQuantConfig

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 
 CAPACITY, VOCABULARY = 8, 20
 SPEC = QuantizationSpec(

@@ -9,7 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from morphoquant_vllm import ops
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.plugin.norm_quant_pass import NormFusion
 from tests.checkpoints import random_group
 from tests.records import activation_of, weight_of

@@ -10,7 +10,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.nn.functional import gelu, silu
 
 from morphoquant_vllm import backends, ops
-from morphoquant_vllm.format.schema import LayerSpec, QuantizationSpec
+from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from morphoquant_vllm.plugin.silu_mul_pass import SiluMulFusion
 from tests.checkpoints import random_group
