@@ -36,7 +36,9 @@ class CodedActivations(nn.Module):
 def load(checkpoint: Path) -> nn.Module:
     """The quantized model (an omni model's thinker) as transformers loads it, in float32."""
     model = decoder.load(checkpoint)
-    configure(model, reference=True)
+    # The 16-bit model is served as well, and has none.
+    if any(isinstance(module, MorphoQuantLinear) for module in model.modules()):
+        configure(model, reference=True)
     return model
 
 
