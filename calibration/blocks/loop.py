@@ -247,7 +247,8 @@ def _quantize_experts(
     release_freed_memory()
     quantized = quantize_experts(sample, tokens, name, load, spec, recipe)
     parent, _, last = module.rpartition(".")
-    served = ServedExperts(name, stored.count, quantized.tensors, block.serving, block.device)
+    dtype = getattr(torch, recipe.dtype)
+    served = ServedExperts(name, stored.count, quantized.tensors, block.serving, block.device, dtype)
     setattr(block.module.get_submodule(parent), last, served)
     found.experts[name] = quantized
     shared_input = experts_input(name)

@@ -9,17 +9,32 @@ from torch import Tensor, nn
 
 from calibration.blocks.served_linear import TokenRows
 from morphoquant_vllm import backends
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, input_holder, scale_scheme_of
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts_record
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 
 
-class ServedExperts(nn.Module):
-    """The integer experts of a checkpoint's tensors, by the backend of the device, else by the torch reference.
+def _serving(name: str, record: ExpertsRecord, dtype: torch.dtype) -> backends.Experts:
+    """The implementation that serves a record: of its device, or the torch reference."""
+    reference = backends.BACKENDS["reference"].experts
+    assert reference is not None
+    found = backends.BACKENDS[backends.select_backend(record.down.codes.device)].experts
+    if found is None:
+        return reference
+    try:
+        found.check(name, record, dtype)
+    except MorphoQuantError:
+        return reference
+    return found
 
-    `serving` gives the row of each token that is not massive. `tensors` holds those of each linear of the list of
-    experts `name`.
+
+class ServedExperts(nn.Module):
+    """The integer experts of a checkpoint's tensors, on the kernels of the device or on the torch reference.
+
+    The reference computes if no kernels serve these experts and activations of `dtype`. `serving` gives the row of each
+    token that is not massive. `tensors` holds those of each linear of the list of experts `name`.
     """
 
     def __init__(
@@ -29,17 +44,16 @@ class ServedExperts(nn.Module):
         tensors: Mapping[str, Mapping[str, Tensor]],
         serving: TokenRows,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        found = backends.BACKENDS[backends.select_backend(device)].experts
-        self.experts = found or backends.BACKENDS["reference"].experts
-        assert self.experts is not None
-        self.prepared = self.experts.prepare(_record(name, count, tensors, device))
+        record = _record(name, count, tensors, device)
+        self.experts = _serving(name, record, dtype)
+        self.prepared = self.experts.prepare(record)
         self.serving = serving
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y [M, K] of hidden [M, K], in its dtype; index and weights [M, T] are those of the router."""
-        assert self.experts is not None
         rows = self.serving.of(hidden)
         return self.experts.run(hidden, rows, top_k_weights.float(), top_k_index, self.prepared)
 

@@ -108,8 +108,7 @@ def gate_up(
     from morphoquant_vllm.gpu import launch
 
     codes, rows = launch.quantize(x, modality, prepared.input, units=profile.units)
-    gain = prepared.input.gain.expand(prepared.size, -1).contiguous()
-    return multiply(codes, rows, slots, blocks, prepared.gate_up, gain, x.dtype, tile, profile)
+    return multiply(codes, rows, slots, blocks, prepared.gate_up, prepared.input_gain, x.dtype, tile, profile)
 
 
 def multiply(

@@ -19,6 +19,7 @@ class GpuExperts(NamedTuple):
 
     gate_up: GpuWeight  # all fields stacked over E
     input: GpuActivation  # of the one input of gate and up; not stacked
+    input_gain: Tensor  # its gain for each expert, float32 [E, R]
     down: GpuWeight  # stacked
     # Stacked. channel_order is [0] if the channels of every expert come in channel order.
     intermediate: GpuActivation
@@ -33,9 +34,11 @@ class GpuExperts(NamedTuple):
 def prepare(record: ExpertsRecord) -> GpuExperts:
     """Lay a canonical record out on its device, expert by expert; the canonical weights are not kept."""
     first = layout.prepare_weight(record.expert(0)[0])
+    shared = layout.prepare_activation(record.input)
     return GpuExperts(
         prepare_weights(record.gate_up),
-        layout.prepare_activation(record.input),
+        shared,
+        shared.gain.expand(record.size, -1).contiguous(),
         prepare_weights(record.down),
         prepare_intermediate(record.intermediate),
         layout.group_size_of(first),

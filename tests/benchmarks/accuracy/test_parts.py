@@ -79,3 +79,8 @@ def test_activations_that_the_grid_holds_stay_as_they_are(source: Path, checkpoi
     x = codes * (step * gain) + centre
     with torch.no_grad():
         torch.testing.assert_close(own(x[None])[0], own.original(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_16_bit_model_is_loaded_too(source: Path) -> None:
+    """It is served beside the checkpoints, and has no quantized linear."""
+    assert torch.equal(logits(parts.load(source)), logits(decoder.load(source)))

@@ -15,6 +15,13 @@ def test_both_run_on_the_kernels_of_the_gpu(interpreter: Interpreter, dtype: tor
         assert error <= 1
 
 
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_calibrations_experts_run_on_the_kernels_that_take_their_dtype(
+    interpreter: Interpreter, dtype: torch.dtype, kernels: bool
+) -> None:
+    assert interpreter(users.served_experts, dtype) == (kernels, True)
+
+
 def test_float32_which_the_kernels_do_not_take_runs_elsewhere(interpreter: Interpreter) -> None:
     backend, error = interpreter(users.loaded_linear, torch.float32)
     assert backend == "reference" and error == 0
