@@ -12,6 +12,7 @@ from torch import Tensor
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import experts as cpu_experts
 from morphoquant_vllm.cpu import head as cpu_head
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import backend as gpu_backend
 from morphoquant_vllm.gpu import experts as gpu_experts
 from morphoquant_vllm.gpu import head as gpu_head
@@ -219,3 +220,31 @@ def prepare_layer(
     chosen = BACKENDS[backend]
     chosen.check(name, weight, activation, dtype)
     return Prepared(backend, *chosen.prepare(weight, activation))
+
+
+@dataclass(frozen=True)
+class PreparedExperts:
+    """The routed experts of a layer in the layout of one backend."""
+
+    implementation: Experts
+    prepared: Any
+
+    def experts(self, x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """y [M, K] of x [M, K], in its dtype; inputs as the op takes them."""
+        return self.implementation.run(x, modality, topk_weights, topk_ids, self.prepared)
+
+
+def prepare_experts(name: str, record: ExpertsRecord, dtype: torch.dtype, backend: str = "") -> PreparedExperts:
+    """Prepare the experts of a list for `backend`, by default the one of their device, and activations of `dtype`.
+
+    Raises MorphoQuantError, with the list's `name`, if the backend does not serve them.
+    """
+    backend = backend or select_backend(record.down.codes.device)
+    found = BACKENDS[backend].experts
+    if found is None:
+        raise MorphoQuantError(
+            f"{name}: the backend '{backend}' does not serve quantized experts; leave them in 16 bit: calibrate with "
+            "--ignore '*.experts.*'"
+        )
+    found.check(name, record, dtype)
+    return PreparedExperts(found, found.prepare(record))

@@ -44,16 +44,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from morphoquant_vllm import handles
-from morphoquant_vllm.backends import BACKENDS, Experts, select_backend
+from morphoquant_vllm.backends import BACKENDS, PreparedExperts, select_backend
 from morphoquant_vllm.numerics import norm as norm_numerics
-from morphoquant_vllm.numerics.experts import ExpertsRecord
 
 
 @dataclass(frozen=True)
@@ -107,32 +105,21 @@ def bind(
     return handle
 
 
-@dataclass(frozen=True)
-class _PreparedExperts:
-    """The experts of a layer, prepared for a backend."""
+def bind_experts(
+    experts: PreparedExperts,
+    absorbed_bias: Tensor,
+    wrap: Callable[[handles.BoundExperts], handles.BoundExperts] | None = None,
+) -> Tensor:
+    """Bind the prepared experts of a layer and return their handle; they are freed with it.
 
-    backend: str
-    prepared: Any
-
-    def experts(self, x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return _experts_of(self.backend).run(x, modality, topk_weights, topk_ids, self.prepared)
-
-
-def bind_experts(record: ExpertsRecord, backend: str) -> Tensor:
-    """Bind the experts of a layer to a backend that serves them, and return their handle; they are freed with it."""
-    # The record may be what the backend keeps, so the handle is a tensor of its own with the same memory.
-    handle = record.down.absorbed_bias.detach()
+    `absorbed_bias` is that of their down_proj. Calls go to `wrap` of the experts, if given.
+    """
+    # The backend may keep that tensor, so the handle is a tensor of its own with the same memory.
+    handle = absorbed_bias.detach()
     if handles.is_taken(handle):
         handle = handle.clone()
-    handles.keep(handle, _PreparedExperts(backend, _experts_of(backend).prepare(record)))
+    handles.keep(handle, experts if wrap is None else wrap(experts))
     return handle
-
-
-def _experts_of(backend: str) -> Experts:
-    found = BACKENDS[backend].experts
-    if found is None:
-        raise RuntimeError(f"the backend '{backend}' does not serve quantized experts")
-    return found
 
 
 def _check_inputs(x: Tensor, modality: Tensor) -> None:

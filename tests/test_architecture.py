@@ -29,7 +29,7 @@ ROOMS = {
     "format": {"errors", "numerics", "torch", "safetensors"},
     "cpu": {"environment", "errors", "host_memory", "numerics", "torch"},
     "gpu": {"environment", "errors", "numerics", "torch", "triton", "typer"},
-    "backends": {"cpu", "gpu", "handles", "numerics", "torch"},
+    "backends": {"cpu", "errors", "gpu", "handles", "numerics", "torch"},
     "ops": {"backends", "handles", "numerics", "torch"},
     "hf": {"backends", "environment", "errors", "format", "numerics", "torch", "transformers"},
     # vLLM in other processes only.

@@ -16,18 +16,12 @@ from morphoquant_vllm.numerics.experts import ExpertsRecord, experts_record
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 
 
-def _serving(name: str, record: ExpertsRecord, dtype: torch.dtype) -> backends.Experts:
-    """The implementation that serves a record: of its device, or the torch reference."""
-    reference = backends.BACKENDS["reference"].experts
-    assert reference is not None
-    found = backends.BACKENDS[backends.select_backend(record.down.codes.device)].experts
-    if found is None:
-        return reference
+def _prepared(name: str, record: ExpertsRecord, dtype: torch.dtype) -> backends.PreparedExperts:
+    """The record for the kernels that serve its device, or for the torch reference if they refuse it."""
     try:
-        found.check(name, record, dtype)
+        return backends.prepare_experts(name, record, dtype)
     except MorphoQuantError:
-        return reference
-    return found
+        return backends.prepare_experts(name, record, dtype, "reference")
 
 
 class ServedExperts(nn.Module):
@@ -47,15 +41,12 @@ class ServedExperts(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        record = _record(name, count, tensors, device)
-        self.experts = _serving(name, record, dtype)
-        self.prepared = self.experts.prepare(record)
+        self.prepared = _prepared(name, _record(name, count, tensors, device), dtype)
         self.serving = serving
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y [M, K] of hidden [M, K], in its dtype; index and weights [M, T] are those of the router."""
-        rows = self.serving.of(hidden)
-        return self.experts.run(hidden, rows, top_k_weights.float(), top_k_index, self.prepared)
+        return self.prepared.experts(hidden, self.serving.of(hidden), top_k_weights.float(), top_k_index)
 
 
 def _record(name: str, count: int, tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> ExpertsRecord:

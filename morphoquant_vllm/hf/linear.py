@@ -22,7 +22,7 @@ from morphoquant_vllm.numerics.linear import WeightRecord, linear, weight_record
 
 logger = logging.getLogger(__name__)
 # Activations of another dtype run on the torch reference.
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -133,7 +133,7 @@ class MorphoQuantLinear(StoredTensors):
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
         rows = self.rows_of(flat)
-        if self.mode.exact or self.mode.reference or x.dtype not in _KERNEL_DTYPES:
+        if self.mode.exact or self.mode.reference or x.dtype not in KERNEL_DTYPES:
             define = linear_exact if self.mode.exact else linear
             y = define(flat, rows, self.weight(), self.activation(), self.bias)
         else:

@@ -48,7 +48,7 @@ class MorphoQuantConfig(QuantizationConfig):
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
         self.experts: dict[str, ExpertsSpec] = dict(spec.experts) if spec else {}
         # Names of the linears in the files.
-        self._stored = {name: name for name in self.layers}
+        self._stored = {name: name for name in (*self.layers, *self.experts)}
         # Created with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
         self.escape_watch: EscapeWatch | None = None
@@ -183,20 +183,22 @@ class MorphoQuantConfig(QuantizationConfig):
             )
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
-        watch = self._watch_of(prefix, shards, bus)
+        first = settings[shards[0]]
+        # Towers get patches, and not the tokens of a step.
+        watch = None if first.fixed_row else self._watch_of(prefix, shards[0], first.in_features, bus)
         return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch)
 
-    def _watch_of(self, prefix: str, shards: list[str], bus: ModalityBus) -> EscapeWatch | None:
-        """The watch of this model, to which the layer is added; None if its escapes are not counted."""
+    def _watch_of(self, prefix: str, name: str, in_features: int, bus: ModalityBus) -> EscapeWatch | None:
+        """The watch of this model, to which the input `name` is added; None if its escapes are not counted."""
         from vllm.config import get_current_vllm_config_or_none
 
         from morphoquant_vllm.plugin import escape_report, escape_watch
         from morphoquant_vllm.plugin.additional_config import read_settings
 
-        config, first = get_current_vllm_config_or_none(), self.layers[shards[0]]
+        config = get_current_vllm_config_or_none()
         settings = None if config is None else read_settings(config.additional_config).watch
-        # Towers get patches, and a draft model other tokens, than those of a step.
-        if config is None or settings is None or first.fixed_row or prefix.startswith(DRAFT_PREFIX):
+        # A draft model gets other tokens than those of a step.
+        if config is None or settings is None or prefix.startswith(DRAFT_PREFIX):
             return None
         if self.escape_watch is None:
             escape_watch.refuse_partial_steps(config)
@@ -204,7 +206,7 @@ class MorphoQuantConfig(QuantizationConfig):
             model = config.model_config
             report = None if model is None else escape_report.read_report(model.model, model.revision)
             self.escape_watch = escape_watch.EscapeWatch(settings, bus.spec.rows, self._metrics, report)
-        self.escape_watch.add(shards[0], self._stored[shards[0]], first.in_features)
+        self.escape_watch.add(name, self._stored[name], in_features)
         return self.escape_watch
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
@@ -217,8 +219,9 @@ class MorphoQuantConfig(QuantizationConfig):
         if name not in self.experts:
             refuse_sixteen_bit(prefix, layer, current_platform.is_cpu())
             return None
-        bus = self.modality_bus()
-        return MorphoQuantExpertsMethod(layer, bus.spec, name, self.experts[name], bus)
+        bus, experts = self.modality_bus(), self.experts[name]
+        watch = self._watch_of(prefix, name, experts.in_features, bus)
+        return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> Intermediate | None:
         """The state that gate_up_proj and down_proj of one MLP share; None if its channels may not be renumbered."""

@@ -1,4 +1,4 @@
-"""A bound layer that counts its escapes before it multiplies.
+"""Bound layers and experts that count their escapes before they multiply.
 
 The counting lies inside the op that serves the layer. So the compiled graph stays as it is, and a CUDA graph records
 the counting with the layer. The counts accumulate in tensors on the device, and nothing here waits for it.
@@ -18,7 +18,7 @@ from morphoquant_vllm.numerics.escape_counts import add_escape_counts
 from morphoquant_vllm.numerics.norm import normed
 
 if TYPE_CHECKING:
-    from morphoquant_vllm.handles import Bound
+    from morphoquant_vllm.handles import Bound, BoundExperts
 
 
 @dataclass
@@ -86,3 +86,15 @@ class CountedLayer:
         if not self.counter.gate.skips:
             self.counter.count(normed(x, residual, norm_weight, epsilon)[0], modality)
         return self.layer.norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+
+
+@dataclass(frozen=True)
+class CountedExperts:
+    """Bound experts with a counter of the one input of gate and up before them."""
+
+    layer: BoundExperts
+    counter: Counter
+
+    def experts(self, x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        self.counter.count(x, modality)
+        return self.layer.experts(x, modality, topk_weights, topk_ids)

@@ -117,16 +117,17 @@ class Drift:
 
 
 def calibrated_rates(report: Any, layers: Mapping[str, int]) -> dict[str, float]:
-    """Escape rates by row in calibration, of checkpoint layers given with their K; of the rows that all of them have.
+    """Escape rates by row in calibration, of inputs given with their K; of the rows that all of them have.
 
-    A report without them gives none.
+    An input has the name of a layer of the checkpoint, or of a list of experts. A report without them gives none.
     """
     try:
-        rates = [(dict(report["layers"][name]["escape_rate"]), channels) for name, channels in layers.items()]
+        measured = report["layers"] | {name: found["input"] for name, found in report.get("experts", {}).items()}
+        rates = [(dict(measured[name]["escape_rate"]), channels) for name, channels in layers.items()]
         common = set.intersection(*(set(layer) for layer, _ in rates)) if rates else set()
         total = sum(layers.values())
         found = {row: sum(float(layer[row]) * channels for layer, channels in rates) / total for row in common}
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return {}
     if ALL_TOKENS in found:
         found[ANY_ROW] = found.pop(ALL_TOKENS)

@@ -64,7 +64,7 @@ def choose_layers(count: int, wanted: int) -> list[int]:
 
 @dataclass(frozen=True)
 class WatchedLayer:
-    """A quantized linear of the decoder: its name in the checkpoint, and K over all ranks."""
+    """A quantized linear of the decoder, or a list of experts: its name in the checkpoint, and K over all ranks."""
 
     stored: str
     in_features: int

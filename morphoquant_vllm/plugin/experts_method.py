@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +23,16 @@ from morphoquant_vllm.numerics.activation import ActivationRecord, activation_re
 from morphoquant_vllm.numerics.experts import ExpertsRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.plugin import dummy_weights
+from morphoquant_vllm.plugin.counted_layer import CountedExperts
 from morphoquant_vllm.plugin.experts_loading import ExpertsParameters
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import check_ranks
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from morphoquant_vllm.handles import BoundExperts
+    from morphoquant_vllm.plugin.escape_watch import EscapeWatch
 
 SIXTEEN_BIT = "leave these experts in 16 bit: calibrate with --ignore '*.experts.*'"
 
@@ -82,11 +88,17 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
     """Quantization method of the routed experts of one layer; `name` is that of their list, in vLLM's names."""
 
     def __init__(
-        self, layer: RoutedExperts, spec: QuantizationSpec, name: str, experts: ExpertsSpec, bus: ModalityBus
+        self,
+        layer: RoutedExperts,
+        spec: QuantizationSpec,
+        name: str,
+        experts: ExpertsSpec,
+        bus: ModalityBus,
+        watch: EscapeWatch | None = None,
     ) -> None:
         super().__init__(layer.moe_config)
         refuse_unserved(name, layer, experts)
-        self.spec, self.name, self.experts, self.bus = spec, name, experts, bus
+        self.spec, self.name, self.experts, self.bus, self.watch = spec, name, experts, bus, watch
         self.ranks = layer.moe_config.moe_parallel_config.tp_size
         check_ranks(spec, f"{name}.0.down_proj", experts.expert_layers(name, 0)[f"{name}.0.down_proj"], self.ranks)
         self.activation_dtype = torch.get_default_dtype()
@@ -141,18 +153,27 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
         record = experts_record(self.experts.scale_scheme, gate_up, down)
         device = record.down.codes.device
         self.backend = backends.select_backend(device)
-        backend = backends.BACKENDS[self.backend]
-        if backend.experts is None:
-            raise MorphoQuantError(
-                f"{self.name}: the backend '{self.backend}' does not serve quantized experts; {SIXTEEN_BIT}"
-            )
-        backend.experts.check(self.name, record, self.activation_dtype)
+        prepared = backends.prepare_experts(self.name, record, self.activation_dtype, self.backend)
         del gate_up, down
-        layer.register_buffer("experts_handle", ops.bind_experts(record, self.backend), persistent=False)
+        handle = ops.bind_experts(prepared, record.down.absorbed_bias, self._counted(record))
+        layer.register_buffer("experts_handle", handle, persistent=False)
         layer.register_buffer("modality", self.bus.rows(device), persistent=False)
         if device.type == "cpu":
             del record
             release_freed_memory()
+
+    def _counted(self, record: ExpertsRecord) -> Callable[[BoundExperts], BoundExperts] | None:
+        """The wrap of the bound experts that counts the escapes of their input; None if it does not count."""
+        if self.watch is None:
+            return None
+        # The quantizer of a backend is prepared together with a weight: any of them.
+        _, prepared = backends.BACKENDS[self.backend].prepare(record.expert(0)[0], record.input)
+        parallel = self.moe.moe_parallel_config
+        rank = int(parallel.ep_rank if parallel.use_ep else parallel.tp_rank)
+        counter = self.watch.counter(
+            self.name, rank, split=False, backend=self.backend, prepared=prepared, record=record.input
+        )
+        return None if counter is None else partial(CountedExperts, counter=counter)
 
     def _check_values(self, layer: RoutedExperts, gate_up: dict[str, Tensor], down: dict[str, Tensor]) -> None:
         """Check the values of each linear of this rank's experts."""

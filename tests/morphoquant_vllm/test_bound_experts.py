@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from morphoquant_vllm import backends, handles, ops
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
 from tests.experts import random_experts, random_routing, random_tokens, record_of
 
@@ -18,7 +19,12 @@ SERVING = sorted(name for name, backend in backends.BACKENDS.items() if backend.
 
 def bound(seed: int = 0) -> tuple[Tensor, ExpertsRecord]:
     record = record_of(random_experts(COUNT, seed=seed))
-    return ops.bind_experts(record, HERE), record
+    return bind(record), record
+
+
+def bind(record: ExpertsRecord) -> Tensor:
+    prepared = backends.prepare_experts("experts", record, torch.float32, HERE)
+    return ops.bind_experts(prepared, record.down.absorbed_bias)
 
 
 def test_the_signature_is_frozen() -> None:
@@ -47,7 +53,7 @@ def test_each_handle_calls_its_own_experts(dtype: torch.dtype, ids: torch.dtype)
 
 def test_two_layers_of_one_record_get_a_handle_each() -> None:
     first, record = bound()
-    second = ops.bind_experts(record, HERE)
+    second = bind(record)
     assert first.data_ptr() != second.data_ptr()
 
 
@@ -78,8 +84,8 @@ def test_other_inputs_are_refused() -> None:
 
 def test_a_backend_without_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "none", backends.Backend(*[None] * 4))
-    with pytest.raises(RuntimeError, match="the backend 'none' does not serve quantized experts"):
-        ops.bind_experts(record_of(random_experts(1)), "none")
+    with pytest.raises(MorphoQuantError, match="list: the backend 'none' does not serve quantized experts; leave them"):
+        backends.prepare_experts("list", record_of(random_experts(1)), torch.float32, "none")
 
 
 def test_the_op_is_well_formed() -> None:

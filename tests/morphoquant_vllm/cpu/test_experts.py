@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphoquant_vllm import ops
+from morphoquant_vllm import backends, ops
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import experts as cpu_experts
 from morphoquant_vllm.cpu.build import Kernels
@@ -163,7 +163,8 @@ def test_the_op_is_bound_to_the_kernels_and_compiles() -> None:
     if not cpu.available():
         pytest.skip("the CPU kernels do not run on this machine")
     record, (x, modality, weights, ids) = small(), inputs(6, 2)
-    handle = ops.bind_experts(record, "cpu")
+    prepared = backends.prepare_experts("experts", record, torch.float32, "cpu")
+    handle = ops.bind_experts(prepared, record.down.absorbed_bias)
     given = (x, modality, weights, ids, handle)
     expected = cpu_experts.run(x, modality, weights, ids, cpu_experts.prepare(record))
     compiled = torch.compile(lambda x: ops.bound_experts(x, *given[1:]) + 1, backend="aot_eager", fullgraph=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import morphoquant_vllm.hf as hf
 from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
+from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.checkpoints import edit
 from tests.reference_model import Checkpoint, swap_linears
@@ -72,6 +73,22 @@ def test_logits_are_the_reference_models_to_the_last_bit(
     assert (logits(model) - sixteen_bit).abs().max() > 0.1
     held = [module for module in model.modules() if isinstance(module, hf.MorphoQuantExperts)]
     assert len(held) == len(Checkpoint(checkpoints[name]).spec.experts) > 1
+
+
+@pytest.mark.skipif(backends.select_backend(torch.device("cpu")) == "reference", reason="no CPU kernels run here")
+def test_kernels_compute_within_the_bound_of_the_reference(checkpoints: dict[str, Path]) -> None:
+    model = load(MOE, checkpoints[MOE], dtype=torch.float32)
+    layer = next(module for module in model.modules() if isinstance(module, hf.MorphoQuantExperts))
+    x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1))
+    ids, weights = torch.tensor([[0, 1], [1, 3], [2, 4]] * 3), torch.full((9, 2), 0.5)
+    on_kernels = layer(x, ids, weights)
+    hf.configure(model, reference=True)
+    defined = layer(x, ids, weights)
+    assert not torch.equal(on_kernels, defined)
+    # In float32 gate and up differ in their last bits, which moves no code of these inputs.
+    torch.testing.assert_close(on_kernels, defined, rtol=1e-5, atol=1e-5 * float(defined.abs().max()))
+    hf.configure(model, reference=False)
+    assert layer.to(torch.bfloat16)._prepared is None
 
 
 def test_the_full_omni_model_loads_with_its_talker(checkpoints: dict[str, Path]) -> None:

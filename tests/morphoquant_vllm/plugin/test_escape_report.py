@@ -54,6 +54,12 @@ def test_calibrated_rates_weigh_layers_by_their_channels() -> None:
     assert rates == {"text": pytest.approx(0.04), "any": pytest.approx(0.05)}
 
 
+def test_the_input_of_a_list_of_experts_has_calibrated_rates() -> None:
+    experts = {"list": {"input": {"escape_rate": {"text": 0.05}}, "tokens": [3]}}
+    report = {"layers": {"a": {"escape_rate": {"text": 0.02}}}, "experts": experts}
+    assert calibrated_rates(report, {"a": 64, "list": 128}) == {"text": pytest.approx(0.04)}
+
+
 @pytest.mark.parametrize("report", [None, {}, {"layers": {"a": {}}}, {"layers": {"a": {"escape_rate": 3}}}, []])
 def test_a_report_without_rates_gives_none(report: object) -> None:
     assert calibrated_rates(report, {"a": 64}) == {}

@@ -12,6 +12,7 @@ from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import INPUT_TENSORS, ExpertsSpec, LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.numerics.activation import act_quant, escapes, token_rows
 from morphoquant_vllm.numerics.experts import experts
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from tests.experts import Expert, random_experts, random_routing, random_tokens, record_of
@@ -305,3 +306,31 @@ def test_lists_of_experts_get_the_names_of_the_model_class() -> None:
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert list(config.experts) == [f"language_model.{NAME}"]
     assert SimpleNamespace(**vars(config.experts[f"language_model.{NAME}"])).count == COUNT
+
+
+@pytest.mark.usefixtures("engine_context")
+def test_the_escapes_of_the_one_input_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    monkeypatch.setattr(WorkerWrapperBase, "execute_model", WorkerWrapperBase.execute_model)
+    settings = {"morphoquant": {"watch_escapes": {"every": 1, "seconds": 60}}}
+    stored = made()
+    x, modality = random_tokens(TOKENS, K)
+    x = x * 4
+    with set_current_vllm_config(VllmConfig(additional_config=settings)):
+        layer = loaded(specification(), files(stored))
+        watch = layer.quant_method.watch
+        layer.modality[:TOKENS] = modality
+        plain = call(layer, x)[0]
+        assert not watch.row_counts()
+        with watch.step(TOKENS - 2):
+            assert torch.equal(call(layer, x)[0], plain)
+    record = record_of(stored).input
+    escaped = escapes(act_quant(x, token_rows(x, modality, record), record)).sum(1)[:-2]
+    found = watch.row_counts()
+    assert {name: row.escapes for name, row in found.items() if name != "massive"} == {
+        watch.rows[row]: int(escaped[modality[:-2] == row].sum()) for row in modality[:-2].unique().tolist()
+    }
+    assert sum(row.codes for name, row in found.items() if name != "massive") == K * (TOKENS - 2)
+    assert int(escaped.sum()) > 0
