@@ -48,10 +48,11 @@ def meta_tensors(layout: str, layers: int | None = None) -> dict[str, Tensor]:
 def _meta_decoder(config: dict[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(config))
-    tensors: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        stored = torch.empty(value.shape, dtype=stored_dtype(name), device="meta")
-        tensors |= separate_experts(name, stored) if ".mlp.experts." in name else {name: stored}
+        tensors: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            parts = separate_experts(name, value) if ".mlp.experts." in name else {name: value}
+            # New ones: the parts of one tensor would count as one when the files are cut.
+            tensors |= {part: torch.empty(cut.shape, dtype=stored_dtype(part)) for part, cut in parts.items()}
     return tensors
 
 

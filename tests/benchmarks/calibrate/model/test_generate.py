@@ -80,6 +80,7 @@ def test_a_generated_mixture_of_experts_is_what_transformers_makes_of_its_config
     expert = [tuple(tensors[f"model.layers.0.mlp.experts.127.{part}_proj.weight"].shape) for part in ("up", "down")]
     assert expert == [(768, 2048), (2048, 768)]
     assert layout_config("30B-A3B")["num_hidden_layers"] == 48
+    assert len(split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE).filename_to_tensors) == 1
     model = generate("tiny-experts", tmp_path / "model")
     loaded, loading = Qwen3MoeForCausalLM.from_pretrained(model, dtype="auto", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["mismatched_keys"] and not loading["unexpected_keys"]
