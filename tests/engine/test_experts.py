@@ -18,7 +18,12 @@ from tests.engine.agreement import LOGPROB_TOLERANCE, TIED_SHARE, assert_same_lo
 from tests.engine.conftest import ENGINE, TEXT_PROMPT, Engines, calibrate
 from tests.reference_model import Checkpoint, swap_linears
 from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data, write_video
-from tests.tiny_experts import build_tiny_qwen3_moe, build_tiny_qwen3_omni_moe, build_tiny_qwen3_vl_moe
+from tests.tiny_experts import (
+    build_tiny_qwen2_moe,
+    build_tiny_qwen3_moe,
+    build_tiny_qwen3_omni_moe,
+    build_tiny_qwen3_vl_moe,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -146,6 +151,21 @@ def test_sixteen_bit_experts_are_refused_under_expert_parallelism_on_a_cpu(atten
     causes = " ".join(attention_alone.started.results["expert parallel"]["error"])
     log = (attention_alone.source.parent / "engines.log").read_text(errors="replace")
     assert "vLLM's CPU kernel for 16-bit experts does not know which of them lie on a rank" in causes + log
+
+
+@pytest.mark.full
+def test_shared_experts_are_served_in_4_bit_beside_routed_ones_in_16(tmp_path: Path) -> None:
+    source = build_tiny_qwen2_moe(tmp_path / "source")
+    data = write_calibration_data(tmp_path / "data", "text")
+    checkpoint = calibrate(source, data, tmp_path / "checkpoint", *QUICK, "--ignore", "*.experts.*")
+    served = Served(source, checkpoint, {"eager": {"prompts": [PROMPT], "engine": ENGINE}})
+    shared = "model.layers.0.mlp.shared_expert"
+    assert not served.checkpoint.spec.experts and f"{shared}.down_proj" in served.checkpoint.spec.layers
+    methods = served.started.results["eager"]["methods"]
+    assert methods[f"{shared}.gate_up_proj"] == "MorphoQuantLinearMethod"
+    assert methods["model.layers.0.mlp.shared_expert_gate"] == "UnquantizedLinearMethod"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert_same_logprobs(served.logprobs("eager"), expected_logprobs(swap_linears(model, served.checkpoint), of_text()))
 
 
 # Class of transformers, start of the names in the file, and of the modules; the prompt's media; how to build the model.
