@@ -34,6 +34,15 @@ def build_tiny_olmoe(directory: Path, seed: int = 0) -> Path:
     return write_model(directory, transformers.OlmoeForCausalLM, config, seed, ids)
 
 
+def build_tiny_qwen2_moe(directory: Path, seed: int = 0) -> Path:
+    """Write a Qwen2-MoE, whose blocks have a shared expert beside the routed ones, into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "text")
+    shared = {"shared_expert_intermediate_size": 128, "norm_topk_prob": True}
+    config = transformers.Qwen2MoeConfig(**{**DECODER, **EXPERTS, **shared, "eos_token_id": ids["im_end"]})
+    return write_model(directory, transformers.Qwen2MoeForCausalLM, config, seed, ids)
+
+
 def _transposed(name: str, merged: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: merged.transpose(1, 2).contiguous()}
 

@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--blocks", type=int, help="stop after this many blocks; the total is extrapolated")
     measure.add_argument("--samples", type=int, default=64)
     measure.add_argument("--tokens", type=int, default=512, help="of each sample")
-    measure.add_argument("--media", type=int, default=8, help="samples with an image and a sound")
+    measure.add_argument(
+        "--media", type=int, help="samples with an image and a sound (default 8; 0 for a decoder without towers)"
+    )
     measure.add_argument("--cores", type=int, default=2)
     measure.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="of the recipe")
     measure.add_argument("--memory-budget", type=float, metavar="GIB", help="memory that the calibration may use")
@@ -117,7 +119,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     """Generate missing models and data, measure, write the files."""
     from benchmarks.calibrate.data import write_data
     from benchmarks.calibrate.model.generate import generate
-    from benchmarks.calibrate.model.layouts import layout_config, text_config
+    from benchmarks.calibrate.model.layouts import DECODERS, layout_config, text_config
     from benchmarks.calibrate.report import write
     from benchmarks.calibrate.serve import note_origin
     from benchmarks.calibrate.summary import summarise
@@ -127,7 +129,14 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     from benchmarks.common.files import code_digest
     from benchmarks.common.machine import load, machine, versions
     from calibration.settings.recipe import read_recipe
+    from morphoquant_vllm.errors import MorphoQuantError
 
+    text_alone = arguments.layout in DECODERS
+    if text_alone and arguments.media:
+        raise MorphoQuantError(
+            f"--media {arguments.media}: the layout {arguments.layout} takes text alone; leave --media out"
+        )
+    media = arguments.media if arguments.media is not None else 0 if text_alone else 8
     sizes = {"max_samples": arguments.samples, "max_tokens": arguments.tokens, "window_tokens": arguments.tokens}
     changes = {**sizes, **settings(arguments.set)}
     recipe = read_recipe(overrides=changes)
@@ -139,8 +148,8 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
         say(f"generating {model}")
         generate(arguments.layout, model, layers=arguments.layers, progress=say)
     busy = load()
-    shape = f"{arguments.samples}x{arguments.tokens}-{arguments.media}"
-    data = write_data(arguments.work / f"data-{shape}", model, arguments.samples, arguments.tokens, arguments.media)
+    shape = f"{arguments.samples}x{arguments.tokens}-{media}"
+    data = write_data(arguments.work / f"data-{shape}", model, arguments.samples, arguments.tokens, media)
     # Times of changed code are times of something else.
     state = code_digest([Path("calibration"), Path("morphoquant_vllm/numerics")])[:12]
     kept = arguments.work / f"measured-{state}"
@@ -162,7 +171,7 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
         "model": name,
         "samples": arguments.samples,
         "tokens": arguments.tokens,
-        "media": arguments.media,
+        "media": media,
         "memory_budget": budget,
         "recipe": recipe.model_dump(mode="json"),
         **summarise(measured, decoder, published, arguments.samples, arguments.tokens, recipe.model_dump(mode="json")),

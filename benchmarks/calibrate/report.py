@@ -82,11 +82,16 @@ def _memory(summary: dict[str, Any]) -> str:
 
 
 def _blocks(summary: dict[str, Any]) -> str:
-    lines = ["| block | seconds | peak GiB, resident | without mapped files | loss |", "|---|---|---|---|---|"]
+    lines = [
+        "| block | seconds | of all cores together | peak GiB, resident | without mapped files | loss |",
+        "|---|---|---|---|---|---|",
+    ]
     for number, block in summary["blocks"].items():
         loss = "" if block["loss"] is None else f"{block['loss']:.4f}"
         lines.append(
-            f"| {number} | {_seconds(block['seconds'])} | {block['resident'] / GIB:.2f} | "
+            # Kept results of earlier releases have no time of the cores.
+            f"| {number} | {_seconds(block['seconds'])} | {_seconds(block.get('cpu'))} | "
+            f"{block['resident'] / GIB:.2f} | "
             f"{block['anonymous'] / GIB:.2f} | {loss} |"
         )
     first = summary["to_first_block_seconds"]

@@ -46,10 +46,11 @@ class Linear:
 def fused(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """N and K of the linears of one decoder layer as vLLM fuses them; `sizes` are a config's."""
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    head = hidden // sizes["num_attention_heads"]
+    head = sizes.get("head_dim", hidden // sizes["num_attention_heads"])
+    heads = head * sizes["num_attention_heads"]
     return {
-        "qkv": (hidden + 2 * head * sizes["num_key_value_heads"], hidden),
-        "o": (hidden, hidden),
+        "qkv": (heads + 2 * head * sizes["num_key_value_heads"], hidden),
+        "o": (hidden, heads),
         "gate_up": (2 * inner, hidden),
         "down": (hidden, inner),
     }

@@ -14,7 +14,7 @@ from calibration.data.placeholders import check_placeholders, check_text, frames
 from calibration.data.processor import failure
 from calibration.time_limit import time_limit
 
-# Frames per second of Qwen's video processors if their config names no rate; vLLM uses the same rate.
+# Frames per second that are sampled if the video processor's config names no rate.
 DEFAULT_VIDEO_FPS = 2.0
 # Qwen2.5-Omni's processor scales frames to this many pixels at most, Qwen2.5-VL's to more.
 MOST_PIXELS = 768 * 28 * 28
@@ -239,9 +239,12 @@ def _decode_videos(video_processor: Any, media: list[Media], max_tokens: int) ->
     options = {
         "video_metadata": [metadata for _, metadata in decoded],
         "do_sample_frames": False,
-        "fps": fps,
         "input_data_format": "channels_last",
     }
+    # The seconds between positions follow from this rate. Without one, a processor takes its own: Qwen2.5-Omni's is 2,
+    # Qwen3-Omni's is 1. vLLM leaves it to the processor, too.
+    if video_processor.fps:
+        options["fps"] = video_processor.fps
     return [frames for frames, _ in decoded], options
 
 

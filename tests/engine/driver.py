@@ -6,6 +6,7 @@ the tensors that went through the quantized layers as safetensors. Tests read th
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """Turn the JSON form of a prompt into vLLM's: media are named by file."""
     import soundfile
     from PIL import Image
+    from vllm.multimodal.media import MediaConnector
 
     loaded = dict(prompt)
     media = {}
@@ -31,6 +33,10 @@ def _prompt(prompt: dict[str, Any]) -> dict[str, Any]:
         media["image"] = Image.open(loaded.pop("image")).convert("RGB")
     if "audio" in prompt:
         media["audio"] = soundfile.read(loaded.pop("audio"), dtype="float32")
+    if "video" in prompt:
+        # As a server decodes it.
+        content = base64.b64encode(Path(loaded.pop("video")).read_bytes()).decode()
+        media["video"] = [MediaConnector().fetch_video(f"data:video/mp4;base64,{content}")]
     return loaded | ({"multi_modal_data": media} if media else {})
 
 

@@ -11,12 +11,19 @@ import torch
 import transformers
 from PIL import Image
 from torch import nn
+from transformers import AutoTokenizer
 
-from tests.engine.agreement import assert_same_logprobs
+from tests.calibration.rendering import build, conversations
+from tests.engine.agreement import LOGPROB_TOLERANCE, TIED_SHARE, assert_same_logprobs
 from tests.engine.conftest import ENGINE, TEXT_PROMPT, Engines, calibrate
 from tests.reference_model import Checkpoint, swap_linears
-from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data
-from tests.tiny_experts import build_tiny_qwen3_moe, build_tiny_qwen3_omni_moe, build_tiny_qwen3_vl_moe
+from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data, write_video
+from tests.tiny_experts import (
+    build_tiny_qwen2_moe,
+    build_tiny_qwen3_moe,
+    build_tiny_qwen3_omni_moe,
+    build_tiny_qwen3_vl_moe,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -146,6 +153,21 @@ def test_sixteen_bit_experts_are_refused_under_expert_parallelism_on_a_cpu(atten
     assert "vLLM's CPU kernel for 16-bit experts does not know which of them lie on a rank" in causes + log
 
 
+@pytest.mark.full
+def test_shared_experts_are_served_in_4_bit_beside_routed_ones_in_16(tmp_path: Path) -> None:
+    source = build_tiny_qwen2_moe(tmp_path / "source")
+    data = write_calibration_data(tmp_path / "data", "text")
+    checkpoint = calibrate(source, data, tmp_path / "checkpoint", *QUICK, "--ignore", "*.experts.*")
+    served = Served(source, checkpoint, {"eager": {"prompts": [PROMPT], "engine": ENGINE}})
+    shared = "model.layers.0.mlp.shared_expert"
+    assert not served.checkpoint.spec.experts and f"{shared}.down_proj" in served.checkpoint.spec.layers
+    methods = served.started.results["eager"]["methods"]
+    assert methods[f"{shared}.gate_up_proj"] == "MorphoQuantLinearMethod"
+    assert methods["model.layers.0.mlp.shared_expert_gate"] == "UnquantizedLinearMethod"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert_same_logprobs(served.logprobs("eager"), expected_logprobs(swap_linears(model, served.checkpoint), of_text()))
+
+
 # Class of transformers, start of the names in the file, and of the modules; the prompt's media; how to build the model.
 MEDIA = {
     "vl": (build_tiny_qwen3_vl_moe, "Qwen3VLMoeForConditionalGeneration", "", PICTURE + QUESTION),
@@ -179,3 +201,34 @@ def test_a_question_about_media_gets_the_reference_models_logprobs(kind: str, tm
     assert_same_logprobs(served.logprobs("eager", 0), expected_logprobs(model, of_text()))
     assert served.started.results["eager"]["requests"][1]["prompt_token_ids"] == inputs["input_ids"][0].tolist()
     assert_same_logprobs(served.logprobs("eager", 1), expected_logprobs(model, dict(inputs)))
+
+
+@pytest.mark.full
+def test_a_clip_gets_the_reference_models_logprobs_on_calibrations_inputs(tmp_path: Path) -> None:
+    """Positions of Qwen3-Omni's clips follow from a rate that vLLM and calibration leave to the processor."""
+    source = build_tiny_qwen3_omni_moe(tmp_path / "source")
+    checkpoint = calibrate(source, write_calibration_data(tmp_path / "data"), tmp_path / "checkpoint", *QUICK)
+    # Calibration takes two frames a second, vLLM as many as there are.
+    write_video(tmp_path / "clip.mp4", 14, frames=6, rate=2)
+    clip = {"type": "video_url", "video_url": {"url": "clip.mp4"}}
+    (sample,) = build(source, conversations(tmp_path, [clip, {"type": "text", "text": QUESTION}]))
+    assert sample.inputs["video_grid_thw"][0, 0] == 3
+    text = AutoTokenizer.from_pretrained(source).apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    prompt = {"prompt": text, "video": str(tmp_path / "clip.mp4")}
+    served = Served(source, checkpoint, {"eager": {"prompts": [prompt], "engine": ENGINE}})
+    model = transformers.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    swap_linears(model, served.checkpoint, "thinker.")
+    assert served.started.results["eager"]["requests"][0]["prompt_token_ids"] == sample.inputs["input_ids"][0].tolist()
+    expected = expected_logprobs(model, sample.inputs)
+    twice = sample.inputs | {"video_second_per_grid": sample.inputs["video_second_per_grid"] / 2}
+    # Of 450 tokens a few lie at a tie between two experts, and move by tenths. Another rate moves all others, too.
+    assert _apart(served.logprobs("eager"), expected) < TIED_SHARE
+    assert _apart(expected_logprobs(model, twice), expected) > 0.5
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((found - expected).abs() > LOGPROB_TOLERANCE).float().mean())

@@ -1,8 +1,9 @@
-"""The recipes and the README of examples/: read by the real reader, planned on the published layout of the 7B."""
+"""The recipes and the README of examples/: read by the real reader, planned on published layouts."""
 
 import ast
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,24 @@ RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def layout() -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Config and tensors of Qwen2.5-Omni-7B, without weights."""
-    dtypes = {"torch.bfloat16": "BF16", "torch.float32": "F32"}
+# Of Qwen3-Omni, the thinker's decoder.
+LAYOUTS = {"qwen2.5-omni-7b": "7B", "qwen3-omni-30b-a3b": "30B-A3B"}
+
+
+@cache
+def layout(recipe: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Config and tensors of a recipe's model, without weights."""
+    dtypes, name = {"torch.bfloat16": "BF16", "torch.float32": "F32"}, LAYOUTS[recipe.rpartition("-")[0]]
     tensors = {
-        name: TensorInfo(Path("model.safetensors"), dtypes[str(tensor.dtype)], tuple(tensor.shape))
-        for name, tensor in meta_tensors("7B").items()
+        tensor: TensorInfo(Path("model.safetensors"), dtypes[str(value.dtype)], tuple(value.shape))
+        for tensor, value in meta_tensors(name).items()
     }
-    return layout_config("7B"), tensors
+    return layout_config(name), tensors
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_readme_tells_a_recipes_needs(path: Path, layout: tuple[dict[str, Any], dict[str, TensorInfo]]) -> None:
-    config, tensors = layout
+def test_the_readme_tells_a_recipes_needs(path: Path) -> None:
+    config, tensors = layout(path.stem)
     recipe, architecture = read_recipe(path), find_architecture(config)
     spec, names = plan(architecture, config, tensors, recipe), decoder_names(architecture, config, tensors)
     need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
@@ -59,7 +64,7 @@ def test_each_line_of_a_recipe_states_a_setting_that_matters(path: Path) -> None
 
 
 def test_the_readme_shows_every_script_with_options_that_it_has() -> None:
-    assert len(SCRIPTS) == 5 and len(RECIPES) == 2
+    assert len(SCRIPTS) == 5 and len(RECIPES) == 3
     for path in SCRIPTS:
         source = path.read_text(encoding="utf-8")
         commands = re.findall(rf"python examples/{path.name}(.*)", f"{README}\n{source}")

@@ -16,6 +16,7 @@ from benchmarks.accuracy import language, omni
 from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.methods import ASKING
 from benchmarks.accuracy.serving.escapes import EscapeCounter
+from benchmarks.models.tiny_omni.data.digits import FRAMES_PER_SECOND
 
 # No question of the omni benchmark is longer.
 MAX_MODEL_LEN = 2048
@@ -28,7 +29,10 @@ def make_engine(job: dict[str, Any]) -> Any:
 
     if job["benchmark"] in ASKING:
         length, sequences = MAX_MODEL_LEN, OMNI_MAX_SEQUENCES
-        media = {"limit_mm_per_prompt": {"image": 1, "video": 1, "audio": 1}}
+        media: dict[str, Any] = {"limit_mm_per_prompt": {"image": 1, "video": 1, "audio": 1}}
+        # The models were trained at this rate. vLLM does not read it from a model's files, and Qwen3-Omni's processor
+        # takes 1 without it: clips would lie twice as far apart in time.
+        media["mm_processor_kwargs"] = {"fps": FRAMES_PER_SECOND}
     else:
         # A prompt and the one token that vLLM insists on generating.
         length = 1 + max(len(ids) for task in job["tasks"] for ids in task["windows"])

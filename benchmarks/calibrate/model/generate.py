@@ -8,17 +8,19 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
+from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.calibrate.model.layouts import GENERATED_FILE, layout_config
+from benchmarks.calibrate.model.layouts import DECODERS, GENERATED_FILE, layout_config
 from benchmarks.calibrate.model.safetensors_file import write_safetensors
 from benchmarks.calibrate.model.tokenizer import write_files
 from benchmarks.calibrate.model.weights import draw
 from benchmarks.models.tiny_omni.config import stored_dtype, write_speakers
+from benchmarks.models.tiny_omni.experts_config import separate_experts
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 
@@ -33,12 +35,25 @@ ROPE_BASE = 10_000
 
 def meta_tensors(layout: str, layers: int | None = None) -> dict[str, Tensor]:
     """Every tensor of the model by its published name, on the meta device, in the dtype it is published in."""
+    if layout in DECODERS:
+        return _meta_decoder(layout_config(layout, layers))
     config = Qwen2_5OmniConfig.from_dict(layout_config(layout, layers))
     with torch.device("meta"):
         model = Qwen2_5OmniForConditionalGeneration(config)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         shapes[INV_FREQ] = (config.token2wav_config.dit_config.head_dim // 2,)
         return {name: torch.empty(shape, dtype=stored_dtype(name)) for name, shape in shapes.items()}
+
+
+def _meta_decoder(config: dict[str, Any]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(config))
+        tensors: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            parts = separate_experts(name, value) if ".mlp.experts." in name else {name: value}
+            # New ones: the parts of one tensor would count as one when the files are cut.
+            tensors |= {part: torch.empty(cut.shape, dtype=stored_dtype(part)) for part, cut in parts.items()}
+    return tensors
 
 
 def generate(
@@ -69,7 +84,7 @@ def generate(
     partial_output = output.with_name(f"{output.name}.partial-{os.getpid()}")
     partial_output.mkdir()
     try:
-        ids = write_files(partial_output)
+        ids = write_files(partial_output, media=layout not in DECODERS)
         _write_weights(partial_output, tensors, seed, ids["im_start"], progress)
         _write_configs(partial_output, config, ids)
         about = {"layout": layout, "decoder_blocks": layers or "all", "seed": seed}
@@ -102,10 +117,12 @@ def _draw(tensors: dict[str, Tensor], seed: int, massive_token: int, name: str) 
     return draw(name, tensors[name].shape, tensors[name].dtype, seed, massive_token)
 
 
-def _write_configs(directory: Path, config: dict[str, object], ids: dict[str, int]) -> None:
+def _write_configs(directory: Path, config: dict[str, Any], ids: dict[str, int]) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     ends = [ids["im_end"], ids["end"]]
     generation = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[-1]}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    dit = config["token2wav_config"]["dit_config"]  # type: ignore[index]
+    if "token2wav_config" not in config:
+        return
+    dit = config["token2wav_config"]["dit_config"]
     write_speakers(directory, {"first_free": ids["im_start"]}, conditioning=dit["enc_emb_dim"], mel=dit["mel_dim"])

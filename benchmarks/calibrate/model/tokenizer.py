@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from benchmarks.models.tiny_omni.processor import ProcessorSettings, write_processor
+from benchmarks.models.tiny_omni.processor import ProcessorSettings, write_processor, write_tokenizer
 
 # As in the published tokenizer: the first special token's id, and that of "user", which config.json names.
 FIRST_SPECIAL = 151643
@@ -19,9 +19,12 @@ CHARACTERS = [chr(code) for code in range(0x4E00, 0x4E00 + 20_000)]
 _PROCESSOR = ProcessorSettings(patch_size=14, min_pixels=3136, max_pixels=12_845_056, audio_seconds=300)
 
 
-def write_files(directory: Path) -> dict[str, int]:
-    """Write the tokenizer's and the processor's files; return the token ids that speakers and generation need."""
-    write_processor(directory, "omni", _PROCESSOR)
+def write_files(directory: Path, media: bool = True) -> dict[str, int]:
+    """Write the tokenizer's files, with `media` the processor's too; return ids that speakers and generation need."""
+    if media:
+        write_processor(directory, "omni", _PROCESSOR)
+    else:
+        write_tokenizer(directory, "text")
     path = directory / "tokenizer.json"
     tokenizer = _with_published_ids(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(tokenizer, ensure_ascii=False) + "\n", encoding="utf-8")

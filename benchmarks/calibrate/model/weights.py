@@ -19,6 +19,7 @@ NORM_OUTLIERS = (10.0, 20.0, 30.0)
 MASSIVE_CHANNELS, MASSIVE = 4, 400.0
 # Part of the channels that a tower makes heavy for its own modality, and by how much; each tower has its own.
 HEAVY_PART, HEAVY = 0.01, 20.0
+_EMBEDDINGS = ("thinker.model.embed_tokens.weight", "model.embed_tokens.weight")
 _HEAVY_TOWERS = ("thinker.visual.merger.mlp.2", "thinker.audio_tower.proj")
 _DECODER_NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -42,7 +43,7 @@ def draw(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int, massive
             noise[channels] *= torch.tensor(NORM_OUTLIERS)
     elif parent not in ("embed_tokens", "audio_bos_eos_token"):
         noise *= (4.0 if parent == "lm_head" else 1.0) / math.sqrt(math.prod(shape[1:]))
-    if name == "thinker.model.embed_tokens.weight":
+    if name in _EMBEDDINGS:
         noise[massive_token, :MASSIVE_CHANNELS] = MASSIVE
     if stem in _HEAVY_TOWERS:
         noise[_heavy_rows(shape[0], _HEAVY_TOWERS.index(stem))] *= HEAVY

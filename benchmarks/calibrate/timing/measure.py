@@ -25,7 +25,8 @@ STOP_SECONDS = 30
 class Measured:
     """One calibration, perhaps of several runs: figures of each block by its number, and of the whole."""
 
-    # Seconds (None: other work stood before the block in its run), and the peak of memory while it was worked on.
+    # Seconds (None: other work stood before the block in its run), and of all cores together, which a busy machine
+    # changes less; and the peak of memory while it was worked on.
     blocks: dict[int, dict[str, Any]] = field(default_factory=dict)
     # Seconds from the start to the end of the first block of an uninterrupted first run.
     to_first_block: float | None = None
@@ -128,7 +129,8 @@ def take(measured: Measured, event: dict[str, Any], before: float, fresh: bool, 
         if fresh and index == 0:
             measured.to_first_block = seconds
         timed = None if fresh else seconds
-        measured.blocks[event["index"]] = {"seconds": timed, "loss": event["loss"], **asdict(peak)}
+        of_cores = None if fresh else event["cpu"]
+        measured.blocks[index] = {"seconds": timed, "cpu": of_cores, "loss": event["loss"], **asdict(peak)}
         return True
     if event["event"] == "start":
         for dtype, rate in event["rates"].items():

@@ -59,8 +59,12 @@ def run(job: Job) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.cores])
     torch.set_num_threads(job.cores)
 
+    used = 0.0
+
     def on_block(result: BlockResult) -> None:
-        say("block", index=result.index, count=result.count, loss=result.loss)
+        nonlocal used
+        before, used = used, time.process_time()
+        say("block", index=result.index, count=result.count, loss=result.loss, cpu=used - before)
         if job.blocks is not None and result.index + 1 >= job.blocks < result.count:
             raise EnoughBlocks
 

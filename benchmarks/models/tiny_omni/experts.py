@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen3OmniMoeForConditionalGeneration
 
 from benchmarks.models.tiny_omni.config import stored_dtype, write_config
+from benchmarks.models.tiny_omni.data.digits import FRAMES_PER_SECOND
 from benchmarks.models.tiny_omni.experts_config import (
     experts_config,
     interleaved_mrope,
@@ -101,7 +102,7 @@ def heavy_rows(thinker: Any, settings: ModelSettings) -> list[tuple[nn.Parameter
 
 def write_files(directory: Path) -> dict[str, int]:
     """Write the tokenizer's and the processor's files; return the token ids that the config names."""
-    return write_experts_processor(directory, processor_settings(PATCH_SIZE), FRAME_PIXELS)
+    return write_experts_processor(directory, processor_settings(PATCH_SIZE), FRAME_PIXELS, FRAMES_PER_SECOND)
 
 
 def write_model(directory: Path, model: Any, ids: dict[str, int]) -> None:

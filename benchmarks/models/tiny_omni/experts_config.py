@@ -107,11 +107,12 @@ def experts_config(
 
 
 def write_experts_processor(
-    directory: Path, settings: ProcessorSettings, frame_pixels: tuple[int, int]
+    directory: Path, settings: ProcessorSettings, frame_pixels: tuple[int, int], frames_per_second: int | None = None
 ) -> dict[str, int]:
     """Write the files of Qwen3-Omni-MoE's processor; return `processor.token_ids`.
 
-    `frame_pixels`: the least and the largest number of pixels of a clip's frame.
+    `frame_pixels`: the least and the largest number of pixels of a clip's frame. `frames_per_second`: the rate of
+    clips; None, as in the published files: none is named.
     """
     ids = write_processor(directory, "omni", settings)
     pictures = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
@@ -124,6 +125,7 @@ def write_experts_processor(
             "temporal_patch_size": 2,
             "merge_size": 2,
             "size": dict(zip(("shortest_edge", "longest_edge"), frame_pixels, strict=True)),
+            **({} if frames_per_second is None else {"fps": frames_per_second}),
         },
     }.items():
         path = directory / file

@@ -20,6 +20,7 @@ from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.media_files import encode_audio, encode_video, png, sine
 from tests.calibration.rendering import ROWS, build, conversations, copy_without_template, placeholders, refusal
+from tests.tiny_experts import build_tiny_qwen3_omni_moe
 from tests.tiny_models import build_tiny_llama, build_tiny_omni, build_tiny_qwen2_5_vl
 
 IMAGE = {"type": "image_url", "image_url": {"url": "image.png"}}
@@ -101,6 +102,19 @@ def test_vl_sample_runs_through_the_model(vl: Path, folder: Path) -> None:
             assert logits.shape[1] == sample.modality.numel() and logits.isfinite().all()
     # 25 frames at 8 fps: 6 of them are taken, two per grid step.
     assert samples[0].inputs["second_per_grid_ts"].item() == pytest.approx(2 / (6 / 25 * 8))
+
+
+def test_a_clips_seconds_are_the_processors_own_unless_its_config_names_a_rate(tmp_path: Path, folder: Path) -> None:
+    """vLLM leaves the rate to the processor: positions of served and of calibrated clips would differ otherwise."""
+    model = build_tiny_qwen3_omni_moe(tmp_path)
+    (sample,) = build(model, conversations(folder, [VIDEO]))
+    assert sample.inputs["video_grid_thw"][0, 0] == 3
+    assert sample.inputs["video_second_per_grid"].tolist() == [2.0]
+    config = tmp_path / "video_preprocessor_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "fps": 4}))
+    (sample,) = build(model, conversations(folder, [VIDEO]))
+    assert sample.inputs["video_grid_thw"][0, 0] == 6
+    assert sample.inputs["video_second_per_grid"].tolist() == [0.5]
 
 
 def test_vl_refuses_audio(vl: Path, folder: Path) -> None:

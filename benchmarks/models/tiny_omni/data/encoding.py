@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.models.tiny_omni.data.digits import FRAMES_PER_SECOND
 from benchmarks.models.tiny_omni.data.questions import Question
 from calibration.data.conversations import Media
 from calibration.data.media import decode_audio, decode_image, decode_video
-from calibration.data.model_inputs import DEFAULT_VIDEO_FPS
 
 _MODALITIES = {"image_url": "image", "audio_url": "audio", "video_url": "video"}
 
@@ -47,7 +47,7 @@ class Encoder:
             options["videos_kwargs"] = {
                 "video_metadata": [metadata],
                 "do_sample_frames": False,
-                "fps": DEFAULT_VIDEO_FPS,
+                "fps": FRAMES_PER_SECOND,
                 "input_data_format": "channels_last",
             }
         batch = self.processor(text=[self.tokens[kind]], return_tensors="pt", **given, **options)

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2_5OmniConfig,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3MoeForCausalLM,
 )
 
 from benchmarks.calibrate.data import text
@@ -72,6 +73,22 @@ def test_real_layouts_have_the_published_size_and_files(layout: str) -> None:
         # The size of the published third file, its header included.
         wanted = {name: tensors[name] for name in split.filename_to_tensors[last]}
         assert 8 + len(header(wanted)[0]) + sum(tensor.nbytes for tensor in wanted.values()) == 1_978_024_880
+
+
+def test_a_generated_mixture_of_experts_is_what_transformers_makes_of_its_config(tmp_path: Path) -> None:
+    tensors = meta_tensors("30B-A3B", 1)
+    expert = [tuple(tensors[f"model.layers.0.mlp.experts.127.{part}_proj.weight"].shape) for part in ("up", "down")]
+    assert expert == [(768, 2048), (2048, 768)]
+    assert layout_config("30B-A3B")["num_hidden_layers"] == 48
+    assert len(split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE).filename_to_tensors) == 1
+    model = generate("tiny-experts", tmp_path / "model")
+    loaded, loading = Qwen3MoeForCausalLM.from_pretrained(model, dtype="auto", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["mismatched_keys"] and not loading["unexpected_keys"]
+    stored = load_file(model / "model.safetensors")
+    merged = loaded.model.layers[1].mlp.experts.gate_up_proj[3]
+    parts = [stored[f"model.layers.1.mlp.experts.3.{part}_proj.weight"] for part in ("gate", "up")]
+    assert torch.equal(merged, torch.cat(parts))
+    assert (stored["model.embed_tokens.weight"] == MASSIVE).any()
 
 
 def test_fewer_blocks_have_the_real_width() -> None:
@@ -131,7 +148,7 @@ def test_a_file_is_what_the_library_reads(tmp_path: Path) -> None:
 
 
 def test_an_unknown_layout_is_refused() -> None:
-    with pytest.raises(MorphoQuantError, match=r"layout '4B' is not known; use one of 3B, 7B, tiny"):
+    with pytest.raises(MorphoQuantError, match=r"'4B' is not known; use one of 3B, 7B, tiny, 30B-A3B, tiny-e"):
         layout_config("4B")
     with pytest.raises(MorphoQuantError, match="has 36 decoder blocks; use 1 to 36"):
         layout_config("3B", 37)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.calibrate.model.layouts import layout_config, text_config
@@ -21,6 +23,17 @@ def test_the_work_of_a_block_by_hand() -> None:
     assert work.updates == 64 * (16 + 8 + 32) + 256 * 8
 
 
+def test_the_work_of_experts_by_hand() -> None:
+    decoder = replace(SMALL, head_dim=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6)
+    assert decoder.inputs() == {"qkv": (8, 8), "o": (8, 4), "gate_up": (12, 8), "down": (8, 6)}
+    work = block_work(decoder, samples=2, tokens=5, drawn=6)
+    # N K: 64 + 32, and 96 + 48 for each of the two experts that see a token. Attention: 2 samples x 2 x 25 x 4.
+    assert work.forwards == 2 * (2 * 10 * (96 + 2 * 144) + 2 * 2 * 25 * 4)
+    assert work.hessians == 2 * 6 * (64 + 16 + 2 * (64 + 36))
+    assert work.factorisation == pytest.approx(4 / 3 * (512 + 64 + 4 * (512 + 216)))
+    assert work.updates == 8 * 64 + 8 * 16 + 4 * (12 * 64 + 8 * 36)
+
+
 def test_seconds_take_each_part_at_its_rate() -> None:
     assert seconds(Work(forwards=30, hessians=10, factorisation=6, updates=4), products=20, fp32=5) == 4.0
 
@@ -31,7 +44,7 @@ def test_cached_inputs_are_two_streams() -> None:
 
 def test_the_3b_layout_is_read_from_its_config() -> None:
     decoder = Decoder.of(text_config(layout_config("3B")))
-    assert (decoder.num_hidden_layers, decoder.head_dim) == (36, 128)
+    assert (decoder.num_hidden_layers, decoder.head) == (36, 128)
     # The shapes that benchmarks.cpu_linear lists for the same model.
     assert decoder.inputs() == {
         "qkv": (2560, 2048),

@@ -25,9 +25,8 @@ def after(measured: Measured, *blocks: tuple[int, float], start: float, end: flo
     """Enter a run's events: (block, time when it was done), and when it finished."""
     before, fresh = start, True
     for index, time in blocks:
-        entered = take(
-            measured, {"event": "block", "index": index, "time": time, "loss": 0.1}, before, fresh, Peak(2, 1)
-        )
+        event = {"event": "block", "index": index, "time": time, "loss": 0.1, "cpu": 3.0}
+        entered = take(measured, event, before, fresh, Peak(2, 1))
         before, fresh = time, fresh and not entered
     if end is not None:
         last = {"event": "end", "time": end, "finished": True, "peak": 9, "profile": {}}
@@ -102,6 +101,7 @@ def test_the_command_calibrates_and_says_what_it_took(
     assert result["finished"] and not result["extrapolated"]
     assert list(result["blocks"]) == ["0", "1"]
     assert 0 < result["blocks"]["1"]["seconds"] < result["total_seconds"]
+    assert result["blocks"]["0"]["cpu"] is None and 0 < result["blocks"]["1"]["cpu"] < 10 * result["total_seconds"]
     assert 0 < result["anonymous_peak"] < result["peak"]
     for bound in result["bounds"].values():
         assert bound["block_ratio"] == pytest.approx(result["block_seconds"] / bound["block"])
@@ -117,9 +117,19 @@ def test_the_command_calibrates_and_says_what_it_took(
     assert (results / "calibrate.json").stat().st_mtime_ns > kept
 
 
+@pytest.mark.full
+def test_a_decoder_with_experts_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ("--layout", "tiny-experts", "--samples", "3", "--tokens", "64", "--cores", "1")
+    run(monkeypatch, "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), *sizes)
+    result = json.loads((tmp_path / "results" / "calibrate.json").read_text())
+    assert result["finished"] and result["media"] == 0 and list(result["blocks"]) == ["0", "1"]
+
+
 def test_what_cannot_be_done_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"^error: layout '4B' is not known; use one of 3B, 7B, tiny$"):
+    with pytest.raises(SystemExit, match=r"^error: layout '4B' is not known; use one of 3B, 7B, tiny, 30B"):
         run(monkeypatch, "generate", "--layout", "4B", "--output", str(tmp_path / "model"))
+    with pytest.raises(SystemExit, match=r"^error: --media 1: the layout 30B-A3B takes text alone; leave --media out"):
+        run(monkeypatch, "--layout", "30B-A3B", "--media", "1", "--work", str(tmp_path))
     with pytest.raises(SystemExit, match=r"^error: --set dtype: write SETTING=VALUE"):
         run(monkeypatch, "--set", "dtype")
     with pytest.raises(SystemExit, match=r"^error: --set ignore=\*\.down_proj: the value is not YAML"):
