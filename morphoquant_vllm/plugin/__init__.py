@@ -8,6 +8,7 @@ linear_method      the quantized linear: parameters, checks after loading, the c
 experts_method     quantized routed experts: refusals, checks after loading, the call of the op
 experts_loading    how one expert's tensors are cut for ranks, and which were loaded
 dummy_weights      valid values for vLLM's --load-format dummy
+sharded_state      vLLM's sharded_state: a rank's tensors saved as they are served, and loaded
 reload             weights that vLLM loads again into a running engine
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
 lm_head            the 16-bit head, and the optional 8-bit one

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
     from morphoquant_vllm.plugin.reload import ReloadCheck
+    from morphoquant_vllm.plugin.sharded_state import SavedState
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -60,12 +61,12 @@ class MorphoQuantConfig(QuantizationConfig):
         # None until the process that configures the engine has checked the files.
         self._last_word: LastWord | None = None
         self._metrics: MetricsFolder | None = None
-        _observe_embeddings()
+        self._saved = _observe()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # In a worker, which gets the config by a pickle before it builds the model.
-        _observe_embeddings()
+        _observe()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "escape_watch": None, "_mlps": {}}
@@ -105,7 +106,8 @@ class MorphoQuantConfig(QuantizationConfig):
 
         directory = Path(model_name)
         if directory.is_dir():
-            check_directory(directory)
+            if not self._saved.take(directory):
+                check_directory(directory)
         else:
             self._hub_id, snapshot = model_name, cached_snapshot(model_name, revision, self.spec)
             self._checked = snapshot is not None
@@ -159,13 +161,14 @@ class MorphoQuantConfig(QuantizationConfig):
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
         from morphoquant_vllm.plugin.reload import ReloadCheck
 
+        config = get_current_vllm_config_or_none()
+        saved = self._saved.of_rank(config, config.model_config.model if config and config.model_config else "")
         check = self._reload_check = self._reload_check or ReloadCheck()
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
             return ModalityEmbeddingMethod(self.modality_bus())
         if isinstance(layer, ParallelLMHead):
-            config = get_current_vllm_config_or_none()
             wanted = config is not None and read_settings(config.additional_config).lm_head == "int8"
             return EightBitHeadMethod(config, check) if wanted else SixteenBitHeadMethod(check)
         if not isinstance(layer, LinearBase):
@@ -184,7 +187,7 @@ class MorphoQuantConfig(QuantizationConfig):
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
         watch = self._watch_of(prefix, shards, bus)
-        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch)
+        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch, saved)
 
     def _watch_of(self, prefix: str, shards: list[str], bus: ModalityBus) -> EscapeWatch | None:
         """The watch of this model, to which the layer is added; None if its escapes are not counted."""
@@ -283,8 +286,12 @@ class MorphoQuantConfig(QuantizationConfig):
         return names if any(name in self.layers for name in names) else [prefix]
 
 
-def _observe_embeddings() -> None:
-    # Imported here: it imports layers, which processes that only register the method do not need.
+def _observe() -> SavedState:
+    """Observe vLLM's embeddings and its saving of states; a new SavedState."""
+    # Imported here: they import layers, which processes that only register the method do not need.
     from morphoquant_vllm.plugin.embeddings import observe_embeddings
+    from morphoquant_vllm.plugin.sharded_state import SavedState, observe_saving
 
     observe_embeddings()
+    observe_saving()
+    return SavedState()
