@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
+    from morphoquant_vllm.format.kv_cache import AttentionRange
     from morphoquant_vllm.plugin.escape_metrics import MetricsFolder
     from morphoquant_vllm.plugin.escape_watch import EscapeWatch
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
@@ -48,6 +49,7 @@ class MorphoQuantConfig(QuantizationConfig):
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
         self.experts: dict[str, ExpertsSpec] = dict(spec.experts) if spec else {}
+        self.attention: dict[str, AttentionRange] = dict(spec.kv_cache) if spec else {}
         # Names of the linears in the files.
         self._stored = {name: name for name in self.layers}
         # Created with the layers of a model, in the process that has them.
@@ -137,6 +139,7 @@ class MorphoQuantConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
+        self.attention = hf_to_vllm_mapper.apply_dict(self.attention)
         self._stored = hf_to_vllm_mapper.apply_dict(self._stored)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -156,6 +159,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from morphoquant_vllm.plugin.additional_config import read_settings
+        from morphoquant_vllm.plugin.kv_cache import cache_method
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
         from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
@@ -172,7 +176,7 @@ class MorphoQuantConfig(QuantizationConfig):
             wanted = config is not None and read_settings(config.additional_config).lm_head == "int8"
             return EightBitHeadMethod(config, check) if wanted else SixteenBitHeadMethod(check)
         if not isinstance(layer, LinearBase):
-            return None  # attention stays as it is
+            return cache_method(self, layer, prefix.removeprefix(DRAFT_PREFIX), self.attention)
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
         if not quantized:
