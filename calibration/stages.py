@@ -238,7 +238,9 @@ def _structure(job: Job) -> dict[str, Any]:
 
 def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, overwrite: bool) -> dict[str, Any]:
     """Write the checkpoint from the finished blocks and move it to `output`; its report."""
-    source, spec, recipe = job.source, job.spec, job.recipe
+    source, recipe = job.source, job.recipe
+    ranges = {job.names.block(block): found for block, found in work.attention().items()}
+    spec = replace(job.spec, kv_cache=ranges)
     experts = work.experts()
     report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts, experts) | _structure(job)
     warning = empty_experts(experts)

@@ -102,6 +102,17 @@ INTERFACES: dict[str, str] = {
     "vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model": "(self, scheduler_output)",
     "vllm.v1.worker.worker_base:WorkerWrapperBase.vllm_config": "attribute",
     "vllm.v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens": "attribute",
+    "vllm.distributed:get_pp_group": "()",
+    "vllm.distributed:get_tensor_model_parallel_rank": "()",
+    "vllm.distributed:get_tensor_model_parallel_world_size": "()",
+    "vllm.model_executor.layers.attention:Attention": "class(Module, AttentionLayerBase)",
+    "vllm.model_executor.layers.attention:Attention.kv_cache_dtype": "attribute",
+    f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod": "class(QuantizeMethodBase)",
+    f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod.__init__": "(self, quant_config)",
+    f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod.create_weights": "(self, layer)",
+    f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod.process_weights_after_loading": "(self, layer)",
+    "vllm.model_executor.model_loader:ShardedStateLoader": "class(BaseModelLoader)",
+    "vllm.model_executor.model_loader:ShardedStateLoader.save_model": "(model, path, pattern=None, max_size=None)",
     "vllm.distributed:init_distributed_environment": (
         "(world_size=-1, rank=-1, distributed_init_method='env://', local_rank=-1, backend='nccl', timeout=None)"
     ),

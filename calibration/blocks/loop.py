@@ -20,6 +20,7 @@ from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.output.distributions import observe
 from calibration.processes import Processes
+from calibration.quantize.attention_range import AttentionWatch
 from calibration.quantize.experts import ExpertsSample, QuantizedExperts, quantize_experts
 from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
 from calibration.quantize.layer_report import escape_warning
@@ -27,6 +28,7 @@ from calibration.quantize.massive_tokens import candidates
 from calibration.quantize.observation import InputCollector, RoutedCollector, SampleCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import experts_input, input_holder
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.host_memory import release_freed_memory
@@ -46,6 +48,8 @@ class BlockResult:
     distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     # By the name of the list of experts.
     experts: dict[str, QuantizedExperts] = field(default_factory=dict)
+    # None if no attention was seen.
+    attention: AttentionRange | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def calibrate_blocks(
         errors = [layer.record.output_error for layer in found.layers.values()]
         errors += [error for layer in found.experts.values() for error in layer.record.errors]
         loss = sum(errors) / len(errors) if errors else None
-        yield BlockResult(index, len(blocks), found.layers, loss, found.distributions, found.experts)
+        yield BlockResult(index, len(blocks), found.layers, loss, found.distributions, found.experts, found.attention)
 
 
 @dataclass
@@ -161,6 +165,7 @@ class _Quantized:
     layers: dict[str, QuantizedLayer] = field(default_factory=dict)
     distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     experts: dict[str, QuantizedExperts] = field(default_factory=dict)
+    attention: AttentionRange | None = None
 
 
 def _calibrate_block(
@@ -188,10 +193,10 @@ def _calibrate_block(
     }
     targets = {module: SampleCollector(name, none[module]) for module, (name, _) in widths.items()}
     massive_row = len(spec.rows) - 1
-    rows = _run_16bit(block, targets, massive_row, tokens.processes)
+    rows, attention = _run_16bit(block, targets, massive_row, tokens.processes)
     of_sampled = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
     outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_sampled)])
-    found = _Quantized()
+    found = _Quantized(attention=attention)
     for shards, layers in shards_of.items():
         if on_layer is not None:
             on_layer(LayerBegins(block.index, block.count, spec.layers[layers[0]].shared_input))
@@ -257,21 +262,22 @@ def _quantize_experts(
 
 def _run_16bit(
     block: _LoadedBlock, targets: Mapping[str, SampleCollector], massive_row: int, processes: Processes
-) -> list[Tensor]:
+) -> tuple[list[Tensor], AttentionRange | None]:
     """Carry the 16-bit hidden states through the block.
 
     Returns each sample's rows int [tokens]: `massive_row` for tokens whose residual stream is an outlier before or
-    after the block, else the token's modality.
+    after the block, else the token's modality. Then the range of the block's attention.
     """
-    norms = [torch.zeros(0)]
+    norms, watch = [torch.zeros(0)], AttentionWatch()
     for entry in block.inputs:
         before = block.given(entry, entry.hidden)
-        after = block.run(entry, entry.hidden, targets, entry.modality)
+        with watch:
+            after = block.run(entry, entry.hidden, targets, entry.modality)
         entry.write_hidden(after)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in block.inputs)])
     rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
-    return list(rows.split([entry.modality.numel() for entry in block.inputs]))
+    return list(rows.split([entry.modality.numel() for entry in block.inputs])), watch.range(processes)
 
 
 def _sample_input(

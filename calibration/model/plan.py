@@ -29,6 +29,10 @@ class DecoderNames:
     prefix: str
     blocks: int
 
+    def block(self, block: int) -> str:
+        """Name of a block in the files."""
+        return f"{self.prefix}.{block}"
+
     def layer(self, block: int, linear: str) -> str:
         """Name of a linear, or of a fused input, in the files."""
         return f"{self.prefix}.{block}.{linear}"

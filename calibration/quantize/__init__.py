@@ -18,6 +18,7 @@ No module touches files, and only `observation` sets hooks.
     group_search     codes and scales of each group, by the loss of the codes
     allowed_scales   group scales and two-level ones, and candidates among them
     scale_fit        least squares of scales for given codes
+    attention_range  the largest queries, keys and values of a block
     two_level        two-level scales for a layer that has group scales
     int8_products    exact products of integer codes
     layer_report     the figures of each layer in the report

@@ -46,6 +46,7 @@ from calibration.work.durable_files import (
 )
 from calibration.work.hidden_states import STREAMS, DiskInput, Stream, read_arguments, sample_file, states_file
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
+from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import stored_name
 
 K = TypeVar("K")
@@ -160,6 +161,7 @@ class WorkDirectory:
                 "loss": result.loss,
                 "layers": {name: asdict(layer.record) for name, layer in result.layers.items()},
                 "experts": {name: asdict(layer.record) for name, layer in result.experts.items()},
+                "attention": None if result.attention is None else asdict(result.attention),
                 "files": {name: asdict(record) for name, record in files.items()},
             }
             write_json_durably(self._manifest_file(result.index), manifest)
@@ -186,6 +188,13 @@ class WorkDirectory:
             for name, figures in _manifest(self._manifest_file(index), self.settings)["experts"].items():
                 found[name] = ExpertsFigures(**{**figures, "input": _record(figures["input"])})
         return found
+
+    def attention(self) -> dict[int, AttentionRange]:
+        """The ranges of the attention of all finished blocks that have one."""
+        found = (
+            _manifest(self._manifest_file(block), self.settings)["attention"] for block in range(self.finished or 0)
+        )
+        return {block: AttentionRange(**entry) for block, entry in enumerate(found) if entry is not None}
 
     def distributions(self) -> dict[str, dict[str, Tensor]]:
         """The kept distributions of all inputs."""

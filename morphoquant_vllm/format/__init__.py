@@ -2,6 +2,7 @@
 
 layers       settings of a linear and of a list of experts, and the tensors that each stores
 schema       quantization_config as a whole
+kv_cache     magnitudes of a block's attention, for scales of a server's cache
 integrity    a checkpoint's lists and hashes of its tensors, files and settings
 values       the values that a layer's tensors may hold
 files        opens JSON and safetensors files, or refuses them in one line

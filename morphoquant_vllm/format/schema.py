@@ -13,6 +13,7 @@ from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.integrity import Integrity, digest
+from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import (
     INPUT_TENSORS,
     ExpertsSpec,
@@ -32,9 +33,7 @@ TEXT_ROW = "text"
 # The last row serves massive tokens, which the quantizer recognises by value.
 MASSIVE_ROW = "massive"
 DEFAULT_ROWS = (TEXT_ROW, "image", "video", "audio", ANY_ROW, MASSIVE_ROW)
-# Settings that later versions of this package may fill without a new format version. Here they must be empty.
-RESERVED = ("kv_cache",)
-OPTIONAL_FIELDS = ("created_by", "experts")
+OPTIONAL_FIELDS = ("created_by", "experts", "kv_cache")
 # Names of layers and rows come from files and are shown in terminals and pages, so they are plain and short.
 _NAME = re.compile(r"[\w.\-]{1,200}", re.ASCII)
 
@@ -59,10 +58,12 @@ class QuantizationSpec:
     integrity: Integrity | None = None
     # Routed experts by the name of their list; the linears of these are not in `layers`.
     experts: dict[str, ExpertsSpec] = field(default_factory=dict)
+    # Largest queries, keys and values by decoder block; blocks without attention that was seen are absent.
+    kv_cache: dict[str, AttentionRange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shared = (layer.shared_input for layer in self.layers.values() if type(layer.shared_input) is str)
-        for name in (*self.rows, *self.layers, *self.experts, *shared):
+        for name in (*self.rows, *self.layers, *self.experts, *self.kv_cache, *shared):
             if type(name) is not str or not _NAME.fullmatch(name):
                 raise MorphoQuantError(
                     f"quantization_config: {name!r} is not a name of a row or layer; copy config.json again"
@@ -79,6 +80,8 @@ class QuantizationSpec:
             raise MorphoQuantError("quantization_config: no quantized layer is listed under 'layers'")
         self._check_placeholders()
         self._check_experts()
+        for block, magnitudes in self.kv_cache.items():
+            magnitudes.check(block)
         for name, layer in self.layers.items():
             layer.check(name, self.tensor_parallel)
             if layer.fixed_row and layer.fixed_row not in self.rows[:-1]:
@@ -169,6 +172,7 @@ class QuantizationSpec:
             "layers": {name: _settings(layer) for name, layer in self.layers.items()},
             # Left out if empty: a checkpoint without experts keeps its digest.
             **({"experts": {name: asdict(experts) for name, experts in self.experts.items()}} if self.experts else {}),
+            **({"kv_cache": {name: asdict(found) for name, found in self.kv_cache.items()}} if self.kv_cache else {}),
         }
 
     @staticmethod
@@ -202,11 +206,11 @@ def _check_fields(config: Mapping[str, Any], version: int) -> None:
     needed = {"quant_method", "format_version", "rows", "tensor_parallel", "placeholder_token_ids", "layers"}
     if version == FORMAT_VERSION:
         needed.add("integrity")
-        unknown = config.keys() - needed - {*OPTIONAL_FIELDS, *RESERVED}
+        unknown = config.keys() - needed - {*OPTIONAL_FIELDS}
     else:
         # Loaders of version 2 ignored unknown fields. Settings that are not sealed yet have this version, and may have
-        # experts.
-        unknown = config.keys() & {"integrity", *RESERVED}
+        # experts and kv_cache.
+        unknown = config.keys() & {"integrity"}
     for name in sorted(needed - config.keys()):
         raise MorphoQuantError(f"quantization_config: {name} is missing; copy config.json again")
     for name in sorted(map(str, unknown)):
@@ -214,9 +218,6 @@ def _check_fields(config: Mapping[str, Any], version: int) -> None:
             f"quantization_config: {name} is unknown in format_version {version}; upgrade morphoquant-vllm, or copy "
             "config.json again"
         )
-    for name in RESERVED:
-        if config.get(name):
-            raise MorphoQuantError(f"quantization_config: {name} needs a newer morphoquant-vllm; upgrade it")
 
 
 def _parse(config: Mapping[str, Any]) -> QuantizationSpec:
@@ -234,6 +235,7 @@ def _parse(config: Mapping[str, Any]) -> QuantizationSpec:
         created_by=str(config.get("created_by", "")),
         integrity=None if integrity is None else Integrity.from_dict(integrity),
         experts={name: ExpertsSpec(**experts) for name, experts in (config.get("experts") or {}).items()},
+        kv_cache={name: AttentionRange(**found) for name, found in (config.get("kv_cache") or {}).items()},
     )
 
 

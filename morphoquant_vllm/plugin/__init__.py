@@ -8,8 +8,10 @@ linear_method      the quantized linear: parameters, checks after loading, the c
 experts_method     quantized routed experts: refusals, checks after loading, the call of the op
 experts_loading    how one expert's tensors are cut for ranks, and which were loaded
 dummy_weights      valid values for vLLM's --load-format dummy
+sharded_state      vLLM's sharded_state: a rank's tensors saved as they are served, and loaded
 reload             weights that vLLM loads again into a running engine
 parameters         how one checkpoint tensor is cut for fused layers and tensor-parallel ranks
+kv_cache           scales of an FP8 cache of keys and values
 lm_head            the 16-bit head, and the optional 8-bit one
 additional_config  the plugin's settings in vLLM's --additional-config
 escape_watch       counts escapes while a model is served, in some layers and steps

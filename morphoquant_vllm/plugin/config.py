@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
+    from morphoquant_vllm.format.kv_cache import AttentionRange
     from morphoquant_vllm.plugin.escape_metrics import MetricsFolder
     from morphoquant_vllm.plugin.escape_watch import EscapeWatch
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
     from morphoquant_vllm.plugin.reload import ReloadCheck
+    from morphoquant_vllm.plugin.sharded_state import SavedState
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -47,6 +49,7 @@ class MorphoQuantConfig(QuantizationConfig):
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
         self.layers: dict[str, LayerSpec] = dict(spec.layers) if spec else {}
         self.experts: dict[str, ExpertsSpec] = dict(spec.experts) if spec else {}
+        self.attention: dict[str, AttentionRange] = dict(spec.kv_cache) if spec else {}
         # Names of the linears in the files.
         self._stored = {name: name for name in (*self.layers, *self.experts)}
         # Created with the layers of a model, in the process that has them.
@@ -60,12 +63,12 @@ class MorphoQuantConfig(QuantizationConfig):
         # None until the process that configures the engine has checked the files.
         self._last_word: LastWord | None = None
         self._metrics: MetricsFolder | None = None
-        _observe_embeddings()
+        self._saved = _observe()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # In a worker, which gets the config by a pickle before it builds the model.
-        _observe_embeddings()
+        _observe()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "escape_watch": None, "_mlps": {}}
@@ -105,7 +108,8 @@ class MorphoQuantConfig(QuantizationConfig):
 
         directory = Path(model_name)
         if directory.is_dir():
-            check_directory(directory)
+            if not self._saved.take(directory):
+                check_directory(directory)
         else:
             self._hub_id, snapshot = model_name, cached_snapshot(model_name, revision, self.spec)
             self._checked = snapshot is not None
@@ -135,6 +139,7 @@ class MorphoQuantConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
+        self.attention = hf_to_vllm_mapper.apply_dict(self.attention)
         self._stored = hf_to_vllm_mapper.apply_dict(self._stored)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -154,22 +159,24 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from morphoquant_vllm.plugin.additional_config import read_settings
+        from morphoquant_vllm.plugin.kv_cache import cache_method
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
         from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
         from morphoquant_vllm.plugin.reload import ReloadCheck
 
+        config = get_current_vllm_config_or_none()
+        saved = self._saved.of_rank(config, config.model_config.model if config and config.model_config else "")
         check = self._reload_check = self._reload_check or ReloadCheck()
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
             return ModalityEmbeddingMethod(self.modality_bus())
         if isinstance(layer, ParallelLMHead):
-            config = get_current_vllm_config_or_none()
             wanted = config is not None and read_settings(config.additional_config).lm_head == "int8"
             return EightBitHeadMethod(config, check) if wanted else SixteenBitHeadMethod(check)
         if not isinstance(layer, LinearBase):
-            return None  # attention stays as it is
+            return cache_method(self, layer, prefix.removeprefix(DRAFT_PREFIX), self.attention)
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
         if not quantized:
@@ -186,7 +193,7 @@ class MorphoQuantConfig(QuantizationConfig):
         first = settings[shards[0]]
         # Towers get patches, and not the tokens of a step.
         watch = None if first.fixed_row else self._watch_of(prefix, shards[0], first.in_features, bus)
-        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch)
+        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch, saved)
 
     def _watch_of(self, prefix: str, name: str, in_features: int, bus: ModalityBus) -> EscapeWatch | None:
         """The watch of this model, to which the input `name` is added; None if its escapes are not counted."""
@@ -286,8 +293,12 @@ class MorphoQuantConfig(QuantizationConfig):
         return names if any(name in self.layers for name in names) else [prefix]
 
 
-def _observe_embeddings() -> None:
-    # Imported here: it imports layers, which processes that only register the method do not need.
+def _observe() -> SavedState:
+    """Observe vLLM's embeddings and its saving of states; a new SavedState."""
+    # Imported here: they import layers, which processes that only register the method do not need.
     from morphoquant_vllm.plugin.embeddings import observe_embeddings
+    from morphoquant_vllm.plugin.sharded_state import SavedState, observe_saving
 
     observe_embeddings()
+    observe_saving()
+    return SavedState()

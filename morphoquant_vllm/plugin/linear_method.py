@@ -24,8 +24,8 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
-from morphoquant_vllm.numerics.linear import weight_record
-from morphoquant_vllm.plugin import dummy_weights, fusion
+from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
+from morphoquant_vllm.plugin import dummy_weights, fusion, sharded_state
 from morphoquant_vllm.plugin import mlp_channel_order as intermediate
 from morphoquant_vllm.plugin.counted_layer import CountedLayer, Counter
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
@@ -37,13 +37,18 @@ if TYPE_CHECKING:
     from morphoquant_vllm.plugin.escape_watch import EscapeWatch
 
 
+# A weight and an activation record, as a backend prepares them.
+Records = tuple[list[Tensor], list[Tensor]]
+
+
 @register_weight_loader_v2_supported_method
 class MorphoQuantLinearMethod(LinearMethodBase):
     """Quantization method of one (fused) linear layer.
 
     `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output. `bus` holds the
     rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its channels may be renumbered. The layers
-    of a model share a `reload_check`. `watch` counts the escapes of some layers.
+    of a model share a `reload_check`. `watch` counts the escapes of some layers. `saved` is the record of the state
+    from which vLLM loads this rank, if it does.
     """
 
     def __init__(
@@ -54,8 +59,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         mlp: intermediate.Intermediate | None = None,
         reload_check: ReloadCheck | None = None,
         watch: EscapeWatch | None = None,
+        saved: sharded_state.RankState | None = None,
     ) -> None:
         self.spec = spec
+        self.saved = saved
         self.bus = bus
         self.mlp = mlp
         self.reload_check = reload_check
@@ -73,7 +80,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.activation_device = torch.get_default_device()
         self.takes_adapters = self.dummy = False
         # The records that are served, once the layer is bound.
-        self.served: tuple[list[Tensor], list[Tensor]] | None = None
+        self.served: Records | None = None
 
     def create_weights(
         self,
@@ -105,8 +112,28 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             shards=len(self.shards),
             watch=lambda tensor: self.load_log.watch(tensor, loader, fused),
         )
+        if self.saved is not None:
+            self._make_saved(layer, self.saved, {tensor: parameter.data for tensor, parameter in parameters.items()})
+            return
         for tensor, parameter in parameters.items():
             layer.register_parameter(tensor, parameter)
+
+    def _make_saved(self, layer: torch.nn.Module, saved: sharded_state.RankState, tensors: dict[str, Tensor]) -> None:
+        """Make the buffers of a saved state. The backend checks valid `tensors` of the layer's shapes."""
+        if self.watch is not None:
+            raise MorphoQuantError(
+                "--additional-config: watch_escapes does not count in a saved state; serve the checkpoint itself"
+            )
+        dummy_weights.fill(tensors)
+        self._checked_records(tensors)
+        if saved.backend != self.backend or self.name not in saved.layers:
+            raise MorphoQuantError(
+                f"{self.name}: the state was saved by the backend '{saved.backend}' for other layers than those that "
+                f"'{self.backend}' serves here; {sharded_state.SAVE_AGAIN}"
+            )
+        # The order of an MLP's channels goes with the state.
+        self.renumbered = saved.renumbered
+        sharded_state.make_tensors(layer, saved.layers[self.name])
 
     def _check_shapes(self, layer: torch.nn.Module, input_size: int) -> None:
         if input_size != self.layer_spec.in_features:
@@ -127,6 +154,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Lay the loaded tensors out and bind the layer. If vLLM loads it again, replace what is served."""
         again = self.served is not None
+        if self.saved is not None:
+            self._bind_saved(layer, self.saved.layers[self.name], again)
+            return
         if again and self.reload_check is not None:
             self.reload_check.check(get_current_vllm_config(), self.spec)
         tensors = self._take_loaded(layer)
@@ -170,19 +200,39 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         )
         return tensors
 
-    def _prepared(self, tensors: dict[str, Tensor]) -> tuple[tuple[list[Tensor], list[Tensor]], ActivationRecord]:
-        """The weight and the activation record of the backend of the tensors' device, and the canonical one of both."""
+    def _checked_records(self, tensors: dict[str, Tensor]) -> tuple[WeightRecord, ActivationRecord]:
+        """The canonical records of `tensors`, which the backend of their device serves."""
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
         weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
         self.activation_device = weight.codes.device
         self.backend = backends.select_backend(self.activation_device)
-        backend = backends.BACKENDS[self.backend]
-        backend.check(self.name, weight, activation, self.activation_dtype)
-        return backend.prepare(weight, activation), activation
+        backends.BACKENDS[self.backend].check(self.name, weight, activation, self.activation_dtype)
+        return weight, activation
+
+    def _prepared(self, tensors: dict[str, Tensor]) -> tuple[Records, ActivationRecord]:
+        """The weight and the activation record of the backend of the tensors' device, and the canonical one of both."""
+        weight, activation = self._checked_records(tensors)
+        return backends.BACKENDS[self.backend].prepare(weight, activation), activation
 
     def _bind(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
         prepared, activation = self._prepared(tensors)
-        wrap = self._counting(layer, prepared[1], activation)
+        self._serve(layer, prepared, self._counting(layer, prepared[1], activation))
+
+    def _bind_saved(self, layer: torch.nn.Module, shapes: tuple[sharded_state.Shapes, ...], again: bool) -> None:
+        if again:
+            raise MorphoQuantError(
+                f"{self.name}: was loaded from a saved state and is not loaded again into a running engine; start a "
+                "new server"
+            )
+        self._check_bias(layer)
+        self.weight_size, self.activation_size = map(len, shapes)
+        prepared = self.records(layer)
+        for name in list(layer._buffers):
+            delattr(layer, name)
+        self._serve(layer, prepared, None)
+
+    def _serve(self, layer: torch.nn.Module, prepared: Records, wrap: Callable[[Bound], Bound] | None) -> None:
+        """Bind the layer to its records and keep them as its buffers, which vLLM saves in a sharded state."""
         try:
             handle = ops.bind(*prepared, getattr(layer, "bias", None), self.activation_dtype, self.backend, wrap)
         except MorphoQuantError as problem:
@@ -192,7 +242,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.weight_size, self.activation_size = (len(record) for record in prepared)
         for kind, record in zip(("weight", "activation"), prepared, strict=True):
             for index, buffer in enumerate(record):
-                layer.register_buffer(f"{kind}_record_{index}", buffer, persistent=False)
+                layer.register_buffer(sharded_state.record_name(kind, index), buffer)
         if self.takes_adapters:
             # vLLM's layers for LoRA ask a linear's weight for its device. It is no parameter, and has no elements.
             layer.weight = torch.empty(0, device=self.activation_device)
@@ -262,15 +312,18 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         row = self.spec.rows.index(self.layer_spec.fixed_row)
         return torch.full(x.shape[:1], row, dtype=torch.int32, device=x.device)
 
-    def records(self, layer: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    def records(self, layer: torch.nn.Module) -> Records:
         """The weight and activation records, which the ops of layers that are not bound take."""
-        weight = [getattr(layer, f"weight_record_{index}") for index in range(self.weight_size)]
-        activation = [getattr(layer, f"activation_record_{index}") for index in range(self.activation_size)]
+        sizes = {"weight": self.weight_size, "activation": self.activation_size}
+        weight, activation = (
+            [getattr(layer, sharded_state.record_name(kind, index)) for index in range(size)]
+            for kind, size in sizes.items()
+        )
         return weight, activation
 
     def handle(self, layer: torch.nn.Module) -> Tensor:
         """The layer's handle: the last tensor of its weight record."""
-        handle: Tensor = getattr(layer, f"weight_record_{self.weight_size - 1}")
+        handle: Tensor = getattr(layer, sharded_state.record_name("weight", self.weight_size - 1))
         return handle
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

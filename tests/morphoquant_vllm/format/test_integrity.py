@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import read_spec
+from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
-from tests.checkpoints import flip_bit, write_random_checkpoint
+from tests.checkpoints import flip_bit, seal_again, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused
 
 INDEX = "model.safetensors.index.json"
@@ -155,11 +158,19 @@ def test_lists_of_another_kind(whole: Path, part: str, value: object) -> None:
     refused(whole, "config.json")
 
 
-def test_what_a_later_version_may_fill(whole: Path) -> None:
+def test_magnitudes_of_the_cache_are_optional_sealed_and_checked(whole: Path) -> None:
     edit_config(whole, lambda config: config["quantization_config"].update(kv_cache={}))
     verify_checkpoint(whole)
-    edit_config(whole, lambda config: config["quantization_config"].update(kv_cache={"layers": 1}))
-    refused(whole, "kv_cache needs a newer morphoquant-vllm")
+    found = {"model.layers.0": {"query": 1.5, "key": 20.0, "value": 0}}
+    edit_config(whole, lambda config: config["quantization_config"].update(kv_cache=found))
+    refused(whole, "its settings changed")
+    seal_again(whole)
+    assert read_spec(whole).kv_cache == {"model.layers.0": AttentionRange(1.5, 20.0, 0)}
+    for wrong in (-1.0, "20", True, 1e999):
+        with pytest.raises(MorphoQuantError, match="largest key, which must be a number of 0 or more"):
+            AttentionRange(1.5, wrong, 0).check("model.layers.0")
+    edit_config(whole, lambda config: config["quantization_config"].update(kv_cache={"model.layers.0": {"key": 1.0}}))
+    refused(whole, "is malformed")
 
 
 def test_eight_bit_layers_are_refused_by_name(whole: Path) -> None:

@@ -1,0 +1,296 @@
+"""vLLM's sharded_state: each rank's tensors saved as they are served, and loaded without being laid out again.
+
+    save   vLLM writes the state of a rank -> beside it goes a record: SHA-256 of the files, shapes, settings
+    load   the records are checked before workers start -> a layer makes tensors of the recorded shapes
+           -> vLLM copies the files into them -> the layer is bound
+
+vLLM's loader narrows a tensor of another size and takes any value. So the files are hashed whenever they are loaded,
+MORPHOQUANT_CHECKSUMS=0 or not: nothing else checks what native code reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader import ShardedStateLoader
+
+import morphoquant_vllm
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, read_spec
+from morphoquant_vllm.format.files import COPY_AGAIN, read_json
+from morphoquant_vllm.format.integrity import FileDigest, check_config, digest, file_digest
+from morphoquant_vllm.format.schema import QuantizationSpec
+from morphoquant_vllm.format.token_table import check_token_table
+from morphoquant_vllm.host_memory import zero_bytes
+
+if TYPE_CHECKING:
+    from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
+
+# vLLM shows the messages of loggers below "vllm".
+logger = init_logger(f"vllm.{__name__}")
+FORMATS = ("sharded_state", "runai_streamer_sharded")
+RECORDS = "morphoquant-state-*.json"
+SAVE_AGAIN = "save the state again, into an empty directory"
+# Mark of the function that writes a record after vLLM's.
+_MARK = "writes_records"
+_VERSION = f"morphoquant-vllm {morphoquant_vllm.__version__}"
+
+# dtype, by its name in torch, and shape of each tensor of a weight and of an activation record.
+Shapes = list[tuple[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a rank in its engine."""
+
+    rank: int
+    ranks: int
+    stage: int
+    stages: int
+
+    @classmethod
+    def of_this_process(cls) -> Place:
+        """The place of this worker."""
+        pipeline = get_pp_group()
+        tensor = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        return cls(*tensor, pipeline.rank_in_group, pipeline.world_size)
+
+    @property
+    def file(self) -> str:
+        """Name of the rank's record."""
+        return RECORDS.replace("*", f"{self.rank}-of-{self.ranks}-stage-{self.stage}-of-{self.stages}")
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The record of one rank's saved state."""
+
+    place: Place
+    created_by: str
+    backend: str
+    # The digest of the served quantization_config.
+    settings: str
+    # Whether channels of an MLP are in down_proj's order.
+    renumbered: bool
+    files: dict[str, FileDigest]
+    # By the name of a (fused) layer's first shard: its weight and its activation record.
+    layers: dict[str, tuple[Shapes, Shapes]]
+
+    def write(self, directory: Path) -> None:
+        """Write the record, with a digest of itself."""
+        content = asdict(self)
+        text = json.dumps({**content, "digest": digest(content)}, indent=1)
+        (directory / self.place.file).write_text(text + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> RankState:
+        """Read a record; MorphoQuantError if it is damaged."""
+        content = read_json(path)
+        if content.pop("digest", None) != digest(content):
+            raise MorphoQuantError(f"{path}: is damaged; {COPY_AGAIN}")
+        files = {name: FileDigest(**file) for name, file in content.pop("files").items()}
+        return cls(**{**content, "place": Place(**content["place"]), "files": files})
+
+
+def has_state(directory: Path) -> bool:
+    """Whether the directory holds a saved state of this method."""
+    return any(directory.glob(RECORDS))
+
+
+def check_state(directory: Path) -> None:
+    """Refuse a directory of saved states that is incomplete, damaged, or of another config.json."""
+    spec = read_spec(directory)
+    config = read_json(directory / CONFIG_FILE)
+    if spec.integrity is not None:
+        check_config(directory / CONFIG_FILE, config, spec.integrity)
+    check_token_table(directory, config, spec)
+    records = [RankState.read(path) for path in sorted(directory.glob(RECORDS))]
+    listed: dict[str, FileDigest] = {}
+    for record in records:
+        _check_origin(directory / record.place.file, record, spec)
+        listed |= record.files
+    first = records[0].place
+    expected = {
+        Place(rank, first.ranks, stage, first.stages) for rank in range(first.ranks) for stage in range(first.stages)
+    }
+    if expected != {record.place for record in records}:
+        raise MorphoQuantError(f"{directory}: holds {len(records)} of {len(expected)} ranks' states; {SAVE_AGAIN}")
+    unlisted = sorted({path.name for path in directory.glob("*.safetensors")} - listed.keys())
+    if unlisted:
+        raise MorphoQuantError(f"{directory / unlisted[0]}: belongs to no saved state here; {SAVE_AGAIN}")
+    for name, recorded in listed.items():
+        path = directory / name
+        if not path.is_file():
+            raise MorphoQuantError(f"{path}: no such file; {COPY_AGAIN}")
+        if file_digest(path) != recorded:
+            raise MorphoQuantError(f"{path}: is damaged (its SHA-256 is not the recorded one); {COPY_AGAIN}")
+    logger.info("MorphoQuant: %s: the saved states of %d ranks are in order", directory, len(records))
+
+
+def _check_origin(path: Path, record: RankState, spec: QuantizationSpec) -> None:
+    if record.created_by != _VERSION:
+        raise MorphoQuantError(
+            f"{path}: was saved by {record.created_by}, whose layout {_VERSION} may not share; {SAVE_AGAIN}"
+        )
+    if record.settings != spec.settings_digest():
+        raise MorphoQuantError(f"{path}: belongs to another config.json than the one beside it; {SAVE_AGAIN}")
+
+
+class SavedState:
+    """The saved state that an engine loads, if it loads one; reads this rank's record when the first layer asks."""
+
+    def __init__(self) -> None:
+        # Set when the engine is configured, if its directory holds states.
+        self.directory: Path | None = None
+        self._record: RankState | None = None
+
+    def take(self, directory: Path) -> bool:
+        """Check the directory if it holds states; whether it does."""
+        if not has_state(directory):
+            return False
+        check_state(directory)
+        self.directory = directory
+        return True
+
+    def of_rank(self, config: VllmConfig | None, model: str) -> RankState | None:
+        """This rank's record if the engine loads saved states. MorphoQuantError if directory and engine do not fit."""
+        wanted = config is not None and config.load_config.load_format in FORMATS
+        if not wanted and self.directory is None:
+            return None
+        if not wanted:
+            raise MorphoQuantError(
+                f"{self.directory}: holds a saved state; serve it with --load-format sharded_state, or serve the "
+                "checkpoint that it was saved of"
+            )
+        assert config is not None
+        if self.directory is None:
+            raise MorphoQuantError(
+                f"{model}: is no local directory with states that save_sharded_state wrote; serve it without "
+                "--load-format sharded_state"
+            )
+        if self._record is None:
+            self._record = _read_fitting(self.directory, config)
+        return self._record
+
+
+def _read_fitting(directory: Path, config: VllmConfig) -> RankState:
+    place = Place.of_this_process()
+    path = directory / place.file
+    if not path.is_file():
+        saved = RankState.read(next(directory.glob(RECORDS))).place
+        raise MorphoQuantError(
+            f"{directory}: was saved with tensor parallel size {saved.ranks} and {saved.stages} pipeline stages; "
+            "serve it with the same"
+        )
+    record = RankState.read(path)
+    if record.renumbered and config.lora_config is not None:
+        raise MorphoQuantError(
+            f"{directory}: its MLPs have another channel order than adapters; serve the checkpoint itself with "
+            "--enable-lora"
+        )
+    return record
+
+
+def make_tensors(layer: torch.nn.Module, shapes: tuple[Shapes, Shapes]) -> None:
+    """Register the buffers into which vLLM copies a layer's saved records."""
+    device = torch.get_default_device()
+    for kind, record in zip(("weight", "activation"), shapes, strict=True):
+        for index, (name, shape) in enumerate(record):
+            dtype: torch.dtype = getattr(torch, name)
+            on_cpu = device.type == "cpu" and dtype is torch.uint8 and len(shape) == 1
+            buffer = zero_bytes(shape[0]) if on_cpu else torch.zeros(shape, dtype=dtype)
+            layer.register_buffer(record_name(kind, index), buffer)
+
+
+def record_name(kind: str, index: int) -> str:
+    """Name of a served tensor among a layer's buffers, and in a saved state."""
+    return f"{kind}_record_{index}"
+
+
+def observe_saving() -> None:
+    """Let vLLM's save_sharded_state write a record beside the state of a model of this method.
+
+    vLLM has no hook after it.
+    """
+    original = ShardedStateLoader.save_model
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def save_model(model: torch.nn.Module, path: str, pattern: str | None = None, max_size: int | None = None) -> None:
+        methods = _methods(model)
+        if not methods:
+            original(model, path, pattern, max_size)
+            return
+        _refuse_unsaved(model)
+        with TemporaryDirectory(dir=path, prefix=".saving-") as staged:
+            original(model, staged, pattern, max_size)
+            written = sorted(Path(staged).iterdir())
+            record = _record_of(methods, {file.name: file_digest(file) for file in written})
+            for file in written:
+                file.replace(Path(path) / file.name)
+        record.write(Path(path))
+
+    setattr(save_model, _MARK, True)
+    ShardedStateLoader.save_model = staticmethod(save_model)
+
+
+def _methods(model: torch.nn.Module) -> list[MorphoQuantLinearMethod]:
+    from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
+
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    return [method for method in methods if isinstance(method, MorphoQuantLinearMethod)]
+
+
+def _refuse_unsaved(model: torch.nn.Module) -> None:
+    """Refuse a model that keeps tensors outside its state."""
+    from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
+    from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod
+
+    for name, module in model.named_modules():
+        method: Any = getattr(module, "quant_method", None)
+        gone = getattr(module, "weight", None) is not None and not module.weight.numel()
+        if isinstance(method, MorphoQuantExpertsMethod):
+            raise MorphoQuantError(f"{name}: quantized experts cannot be saved as sharded_state; serve the checkpoint")
+        if gone and isinstance(method, EightBitHeadMethod):
+            raise MorphoQuantError(
+                f"{name}: the 8-bit head keeps no 16-bit weight to save; save with a 16-bit head, and ask for the "
+                "8-bit one when you serve the state"
+            )
+        if gone and isinstance(method, UnquantizedLinearMethod):
+            raise MorphoQuantError(
+                f"{name}: vLLM keeps its 16-bit weight in packed form only, on a CPU, and cannot save it; serve the "
+                "checkpoint"
+            )
+
+
+def _record_of(methods: Sequence[MorphoQuantLinearMethod], files: dict[str, FileDigest]) -> RankState:
+    return RankState(
+        place=Place.of_this_process(),
+        created_by=_VERSION,
+        backend=methods[0].backend,
+        settings=methods[0].spec.settings_digest(),
+        renumbered=any(method.renumbered for method in methods),
+        files=files,
+        layers={method.name: _shapes(method) for method in methods},
+    )
+
+
+def _shapes(method: MorphoQuantLinearMethod) -> tuple[Shapes, Shapes]:
+    assert method.served is not None
+    weight, activation = (
+        [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in record]
+        for record in method.served
+    )
+    return weight, activation
