@@ -7,6 +7,7 @@ returns. transformers' plan of tensor parallelism tells columns from rows, or el
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from calibration.model.architectures import Architecture, SharedInput, known_architecture
+from calibration.model.buffers import compute_buffers
 from calibration.model.experts import SIXTEEN_BIT, counts_experts
 from calibration.model.fp8 import without_quantization
 from calibration.model.loading import empty_model
@@ -89,10 +91,24 @@ def _decoder_of(source: Source, recipe: Recipe) -> tuple[Architecture, Any, list
     name, remote_code = _class_name(config, trust_remote_code=recipe.trust_remote_code)
     found = Architecture(str(config.get("model_type")), name, "", (), verified=False, remote_code=remote_code)
     model = empty_model(found, source, recipe)
+    _fix_angles(model)
     block_module = _block_list(model, recipe.decoder)
     blocks = list(model.get_submodule(block_module).children())
     media = tuple(row for row in _MEDIA if any(f"{row}_token_{kind}" in config for kind in ("id", "index")))
     return replace(found, block_module=block_module, media=media, sizes=_sizes(model, blocks)), model, blocks
+
+
+def _fix_angles(model: nn.Module) -> None:
+    """Let the angles of rotary positions not depend on the positions' values, which the meta device does not have.
+
+    transformers asks this attribute before it chooses the angles of longrope and of dynamic scaling.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kinds, dict):
+            module.rope_type = dict.fromkeys(kinds, "default")  # type: ignore[assignment]
 
 
 def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_module: str) -> None:
@@ -102,13 +118,11 @@ def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_modu
             f"{type(model).__name__}: is an encoder-decoder, whose cross-attention is not supported; take a decoder"
         )
     for index, block in enumerate(blocks):
-        stored = block.state_dict()
-        for name, _ in block.named_buffers():
-            if name not in stored:
-                raise MorphoQuantError(
-                    f"{block_module}.{index}.{name}: a buffer that weight files do not hold, so blocks cannot be "
-                    "loaded one at a time; this model is not supported"
-                )
+        for name in compute_buffers(model, copy.deepcopy(block)):
+            raise MorphoQuantError(
+                f"{block_module}.{index}.{name}: a buffer that weight files do not hold and transformers does not "
+                "compute again, so blocks cannot be loaded one at a time; this model is not supported"
+            )
 
 
 def _skip_experts(block: nn.Module, block_name: str, recipe: Recipe) -> list[str]:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from calibration.model.architectures import Architecture
+from calibration.model.buffers import compute_buffers
 from calibration.model.experts import StoredExperts, find_experts, load_merged, merged_parameter
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
@@ -233,6 +234,7 @@ class BlockLoader:
         # By block: its lists of experts that transformers holds in another form than the files.
         self._experts = [self._merged_experts(architecture, index) for index in range(len(self._blocks))]
         for index, block in enumerate(self._blocks):
+            compute_buffers(model, block)
             # Parameters, and the buffers that files hold.
             for name, parameter in block.state_dict().items():
                 experts = self._experts[index].get(merged_parameter(name) or "")
@@ -288,7 +290,8 @@ class BlockLoader:
             weights[name] = stored.to(self._device, parameter.dtype, copy=True)
         filled = copy.deepcopy(block)
         filled.load_state_dict(weights, assign=True)
-        return filled.requires_grad_(False)
+        # Computed buffers, which are on the CPU; the weights are there already.
+        return filled.to(self._device).requires_grad_(False)
 
 
 @contextmanager

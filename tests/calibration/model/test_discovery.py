@@ -93,6 +93,23 @@ def test_inputs_come_in_the_order_in_which_they_are_computed(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [
+        # As Phi-3.5 and Phi-4-mini have it.
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}),
+        ("granite", {"rope_type": "dynamic", "factor": 4.0}),
+    ],
+)
+def test_angles_that_depend_on_the_largest_position_need_no_values(
+    tmp_path: Path, model_type: str, rope: dict[str, Any]
+) -> None:
+    sizes = {"original_max_position_embeddings": 1024} if model_type == "phi3" else {}
+    source = tiny(tmp_path, model_type, rope_parameters={"rope_theta": 10000.0, **rope}, **sizes)
+    plain = discover(tiny(tmp_path / "plain", model_type), Recipe())
+    assert discover(source, Recipe()).shared_inputs == plain.shared_inputs
+
+
 def test_a_listed_type_keeps_its_profile_unless_the_decoder_is_named(tmp_path: Path) -> None:
     source = tiny(tmp_path, "mistral")
     assert choose_architecture(source, Recipe()).verified
@@ -166,10 +183,19 @@ def test_the_gates_of_experts_stay_in_16_bit(tmp_path: Path) -> None:
     assert not {"mlp.gate", "mlp.shared_expert_gate"} & set(shards)
 
 
-def test_blocks_that_the_files_do_not_hold_whole_are_refused(tmp_path: Path) -> None:
+def test_blocks_whose_buffers_transformers_computes_are_taken(tmp_path: Path) -> None:
     settings = {"n_layer": 2, "n_head": 4, "n_embd": 128, "rotary_dim": 16}
-    with pytest.raises(MorphoQuantError, match=r"transformer.h.0.attn.embed_positions: a buffer that weight files do"):
-        discover(source_of(tmp_path, "GPTJForCausalLM", settings), Recipe())
+    found = discover(source_of(tmp_path, "GPTJForCausalLM", settings), Recipe())
+    assert [shared.name for shared in found.shared_inputs] == [
+        *("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"),
+    ]
+
+
+def test_blocks_that_the_files_do_not_hold_whole_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _Model()
+    model.layers[1].register_buffer("table", torch.arange(4.0), persistent=False)
+    with pytest.raises(MorphoQuantError, match=r"layers.1.table: a buffer that weight files do not hold and trans"):
+        discover_model(monkeypatch, model)
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
@@ -198,6 +224,9 @@ class _Model(nn.Module):
 
     tp_plan = None
     config = SimpleNamespace()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As of a model that computes no buffer."""
 
     def __init__(self, names: tuple[str, ...] = ("layers",), scale: float | None = None) -> None:
         super().__init__()
