@@ -59,26 +59,36 @@ def build_tiny_qwen3_5(directory: Path, seed: int = 0, **changes: Any) -> Path:
     """
     ids = write_qwen3_vl_processor(directory)
     config = transformers.Qwen3_5Config(
-        text_config={
-            **DECODER,
-            "num_hidden_layers": 3,
-            "full_attention_interval": 3,
-            "head_dim": 64,
-            # Half of a head.
-            "partial_rotary_factor": 0.5,
-            "rope_parameters": {**mrope(32), "mrope_interleaved": True, "partial_rotary_factor": 0.5},
-            "linear_key_head_dim": 64,
-            "linear_value_head_dim": 64,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "bos_token_id": None,
-            "eos_token_id": ids["im_end"],
-            **changes,
-        },
-        vision_config=_VISION,
-        **_qwen3_tokens(ids),
+        text_config=_qwen3_5_text(ids, **changes), vision_config=_VISION, **_qwen3_tokens(ids)
     )
     return write_model(directory, transformers.Qwen3_5ForConditionalGeneration, config, seed, ids)
+
+
+def build_tiny_qwen3_5_text(directory: Path, seed: int = 0) -> Path:
+    """Write the language model of such a Qwen3.5 alone (`qwen3_5_text`) into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "text")
+    config = transformers.Qwen3_5TextConfig(**_qwen3_5_text(ids))
+    return write_model(directory, transformers.Qwen3_5ForCausalLM, config, seed, ids)
+
+
+def _qwen3_5_text(ids: dict[str, int], **changes: Any) -> dict[str, Any]:
+    return {
+        **DECODER,
+        "num_hidden_layers": 3,
+        "full_attention_interval": 3,
+        "head_dim": 64,
+        # Half of a head.
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {**mrope(32), "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "bos_token_id": None,
+        "eos_token_id": ids["im_end"],
+        **changes,
+    }
 
 
 def _qwen3_tokens(ids: dict[str, int]) -> dict[str, Any]:

@@ -224,6 +224,18 @@ class _Run:
     given: list[Tensor] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
     tuple_output: bool = False
+    # Mappings in which blocks leave something, by the argument's name.
+    left: dict[str, _Read] = field(default_factory=dict)
+
+
+class _Read(dict[Any, Any]):
+    """A mapping that knows whether something was read of it."""
+
+    was_read = False
+
+    def __getitem__(self, key: Any) -> Any:
+        self.was_read = True
+        return super().__getitem__(key)
 
 
 @torch.no_grad()
@@ -235,12 +247,17 @@ def _run(model: Any, blocks: Sequence[nn.Module], block_module: str) -> _Run:
     def linear(block: int, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         run.inputs[block][name] = args[0]
 
+    def block_begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        empty = {name for name, value in kwargs.items() if isinstance(value, Mapping) and not value}
+        return args, {**kwargs, **{name: run.left.setdefault(name, _Read()) for name in empty}}
+
     def block_end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         run.given.append(args[0] if args else kwargs["hidden_states"])
         run.tuple_output = not isinstance(output, Tensor)
         run.returned.append(output[0] if run.tuple_output else output)
 
     for index, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(block_begin, with_kwargs=True))
         handles.append(block.register_forward_hook(block_end, with_kwargs=True))
         for name, module in _linears(block).items():
             handles.append(module.register_forward_pre_hook(partial(linear, index, name)))
@@ -269,7 +286,13 @@ def _run(model: Any, blocks: Sequence[nn.Module], block_module: str) -> _Run:
 
 
 def _refuse_changes_between(run: _Run, block_module: str) -> None:
-    """Blocks are run one at a time, so each must get what the one before returned."""
+    """Blocks are run one at a time, so each must get what the one before returned, and nothing else."""
+    shared = [name for name, mapping in run.left.items() if mapping.was_read]
+    if shared:
+        raise MorphoQuantError(
+            f"{block_module}: later blocks read {shared[0]} of earlier ones, as keys and values that blocks share, "
+            "which the generic path does not follow; this model is not supported"
+        )
     if len(run.given) != len(run.inputs):
         raise MorphoQuantError(
             f"{block_module}: {len(run.given)} of {len(run.inputs)} blocks ran in one pass; this model is not supported"

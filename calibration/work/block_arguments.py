@@ -30,6 +30,9 @@ def pack(arguments: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], str
             return {type(value).__name__: [encode(name, part) for part in value]}
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
+        if isinstance(value, Mapping) and not value:
+            # A place in which blocks may leave something for later ones; discovery refuses those that do.
+            return {"mapping": {}}
         raise MorphoQuantError(
             f"the model passes its blocks {name} of type {type(value).__name__}, which cannot be kept; "
             "this model is not supported"
@@ -54,6 +57,8 @@ def unpack(tensors: Mapping[str, Tensor], layout: str, device: torch.device) -> 
             return moved.setdefault(content, tensors[content].to(device))
         if kind == "value":
             return content
+        if kind == "mapping":
+            return {}
         parts = [decode(part) for part in content]
         return tuple(parts) if kind == "tuple" else parts
 

@@ -88,6 +88,8 @@ class MorphoQuantLinear(StoredTensors):
         # A tower's patches have no token ids.
         self.fixed_row = spec.rows.index(layer.fixed_row) if layer.fixed_row else None
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        # Empty: some models of transformers, as NanoChat, draw the weights of their linears by this name.
+        self.weight = torch.empty(0)
         # The bias has the model's dtype, as in vLLM.
         self.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if layer.bias else None
 
@@ -113,14 +115,14 @@ class MorphoQuantLinear(StoredTensors):
         """The record that quantizes the input."""
         return activation_record(*(self.get_buffer(name) for name in INPUT_TENSORS))
 
-    def weight(self) -> WeightRecord:
+    def weights(self) -> WeightRecord:
         """The record of the weights."""
         return weight_record(*(self.get_buffer(name) for name in self.output_tensors))
 
     def prepared(self, device: torch.device, dtype: torch.dtype) -> backends.Prepared:
         """The records for the kernels that serve `device`, or for the reference if they refuse the layer."""
         if self._prepared is None or self._prepared[0] != device:
-            records = self.weight(), self.activation()
+            records = self.weights(), self.activation()
             try:
                 prepared = backends.prepare_layer(self.name, *records, dtype)
             except MorphoQuantError as refusal:
@@ -135,7 +137,7 @@ class MorphoQuantLinear(StoredTensors):
         rows = self.rows_of(flat)
         if self.mode.exact or self.mode.reference or x.dtype not in KERNEL_DTYPES:
             define = linear_exact if self.mode.exact else linear
-            y = define(flat, rows, self.weight(), self.activation(), self.bias)
+            y = define(flat, rows, self.weights(), self.activation(), self.bias)
         else:
             y = self.prepared(x.device, x.dtype).linear(flat, rows, self.bias)
         return y.view(*x.shape[:-1], -1)

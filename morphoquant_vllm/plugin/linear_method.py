@@ -142,7 +142,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 "config.json does not belong to these weights"
             )
         row_parallel = isinstance(layer, RowParallelLinear)
-        if row_parallel != (self.layer_spec.parallel == "row"):
+        # A row-parallel checkpoint layer fits a layer of which vLLM gives every rank the whole K, too.
+        if row_parallel and self.layer_spec.parallel != "row":
             raise MorphoQuantError(
                 f"{self.name}: the checkpoint has parallel '{self.layer_spec.parallel}', but vLLM splits this layer "
                 "otherwise; calibrate again"
@@ -183,7 +184,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             tensors[tensor] = parameter.data
             delattr(layer, tensor)
         self._check_bias(layer)
-        row_parallel = self.layer_spec.parallel == "row"
+        row_parallel = isinstance(layer, RowParallelLinear)
         rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
         # Channels are numbered over the whole K; this rank's channels start at rank * K / size.
         first_channel = rank * tensors["channel_order"].numel()
@@ -255,7 +256,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         """The wrap of the bound layer that counts its escapes; None if it does not count."""
         if self.watch is None:
             return None
-        rank, split = int(layer.tp_rank), self.layer_spec.parallel == "row"  # type: ignore[arg-type]
+        rank, split = int(layer.tp_rank), isinstance(layer, RowParallelLinear)  # type: ignore[arg-type]
         self.counter = self.watch.counter(
             self.name, rank, split=split, backend=self.backend, prepared=prepared, record=record
         )

@@ -75,12 +75,15 @@ def _gated_delta_rule(layer: Any, mixed_qkv: Tensor, b: Tensor, a: Tensor) -> Te
     weight = layer.conv1d.weight
     padded = functional.pad(mixed_qkv.T[None], (weight.shape[-1] - 1, 0))
     mixed = functional.silu(functional.conv1d(padded, weight, groups=weight.shape[0]))[0].T
-    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    copies = layer.num_v_heads // layer.num_k_heads
-    heads = [part.unflatten(-1, (layer.num_k_heads, -1)).repeat_interleave(copies, dim=-2) for part in (query, key)]
+    # A rank has a part of the heads.
+    key_size, value_size = layer.key_dim // layer.tp_size, layer.value_dim // layer.tp_size
+    key_heads, value_heads = layer.num_k_heads // layer.tp_size, layer.num_v_heads // layer.tp_size
+    query, key, value = mixed.split([key_size, key_size, value_size], dim=-1)
+    copies = value_heads // key_heads
+    heads = [part.unflatten(-1, (key_heads, -1)).repeat_interleave(copies, dim=-2) for part in (query, key)]
     output, _ = torch_chunk_gated_delta_rule(
         *(part[None] for part in heads),
-        value.unflatten(-1, (layer.num_v_heads, -1))[None],
+        value.unflatten(-1, (value_heads, -1))[None],
         g=-layer.A_log.float().exp()[None, None] * functional.softplus(a + layer.dt_bias)[None],
         beta=b.sigmoid()[None],
         use_qk_l2norm_in_kernel=True,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
 
 import morphoquant_vllm.hf  # noqa: F401  (transformers learns the method)
 from tests.differing_rows import write_differing_rows
@@ -28,7 +28,7 @@ from tests.engine.rows import (
 )
 from tests.reference_model import Checkpoint, swap_linears
 from tests.tiny_conversations import image_bytes, write_calibration_data
-from tests.tiny_media_models import build_tiny_qwen3_5
+from tests.tiny_media_models import build_tiny_qwen3_5, build_tiny_qwen3_5_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
@@ -99,6 +99,35 @@ def bfloat16(source: Path, calibrated: Path) -> dict[str, dict[str, Any]]:
         }
     )
     return engines.results
+
+
+@pytest.fixture(scope="module")
+def text_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """`model` and `checkpoint` of the language model alone; the engines of one rank and of two, in float32."""
+    directory = tmp_path_factory.mktemp("qwen3_5_text")
+    model = build_tiny_qwen3_5_text(directory / "model")
+    made = calibrate(model, write_calibration_data(directory / "data", "text"), directory / "checkpoint")
+    job = {"model": str(made), "prompts": [{"prompt_token_ids": TEXT_PROMPT}], "linear_attention": "c++"}
+    two = {"tensor_parallel_size": 2, "worker_extension_cls": "tests.engine.float32_workers.Float32Workers"}
+    engines = Engines(directory)
+    engines.run({"one": {**job, "engine": TEXT_ENGINE}, "two": {**job, "engine": {**TEXT_ENGINE, **two}}}, timeout=1800)
+    return directory, engines.results
+
+
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_the_language_model_alone_is_served_on_one_rank_and_on_two(
+    text_alone: tuple[Path, dict[str, dict[str, Any]]], ranks: str
+) -> None:
+    """On two ranks each has its heads of the one matrix in_proj_qkv, and of in_proj_z."""
+    directory, results = text_alone
+    assert "error" not in results[ranks], results[ranks]["error"]
+    plain = Qwen3_5ForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    expected = text_logprobs(swap_linears(plain, Checkpoint(directory / "checkpoint")))
+    served = torch.tensor(results[ranks]["requests"][0]["prompt_logprobs"])
+    print(f"{ranks}: largest difference of log-probabilities {float((served - expected).abs().max())}")
+    assert_same_logprobs(served, expected)
+    reloaded = Qwen3_5ForCausalLM.from_pretrained(directory / "checkpoint", dtype=torch.float32)
+    assert_same_logprobs(text_logprobs(reloaded), expected)
 
 
 def text_logprobs(model: Any) -> Tensor:

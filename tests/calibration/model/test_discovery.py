@@ -210,6 +210,25 @@ def test_files_that_hold_other_names_are_refused(tmp_path: Path) -> None:
         discover(Source(tmp_path, source.config, {}), Recipe())
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_blocks_that_read_the_keys_of_earlier_ones_are_refused(tmp_path: Path, shared: int) -> None:
+    """Blocks of Gemma 4 share keys and values in its small sizes alone."""
+    settings = {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["full_attention"] * 3,
+        "num_kv_shared_layers": shared,
+    }
+    source = source_of(tmp_path, "Gemma4ForCausalLM", settings)
+    if shared:
+        with pytest.raises(MorphoQuantError, match=r"model.layers: later blocks read shared_kv_states of earlier one"):
+            discover(source, Recipe())
+    else:
+        assert len(discover(source, Recipe()).shared_inputs) == 4
+
+
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

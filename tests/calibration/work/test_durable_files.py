@@ -1,3 +1,4 @@
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_arguments_come_back_as_they_were(tmp_path: Path) -> None:
     cosine, sine, mask = torch.randn(1, 3, 4), torch.randn(1, 3, 4), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     positions = torch.arange(3).expand(3, 1, 3)
     common = {"position_embeddings": (cosine, sine), "position_ids": positions, "use_cache": False, "scale": 0.1}
+    # Gemma 4's blocks may leave keys and values in it.
+    common["shared_kv_states"] = UserDict()
     passed = [
         {**common, "attention_mask": None},
         {**common, "attention_mask": mask},
@@ -72,7 +75,7 @@ def test_arguments_come_back_as_they_were(tmp_path: Path) -> None:
         assert isinstance(ours["position_embeddings"], tuple)
         assert all(map(torch.equal, ours["position_embeddings"], theirs["position_embeddings"]))
         assert torch.equal(ours["position_ids"], positions)
-        assert (ours["use_cache"], ours["scale"]) == (False, 0.1)
+        assert (ours["use_cache"], ours["scale"], ours["shared_kv_states"]) == (False, 0.1, {})
     assert found[0]["attention_mask"] is None
     assert torch.equal(found[1]["attention_mask"], mask)
     with pytest.raises(MorphoQuantError, match="past_key_values of type object"):

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor
+from transformers import initialization
 
 from morphoquant_vllm import backends
 from morphoquant_vllm.cpu import backend as cpu
@@ -93,6 +94,13 @@ def test_a_layer_that_the_kernels_refuse_runs_on_the_reference_and_says_so_once(
         outputs = module(x), module(x)
     assert all(torch.equal(y, defined(x, tensors)) for y in outputs)
     assert caplog.messages == ["layer: this GPU is not known (it runs on the torch reference, which is slow)"]
+
+
+def test_a_model_may_draw_a_weight_that_is_not_there(module: MorphoQuantLinear, tensors: dict[str, Tensor]) -> None:
+    """NanoChat and GPTBigCode draw the weights of some linears by name after a checkpoint was loaded."""
+    initialization.normal_(module.weight, std=0.02)
+    assert module.state_dict().keys() == tensors.keys()
+    assert torch.equal(module(input_in(torch.float64)), defined(input_in(torch.float64), tensors))
 
 
 def test_values_that_are_cast_or_moved_are_prepared_again(module: MorphoQuantLinear) -> None:

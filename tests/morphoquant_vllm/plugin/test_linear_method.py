@@ -111,9 +111,15 @@ class TestFusedLayer:
         x = torch.randn(5, K, generator=torch.Generator().manual_seed(1))
         assert torch.equal(adapted(x)[0], plain(x)[0])
 
-    def test_a_tensor_of_several_shards_is_loaded_under_a_tuple_of_ids(self) -> None:
-        """Qwen3.5's in_proj_qkv is three shards of vLLM's in_proj_qkvz, and in_proj_z the fourth."""
-        from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_a_tensor_of_several_shards_is_loaded_under_a_tuple_of_ids(
+        self, monkeypatch: pytest.MonkeyPatch, ranks: int
+    ) -> None:
+        """Qwen3.5's in_proj_qkv is three shards of vLLM's in_proj_qkvz, and in_proj_z the fourth.
+
+        Each rank has its part of each of the four.
+        """
+        from vllm.model_executor.layers import linear as vllm_linear
 
         names = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
         sizes = (2 * N, N)
@@ -125,10 +131,12 @@ class TestFusedLayer:
         shards = random_group(matrices, spec.layers[names[0]], spec, torch.tensor(3))
         config = MorphoQuantConfig(spec)
         config.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+        vllm_sizes = [N // 2, N // 2, N, N]
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: ranks)
 
-        def built(parts: Iterable[tuple[dict[str, Tensor], tuple[int, ...] | int]]) -> torch.nn.Module:
-            sizes = [N // 2, N // 2, N, N]
-            layer = MergedColumnParallelLinear(K, sizes, bias=False, quant_config=config, prefix=fused)
+        def built(parts: Iterable[tuple[dict[str, Tensor], tuple[int, ...] | int]], rank: int = 0) -> torch.nn.Module:
+            monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
+            layer = vllm_linear.MergedColumnParallelLinear(K, vllm_sizes, bias=False, quant_config=config, prefix=fused)
             for tensors, shard_id in parts:
                 for name, tensor in tensors.items():
                     parameter = getattr(layer, name)
@@ -137,8 +145,10 @@ class TestFusedLayer:
             return layer
 
         x = torch.randn(20, K, generator=torch.Generator().manual_seed(1))
-        layer = built(zip(shards, ((0, 1, 2), 3), strict=True))
-        assert torch.equal(layer(x)[0], reference(shards, x, spec.any_row))
+        whole = reference(shards, x, spec.any_row).split(vllm_sizes, 1)
+        for rank in range(ranks):
+            layer = built(zip(shards, ((0, 1, 2), 3), strict=True), rank)
+            assert torch.equal(layer(x)[0], torch.cat([part.chunk(ranks, 1)[rank] for part in whole], 1))
         with pytest.raises(MorphoQuantError, match="1 of 2 shards were loaded"):
             built([(shards[0], (0, 1, 2))])
 
@@ -347,6 +357,37 @@ class TestRowParallelLayer:
             assert torch.equal(layer.quant_method.apply(layer, part.contiguous()), expected)
         assert bool(massive[0].any()) and not bool(massive[0].all())
         assert ranks == 1 or bool((massive[0] != massive[1]).any())
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("built", ["ReplicatedLinear", "ColumnParallelLinear"])
+    def test_a_layer_that_vllm_gives_the_whole_input_computes_all_blocks(
+        self, monkeypatch: pytest.MonkeyPatch, built: str, ranks: int
+    ) -> None:
+        """vLLM's Transformers backend replicates the linears of models without a tensor-parallel plan."""
+        from vllm.model_executor.layers import linear as vllm_linear
+
+        spec, tensors = self.tensors(2)
+        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: ranks)
+        x = torch.randn(40, K, generator=torch.Generator().manual_seed(6)) * 2
+        parts = []
+        for rank in range(ranks if built == "ColumnParallelLinear" else 1):
+            monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+            layer = getattr(vllm_linear, built)(
+                K, N, bias=False, quant_config=MorphoQuantConfig(spec), prefix="mlp.down_proj"
+            )
+            for name, tensor in tensors.items():
+                parameter = getattr(layer, name)
+                parameter.weight_loader(parameter, tensor)
+            layer.quant_method.process_weights_after_loading(layer)
+            parts.append(layer.quant_method.apply(layer, x))
+        assert bool(held(x, tensors).any())
+        assert torch.equal(torch.cat(parts, 1), reference([tensors], x, spec.any_row))
+
+    def test_a_layer_whose_input_vllm_cuts_must_be_row_parallel(self) -> None:
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        with pytest.raises(MorphoQuantError, match=r"mlp.up_proj: the checkpoint has parallel 'column', but vLLM spl"):
+            RowParallelLinear(K, N, bias=False, quant_config=MorphoQuantConfig(specification()), prefix="mlp.up_proj")
 
     def test_ranks_sum_to_the_whole_layer_where_no_token_is_massive(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec, tensors = self.tensors(blocks=2)
