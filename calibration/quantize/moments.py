@@ -12,10 +12,11 @@ from calibration.processes import Processes
 from calibration.quantize.int8_products import products
 
 # How each field merges over chunks and over processes alike (the names are those of torch.distributed.ReduceOp).
-REDUCTIONS = {"weight": "SUM", "code_sum": "SUM", "value_sum": "SUM", "code_code": "SUM", "code_aim": "SUM"}
+REDUCTIONS = dict.fromkeys(("weight", "square_weight", "code_sum", "value_sum", "code_code", "code_aim"), "SUM")
 # Tokens whose codes are multiplied with each other at once, and channels of the products: bounds their memory.
 CODE_TOKENS = 4096
 CODE_CHANNELS = 1024
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Moments:
     """Weighted sums over tokens, float32; K in any one order, S sets of tokens with a separate bias."""
 
     weight: Tensor  # [S]
+    # Of the squared weights of all tokens.
+    square_weight: Tensor  # []
     code_sum: Tensor  # [S, K]
     value_sum: Tensor  # [S, K]
     code_code: Tensor  # [K, K]
@@ -42,7 +45,12 @@ class Moments:
         # For T tokens: T K^2 products and then N K^2, or 2 T N K.
         aims = out_features if 2 * out_features <= in_features else in_features
         squares = zeros(in_features, in_features), zeros(in_features, aims)
-        return Moments(zeros(sets), zeros(sets, in_features), zeros(sets, in_features), *squares, matrix)
+        return Moments(zeros(sets), zeros(), zeros(sets, in_features), zeros(sets, in_features), *squares, matrix)
+
+    @property
+    def tokens(self) -> float:
+        """As many tokens of equal weight tell as much as these (Kish's effective sample size); at least 1."""
+        return max(1.0, float(self.weight.sum().square() / self.square_weight.clamp(min=TINY)))
 
     @property
     def of_outputs(self) -> bool:
@@ -54,6 +62,7 @@ class Moments:
         scaled = codes.float() * gain[:, None]
         selector = torch.nn.functional.one_hot(token_set, self.weight.numel()).float().T * weight
         self.weight += selector.sum(1)
+        self.square_weight += weight.square().sum()
         self.code_sum += selector @ scaled
         self.value_sum += selector @ values
         aims = values @ self.matrix.T if self.of_outputs else values
@@ -93,7 +102,8 @@ class Moments:
             other = getattr(pooled, name)
             if name == "code_aim" and self.of_outputs:
                 other = other @ self.matrix.T
-            getattr(self, name).mul_(own).add_(other, alpha=rest)
+            power = 2 if name == "square_weight" else 1
+            getattr(self, name).mul_(own**power).add_(other, alpha=rest**power)
 
     def take_centred(self, channels: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Codes times codes [K, K], and times the outputs of these channels [K, n], about the means of each set.
@@ -115,7 +125,7 @@ class Moments:
         return self.code_sum / self._share(), self.value_sum / self._share()
 
     def _share(self) -> Tensor:
-        return self.weight.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        return self.weight.clamp(min=TINY)[:, None]
 
 
 def gather(
@@ -129,6 +139,15 @@ def gather(
     return moments
 
 
+def fitting_shrinkage(strength: float, channels: int, tokens: float) -> float:
+    """The shrinkage of a regression on `channels` channels and this many tokens: strength * channels / tokens.
+
+    The error of an estimate grows with its unknowns and falls with its tokens. For the same strength everywhere, so
+    does the ridge that is best if the codes explain the same share of the error.
+    """
+    return strength * channels / tokens
+
+
 def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage: float) -> Tensor:
     """Weights for the codes, float32 [N, K], whose outputs come nearest to the 16-bit layer's.
 
@@ -136,10 +155,11 @@ def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage:
 
     The result is the least-squares fit of W x to the codes. `shrinkage` x the mean energy of a channel draws it to
     `absorbed` = W * step, the right weights for codes without error. So the weights compensate for the rounding of
-    activations and for the errors of earlier layers, as far as the codes show them.
+    activations and for the errors of earlier layers, as far as the codes show them. Too weak a pull would fit the
+    errors of these very tokens, which no other tokens share: see `fitting_shrinkage`.
     """
     ridge = shrinkage * code_code.diagonal().mean()
-    if not float(ridge) >= torch.finfo(torch.float32).tiny:
+    if not float(ridge) >= TINY:
         # The input was the same, or zero, for all tokens: nothing can be told from its codes.
         return absorbed
     damped = code_code.clone()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calibration.processes import Processes
-from calibration.quantize.moments import Moments, regress
+from calibration.quantize.moments import Moments, fitting_shrinkage, regress
 from calibration.quantize.rounding import quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
@@ -62,7 +62,8 @@ def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec
     Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
     """
     hessian, code_output = moments.take_centred(channels)
-    target = regress(hessian, code_output, absorbed, recipe.shrinkage) if recipe.regression else absorbed
+    shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
+    target = regress(hessian, code_output, absorbed, shrinkage) if recipe.regression else absorbed
     del code_output
     two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":

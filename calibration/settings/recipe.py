@@ -95,7 +95,11 @@ class Recipe(BaseModel):
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
     )
     shrinkage: float = Field(
-        default=0.02, ge=1e-3, le=10, description="Strength of the regression's pull towards the original weights."
+        default=4.0,
+        ge=1e-3,
+        le=1e3,
+        description="Strength of the regression's pull towards the original weights, which also grows with a layer's "
+        "channels and falls with the tokens.",
     )
     rounding: Literal["compensated", "nearest"] = Field(
         default="compensated",

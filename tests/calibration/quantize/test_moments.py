@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calibration.quantize.int8_products import has_exact_products
-from calibration.quantize.moments import REDUCTIONS, Moments, gather, output_bias, regress
+from calibration.quantize.moments import REDUCTIONS, Moments, fitting_shrinkage, gather, output_bias, regress
 from morphoquant_vllm.numerics.weights import absorb
 
 K, N, TOKENS, SETS = 24, 10, 500, 2
@@ -167,6 +167,33 @@ def test_the_regression_is_least_squares() -> None:
     for _ in range(5):
         moved = found + 0.01 * found.abs().mean() * torch.randn(N, K, generator=generator)
         assert best < output_gap(moved, *sample)
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(2 * K, 0.0, 0.9), (10 * K, 0.9, 1.02)])
+def test_few_tokens_need_a_strong_pull_and_many_do_not(count: int, low: float, high: float) -> None:
+    """Errors on other tokens than those of the fit, whose targets hold errors that the codes cannot explain."""
+    values, codes, token_set, weight, step = tokens()
+    absorbed = absorb(full_weight(), step)
+    values = values + 0.5 * torch.randn(values.shape, generator=torch.Generator().manual_seed(5))
+    sample = codes, values, token_set, weight
+    own, others = (tuple(field[part] for field in sample) for part in (slice(count), slice(TOKENS // 2, None)))
+    fitted = fitting_shrinkage(4.0, K, moments_of(*own).tokens)
+    weak, strong = (
+        output_gap(regression(moments_of(*own), absorbed, pull), moments_of(*others), *others)
+        for pull in (0.02, fitted)
+    )
+    assert low * weak < strong < high * weak
+
+
+def test_the_number_of_tokens_counts_their_weights() -> None:
+    values, codes, token_set, weight, _ = tokens()
+    even = torch.full_like(weight, 1 / TOKENS)
+    assert moments_of(codes, values, token_set, even).tokens == pytest.approx(TOKENS, rel=1e-4)
+    # A few tokens with nearly all of the weight.
+    heavy = torch.where(torch.arange(TOKENS) < 20, 1.0, 1e-6)
+    assert moments_of(codes, values, token_set, heavy).tokens == pytest.approx(20, rel=1e-2)
+    assert Moments.zeros(SETS, full_weight()).tokens == 1
+    assert fitting_shrinkage(4.0, 512, 1024) == 2.0
 
 
 def test_inputs_that_never_move_leave_the_absorbed_weights() -> None:

@@ -14,13 +14,15 @@ from tests.calibration.inputs import K, make_spec, matrix
 STEP = torch.linspace(0.5, 2.0, K)
 
 
-def moments(dead: slice = slice(0, 0)) -> Moments:
-    """Of 200 tokens whose codes say all of their values; channels `dead` have codes 0."""
+def moments(dead: slice = slice(0, 0), times: int = 1, error: float = 1.0) -> Moments:
+    """Of 200 tokens, `times` each, whose values are `error` times what codes say; channels `dead` have codes 0."""
     codes = torch.randint(-8, 8, (200, K), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
     codes[:, dead] = 0
+    codes = codes.repeat(times, 1)
+    tokens = codes.shape[0]
     found = Moments.zeros(1, matrix())
-    even = torch.full((200,), 1 / 200)
-    found.add(codes, torch.ones(200), codes * STEP, torch.zeros(200, dtype=torch.int64), even)
+    even = torch.full((tokens,), 1 / tokens)
+    found.add(codes, torch.ones(tokens), error * codes * STEP, torch.zeros(tokens, dtype=torch.int64), even)
     found.add_codes(codes, even)
     found.mirror()
     return found
@@ -37,6 +39,15 @@ def test_what_is_stored_is_what_is_served(levels: int, settings: dict[str, objec
     # 4 bits: steps are folded in, or the error would be that of other weights.
     wanted = matrix() * STEP
     assert float((found.matrix - wanted).norm() / wanted.norm()) < 0.15
+
+
+def test_more_tokens_weaken_the_pull_to_the_original_weights() -> None:
+    layer = make_spec({"m.q": matrix()}).layers["m.q"]
+    gaps = []
+    for times in (1, 20):
+        found = round_weights(matrix(), STEP, moments(times=times, error=1.5), layer, Recipe(scale_levels=0), ONE)
+        gaps.append(float((found.matrix - 1.5 * matrix() * STEP).norm()))
+    assert gaps[1] < 0.8 * gaps[0]
 
 
 def test_channels_without_codes_count_the_same() -> None:
