@@ -90,6 +90,7 @@ def _not_again(*arguments: Any) -> Any:
     raise AssertionError("the choice was made again")
 
 
+@pytest.mark.full
 def test_a_run_that_ends_while_it_chooses_makes_the_same_choice(
     tiny: TinyModels, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
