@@ -15,6 +15,7 @@ from calibration.blocks.loop import BlockResult, LayerBegins
 from calibration.data.conversations import CLASSES
 from calibration.data.data_files import load_conversations
 from calibration.forecast import Forecast
+from calibration.model.bits import check_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import decoder_names, plan, sixteen_bit
@@ -24,6 +25,7 @@ from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
 from calibration.output.staging import check_length, check_output, check_room
+from calibration.precision import spend_bits
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from calibration.stages import Job, capture, export, forecast, prepare, quantize
@@ -90,6 +92,7 @@ def calibrate(
         processes.broadcast(lambda: check_output(output, source.directory, overwrite=overwrite))
         with _clear_memory_errors(job):
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
+            job = spend_bits(job, kept, tokens)
             quantize(job, kept, tokens, on_block, on_layer)
         return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
 
@@ -127,6 +130,7 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     check_weight_names(architecture, source.tensors)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
+    check_budget(spec, names.prefix, recipe)
     if not architecture.verified:
         if processes.first:
             logger.info("%s: %s", source.config.get("model_type"), GENERIC)
@@ -150,7 +154,9 @@ def _check_places(job: Job, output: Path, work: Path, *, overwrite: bool) -> Non
     # The checkpoint may already exist, if only the end of its run was cut off.
     if not work.exists():
         check_output(output, job.source.directory, overwrite=overwrite)
-        check_room(output, work, checkpoint_size(job.source, job.spec), quantized_size(job.source, job.spec))
+        more = extra_bytes(job.spec, job.names.prefix, job.recipe)
+        sizes = (checkpoint_size(job.source, job.spec), quantized_size(job.source, job.spec))
+        check_room(output, work, *(size + more for size in sizes))
 
 
 def _finish(work: Path, report: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,9 @@ def verify(directory: Directory) -> None:
     shown = one_line(str(directory))
     count = sum(settings.count for settings in spec.experts.values())
     experts = f" and {count} experts" if count else ""
-    typer.echo(f"{shown}: {len(spec.layers)} quantized layers{experts}, all in order")
+    wide = sum(layer.weight_bits == 8 for layer in spec.layers.values())
+    bits = f" ({wide} with 8-bit weights)" if wide else ""
+    typer.echo(f"{shown}: {len(spec.layers)} quantized layers{bits}{experts}, all in order")
     if spec.integrity is None:
         typer.echo(f"{shown}: {OLD_VERSION}")
 

@@ -23,6 +23,7 @@ from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import TokenSample, share_tokens
 from calibration.forecast import Forecast
 from calibration.model.architectures import Architecture
+from calibration.model.bits import extra_bytes
 from calibration.model.discovery import GENERIC
 from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import DecoderNames, sixteen_bit
@@ -35,6 +36,7 @@ from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
 from calibration.settings.recipe import Recipe
 from calibration.work.directory import WorkDirectory
+from calibration.work.forms import report_entry
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 
@@ -145,6 +147,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
     need = job.memory_need(tokens)
     # The inputs of the first block, and two generations of both streams.
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
+    more = extra_bytes(spec, job.names.prefix, job.recipe)
     states = sum(tokens.counts.values()) * hidden_size * getattr(torch, job.recipe.dtype).itemsize
     return Forecast(
         layers=len(spec.layers),
@@ -154,8 +157,8 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         sampled_tokens=tokens.modality.numel(),
         memory=max(need.front, need.block),
         memory_limit=job.device_limit,
-        work=quantized_size(source, spec) + 5 * states,
-        checkpoint=checkpoint_size(source, spec),
+        work=quantized_size(source, spec) + more + 5 * states,
+        checkpoint=checkpoint_size(source, spec) + more,
         experts=sum(settings.count for settings in spec.experts.values()),
         seconds=_seconds(job, tokens),
     )
@@ -246,6 +249,8 @@ def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, 
     warning = empty_experts(experts)
     if warning:
         logger.warning("%s", warning)
+    if recipe.bits_budget is not None:
+        report["bits"] = report_entry(work, recipe.bits_budget)
     if source.fp8:
         report["source"] = {"weights": f"{source.fp8}, read as bfloat16"}
     block_of = {job.names.layer(block, ""): block for block in range(job.names.blocks)}

@@ -93,6 +93,9 @@ def random_group(
 
 def _rounded(permuted: Tensor, layer: LayerSpec) -> dict[str, Tensor]:
     """Codes and scales of W' [N, K] by their stored names; those of two-level scales are rounded up to a level."""
+    if layer.weight_bits == 8:
+        codes, scale = weights.quantize_int8(permuted, layer.group_size)
+        return {"weight_codes": codes, "weight_scale": scale}
     codes, scale = weights.quantize_int4(permuted, torch.ones(layer.in_features), layer.group_size)
     if layer.scale_scheme == GROUP_SCHEME:
         return {"weight_codes": weights.pack(codes), "weight_scale": scale}
@@ -129,14 +132,20 @@ def write_random_checkpoint(
     tensor_parallel: int = 2,
     single_file: bool = False,
     two_level: Collection[str] = (),
+    eight_bit: Collection[str] = (),
     experts: Mapping[str, ExpertsSpec] | None = None,
 ) -> QuantizationSpec:
     """Write a valid checkpoint, of one file or of two, with an index; returns its settings.
 
-    `two_level`: shared inputs whose layers have two-level scales. `experts` are added to the linears.
+    `two_level`: shared inputs whose layers have two-level scales. `eight_bit`: those whose layers have 8-bit weights.
+    `experts` are added to the linears.
     """
     layers_of = {
-        name: replace(layer, scale_scheme=TWO_LEVEL_SCHEME) if layer.shared_input in two_level else layer
+        name: replace(
+            layer,
+            scale_scheme=TWO_LEVEL_SCHEME if layer.shared_input in two_level else GROUP_SCHEME,
+            weight_bits=8 if layer.shared_input in eight_bit else 4,
+        )
         for name, layer in layer_specs(layers, group_size).items()
     }
     spec = QuantizationSpec(

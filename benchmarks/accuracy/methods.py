@@ -134,6 +134,9 @@ METHODS: dict[str, Method] = {
     "served-reference-no-mask": Served(recipe={"grid": "reference", "tau": NO_MASK_TAU, "full_mask": []}),
     "served-no-search": Served(recipe={"grid": "reference", "lower": 0.999}),
     "served-g64": Served(recipe={"group_size": 64}),
+    # Mixed precision: the few inputs that pay most get 8-bit weights or stay in 16 bit.
+    "served-bits-4.6": Served(recipe={"bits_budget": 4.6}),
+    "served-bits-5": Served(recipe={"bits_budget": 5.0}),
     "served-group": Served(recipe={"scale_levels": 0}),
     "served-group-g64": Served(recipe={"scale_levels": 0, "group_size": 64}),
     # Floors: the loss of one part alone. Scales are two-level as in `served`, or one for each group.

@@ -7,6 +7,7 @@ refusals       faults that are seen before any work: leftovers in config.json, o
 discovery      the generic path: the same of an unlisted architecture, by its structure
 served_names   asks vLLM, in a process of its own, whether it would find the planned layers
 plan           which linears are quantized and how: the checkpoint's quantization_config
+bits           the bits of each linear's weights within a `bits_budget`
 experts        the routed experts of a block in the files, read one at a time
 buffers        the tensors of a block that no file holds: transformers computes them
 loading        loads the modules before the decoder blocks, and the blocks one at a time

@@ -74,7 +74,7 @@ def model_card(
         _MARK + "\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + _MARK,
         _title(carried, architecture),
         _serving(),
-        _meaning(report["escape_rate"]),
+        _meaning(spec, report["escape_rate"]),
         _figures(spec, report, nbytes, source_nbytes),
         _table(
             "Calibration data", ("row", "tokens"), report["data"]["tokens"], f"{report['data']['samples']} samples."
@@ -109,13 +109,15 @@ def _serving() -> str:
     )
 
 
-def _meaning(escape_rate: float) -> str:
+def _meaning(spec: QuantizationSpec, escape_rate: float) -> str:
+    wide = sum(layer.weight_bits == 8 for layer in spec.layers.values())
+    eight_bit = f" {wide} linears have 8-bit weights, which are served on CPUs only." if wide else ""
     return (
         "## What W4A4 means here\n\n"
         "Weights have 4 bits. Codes of activations have 4 bits, too, in [-8, 7], unless they escape: then they have 8 "
         "bits, in [-128, 127], on the same grid. "
         f"In calibration {escape_rate:.2%} of the codes escaped, which is {4 + 4 * escape_rate:.2f} bits on average. "
-        "Products run on int8 units. Layers that are not listed in `config.json` are in 16 bit."
+        "Products run on int8 units. Layers that are not listed in `config.json` are in 16 bit." + eight_bit
     )
 
 

@@ -129,7 +129,8 @@ def _plan(
     for names in (*spec.shared_inputs().values(), *lists):
         if spec.linears[names[0]].scale_scheme != GROUP_SCHEME:
             continue
-        if max(spec.linears[name].in_features for name in names) > MAX_TWO_LEVEL_CHANNELS:
+        longest = max(spec.linears[name].in_features for name in names)
+        if longest > MAX_TWO_LEVEL_CHANNELS or spec.linears[names[0]].weight_bits == 8:
             left += names
             continue
         other = [name for name in names if exact_levels(_load(directory, files, name, "weight_scale")) is None]

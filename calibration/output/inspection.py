@@ -60,6 +60,7 @@ def inspect_data(directory: Path) -> dict[str, Any]:
         "calibration_report": REPORT_FILE if report is not None else None,
         "architecture": None if report is None else report.architecture,
         "sixteen_bit": [] if report is None else report.sixteen_bit,
+        "bits": None if report is None or report.bits is None else report.bits.model_dump(),
         "layers": layers,
         "experts": experts,
         "totals": {
@@ -103,6 +104,7 @@ def _layer_data(
         "in_features": layer.in_features,
         "group_size": layer.group_size,
         "scale_scheme": layer.scale_scheme,
+        "weight_bits": layer.weight_bits,
         "parallel": layer.parallel,
         "shared_input": layer.shared_input,
         "masked_channels": _masked_channels(directory, name, spec, files),
@@ -167,7 +169,9 @@ def inspect_table(directory: Path) -> RenderableType:
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
     )
     table.add_column("layer", overflow="fold")
-    for heading in ("NxK", "G", "masked", "escapes", "size", "of\n16 bit"):
+    # A checkpoint of 4-bit weights alone has no column for it.
+    several = eight_bit_layers(data) > 0
+    for heading in ("NxK", *(["bits"] if several else []), "G", "masked", "escapes", "size", "of\n16 bit"):
         # Figures must not be wrapped; names may be.
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in data["layers"]:
@@ -175,6 +179,7 @@ def inspect_table(directory: Path) -> RenderableType:
             # Text: a name must not be read as markup.
             Text(layer["name"].removeprefix(prefix)),
             f"{layer['out_features']}x{layer['in_features']}",
+            *([str(layer["weight_bits"])] if several else []),
             str(layer["group_size"]),
             _masked(layer["masked_channels"]),
             percent((layer["escape_rate"] or {}).get("all")),
@@ -185,6 +190,7 @@ def inspect_table(directory: Path) -> RenderableType:
         table.add_row(
             Text(f"{experts['name'].removeprefix(prefix)} ({experts['count']})"),
             f"{experts['intermediate_features']}x{experts['in_features']}",
+            *(["4"] if several else []),
             str(experts["group_size"]),
             _masked(experts["masked_channels"]),
             percent((experts["escape_rate"] or {}).get("all")),
@@ -210,6 +216,7 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         first, *others = data["sixteen_bit"]
         more = f" and {len(others)} more" if others else ""
         lines.append(f"in 16 bit, since no group size divides K: {first}{more}")
+    lines += _bits_summary(data)
     two_level = sum(layer["scale_scheme"] == TWO_LEVEL_SCHEME for layer in data["layers"])
     if two_level:
         lines.append(f"two-level weight scales: {two_level} of {totals['layers']} layers")
@@ -226,6 +233,22 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"escape rates: unknown, {REPORT_FILE} is missing")
     else:
         lines.append(f"escape rates: unknown, {REPORT_FILE} states none")
+    return lines
+
+
+def eight_bit_layers(data: Mapping[str, Any]) -> int:
+    """Number of layers of `inspect_data` with 8-bit weights."""
+    return sum(layer["weight_bits"] == 8 for layer in data["layers"])
+
+
+def _bits_summary(data: Mapping[str, Any]) -> list[str]:
+    """Lines about 8-bit weights, and about inputs that `bits_budget` left in 16 bit."""
+    count = eight_bit_layers(data)
+    lines = [f"8-bit weights: {count} of {data['totals']['layers']} layers; served on CPUs only"] if count else []
+    bits = data["bits"]
+    if bits is not None:
+        kept = f"; in 16 bit: {', '.join(bits['sixteen_bit'])}" if bits["sixteen_bit"] else ""
+        lines.append(f"bits of a weight, with its scale: {bits['mean']:.3f} (bits_budget {bits['budget']:g}){kept}")
     return lines
 
 

@@ -86,6 +86,9 @@ def outcome_lines(report: Mapping[str, Any], output: Path) -> list[str]:
     experts = f" and {count} experts" if count else ""
     shown = one_line(str(output))
     lines = [f"{shown}: {len(layers)} layers{experts} quantized, escape rate {report['escape_rate']:.2%}"]
+    if bits := report.get("bits"):
+        wide, kept = len(bits["eight_bit"]), len(bits["sixteen_bit"])
+        lines.append(f"bits of a weight: {bits['mean']:.3f}; inputs with 8-bit weights: {wide}, in 16 bit: {kept}")
     for blocks, losses in block_losses(layers).items():
         lines += _block_lines(blocks, losses)
     found = standing_out({name: layer["output_error"] for name, layer in layers.items()} | experts_errors(report))

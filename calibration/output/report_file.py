@@ -63,6 +63,15 @@ class Data(_Part):
     tokens: dict[Name, Count] = {}
 
 
+class Bits(_Part):
+    """What `bits_budget` chose: the mean bits of a weight, and the inputs whose linears have wider weights."""
+
+    budget: Annotated[float, Field(gt=0, le=16)]
+    mean: Annotated[float, Field(gt=0, le=16)]
+    eight_bit: list[Name] = []
+    sixteen_bit: list[Name] = []
+
+
 class Report(_Part):
     """The JSON object of REPORT_FILE."""
 
@@ -76,6 +85,8 @@ class Report(_Part):
     # How an architecture that is not listed was taken; and linears whose K no group size divides.
     architecture: Annotated[str, Field(max_length=200)] | None = None
     sixteen_bit: list[Name] = []
+    # Of a run with a bits_budget.
+    bits: Bits | None = None
 
 
 def read_report(directory: Path) -> Report | None:

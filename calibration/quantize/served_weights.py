@@ -50,14 +50,15 @@ def round_weights(
     own = _round(absorbed, moments, channels, layer, recipe)
     del absorbed
     owners = processes.owners(matrix.shape[0])
-    int4, *scales = (processes.all_gather_rows(part, owners) for part in own)
-    packed = weights.pack(int4)
-    stored = dict(zip(_STORED[layer.scale_scheme], (packed, *scales), strict=True))
-    return ServedWeights(stored, weights.dequantize_weight(packed, *scales))
+    codes, *scales = (processes.all_gather_rows(part, owners) for part in own)
+    if layer.weight_bits == 4:
+        codes = weights.pack(codes)
+    stored = dict(zip(_STORED[layer.scale_scheme], (codes, *scales), strict=True))
+    return ServedWeights(stored, weights.dequantize_weight(codes, *scales))
 
 
 def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-    """int4 codes int8 [n, K] of the 16-bit weights times steps, `absorbed`, of these output channels, and their scales.
+    """Codes int8 [n, K] of the 16-bit weights times steps, `absorbed`, of these output channels, and their scales.
 
     Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
     """
@@ -65,6 +66,9 @@ def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec
     shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
     target = regress(hessian, code_output, absorbed, shrinkage) if recipe.regression else absorbed
     del code_output
+    if layer.weight_bits == 8:
+        # The error of 8-bit weights is far below that of the activations: there is nothing to compensate.
+        return weights.quantize_int8(target, layer.group_size)
     two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":
         if two_level:

@@ -105,6 +105,12 @@ class Recipe(BaseModel):
         default="compensated",
         description="Rounding of weights: compensated (GPTQ and refinement) or nearest (each weight separately).",
     )
+    bits_budget: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Mean bits of a weight, with its share of the scales, that the decoder's linears may take. The few "
+        "inputs whose linears pay most for it get 8-bit weights, or stay in 16 bit; null: all have 4-bit weights.",
+    )
     scale_levels: int = Field(
         default=MAX_LEVEL,
         ge=0,

@@ -29,9 +29,10 @@ _FILES = tuple(
     re.compile(rf"{pattern}({re.escape(PARTIAL)})?")
     for pattern in (
         r"block-\d+\.json",
+        r"bits\.json",
         r"samples\.json",
         r"towers\.safetensors",
-        r"(block|sample|hidden|served)-\d+(-process\d+)?\.safetensors",
+        r"(block|sample|hidden|served|sensitivity)-\d+(-process\d+)?\.safetensors",
         r"run\.json",
         r"exported\.json",
     )

@@ -4,6 +4,7 @@ Weight record      block uint8: header, codes, scale bfloat16: panels of 2 block
                    narrower, [K/8, blocks, 64] and [K/G, blocks, 16] (see gemm.h); absorbed_bias float32 [R, N].
                    With two-level scales the levels, uint8, replace scale; then follow channel_scale float32 and the
                    start values of the sums (see gemm_two_level.h) int32, both [N rounded up to 16]
+                   8-bit weights have group scales, and codes in panels [K/8, blocks, 128]
 Activation record  block uint8: header, then the canonical fields in another order
 
 A header is 8 int64: a magic number, the block's size in bytes, and its dimensions. cpu/kernels/record.h compares them
@@ -26,7 +27,7 @@ from morphoquant_vllm.host_memory import zero_bytes
 from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 from morphoquant_vllm.numerics.linear import WeightRecord
-from morphoquant_vllm.numerics.weights import unpack
+from morphoquant_vllm.numerics.weights import integer_codes
 
 # Outputs of a block, channels in 64 bytes of a block, blocks of a panel.
 BLOCK, OCTET, PANEL = 16, 8, 2
@@ -34,8 +35,8 @@ HEADER_BYTES = 64
 # Tensors of a weight and an activation record, as `prepare` makes them.
 RECORD_SIZES = (2, 1)
 ACTIVATION_MAGIC, WEIGHT_MAGIC = 0x314143514D, 0x315457514D
-# Two canonical bytes of q = 0.
-_ZERO_CODES = 0x88
+# A canonical byte of two weights q = 0; what the kernels add to 8-bit weights.
+_ZERO_CODES, _WIDE_ZERO = 0x88, 0x80
 # Outputs repacked at a time: bounds the memory that loading needs in addition to the records.
 _REPACK_OUTPUTS = 1024
 _ACTIVATION_DTYPES = {
@@ -47,12 +48,17 @@ _ACTIVATION_DTYPES = {
 
 def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
     """Lay out canonical records for the kernels. Raises ValueError if they contradict each other."""
-    outputs, half = weight.codes.shape
+    outputs, columns = weight.codes.shape
     channels = activation.channel_order.numel()
     groups = weight.scale.shape[1]
     group_size = channels // max(groups, 1)
     _require(group_size in GROUP_SIZES and groups * group_size == channels, f"K = {channels} in {groups} groups")
-    _require(weight.codes.dtype is torch.uint8 and half * 2 == channels, "weight codes must be uint8 [N, K/2]")
+    wide = weight.codes.dtype is torch.int8
+    _require(
+        columns == channels if wide else weight.codes.dtype is torch.uint8 and columns * 2 == channels,
+        "weight codes must be uint8 [N, K/2], or int8 [N, K]",
+    )
+    _require(not (wide and weight.two_level), "8-bit weights must have group scales")
     stored = torch.uint8 if weight.two_level else torch.bfloat16
     _require(
         weight.scale.dtype is stored and weight.scale.shape[0] == outputs,
@@ -71,23 +77,23 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
     _check_activation(activation, channels, rows)
     blocks = -(-outputs // BLOCK)
     fields: list[tuple[tuple[int, ...], torch.dtype]] = [
-        ((blocks * channels // OCTET * 64,), torch.uint8),
+        ((blocks * channels // OCTET * (128 if wide else 64),), torch.uint8),
         ((blocks * groups * BLOCK,), weight.scale.dtype),
     ]
     if weight.two_level:
         fields += [((blocks * BLOCK,), torch.float32), ((blocks * BLOCK,), torch.int32)]
     block, (codes, scale, *per_output) = _block(
-        WEIGHT_MAGIC, (channels, outputs, group_size, int(weight.two_level)), fields
+        WEIGHT_MAGIC, (channels, outputs, group_size, int(weight.two_level), 8 if wide else 4), fields
     )
     for first in range(0, outputs, _REPACK_OUTPUTS):
         chunk = slice(first, first + _REPACK_OUTPUTS)
-        _fill_panels(codes, first, _blocks_of_codes(weight.codes[chunk]))
+        _fill_panels(codes, first, (_blocks_of_bytes if wide else _blocks_of_codes)(weight.codes[chunk]))
         _fill_panels(scale, first, _padded(weight.scale[chunk], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
         if weight.two_level:
             channel_scale, start = (whole[:outputs][chunk] for whole in per_output)
             channel_scale.copy_(weight.channel_scale[chunk])
             # Cancels the contribution of the 128 in code + 128.
-            sums = unpack(weight.codes[chunk]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
+            sums = integer_codes(weight.codes[chunk]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
             start.copy_(-128 * (sums * weight.scale[chunk]).sum(1, dtype=torch.int32))
     return [block, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
 
@@ -146,6 +152,12 @@ def _blocks_of_codes(codes: Tensor) -> Tensor:
     nibbles = torch.stack((padded & 0xF, padded >> 4), -1).view(-1, BLOCK, octets, 2, OCTET // 2)
     merged = nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)
     return merged.transpose(1, 2).flatten(2)
+
+
+def _blocks_of_bytes(codes: Tensor) -> Tensor:
+    """Repack 8-bit codes int8 [N, K] to q + 128, uint8 [ceil(N/16), K/8, 128]; outputs past N have q = 0."""
+    unsigned = _padded(codes.view(torch.uint8) ^ _WIDE_ZERO, _WIDE_ZERO)
+    return unsigned.view(-1, BLOCK, codes.shape[1] // OCTET, 2, OCTET // 2).permute(0, 2, 3, 1, 4).flatten(2)
 
 
 def _fill_panels(panels: Tensor, first: int, blocks: Tensor) -> None:

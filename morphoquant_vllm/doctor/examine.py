@@ -32,6 +32,7 @@ def examine(model: memory.Model | None = None) -> list[Finding]:
         *guarded("kv-cache", lambda: () if has_gpu else memory.kv_cache()),
     ]
     if model is not None:
+        findings += guarded("bits", lambda: memory.weight_bits(model, has_gpu=has_gpu))
         findings += guarded("memory", lambda: memory.serving(model, machine.gpu_memory()))
     return findings
 

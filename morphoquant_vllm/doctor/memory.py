@@ -23,12 +23,13 @@ ENOUGH = 4
 
 @dataclass(frozen=True)
 class Model:
-    """A model directory: its weights in bytes, the media that it takes, and whether it is a MorphoQuant checkpoint."""
+    """A model directory: bytes of weights, media, whether it is a MorphoQuant checkpoint, layers with 8-bit weights."""
 
     directory: Path
     weights: int
     media: frozenset[str]
     is_quantized: bool
+    eight_bit: int = 0
 
 
 def read_model(directory: Path) -> Model:
@@ -45,7 +46,8 @@ def read_model(directory: Path) -> Model:
     spec = read_spec(directory)
     files = set(read_index(directory).values())
     weights = sum((directory / name).stat().st_size for name in files)
-    return Model(directory, weights, frozenset(spec.placeholder_token_ids), True)
+    eight_bit = sum(layer.weight_bits == 8 for layer in spec.layers.values())
+    return Model(directory, weights, frozenset(spec.placeholder_token_ids), True, eight_bit)
 
 
 def cpu_memory(meminfo: Path = MEMINFO, groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
@@ -71,6 +73,18 @@ def kv_cache() -> Iterator[Finding]:
         yield note("kv-cache", text, f"{environment.KV_CACHE}={space} vllm serve ... gives it {space} GiB instead")
     else:
         yield ok("kv-cache", f"vLLM takes {WANTED:.0%} of the memory, unless {environment.KV_CACHE} gives it less")
+
+
+def weight_bits(model: Model, *, has_gpu: bool) -> Iterator[Finding]:
+    """Whether the kernels of this machine serve the model's 8-bit weights; nothing if it has none."""
+    if not model.eight_bit:
+        return
+    text = f"8-bit weights in {model.eight_bit} layers"
+    if has_gpu:
+        remedy = "serve on a CPU, or calibrate again without bits_budget"
+        yield problem("bits", f"{text} are not served on GPUs yet", remedy)
+    else:
+        yield ok("bits", f"{text}, served on CPUs")
 
 
 def serving(model: Model, gpu_bytes: int | None) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # How safetensors headers spell the dtypes of the format.
 HEADER_DTYPES = {
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.bool: "BOOL",
     torch.float32: "F32",

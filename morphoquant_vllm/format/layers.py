@@ -21,8 +21,8 @@ SCALE_SCHEMES = (GROUP_SCHEME, TWO_LEVEL_SCHEME)
 # Most input channels for which the int32 sum of level * q * code over all of them is exact: 128 * 128 * K < 2^31.
 MAX_TWO_LEVEL_CHANNELS = 2**17 - 1
 PARALLEL_KINDS = ("column", "row")
-# Bits of a weight code. The format has room for 8; a version that serves them will list them here.
-WEIGHT_BITS = (4,)
+# Bits of a weight code: two codes to a byte, or one.
+WEIGHT_BITS = (4, 8)
 # Most experts of one layer. A damaged count must not exhaust the memory.
 MAX_EXPERTS = 4096
 
@@ -93,6 +93,11 @@ class LayerSpec:
         if self.scale_scheme not in SCALE_SCHEMES:
             raise MorphoQuantError(
                 f"{name}: scale_scheme '{self.scale_scheme}' is unknown; this version knows {list(SCALE_SCHEMES)}"
+            )
+        if self.weight_bits == 8 and self.scale_scheme != GROUP_SCHEME:
+            raise MorphoQuantError(
+                f"{name}: weight_bits 8 goes with scale_scheme '{GROUP_SCHEME}' alone, since int32 does not hold the "
+                "sums of levels times 8-bit weights; calibrate again"
             )
         if self.parallel not in PARALLEL_KINDS:
             raise MorphoQuantError(f"{name}: parallel '{self.parallel}' is unknown; known: {list(PARALLEL_KINDS)}")
@@ -220,7 +225,7 @@ def tensor_specs(layer: LayerSpec, rows: int, tensor_parallel: int) -> dict[str,
             "weight_channel_scale": TensorSpec(torch.float32, (n,)),
         }
     return {
-        "weight_codes": TensorSpec(torch.uint8, (n, k // 2)),
+        "weight_codes": TensorSpec(*((torch.int8, (n, k)) if layer.weight_bits == 8 else (torch.uint8, (n, k // 2)))),
         **scales,
         "activation_step": TensorSpec(torch.float32, (k,)),
         "channel_order": TensorSpec(torch.int32, (k,)),

@@ -14,8 +14,8 @@ from morphoquant_vllm.numerics.limits import MAX_LEVEL
 # Largest magnitude of a value and of an output's bound. The next norm squares an output, and that square is still
 # finite in float32. Real layers stay below 1e6.
 MAX_MAGNITUDE = 1.8e19
-# Codes lie in [-128, 127], weight codes in [-8, 7].
-_LARGEST_PRODUCT = 128.0 * 8.0
+# Codes lie in [-128, 127]. So do the weight codes of 8-bit weights, which are stored as int8; others lie in [-8, 7].
+_LARGEST_CODE, _LARGEST_WEIGHT = 128.0, {torch.uint8: 8.0, torch.int8: 128.0}
 # Elements per step of the finiteness check: they stay in the processor's cache.
 _FINITE_ELEMENTS = 1 << 18
 
@@ -66,7 +66,8 @@ def _check_magnitudes(name: str, tensors: Mapping[str, torch.Tensor], two_level:
         scale = tensors["weight_channel_scale"].double() * tensors["weight_level"].double().mean(1)
     else:
         scale = tensors["weight_scale"].double().mean(1)
-    bound = float(scale.max() * tensors["gain"].double().max()) * _LARGEST_PRODUCT * channels
+    largest = _LARGEST_CODE * _LARGEST_WEIGHT[tensors["weight_codes"].dtype]
+    bound = float(scale.max() * tensors["gain"].double().max()) * largest * channels
     if bound > MAX_MAGNITUDE:
         tensor = "weight_channel_scale" if two_level else "weight_scale"
         raise MorphoQuantError(f"{name}.{tensor}: a scale is too large for float32; the file is damaged")

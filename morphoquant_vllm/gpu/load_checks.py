@@ -25,6 +25,10 @@ def check_layer(name: str, weight: WeightRecord, activation: ActivationRecord, d
         raise MorphoQuantError(
             f"{name}: activations in {dtype} are not served on a GPU; serve with --dtype bfloat16 or --dtype float16"
         )
+    if weight.codes.dtype is torch.int8:
+        raise MorphoQuantError(
+            f"{name}: weight_bits 8 is served on CPUs, not yet on GPUs; serve on a CPU, or calibrate again without it"
+        )
     check_shape(name, weight.codes.shape[0], 2 * weight.codes.shape[1], weight.scale.shape[1])
     rows, in_features = activation.inverse.shape
     largest = max(

@@ -6,8 +6,9 @@ Two-level scales are scale[n, g] = level[n, g] * channel_scale[n] with whole lev
 
     y[m, n] = gain[r] * channel_scale[n] * sum_g level[n, g] * sum_{k in g} code[m, k] * q[n, k]  +  ...
 
-Group sums are exact integers, and so is their sum weighted by levels: below 2^31 while K < 2^17. Here a sum of scaled
-group sums runs in float64, and the result is cast once. Another backend may differ by `output_bound`.
+A weight q has 4 bits, or 8 with group scales. Group sums are exact integers, below 2^22. So is the sum of a layer's
+groups weighted by levels: below 2^31 while K < 2^17. Here a sum of scaled group sums runs in float64, and the result is
+cast once. Another backend may differ by `output_bound`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.numerics.activation import ActivationRecord, act_quant, token_rows
-from morphoquant_vllm.numerics.weights import dequantize_weight, times_group, unpack
+from morphoquant_vllm.numerics.weights import dequantize_weight, integer_codes, times_group
 
 # Relative error of one float32 operation, as the bounds of other backends count it.
 FLOAT32_ROUNDING = 2.0**-23
@@ -27,7 +28,7 @@ FLOAT32_ROUNDING = 2.0**-23
 class WeightRecord(NamedTuple):
     """One layer's weights in the canonical layout; K follows the permuted channel order."""
 
-    codes: Tensor  # uint8 [N, K/2], see weights.pack
+    codes: Tensor  # uint8 [N, K/2], see weights.pack; int8 [N, K] of 8-bit weights
     scale: Tensor  # bfloat16 [N, K/G]; with two-level scales the levels, uint8 [N, K/G]
     channel_scale: Tensor  # float32 [N] with two-level scales, else [0]
     absorbed_bias: Tensor  # float32 [R, N]
@@ -62,7 +63,7 @@ def weight_record(
 def matmul(codes: Tensor, rows: Tensor, weight: WeightRecord, gain: Tensor, bias: Tensor | None) -> Tensor:
     """y as float64 [M, N] from activation codes int8 [M, K] of tokens in `rows` int32 [M].
 
-    One float64 product: code * q * scale has at most 20 significant bits, so every group sum is exact. With levels
+    One float64 product: code * q * scale has at most 24 significant bits, so every group sum is exact. With levels
     instead of scales the whole sum is exact, because it adds up integers.
     """
     rows = rows.long()
@@ -86,7 +87,7 @@ def group_sums(codes: Tensor, weight: WeightRecord) -> Tensor:
     """The integer group sums, int32 [M, N, K/G], for tests of other backends."""
     groups = weight.scale.shape[1]
     left = codes.unflatten(1, (groups, -1)).float()
-    right = unpack(weight.codes).unflatten(1, (groups, -1)).float()
+    right = integer_codes(weight.codes).unflatten(1, (groups, -1)).float()
     return torch.einsum("mgk,ngk->mng", left, right).int()
 
 

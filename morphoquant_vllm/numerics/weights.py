@@ -1,4 +1,4 @@
-"""Weights of the served form: steps absorbed, channels sorted, rounded to int4 in groups, packed two to a byte."""
+"""Weights of the served form: steps absorbed, channels sorted, rounded in groups to int4, two to a byte, or to int8."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 INT4_MIN, INT4_MAX = -8, 7
+INT8_MIN, INT8_MAX = -128, 127
 # Candidate scales of the clip search, as fractions of the scale that clips nothing.
 CLIP_RATIOS = tuple(1.0 - 0.025 * index for index in range(21))
 # Scale of a group whose weights are all zero. Any positive number works; this one is exact in bfloat16.
@@ -43,6 +44,18 @@ def quantize_int4(absorbed: Tensor, importance: Tensor, group_size: int) -> tupl
     grouped = absorbed.float().view(rows, -1, group_size)
     scale = group_scales(grouped, importance.float().view(-1, group_size))
     return round_int4(grouped, scale[..., None].float()).view(rows, in_features).to(torch.int8), scale
+
+
+def quantize_int8(absorbed: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Round W' [N, K] (columns already in channel order) to symmetric int8: codes int8 [N, K], scale bfloat16 [N, K/G].
+
+    The scale of a group is that of its largest weight. Codes are rounded against the scale as bfloat16 stores it.
+    """
+    grouped = absorbed.float().unflatten(1, (-1, group_size))
+    scale = (grouped.abs().amax(-1) / INT8_MAX).bfloat16()
+    scale = torch.where(scale > 0, scale, EMPTY_GROUP_SCALE).bfloat16()
+    codes = torch.round(grouped / scale.float()[..., None]).clamp_(INT8_MIN, INT8_MAX)
+    return codes.flatten(1).to(torch.int8), scale
 
 
 def group_scales(grouped: Tensor, importance: Tensor) -> Tensor:
@@ -87,22 +100,27 @@ def unpack(packed: Tensor) -> Tensor:
     return nibbles.flatten(1).to(torch.int8) + INT4_MIN
 
 
-def times_group(packed: Tensor, scale: Tensor) -> Tensor:
-    """q * scale as float32 [N, K] in permuted order, of scales or levels [N, K/G].
+def integer_codes(stored: Tensor) -> Tensor:
+    """The codes of weights as int8 [N, K], from their stored form: uint8 [N, K/2] of `pack`, or 8-bit codes int8."""
+    return stored if stored.dtype is torch.int8 else unpack(stored)
 
-    Exact: 4 bits times bfloat16 fit a float32, and so do 4 bits times a level.
+
+def times_group(stored: Tensor, scale: Tensor) -> Tensor:
+    """q * scale as float32 [N, K] in permuted order, of stored codes and of scales or levels [N, K/G].
+
+    Exact: 8 bits times bfloat16 fit a float32, and so do 4 bits times a level.
     """
-    codes = unpack(packed)
+    codes = integer_codes(stored)
     grouped = codes.view(codes.shape[0], scale.shape[1], -1)
     return (grouped * scale.float()[..., None]).view(codes.shape)
 
 
-def dequantize_weight(packed: Tensor, scale: Tensor, channel_scale: Tensor | None = None) -> Tensor:
+def dequantize_weight(stored: Tensor, scale: Tensor, channel_scale: Tensor | None = None) -> Tensor:
     """The weights of the codes, float32 [N, K] in permuted order: q * scale, exact.
 
     With `channel_scale`, float32 [N], `scale` holds levels: q * level * channel_scale, the last product rounded once.
     """
-    weight = times_group(packed, scale)
+    weight = times_group(stored, scale)
     return weight if channel_scale is None else weight.mul_(channel_scale[:, None])
 
 

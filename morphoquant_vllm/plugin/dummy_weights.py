@@ -18,7 +18,8 @@ def fill(tensors: dict[str, Tensor]) -> None:
     for name in tensors.keys() & {"weight_scale", "weight_channel_scale"}:
         tensors[name].fill_(_SCALE)
     codes, order, massive = tensors["weight_codes"], tensors["channel_order"], tensors["massive_channel"]
-    codes.random_(0, 256, generator=torch.Generator(codes.device).manual_seed(0))
+    lowest = torch.iinfo(codes.dtype).min
+    codes.random_(lowest, lowest + 256, generator=torch.Generator(codes.device).manual_seed(0))
     order.copy_(torch.arange(order.numel()))
     blocks = massive.shape[0]
     massive.copy_((torch.arange(blocks) * (order.numel() // blocks))[:, None].expand_as(massive))

@@ -121,8 +121,7 @@ def make_parameters(
     name: str,
     in_features: int,
     out_features: int,
-    groups: int,
-    scale_scheme: str,
+    layer: LayerSpec,
     rows: int,
     blocks: int,
     shards: int,
@@ -130,6 +129,7 @@ def make_parameters(
 ) -> dict[str, BasevLLMParameter]:
     """One rank's parameters of one (fused) layer under the format's tensor names; `watch` gives each its loader.
 
+    `in_features` and `out_features` are the rank's, `layer` holds settings that all shards share.
     `blocks` is the number of this rank's blocks of K, of those that the checkpoint stores; `shards` that of the
     checkpoint's layers in it.
     """
@@ -140,11 +140,11 @@ def make_parameters(
         return SharedInputParameter(data=data, weight_loader=loader, name=f"{name}.{tensor}", cut=cut, shards=shards)
 
     def by_group(tensor: str, dtype: torch.dtype) -> GroupQuantScaleParameter:
-        data = torch.zeros(out_features, groups, dtype=dtype)
+        data = torch.zeros(out_features, in_features // layer.group_size, dtype=dtype)
         return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=watch(tensor))
 
     scales: dict[str, BasevLLMParameter] = {}
-    if scale_scheme == TWO_LEVEL_SCHEME:
+    if layer.scale_scheme == TWO_LEVEL_SCHEME:
         scales["weight_level"] = by_group("weight_level", torch.uint8)
         scales["weight_channel_scale"] = ChannelQuantScaleParameter(
             data=torch.zeros(out_features, dtype=torch.float32),
@@ -153,13 +153,15 @@ def make_parameters(
         )
     else:
         scales["weight_scale"] = by_group("weight_scale", torch.bfloat16)
+    of_a_byte = 8 // layer.weight_bits
+    dtype = torch.uint8 if of_a_byte > 1 else torch.int8
     return {
         "weight_codes": PackedvLLMParameter(
-            data=torch.zeros(out_features, in_features // 2, dtype=torch.uint8),
+            data=torch.zeros(out_features, in_features // of_a_byte, dtype=dtype),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
-            packed_factor=2,
+            packed_factor=of_a_byte,
             weight_loader=watch("weight_codes"),
         ),
         **scales,

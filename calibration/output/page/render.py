@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from calibration.output.inspection import common_prefix, percent, size_text
+from calibration.output.inspection import common_prefix, eight_bit_layers, percent, size_text
 from calibration.output.page import figures
 from calibration.output.page.content import Content, gather
 from morphoquant_vllm.errors import MorphoQuantError, one_line
@@ -83,6 +83,7 @@ def render(content: Content) -> str:
         totals=content.inspected["totals"],
         escape_rows=escape_rows,
         prefix=common_prefix(names),
+        eight_bit=eight_bit_layers(content.inspected),
         has_distributions=any(entry.distribution for entry in content.inputs),
         figure=figure,
         percent=percent,

@@ -33,10 +33,11 @@ struct Call {
   int8_t* codes;       // [M, K], in permuted channel order
   bool unsigned_codes;  // whether they are stored as code + 128
   int32_t* token_row;  // [M]
-  int32_t* offset;     // [M, K/G]: -8 * sum of the group's codes; null in act_quant
+  int32_t* offset;     // [M, K/G]: -8 * sum of the group's codes, -128 * sum for 8-bit weights; null in act_quant
   int64_t threads;
   // Weight record; unused by act_quant
-  const uint8_t* weight;       // panels of [K/8, 2, 64]: see gemm.h
+  const uint8_t* weight;       // panels of [K/8, 2, 64], of [K/8, 2, 128] for 8-bit weights: see gemm.h
+  int64_t weight_bits;         // 4 or 8
   const uint8_t* scale;        // panels of [K/G, 2, 16]: bfloat16, or the levels of two-level scales, a byte each
   bool two_level;
   const float* channel_scale;  // [N rounded up to 16] with two-level scales

@@ -34,6 +34,8 @@ struct DotAvx2 {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
   }
 
+  static Ints times16(Ints v) { return _mm256_slli_epi32(v, 4); }
+
   static Floats zero() { return _mm256_setzero_ps(); }
   static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }

@@ -5,6 +5,9 @@
 // So a load, a shift and two masks give the operands of two dot products over 4 channels. They use ports that dot
 // products do not need. A panel's blocks are adjacent for each 8 channels, so a panel is one stream of memory.
 //
+// Of 8-bit weights, 128 bytes hold 8 channels of a block: q + 128 of channels 8 j + i, then of channels 8 j + 4 + i. They
+// are operands as they are, or, if dot products sum in 16 bits, their nibbles are: 16 * high + low = q + 128.
+//
 // A panel goes over K in strips that stay in the first-level cache, and over the tokens in tiles whose sums stay in
 // registers. Meanwhile the next strip is prefetched. The order of float additions depends only on K and G: not on M,
 // nor on the number of threads.
@@ -42,8 +45,8 @@ struct Place {
 
 inline Place place_of(const Call& c, int64_t block) {
   const int64_t first = block / kPanel * kPanel, width = std::min(kPanel, blocks_of(c) - first);
-  const int64_t bytes = kBlock * (c.two_level ? 1 : 2);
-  return {c.weight + first * c.channels * 8 + (block - first) * 64, width * 64,
+  const int64_t bytes = kBlock * (c.two_level ? 1 : 2), octets = kBlock * c.weight_bits;
+  return {c.weight + first * c.channels * octets / 8 + (block - first) * octets, width * octets,
           c.scale + (first * (c.channels / c.group_size) + block - first) * bytes, width * bytes};
 }
 
@@ -62,6 +65,11 @@ struct Fetch {
       __builtin_prefetch(at, 0, 2);
       if (bytes > 64) __builtin_prefetch(at + 64, 0, 2);
     }
+    at += bytes;
+  }
+  // The same for weights of 8 bits: up to 256 bytes.
+  [[gnu::always_inline]] inline void next_wide() {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
     at += bytes;
   }
 };
@@ -101,6 +109,48 @@ template <class D, int Tokens, int Vectors>
   }
 }
 
+// The integers of one group of 8-bit weights, from `first` on; ints begin with the offsets.
+template <class D, int Tokens, int Vectors>
+[[gnu::always_inline]] inline void wide_group(const Call& c, const Place& place, const int8_t* codes, int64_t first,
+                                              Fetch& fetch, typename D::Ints (&ints)[Tokens][Vectors]) {
+  // Vectors of a block, and bytes of a vector's four channels.
+  constexpr int kOfBlock = kBlock / D::kWidth, kBytes = 4 * D::kWidth;
+  for (int64_t chunk = first; chunk < first + c.group_size; chunk += 32) {
+    // Sums in 16 bits hold 32 channels of nibbles.
+    typename D::Ints low[Tokens][Vectors], high[Tokens][Vectors];
+    if constexpr (D::kNarrowSums) {
+      for (int m = 0; m < Tokens; ++m) {
+        for (int v = 0; v < Vectors; ++v) low[m][v] = high[m][v] = D::zero_ints();
+      }
+    }
+    for (int64_t k = chunk; k < chunk + 32; k += 4) {
+      const uint8_t* weights = place.weight + k / 8 * place.weight_stride + k % 8 / 4 * 64;
+      if (!D::kNarrowSums && k % 8 == 0) fetch.next_wide();
+#pragma GCC unroll 16
+      for (int v = 0; v < Vectors; ++v) {
+        const auto bytes = D::load(weights + v / kOfBlock * 128 + v % kOfBlock * kBytes);
+#pragma GCC unroll 16
+        for (int m = 0; m < Tokens; ++m) {
+          const auto four = quad<D>(codes + m * c.channels + k);
+          if constexpr (D::kNarrowSums) {
+            low[m][v] = D::dot(low[m][v], D::low_nibbles(bytes), four);
+            high[m][v] = D::dot(high[m][v], D::high_nibbles(bytes), four);
+          } else {
+            ints[m][v] = D::dot(ints[m][v], bytes, four);
+          }
+        }
+      }
+    }
+    if constexpr (D::kNarrowSums) {
+      for (int m = 0; m < Tokens; ++m) {
+        for (int v = 0; v < Vectors; ++v) {
+          ints[m][v] = D::add(D::widened_add(ints[m][v], low[m][v]), D::times16(D::widened_add(D::zero_ints(), high[m][v])));
+        }
+      }
+    }
+  }
+}
+
 // Adds up group sums: sum * scale in float32, or with levels sum * level in exact int32.
 template <class D>
 struct Scaled {
@@ -124,7 +174,7 @@ struct Levelled {
 };
 
 // Sums of `Tokens` tokens x `Blocks` blocks over channels [begin, end), added to out [tokens, Blocks * 16].
-template <class D, class Groups, int Tokens, int Blocks>
+template <class D, class Groups, int Bits, int Tokens, int Blocks>
 inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin, int64_t end, Fetch fetch, float* out) {
   constexpr int kVectors = Blocks * kBlock / D::kWidth;
   const int64_t groups = c.channels / c.group_size;
@@ -149,7 +199,9 @@ inline void tile(const Call& c, const Place& place, int64_t token, int64_t begin
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) ints[m][v] = start;
     }
-    if constexpr (D::kNarrowSums) {
+    if constexpr (Bits == 8) {
+      wide_group<D>(c, place, codes, first, fetch, ints);
+    } else if constexpr (D::kNarrowSums) {
       for (int64_t chunk = first; chunk < first + c.group_size; chunk += 32) {
         typename D::Ints part[Tokens][kVectors];
 #pragma GCC unroll 16
@@ -223,7 +275,7 @@ template <class D, class Run>
 }
 
 // `Blocks` blocks for tokens [first, last), at most kMostTokens, in tiles of similar size.
-template <class D, class Groups, int Blocks>
+template <class D, class Groups, int Bits, int Blocks>
 inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   alignas(64) float out[kMostTokens * Blocks * kBlock];
   const Place place = place_of(c, block);
@@ -233,7 +285,7 @@ inline void panel(const Call& c, int64_t block, int64_t first, int64_t last) {
   for (int64_t begin = 0; begin < c.channels; begin += strip) {
     const int64_t end = std::min(begin + strip, c.channels);
     tiles<D>(place, first, last, begin, end, [&](auto tokens, int64_t m, Fetch fetch) {
-      tile<D, Groups, tokens(), Blocks>(c, place, m, begin, end, fetch, out + (m - first) * Blocks * kBlock);
+      tile<D, Groups, Bits, tokens(), Blocks>(c, place, m, begin, end, fetch, out + (m - first) * Blocks * kBlock);
     });
   }
   epilogue<Blocks>(c, block, first, last, out);
@@ -271,9 +323,9 @@ inline void panels(const Call& c, Range units, Panel wide_panel, Panel narrow_pa
   }
 }
 
-template <class Groups>
+template <class Groups, int Bits>
 inline void gemm_groups(const Call& c, Range units) {
-  panels(c, units, panel<Dot, Groups, Dot::kTileBlocks>, panel<Dot, Groups, 1>);
+  panels(c, units, panel<Dot, Groups, Bits, Dot::kTileBlocks>, panel<Dot, Groups, Bits, 1>);
 }
 
 }  // namespace morphoquant

@@ -98,8 +98,9 @@ inline void gemm(const Call& c, Range units) {
   if constexpr (!Dot::kNarrowSums) {
     if (takes_bytes(c.two_level, c.tokens)) return panels(c, units, byte_panel<Dot, Dot::kTileBlocks>, byte_panel<Dot, 1>);
   }
-  if (c.two_level) return gemm_groups<Levelled<Dot>>(c, units);
-  gemm_groups<Scaled<Dot>>(c, units);
+  if (c.two_level) return gemm_groups<Levelled<Dot>, 4>(c, units);
+  if (c.weight_bits == 8) return gemm_groups<Scaled<Dot>, 8>(c, units);
+  gemm_groups<Scaled<Dot>, 4>(c, units);
 }
 
 }  // namespace morphoquant

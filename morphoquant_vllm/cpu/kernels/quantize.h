@@ -58,7 +58,7 @@ inline __m256 gathered(const typename Element<D>::Type* x, const int32_t* at) {
   }
 }
 
-// Codes of channels [begin, end) of one token, and -8 * their sum per group.
+// Codes of channels [begin, end) of one token, and their sum per group times -8, or -128 for 8-bit weights.
 template <int64_t D, bool in_order>
 inline void quantize_channels(const Call& c, const typename Element<D>::Type* x, int64_t token, int64_t row,
                               int64_t begin, int64_t end) {
@@ -71,6 +71,7 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
   // Turns code into code + 128.
   const __m128i flip = _mm_set1_epi8(static_cast<char>(c.unsigned_codes ? 0x80 : 0));
   const int64_t step = c.offset ? c.group_size : 32;
+  const int32_t shift = c.weight_bits == 8 ? -128 : -8;
   // Prefetches the next token's channels in memory order, before they are gathered in channel order.
   const auto* next = reinterpret_cast<const char*>(x + c.x_stride + begin);
   for (int64_t group = begin; group < end; group += step) {
@@ -97,7 +98,7 @@ inline void quantize_channels(const Call& c, const typename Element<D>::Type* x,
       const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), flip);
       _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), bytes);
     }
-    if (c.offset) c.offset[token * (c.channels / step) + group / step] = -8 * sum_lanes(sum);
+    if (c.offset) c.offset[token * (c.channels / step) + group / step] = shift * sum_lanes(sum);
   }
 }
 

@@ -82,14 +82,16 @@ inline bool read_activation(const Request& r, Call& c) {
 
 // Fields of the weight record; false if the block is not one for K channels and N outputs.
 inline bool read_weight(const Request& r, Call& c) {
-  const int64_t* head = header(r.weight, r.weight_bytes, kWeightMagic, 4);
+  const int64_t* head = header(r.weight, r.weight_bytes, kWeightMagic, 5);
   if (!head || head[2] != r.channels || head[3] != r.outputs || r.rows != c.rows) return false;
   c.group_size = head[4];
   if ((c.group_size != 32 && c.group_size != 64 && c.group_size != 128) || r.channels % c.group_size) return false;
   const int64_t blocks = (r.outputs + kBlock - 1) / kBlock;
   Parts parts{r.weight + kHeader * 8};
-  c.weight = parts.next<uint8_t>(blocks * r.channels * 8);
   c.two_level = head[5] != 0;
+  c.weight_bits = head[6];
+  if (c.weight_bits != 4 && (c.weight_bits != 8 || c.two_level)) return false;
+  c.weight = parts.next<uint8_t>(blocks * r.channels * 2 * c.weight_bits);
   const int64_t scales = blocks * (r.channels / c.group_size) * kBlock;
   c.scale = parts.next<uint8_t>(scales * (c.two_level ? 1 : 2));
   if (c.two_level) {

@@ -1,5 +1,6 @@
 """The model card: fields of the source's card, the figures, and text that cannot break a table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_the_figures_of_the_report_stand_in_the_card() -> None:
     assert text.index("| 0.1600 |") < text.index("| 0.1500 |") < text.index("| 0.1400 |")
     assert "0.50 of the source's" in text
     assert "vllm serve DIR" in text
+
+
+def test_eight_bit_weights_are_said() -> None:
+    wide = QuantizationSpec(
+        layers={name: replace(layer, weight_bits=8) if "attn" in name else layer for name, layer in SPEC.layers.items()}
+    )
+    assert "4 linears have 8-bit weights" in model_card({}, wide, REPORT, "LlamaForCausalLM", 500, 1000)
+    assert "8-bit" not in card({})
 
 
 def test_text_of_others_stays_inside_its_cell() -> None:

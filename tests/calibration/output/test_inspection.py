@@ -152,6 +152,19 @@ def test_two_level_scales_are_counted(checkpoint: Path, tmp_path: Path) -> None:
     assert "two-level" not in render(checkpoint)
 
 
+def test_bits_of_weights_are_shown(checkpoint: Path, tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, eight_bit=["model.layers.0.self_attn.qkv_proj"])
+    bits = {"budget": 4.6, "mean": 4.58, "eight_bit": [], "sixteen_bit": ["model.layers.1.mlp.gate_up_proj"]}
+    (tmp_path / REPORT_FILE).write_text(json.dumps({"bits": bits}))
+    data = inspect_data(tmp_path)
+    assert [layer["weight_bits"] for layer in data["layers"][:4]] == [8, 8, 8, 4] and data["bits"] == bits
+    shown = " ".join(render(tmp_path, 300).split())
+    assert "8-bit weights: 3 of 14 layers; served on CPUs only" in shown
+    assert "4.580 (bits_budget 4.6); in 16 bit: model.layers.1.mlp.gate_up_proj" in shown
+    assert re.search(r"0\.self_attn\.q_proj +64x64 +8 +32", render(tmp_path))
+    assert "bits " not in render(checkpoint).splitlines()[2] and "8-bit" not in render(checkpoint)
+
+
 def test_a_row_of_another_name_is_shown(tmp_path: Path) -> None:
     spec = write_random_checkpoint(tmp_path)
     renamed = replace(spec, rows=("smell", *spec.rows[1:]))

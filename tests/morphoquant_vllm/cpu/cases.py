@@ -32,20 +32,30 @@ TOKENS = (1, 2, 3, 5, 7, 8, 13, 16, 26)
 # More than a panel takes at a time, and more channels than one thread quantizes.
 MANY = ((40, 128, 64, 200), (18, 2304, 128, 3))
 ROWS = 4
+# Group scales or two-level ones, and 8-bit weights, which have group scales.
+SCHEMES = ("group", "two_level", "eight_bit")
 
 
 def case(
-    outputs: int, channels: int, group_size: int, two_level: bool = False, seed: int = 0
+    outputs: int, channels: int, group_size: int, scheme: str = "group", seed: int = 0
 ) -> tuple[WeightRecord, ActivationRecord]:
-    """Random canonical records; every fourth channel or so may escape, about 1 token in 16 is massive."""
+    """Random canonical records; every fourth channel or so may escape, about 1 token in 16 is massive.
+
+    `scheme` is one of SCHEMES.
+    """
+    two_level = scheme == "two_level"
     generator = torch.Generator().manual_seed(outputs * channels + group_size + seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     groups = (outputs, channels // group_size)
+    if scheme == "eight_bit":
+        codes = torch.randint(-128, 128, (outputs, channels), generator=generator, dtype=torch.int8)
+    else:
+        codes = torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8)
     weight = weight_record(
-        torch.randint(256, (outputs, channels // 2), generator=generator, dtype=torch.uint8),
+        codes,
         torch.randint(1, 17, groups, generator=generator).byte() if two_level else (normal(*groups) * 0.1).bfloat16(),
         normal(1, ROWS, outputs) * 30,
         normal(outputs).abs() * 0.02 if two_level else None,
@@ -93,8 +103,8 @@ def compare(
 def compare_shape(outputs: int, channels: int, group_size: int, library: Kernels) -> None:
     """`compare` over schemes of scales, TOKENS, dtypes, with a bias of the same or another dtype, and without one."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for two_level in (False, True):
-        weight, record = case(outputs, channels, group_size, two_level)
+    for scheme in SCHEMES:
+        weight, record = case(outputs, channels, group_size, scheme)
         for index, tokens in enumerate(TOKENS):
             dtype, bias_dtype = dtypes[index % 3], (*dtypes, None)[(index + outputs) % 4]
             bias = None if bias_dtype is None else torch.linspace(-1, 1, outputs).to(bias_dtype)
@@ -104,8 +114,8 @@ def compare_shape(outputs: int, channels: int, group_size: int, library: Kernels
 def compare_many(library: Kernels) -> None:
     """`compare` for more tokens than a panel holds, and for a token that threads share."""
     for outputs, channels, group_size, tokens in MANY:
-        for two_level in (False, True):
-            weight, record = case(outputs, channels, group_size, two_level)
+        for scheme in SCHEMES:
+            weight, record = case(outputs, channels, group_size, scheme)
             compare(weight, record, *tokens_of(tokens, channels, torch.bfloat16), None, library)
 
 

@@ -21,8 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def experts_case(count: int, hidden: int, between: int, group_size: int, two_level: bool) -> ExpertsRecord:
     """Random records of a layer, as `case` makes those of a linear; some inputs of down are massive."""
-    layers = [case(2 * between, hidden, group_size, two_level, seed) for seed in range(count)]
-    downs = [case(hidden, between, group_size, two_level, seed + count) for seed in range(count)]
+    scheme = "two_level" if two_level else "group"
+    layers = [case(2 * between, hidden, group_size, scheme, seed) for seed in range(count)]
+    downs = [case(hidden, between, group_size, scheme, seed + count) for seed in range(count)]
     gate_up, inputs = zip(*layers, strict=True)
     down, intermediate = zip(*downs, strict=True)
     # gate and up of a real layer's size, or silu(gate) * up would leave float16's range.

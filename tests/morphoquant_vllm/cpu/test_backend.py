@@ -15,10 +15,11 @@ from morphoquant_vllm.cpu.build import Kernels
 from morphoquant_vllm.cpu.layout import HEADER_BYTES
 from morphoquant_vllm.numerics import activation, linear
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
-from morphoquant_vllm.numerics.weights import pack, unpack
+from morphoquant_vllm.numerics.weights import integer_codes, pack, unpack
 from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
 from tests.morphoquant_vllm.cpu.cases import (
     ROWS,
+    SCHEMES,
     SHAPES,
     case,
     compare,
@@ -42,13 +43,15 @@ def test_channels_that_come_in_order(library: Kernels, threads: int) -> None:
     compare_in_order(library)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_group_sums_are_exact_at_the_extremes(library: Kernels, group_size: int) -> None:
+def test_group_sums_are_exact_at_the_extremes(library: Kernels, group_size: int, bits: int) -> None:
     """Scale 1 on one group and 0 on the others: the float32 output is the integer sum itself."""
     channels, outputs = 2 * group_size, 20
-    weight, record = case(outputs, channels, group_size)
-    q = unpack(weight.codes)
-    q[0], q[1] = 7, -8
+    weight, record = case(outputs, channels, group_size, "group" if bits == 4 else "eight_bit")
+    q = integer_codes(weight.codes)
+    highest, lowest = (7, 8) if bits == 4 else (127, 128)
+    q[0], q[1] = highest, -lowest
     record = record._replace(
         mask=torch.ones_like(record.mask),
         gain=torch.ones(ROWS),
@@ -63,18 +66,18 @@ def test_group_sums_are_exact_at_the_extremes(library: Kernels, group_size: int)
     for group in range(2):
         scale = torch.zeros(outputs, 2).bfloat16()
         scale[:, group] = 1
-        single = linear.weight_record(pack(q), scale, torch.zeros(1, ROWS, outputs))
+        single = linear.weight_record(pack(q) if bits == 4 else q, scale, torch.zeros(1, ROWS, outputs))
         packed, prepared = cpu.prepare(single, record)
         y = cpu.linear(x, modality, packed, prepared, None, library)
         expected = linear.group_sums(codes, single)[:, :, group]
         assert torch.equal(y, expected.float())
-        assert int(expected[1, 1]) == 128 * 8 * group_size and int(expected[1, 0]) == -128 * 7 * group_size
+        assert int(expected[1, 1]) == 128 * lowest * group_size and int(expected[1, 0]) == -128 * highest * group_size
 
 
-@pytest.mark.parametrize("two_level", [False, True])
-def test_a_token_gets_the_same_output_in_every_batch(library: Kernels, threads: int, two_level: bool) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_token_gets_the_same_output_in_every_batch(library: Kernels, threads: int, scheme: str) -> None:
     """To the last bit: the order of additions depends on K and G alone, and with levels all are of integers."""
-    weight, record = case(70, 1152, 64, two_level)
+    weight, record = case(70, 1152, 64, scheme)
     x, modality = tokens_of(30, 1152, torch.float32)
     packed, prepared = cpu.prepare(weight, record)
     together = cpu.linear(x, modality, packed, prepared, None, library)
@@ -108,18 +111,28 @@ def test_a_row_that_does_not_exist_is_refused_and_a_massive_token_needs_none(lib
         assert torch.equal(cpu.act_quant(massive, modality, prepared, library), expected)
 
 
-@pytest.mark.parametrize("two_level", [False, True])
-def test_the_repacked_weights_are_no_larger_than_the_canonical_ones(two_level: bool) -> None:
-    weight, record = case(64, 1024, 64, two_level)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_repacked_weights_are_no_larger_than_the_canonical_ones(scheme: str) -> None:
+    weight, record = case(64, 1024, 64, scheme)
     packed, _ = cpu.prepare(weight, record)
     size = sum(part.numel() * part.element_size() for part in packed)
     # With levels, the start value of each output's sums: an int32.
-    own = HEADER_BYTES + (4 * 64 if two_level else 0)
+    own = HEADER_BYTES + (4 * 64 if scheme == "two_level" else 0)
     assert size == sum(part.numel() * part.element_size() for part in weight) + own
     assert not any(part.data_ptr() == weight.codes.data_ptr() for part in packed)
     codes = packed[0][HEADER_BYTES:][: weight.codes.numel()]
+    if scheme == "eight_bit":
+        assert torch.equal(torch.bincount(codes), torch.bincount(weight.codes.flatten().int() + 128))
+        return
     nibbles = torch.cat((codes & 15, codes >> 4))
     assert torch.equal(torch.bincount(nibbles), torch.bincount(unpack(weight.codes).flatten() + 8))
+
+
+def test_eight_bit_weights_with_levels_are_not_prepared() -> None:
+    wide, record = case(48, 96, 32, "eight_bit")
+    levels = case(48, 96, 32, "two_level")[0]
+    with pytest.raises(ValueError, match="8-bit weights must have group scales"):
+        cpu.prepare(levels._replace(codes=wide.codes), record)
 
 
 def _records(outputs: int = 48, channels: int = 96) -> tuple[list, list]:
@@ -172,6 +185,8 @@ def _header(block: torch.Tensor, place: int, value: int) -> torch.Tensor:
         pytest.param(*_changed(0, lambda t: t[:-64]), id="weights cut"),
         pytest.param(*_changed(0, lambda t: _header(t[:-64], 1, t.numel() - 64)), id="weights cut, header too"),
         pytest.param(*_changed(0, lambda t: _header(t, 0, 7)), id="no magic number"),
+        pytest.param(*_changed(0, lambda t: _header(t, 6, 8)), id="said to be of 8 bits"),
+        pytest.param(*_changed(0, lambda t: _header(t, 6, 5)), id="of 5 bits"),
         pytest.param(*_changed(0, lambda t: _header(t, 4, 48)), id="group of 48"),
         pytest.param(*_changed(0, lambda t: _header(t, 4, 0)), id="group of 0"),
         pytest.param(*_changed(1, lambda t: t[:2]), id="rows of absorbed_bias missing"),

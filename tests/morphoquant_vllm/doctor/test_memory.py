@@ -54,6 +54,16 @@ def test_a_checkpoint_is_read_from_its_files(tmp_path: Path) -> None:
         memory.read_model(tmp_path / "none")
 
 
+def test_eight_bit_weights_are_no_problem_on_a_cpu_alone(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "wide", eight_bit=["model.layers.0.mlp.down_proj"])
+    wide = memory.read_model(tmp_path / "wide")
+    states = {has_gpu: next(memory.weight_bits(wide, has_gpu=has_gpu)) for has_gpu in (False, True)}
+    assert [states[has_gpu].state for has_gpu in (False, True)] == ["ok", "problem"]
+    assert "8-bit weights in 1 layers are not served on GPUs yet" in states[True].text
+    write_random_checkpoint(tmp_path / "plain")
+    assert not list(memory.weight_bits(memory.read_model(tmp_path / "plain"), has_gpu=True))
+
+
 @pytest.mark.parametrize(
     ("gpu_bytes", "weights", "state"),
     [(8 << 30, 7 << 30, "ok"), (8 << 30, 9 << 30, "problem"), (None, 1 << 30, "ok"), (None, 7 << 30, "problem")],

@@ -65,6 +65,17 @@ def test_value_whose_products_leave_float32(checkpoint: Path, tensor: str, value
     refused(checkpoint, f"{Q}.{tensor}" if tensor != "gain" else Q, reason)
 
 
+def test_the_bound_of_outputs_knows_eight_bit_weights(tmp_path: Path) -> None:
+    """Their codes reach 128, 16 times as far."""
+    wide, scale = tmp_path / "wide", 2e13
+    write_random_checkpoint(wide, eight_bit=["model.layers.0.self_attn.qkv_proj"])
+    verify_checkpoint(wide)
+    edit(wide, f"{DOWN}.weight_scale", lambda stored: stored.fill_(scale))
+    verify_checkpoint(wide)
+    edit(wide, f"{Q}.weight_scale", lambda stored: stored.fill_(scale))
+    refused(wide, f"{Q}.weight_scale", "a scale is too large")
+
+
 @pytest.mark.parametrize(("value", "found"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_carried_tensor_with_a_value_that_is_not_finite(

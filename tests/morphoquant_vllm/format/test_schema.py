@@ -86,6 +86,7 @@ def test_a_fixed_row_is_a_modalitys_and_stands_in_the_file_only_where_there_is_o
         ("parallel", "row"),
         ("scale_scheme", "two_level"),
         ("fixed_row", "image"),
+        ("weight_bits", 8),
     ],
 )
 def test_shards_must_agree_on_what_they_share(setting: str, value: object) -> None:
@@ -155,6 +156,21 @@ def test_two_level_scales_stand_in_the_place_of_group_scales() -> None:
     assert specs["weight_channel_scale"] == TensorSpec(torch.float32, (48,))
     assert all(specs[name] == group[name] for name in specs.keys() & group.keys())
     assert [scale_scheme_of(names) for names in (group, specs)] == ["group", "two_level"]
+
+
+def test_eight_bit_weights_stand_in_the_place_of_packed_ones() -> None:
+    specs = tensor_specs(LAYER, rows=6, tensor_parallel=2)
+    wide = tensor_specs(LayerSpec(**{**vars(LAYER), "weight_bits": 8}), rows=6, tensor_parallel=2)
+    assert wide["weight_codes"] == TensorSpec(torch.int8, (48, 128))
+    assert wide | {"weight_codes": specs["weight_codes"]} == specs
+
+
+def test_eight_bit_weights_have_group_scales() -> None:
+    """With levels, the sum over a long K leaves an int32: 128 * 128 * 16 * K."""
+    layer = vars(LAYER) | {"weight_bits": 8}
+    LayerSpec(**layer).check("a.down")
+    with pytest.raises(MorphoQuantError, match=r"^a\.down: weight_bits 8 goes with scale_scheme 'group' alone"):
+        LayerSpec(**{**layer, "scale_scheme": "two_level"}).check("a.down")
 
 
 def test_output_tensors_stand_in_the_order_of_the_record() -> None:

@@ -12,6 +12,7 @@ from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.gpu import device
 from morphoquant_vllm.gpu import load_checks as checks
+from morphoquant_vllm.numerics.weights import integer_codes
 from tests.morphoquant_vllm.gpu.cases import Case, layer
 
 NAME = "model.layers.3.mlp.down_proj"
@@ -41,6 +42,13 @@ def test_16_bit_activations_of_any_group_size_pass() -> None:
 def test_float32_activations_are_refused() -> None:
     weight, record = layer(Case(1, 32, 64, 32))
     assert "--dtype bfloat16" in refusal(checks.check_layer, NAME, weight, record, torch.float32)
+
+
+def test_eight_bit_weights_are_refused_on_a_gpu() -> None:
+    weight, record = layer(Case(1, 32, 64, 32))
+    wide = weight._replace(codes=integer_codes(weight.codes))
+    message = refusal(checks.check_layer, NAME, wide, record, torch.bfloat16)
+    assert "weight_bits 8 is served on CPUs, not yet on GPUs" in message and "serve on a CPU" in message
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,31 @@ def test_pack_refuses_what_it_cannot_hold() -> None:
             weights.pack(torch.full((1, 2), code, dtype=torch.int8))
 
 
+def test_eight_bit_codes_are_stored_as_they_are() -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8)[None]
+    assert torch.equal(weights.integer_codes(codes), codes)
+    packed = weights.pack(codes.clamp(-8, 7))
+    assert torch.equal(weights.integer_codes(packed), codes.clamp(-8, 7))
+    scale = torch.full((1, 8), 1 / 3).bfloat16()
+    served = weights.dequantize_weight(codes, scale)
+    assert torch.equal(served.double(), codes.double() * float(scale[0, 0])), "no product is rounded"
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_int8_is_within_half_a_step_of_every_weight(group_size: int) -> None:
+    absorbed = random(6, 256, seed=3)
+    absorbed[0, :group_size] = 0
+    absorbed[1, 0] = 1e4
+    codes, scale = weights.quantize_int8(absorbed, group_size)
+    assert (codes.dtype, scale.dtype, tuple(scale.shape)) == (torch.int8, torch.bfloat16, (6, 256 // group_size))
+    assert bool((scale > 0).all()) and not codes[0, :group_size].any()
+    error = (weights.dequantize_weight(codes, scale) - absorbed).abs()
+    # The largest weight of a group may lie up to half a unit of bfloat16 beyond the last code.
+    allowed = scale.float().repeat_interleave(group_size, 1) * (0.5 + 127 * 2**-8)
+    assert bool((error <= allowed).all())
+    assert float(error.square().mean().sqrt() / absorbed.square().mean().sqrt()) < 0.01
+
+
 @settings(max_examples=25, deadline=None)
 @given(blocks=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
 def test_order_permutes_within_blocks_and_sorts_the_norms(blocks: int, seed: int) -> None:

@@ -34,6 +34,11 @@ def two_level(spec: QuantizationSpec) -> QuantizationSpec:
     return QuantizationSpec(layers=layers)
 
 
+def eight_bit(spec: QuantizationSpec) -> QuantizationSpec:
+    layers = {name: replace(layer, weight_bits=8) for name, layer in spec.layers.items()}
+    return QuantizationSpec(layers=layers)
+
+
 def stored(spec: QuantizationSpec, count: int) -> list[dict[str, Tensor]]:
     matrices = list(torch.randn(count, N, K, generator=torch.Generator().manual_seed(7)))
     return random_group(matrices, spec.layers["mlp.gate_proj"], spec, torch.tensor(3))
@@ -89,7 +94,7 @@ class TestFusedLayer:
         from vllm.config import get_current_vllm_config
 
         monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
-        for spec in (specification(), two_level(specification())):
+        for spec in (specification(), two_level(specification()), eight_bit(specification())):
             layer = merged_layer(spec)
             layer.quant_method.process_weights_after_loading(layer)
             y, _ = layer(torch.randn(5, K, generator=torch.Generator().manual_seed(1)))
@@ -194,6 +199,15 @@ class TestFusedLayer:
         y, _ = layer(x)
         # One float32 rounding for the sum, one for each factor and for the addition.
         torch.testing.assert_close(y, reference(shards, x, spec.any_row), rtol=2**-20, atol=1e-5)
+        assert layer.quant_method.backend == backends.select_backend(x.device)
+
+    def test_an_eight_bit_layer_computes_the_reference(self) -> None:
+        spec = eight_bit(specification())
+        shards = stored(spec, 2)
+        assert shards[0]["weight_codes"].dtype is torch.int8
+        layer = load(merged_layer(spec), shards)
+        x = torch.randn(20, K, generator=torch.Generator().manual_seed(1)) * 2
+        torch.testing.assert_close(layer(x)[0], reference(shards, x, spec.any_row), rtol=2**-20, atol=1e-5)
         assert layer.quant_method.backend == backends.select_backend(x.device)
 
     def test_two_level_shards_need_their_levels(self) -> None:
@@ -320,7 +334,8 @@ class TestRowParallelLayer:
 
     @staticmethod
     def tensors(blocks: int, scheme: str = "group") -> tuple[QuantizationSpec, dict[str, Tensor]]:
-        layers = (two_level(specification()) if scheme == "two_level" else specification()).layers
+        changed = {"two_level": two_level, "eight_bit": eight_bit}.get(scheme)
+        layers = (specification() if changed is None else changed(specification())).layers
         spec = QuantizationSpec(layers=layers, tensor_parallel=blocks)
         full = torch.randn(N, K, generator=torch.Generator().manual_seed(5))
         return spec, random_group([full], spec.layers["mlp.down_proj"], spec, torch.tensor(4))[0]
@@ -343,7 +358,7 @@ class TestRowParallelLayer:
         return layer
 
     # A checkpoint for two ranks serves one, too: the one rank then holds both blocks.
-    @pytest.mark.parametrize("scheme", ["group", "two_level"])
+    @pytest.mark.parametrize("scheme", ["group", "two_level", "eight_bit"])
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_each_rank_computes_its_own_formula(self, monkeypatch: pytest.MonkeyPatch, ranks: int, scheme: str) -> None:
         spec, tensors = self.tensors(2, scheme)

@@ -1,0 +1,189 @@
+"""How much errors of each linear's output matter for the decoder's output: one pass forward and one back, by blocks.
+
+The decoder's last hidden states, each divided by its size, are multiplied by random signs and added up. The derivative
+of this sum by a linear's output, times an error of that output, squared, is on average the error of the last hidden
+states. So one backward pass measures every linear. One block is in memory at a time, and the states between the blocks
+lie in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks.capture import ADDED, SERVED_ADDED, MemoryInput
+from calibration.data.token_choice import modality_shares
+from calibration.model.loading import Blocks
+from calibration.quantize.bit_losses import Probe
+from calibration.quantize.massive_tokens import candidates
+from calibration.work.durable_files import read_tensors, write_tensors_durably
+
+# Tokens of the passes, about. A longer sample is taken only if there is no shorter one.
+TOKENS = 4096
+
+
+def choose_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]]) -> list[int]:
+    """Indices of the samples of the passes, ascending: every modality in turn gives one, for about TOKENS tokens.
+
+    `lengths` are the tokens of each sample, `rows` the modalities in it.
+    """
+    # Long samples come last, the shortest first: a pass holds a whole sample's block in memory.
+    order = sorted(range(len(lengths)), key=lambda index: (max(lengths[index], TOKENS // 2), index))
+    queues = {row: [index for index in order if row in rows[index]] for row in sorted(frozenset().union(*rows))}
+    chosen: list[int] = []
+    total = 0
+    while any(queues.values()):
+        for queue in queues.values():
+            while queue and queue[0] in chosen:
+                queue.pop(0)
+            if not queue:
+                continue
+            index = queue.pop(0)
+            if not chosen or total + lengths[index] <= TOKENS:
+                chosen.append(index)
+                total += lengths[index]
+    return sorted(chosen)
+
+
+class Passes:
+    """The two passes of some samples over the decoder's blocks; their states lie in `directory` until `clear`."""
+
+    def __init__(self, blocks: Blocks, samples: Sequence[MemoryInput], directory: Path, seed: int) -> None:
+        self.blocks, self.samples, self.directory, self.seed = blocks, samples, directory, seed
+        # Before the next block of the pass forward, and after the next block of the pass back.
+        self.states = [sample.hidden for sample in samples]
+        # By block: tokens of each sample whose residual stream is an outlier, which have a row of their own.
+        self.outlying: list[list[Tensor]] = []
+
+    def file(self, index: int) -> Path:
+        """The file of the states before a block."""
+        return self.directory / f"sensitivity-{index:05}.safetensors"
+
+    @torch.no_grad()
+    def forward(self, index: int) -> None:
+        """Carry the states through a block; blocks come in order."""
+        module = self.blocks.load(index)
+        before, norms = self.states, []
+        write_tensors_durably(self.file(index), {str(number): state for number, state in enumerate(before)})
+        self.states = []
+        for sample, state in zip(self.samples, before, strict=True):
+            given = _given(sample, index, state)
+            self.states.append(_run(module, sample, index, given).cpu())
+            sizes = (part.float().norm(dim=-1).flatten() for part in (given, self.states[-1]))
+            norms.append(torch.maximum(*sizes))
+        modality = torch.cat([sample.modality.flatten() for sample in self.samples])
+        outlying = candidates(torch.cat(norms), modality)
+        self.outlying.append(list(outlying.split([sample.modality.numel() for sample in self.samples])))
+
+    def turn(self, balance: float) -> None:
+        """Replace the last states by the derivatives of their projection; `balance` weighs modalities as the recipe."""
+        modality = torch.cat([sample.modality.flatten() for sample in self.samples]).long()
+        counts = {int(row): int((modality == row).sum()) for row in modality.unique()}
+        weight = torch.zeros(modality.numel(), dtype=torch.float64)
+        for row, share in modality_shares(counts, balance).items():
+            weight[modality == row] = share / counts[row]
+        generator = torch.Generator().manual_seed(self.seed)
+        parts = weight.float().split([sample.modality.numel() for sample in self.samples])
+        self.states = [_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)]
+
+    def backward(self, index: int, shards_of: Mapping[str, Sequence[str]]) -> dict[str, Probe]:
+        """Carry the derivatives back through a block; the probe of each input, by the names of `shards_of`.
+
+        `shards_of` maps an input's name to its linears' names in the block.
+        """
+        module = self.blocks.load(index)
+        states = read_tensors(self.file(index))
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in shards_of}
+        for number, sample in enumerate(self.samples):
+            hidden = states[str(number)].to(_device(module)).requires_grad_()
+            calls: dict[str, tuple[Tensor, Tensor]] = {}
+            with _watched(module, shards_of, calls), torch.enable_grad():
+                output = _run(module, sample, index, _given(sample, index, hidden))
+            before, of_outputs = _derivatives(output, self.states[number].to(output), hidden, calls)
+            self.states[number] = before.cpu()
+            ordinary = ~self.outlying[index][number].to(hidden.device)
+            for name, shards in shards_of.items():
+                gradient = torch.cat([of_outputs[shard] for shard in shards], 1)
+                seen[name].append((_flat(calls[shards[0]][0].detach())[ordinary], gradient[ordinary]))
+        return {
+            name: Probe(
+                torch.cat([x for x, _ in seen[name]]),
+                torch.cat([gradient for _, gradient in seen[name]]),
+                torch.cat([module.get_parameter(f"{shard}.weight").float() for shard in shards]),
+            )
+            for name, shards in shards_of.items()
+        }
+
+    def clear(self) -> None:
+        """Remove the files."""
+        for index in range(len(self.blocks)):
+            self.file(index).unlink(missing_ok=True)
+
+
+def _given(sample: MemoryInput, index: int, hidden: Tensor) -> Tensor:
+    """What the 16-bit model gives the block: some add features of media to the hidden states."""
+    added = sample.arguments[index].get(ADDED)
+    return hidden if added is None else hidden + added.to(hidden.device)
+
+
+def _run(module: nn.Module, sample: MemoryInput, index: int, given: Tensor) -> Tensor:
+    passed = {name: value for name, value in sample.arguments[index].items() if name not in (ADDED, SERVED_ADDED)}
+    output = module(given.to(_device(module)), **passed)
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _projected(state: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Derivative by the last states [1, M, hidden] of their projection; weight [M] of each token."""
+    signs = torch.randint(2, state.shape, generator=generator).float() * 2 - 1
+    with torch.enable_grad():
+        last = state.float().requires_grad_()
+        # Divided by its size, as the norm before the head does. A change as large as the state counts as 1.
+        normed = last / last.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        total = (normed * signs * weight.sqrt()[:, None]).sum()
+    return torch.autograd.grad(total, last)[0].to(state.dtype)
+
+
+def _derivatives(
+    output: Tensor, of_output: Tensor, hidden: Tensor, calls: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Derivatives by the states before the block, and by each linear's output, float32 [M, N] by the linear's name."""
+    wanted = {name: y for name, (_, y) in calls.items()}
+    found = torch.autograd.grad(output, [hidden, *wanted.values()], of_output, allow_unused=True)
+    filled = [
+        torch.zeros_like(by) if value is None else value
+        for value, by in zip(found, [hidden, *wanted.values()], strict=True)
+    ]
+    return filled[0], {name: _flat(value) for name, value in zip(wanted, filled[1:], strict=True)}
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.flatten(0, -2).float()
+
+
+@contextmanager
+def _watched(
+    module: nn.Module, shards_of: Mapping[str, Sequence[str]], calls: dict[str, tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Note input and output of each linear by its name in the block."""
+
+    def note(name: str, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        calls[name] = inputs[0], output
+
+    names = [shard for shards in shards_of.values() for shard in shards]
+    handles = [module.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,65 @@
+"""The part of a work directory about `bits_budget`: the samples that choose the forms of weights, and the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from calibration.blocks.capture import MemoryInput
+from calibration.work.directory import SAMPLES_FILE, WorkDirectory
+from calibration.work.durable_files import damaged, read_manifest, read_tensors, write_json_durably
+from calibration.work.hidden_states import read_arguments, sample_file
+
+FORMS_FILE = "bits.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form of each input's linears by the input's name, 4, 8 or 16 bits, and the mean bits of a weight."""
+
+    forms: dict[str, int]
+    mean: float
+    # Share of each input in the estimated error of the model with 4-bit weights alone.
+    shares: dict[str, float]
+
+
+def read_choice(work: WorkDirectory) -> Choice | None:
+    """The choice that the run has made; None if it has not. MorphoQuantError if blocks were finished without it."""
+    path = work.path / FORMS_FILE
+    if not path.exists():
+        if work.finished:
+            raise damaged(path, "it is missing")
+        return None
+    content = read_manifest(path)
+    if content.pop("settings", None) != work.settings:
+        raise damaged(path, "it belongs to another run")
+    return Choice(**content)
+
+
+def keep_choice(work: WorkDirectory, choice: Choice) -> None:
+    """Keep the choice for the later blocks and for a resumed run."""
+    write_json_durably(work.path / FORMS_FILE, {"settings": work.settings, **asdict(choice)})
+
+
+def sample_lengths(work: WorkDirectory) -> list[int]:
+    """Number of tokens of every sample, also those of other processes."""
+    samples = read_manifest(work.path / SAMPLES_FILE)["samples"]
+    return [math.prod(sample["states"][:-1]) for sample in samples]
+
+
+def read_front(work: WorkDirectory, sample: int) -> MemoryInput:
+    """The decoder's input of a sample in the 16-bit model."""
+    path: Path = sample_file(work.path, sample)
+    return MemoryInput(
+        **read_tensors(path, ("modality", "positions", "hidden")), arguments=read_arguments(path, work.device)
+    )
+
+
+def report_entry(work: WorkDirectory, budget: float) -> Mapping[str, object]:
+    """What the report says of the choice; inputs of 4-bit weights are not listed."""
+    choice = read_choice(work)
+    assert choice is not None
+    of_form = {form: [name for name, found in choice.forms.items() if found == form] for form in (8, 16)}
+    return {"budget": budget, "mean": choice.mean, "eight_bit": of_form[8], "sixteen_bit": of_form[16]}

@@ -1,0 +1,156 @@
+"""`bits_budget` from end to end: what is chosen, kept, resumed, exported and reloaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import morphoquant_vllm.hf as hf
+from calibration.blocks.loop import BlockResult
+from calibration.calibrate import calibrate, dry_run
+from calibration.model.bits import mean_bits
+from calibration.output.report import REPORT_FILE
+from calibration.processes import Processes
+from calibration.settings.recipe import Recipe
+from calibration.work.forms import FORMS_FILE
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import check_headers, read_spec
+from morphoquant_vllm.format.verify import verify_checkpoint
+from tests.calibration.built_models import TinyModels
+from tests.calibration.joined import in_processes
+from tests.calibration.killing import content
+from tests.calibration.mixed import FORMS, calibrate_mixed
+from tests.reference_model import Checkpoint, swap_linears
+
+PREFIX = "model.layers"
+BUDGET = Recipe(device="cpu", sample_tokens=64, max_samples=2, bits_budget=5.9)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a budget, made in one go."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    calibrate(tiny.model("llama"), tiny.data("llama"), output, recipe=BUDGET)
+    return output
+
+
+def run(tiny: TinyModels, output: Path, recipe: Recipe = BUDGET, **options: Any) -> dict[str, Any]:
+    return calibrate(tiny.model("llama"), tiny.data("llama"), output, recipe=recipe, **options)
+
+
+def test_a_budget_is_nearly_used_and_kept(whole: Path) -> None:
+    spec = verify_checkpoint(whole)
+    bits = json.loads((whole / REPORT_FILE).read_text())["bits"]
+    wide = {layer.shared_input for layer in spec.layers.values() if layer.weight_bits == 8}
+    assert wide == set(bits["eight_bit"]) and wide and len(wide) < 8
+    assert not bits["sixteen_bit"] and len(spec.layers) == 14
+    assert 5.3 < bits["mean"] <= 5.9 and bits["mean"] == pytest.approx(mean_bits(spec.layers.values()))
+
+
+def test_without_a_budget_nothing_of_it_is_written(tiny: TinyModels, tmp_path: Path) -> None:
+    report = run(tiny, tmp_path / "out", BUDGET.model_copy(update={"bits_budget": None}))
+    assert "bits" not in report and "bits_budget" not in report["settings"]
+    assert {layer.weight_bits for layer in read_spec(tmp_path / "out").layers.values()} == {4}
+    assert "weight_bits" not in (tmp_path / "out" / "config.json").read_text()
+
+
+class Stopped(Exception):
+    """Ends a run after a block."""
+
+
+def stop(result: BlockResult) -> None:
+    raise Stopped
+
+
+def test_a_resumed_run_keeps_its_choice(tiny: TinyModels, whole: Path, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(Stopped):
+        run(tiny, tmp_path / "out", on_block=stop)
+    work = tmp_path / "out.work"
+    assert (work / FORMS_FILE).exists() and not list(work.glob("sensitivity-*"))
+    kept = (work / FORMS_FILE).read_bytes()
+    (work / FORMS_FILE).unlink()
+    with pytest.raises(MorphoQuantError, match=r"bits\.json: cannot be used \(it is missing\).*--restart"):
+        run(tiny, tmp_path / "out")
+    (work / FORMS_FILE).write_bytes(kept)
+    monkeypatch.setattr("calibration.precision.measure_losses", _not_again)
+    run(tiny, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole) and not work.exists()
+
+
+def _not_again(*arguments: Any) -> Any:
+    raise AssertionError("the choice was made again")
+
+
+@pytest.mark.full
+def test_a_run_that_ends_while_it_chooses_makes_the_same_choice(
+    tiny: TinyModels, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any) -> Any:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("calibration.blocks.sensitivity.Passes.turn", killed)
+        run(tiny, tmp_path / "out")
+    assert list((tmp_path / "out.work").glob("sensitivity-*"))
+    run(tiny, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole) and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.full
+def test_two_processes_choose_what_one_chooses(tiny: TinyModels, whole: Path, tmp_path: Path) -> None:
+    call: Callable[[Processes], Any] = lambda processes: run(tiny, tmp_path / "two", processes=processes)  # noqa: E731
+    results = in_processes(tmp_path, call)
+    assert results[0] == results[1]
+    assert results[0]["bits"] == json.loads((whole / REPORT_FILE).read_text())["bits"]
+    assert verify_checkpoint(tmp_path / "two").layers == read_spec(whole).layers
+
+
+@pytest.mark.parametrize("budget", [4.0, 8.5])
+def test_an_impossible_budget_costs_nothing(tiny: TinyModels, tmp_path: Path, budget: float) -> None:
+    recipe = BUDGET.model_copy(update={"bits_budget": budget})
+    for call in (calibrate, dry_run):
+        with pytest.raises(MorphoQuantError, match=rf"^bits_budget = {budget:g}: must be 4\.\d+ to 8, "):
+            call(tiny.model("llama"), tiny.data("llama"), tmp_path / "out", recipe=recipe)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_counts_in_the_forecast(tiny: TinyModels, tmp_path: Path) -> None:
+    plain, wide = (
+        dry_run(
+            tiny.model("llama"), tiny.data("llama"), tmp_path / "o", recipe=BUDGET.model_copy(update={"bits_budget": b})
+        )
+        for b in (None, 7.9)
+    )
+    assert wide.checkpoint > plain.checkpoint and wide.work - plain.work == wide.checkpoint - plain.checkpoint
+
+
+def test_every_form_is_exported_and_reloaded(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    report = calibrate_mixed(tiny.model("llama"), tiny.data("llama"), output, monkeypatch, PREFIX)
+    spec = verify_checkpoint(output)
+    kept = f"{PREFIX}.1.self_attn.o_proj"
+    assert report["bits"]["sixteen_bit"] == [kept] and kept not in spec.layers
+    assert f"{kept}.weight" in check_headers(output, spec)
+    wide = {layer.shared_input for layer in spec.layers.values() if layer.weight_bits == 8}
+    assert wide == {f"{PREFIX}.{name}" for name, form in FORMS.items() if form == 8}
+    errors = {name: layer["output_error"] for name, layer in report["layers"].items()}
+    assert max(errors.values()) < 0.3
+    model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    hf.configure(model, reference=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tiny.model("llama"), dtype=torch.float32)
+    reference = swap_linears(plain, Checkpoint(output))
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+        hf.configure(model, reference=False)
+        # The kernels of this machine, in another order of sums.
+        torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-3)
