@@ -9,5 +9,6 @@ questions  published omni benchmarks, and a server that is asked them
 server     starts and stops `vllm serve`
 tables     tables that several benchmarks print
 texts      texts to evaluate and to calibrate on
+vllm_peers what vLLM's kernels need beside ours
 windows    texts cut into windows of tokens
 """
