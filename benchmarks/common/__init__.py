@@ -4,11 +4,11 @@ command    errors in one line
 corpus     public-domain texts, fetched once
 files      whole files, results, digests
 machine    processor, versions, load
+peers      layers of vLLM beside ours
 plots      panels and PNG
 questions  published omni benchmarks, and a server that is asked them
 server     starts and stops `vllm serve`
 tables     tables that several benchmarks print
 texts      texts to evaluate and to calibrate on
-vllm_peers what vLLM's kernels need beside ours
 windows    texts cut into windows of tokens
 """

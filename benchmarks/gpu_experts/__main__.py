@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.files import write_results
 from benchmarks.common.machine import versions
+from benchmarks.common.peers.vllm_layers import unless_refused, vllm_context, why_no_vllm
 from benchmarks.common.tables.linears import table
-from benchmarks.common.vllm_peers import unless_refused, vllm_context, why_no_vllm
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 

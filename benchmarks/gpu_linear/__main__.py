@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.files import write_results
 from benchmarks.common.machine import versions
+from benchmarks.common.peers.vllm_layers import unless_refused, vllm_context, why_no_vllm
 from benchmarks.common.tables.linears import by_point, cells
-from benchmarks.common.vllm_peers import unless_refused, vllm_context, why_no_vllm
 from benchmarks.gpu_linear.report import markdown
 from benchmarks.models.shapes import GPU_LAYERS, GPU_TOKENS
 from morphoquant_vllm.errors import MorphoQuantError

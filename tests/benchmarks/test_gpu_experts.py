@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.vllm_peers import unless_refused, vllm_context
+from benchmarks.common.peers.vllm_layers import unless_refused, vllm_context
 from benchmarks.gpu_experts.__main__ import METHODS, PEERS, markdown
 from benchmarks.gpu_experts.ways import PEERS as BUILDERS
 from benchmarks.gpu_experts.ways import WAYS, ours, peer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.common.vllm_peers import unless_refused, vllm_context
+from benchmarks.common.peers.vllm_layers import unless_refused, vllm_context
 from benchmarks.gpu_linear import peers
 from benchmarks.gpu_linear.__main__ import METHODS, PEERS
 from benchmarks.gpu_linear.layers import LAYERS
@@ -33,7 +33,7 @@ def test_it_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None:
 def test_vllm_s_kernels_find_their_groups_and_leave_none_behind() -> None:
     """In a process of its own: groups are the process's. Without them a peer's layer ends in an assertion."""
     code = """
-from benchmarks.common.vllm_peers import vllm_context, why_no_vllm
+from benchmarks.common.peers.vllm_layers import vllm_context, why_no_vllm
 assert why_no_vllm() == ""
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, model_parallel_is_initialized
