@@ -8,6 +8,7 @@ decisions       costs and gains of the format's decisions, on single layers
 demo            `make demo`: a real model, calibrated, served and asked
 gpu             `make gpu`: tests, linears and engines on the GPU at hand
 gpu_cost_model  estimates of the GPU kernels' times, without a GPU
+gpu_experts     one layer of routed experts timed on this machine's GPU
 gpu_host        what a call of a GPU layer costs the host, without a GPU
 gpu_linear      linear layers timed on this machine's GPU
 load_check      the cost of a checkpoint's checks when it is loaded

@@ -4,6 +4,7 @@ command    errors in one line
 corpus     public-domain texts, fetched once
 files      whole files, results, digests
 machine    processor, versions, load
+peers      layers of vLLM beside ours
 plots      panels and PNG
 questions  published omni benchmarks, and a server that is asked them
 server     starts and stops `vllm serve`

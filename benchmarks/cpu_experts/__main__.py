@@ -19,7 +19,7 @@ from benchmarks.common.command import one_line_errors
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 if TYPE_CHECKING:
-    from benchmarks.cpu_experts.ways import Layer
+    from benchmarks.models.routed import Layer
 
 TOKENS = (1, 4, 64, 512)
 
@@ -77,7 +77,7 @@ def main() -> None:
     with one_line_errors():
         from benchmarks.common.files import read_result
         from benchmarks.cpu_experts.report import write
-        from benchmarks.cpu_experts.ways import QWEN3_OMNI
+        from benchmarks.models.routed import QWEN3_OMNI
 
         if arguments.what == "report":
             summary = read_result(arguments.results, arguments.name)

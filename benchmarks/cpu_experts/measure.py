@@ -10,16 +10,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
-from benchmarks.cpu_experts.ways import Layer, Way
-
-
-def routing(tokens: int, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Weights float32 and ids int32 [M, T] of each token's experts, all equally likely; the weights add up to 1."""
-    scores = torch.rand(tokens, layer.experts, generator=generator)
-    weights, ids = scores.topk(layer.chosen)
-    return (weights / weights.sum(1, keepdim=True)).contiguous(), ids.int()
+from benchmarks.cpu_experts.ways import Way
+from benchmarks.models.routed import Layer, routing
 
 
 def timed(

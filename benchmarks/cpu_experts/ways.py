@@ -8,27 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.models.routed import ROWS, Layer, generated
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import experts as cpu_experts
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.activation import ActivationRecord
-from morphoquant_vllm.numerics.experts import ExpertsRecord
-from morphoquant_vllm.numerics.linear import WeightRecord
 
-# text, image, video, audio, any, massive.
-ROWS = 6
 BFLOAT16 = "vLLM bf16"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The sizes of one layer of experts."""
-
-    name: str
-    experts: int
-    chosen: int  # by each token
-    hidden: int
-    between: int
 
 
 @dataclass(frozen=True)
@@ -37,48 +22,6 @@ class Way:
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     size: int
-
-
-QWEN3_OMNI = Layer("Qwen3-Omni-30B-A3B", 128, 8, 2048, 768)
-
-
-def generated(layer: Layer, group_size: int, two_level: bool) -> ExpertsRecord:
-    """Canonical records with random values, which take as long as calibrated ones. No token is massive.
-
-    The input of down comes in channel order, as calibration leaves it.
-    """
-    generator = torch.Generator().manual_seed(1)
-    count, hidden, between = layer.experts, layer.hidden, layer.between
-
-    def weight(outputs: int, channels: int) -> WeightRecord:
-        groups = (count, outputs, channels // group_size)
-        return WeightRecord(
-            torch.randint(256, (count, outputs, channels // 2), generator=generator, dtype=torch.uint8),
-            torch.full(groups, 8, dtype=torch.uint8) if two_level else torch.full(groups, 0.01).bfloat16(),
-            torch.full((count, outputs if two_level else 0), 0.00125),
-            torch.zeros(count, ROWS, outputs),
-        )
-
-    def activation(channels: int, order: Tensor) -> ActivationRecord:
-        return ActivationRecord(
-            inverse=torch.full((ROWS, channels), 3.0),
-            centre=torch.zeros(ROWS, channels),
-            mask=torch.rand(ROWS, channels, generator=generator) < 0.5,
-            gain=torch.ones(ROWS),
-            channel_order=order.int(),
-            massive_channel=torch.arange(4, dtype=torch.int32)[None],
-            massive_low=torch.full((1, 4), 1e30),
-            massive_high=torch.full((1, 4), 2e30),
-        )
-
-    each = activation(between, torch.arange(between))
-    stacked = ActivationRecord(*(field.expand(count, *field.shape) for field in each))
-    return ExpertsRecord(
-        weight(2 * between, hidden),
-        activation(hidden, torch.randperm(hidden, generator=generator)),
-        weight(hidden, between),
-        stacked,
-    )
 
 
 def ours(layer: Layer, group_size: int, two_level: bool, tokens: int) -> Way:

@@ -52,6 +52,11 @@ def _calibration(name: str, layout: str, limit: int) -> Part:
     return Part(name, about, command, limit, False, False, "calibrate.json")
 
 
+def _experts(name: str, about: str, limit: int, *arguments: str) -> Part:
+    command = ("{python}", "-m", "benchmarks.gpu_experts", "--results", "{work}", *arguments)
+    return Part(name, about, command, limit, False, True, "*-G*.json")
+
+
 _FEW = ("--layers", "gate_up", "down", "--tokens", "1", "16", "256", "2048", "--methods", *LINEAR_METHODS)
 PARTS = (
     _tests("kernels", "kernels beside the torch reference", "tests/morphoquant_vllm/gpu", 180, False),
@@ -60,6 +65,8 @@ PARTS = (
     _engines("serve", "a 7B engine, bf16 and ours", 300, True, ENGINE_METHODS, "--rounds", "1", "--prompts", "4"),
     _linears("linears-g32", "all linears and peers at G = 32", 600, False),
     _linears("linears-g128", "all linears and peers at G = 128", 600, False, "--group-size", "128"),
+    _experts("experts-g32", "routed experts beside vLLM's in bf16, Marlin and Humming, G = 32", 600),
+    _experts("experts-g128", "the same at G = 128", 600, "--group-size", "128"),
     _tests("calibration", "calibration: bytes, resume, towers", "tests/calibration", 600, False, False),
     _calibration("calibrate-7b", "7B", 1500),
     _calibration("calibrate-3b", "3B", 900),

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.files import write_results
 from benchmarks.common.machine import versions
+from benchmarks.common.peers.vllm_layers import unless_refused, vllm_context, why_no_vllm
 from benchmarks.common.tables.linears import by_point, cells
 from benchmarks.gpu_linear.report import markdown
 from benchmarks.models.shapes import GPU_LAYERS, GPU_TOKENS
@@ -40,42 +39,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def why_no_vllm() -> str:
-    """Why vLLM's kernels cannot run here; empty if they can."""
-    try:
-        import vllm.config  # noqa: F401 - the import is the test
-    except ImportError as problem:
-        return f"vLLM does not load: {problem}"
-    return ""
-
-
-@contextmanager
-def vllm_context() -> Iterator[None]:
-    """The context that vLLM's kernels need: a configuration, and parallel groups of this one process."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-
-    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
-        # gloo needs no GPU, and a single process exchanges nothing.
-        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
-        initialize_model_parallel(1, 1)
-        try:
-            yield
-        finally:
-            cleanup_dist_env_and_memory()
-
-
-@contextmanager
-def unless_refused(name: str, reasons: dict[str, str]) -> Iterator[None]:
-    """Keep a peer's error as the reason why it has no time, in its own words; an error of ours is raised."""
-    try:
-        yield
-    except Exception as problem:
-        if name not in PEERS:
-            raise
-        reasons[name] = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
-
-
 def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dict[str, Any]]:
     """Times of every method on one layer, interleaved; a method that cannot serve it has the reason instead.
 
@@ -94,7 +57,7 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
     for name in arguments.methods:
         if name in reasons:
             continue
-        with unless_refused(name, reasons):
+        with unless_refused(name, PEERS, reasons):
             calls = [LAYERS[name](out_features, in_features, arguments.group_size) for _ in range(copies)]
             if isinstance(calls[0], str):
                 reasons[name] = calls[0]
@@ -105,7 +68,7 @@ def measure(layer: str, arguments: argparse.Namespace, refused: str) -> list[dic
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
         graphs = {}
         for name, calls in list(built.items()):
-            with unless_refused(name, reasons):
+            with unless_refused(name, PEERS, reasons):
                 graphs[name] = graph_of(calls, x)
             if name in reasons:
                 del built[name]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks.cpu_experts.__main__ import parser, run
-from benchmarks.cpu_experts.measure import routing, timed
+from benchmarks.cpu_experts.measure import timed
 from benchmarks.cpu_experts.report import markdown, write
-from benchmarks.cpu_experts.ways import BFLOAT16, Layer, Way, bfloat16, bfloat16_isa, generated, ours
+from benchmarks.cpu_experts.ways import BFLOAT16, Way, bfloat16, bfloat16_isa, ours
+from benchmarks.models.routed import Layer, generated, routing
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.numerics.experts import experts
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common.peers.vllm_layers import unless_refused, vllm_context
 from benchmarks.gpu_linear import peers
-from benchmarks.gpu_linear.__main__ import METHODS, PEERS, unless_refused, vllm_context
+from benchmarks.gpu_linear.__main__ import METHODS, PEERS
 from benchmarks.gpu_linear.layers import LAYERS
 from benchmarks.gpu_linear.report import markdown
 
@@ -32,7 +33,7 @@ def test_it_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None:
 def test_vllm_s_kernels_find_their_groups_and_leave_none_behind() -> None:
     """In a process of its own: groups are the process's. Without them a peer's layer ends in an assertion."""
     code = """
-from benchmarks.gpu_linear.__main__ import vllm_context, why_no_vllm
+from benchmarks.common.peers.vllm_layers import vllm_context, why_no_vllm
 assert why_no_vllm() == ""
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, model_parallel_is_initialized
@@ -137,10 +138,10 @@ def test_the_int8_layer_is_made_as_its_kernel_wants_it(monkeypatch: pytest.Monke
 
 def test_a_peer_s_error_is_its_reason_and_ours_is_an_error() -> None:
     reasons: dict[str, str] = {}
-    with unless_refused("machete-w4a16", reasons):
+    with unless_refused("machete-w4a16", PEERS, reasons):
         raise RuntimeError("no kernel image\n is available")
     assert reasons == {"machete-w4a16": "RuntimeError: no kernel image is available"}
-    with pytest.raises(RuntimeError), unless_refused("morphoquant", reasons):
+    with pytest.raises(RuntimeError), unless_refused("morphoquant", PEERS, reasons):
         raise RuntimeError("ours")
 
 

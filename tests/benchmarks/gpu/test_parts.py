@@ -8,6 +8,7 @@ import pytest
 
 import benchmarks.calibrate.__main__ as calibrate
 import benchmarks.demo.__main__ as demo
+import benchmarks.gpu_experts.__main__ as gpu_experts
 import benchmarks.gpu_linear.__main__ as gpu_linear
 import benchmarks.serve.__main__ as serve
 from benchmarks.gpu.parts import NAMES, PARTS, Part, chosen
@@ -17,6 +18,7 @@ from calibration.settings.recipe import read_recipe
 PARSERS = {
     "benchmarks.calibrate": calibrate.parser,
     "benchmarks.demo": demo.parser,
+    "benchmarks.gpu_experts": gpu_experts.parser,
     "benchmarks.gpu_linear": gpu_linear.parser,
     "benchmarks.serve": serve.parser,
 }
