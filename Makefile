@@ -32,7 +32,7 @@ gpu-full:
 fuzz: setup
 	$(BIN)/python -m tests.fuzz
 
-# The plugin against the Python code of vLLM's CUDA builds (two wheels of about 330 MB, kept in .cache); part of test-full.
+# The plugin against the Python code of vLLM's CUDA builds (four wheels of about 330 MB, kept in .cache); part of test-full.
 test-cuda-wheels: setup
 	$(PYTEST) tests/morphoquant_vllm/test_cuda_wheels.py
 

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import Any
 
-# Versions of vLLM whose engine has run the tests; the interfaces below are theirs.
-TESTED = ("0.32.0",)
+# Versions of vLLM whose engine has run tests, all of them on the last; the interfaces below are that one's.
+TESTED = ("0.30.0", "0.31.0", "0.32.0")
 # How an interface is described that vLLM does not have.
 MISSING = "missing"
 
@@ -57,7 +57,9 @@ INTERFACES: dict[str, str] = {
     f"{_CONFIG}:VllmConfig.lora_config": "attribute",
     f"{_CONFIG}:VllmConfig.speculative_config": "attribute",
     f"{_CONFIG}:ModelConfig.hf_config": "attribute",
-    f"{_CONFIG}:ModelConfig.supports_multimodal_inputs": "property",
+    f"{_CONFIG}:ModelConfig.is_multimodal_model": "property",
+    f"{_CONFIG}:ModelConfig.get_multimodal_config": "(self)",
+    f"{_CONFIG}:MultiModalConfig.enable_mm_embeds": "attribute",
     f"{_CONFIG}:ModelConfig.is_encoder_decoder": "property",
     f"{_CONFIG}:ModelConfig.enable_prompt_embeds": "attribute",
     f"{_CONFIG}:ParallelConfig.pipeline_parallel_size": "attribute",

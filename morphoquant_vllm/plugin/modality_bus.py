@@ -31,7 +31,7 @@ def off_reason(config: VllmConfig) -> str | None:
     model, parallel = config.model_config, config.parallel_config
     reasons = {
         # A text model's embedding is part of the compiled graph; it has no use for rows either.
-        "the engine takes no media": model is None or not model.supports_multimodal_inputs,
+        "the engine takes no media": not takes_media(config),
         # Cross-attention reads the encoder's states, not the tokens.
         "the model is an encoder-decoder": model is not None and model.is_encoder_decoder,
         # Tokens that were embedded elsewhere have no ids.
@@ -46,6 +46,18 @@ def off_reason(config: VllmConfig) -> str | None:
         "fast prefill: later layers get a part of the tokens": config.cache_config.kv_sharing_fast_prefill,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def takes_media(config: VllmConfig) -> bool:
+    """Whether vLLM embeds this engine's tokens before it runs the model, since some may be those of media."""
+    model = config.model_config
+    if model is None or not model.is_multimodal_model:
+        return False
+    try:
+        return bool(taken_media(config)) or model.get_multimodal_config().enable_mm_embeds
+    except ValueError:
+        # A draft of a multimodal model has no processor.
+        return False
 
 
 def taken_media(config: VllmConfig) -> set[str]:

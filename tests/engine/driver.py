@@ -138,7 +138,12 @@ def run(job: dict[str, Any]) -> None:
         result["counted"] = _counted(llm)
     if "sleep" in job:
         llm.sleep(job["sleep"])
-        llm.wake_up()
+        if job["sleep"] == 2:
+            llm.wake_up(tags=["weights"])
+            llm.collective_rpc("reload_weights")
+            llm.wake_up(tags=["kv_cache"])
+        else:
+            llm.wake_up()
         again = llm.generate([_prompt(prompt) for prompt in job["prompts"]], sampling, use_tqdm=False)
         result["after_sleep"] = [list(output.outputs[0].token_ids) for output in again]
     if stop is not None:

@@ -5,6 +5,7 @@ Without a GPU each test skips with the reason, and the settings of its engines a
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "float16": {**ON_GPU, "dtype": "float16", "enforce_eager": True},
     "graphs": ON_GPU,
     "sleeps": {**ON_GPU, "enforce_eager": True, "enable_sleep_mode": True},
+    # Level 2 drops the weights; they are loaded again.
+    "sleeps deeply": {**ON_GPU, "enforce_eager": True, "enable_sleep_mode": True},
+    "fastsafetensors": {**ON_GPU, "enforce_eager": True, "load_format": "fastsafetensors"},
     "two ranks": {**ON_GPU, "enforce_eager": True, "tensor_parallel_size": 2},
 }
 ROWS_ENGINES = {
@@ -40,6 +44,8 @@ ROWS_ENGINES = {
     "graphs": {**ROWS_ENGINE, "dtype": "bfloat16", "gpu_memory_utilization": 0.2, "enforce_eager": False},
 }
 GPUS = torch.cuda.device_count()
+# vLLM's loader of that name reads onto a GPU only.
+FASTSAFETENSORS = find_spec("fastsafetensors") is not None
 on_gpu = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not GPUS, reason="no GPU is at hand")]
 # bfloat16 moves log probabilities of the tiny model by hundredths, and by more at a tie between two codes. Wrong rows
 # or weights move nearly every one by tenths.
@@ -61,10 +67,11 @@ def started(
     question = {"prompt": media_text, **{kind: str(path) for kind, path in media.items()}}
     omni = {"model": str(omni_checkpoint), "prompts": [{"prompt_token_ids": TEXT_PROMPT}, question]}
     engines = Engines(directory)
-    jobs = {name: {**omni, "engine": engine} for name, engine in ENGINES.items() if name != "two ranks" or GPUS > 1}
+    possible = {"two ranks": GPUS > 1, "fastsafetensors": FASTSAFETENSORS}
+    jobs = {name: {**omni, "engine": engine} for name, engine in ENGINES.items() if possible.get(name, True)}
     for name in ("bfloat16", "float16"):
         jobs[name]["capture"] = str(directory / f"{name}.safetensors")
-    jobs["sleeps"]["sleep"] = 1
+    jobs["sleeps"]["sleep"], jobs["sleeps deeply"]["sleep"] = 1, 2
     engines.run(jobs)
     return engines
 
@@ -104,9 +111,16 @@ def test_cuda_graphs_give_the_log_probabilities_of_eager_steps(started: Engines)
 
 
 @gpu_test
-def test_an_engine_answers_the_same_after_sleep(started: Engines) -> None:
-    result = started.results["sleeps"]
+@pytest.mark.parametrize("name", ["sleeps", "sleeps deeply"])
+def test_an_engine_answers_the_same_after_sleep(started: Engines, name: str) -> None:
+    result = started.results[name]
     assert result["after_sleep"] == [request["token_ids"] for request in result["requests"]]
+
+
+@gpu_test
+@pytest.mark.skipif(not FASTSAFETENSORS, reason="the package fastsafetensors is not installed")
+def test_fastsafetensors_loads_the_same_weights(started: Engines) -> None:
+    assert logprobs(started.results["fastsafetensors"]).equal(logprobs(started.results["bfloat16"]))
 
 
 @gpu_test

@@ -23,7 +23,8 @@ def engine_config(**changes: Any) -> Any:
     """The part of vLLM's configuration that decides; a change is named `part.setting` with `__` for the dot."""
     parts: dict[str, dict[str, Any]] = {
         "model_config": {
-            "supports_multimodal_inputs": True,
+            "is_multimodal_model": True,
+            "get_multimodal_config": lambda: SimpleNamespace(enable_mm_embeds=False),
             "is_encoder_decoder": False,
             "enable_prompt_embeds": False,
             "hf_config": SimpleNamespace(to_dict=dict),
@@ -118,7 +119,8 @@ REASONS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_config": object()},
     "speculative decoding": {"speculative_config": object()},
     "prompts may come as embeddings": {"model_config__enable_prompt_embeds": True},
-    "takes no media": {"model_config__supports_multimodal_inputs": False},
+    "takes no media": {"model_config__is_multimodal_model": False},
+    "the engine takes no media": {"taken": ()},
     "encoder-decoder": {"model_config__is_encoder_decoder": True},
     "fast prefill": {"cache_config__kv_sharing_fast_prefill": True},
 }

