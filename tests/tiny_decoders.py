@@ -8,7 +8,9 @@ import transformers
 from benchmarks.models.tiny_omni.processor import write_tokenizer
 from tests.tiny_models import DECODER, write_model
 
-# By model_type: transformers' class, and settings of its config that differ from those of DECODER.
+_FACTORS = {"short_factor": [1 + i / 20 for i in range(12)], "long_factor": [2 + i / 10 for i in range(12)]}
+# By model_type, with an ending for further ones of a type: transformers' class, and settings of its config that differ
+# from those of DECODER.
 # Every token id that a config names must exist, and head_dim is 32, the smallest that vLLM's CPU attention takes.
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {"head_dim": 32, "sliding_window": 32}),
@@ -79,6 +81,75 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2": ("Gemma2ForCausalLM", {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
     "seed_oss": ("SeedOssForCausalLM", {"head_dim": 32}),
+    # An MLP without a gate, whose activation is the square of relu, on Llama's attention.
+    "arcee": ("ArceeForCausalLM", {}),
+    "helium": ("HeliumForCausalLM", {"head_dim": 32}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+    "olmo": ("OlmoForCausalLM", {"clip_qkv": 2.0, "attention_bias": True}),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+    "vaultgemma": (
+        "VaultGemmaForCausalLM",
+        {"head_dim": 32, "tie_word_embeddings": True, "sliding_window": 32, "query_pre_attn_scalar": 32},
+    ),
+    "cwm": (
+        "CwmForCausalLM",
+        {"head_dim": 32, "bos_token_id": 0, "sliding_window": 32, "layer_types": ["sliding_attention"] * 2},
+    ),
+    "jais2": ("Jais2ForCausalLM", {"head_dim": 32}),
+    "hyperclovax": ("HyperCLOVAXForCausalLM", {"head_dim": 32}),
+    "granite_swa": ("GraniteSWAForCausalLM", {"head_dim": 32}),
+    # Neither experts nor a state space: the third kind of Granite 4.
+    "granitemoehybrid": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 256,
+            "layer_types": ["attention"] * 2,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "ministral": (
+        "MinistralForCausalLM",
+        {"head_dim": 32, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    # transformers draws some weights by name after it has loaded them.
+    "nanochat": ("NanoChatForCausalLM", {"head_dim": 32}),
+    # vLLM replicates the linears of models without a tensor-parallel plan, as these two.
+    "bitnet": ("BitNetForCausalLM", {"head_dim": 32}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {"multi_query": True, "tie_word_embeddings": True}),
+    # Its blocks hold a table of positions that no file holds.
+    "gptj": ("GPTJForCausalLM", {"rotary_dim": 16}),
+    "opt": ("OPTForCausalLM", {"ffn_dim": 256, "word_embed_proj_dim": 128, "tie_word_embeddings": True}),
+    # Norms come after attention and MLP; embeddings are narrower than the blocks.
+    "opt-350m": (
+        "OPTForCausalLM",
+        {"ffn_dim": 256, "word_embed_proj_dim": 64, "do_layer_norm_before": False, "tie_word_embeddings": True},
+    ),
+    # Groups of queries share keys; q, k and v are one matrix, group by group.
+    "falcon-40b": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    # Positions are scaled by two lists of factors, for short and for long prompts.
+    "phi3-longrope": (
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                **_FACTORS,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-bias": (
+        "GraniteForCausalLM",
+        {"logits_scaling": 2.0, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-bias": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "llama-dynamic": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
 }
 
 

@@ -41,7 +41,20 @@ def test_a_layer_that_vllm_would_not_find_is_named(tmp_path: Path) -> None:
     assert done.returncode == names.MISSING
     assert done.stderr.splitlines()[-1] == (
         "model.layers.1.self_attn.out_proj: vLLM's StablelmForCausalLM has no linear of this name that can be "
-        "quantized (1 of 2 are missing); leave it in 16 bit: --ignore 'model.layers.1.self_attn.out_proj'"
+        "quantized (1 of 2 are missing); leave it in 16 bit: --ignore '*.out_proj'"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_bias_that_vllm_would_not_add_is_named(tmp_path: Path) -> None:
+    model, name = build_tiny_decoder("stablelm", tmp_path / "model"), "model.layers.0.self_attn.o_proj"
+    file = tmp_path / "planned.json"
+    file.write_text(json.dumps(QuantizationSpec({name: LayerSpec(128, 128, 32, "row", name, bias=True)}).to_dict()))
+    done = run(model, str(file))
+    assert done.returncode == names.MISSING
+    assert done.stderr.splitlines()[-1] == (
+        f"{name}: vLLM's StablelmForCausalLM has no bias here, the weights a bias; it cannot serve them"
     )
 
 
