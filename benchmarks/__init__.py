@@ -6,6 +6,7 @@ cpu_experts     routed experts on a CPU against vLLM's bf16
 cpu_linear      the CPU kernels against vLLM's linears on a CPU
 decisions       costs and gains of the format's decisions, on single layers
 demo            `make demo`: a real model, calibrated, served and asked
+error_sources   where the errors of a checkpoint's linears come from
 gpu             `make gpu`: tests, linears and engines on the GPU at hand
 gpu_cost_model  estimates of the GPU kernels' times, without a GPU
 gpu_host        what a call of a GPU layer costs the host, without a GPU
