@@ -3,7 +3,7 @@
 cli             the command `morphoquant`
 calibrate       one run from model and data to checkpoint
 stages          its stages: capture, quantize, export
-precision       the stage of `bits_budget`: which linears get more than 4 bits
+precision       the stage that shares budgets among inputs: bits of weights, and escapes
 forecast        what a run will do and need
 examination     the memory of a calibration, for `morphoquant doctor`
 settings        the settings, each declared once

@@ -25,7 +25,7 @@ from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
 from calibration.output.staging import check_length, check_output, check_room
-from calibration.precision import spend_bits
+from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from calibration.stages import Job, capture, export, forecast, prepare, quantize
@@ -92,7 +92,7 @@ def calibrate(
         processes.broadcast(lambda: check_output(output, source.directory, overwrite=overwrite))
         with _clear_memory_errors(job):
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
-            job = spend_bits(job, kept, tokens)
+            job = spend_budgets(job, kept, tokens)
             quantize(job, kept, tokens, on_block, on_layer)
         return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
 

@@ -1,10 +1,14 @@
-"""The stage of a calibration that spends `bits_budget`: which linears get 8-bit weights, or stay in 16 bit."""
+"""The stage of a calibration that shares budgets among the inputs of the model: bits of weights, and escapes.
+
+With a `bits_budget` it chooses the linears that get 8-bit weights or stay in 16 bit. With `budget: model` it chooses
+the escape budget of each input.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from calibration.blocks.sensitivity import Passes, choose_samples
@@ -12,36 +16,59 @@ from calibration.data.token_choice import TokenSample
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
+from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
+from calibration.settings.recipe import Recipe
 from calibration.stages import Job
+from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
 from calibration.work.directory import WorkDirectory
-from calibration.work.forms import Choice, keep_choice, read_choice, read_front, sample_lengths
 from morphoquant_vllm.format.layers import LayerSpec
 
 logger = logging.getLogger(__name__)
 
 
-def spend_bits(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
-    """The job with each linear in its form; unchanged without a `bits_budget`. The choice is kept, and resumed."""
-    if job.recipe.bits_budget is None:
+@dataclass(frozen=True)
+class Measured:
+    """The probes' results by the input's name, in the order of the blocks; empty on all processes but the first."""
+
+    # Losses of each form, if there is a `bits_budget`.
+    losses: dict[str, dict[int, float]]
+    # Costs of escapes, if the recipe has one budget for the model.
+    escapes: dict[str, EscapeCosts]
+
+
+def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
+    """The job with the form and the escape budget of each input; unchanged if the recipe shares no budget.
+
+    The choice is kept, and resumed.
+    """
+    if not needs_choice(job.recipe):
         return job
     choice = job.processes.broadcast(lambda: read_choice(work), [Choice])
     if choice is None:
-        measured = measure_losses(job, work, tokens)
+        measured = measure(job, work, tokens)
         choice = job.processes.broadcast(lambda: choose(job, measured), [Choice])
         made = choice
         job.processes.broadcast(lambda: keep_choice(work, made))
     if job.processes.first:
-        logger.info("%s", _line(choice))
-    return replace(job, spec=apply(job.spec, choice.forms))
+        for line in _lines(job, choice):
+            logger.info("%s", line)
+    return replace(job, spec=apply(job.spec, choice.forms), escape_budgets=choice.escape_budgets)
 
 
-def measure_losses(job: Job, work: WorkDirectory, tokens: TokenSample) -> dict[str, dict[int, float]]:
-    """The losses of each input's forms, by the input's name, in the order of the blocks.
+def needs_choice(recipe: Recipe) -> bool:
+    """Whether a budget is shared by the inputs of the model."""
+    return recipe.bits_budget is not None or _shares_escapes(recipe)
 
-    The first process computes them, and the others wait block by block. They are empty on the others.
-    """
+
+def _shares_escapes(recipe: Recipe) -> bool:
+    return recipe.budget == "model" and recipe.grid == "budget" and recipe.escape_budget > 0
+
+
+def measure(job: Job, work: WorkDirectory, tokens: TokenSample) -> Measured:
+    """What forms and escapes of each input cost. The first process measures it, the others wait block by block."""
     passes = _begin(job, work, tokens) if job.processes.first else None
-    found: dict[str, dict[int, float]] = {}
+    losses_of: dict[str, dict[int, float]] = {}
+    escapes_of: dict[str, EscapeCosts] = {}
 
     def forward(index: int) -> None:
         assert passes is not None
@@ -52,7 +79,10 @@ def measure_losses(job: Job, work: WorkDirectory, tokens: TokenSample) -> dict[s
         if index == job.names.blocks - 1:
             passes.turn(job.recipe.modality_balance)
         for name, probe in passes.backward(index, _shards_of(job, index)).items():
-            found[name] = losses(probe, job.recipe.group_size, job.recipe.escape_budget)
+            if job.recipe.bits_budget is not None:
+                losses_of[name] = losses(probe, job.recipe.group_size, job.recipe.escape_budget)
+            if _shares_escapes(job.recipe) and probe.x.shape[0]:
+                escapes_of[name] = escape_costs(probe)
         if not index:
             passes.clear()
 
@@ -61,26 +91,29 @@ def measure_losses(job: Job, work: WorkDirectory, tokens: TokenSample) -> dict[s
     for index in reversed(range(job.names.blocks)):
         job.processes.broadcast(partial(back, index))
     order = job.spec.shared_inputs()
-    return {name: found[name] for name in order if name in found}
+    return Measured(
+        {name: losses_of[name] for name in order if name in losses_of},
+        {name: escapes_of[name] for name in order if name in escapes_of},
+    )
 
 
-def choose(job: Job, measured: Mapping[str, Mapping[int, float]]) -> Choice:
-    """The forms that the budget allows, by the losses of each input's forms."""
-    assert job.recipe.bits_budget is not None
-    linears = decoder_linears(job.spec, job.names.prefix)
-    weights = sum(_size(layer) for layer in linears.values())
-    spare = (job.recipe.bits_budget - mean_bits(linears.values())) * weights
+def choose(job: Job, measured: Measured) -> Choice:
+    """The forms and escape budgets that the recipe's budgets allow."""
     shared = job.spec.shared_inputs()
     candidates = {}
-    for name, loss in measured.items():
+    for name, loss in measured.losses.items():
         layers = [job.spec.layers[layer] for layer in shared[name]]
         bits = {form: stored_bits(in_form(layers[0], form)) for form in FORMS}
         candidates[name] = Candidate(sum(map(_size, layers)), bits, loss)
-    forms = spend(candidates, spare)
+    linears = decoder_linears(job.spec, job.names.prefix)
+    weights, least = sum(_size(layer) for layer in linears.values()), mean_bits(linears.values())
+    budget = least if job.recipe.bits_budget is None else job.recipe.bits_budget
+    forms = spend(candidates, (budget - least) * weights)
     added = sum(entry.weights * (entry.bits[forms[name]] - entry.bits[4]) for name, entry in candidates.items())
-    total = sum(loss[4] for loss in measured.values())
-    shares = {name: loss[4] / total if total > 0 else 0.0 for name, loss in measured.items()}
-    return Choice(forms, mean_bits(linears.values()) + added / weights, shares)
+    total = sum(loss[4] for loss in measured.losses.values())
+    shares = {name: loss[4] / total if total > 0 else 0.0 for name, loss in measured.losses.items()}
+    escapes = share_budget(measured.escapes, job.recipe.escape_budget) if measured.escapes else {}
+    return Choice(forms, least + added / weights, shares, escapes)
 
 
 def _begin(job: Job, work: WorkDirectory, tokens: TokenSample) -> Passes:
@@ -88,7 +121,7 @@ def _begin(job: Job, work: WorkDirectory, tokens: TokenSample) -> Passes:
     parts = tokens.modality.split([positions.numel() for positions in tokens.positions])
     rows = [frozenset(part.unique().tolist()) for part in parts]
     chosen = choose_samples(sample_lengths(work), rows)
-    logger.info("bits_budget: %d of %d samples choose the bits of weights", len(chosen), len(rows))
+    logger.info("budgets: %d of %d samples choose how they are shared", len(chosen), len(rows))
     blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
     samples = [read_front(work, index) for index in chosen]
     return Passes(blocks, samples, work.path, job.recipe.seed)
@@ -107,9 +140,18 @@ def _size(layer: LayerSpec) -> int:
     return layer.in_features * layer.out_features
 
 
-def _line(choice: Choice) -> str:
-    counts = {form: sum(found == form for found in choice.forms.values()) for form in FORMS}
-    return (
-        f"bits_budget: {counts[8]} inputs with 8-bit weights, {counts[16]} in 16 bit, {counts[4]} with 4-bit weights; "
-        f"{choice.mean:.3f} bits a weight"
-    )
+def _lines(job: Job, choice: Choice) -> list[str]:
+    lines = []
+    if job.recipe.bits_budget is not None:
+        counts = {form: sum(found == form for found in choice.forms.values()) for form in FORMS}
+        lines.append(
+            f"bits_budget: {counts[8]} inputs with 8-bit weights, {counts[16]} in 16 bit, {counts[4]} with 4-bit "
+            f"weights; {choice.mean:.3f} bits a weight"
+        )
+    if choice.escape_budgets:
+        least, most = (pick(choice.escape_budgets, key=choice.escape_budgets.__getitem__) for pick in (min, max))
+        lines.append(
+            f"budget: escape budgets from {choice.escape_budgets[least]:.2%} ({least}) to "
+            f"{choice.escape_budgets[most]:.2%} ({most})"
+        )
+    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from calibration.output.staging import check_free_space, clear_write_errors, sta
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
 from calibration.settings.recipe import Recipe
+from calibration.work.budgets import report_entry
 from calibration.work.directory import WorkDirectory
-from calibration.work.forms import report_entry
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 
@@ -56,6 +56,8 @@ class Job:
     memory_budget: int | None
     device: torch.device
     processes: Processes
+    # Escape budgets of inputs that have another one than the recipe's, by the input's name.
+    escape_budgets: Mapping[str, float] = field(default_factory=dict)
 
     def memory_need(self, tokens: TokenSample | None = None) -> MemoryNeed:
         """The memory peaks of one process of this calibration; MorphoQuantError if they exceed a stated budget."""
@@ -222,6 +224,7 @@ def quantize(
         source=job.source,
         spec=job.spec,
         recipe=job.recipe,
+        escape_budgets=job.escape_budgets,
         first=work.finished,
         on_layer=on_layer,
     ):
@@ -249,6 +252,8 @@ def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, 
     warning = empty_experts(experts)
     if warning:
         logger.warning("%s", warning)
+    if job.escape_budgets:
+        report["escape_budgets"] = dict(job.escape_budgets)
     if recipe.bits_budget is not None:
         report["bits"] = report_entry(work, recipe.bits_budget)
     if source.fp8:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,7 @@ def calibrate_blocks(
     source: Source,
     spec: QuantizationSpec,
     recipe: Recipe,
+    escape_budgets: Mapping[str, float] | None = None,
     first: int = 0,
     on_layer: Callable[[LayerBegins], None] | None = None,
 ) -> Iterator[BlockResult]:
@@ -129,8 +131,10 @@ def calibrate_blocks(
     The served stream runs the layers quantized so far, also within the block. `inputs` hold the states before block
     `first`; at each result they hold the inputs of the next block. One block at a time is in memory. `inputs` are this
     process's samples, and `tokens` describes those of all processes. Every process yields the same. `on_layer` is
-    called before each input of a block is quantized.
+    called before each input of a block is quantized. `escape_budgets` are those of inputs that have another one than
+    the recipe's.
     """
+    recipe_of = partial(_recipe_of, recipe, escape_budgets or {})
     serving = TokenRows(spec.any_row)
     sampled = {spec.rows[row]: int((tokens.modality == row).sum()) for row in tokens.counts}
     for index in range(first, len(blocks)):
@@ -144,18 +148,24 @@ def calibrate_blocks(
         del module
         routed = names.layer(index, architecture.experts)
         experts = {architecture.experts: routed} if routed in spec.experts else {}
-        found = _calibrate_block(block, shards_of, experts, tokens, source, spec, recipe, on_layer)
+        found = _calibrate_block(block, shards_of, experts, tokens, source, spec, recipe_of, on_layer)
         del block
         records = {spec.layers[name].shared_input: layer.record for name, layer in found.layers.items()}
         records |= {experts_input(name): layer.record.input for name, layer in found.experts.items()}
         for shared_input, record in records.items() if tokens.processes.first else ():
-            warning = escape_warning(shared_input, record, recipe, sampled)
+            warning = escape_warning(shared_input, record, recipe_of(shared_input), sampled)
             if warning:
                 logger.warning("%s", warning)
         errors = [layer.record.output_error for layer in found.layers.values()]
         errors += [error for layer in found.experts.values() for error in layer.record.errors]
         loss = sum(errors) / len(errors) if errors else None
         yield BlockResult(index, len(blocks), found.layers, loss, found.distributions, found.experts, found.attention)
+
+
+def _recipe_of(recipe: Recipe, escape_budgets: Mapping[str, float], shared_input: str) -> Recipe:
+    """The recipe of an input, which may have an escape budget of its own."""
+    budget = escape_budgets.get(shared_input)
+    return recipe if budget is None else recipe.model_copy(update={"escape_budget": budget})
 
 
 @dataclass
@@ -175,7 +185,7 @@ def _calibrate_block(
     tokens: TokenSample,
     source: Source,
     spec: QuantizationSpec,
-    recipe: Recipe,
+    recipe_of: Callable[[str], Recipe],
     on_layer: Callable[[LayerBegins], None] | None,
 ) -> _Quantized:
     """The block's layers and the distributions of its inputs; its samples then hold the inputs of the next block.
@@ -205,11 +215,11 @@ def _calibrate_block(
         weights = {layer: _load_weight(source, layer) for layer in layers}
         # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
         release_freed_memory()
-        quantized = quantize_input(sample, tokens, weights, spec, recipe)
+        shared_input = spec.layers[layers[0]].shared_input
+        quantized = quantize_input(sample, tokens, weights, spec, recipe_of(shared_input))
         for shard, layer in zip(shards, layers, strict=True):
             _replace(block.module, shard, quantized[layer], block.serving)
         found.layers |= quantized
-        shared_input = spec.layers[layers[0]].shared_input
         found.distributions[shared_input] = observe(sample, tokens, quantized[layers[0]].tensors, spec)
         # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
         del collectors, sample, weights
@@ -219,10 +229,9 @@ def _calibrate_block(
         shape = len(spec.rows), spec.experts[name].count
         served = RoutedCollector(name, shape, block.modality, none[module])
         sample = _sample_input(block, module, targets.pop(module), served, rows, outlying, tokens.processes)
-        _quantize_experts(
-            block, module, name, ExpertsSample(sample, served.routing(tokens)), tokens, source, spec, recipe, found
-        )
-        del served, sample
+        routed = ExpertsSample(sample, served.routing(tokens))
+        _quantize_experts(block, module, name, routed, tokens, source, spec, recipe_of(name), found)
+        del served, sample, routed
     for entry, row in zip(block.inputs, rows, strict=True):
         entry.write_served(block.run(entry, entry.served, {}, row, served=True))
     return found

@@ -41,6 +41,7 @@ def make_report(
     """The JSON object of REPORT_FILE, the same for the same run (no times, no paths)."""
     # Without these settings, a checkpoint's bytes are the same as before they existed.
     unused = {name for name in ("towers", "decoder", "bits_budget") if not getattr(recipe, name)}
+    unused |= {"budget"} if recipe.budget == "equal" else set()
     settings = recipe.model_dump(mode="json", exclude=unused)
     return {
         "format": REPORT_FORMAT,

@@ -22,6 +22,7 @@ No module touches files, and only `observation` sets hooks.
     two_level        two-level scales for a layer that has group scales
     int8_products    exact products of integer codes
     bit_losses       estimated cost of 4-bit and 8-bit weights for the model's output
+    escape_prices    one price of escapes for all inputs of the model
     layer_report     the figures of each layer in the report
     chunks           runs of tokens that are processed at a time
 """

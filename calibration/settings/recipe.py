@@ -79,6 +79,11 @@ class Recipe(BaseModel):
         le=0.2,
         description="Fraction of a modality's codes in a layer that may leave the 4-bit range; 0: none may.",
     )
+    budget: Literal["equal", "model"] = Field(
+        default="equal",
+        description="Budget grid: equal (every input has escape_budget) or model (inputs whose escapes save most in "
+        "the model's output have more, others less; the mean over channels is escape_budget).",
+    )
     massive_row: bool = Field(
         default=True, description="Whether massive tokens (usually the first of a sequence) get a separate row."
     )

@@ -3,7 +3,7 @@
     lock                        held by the active run
     run.json                    fingerprint of the run (calibration.work.identity), and its number of threads
     samples.json                the samples, and their files' sizes and hashes: written when all files are complete
-    bits.json                   the choice of a bits_budget: calibration.work.forms
+    budgets.json                how inputs share the budgets of the model: calibration.work.budgets
     towers.safetensors          the tensors of quantized towers, and their distributions
     sample-00000.safetensors    the decoder's inputs of one sample
     block-00000.safetensors     a finished block's tensors in their final form, and its distributions

@@ -29,7 +29,7 @@ _FILES = tuple(
     re.compile(rf"{pattern}({re.escape(PARTIAL)})?")
     for pattern in (
         r"block-\d+\.json",
-        r"bits\.json",
+        r"budgets\.json",
         r"samples\.json",
         r"towers\.safetensors",
         r"(block|sample|hidden|served|sensitivity)-\d+(-process\d+)?\.safetensors",

@@ -9,7 +9,7 @@ import pytest
 from calibration import precision
 from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
-from calibration.work.forms import Choice
+from calibration.work.budgets import Choice
 
 # Every form, in column-parallel and row-parallel linears; 8-bit weights in fused ones, and in both kinds.
 FORMS = {"0.self_attn.qkv_proj": 8, "0.mlp.down_proj": 8, "1.self_attn.o_proj": 16, "1.mlp.gate_up_proj": 8}
@@ -20,5 +20,5 @@ def calibrate_mixed(
 ) -> dict[str, Any]:
     """The report of a checkpoint with `forms`, which are below `prefix`."""
     chosen = {f"{prefix}.{name}": form for name, form in forms.items()}
-    patch.setattr(precision, "choose", lambda job, measured: Choice(chosen, 6.0, dict.fromkeys(measured, 0.1)))
+    patch.setattr(precision, "choose", lambda job, measured: Choice(chosen, 6.0, dict.fromkeys(measured.losses, 0.1)))
     return calibrate(model, data, output, recipe=Recipe(device="cpu", sample_tokens=64, bits_budget=6.0))

@@ -14,9 +14,10 @@ from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate, dry_run
 from calibration.model.bits import mean_bits
 from calibration.output.report import REPORT_FILE
+from calibration.precision import needs_choice
 from calibration.processes import Processes
 from calibration.settings.recipe import Recipe
-from calibration.work.forms import FORMS_FILE
+from calibration.work.budgets import BUDGETS_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, read_spec
 from morphoquant_vllm.format.verify import verify_checkpoint
@@ -58,7 +59,8 @@ def test_a_budget_is_nearly_used_and_kept(whole: Path) -> None:
 
 def test_without_a_budget_nothing_of_it_is_written(tiny: TinyModels, tmp_path: Path) -> None:
     report = run(tiny, tmp_path / "out", BUDGET.model_copy(update={"bits_budget": None}))
-    assert "bits" not in report and "bits_budget" not in report["settings"]
+    assert not {"bits", "escape_budgets"} & report.keys()
+    assert not {"bits_budget", "budget"} & report["settings"].keys()
     assert {layer.weight_bits for layer in read_spec(tmp_path / "out").layers.values()} == {4}
     assert "weight_bits" not in (tmp_path / "out" / "config.json").read_text()
 
@@ -75,13 +77,13 @@ def test_a_resumed_run_keeps_its_choice(tiny: TinyModels, whole: Path, tmp_path:
     with pytest.raises(Stopped):
         run(tiny, tmp_path / "out", on_block=stop)
     work = tmp_path / "out.work"
-    assert (work / FORMS_FILE).exists() and not list(work.glob("sensitivity-*"))
-    kept = (work / FORMS_FILE).read_bytes()
-    (work / FORMS_FILE).unlink()
-    with pytest.raises(MorphoQuantError, match=r"bits\.json: cannot be used \(it is missing\).*--restart"):
+    assert (work / BUDGETS_FILE).exists() and not list(work.glob("sensitivity-*"))
+    kept = (work / BUDGETS_FILE).read_bytes()
+    (work / BUDGETS_FILE).unlink()
+    with pytest.raises(MorphoQuantError, match=r"budgets\.json: cannot be used \(it is missing\).*--restart"):
         run(tiny, tmp_path / "out")
-    (work / FORMS_FILE).write_bytes(kept)
-    monkeypatch.setattr("calibration.precision.measure_losses", _not_again)
+    (work / BUDGETS_FILE).write_bytes(kept)
+    monkeypatch.setattr("calibration.precision.measure", _not_again)
     run(tiny, tmp_path / "out")
     assert content(tmp_path / "out") == content(whole) and not work.exists()
 
@@ -112,6 +114,30 @@ def test_two_processes_choose_what_one_chooses(tiny: TinyModels, whole: Path, tm
     assert results[0] == results[1]
     assert results[0]["bits"] == json.loads((whole / REPORT_FILE).read_text())["bits"]
     assert verify_checkpoint(tmp_path / "two").layers == read_spec(whole).layers
+
+
+def test_one_budget_of_escapes_for_the_model(tiny: TinyModels, tmp_path: Path) -> None:
+    recipe = Recipe(device="cpu", sample_tokens=64, max_samples=2, budget="model")
+    report = run(tiny, tmp_path / "out", recipe)
+    budgets = report["escape_budgets"]
+    spec = verify_checkpoint(tmp_path / "out")
+    assert budgets.keys() == spec.shared_inputs().keys() and len(set(budgets.values())) > 2
+    channels = {layer.shared_input: layer.in_features for layer in spec.layers.values()}
+    mean = sum(budgets[name] * count for name, count in channels.items()) / sum(channels.values())
+    assert 0.03 < mean <= 0.04
+    # Each input keeps its own budget on the tokens of the search.
+    for name, layer in spec.layers.items():
+        rates = report["layers"][name]["escape_rate"]
+        massive = rates.get("massive", 0.0) * report["layers"][name]["massive_tokens"] / 66
+        assert rates["all"] - massive <= budgets[layer.shared_input] + 0.03, name
+
+
+@pytest.mark.parametrize("settings", [{"grid": "reference"}, {"escape_budget": 0.0}])
+def test_without_a_budget_of_escapes_there_is_none_to_share(
+    settings: dict[str, Any],
+) -> None:
+    recipe = Recipe(device="cpu", budget="model", **settings)
+    assert not needs_choice(recipe) and needs_choice(Recipe(budget="model"))
 
 
 @pytest.mark.parametrize("budget", [4.0, 8.5])

@@ -1,10 +1,10 @@
-"""The part of a work directory about `bits_budget`: the samples that choose the forms of weights, and the choice."""
+"""The part of a work directory about budgets that inputs share: the samples that choose, and the choice."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from calibration.blocks.capture import MemoryInput
@@ -12,7 +12,7 @@ from calibration.work.directory import SAMPLES_FILE, WorkDirectory
 from calibration.work.durable_files import damaged, read_manifest, read_tensors, write_json_durably
 from calibration.work.hidden_states import read_arguments, sample_file
 
-FORMS_FILE = "bits.json"
+BUDGETS_FILE = "budgets.json"
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Choice:
     mean: float
     # Share of each input in the estimated error of the model with 4-bit weights alone.
     shares: dict[str, float]
+    # The escape budget of each input, if they differ.
+    escape_budgets: dict[str, float] = field(default_factory=dict)
 
 
 def read_choice(work: WorkDirectory) -> Choice | None:
     """The choice that the run has made; None if it has not. MorphoQuantError if blocks were finished without it."""
-    path = work.path / FORMS_FILE
+    path = work.path / BUDGETS_FILE
     if not path.exists():
         if work.finished:
             raise damaged(path, "it is missing")
@@ -40,7 +42,7 @@ def read_choice(work: WorkDirectory) -> Choice | None:
 
 def keep_choice(work: WorkDirectory, choice: Choice) -> None:
     """Keep the choice for the later blocks and for a resumed run."""
-    write_json_durably(work.path / FORMS_FILE, {"settings": work.settings, **asdict(choice)})
+    write_json_durably(work.path / BUDGETS_FILE, {"settings": work.settings, **asdict(choice)})
 
 
 def sample_lengths(work: WorkDirectory) -> list[int]:
