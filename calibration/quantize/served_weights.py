@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibration.processes import Processes
+from calibration.quantize.held_out import HeldMoments, regress_by_held
 from calibration.quantize.moments import Moments, regress
 from calibration.quantize.rounding import quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
@@ -37,17 +38,24 @@ class ServedWeights:
 
 
 def round_weights(
-    matrix: Tensor, step: Tensor, moments: Moments, layer: LayerSpec, recipe: Recipe, processes: Processes
+    matrix: Tensor,
+    step: Tensor,
+    moments: Moments,
+    layer: LayerSpec,
+    recipe: Recipe,
+    processes: Processes,
+    held: Moments | None = None,
 ) -> ServedWeights:
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
-    Each process rounds some of the output channels. Overwrites the second moments in `moments`.
+    Each process rounds some of the output channels. Overwrites the second moments in `moments` and `held`. The latter
+    are those of held-out tokens, which choose the strength of the regression; None: the recipe's.
     """
     channels = processes.share(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
     # The runs of tokens are done. Their memory is needed for the second moments.
     release_freed_memory()
-    own = _round(absorbed, moments, channels, layer, recipe)
+    own = _round(_aim(absorbed, moments, channels, recipe, processes, held), layer, recipe)
     del absorbed
     owners = processes.owners(matrix.shape[0])
     int4, *scales = (processes.all_gather_rows(part, owners) for part in own)
@@ -56,14 +64,33 @@ def round_weights(
     return ServedWeights(stored, weights.dequantize_weight(packed, *scales))
 
 
-def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-    """int4 codes int8 [n, K] of the 16-bit weights times steps, `absorbed`, of these output channels, and their scales.
+def _aim(
+    absorbed: Tensor,
+    moments: Moments,
+    channels: slice,
+    recipe: Recipe,
+    processes: Processes,
+    held: Moments | None,
+) -> tuple[Tensor, Tensor]:
+    """The weights [n, K] for codes that rounding aims at, and the second moments [K, K] of the codes.
+
+    `absorbed` [n, K] are the 16-bit weights of these output channels, times steps.
+    """
+    hessian, code_output = moments.take_centred(channels)
+    if not recipe.regression:
+        return absorbed, hessian
+    if held is None:
+        return regress(hessian, code_output, absorbed, recipe.shrinkage), hessian
+    of_held = HeldMoments.of(held, channels)
+    return regress_by_held(hessian, code_output, absorbed, recipe.shrinkage, of_held, processes), hessian
+
+
+def _round(aim: tuple[Tensor, Tensor], layer: LayerSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+    """int4 codes int8 [n, K] of weights and their scales; `aim` as from `_aim`.
 
     Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
     """
-    hessian, code_output = moments.take_centred(channels)
-    target = regress(hessian, code_output, absorbed, recipe.shrinkage) if recipe.regression else absorbed
-    del code_output
+    target, hessian = aim
     two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":
         if two_level:

@@ -91,6 +91,10 @@ class Recipe(BaseModel):
         lt=1,
         description="Relative reduction of a modality's error on held-out tokens that a separate row must reach.",
     )
+    effort: Literal["fast", "default", "best"] = Field(
+        default="fast",
+        description="EFFORTTEXT",
+    )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
     )
