@@ -41,6 +41,8 @@ def make_report(
     """The JSON object of REPORT_FILE, the same for the same run (no times, no paths)."""
     # Without these settings, a checkpoint's bytes are the same as before they existed.
     unused = {name for name in ("towers", "decoder") if not getattr(recipe, name)}
+    if recipe.effort == "fast":
+        unused.add("effort")
     settings = recipe.model_dump(mode="json", exclude=unused)
     return {
         "format": REPORT_FORMAT,

@@ -1,38 +1,43 @@
-"""Tokens that no fit sees, and the strength of the regression that they choose. Pure."""
+"""Calibration samples that no fit of weights sees, and the choices that they make between fits. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from calibration.data.token_choice import TokenSample
 from calibration.processes import Processes
-from calibration.quantize.moments import Moments, regress
+from calibration.quantize.moments import Moments
 
-# One of this many calibration samples is held out; there is no choice with fewer samples.
+T = TypeVar("T")
+
+# One of this many calibration samples is held out; with fewer samples none is.
 SAMPLES_PER_HELD = 16
-# Candidates, times the recipe's shrinkage.
-STRENGTHS = (1.0, 4.0, 16.0, 64.0)
 
 
 def held_out(tokens: TokenSample) -> Tensor | None:
-    """Drawn tokens of the last of every SAMPLES_PER_HELD samples, bool [T]; None if there are too few samples.
+    """Drawn tokens of held-out samples, bool [T]: the last of every SAMPLES_PER_HELD; None if there are too few.
 
-    Whole samples are held out, in every layer the same. So the earlier layers' errors on them are those of new data.
+    Every layer holds out the same samples. So the errors that earlier layers made on them are those of new data. Tokens
+    of a modality that no other sample has are not held out.
     """
-    if len(tokens.positions) < SAMPLES_PER_HELD:
-        return None
     lengths = torch.tensor([positions.numel() for positions in tokens.positions])
-    last = torch.arange(len(tokens.positions)) % SAMPLES_PER_HELD == SAMPLES_PER_HELD - 1
-    chosen = last.repeat_interleave(lengths)
-    return chosen if bool(chosen.any()) else None
+    last = torch.arange(lengths.numel()) % SAMPLES_PER_HELD == SAMPLES_PER_HELD - 1
+    held = last.repeat_interleave(lengths)
+    for row in tokens.modality[held].unique():
+        of_row = tokens.modality == row
+        if not bool((of_row & ~held).any()):
+            held &= ~of_row
+    return held if bool(held.any()) else None
 
 
 @dataclass(frozen=True)
 class HeldMoments:
-    """Second moments of the held-out tokens, about their means, for some of the output channels."""
+    """Second moments of held-out tokens about their means, for some of the output channels."""
 
     # Codes times codes [K, K], and times the outputs of the 16-bit layer [K, n].
     code_code: Tensor
@@ -40,31 +45,22 @@ class HeldMoments:
 
     @staticmethod
     def of(moments: Moments, channels: slice) -> HeldMoments:
-        """Those of `moments`, which are empty afterwards."""
+        """Those of `moments`, whose second moments are empty afterwards."""
         return HeldMoments(*moments.take_centred(channels))
 
     def error(self, weights: Tensor) -> Tensor:
-        """Square error of the outputs of `weights` [n, K] on the codes, less a constant: float64 []."""
-        product = (weights @ self.code_code - 2 * self.code_output.T).mul_(weights)
-        return product.double().sum()
+        """Square error of the outputs that `weights` [n, K] make of the codes, less a constant: float64 []."""
+        return (weights @ self.code_code - 2 * self.code_output.T).mul_(weights).double().sum()
 
+    def best(self, candidates: Iterable[tuple[Tensor, T]], processes: Processes) -> T:
+        """The second part of the candidate whose first, weights [n, K], has the least error; the first of equals.
 
-def regress_by_held(
-    code_code: Tensor,
-    code_output: Tensor,
-    absorbed: Tensor,
-    shrinkage: float,
-    held: HeldMoments,
-    processes: Processes,
-) -> Tensor:
-    """`regress` with that of STRENGTHS times `shrinkage` whose weights have the least error on held-out tokens.
-
-    Weights [n, K] are those of this process's output channels. All processes choose the same strength, by all channels.
-    """
-    best, least = absorbed, float("inf")
-    for strength in STRENGTHS:
-        found = regress(code_code, code_output.clone(), absorbed, strength * shrinkage)
-        error = float(processes.all_reduce(held.error(found), "SUM"))
-        if error < least:
-            best, least = found, error
-    return best
+        Each process has its output channels of the weights. All choose the same, by the error of all channels.
+        """
+        least, best = float("inf"), None
+        for weights, value in candidates:
+            error = float(processes.all_reduce(self.error(weights), "SUM"))
+            if best is None or error < least:
+                least, best = error, value
+        assert best is not None
+        return best

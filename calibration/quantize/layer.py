@@ -87,9 +87,12 @@ def quantize_input(
     coded = code_tokens(x, tokens, massive.own, found, spec)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
-    moments, held = _fitted_moments(coded, target, matrix, tokens, recipe if judged is None else None)
+    holds_out = recipe.effort != "fast" and judged is None
+    moments, held = _moments(coded, target, matrix, tokens, held_out(tokens) if holds_out else None)
     step = found.grids.grid.step.to(x.device)[coded.order]
     served = round_weights(matrix, step, moments, first, recipe, processes, held)
+    if held is not None:
+        moments.add_means(held)
     means = find_means(moments, coded, x, target, massive.own, processes)
     any_massive = bool(massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
@@ -106,22 +109,19 @@ def quantize_input(
     }
 
 
-def _fitted_moments(
-    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: TokenSample, recipe: Recipe | None
+def _moments(
+    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: TokenSample, held: Tensor | None
 ) -> tuple[Moments, Moments | None]:
-    """Moments of the tokens that weights are fitted to, and of those held out, if the recipe's effort holds some out.
-
-    None instead of a recipe holds none out.
-    """
-    held = None if recipe is None or recipe.effort == "fast" else held_out(tokens)
+    """Moments of the tokens that weights are fitted to, and of those that are `held` out, bool [T]; None: none are."""
     if held is None:
         return gather_moments(coded, target, matrix, tokens.processes), None
     own = tokens.local(held)
     places = own.nonzero().flatten()
-    kept = coded.weight * ~own.to(coded.weight.device)
-    fitted = gather_moments(replace(coded, weight=kept), target, matrix, tokens.processes)
-    return fitted, gather_moments(
-        coded.part(places), target[places.to(target.device)], matrix, tokens.processes
+    fitted = replace(coded, weight=coded.weight * ~own.to(coded.weight.device))
+    of_held = coded.part(places), target[places.to(target.device)]
+    return (
+        gather_moments(fitted, target, matrix, tokens.processes),
+        gather_moments(*of_held, matrix, tokens.processes),
     )
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from calibration.processes import Processes
-from calibration.quantize.held_out import HeldMoments, regress_by_held
+from calibration.quantize.held_out import HeldMoments
 from calibration.quantize.moments import Moments, regress
-from calibration.quantize.rounding import quantize_compensated, quantize_two_level
+from calibration.quantize.rounding import DAMPING, quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
@@ -20,6 +20,10 @@ from morphoquant_vllm.numerics import weights
 # Smallest importance of a channel, as a fraction of the mean. Without it, a channel whose codes were all 0 in
 # calibration would get arbitrary weights.
 IMPORTANCE_FLOOR = 1e-4
+# Strengths of the regression that held-out samples choose from, times the recipe's shrinkage; and dampings of the
+# Hessian in rounding, for the effort `best`.
+STRENGTHS = (1.0, 4.0, 16.0, 64.0)
+DAMPINGS = (DAMPING, 10 * DAMPING)
 # Names under which codes and scales are stored, in the order in which rounding gives them.
 _STORED = {
     GROUP_SCHEME: ("weight_codes", "weight_scale"),
@@ -49,13 +53,13 @@ def round_weights(
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
     Each process rounds some of the output channels. Overwrites the second moments in `moments` and `held`. The latter
-    are those of held-out tokens, which choose the strength of the regression; None: the recipe's.
+    are those of held-out samples, which choose between fits as the recipe's effort says; None: nothing is held out.
     """
     channels = processes.share(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
     # The runs of tokens are done. Their memory is needed for the second moments.
     release_freed_memory()
-    own = _round(_aim(absorbed, moments, channels, recipe, processes, held), layer, recipe)
+    own = _round_own(absorbed, moments, channels, layer, recipe, processes, held)
     del absorbed
     owners = processes.owners(matrix.shape[0])
     int4, *scales = (processes.all_gather_rows(part, owners) for part in own)
@@ -64,38 +68,48 @@ def round_weights(
     return ServedWeights(stored, weights.dequantize_weight(packed, *scales))
 
 
-def _aim(
+def _round_own(
     absorbed: Tensor,
     moments: Moments,
     channels: slice,
+    layer: LayerSpec,
     recipe: Recipe,
     processes: Processes,
     held: Moments | None,
-) -> tuple[Tensor, Tensor]:
-    """The weights [n, K] for codes that rounding aims at, and the second moments [K, K] of the codes.
-
-    `absorbed` [n, K] are the 16-bit weights of these output channels, times steps.
-    """
+) -> tuple[Tensor, ...]:
+    """Codes and scales, as from `_round`, of the 16-bit weights times steps, `absorbed`, of these output channels."""
     hessian, code_output = moments.take_centred(channels)
-    if not recipe.regression:
-        return absorbed, hessian
     if held is None:
-        return regress(hessian, code_output, absorbed, recipe.shrinkage), hessian
-    of_held = HeldMoments.of(held, channels)
-    return regress_by_held(hessian, code_output, absorbed, recipe.shrinkage, of_held, processes), hessian
+        target = regress(hessian, code_output, absorbed, recipe.shrinkage) if recipe.regression else absorbed
+        del code_output
+        return _round(target, hessian, layer, recipe, DAMPING)
+    judge = HeldMoments.of(held, channels)
+    target = absorbed
+    if recipe.regression:
+        fits = (regress(hessian, code_output.clone(), absorbed, each * recipe.shrinkage) for each in STRENGTHS)
+        target = judge.best(((fit, fit) for fit in fits), processes)
+    del code_output
+    if recipe.effort != "best" or recipe.rounding != "compensated":
+        return _round(target, hessian, layer, recipe, DAMPING)
+    rounded = (_round(target, hessian, layer, recipe, each) for each in DAMPINGS)
+    return judge.best(((_dequantized(*each), each) for each in rounded), processes)
 
 
-def _round(aim: tuple[Tensor, Tensor], layer: LayerSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-    """int4 codes int8 [n, K] of weights and their scales; `aim` as from `_aim`.
+def _dequantized(int4: Tensor, *scales: Tensor) -> Tensor:
+    """The weights [n, K] of codes int8 [n, K] and scales as from `_round`."""
+    return weights.dequantize_weight(weights.pack(int4), *scales)
+
+
+def _round(target: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, damping: float) -> tuple[Tensor, ...]:
+    """int4 codes int8 [n, K] of the weights `target` for codes of the second moments `hessian`, and their scales.
 
     Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
     """
-    target, hessian = aim
     two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":
         if two_level:
-            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels)
-        return quantize_compensated(target, hessian, layer.group_size)
+            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels, damping)
+        return quantize_compensated(target, hessian, layer.group_size, damping)
     energy = hessian.diagonal().clone()
     mean = float(energy.mean())
     importance = energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)

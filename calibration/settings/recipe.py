@@ -93,7 +93,8 @@ class Recipe(BaseModel):
     )
     effort: Literal["fast", "default", "best"] = Field(
         default="fast",
-        description="EFFORTTEXT",
+        description="fast: all calibration samples fit the weights. default: one of 16 is held out and chooses the "
+        "strength of each input's regression. best: it also chooses the damping of the rounding.",
     )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
