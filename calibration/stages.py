@@ -34,6 +34,7 @@ from calibration.output.report import empty_experts, make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
+from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
 from calibration.settings.recipe import Recipe
 from calibration.work.budgets import report_entry
 from calibration.work.directory import WorkDirectory
@@ -171,7 +172,8 @@ def _seconds(job: Job, tokens: TokenSample) -> float | None:
     if job.device.type != "cpu" or job.processes.size > 1 or job.spec.experts:
         return None
     layers = (layer for name, layer in job.spec.layers.items() if name.startswith(f"{job.names.prefix}."))
-    return operations(layers, sum(tokens.counts.values()), tokens.modality.numel()) / product_speed()
+    effort = "fast" if held_out(tokens) is None else job.recipe.effort
+    return operations(layers, sum(tokens.counts.values()), tokens.modality.numel(), effort) / product_speed()
 
 
 def _run_front(
@@ -212,6 +214,14 @@ def quantize(
     assert work.finished is not None
     if work.finished == job.names.blocks:
         return
+    if job.processes.first and job.recipe.effort != "fast" and held_out(tokens) is None:
+        logger.warning(
+            "effort %s: none of %d calibration samples can be held out, so the weights are those of effort fast; give "
+            "at least %d",
+            job.recipe.effort,
+            len(tokens.positions),
+            SAMPLES_PER_HELD,
+        )
     need = job.memory_need(tokens)
     beside = need.block if job.device.type == "cpu" else BASE
     inputs = work.inputs(in_memory=beside + work.states_size() <= job.memory_limit)

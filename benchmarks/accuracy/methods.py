@@ -124,6 +124,9 @@ METHODS: dict[str, Method] = {
     "served-no-mask-no-modality-rows": Served(recipe={"escape_budget": 0.0, "modality_rows": False}),
     "served-no-regression": Served(recipe={"regression": False}),
     "served-nearest": Served(recipe={"regression": False, "rounding": "nearest"}),
+    # Samples held out of fits: the strength of the regression, and the damping of the rounding, chosen by them.
+    "served-effort-default": Served(recipe={"effort": "default"}),
+    "served-effort-best": Served(recipe={"effort": "best"}),
     # The paper's objective: the reference's mask and range search instead of the budgeted one, and its parts.
     "served-reference-grid": Served(recipe={"grid": "reference"}),
     "served-composite": Served(recipe={"grid": "reference", "cosine_weight": COSINE_WEIGHT}),

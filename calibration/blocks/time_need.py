@@ -7,6 +7,8 @@
     2 T K^2      the second moments, with 4/3 K^3 for their factorisation
     N K^2        the rounding
     50,000 T K   search and fits, which go over the drawn values many times
+    4 (4 N K^2 + 1/3 K^3)   the regressions between which held-out samples choose (effort default and best)
+    3 N K^2      one more rounding, and the errors of both (effort best)
 
 Attention, reading the model's files and hidden states on disk are left out.
 """
@@ -18,6 +20,7 @@ from collections.abc import Iterable
 
 import torch
 
+from calibration.quantize.served_weights import STRENGTHS
 from morphoquant_vllm.format.layers import LayerSpec
 
 # Operations of a product that take as long as search and fits for one drawn value. It was fitted to a measured block of
@@ -28,8 +31,11 @@ PRODUCT = (512, 1024, 1024)
 PROBE_SECONDS = 0.5
 
 
-def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int) -> float:
-    """Floating-point operations for the layers of all blocks, with `tokens` in all samples and `drawn` of them."""
+def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int, effort: str = "fast") -> float:
+    """Floating-point operations for the layers of all blocks, with `tokens` in all samples and `drawn` of them.
+
+    `effort` is the recipe's if samples are held out, else `fast`.
+    """
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         inputs.setdefault(layer.shared_input, []).append(layer)
@@ -37,6 +43,10 @@ def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int) -> float:
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         total += 4 * tokens * n * k + 2 * drawn * k**2 + 4 / 3 * k**3 + n * k**2 + OPERATIONS_OF_A_VALUE * drawn * k
+        if effort != "fast":
+            total += len(STRENGTHS) * (4 * n * k**2 + k**3 / 3)
+        if effort == "best":
+            total += 3 * n * k**2
     return total
 
 

@@ -14,8 +14,10 @@ from calibration.processes import Processes
 from calibration.quantize.bias import find_bias, find_means
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments
 from calibration.quantize.grids import find_input
+from calibration.quantize.held_out import held_out
 from calibration.quantize.layer_report import JudgedTokens, LayerRecord, input_record, output_error
 from calibration.quantize.massive_tokens import find_massive
+from calibration.quantize.moments import Moments
 from calibration.quantize.observation import Observation
 from calibration.quantize.served_weights import ServedWeights, round_weights
 from calibration.settings.recipe import Recipe
@@ -85,9 +87,12 @@ def quantize_input(
     coded = code_tokens(x, tokens, massive.own, found, spec)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
-    moments = gather_moments(coded, target, matrix, processes)
+    holds_out = recipe.effort != "fast" and judged is None
+    moments, held = _moments(coded, target, matrix, tokens, held_out(tokens) if holds_out else None)
     step = found.grids.grid.step.to(x.device)[coded.order]
-    served = round_weights(matrix, step, moments, first, recipe, processes)
+    served = round_weights(matrix, step, moments, first, recipe, processes, held)
+    if held is not None:
+        moments.add_means(held)
     means = find_means(moments, coded, x, target, massive.own, processes)
     any_massive = bool(massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
@@ -102,6 +107,22 @@ def quantize_input(
         name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(record, output_error=errors[name]))
         for name in shards
     }
+
+
+def _moments(
+    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: TokenSample, held: Tensor | None
+) -> tuple[Moments, Moments | None]:
+    """Moments of the tokens that weights are fitted to, and of those that are `held` out, bool [T]; None: none are."""
+    if held is None:
+        return gather_moments(coded, target, matrix, tokens.processes), None
+    own = tokens.local(held)
+    places = own.nonzero().flatten()
+    fitted = replace(coded, weight=coded.weight * ~own.to(coded.weight.device))
+    of_held = coded.part(places), target[places.to(target.device)]
+    return (
+        gather_moments(fitted, target, matrix, tokens.processes),
+        gather_moments(*of_held, matrix, tokens.processes),
+    )
 
 
 def _output_errors(

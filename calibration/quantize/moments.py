@@ -91,6 +91,11 @@ class Moments:
         for field, operation in REDUCTIONS.items():
             setattr(self, field, processes.all_reduce(getattr(self, field), operation))
 
+    def add_means(self, other: Moments) -> None:
+        """Let `means` be those of the tokens of `other`, too; second moments stay as they are."""
+        for name in ("weight", "code_sum", "value_sum"):
+            getattr(self, name).add_(getattr(other, name))
+
     def mix(self, pooled: Moments, share: float) -> None:
         """Let these moments weigh `share` of the whole, and `pooled` ones of the same codes the rest.
 

@@ -21,21 +21,25 @@ DAMPING = 0.01
 TURNS = 3
 
 
-def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize_compensated(
+    target: Tensor, hessian: Tensor, group_size: int, damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
     """Codes int8 [N, K] and scale bfloat16 [N, K/G] of `target`, float32 [N, K], columns in channel order.
 
-    hessian [K, K]: mean of code^T code in the same order.
+    hessian [K, K]: mean of code^T code in the same order. `damping` x its mean diagonal is added to its diagonal.
     """
-    codes, scale, _ = _quantize(target.float(), damp(hessian), group_size, FreeScales())
+    codes, scale, _ = _quantize(target.float(), damp(hessian, damping), group_size, FreeScales())
     return codes.to(torch.int8), scale.bfloat16()
 
 
-def quantize_two_level(target: Tensor, hessian: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_two_level(
+    target: Tensor, hessian: Tensor, group_size: int, levels: int, damping: float = DAMPING
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [N, K], levels uint8 [N, K/G], 1 to `levels`, and channel scale float32 [N]: see quantize_compensated.
 
     The scale of a group is level * channel_scale as float32 computes it. Codes are rounded against that product.
     """
-    target, damped = target.float(), damp(hessian)
+    target, damped = target.float(), damp(hessian, damping)
     energy = damped.diagonal().unflatten(0, (-1, group_size))
     suited = weights.group_scales(target.unflatten(1, (-1, group_size)), energy)
     _, channel_scale = fitted_levels(suited, energy.sum(1).expand_as(suited), levels)
@@ -57,11 +61,11 @@ def _quantize(
     return codes, scale, allowed
 
 
-def damp(hessian: Tensor) -> Tensor:
-    """The Hessian in float32 with DAMPING added to its diagonal; the identity if it is zero."""
+def damp(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """The Hessian in float32 with `damping` x its mean diagonal added to its diagonal; the identity if it is zero."""
     damped = hessian.float().clone()
     mean = damped.diagonal().mean()
     if not float(mean) > 0:
         return torch.eye(damped.shape[0], device=damped.device)
-    damped.diagonal().add_(DAMPING * mean)
+    damped.diagonal().add_(damping * mean)
     return damped

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from calibration.processes import Processes
+from calibration.quantize.held_out import HeldMoments
 from calibration.quantize.moments import Moments, fitting_shrinkage, regress
-from calibration.quantize.rounding import quantize_compensated, quantize_two_level
+from calibration.quantize.rounding import DAMPING, quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
@@ -19,6 +20,10 @@ from morphoquant_vllm.numerics import weights
 # Smallest importance of a channel, as a fraction of the mean. Without it, a channel whose codes were all 0 in
 # calibration would get arbitrary weights.
 IMPORTANCE_FLOOR = 1e-4
+# Strengths of the regression that held-out samples choose from, times the recipe's shrinkage; and dampings of the
+# Hessian in rounding, for the effort `best`.
+STRENGTHS = (0.25, 1.0, 4.0, 16.0)
+DAMPINGS = (DAMPING, 10 * DAMPING)
 # Names under which codes and scales are stored, in the order in which rounding gives them.
 _STORED = {
     GROUP_SCHEME: ("weight_codes", "weight_scale"),
@@ -37,17 +42,24 @@ class ServedWeights:
 
 
 def round_weights(
-    matrix: Tensor, step: Tensor, moments: Moments, layer: LayerSpec, recipe: Recipe, processes: Processes
+    matrix: Tensor,
+    step: Tensor,
+    moments: Moments,
+    layer: LayerSpec,
+    recipe: Recipe,
+    processes: Processes,
+    held: Moments | None = None,
 ) -> ServedWeights:
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
-    Each process rounds some of the output channels. Overwrites the second moments in `moments`.
+    Each process rounds some of the output channels. Overwrites the second moments in `moments` and `held`. The latter
+    are those of held-out samples, which choose between fits as the recipe's effort says; None: nothing is held out.
     """
     channels = processes.share(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
     # The runs of tokens are done. Their memory is needed for the second moments.
     release_freed_memory()
-    own = _round(absorbed, moments, channels, layer, recipe)
+    own = _round_own(absorbed, moments, channels, layer, recipe, processes, held)
     del absorbed
     owners = processes.owners(matrix.shape[0])
     codes, *scales = (processes.all_gather_rows(part, owners) for part in own)
@@ -57,23 +69,52 @@ def round_weights(
     return ServedWeights(stored, weights.dequantize_weight(codes, *scales))
 
 
-def _round(absorbed: Tensor, moments: Moments, channels: slice, layer: LayerSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-    """Codes int8 [n, K] of the 16-bit weights times steps, `absorbed`, of these output channels, and their scales.
+def _round_own(
+    absorbed: Tensor,
+    moments: Moments,
+    channels: slice,
+    layer: LayerSpec,
+    recipe: Recipe,
+    processes: Processes,
+    held: Moments | None,
+) -> tuple[Tensor, ...]:
+    """Codes and scales, as from `_round`, of the 16-bit weights times steps, `absorbed`, of these output channels."""
+    hessian, code_output = moments.take_centred(channels)
+    shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
+    if held is None:
+        target = regress(hessian, code_output, absorbed, shrinkage) if recipe.regression else absorbed
+        del code_output
+        return _round(target, hessian, layer, recipe, DAMPING)
+    judge = HeldMoments.of(held, channels)
+    target = absorbed
+    if recipe.regression:
+        fits = (regress(hessian, code_output.clone(), absorbed, each * shrinkage) for each in STRENGTHS)
+        target = judge.best(((fit, fit) for fit in fits), processes)
+    del code_output
+    if recipe.effort != "best" or recipe.rounding != "compensated" or layer.weight_bits == 8:
+        return _round(target, hessian, layer, recipe, DAMPING)
+    rounded = (_round(target, hessian, layer, recipe, each) for each in DAMPINGS)
+    return judge.best(((_dequantized(*each), each) for each in rounded), processes)
+
+
+def _dequantized(int4: Tensor, *scales: Tensor) -> Tensor:
+    """The weights [n, K] of codes int8 [n, K] and scales as from `_round`."""
+    return weights.dequantize_weight(weights.pack(int4), *scales)
+
+
+def _round(target: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, damping: float) -> tuple[Tensor, ...]:
+    """Codes int8 [n, K] of the weights `target` for codes of the second moments `hessian`, and their scales.
 
     Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
     """
-    hessian, code_output = moments.take_centred(channels)
-    shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
-    target = regress(hessian, code_output, absorbed, shrinkage) if recipe.regression else absorbed
-    del code_output
     if layer.weight_bits == 8:
         # The error of 8-bit weights is far below that of the activations: there is nothing to compensate.
         return weights.quantize_int8(target, layer.group_size)
     two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":
         if two_level:
-            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels)
-        return quantize_compensated(target, hessian, layer.group_size)
+            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels, damping)
+        return quantize_compensated(target, hessian, layer.group_size, damping)
     energy = hessian.diagonal().clone()
     mean = float(energy.mean())
     importance = energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)

@@ -96,6 +96,11 @@ class Recipe(BaseModel):
         lt=1,
         description="Relative reduction of a modality's error on held-out tokens that a separate row must reach.",
     )
+    effort: Literal["fast", "default", "best"] = Field(
+        default="fast",
+        description="fast: all calibration samples fit the weights. default: one of 16 is held out and chooses the "
+        "strength of each input's regression. best: it also chooses the damping of the rounding.",
+    )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
     )

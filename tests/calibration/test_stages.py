@@ -24,6 +24,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels
 from tests.calibration.killing import content
 
+EFFORTS = ("fast", "default", "best")
 RECIPE = Recipe(device="cpu", sample_tokens=64, max_samples=2)
 
 
@@ -152,3 +153,26 @@ def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
 def test_the_formula_covers_what_was_measured(tokens: int, k: int, n: int, measured: int) -> None:
     """MiB by which resident memory rose, tokens included, when one input was quantized (G = 32, two modalities)."""
     assert measured < input_peak(tokens, k, n, 32) / 2**20 < 1.25 * measured
+
+
+def test_held_out_samples_take_room_for_their_moments_and_fits(tiny: TinyModels) -> None:
+    k, n = 1024, 4096
+    more = input_peak(2048, k, n, 32, held=True) - input_peak(2048, k, n, 32)
+    assert more == 4 * (k * k + 3 * n * k)
+    needs = [need_of(tiny.model("llama"), RECIPE.model_copy(update={"effort": effort}), 1000) for effort in EFFORTS]
+    assert needs[0].block < needs[1].block == needs[2].block
+
+
+def test_too_few_samples_to_hold_one_out_give_the_tensors_of_fast_and_a_line(
+    tiny: TinyModels, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for effort in EFFORTS[:2]:
+        recipe = RECIPE.model_copy(update={"effort": effort})
+        report = calibrate(tiny.model("llama"), tiny.data("llama"), tmp_path / effort, recipe=recipe)
+        assert report["settings"].get("effort") == (None if effort == "fast" else effort)
+    fast, default = (content(tmp_path / effort) for effort in EFFORTS[:2])
+    weights = [name for name in fast if name.endswith(".safetensors")]
+    assert weights and all(fast[name] == default[name] for name in weights)
+    (line,) = (record.message for record in caplog.records if record.message.startswith("effort"))
+    assert line.startswith("effort default: none of 2 calibration samples can be held out")
+    assert line.endswith("give at least 16")

@@ -7,6 +7,8 @@ import pytest
 from calibration.blocks import time_need
 from morphoquant_vllm.format.layers import LayerSpec
 
+EFFORTS = ("fast", "default", "best")
+
 
 def block(hidden: int, kv: int, inner: int) -> list[LayerSpec]:
     """The seven linears of a block."""
@@ -38,6 +40,15 @@ def test_two_blocks_take_twice_the_time_of_one() -> None:
     one = block(64, 32, 128)
     other = [replace(layer, shared_input=f"second.{layer.shared_input}") for layer in one]
     assert time_need.operations([*one, *other], 100, 10) == 2 * time_need.operations(one, 100, 10)
+
+
+def test_a_greater_effort_takes_longer_whatever_the_number_of_tokens() -> None:
+    layers = block(576, 192, 1536)
+    times = [[time_need.operations(layers, 100, drawn, effort) for effort in EFFORTS] for drawn in (1000, 16384)]
+    assert times[0] == sorted(set(times[0]))
+    # Held-out samples choose between fits of second moments.
+    assert times[0][1] - times[0][0] == times[1][1] - times[1][0]
+    assert times[1][2] < 1.2 * times[1][0]
 
 
 def test_the_speed_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibration.data.token_choice import TokenSample, choose_tokens
+from calibration.quantize.layer import InputSample, quantize_input
 from calibration.quantize.layer_report import escape_warning
+from calibration.quantize.observation import Observation
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import tensor_specs
 from morphoquant_vllm.format.values import check_values, unequal_input_tensors
 from morphoquant_vllm.numerics import activation, weights
+from morphoquant_vllm.numerics.statistics import ChannelStatistics
 from tests.calibration.inputs import (
     ANY,
     AUDIO,
@@ -396,3 +400,47 @@ def test_an_escape_rate_far_above_the_budget_is_a_warning_with_the_layer() -> No
     within = replace(record, escape_rate={"text": 0.13, "massive": 0.9, "all": 0.13}, massive_tokens=819)
     assert escape_warning("m.qkv", within, Recipe(), sampled) is None
     assert escape_warning("m.qkv", replace(within, massive_tokens=0), Recipe(), sampled) is not None
+
+
+def in_samples(x: Tensor, noise: float, samples: int) -> tuple[InputSample, TokenSample]:
+    """Text tokens x [T, K] in equal samples; the input of the 16-bit model differs by noise, as after other layers."""
+    modality = torch.zeros(x.shape[0], dtype=torch.int32)
+    tokens = choose_tokens(list(modality.tensor_split(samples)), x.shape[0], 1.0, 0)
+    target = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    statistics = {TEXT: ChannelStatistics.of(x)}
+    return InputSample(Observation(statistics, x), target, torch.zeros(x.shape[0], dtype=torch.bool)), tokens
+
+
+def made(sample: InputSample, tokens: TokenSample, **settings: object) -> dict[str, Tensor]:
+    shards = {"m.q": matrix()}
+    spec = make_spec(shards, scheme="two_level")
+    return quantize_input(sample, tokens, shards, spec, Recipe(**settings))["m.q"].tensors
+
+
+@pytest.mark.parametrize("effort", ["default", "best"])
+def test_held_out_samples_make_weights_that_hold_for_new_tokens(effort: str) -> None:
+    x, new = activations(240)[0], activations(2000, seed=1)[0]
+    sample, tokens = in_samples(x, 1.0, 16)
+    wanted = new @ matrix().T
+    fast, found = (relative(serve(new, made(sample, tokens, effort=each))[1], wanted) for each in ("fast", effort))
+    assert found < 0.9 * fast
+
+
+def test_the_bias_counts_held_out_tokens() -> None:
+    """Their mean is far from the others', and the output on all tokens still has no offset."""
+    x = activations(320)[0]
+    x[-20:] += 3
+    sample, tokens = in_samples(x, 0.0, 16)
+    gap = serve(x, made(sample, tokens, effort="default"))[1] - x @ matrix().T
+    assert float(gap.mean(0).norm()) < 1e-3 * float(gap.norm(dim=1).mean())
+
+
+def test_fast_holds_no_sample_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, tokens = in_samples(activations(320)[0], 1.0, 16)
+    slow = made(sample, tokens, effort="default")
+    monkeypatch.setattr("calibration.quantize.layer.held_out", lambda tokens: None)
+    expected = made(sample, tokens, effort="default")
+    monkeypatch.delattr("calibration.quantize.layer.held_out")
+    fast = made(sample, tokens)
+    assert all(torch.equal(fast[name], value) for name, value in expected.items())
+    assert not torch.equal(fast["weight_codes"], slow["weight_codes"])
