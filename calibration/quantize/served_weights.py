@@ -20,7 +20,7 @@ from morphoquant_vllm.numerics import weights
 # Smallest importance of a channel, as a fraction of the mean. Without it, a channel whose codes were all 0 in
 # calibration would get arbitrary weights.
 IMPORTANCE_FLOOR = 1e-4
-# Strengths of the regression that held-out samples choose from, times the recipe's shrinkage; and dampings of the
+# Strengths of the regression that held-out samples choose from, times that of effort fast; and dampings of the
 # Hessian in rounding, for the effort `best`.
 STRENGTHS = (0.25, 1.0, 4.0, 16.0)
 DAMPINGS = (DAMPING, 10 * DAMPING)
