@@ -17,6 +17,8 @@ from benchmarks.models.tiny_omni.data.questions import Question
 
 # The longest answers have two digits, each a token; then the turn ends.
 ANSWER_TOKENS = 4
+# vLLM holds the processed media of all that it is asked at once: of 2,100 questions they take 7 GB.
+ASKED_AT_ONCE = 100
 
 
 @torch.no_grad()
@@ -72,12 +74,12 @@ def answers_vllm(llm: Any, questions: Sequence[Question]) -> list[str]:
     """
     from vllm import SamplingParams
 
-    outputs = llm.chat(
-        [with_data_urls(question.messages) for question in questions],
-        SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS),
-        use_tqdm=False,
-    )
-    return [output.outputs[0].text for output in outputs]
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+    answers = []
+    for start in range(0, len(questions), ASKED_AT_ONCE):
+        asked = [with_data_urls(question.messages) for question in questions[start : start + ASKED_AT_ONCE]]
+        answers += [output.outputs[0].text for output in llm.chat(asked, sampling, use_tqdm=False)]
+    return answers
 
 
 def with_data_urls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

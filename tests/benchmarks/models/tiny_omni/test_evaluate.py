@@ -1,10 +1,13 @@
 """Scoring, and that questions reach transformers and vLLM in the same form."""
 
 import base64
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.models.tiny_omni import evaluate
 from benchmarks.models.tiny_omni.data.questions import Question
 from benchmarks.models.tiny_omni.evaluate import accuracy, standard_error, with_data_urls
 
@@ -45,3 +48,17 @@ def test_local_files_become_data_urls_and_questions_stay(tmp_path: Path) -> None
         assert base64.b64decode(url.split(",")[1]) == name.encode()
     assert sent[3:] == content[3:]
     assert content[0]["image_url"]["url"].endswith("a.png")
+
+
+def test_vllm_is_asked_in_parts_and_answers_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    monkeypatch.setattr(evaluate, "ASKED_AT_ONCE", 2)
+    sizes = []
+
+    def chat(asked: list[list[dict[str, str]]], sampling: dict[str, int], use_tqdm: bool) -> list[SimpleNamespace]:
+        sizes.append(len(asked))
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=messages[0]["content"])]) for messages in asked]
+
+    questions = [Question("text", [{"role": "user", "content": str(number)}], "") for number in range(5)]
+    answers = evaluate.answers_vllm(SimpleNamespace(chat=chat), questions)
+    assert answers == list("01234") and sizes == [2, 2, 1]
