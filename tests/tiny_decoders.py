@@ -108,6 +108,31 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
             "position_embedding_type": "rope",
         },
     ),
+    # vLLM's window is one token longer than transformers', so this one is longer than the prompt.
+    "cohere2": (
+        "Cohere2ForCausalLM",
+        {
+            "head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "logit_scale": 0.5,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": None,
+        },
+    ),
+    # Blocks might leave keys and values for later ones, but share none.
+    "gemma4_text": (
+        "Gemma4ForCausalLM",
+        {
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 32,
+            "tie_word_embeddings": True,
+        },
+    ),
     "ministral": (
         "MinistralForCausalLM",
         {"head_dim": 32, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},

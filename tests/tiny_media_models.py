@@ -184,6 +184,52 @@ def build_tiny_gemma3(directory: Path, seed: int = 0) -> Path:
     return write_model(directory, transformers.Gemma3ForConditionalGeneration, config, seed, ids, _PUBLISHED)
 
 
+def build_tiny_mistral3(directory: Path, seed: int = 0) -> Path:
+    """Write a Mistral 3 that takes pictures (Mistral Small, Ministral 3) into `directory`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(directory, "vl")
+    tokens = {"image_token": "<|image_pad|>", "image_break_token": "<|quad_start|>", "image_end_token": "<|quad_end|>"}
+    sizes = {"patch_size": 14, "spatial_merge_size": 2}
+    _write_json(
+        directory,
+        {
+            "tokenizer_config.json": {},
+            "preprocessor_config.json": {
+                "image_processor_type": "PixtralImageProcessor",
+                "patch_size": {"height": 14, "width": 14},
+                "size": {"longest_edge": 112},
+            },
+            "processor_config.json": {**sizes, **tokens},
+            "chat_template.json": {"chat_template": chat_template("vl")},
+        },
+        "PixtralProcessor",
+    )
+    config = transformers.Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            **DECODER,
+            "head_dim": 32,
+            "sliding_window": None,
+            "bos_token_id": None,
+            "eos_token_id": ids["im_end"],
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "image_size": 112,
+            "patch_size": 14,
+        },
+        spatial_merge_size=2,
+        image_token_index=ids["image"],
+        tie_word_embeddings=False,
+    )
+    published = {old: new.removesuffix("vision_model.") for old, new in _PUBLISHED.items()}
+    return write_model(directory, transformers.Mistral3ForConditionalGeneration, config, seed, ids, published)
+
+
 def build_tiny_qwen2_audio(directory: Path, seed: int = 0) -> Path:
     """Write a Qwen2-Audio, whose tower takes one window of 30 s, under its published names; return `directory`."""
     directory.mkdir(parents=True, exist_ok=True)

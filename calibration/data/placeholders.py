@@ -36,6 +36,10 @@ def media_tokens(processor: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str
     if "image" not in tokens and "pixel_values" in inputs and hasattr(processor, "image_seq_length"):
         # Gemma 3 and InternVL: as many for each picture, or for each tile that a picture is cut into.
         tokens["image"] = [processor.image_seq_length] * inputs["pixel_values"].shape[0]
+    if "image" not in tokens and "image_sizes" in inputs and hasattr(processor, "spatial_merge_size"):
+        # Pixtral's processor, which Mistral 3 has: one for each square of patches.
+        side = processor.patch_size * processor.spatial_merge_size
+        tokens["image"] = (inputs["image_sizes"] // side).prod(-1).tolist()
     if "feature_attention_mask" in inputs:
         frames = inputs["feature_attention_mask"].sum(-1)
         if type(processor).__name__ == _QWEN3_OMNI:

@@ -38,6 +38,8 @@ _TOKENS = 4
 _MEDIA = ("image", "video", "audio")
 # Names of linears that choose experts, or weigh the shared ones: they stay in 16 bit.
 _GATES = ("gate", "router", "shared_expert_gate")
+# Of latent attention: vLLM multiplies its matrix into others, so it stays in 16 bit, too.
+_LATENT = "kv_b_proj"
 
 
 def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
@@ -201,7 +203,7 @@ def _lists_with_linears(model: nn.Module) -> dict[str, int]:
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block but for routed experts and for the gates that choose or weigh experts."""
+    """The linears of a block but for routed experts, the gates that choose or weigh experts, and `_LATENT`."""
     modules = dict(block.named_modules())
     lists = tuple(f"{name}." for name in modules if name.rpartition(".")[2] == "experts")
     has_experts = bool(lists)
@@ -211,6 +213,7 @@ def _linears(block: nn.Module) -> dict[str, nn.Linear]:
         if isinstance(module, nn.Linear)
         and not name.startswith(lists)
         and not (has_experts and name.rpartition(".")[2] in _GATES)
+        and name.rpartition(".")[2] != _LATENT
     }
 
 

@@ -23,7 +23,7 @@ from tests.engine.rows import ENGINE, QUESTION, kinds_and_rows, run_jobs, served
 from tests.reference_model import Checkpoint, swap_linears
 from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data
 from tests.tiny_internvl import IMAGE, build_tiny_internvl
-from tests.tiny_media_models import build_tiny_gemma3, build_tiny_qwen2_audio
+from tests.tiny_media_models import build_tiny_gemma3, build_tiny_mistral3, build_tiny_qwen2_audio
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
@@ -53,6 +53,14 @@ CASES = {
         "image",
         IMAGE,
         {"image": 1, "video": 0},
+    ),
+    # By the generic path.
+    "mistral3": Case(
+        build_tiny_mistral3,
+        "Mistral3ForConditionalGeneration",
+        "image",
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        {"image": 1},
     ),
     "qwen2_audio": Case(
         build_tiny_qwen2_audio,

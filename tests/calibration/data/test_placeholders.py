@@ -40,3 +40,11 @@ def test_a_processor_with_a_fixed_number_of_tokens_is_counted_by_its_pictures() 
     processor = SimpleNamespace(image_seq_length=4)
     assert media_tokens(processor, {"pixel_values": torch.zeros(3, 3, 28, 28)}) == {"image": [4, 4, 4]}
     assert media_tokens(processor, {"input_ids": torch.zeros(1, 5)}) == {}
+
+
+def test_pixtrals_pictures_have_a_token_for_each_square_of_patches() -> None:
+    processor = SimpleNamespace(patch_size=14, spatial_merge_size=2)
+    sizes = torch.tensor([[56, 112], [28, 28]])
+    assert media_tokens(processor, {"pixel_values": torch.zeros(2), "image_sizes": sizes}) == {"image": [8, 1]}
+    # LLaVA-NeXT's, whose tokens depend on more than the size.
+    assert media_tokens(SimpleNamespace(patch_size=14), {"image_sizes": sizes}) == {}

@@ -183,6 +183,13 @@ def test_the_gates_of_experts_stay_in_16_bit(tmp_path: Path) -> None:
     assert not {"mlp.gate", "mlp.shared_expert_gate"} & set(shards)
 
 
+def test_the_matrix_that_vllm_multiplies_into_others_stays_in_16_bit(tmp_path: Path) -> None:
+    found = discover(source_of(tmp_path, "YoutuForCausalLM", {"num_key_value_heads": 4}), Recipe())
+    shards = {shard for shared in found.shared_inputs for shard in shared.shards}
+    assert {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj", "self_attn.o_proj"} < shards
+    assert "self_attn.kv_b_proj" not in shards
+
+
 def test_blocks_whose_buffers_transformers_computes_are_taken(tmp_path: Path) -> None:
     settings = {"n_layer": 2, "n_head": 4, "n_embd": 128, "rotary_dim": 16}
     found = discover(source_of(tmp_path, "GPTJForCausalLM", settings), Recipe())
