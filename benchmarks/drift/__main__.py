@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two ranks": {"enforce_eager": True, "tensor_parallel_size": 2},
     "compiled": {"enforce_eager": False},
 }
+PLAIN = "one rank, eager"
 # float32 shows how much is left if no value between two operations is rounded to 16 bits.
 DTYPES = ("bfloat16", "float32")
 # Limits between codes: where rounding half to even puts them, and off the values of bfloat16.
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("directory", type=Path, metavar="DIR", help="a MorphoQuant checkpoint of it")
     top.add_argument("--prompts", type=int, default=8)
     top.add_argument("--tokens", type=int, default=256, help="of each prompt, of Python's manual")
+    top.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     top.add_argument("--results", type=Path, default=Path("benchmarks/results/drift"))
     top.add_argument("--name", help="of the file (default: DIR's)")
     return top
@@ -47,19 +49,20 @@ def prompts(source: Path, count: int, tokens: int) -> list[list[int]]:
     return [ids[index * tokens : (index + 1) * tokens] for index in range(count)]
 
 
-def engines(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+def drift(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """The differences of each variant from one rank in eager mode, by model and dtype."""
-    asked = prompts(arguments.source, arguments.prompts, arguments.tokens)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for dtype in DTYPES:
+    engines: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for dtype in arguments.dtypes:
         for name, model in (("16 bit", arguments.source), ("MorphoQuant", arguments.directory)):
             common = {"dtype": dtype, "max_model_len": arguments.tokens + 8, "max_num_seqs": 4}
-            plain = logprobs(model, {**common, "enforce_eager": True}, asked)
-            entry = found[f"{name}, {dtype}"] = {}
-            for variant, settings in VARIANTS.items():
-                entry[variant] = gaps(logprobs(model, {**common, **settings}, asked), plain)
-                print(f"{name}, {dtype}, {variant}: {entry[variant]}", flush=True)
-    return found
+            for variant, settings in {PLAIN: {"enforce_eager": True}, **VARIANTS}.items():
+                engines[f"{name}, {dtype}, {variant}"] = model, common | settings
+    found = logprobs(engines, prompts(arguments.source, arguments.prompts, arguments.tokens))
+    models = dict.fromkeys(name.rpartition(", ")[0] for name in found)
+    return {
+        model: {variant: gaps(found[f"{model}, {variant}"], found[f"{model}, {PLAIN}"]) for variant in VARIANTS}
+        for model in models
+    }
 
 
 def tie_rule() -> dict[str, float]:
@@ -78,7 +81,10 @@ def main() -> None:
         command = "python -m benchmarks.drift " + shlex.join(sys.argv[1:])
         result = {"command": command, "machine": machine(), "versions": versions(), **load()}
         result |= {"prompts": arguments.prompts, "tokens": arguments.tokens, "tie rule": tie_rule()}
-        result["drift"] = engines(arguments)
+        result["drift"] = drift(arguments)
+        for model, variants in result["drift"].items():
+            for variant, entry in variants.items():
+                print(f"{model}, {variant}: " + ", ".join(f"{figure} {value:.4f}" for figure, value in entry.items()))
         arguments.results.mkdir(parents=True, exist_ok=True)
         path = arguments.results / f"{arguments.name or arguments.directory.name}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")

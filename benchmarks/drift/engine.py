@@ -1,4 +1,4 @@
-"""Log probabilities of prompts' tokens by one engine: `python -m benchmarks.drift.engine JOB.json` runs it."""
+"""Log probabilities of prompts' tokens by engines: `python -m benchmarks.drift.engine JOBS.json` runs them in turn."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
 
 
-def logprobs(model: Path, settings: dict[str, Any], prompts: Sequence[Sequence[int]]) -> list[float]:
-    """The log probability of every token but the first of each prompt, one after another."""
+def logprobs(
+    engines: Mapping[str, tuple[Path, dict[str, Any]]], prompts: Sequence[Sequence[int]]
+) -> dict[str, list[float]]:
+    """By engine, a model and its settings, the log probability of every token but the first of each prompt.
+
+    All engines run in one process, which loads vLLM once.
+    """
     cores = sorted(os.sched_getaffinity(0))
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -25,35 +30,43 @@ def logprobs(model: Path, settings: dict[str, Any], prompts: Sequence[Sequence[i
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}"),
     }
     with tempfile.TemporaryDirectory() as directory:
-        job, output = Path(directory) / "job.json", Path(directory) / "output.json"
-        job.write_text(
-            json.dumps({"model": str(model), "settings": settings, "prompts": prompts, "output": str(output)})
-        )
-        command = [sys.executable, "-m", "benchmarks.drift.engine", str(job)]
-        done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+        jobs, output = Path(directory) / "jobs.json", Path(directory) / "output.json"
+        described = {name: {"model": str(model), "settings": settings} for name, (model, settings) in engines.items()}
+        jobs.write_text(json.dumps({"engines": described, "prompts": prompts, "output": str(output)}))
+        command = [sys.executable, "-m", "benchmarks.drift.engine", str(jobs)]
+        done = subprocess.run(command, env={**os.environ, **variables}, stdout=sys.stderr)
         if done.returncode:
-            raise MorphoQuantError(f"{model}: the engine ended: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-        found: list[float] = json.loads(output.read_text())
+            raise MorphoQuantError("an engine ended, see its lines above")
+        found: dict[str, list[float]] = json.loads(output.read_text())
     return found
 
 
-def main() -> None:
-    """Run the engine of a job, and write its log probabilities."""
+def ask(model: str, settings: dict[str, Any], prompts: Sequence[Sequence[int]]) -> list[float]:
+    """The log probabilities of one engine, which is gone afterwards."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    job = json.loads(Path(sys.argv[1]).read_text())
-    llm = LLM(job["model"], enable_prefix_caching=False, **job["settings"])
+    llm = LLM(model, enable_prefix_caching=False, **settings)
     outputs = llm.generate(
-        [{"prompt_token_ids": tokens} for tokens in job["prompts"]],
+        [{"prompt_token_ids": tokens} for tokens in prompts],
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
         use_tqdm=False,
     )
     found = [
         entry[token].logprob
-        for output, tokens in zip(outputs, job["prompts"], strict=True)
+        for output, tokens in zip(outputs, prompts, strict=True)
         for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)
     ]
-    Path(job["output"]).write_text(json.dumps(found))
+    del llm
+    cleanup_dist_env_and_memory()
+    return found
+
+
+def main() -> None:
+    """Run the engines of a file of jobs, and write their log probabilities."""
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    found = {name: ask(**engine, prompts=jobs["prompts"]) for name, engine in jobs["engines"].items()}
+    Path(jobs["output"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

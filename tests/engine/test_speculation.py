@@ -1,14 +1,17 @@
-"""Speculative decoding of a quantized checkpoint: n-grams and a 16-bit draft change no answer.
+"""Speculative decoding of a quantized checkpoint: n-grams, a 16-bit draft and an EAGLE head change no answer.
 
 A MorphoQuant draft, of a 16-bit and of a quantized model, is in `test_whole`.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
@@ -22,8 +25,29 @@ PROMPTS = [{"prompt_token_ids": TEXT_PROMPT[:8] * 6}, {"prompt_token_ids": list(
 # n-grams come last: vLLM loads numba for them, after which a draft's engine does not start in the same process.
 DRAFTS: dict[str, dict[str, Any]] = {
     "16-bit draft": {"method": "draft_model", "num_speculative_tokens": 2},
+    "EAGLE head": {"method": "eagle", "num_speculative_tokens": 2},
     "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
 }
+
+
+def write_eagle_head(source: Path, directory: Path) -> Path:
+    """An EAGLE head of a tiny Llama: its last block on the hidden states alone, without its first norm."""
+    directory.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    head = {"num_hidden_layers": 1, "architectures": ["EagleLlamaForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(config | head))
+    (file,) = source.glob("*.safetensors")
+    prefix = f"model.layers.{config['num_hidden_layers'] - 1}."
+    tensors = {
+        name.replace(prefix, "layers.0."): tensor
+        for name, tensor in load_file(file).items()
+        if name.startswith(prefix) and "input_layernorm" not in name
+    }
+    # Of the embedding and the hidden state side by side, it takes the second half.
+    width = config["hidden_size"]
+    tensors["fc.weight"] = torch.cat((torch.zeros(width, width), torch.eye(width)), 1).bfloat16()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +57,9 @@ def served(llama_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     recipe = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
     calibrate(llama_source, data, directory / "checkpoint", recipe=recipe)
     jobs = {"alone": ENGINE}
+    models = {"16-bit draft": llama_source, "EAGLE head": write_eagle_head(llama_source, directory / "eagle")}
     for name, settings in DRAFTS.items():
-        model = {"model": str(llama_source)} if settings["method"] == "draft_model" else {}
+        model = {"model": str(models[name])} if name in models else {}
         jobs[name] = {**ENGINE, "speculative_config": {**settings, **model}, "disable_log_stats": False}
     engines = Engines(directory)
     engines.run(

@@ -59,7 +59,7 @@ def run(version: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the version's Python on this checkout."""
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [str(environment(version)), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.fixture(scope="module")
