@@ -198,6 +198,12 @@ def build_tiny_mistral3(directory: Path, seed: int = 0) -> Path:
                 "image_processor_type": "PixtralImageProcessor",
                 "patch_size": {"height": 14, "width": 14},
                 "size": {"longest_edge": 112},
+                # As published; vLLM reads them in this file, and knows no defaults of the class.
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
             },
             "processor_config.json": {**sizes, **tokens},
             "chat_template.json": {"chat_template": chat_template("vl")},
