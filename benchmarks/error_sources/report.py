@@ -14,8 +14,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Sources of the errors of linears",
         "",
-        f"`{result['command']}`; {result['machine']}, torch {result['versions']['torch']}; {result['model']}, fitted "
-        f"to {first['tokens']:.0f} tokens, measured on {result['held_out_tokens']} others.",
+        f"`{result['command']}`; {result['machine']}; {result['model']}, fitted to {first['tokens']:.0f} tokens, "
+        f"measured on {result['held_out_tokens']} others.",
         "",
         "Squared error of the outputs over that of the 16-bit outputs, in thousandths. before: by earlier layers. own: "
         "by rounding this input. served: all, as served. The others have unrounded weights: W times the step (plain), "
