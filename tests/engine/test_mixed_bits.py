@@ -38,6 +38,9 @@ def test_served_logprobs_are_the_reference_models(tmp_path: Path, monkeypatch: p
     largest = float((found - expected).abs().max())
     print(f"{ranks} ranks: largest difference of log-probabilities {largest}")
     assert largest < TOLERANCE
+    if ranks > 1:
+        # The layers are in other processes.
+        return
     methods = result["methods"]
     assert methods["model.layers.1.self_attn.o_proj"] == "UnquantizedLinearMethod"
     assert methods["model.layers.0.self_attn.qkv_proj"] == "MorphoQuantLinearMethod"
