@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from calibration.model.loading import empty_model
 from calibration.model.plan import matches
 from calibration.model.refusals import SCORES_TEXT
 from calibration.model.source import Source, TensorInfo
+from calibration.model.tracing import TOKENS, Run, fix_angles, linears, run_blocks
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -33,13 +33,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 GENERIC = "generic path, not verified for this architecture"
 # vLLM's names of fused layers whose parts are named so; other inputs are named after their linears.
 _FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
-# Tokens of the pass on the meta device; its values do not exist.
-_TOKENS = 4
 _MEDIA = ("image", "video", "audio")
-# Names of linears that choose experts, or weigh the shared ones: they stay in 16 bit.
-_GATES = ("gate", "router", "shared_expert_gate")
-# Of latent attention: vLLM multiplies its matrix into others, so it stays in 16 bit, too.
-_LATENT = "kv_b_proj"
 
 
 def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
@@ -71,7 +65,7 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
             f"config.json: model_type '{source.config.get('model_type')}' is a mixture of experts, but no module of "
             f"{type(model).__name__} is called experts; this model is not supported"
         )
-    run = _run(model, blocks, block_module)
+    run = run_blocks(model, blocks, block_module)
     _refuse_changes_between(run, block_module)
     shared_inputs = _shared_inputs(run, block_module, getattr(model, "tp_plan", None) or {})
     prefix = _stored_prefix(block_module, len(blocks), shared_inputs, source.tensors)
@@ -93,24 +87,11 @@ def _decoder_of(source: Source, recipe: Recipe) -> tuple[Architecture, Any, list
     name, remote_code = _class_name(config, trust_remote_code=recipe.trust_remote_code)
     found = Architecture(str(config.get("model_type")), name, "", (), verified=False, remote_code=remote_code)
     model = empty_model(found, source, recipe)
-    _fix_angles(model)
+    fix_angles(model)
     block_module = _block_list(model, recipe.decoder)
     blocks = list(model.get_submodule(block_module).children())
     media = tuple(row for row in _MEDIA if any(f"{row}_token_{kind}" in config for kind in ("id", "index")))
     return replace(found, block_module=block_module, media=media, sizes=_sizes(model, blocks)), model, blocks
-
-
-def _fix_angles(model: nn.Module) -> None:
-    """Let the angles of rotary positions not depend on the positions' values, which the meta device does not have.
-
-    transformers asks this attribute before it chooses the angles of longrope and of dynamic scaling.
-    """
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str):
-            module.rope_type = "default"  # type: ignore[assignment]
-        elif isinstance(kinds, dict):
-            module.rope_type = dict.fromkeys(kinds, "default")  # type: ignore[assignment]
 
 
 def _refuse_other_structures(model: Any, blocks: Sequence[nn.Module], block_module: str) -> None:
@@ -197,98 +178,12 @@ def _lists_with_linears(model: nn.Module) -> dict[str, int]:
     lists: dict[str, int] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inside and all(_linears(block) for block in module):
+        if isinstance(module, nn.ModuleList) and not inside and all(linears(block) for block in module):
             lists[name] = len(module)
     return {name: size for name, size in lists.items() if size}
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block but for routed experts, the gates that choose or weigh experts, and `_LATENT`."""
-    modules = dict(block.named_modules())
-    lists = tuple(f"{name}." for name in modules if name.rpartition(".")[2] == "experts")
-    has_experts = bool(lists)
-    return {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear)
-        and not name.startswith(lists)
-        and not (has_experts and name.rpartition(".")[2] in _GATES)
-        and name.rpartition(".")[2] != _LATENT
-    }
-
-
-@dataclass
-class _Run:
-    """What the pass on the meta device showed."""
-
-    # By block: the linears in the order in which they ran, each with its input.
-    inputs: list[dict[str, Tensor]]
-    # By block: the hidden states that it was given and that it returned.
-    given: list[Tensor] = field(default_factory=list)
-    returned: list[Tensor] = field(default_factory=list)
-    tuple_output: bool = False
-    # Mappings in which blocks leave something, by the argument's name.
-    left: dict[str, _Read] = field(default_factory=dict)
-
-
-class _Read(dict[Any, Any]):
-    """A mapping that knows whether something was read of it."""
-
-    was_read = False
-
-    def __getitem__(self, key: Any) -> Any:
-        self.was_read = True
-        return super().__getitem__(key)
-
-
-@torch.no_grad()
-def _run(model: Any, blocks: Sequence[nn.Module], block_module: str) -> _Run:
-    """Run the language model on the meta device, and note the inputs of every linear of its blocks."""
-    run = _Run([{} for _ in blocks])
-    handles = []
-
-    def linear(block: int, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        run.inputs[block][name] = args[0]
-
-    def block_begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        empty = {name for name, value in kwargs.items() if isinstance(value, Mapping) and not value}
-        return args, {**kwargs, **{name: run.left.setdefault(name, _Read()) for name in empty}}
-
-    def block_end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        run.given.append(args[0] if args else kwargs["hidden_states"])
-        run.tuple_output = not isinstance(output, Tensor)
-        run.returned.append(output[0] if run.tuple_output else output)
-
-    for index, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(block_begin, with_kwargs=True))
-        handles.append(block.register_forward_hook(block_end, with_kwargs=True))
-        for name, module in _linears(block).items():
-            handles.append(module.register_forward_pre_hook(partial(linear, index, name)))
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    # transformers takes a mask of four dimensions as it is; it would look at the values of any other.
-    masks = (torch.ones(1, 1, _TOKENS, _TOKENS, device="meta"), None)
-    problems = []
-    try:
-        for mask in masks:
-            run.given.clear()
-            run.returned.clear()
-            try:
-                decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-                return run
-            # Whatever the model's code raises is the reason.
-            except Exception as error:
-                problems.append(" ".join(str(error).split())[:200])
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise MorphoQuantError(
-        f"{block_module}: {type(model).__name__} does not run without weights ({problems[0]}), so its structure is "
-        "unknown; this model is not supported"
-    )
-
-
-def _refuse_changes_between(run: _Run, block_module: str) -> None:
+def _refuse_changes_between(run: Run, block_module: str) -> None:
     """Blocks are run one at a time, so each must get what the one before returned, and nothing else."""
     shared = [name for name, mapping in run.left.items() if mapping.was_read]
     if shared:
@@ -308,7 +203,7 @@ def _refuse_changes_between(run: _Run, block_module: str) -> None:
             )
 
 
-def _shared_inputs(run: _Run, block_module: str, tp_plan: Mapping[str, str]) -> tuple[SharedInput, ...]:
+def _shared_inputs(run: Run, block_module: str, tp_plan: Mapping[str, str]) -> tuple[SharedInput, ...]:
     """The inputs of all blocks, in the order in which they are computed; those that some blocks lack are optional."""
     groups: dict[tuple[str, ...], int] = {}
     for inputs in run.inputs:
@@ -349,7 +244,7 @@ def _groups(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """
     groups: dict[tuple[int, str], list[str]] = {}
     for name, x in inputs.items():
-        if x.numel() == _TOKENS * x.shape[-1]:
+        if x.numel() == TOKENS * x.shape[-1]:
             groups.setdefault((id(x), name.rpartition(".")[0]), []).append(name)
     return [tuple(names) for names in groups.values()]
 
