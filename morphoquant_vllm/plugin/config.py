@@ -294,11 +294,13 @@ class MorphoQuantConfig(QuantizationConfig):
 
 
 def _observe() -> SavedState:
-    """Observe vLLM's embeddings and its saving of states; a new SavedState."""
+    """Observe vLLM's embeddings, its loading of weights and its saving of states; a new SavedState."""
     # Imported here: they import layers, which processes that only register the method do not need.
     from morphoquant_vllm.plugin.embeddings import observe_embeddings
     from morphoquant_vllm.plugin.sharded_state import SavedState, observe_saving
+    from morphoquant_vllm.plugin.unloaded_weights import refuse_unloaded
 
     observe_embeddings()
+    refuse_unloaded()
     observe_saving()
     return SavedState()

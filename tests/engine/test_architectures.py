@@ -106,6 +106,19 @@ def test_two_ranks_serve_what_the_generic_path_made(tmp_path: Path) -> None:
         assert largest < TOLERANCE, name
 
 
+@pytest.mark.full
+def test_a_model_of_which_vllm_builds_more_than_the_files_hold_is_refused(tmp_path: Path) -> None:
+    """vLLM's StableLM has a second norm in each block; the source with parallel residuals has none."""
+    source = build_tiny_decoder("stablelm", tmp_path / "source", use_parallel_residual=True)
+    calibrate(source, write_calibration_data(tmp_path / "data", "text"), tmp_path / "parallel")
+    engines = Engines(tmp_path)
+    job = {"model": str(tmp_path / "parallel"), "prompts": [{"prompt_token_ids": TEXT_PROMPT}], "engine": ENGINE}
+    engines.run({"parallel": job})
+    refusal = engines.results["parallel"]["error"][0]
+    assert "StablelmForCausalLM has weights that the checkpoint does not hold" in refusal
+    assert "post_attention_layernorm" in refusal
+
+
 def test_every_linear_of_the_decoder_is_quantized(served: tuple[Path, Engines]) -> None:
     directory, engines = served
     for name, result in engines.results.items():

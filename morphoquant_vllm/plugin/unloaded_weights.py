@@ -1,0 +1,49 @@
+"""Refuses a checkpoint that leaves a weight of vLLM's model as it was built, which would serve wrong answers.
+
+vLLM compares a model's parameters with those that its files gave, but by default only if nothing is quantized. Here
+the same check runs for models of this method. Quantized layers are left out: each counts its own tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.schema import QUANT_METHOD
+
+# Mark of the function that asks for the check.
+_MARK = "refuses_unloaded"
+
+
+def refuse_unloaded() -> None:
+    """Let vLLM's loader check models of this method as it checks 16-bit ones, unless the user has set that."""
+    original = DefaultModelLoader.load_weights
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def load_weights(self: DefaultModelLoader, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        if model_config.quantization == QUANT_METHOD and self.enable_weights_track is None:
+            # These belong to the one loader of this model.
+            self.enable_weights_track = True
+            self.track_weights_loading = functools.partial(_check, self)
+        original(self, model, model_config)
+
+    setattr(load_weights, _MARK, True)
+    DefaultModelLoader.load_weights = load_weights
+
+
+def _check(loader: DefaultModelLoader, model: torch.nn.Module, loaded: set[str] | None, **settings: Any) -> None:
+    """vLLM's check as it is without quantization; MorphoQuantError if a weight has no tensor."""
+    try:
+        DefaultModelLoader.track_weights_loading(loader, model, loaded)
+    except ValueError as problem:
+        raise MorphoQuantError(
+            f"vLLM's {type(model).__name__} has weights that the checkpoint does not hold, so it would compute another "
+            f"model than transformers does: {problem}"
+        ) from problem
