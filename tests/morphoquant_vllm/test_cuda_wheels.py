@@ -18,6 +18,10 @@ CACHE = REPOSITORY / ".cache" / "cuda-wheels"
 _EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.__init__"
 # The releases that pyproject.toml admits, and the interfaces in which each differs.
 RELEASES: dict[str, list[str]] = {"0.30.0": [_EMBEDDING], "0.31.0": [_EMBEDDING], "0.32.0": [], "0.33.0": []}
+# vLLM 0.30's activation calls a compiled operator, which a later one does without.
+COMPILED = {
+    "0.30.0": ["--deselect", "tests/morphoquant_vllm/plugin/test_silu_mul_pass.py::test_vllm_s_own_mlp_is_fused"]
+}
 # Tests of the plugin that need vLLM's Python code alone.
 PLUGIN_TESTS = (
     "test_config.py",
@@ -88,7 +92,9 @@ def test_a_release_differs_as_it_is_known_to(version: str) -> None:
 def test_the_plugin_s_tests_pass_on_its_python_code(version: str) -> None:
     build = install(version)
     tests = [str(Path(__file__).parent / "plugin" / name) for name in PLUGIN_TESTS]
-    done = run(build, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full", *tests)
+    done = run(
+        build, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full", *COMPILED.get(version, []), *tests
+    )
     assert done.returncode == 0, done.stdout[-6000:]
 
 
