@@ -33,6 +33,7 @@ _LINEAR = "vllm.model_executor.layers.linear"
 _MOE = "vllm.model_executor.layers.fused_moe"
 _EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 _PARAMETER = "vllm.model_executor.parameter"
+_LOADER = "vllm.model_executor.model_loader.default_loader"
 _CREATE_WEIGHTS = (
     "(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, "
     "**extra_weight_attrs)"
@@ -113,6 +114,11 @@ INTERFACES: dict[str, str] = {
     f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod.__init__": "(self, quant_config)",
     f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod.create_weights": "(self, layer)",
     f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod.process_weights_after_loading": "(self, layer)",
+    f"{_CONFIG}:ModelConfig": "class(object)",
+    f"{_CONFIG}:ModelConfig.quantization": "attribute",
+    f"{_LOADER}:DefaultModelLoader": "class(BaseModelLoader)",
+    f"{_LOADER}:DefaultModelLoader.load_weights": "(self, model, model_config)",
+    f"{_LOADER}:DefaultModelLoader.track_weights_loading": "(self, model, loaded_weights, quantized=False)",
     "vllm.model_executor.model_loader:ShardedStateLoader": "class(BaseModelLoader)",
     "vllm.model_executor.model_loader:ShardedStateLoader.save_model": "(model, path, pattern=None, max_size=None)",
     "vllm.distributed:init_distributed_environment": (
@@ -257,6 +263,8 @@ PRIVATE_PARTS: dict[str, str] = {
         "proxies=None, token=None, revision=None, local_files_only=False, repo_type=None, "
         "code_revision=None, **kwargs)"
     ),
+    # calibration/model/buffers.py: buffers that no file holds
+    "transformers:PreTrainedModel._init_weights": "(self, module)",
     # hf/linear.py: buffers that keep their dtype
     "torch.nn:Module._apply": "(self, fn, recurse=True)",
     # calibration/quantize/int8_products.py

@@ -32,11 +32,8 @@ def ours(two_level: bool, device: torch.device = _GPU) -> Builder:
 
     def build(layer: Layer, group_size: int) -> Call:
         record = _on(generated(layer, group_size, two_level), device)
-        backend = backends.select_backend(device)
-        served = backends.BACKENDS[backend].experts
-        assert served is not None
-        served.check("benchmark", record, torch.bfloat16)
-        handle = ops.bind_experts(record, backend)
+        prepared = backends.prepare_experts("benchmark", record, torch.bfloat16)
+        handle = ops.bind_experts(prepared, record.down.absorbed_bias)
         modality = torch.full((MOST_TOKENS,), ROWS - 2, dtype=torch.int32, device=device)
         return lambda x, weights, ids: ops.bound_experts(x, modality, weights, ids, handle)
 

@@ -166,7 +166,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from morphoquant_vllm.plugin.reload import ReloadCheck
 
         config = get_current_vllm_config_or_none()
-        saved = self._saved.of_rank(config, config.model_config.model if config and config.model_config else "")
+        saved = self._saved.of_rank(config)
         check = self._reload_check = self._reload_check or ReloadCheck()
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)

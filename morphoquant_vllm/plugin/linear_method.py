@@ -227,7 +227,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self._check_bias(layer)
         self.weight_size, self.activation_size = map(len, shapes)
         prepared = self.records(layer)
-        for name in list(layer._buffers):
+        for name, _ in list(layer.named_buffers(recurse=False)):
             delattr(layer, name)
         self._serve(layer, prepared, None)
 

@@ -163,7 +163,7 @@ class SavedState:
         self.directory = directory
         return True
 
-    def of_rank(self, config: VllmConfig | None, model: str) -> RankState | None:
+    def of_rank(self, config: VllmConfig | None) -> RankState | None:
         """This rank's record if the engine loads saved states. MorphoQuantError if directory and engine do not fit."""
         wanted = config is not None and config.load_config.load_format in FORMATS
         if not wanted and self.directory is None:
@@ -176,7 +176,7 @@ class SavedState:
         assert config is not None
         if self.directory is None:
             raise MorphoQuantError(
-                f"{model}: is no local directory with states that save_sharded_state wrote; serve it without "
+                f"{config.model_config.model}: is no local directory with states that save_sharded_state wrote; serve it without "
                 "--load-format sharded_state"
             )
         if self._record is None:

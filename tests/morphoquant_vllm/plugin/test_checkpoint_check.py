@@ -149,7 +149,8 @@ def test_a_hub_model_of_version_2_is_left_to_the_workers(checkpoint: Path, cache
 def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A worker's configuration of the engine while it makes the layers of a model."""
     engine = SimpleNamespace(
-        model_config=SimpleNamespace(revision=None), load_config=SimpleNamespace(download_dir=None)
+        model_config=SimpleNamespace(revision=None),
+        load_config=SimpleNamespace(download_dir=None, load_format="auto"),
     )
     monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: engine)
     return engine

@@ -43,7 +43,8 @@ def engine_of(model_type: str = "qwen2", adapters: bool = False) -> SimpleNamesp
     """As much of vLLM's configuration as decides."""
     model = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type))
     lora = SimpleNamespace() if adapters else None
-    return SimpleNamespace(model_config=model, lora_config=lora, additional_config={})
+    loading = SimpleNamespace(load_format="auto")
+    return SimpleNamespace(model_config=model, load_config=loading, lora_config=lora, additional_config={})
 
 
 def mlp_layers(
@@ -122,7 +123,7 @@ class TestLoading:
         "engine",
         [
             None,
-            SimpleNamespace(model_config=None, lora_config=None, additional_config={}),
+            SimpleNamespace(**{**vars(engine_of()), "model_config": None}),
             engine_of("mixtral"),
             engine_of(""),
         ],

@@ -131,6 +131,8 @@ def test_a_state_needs_its_load_format(states: Path) -> None:
     saved.take(states)
     for load_format, directory in (("auto", states), ("sharded_state", None)):
         saved.directory = directory
-        config = SimpleNamespace(load_config=SimpleNamespace(load_format=load_format), lora_config=None)
+        model = SimpleNamespace(model="model")
+        loading = SimpleNamespace(load_format=load_format)
+        config = SimpleNamespace(load_config=loading, lora_config=None, model_config=model)
         with pytest.raises(MorphoQuantError, match="--load-format sharded_state"):
-            saved.of_rank(config, "model")
+            saved.of_rank(config)
