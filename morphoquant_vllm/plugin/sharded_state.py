@@ -176,8 +176,8 @@ class SavedState:
         assert config is not None
         if self.directory is None:
             raise MorphoQuantError(
-                f"{config.model_config.model}: is no local directory with states that save_sharded_state wrote; serve it without "
-                "--load-format sharded_state"
+                f"{config.model_config.model}: is no local directory with states that save_sharded_state wrote; serve "
+                "it without --load-format sharded_state"
             )
         if self._record is None:
             self._record = _read_fitting(self.directory, config)
