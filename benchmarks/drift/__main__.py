@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two ranks": {"enforce_eager": True, "tensor_parallel_size": 2},
     "compiled": {"enforce_eager": False},
 }
-PLAIN = "one rank, eager"
+PLAIN = "one rank in eager mode"
 # float32 shows how much is left if no value between two operations is rounded to 16 bits.
 DTYPES = ("bfloat16", "float32")
 # Limits between codes: where rounding half to even puts them, and off the values of bfloat16.
