@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,10 +116,8 @@ def _run(
             handles.append(linear.register_forward_pre_hook(partial(before, (index, shared.name))))
     try:
         for ids in windows:
-            try:
+            with suppress(InputReached):
                 model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-            except InputReached:
-                continue
     finally:
         for handle in handles:
             handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,8 @@ def _run(
         for text, cut in windows.items():
             running = text
             for ids in cut:
-                try:
+                with suppress(InputReached):
                     model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-                except InputReached:
-                    continue
     finally:
         for handle in handles:
             handle.remove()

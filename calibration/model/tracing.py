@@ -71,6 +71,10 @@ class _Read(dict[Any, Any]):
         self.was_read = True
         return super().__getitem__(key)
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.was_read = True
+        return super().get(key, default)
+
 
 @torch.no_grad()
 def run_blocks(model: Any, blocks: Sequence[nn.Module], block_module: str) -> Run:

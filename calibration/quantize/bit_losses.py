@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calibration.quantize import step_search as steps
 from calibration.quantize.chunks import together
+from calibration.quantize.served_weights import channel_importance
 from morphoquant_vllm.numerics import activation, weights
 
 
@@ -38,7 +39,7 @@ def losses(probe: Probe, group_size: int, escape_budget: float) -> dict[int, flo
     absorbed = weights.absorb(matrix, step)
     order = weights.channel_order(absorbed).long()
     absorbed, codes = absorbed[:, order], codes[:, order]
-    rounded = weights.quantize_int4(absorbed, _importance(codes), group_size)
+    rounded = weights.quantize_int4(absorbed, channel_importance(codes.square().mean(0)), group_size)
     of_four = _cost(probe, codes, _error(rounded, absorbed))
     of_eight = _cost(probe, codes, _error(weights.quantize_int8(absorbed, group_size), absorbed))
     return {4: of_four + of_activations, 8: of_eight + of_activations, 16: 0.0}
@@ -53,11 +54,6 @@ def _coded(x: Tensor, matrix: Tensor, escape_budget: float) -> tuple[Tensor, Ten
     low, high = activation.code_limits(torch.tensor(escape_budget > 0))
     codes = ((x - centre) / grid.step).round_().clamp_(float(low), float(high))
     return codes, grid.step, codes * grid.step + centre
-
-
-def _importance(codes: Tensor) -> Tensor:
-    energy = codes.square().mean(0)
-    return energy.clamp(min=1e-4 * float(energy.mean()) + torch.finfo(torch.float32).tiny)
 
 
 def _error(rounded: tuple[Tensor, Tensor], absorbed: Tensor) -> Tensor:

@@ -115,9 +115,13 @@ def _round(target: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, da
         if two_level:
             return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels, damping)
         return quantize_compensated(target, hessian, layer.group_size, damping)
-    energy = hessian.diagonal().clone()
-    mean = float(energy.mean())
-    importance = energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)
+    importance = channel_importance(hessian.diagonal())
     if two_level:
         return nearest(target, importance, layer.group_size, recipe.scale_levels)
     return weights.quantize_int4(target, importance, layer.group_size)
+
+
+def channel_importance(energy: Tensor) -> Tensor:
+    """How much a squared error of each channel's weights counts, float32 [K], by the mean square of its codes [K]."""
+    mean = float(energy.mean())
+    return energy.clamp(min=IMPORTANCE_FLOOR * mean) if mean > 0 else torch.ones_like(energy)

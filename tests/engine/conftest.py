@@ -19,6 +19,7 @@ from transformers import AutoProcessor
 from benchmarks.common.server import Server, serve
 from tests import tiny_models
 from tests.differing_rows import write_differing_rows
+from tests.engine.jobs import cores_of_ranks
 from tests.engine.rows import AUDIO, IMAGE, QUESTION, REPOSITORY, VIDEO, reference_logprobs
 from tests.reference_model import Checkpoint, reference_thinker
 from tests.tiny_conversations import image_bytes, sound_bytes, write_calibration_data, write_video
@@ -136,9 +137,6 @@ class Engines:
         job_file = self.directory / "jobs.json"
         job_file.write_text(json.dumps(lines))
         log = self.directory / "engines.log"
-        # Two workers on a machine with one NUMA node need their cores named.
-        cores = sorted(os.sched_getaffinity(0))
-        threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
         with log.open("ab") as output:
             done = subprocess.run(
                 [sys.executable, "-m", "tests.engine.driver", str(job_file)],
@@ -146,7 +144,7 @@ class Engines:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=timeout,
-                env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": threads},
+                env={**os.environ, **cores_of_ranks()},
             )
         assert done.returncode == 0, "\n".join(log.read_text().splitlines()[-60:])
         for name, line in zip(jobs, lines, strict=True):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import torch
 from morphoquant_vllm.cpu import backend as cpu
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import ENGINE, TEXT_PROMPT, calibrate
-from tests.engine.rows import REPOSITORY
+from tests.engine.jobs import run_jobs
 from tests.tiny_conversations import write_calibration_data
 
 # Three compiled engines, 75 s and more, of a setting that is off by default: the passes have quick tests of their own.
@@ -29,29 +26,17 @@ def results(checkpoint: Path, directory: Path, jobs: dict[str, tuple[str, str]])
         # vLLM would switch on fusions of FP8 and FP4, whose operators a CPU build does not have.
         "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
     }
-    lines = [
-        {
+    lines = {
+        name: {
             "model": str(checkpoint),
             "prompts": [{"prompt_token_ids": TEXT_PROMPT}, {"prompt_token_ids": TEXT_PROMPT[:7]}],
             "engine": ENGINE | {"enforce_eager": False, "dtype": dtype, "compilation_config": settings},
             "fusion": fusion,
-            "output": str(directory / f"{name}.json"),
         }
         for name, (fusion, dtype) in jobs.items()
-    ]
-    job_file = directory / "jobs.json"
-    job_file.write_text(json.dumps(lines))
+    }
     caches = {"VLLM_CACHE_ROOT": str(directory / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(directory / "torch")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.driver_fusion", str(job_file)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=540,
-        env=os.environ | caches,
-    )
-    assert done.returncode == 0, "\n".join(done.stderr.splitlines()[-60:])
-    found = {name: json.loads(Path(line["output"]).read_text()) for name, line in zip(jobs, lines, strict=True)}
+    found, _ = run_jobs("driver_fusion", lines, directory, timeout=540, variables=caches)
     for result in found.values():
         assert "error" not in result, result["error"]
         assert result["compilation"] == "VLLM_COMPILE"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from calibration.settings.recipe import Recipe
 from tests.adapters import adapt, write_adapter
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import ENGINE, TEXT_PROMPT
-from tests.engine.rows import REPOSITORY
+from tests.engine.jobs import run_jobs
 from tests.reference_model import Checkpoint, reference_thinker, swap_linears
 from tests.tiny_conversations import write_calibration_data
 
@@ -58,28 +55,18 @@ def served(
     directory = tmp_path_factory.mktemp("lora")
     models = {"llama": llama_checkpoint, "omni": checkpoint}
     made = {name: adapters(model, directory / name) for name, model in models.items()}
-    jobs = [
-        {
+    jobs = {
+        name: {
             "model": str(model.directory),
             # On a CPU vLLM gives a request without an adapter that of the last place, so one more stays empty.
             "engine": {**ENGINE, "max_loras": 3, "max_lora_rank": 8},
             "adapters": {adapter: str(path) for adapter, path in made[name].items()},
             "prompts": PROMPTS,
-            "output": str(directory / f"{name}.json"),
         }
         for name, model in models.items()
-    ]
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.driver_lora", str(directory / "jobs.json")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    log = done.stdout + done.stderr
-    return {name: json.loads((directory / f"{name}.json").read_text()) for name in models} | {"made": made, "log": log}
+    }
+    found, log = run_jobs("driver_lora", jobs, directory, timeout=400)
+    return found | {"made": made, "log": log}
 
 
 @torch.no_grad()

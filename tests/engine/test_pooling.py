@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
 from tests import tiny_models
 from tests.engine.conftest import ENGINE, TEXT_PROMPT
-from tests.engine.rows import REPOSITORY
+from tests.engine.jobs import run_jobs
 from tests.reference_model import Checkpoint, swap_linears
 from tests.tiny_conversations import write_calibration_data
 
@@ -63,26 +61,15 @@ def vectors(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     directory = tmp_path_factory.mktemp("pooled")
     data = write_calibration_data(directory / "data", "text")
     recipe = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
-    jobs = []
+    jobs = {}
     for task, source in sources.items():
         calibrate(source, data, source.with_name(f"{task} checkpoint"), recipe=recipe)
         job = {"model": str(source.with_name(f"{task} checkpoint")), "task": task, "engine": ENGINE}
         if task == "token_classify":
             job["engine"] = {**ENGINE, "pooler_config": {"step_tag_id": STEP, "returned_token_ids": [0, 1]}}
-        jobs.append({**job, "prompts": PROMPTS, "output": str(directory / f"{task}.json")})
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.driver_pooling", str(directory / "jobs.json")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        task: [torch.tensor(found) for found in json.loads((directory / f"{task}.json").read_text())]
-        for task in sources
-    }
+        jobs[task] = {**job, "prompts": PROMPTS}
+    results, _ = run_jobs("driver_pooling", jobs, directory, timeout=300)
+    return {task: [torch.tensor(vector) for vector in found] for task, found in results.items()}
 
 
 @torch.no_grad()

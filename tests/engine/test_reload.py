@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from calibration.settings.recipe import Recipe
 from tests import tiny_models
 from tests.checkpoints import flip_bit
 from tests.engine.conftest import ENGINE, TEXT_PROMPT
-from tests.engine.rows import REPOSITORY
+from tests.engine.jobs import cores_of_ranks, run_jobs
 from tests.tiny_conversations import write_calibration_data
 
 pytestmark = pytest.mark.full
@@ -51,23 +47,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         jobs[f"{name}, fresh"] = {"model": second, "engine": settings, "reloads": []}
     jobs["qwen2, 8-bit head"]["reloads"].append(str(damaged))
     jobs["llama"]["reloads"].append(str(directory / "qwen2-0"))
-    lines = [
-        {**job, "engine": {**ENGINE, **job["engine"]}, "tokens": TEXT_PROMPT, "output": str(directory / f"{name}.json")}
-        for name, job in jobs.items()
-    ]
-    (directory / "jobs.json").write_text(json.dumps(lines))
-    cores = sorted(os.sched_getaffinity(0))
-    threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.driver_reload", str(directory / "jobs.json")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": threads},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {name: json.loads((directory / f"{name}.json").read_text()) for name in jobs}
+    lines = {name: {**job, "engine": {**ENGINE, **job["engine"]}, "tokens": TEXT_PROMPT} for name, job in jobs.items()}
+    return run_jobs("driver_reload", lines, directory, timeout=900, variables=cores_of_ranks())[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

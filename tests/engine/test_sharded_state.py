@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,7 +10,7 @@ from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
 from tests import tiny_models
 from tests.engine.conftest import ENGINE, TEXT_PROMPT
-from tests.engine.rows import REPOSITORY
+from tests.engine.jobs import cores_of_ranks, run_jobs
 from tests.tiny_conversations import write_calibration_data
 
 pytestmark = pytest.mark.full
@@ -52,23 +48,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "with adapters": {"model": one, "engine": {**STATE, "enable_lora": True}},
         "reloaded": {"model": one, "engine": STATE, "reload": qwen2},
     }
-    lines = [
-        {**job, "engine": {**ENGINE, **job["engine"]}, "tokens": TEXT_PROMPT, "output": str(directory / f"{name}.json")}
-        for name, job in jobs.items()
-    ]
-    (directory / "jobs.json").write_text(json.dumps(lines))
-    cores = sorted(os.sched_getaffinity(0))
-    threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.driver_sharded", str(directory / "jobs.json")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": threads},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {name: json.loads((directory / f"{name}.json").read_text()) for name in jobs}
+    lines = {name: {**job, "engine": {**ENGINE, **job["engine"]}, "tokens": TEXT_PROMPT} for name, job in jobs.items()}
+    return run_jobs("driver_sharded", lines, directory, timeout=900, variables=cores_of_ranks())[0]
 
 
 @pytest.mark.parametrize("name", SERVED)
