@@ -146,12 +146,13 @@ def _keep_best(codes: Tensor, errors: Tensor, candidates: Tensor, loss: Tensor) 
 
 def _trace_back(choices: list[_Choice], at: Tensor) -> _Choice:
     """The choices of several groups as one: those that led to the choices `at` [kept, n] of the last group."""
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     for choice in reversed(choices):
         parts = (choice.codes, choice.errors, choice.scale)
-        found.append([part.gather(1, at.expand(part.shape[0], -1, -1)) for part in parts])
+        found.append(tuple(part.gather(1, at.expand(part.shape[0], -1, -1)) for part in parts))
         at = choice.parent.gather(0, at)
-    return _Choice(*(torch.cat(parts[::-1]) for parts in zip(*found, strict=True)), parent=at)
+    codes, errors, scale = (torch.cat(parts[::-1]) for parts in zip(*found, strict=True))
+    return _Choice(codes, errors, scale, at)
 
 
 def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
