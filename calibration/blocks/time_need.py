@@ -42,8 +42,9 @@ OPERATIONS_OF_A_WEIGHT = 50_000
 # Operations for one weight of an expert and one channel of its input: products of weights and second moments. They are
 # counted in moments, rounding, group_search and scale_fit of calibration.quantize.
 OPERATIONS_OF_A_PRODUCT = 22
-# The product of the probe, M x N x K, and the seconds of all its repetitions.
-PRODUCT = (512, 1024, 1024)
+# The product of the probe, M x N x K, and the seconds of all its repetitions. It takes a millisecond, so a busy machine
+# does not interrupt all of them.
+PRODUCT = (256, 512, 512)
 PROBE_SECONDS = 0.5
 
 
