@@ -23,8 +23,9 @@ BLOCK_COLUMNS = 1024
 RUN_COLUMNS = 128
 # Choices of codes and scales of an output channel that are kept from one group of a block to the next.
 BEAM = 4
-# Output channels that are processed at once. The candidates of one of their groups fit into the cache.
-ROWS = 2048
+# Output channels whose groups are searched at once, and those whose groups are improved at once. The latter have fewer
+# candidates, and no beam. More would be faster, and set the peak of memory.
+SEARCH_ROWS, IMPROVE_ROWS = 512, 2048
 # Factor by which the damping grows if a factorisation fails for lack of digits.
 MORE_DAMPING = 10.0
 
@@ -63,8 +64,8 @@ def compensate(target: Tensor, damped: Tensor, group_size: int, allowed: Allowed
         start, end = first * group_size, min((first + groups) * group_size, remaining.shape[0])
         block, factor = remaining[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
-        for row in range(0, target.shape[0], ROWS):
-            rows = slice(row, row + ROWS)
+        for row in range(0, target.shape[0], SEARCH_ROWS):
+            rows = slice(row, row + SEARCH_ROWS)
             found = _search_block(block[:, rows], factor, energy[own], allowed.rows(rows))
             block[:, rows], errors[:, rows], scale[own, rows] = found
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
@@ -187,8 +188,8 @@ def improve(
         local = damped[columns, columns]
         factors = [_ordered_factor(part) for part in _diagonal_blocks(local, group_size)]
         changes = torch.empty_like(gradient[columns])
-        for row in range(0, target.shape[0], ROWS):
-            rows = slice(row, row + ROWS)
+        for row in range(0, target.shape[0], IMPROVE_ROWS):
+            rows = slice(row, row + IMPROVE_ROWS)
             changes[:, rows] = _improve_block(
                 gradient[columns, rows], local, factors, codes[columns, rows], scale[own, rows], allowed.rows(rows)
             )
