@@ -36,8 +36,7 @@ from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 # Operations of a product that take as long as search and fits for one drawn value. It was fitted to a measured block of
 # 2048 channels; the demo's model of 576 channels confirms it (docs/results/calibration.md).
 OPERATIONS_OF_A_VALUE = 50_000
-# The same for one weight of an expert and the search of its code. It was fitted to single experts of 2048 and 768
-# channels; a whole block of them confirms it (docs/results/calibration.md).
+# The same for one weight of an expert and the search of its code. It was fitted to experts of 2048 and 768 channels.
 OPERATIONS_OF_A_WEIGHT = 50_000
 # Operations for one weight of an expert and one channel of its input: products of weights and second moments. They are
 # counted in moments, rounding, group_search and scale_fit of calibration.quantize.
