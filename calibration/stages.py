@@ -16,7 +16,7 @@ from torch import Tensor
 from calibration.blocks.capture import MemoryInput, capture_block_inputs, serve_towers
 from calibration.blocks.loop import BlockResult, LayerBegins, calibrate_blocks
 from calibration.blocks.memory_need import BASE, MemoryNeed, check_budget, memory_need
-from calibration.blocks.time_need import operations, product_speed
+from calibration.blocks.time_need import experts_operations, operations, product_speed
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
@@ -25,6 +25,7 @@ from calibration.forecast import Forecast
 from calibration.model.architectures import Architecture
 from calibration.model.bits import extra_bytes
 from calibration.model.discovery import GENERIC
+from calibration.model.experts import CHOSEN
 from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import DecoderNames, sixteen_bit
 from calibration.model.source import Source
@@ -168,12 +169,17 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
 
 
 def _seconds(job: Job, tokens: TokenSample) -> float | None:
-    """The time for the blocks on one process's CPU; None elsewhere and for experts, which were not measured."""
-    if job.device.type != "cpu" or job.processes.size > 1 or job.spec.experts:
+    """The time for the blocks on one process's CPU; None elsewhere, and if the experts of a token are not counted."""
+    prefix, all_tokens, drawn = f"{job.names.prefix}.", sum(tokens.counts.values()), tokens.modality.numel()
+    lists = [experts for name, experts in job.spec.experts.items() if name.startswith(prefix)]
+    chosen = job.architecture.decoder_config(job.source.config).get(CHOSEN) if lists else 0
+    if job.device.type != "cpu" or job.processes.size > 1 or not isinstance(chosen, int):
         return None
-    layers = (layer for name, layer in job.spec.layers.items() if name.startswith(f"{job.names.prefix}."))
+    layers = (layer for name, layer in job.spec.layers.items() if name.startswith(prefix))
     effort = "fast" if held_out(tokens) is None else job.recipe.effort
-    return operations(layers, sum(tokens.counts.values()), tokens.modality.numel(), effort) / product_speed()
+    work = operations(layers, all_tokens, drawn, effort)
+    work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
+    return work / product_speed()
 
 
 def _run_front(

@@ -198,6 +198,8 @@ EXPERTS = (
     "w4a4-token-group",
     "served-16bit",
     "served",
+    "served-g64",
+    "floor-weights",
 )
 
 

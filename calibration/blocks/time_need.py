@@ -10,6 +10,16 @@
     4 (4 N K^2 + 1/3 K^3)   the regressions between which held-out samples choose (effort default and best)
     3 N K^2      one more rounding, and the errors of both (effort best)
 
+For E experts, C of which a token chooses. K and I are the channels of hidden states and of an expert's inner input, and
+t = T C / E are the drawn tokens of one expert. The first two lines are of all experts together, the others of each.
+
+    12 M C I K   the products of the two streams
+    2 T K^2 + 4/3 K^3 + 50,000 T K   moments, factor and search of the input that gate and up share, as above
+    5/2 t (K^2 + I^2) + 5/3 (K^3 + I^3)   moments, and factors for regression and rounding
+    22 (2 I K) K + 22 (I K) I   products of weights and moments in regression, rounding and fits
+    8 t (2 I K) + 4 t (I K)     errors, and the input of down
+    50,000 (3 I K)              the search of codes and scales, which goes over the weights many times
+
 Attention, reading the model's files and hidden states on disk are left out.
 """
 
@@ -21,13 +31,19 @@ from collections.abc import Iterable
 import torch
 
 from calibration.quantize.served_weights import STRENGTHS
-from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 
 # Operations of a product that take as long as search and fits for one drawn value. It was fitted to a measured block of
 # 2048 channels; the demo's model of 576 channels confirms it (docs/results/calibration.md).
 OPERATIONS_OF_A_VALUE = 50_000
-# The product of the probe, M x N x K, and the seconds of all its repetitions.
-PRODUCT = (512, 1024, 1024)
+# The same for one weight of an expert and the search of its code. It was fitted to experts of 2048 and 768 channels.
+OPERATIONS_OF_A_WEIGHT = 50_000
+# Operations for one weight of an expert and one channel of its input: products of weights and second moments. They are
+# counted in moments, rounding, group_search and scale_fit of calibration.quantize.
+OPERATIONS_OF_A_PRODUCT = 22
+# The product of the probe, M x N x K, and the seconds of all its repetitions. It takes a millisecond, so a busy machine
+# does not interrupt all of them.
+PRODUCT = (256, 512, 512)
 PROBE_SECONDS = 0.5
 
 
@@ -48,6 +64,19 @@ def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int, effort: str
         if effort == "best":
             total += 3 * n * k**2
     return total
+
+
+def experts_operations(experts: ExpertsSpec, chosen: int, tokens: int, drawn: int) -> float:
+    """Floating-point operations for the experts of one block, `chosen` of which each token chooses."""
+    k, inner = experts.in_features, experts.intermediate_features
+    own = drawn * chosen / experts.count
+    shared = 2 * drawn * k**2 + 4 / 3 * k**3 + OPERATIONS_OF_A_VALUE * drawn * k
+    each = 0.0
+    # Inputs, weights, and products with each token for errors and for the input of down.
+    for channels, weights, products in ((k, 2 * inner * k, 8), (inner, inner * k, 4)):
+        each += 5 / 2 * own * channels**2 + 5 / 3 * channels**3
+        each += weights * (OPERATIONS_OF_A_PRODUCT * channels + products * own + OPERATIONS_OF_A_WEIGHT)
+    return 12 * tokens * chosen * inner * k + shared + experts.count * each
 
 
 def product_speed() -> float:

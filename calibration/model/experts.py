@@ -23,6 +23,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 # Keys of config.json, at any depth, that count experts.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Its key for the number of experts that a token chooses.
+CHOSEN = "num_experts_per_tok"
 SILU = ("silu", "swish")
 SIXTEEN_BIT = "leave the experts in 16 bit with --ignore '*.experts.*'"
 

@@ -22,12 +22,11 @@ from calibration.quantize.grids import FoundInput, find_input
 from calibration.quantize.layer import (
     InputSample,
     JudgedPart,
-    QuantizedLayer,
     full_mask,
     quantize_input,
     split_tensors,
 )
-from calibration.quantize.layer_report import ExpertsFigures, JudgedTokens, input_record, output_error
+from calibration.quantize.layer_report import ExpertsFigures, JudgedTokens, LayerRecord, input_record, output_error
 from calibration.quantize.massive_tokens import MassiveTokens, find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import InputCollector, Routing
@@ -68,8 +67,17 @@ class QuantizedExperts:
 
 
 @dataclass(frozen=True)
+class _QuantizedExpert:
+    """The tensors of one expert's linears, by their names in the checkpoint."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    # Output error of gate and up, and the figures of down; None if no drawn token chose the expert.
+    figures: tuple[float, LayerRecord] | None
+
+
+@dataclass(frozen=True)
 class _Layer:
-    """What the experts of one layer have in common; tokens are this process's, if nothing else is said."""
+    """The common part of the experts of one layer; tokens are this process's, if nothing else is said."""
 
     name: str
     spec: QuantizationSpec
@@ -113,24 +121,22 @@ def quantize_experts(
     `load` gives the weights of one expert, and is called twice for each. All processes get the same result.
     """
     layer = _find_layer(sample, tokens, name, load, spec, recipe)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    gate_up_errors, downs = [], []
-    count = spec.experts[name].count
-    for expert in range(count):
-        chosen = _choose(layer, expert)
-        plain = recipe if chosen.routed.numel() else _plain(recipe)
-        weights = load(expert)
-        linears = {kind: f"{name}.{expert}.{kind}" for kind in (GATE, UP, DOWN)}
-        quantized, error, inner = _quantize_gate_up(layer, chosen, linears, weights, plain)
-        tensors |= quantized
-        down = quantize_input(inner, chosen.tokens, {linears[DOWN]: weights[DOWN]}, layer.spec, plain, chosen.judged)[
-            linears[DOWN]
-        ]
-        tensors[linears[DOWN]] = down.tensors
-        gate_up_errors.append(error if chosen.routed.numel() else None)
-        downs.append(down if chosen.routed.numel() else None)
+    experts = [_quantize_expert(layer, expert, load(expert)) for expert in range(spec.experts[name].count)]
+    tensors = {linear: stored for expert in experts for linear, stored in expert.tensors.items()}
     tensors[input_holder(name)] |= layer.found.tensors
-    return QuantizedExperts(tensors, _figures(layer, gate_up_errors, downs))
+    return QuantizedExperts(tensors, _figures(layer, experts))
+
+
+def _quantize_expert(layer: _Layer, expert: int, weights: Mapping[str, Tensor]) -> _QuantizedExpert:
+    """Gate and up of one expert, then down, on the outputs of the served gate and up."""
+    chosen = _choose(layer, expert)
+    seen = bool(chosen.routed.numel())
+    recipe = layer.recipe if seen else _plain(layer.recipe)
+    linears = {kind: f"{layer.name}.{expert}.{kind}" for kind in (GATE, UP, DOWN)}
+    tensors, error, inner = _quantize_gate_up(layer, chosen, linears, weights, recipe)
+    shards = {linears[DOWN]: weights[DOWN]}
+    down = quantize_input(inner, chosen.tokens, shards, layer.spec, recipe, chosen.judged)[linears[DOWN]]
+    return _QuantizedExpert({**tensors, linears[DOWN]: down.tensors}, (error, down.record) if seen else None)
 
 
 def _find_layer(
@@ -287,19 +293,18 @@ def _gated(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
     return (silu(gate) * up).float()
 
 
-def _figures(
-    layer: _Layer, gate_up_errors: Sequence[float | None], downs: Sequence[QuantizedLayer | None]
-) -> ExpertsFigures:
+def _figures(layer: _Layer, experts: Sequence[_QuantizedExpert]) -> ExpertsFigures:
     drawn = layer.sample.routing.chosen.sum(0).tolist()
     record = input_record(layer.coded, layer.tokens, layer.massive.all, layer.found, layer.spec.rows)
-    known = [error for error in gate_up_errors if error is not None]
+    figures = [expert.figures for expert in experts]
+    known = [found[0] for found in figures if found is not None]
     return ExpertsFigures(
         tokens=layer.sample.routing.counts.sum(0).tolist(),
         drawn_tokens=drawn,
         few=sum(0 < count < FEW_TOKENS for count in drawn),
         none=sum(count == 0 for count in drawn),
         input=replace(record, output_error=sum(known) / len(known) if known else 0.0),
-        gate_up_error=list(gate_up_errors),
-        down_error=[None if down is None else down.record.output_error for down in downs],
-        down_escape_rate=[None if down is None else down.record.escape_rate["all"] for down in downs],
+        gate_up_error=[None if found is None else found[0] for found in figures],
+        down_error=[None if found is None else found[1].output_error for found in figures],
+        down_escape_rate=[None if found is None else found[1].escape_rate["all"] for found in figures],
     )

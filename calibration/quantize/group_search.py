@@ -18,17 +18,24 @@ from morphoquant_vllm.numerics import weights
 
 # Columns whose changes are applied to the later columns at once. Within them the beam search keeps several choices.
 BLOCK_COLUMNS = 1024
+# Columns of a block whose changes are applied to the block's later columns at once: few enough that the columns which
+# every group changes stay in the cache, many enough for fast products.
+RUN_COLUMNS = 128
 # Choices of codes and scales of an output channel that are kept from one group of a block to the next.
 BEAM = 4
-# Output channels that are processed at once. The candidates of one of their groups fit into the cache.
-ROWS = 1024
+# Output channels whose groups are searched at once, and those whose groups are improved at once. The latter have fewer
+# candidates, and no beam. More would be faster, and set the peak of memory.
+SEARCH_ROWS, IMPROVE_ROWS = 512, 2048
 # Factor by which the damping grows if a factorisation fails for lack of digits.
 MORE_DAMPING = 10.0
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A group's codes and errors for each kept choice [G, beam, n], its scales and its parent choices [beam, n]."""
+    """The kept choices for some groups: codes and errors [columns, beam, n], scales [groups, beam, n].
+
+    parent [beam, n] is the kept choice of the groups before from which each comes.
+    """
 
     codes: Tensor
     errors: Tensor
@@ -57,8 +64,8 @@ def compensate(target: Tensor, damped: Tensor, group_size: int, allowed: Allowed
         start, end = first * group_size, min((first + groups) * group_size, remaining.shape[0])
         block, factor = remaining[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
-        for row in range(0, target.shape[0], ROWS):
-            rows = slice(row, row + ROWS)
+        for row in range(0, target.shape[0], SEARCH_ROWS):
+            rows = slice(row, row + SEARCH_ROWS)
             found = _search_block(block[:, rows], factor, energy[own], allowed.rows(rows))
             block[:, rows], errors[:, rows], scale[own, rows] = found
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
@@ -75,21 +82,48 @@ def _search_block(
     block [columns, n]: the weights with the earlier columns' compensation. factor [columns, columns]: the factor of the
     inverse Hessian. energy [groups, G]: the Hessian's diagonal.
     """
-    group_size, n = energy.shape[1], block.shape[1]
-    rest, loss = block[:, None], block.new_zeros(1, n)
+    rest, loss = block[:, None], block.new_zeros(1, block.shape[1])
+    runs: list[_Choice] = []
+    for part in energy.split(max(1, RUN_COLUMNS // energy.shape[1])):
+        end = block.shape[0] - rest.shape[0] + part.numel()
+        start = end - part.numel()
+        run, loss = _search_run(rest[: part.numel()], factor[start:end, start:end], part, loss, allowed)
+        runs.append(run)
+        rest = _compensated(rest[part.numel() :], factor[start:end, end:], run)
+    best = _trace_back(runs, torch.zeros_like(loss[:1], dtype=torch.int64))
+    return best.codes[:, 0], best.errors[:, 0], best.scale[:, 0]
+
+
+def _search_run(
+    rest: Tensor, factor: Tensor, energy: Tensor, loss: Tensor, allowed: AllowedScales
+) -> tuple[_Choice, Tensor]:
+    """The choices kept after a run of groups, and their losses [beam, n], from `loss` [beam, n] of those before it.
+
+    rest [columns, beam, n] are the run's weights for each of these; factor and energy as in `_search_block`.
+    """
+    group_size, n = energy.shape[1], rest.shape[2]
     choices: list[_Choice] = []
     for group, importance in enumerate(energy):
         start, end = group * group_size, (group + 1) * group_size
-        # Only the weights of the best choice, since those of the others differ little.
-        suited = weights.group_scales(rest[:group_size, 0].T.contiguous()[:, None], importance[None])
+        # Only the weights of the best choice, since those of the others differ little. Transposed, not copied: an
+        # output is then a place in a vector.
+        suited = weights.group_scales(rest[:group_size, 0].T[:, None], importance[None])
         candidates = allowed.candidates(suited[:, 0].float().expand(rest.shape[1], n), far=True)
         codes, errors = round_group(rest[:group_size], factor[start:end, start:end], candidates)
         choice, loss = _keep_best(codes, errors, candidates, loss)
         choices.append(choice)
-        later = rest[group_size:].gather(1, choice.parent.expand(rest.shape[0] - group_size, -1, -1)).flatten(1)
-        later.addmm_(factor[start:end, end:].T, choice.errors.flatten(1), alpha=-1)
-        rest = later.unflatten(1, choice.parent.shape)
-    return _trace_back(choices)
+        rest = _compensated(rest[group_size:], factor[start:end, end:], choice)
+    each = torch.arange(loss.shape[0], device=loss.device)[:, None].expand_as(loss)
+    return _trace_back(choices, each), loss
+
+
+def _compensated(rest: Tensor, factor: Tensor, choice: _Choice) -> Tensor:
+    """Later weights [columns, beam, n] after `choice`, from `rest` [columns, beam before it, n].
+
+    factor [columns of the choice, columns].
+    """
+    later = rest.gather(1, choice.parent.expand(rest.shape[0], -1, -1)).flatten(1)
+    return later.addmm_(factor.T, choice.errors.flatten(1), alpha=-1).unflatten(1, choice.parent.shape)
 
 
 def _keep_best(codes: Tensor, errors: Tensor, candidates: Tensor, loss: Tensor) -> tuple[_Choice, Tensor]:
@@ -105,23 +139,21 @@ def _keep_best(codes: Tensor, errors: Tensor, candidates: Tensor, loss: Tensor) 
     choice = _Choice(
         codes.flatten(1, 2).gather(1, each),
         errors.flatten(1, 2).gather(1, each),
-        candidates.flatten(0, 1).gather(0, index),
+        candidates.flatten(0, 1).gather(0, index)[None],
         index % loss.shape[0],
     )
     return choice, kept
 
 
-def _trace_back(choices: list[_Choice]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and errors [columns, n] and scales [groups, n] of the best choice of the last group."""
-    at = torch.zeros_like(choices[-1].parent[:1])
-    codes, errors, scales = [], [], []
+def _trace_back(choices: list[_Choice], at: Tensor) -> _Choice:
+    """The choices of several groups as one: those that led to the choices `at` [kept, n] of the last group."""
+    found: list[tuple[Tensor, ...]] = []
     for choice in reversed(choices):
-        each = at.expand(choice.codes.shape[0], -1, -1)
-        codes.append(choice.codes.gather(1, each)[:, 0])
-        errors.append(choice.errors.gather(1, each)[:, 0])
-        scales.append(choice.scale.gather(0, at))
+        parts = (choice.codes, choice.errors, choice.scale)
+        found.append(tuple(part.gather(1, at.expand(part.shape[0], -1, -1)) for part in parts))
         at = choice.parent.gather(0, at)
-    return torch.cat(codes[::-1]), torch.cat(errors[::-1]), torch.cat(scales[::-1])
+    codes, errors, scale = (torch.cat(parts[::-1]) for parts in zip(*found, strict=True))
+    return _Choice(codes, errors, scale, at)
 
 
 def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,11 +165,11 @@ def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Ten
     rest = weight[:, None].expand(-1, *candidates.shape).flatten(1).contiguous()
     step = candidates.flatten()
     codes, errors = torch.empty_like(rest), torch.empty_like(rest)
-    for column in range(rest.shape[0]):
-        code = weights.round_int4(rest[column], step)
-        codes[column] = code
-        errors[column] = (rest[column] - code * step) / factor[column, column]
-        rest[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    # In place: each column's values stay in the cache.
+    for column, (code, error, own) in enumerate(zip(codes, errors, factor.diagonal().tolist(), strict=True)):
+        weights.round_int4(rest[column], step, out=code)
+        torch.addcmul(rest[column], code, step, value=-1, out=error).div_(own)
+        rest[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
     return codes.unflatten(1, candidates.shape), errors.unflatten(1, candidates.shape)
 
 
@@ -156,8 +188,8 @@ def improve(
         local = damped[columns, columns]
         factors = [_ordered_factor(part) for part in _diagonal_blocks(local, group_size)]
         changes = torch.empty_like(gradient[columns])
-        for row in range(0, target.shape[0], ROWS):
-            rows = slice(row, row + ROWS)
+        for row in range(0, target.shape[0], IMPROVE_ROWS):
+            rows = slice(row, row + IMPROVE_ROWS)
             changes[:, rows] = _improve_block(
                 gradient[columns, rows], local, factors, codes[columns, rows], scale[own, rows], allowed.rows(rows)
             )
@@ -189,22 +221,37 @@ def _improve_block(
     """
     gradient, changes = gradient.clone(), torch.empty_like(gradient)
     size = codes.shape[0] // scale.shape[0]
-    for group, (order, factor) in enumerate(factors):
-        own = slice(group * size, (group + 1) * size)
-        before, slope = codes[own][order] * scale[group], gradient[own][order]
-        # The change of the weights that would give the least loss without rounding.
-        way = factor.T @ (factor @ slope)
-        candidates = allowed.candidates(scale[group], far=False)
-        found, errors = round_group(before + way, factor, candidates)
-        loss, best = errors.square().sum(0).min(0)
-        # The right side is the loss without any change.
-        better = loss < (slope * way).sum(0)
-        chosen = candidates.gather(0, best[None])[0]
-        scale[group] = torch.where(better, chosen, scale[group])
-        rounded = found.gather(1, best.expand(size, 1, -1))[:, 0]
-        codes[own.start + order] = torch.where(better, rounded, codes[own][order])
-        changes[own.start + order] = codes[own][order] * scale[group] - before
-        gradient[own.stop :].addmm_(local[own, own.stop :].T, changes[own], alpha=-1)
+    run = max(1, RUN_COLUMNS // size) * size
+    for start in range(0, codes.shape[0], run):
+        end = min(start + run, codes.shape[0])
+        for group in range(start // size, end // size):
+            own = slice(group * size, (group + 1) * size)
+            changes[own] = _improve_group(gradient[own], *factors[group], codes[own], scale[group], allowed)
+            gradient[own.stop : end].addmm_(local[own, own.stop : end].T, changes[own], alpha=-1)
+        gradient[end:].addmm_(local[start:end, end:].T, changes[start:end], alpha=-1)
+    return changes
+
+
+def _improve_group(
+    gradient: Tensor, order: Tensor, factor: Tensor, codes: Tensor, scale: Tensor, allowed: AllowedScales
+) -> Tensor:
+    """Improve one group's codes [G, n] and scale [n] in place; returns the change of its weights [G, n].
+
+    order and factor as from `_ordered_factor`.
+    """
+    before, slope = codes[order] * scale, gradient[order]
+    # The change of the weights that would give the least loss without rounding.
+    way = factor.T @ (factor @ slope)
+    candidates = allowed.candidates(scale, far=False)
+    found, errors = round_group(before + way, factor, candidates)
+    loss, best = errors.square().sum(0).min(0)
+    # The right side is the loss without any change.
+    better = loss < (slope * way).sum(0)
+    scale.copy_(torch.where(better, candidates.gather(0, best[None])[0], scale))
+    rounded = found.gather(1, best.expand(found.shape[0], 1, -1))[:, 0]
+    codes[order] = torch.where(better, rounded, codes[order])
+    changes = torch.empty_like(before)
+    changes[order] = codes[order] * scale - before
     return changes
 
 

@@ -79,9 +79,9 @@ def group_scales(grouped: Tensor, importance: Tensor) -> Tensor:
     return best_scale.bfloat16()
 
 
-def round_int4(weight: Tensor, scale: Tensor) -> Tensor:
-    """The nearest int4 codes of weight / scale, as floats; `scale` broadcasts."""
-    return torch.round(weight / scale).clamp_(INT4_MIN, INT4_MAX)
+def round_int4(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """The nearest int4 codes of weight / scale, as floats, written to `out` if it is given; `scale` broadcasts."""
+    return torch.div(weight, scale, out=out).round_().clamp_(INT4_MIN, INT4_MAX)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -12,11 +12,14 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from calibration.calibrate import calibrate
+from calibration import stages
+from calibration.blocks.time_need import experts_operations
+from calibration.calibrate import calibrate, dry_run
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.layers import ExpertsSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.numerics.activation import act_quant, token_rows
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts, intermediate
@@ -158,6 +161,19 @@ def test_experts_stay_in_16_bit_if_ignored(tmp_path: Path, tiny: TinyModels) -> 
     carried, stored = (load_file(next(path.glob("*.safetensors"))) for path in (source, tmp_path / "out"))
     experts = [key for key in carried if ".experts." in key]
     assert experts and all(torch.equal(stored[key], carried[key]) for key in experts)
+
+
+def test_a_dry_run_estimates_the_time_of_experts(
+    tmp_path: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "product_speed", lambda: 1e9)
+    model, data, out = tiny.model("qwen3_moe"), tiny.data("qwen3_moe"), tmp_path / "out"
+    whole = dry_run(model, data, out, recipe=QUICK)
+    linears = dry_run(model, data, out, recipe=QUICK.model_copy(update={"ignore": ("*.experts.*",)}))
+    assert whole.seconds is not None and linears.seconds is not None
+    hidden = json.loads((model / "config.json").read_text())["hidden_size"]
+    work = experts_operations(ExpertsSpec(4, hidden, 64, 32), 2, sum(whole.tokens.values()), whole.sampled_tokens)
+    assert whole.seconds - linears.seconds == pytest.approx(whole.blocks * work / 1e9)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, tiny: TinyModels) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from calibration.blocks import time_need
-from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 
 EFFORTS = ("fast", "default", "best")
 
@@ -40,6 +40,15 @@ def test_two_blocks_take_twice_the_time_of_one() -> None:
     one = block(64, 32, 128)
     other = [replace(layer, shared_input=f"second.{layer.shared_input}") for layer in one]
     assert time_need.operations([*one, *other], 100, 10) == 2 * time_need.operations(one, 100, 10)
+
+
+def test_experts_take_longer_if_there_are_more_of_them_or_each_sees_more_tokens() -> None:
+    def work(count: int = 128, chosen: int = 8, drawn: int = 16384) -> float:
+        return time_need.experts_operations(ExpertsSpec(count, 2048, 768, 32), chosen, 16384, drawn)
+
+    # With the same tokens for each, all but the shared input and the products of the model's two streams.
+    assert work(256, 16) == pytest.approx(2 * work(), rel=0.03)
+    assert work(drawn=1024) < work() < work(chosen=16) < 1.5 * work()
 
 
 def test_a_greater_effort_takes_longer_whatever_the_number_of_tokens() -> None:

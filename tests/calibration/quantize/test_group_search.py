@@ -74,7 +74,9 @@ class OneAfterTheOther(FixedScales):
 remaining: list[float] = []
 
 
-def test_a_beam_of_every_choice_finds_the_best_pair_of_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [32, 64], ids=["two runs", "one run"])
+def test_a_beam_of_every_choice_finds_the_best_pair_of_scales(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(group_search, "RUN_COLUMNS", columns)
     damped, weight = damp(correlated_hessian())[:64, :64].contiguous(), target()[:, :64]
     monkeypatch.setattr(group_search, "BEAM", 9)
     scales = (0.25, 0.32, 0.4)
@@ -102,11 +104,26 @@ def test_the_result_does_not_depend_on_how_many_rows_are_searched_at_once(
     damped, weight = damp(correlated_hessian()), target()
     expected = compensate(weight, damped, 32, allowed)
     better = improve(weight, damped, *expected, allowed)
-    monkeypatch.setattr(group_search, "ROWS", 7)
+    monkeypatch.setattr(group_search, "SEARCH_ROWS", 7)
+    monkeypatch.setattr(group_search, "IMPROVE_ROWS", 9)
     found = compensate(weight, damped, 32, allowed)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     found = improve(weight, damped, *expected, allowed)
     assert torch.equal(found[0], better[0]) and torch.equal(found[1], better[1])
+
+
+@pytest.mark.parametrize("allowed", [FREE, LEVELS], ids=["free", "levels"])
+def test_the_loss_does_not_depend_on_how_many_columns_change_at_once(
+    monkeypatch: pytest.MonkeyPatch, allowed: AllowedScales
+) -> None:
+    damped, weight = damp(correlated_hessian()), target()
+    losses = []
+    for columns in (32, 64, K):
+        monkeypatch.setattr(group_search, "RUN_COLUMNS", columns)
+        found = compensate(weight, damped, 32, allowed)
+        losses.append(loss(damped, weight, *improve(weight, damped, *found, allowed)))
+    # Sums in another order round some weights the other way.
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
 
 
 def test_the_sum_of_squared_errors_is_the_loss() -> None:
