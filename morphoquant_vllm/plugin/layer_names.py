@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from vllm.config import get_current_vllm_config_or_none
-
 # Prefix that vLLM adds to the names of a draft model's layers.
 DRAFT_PREFIX = "draft_model."
 
@@ -39,6 +37,7 @@ def stacked_names(prefix: str, listed: Collection[str]) -> list[str]:
 
     The name itself if the checkpoint quantizes none of them.
     """
+    from vllm.config import get_current_vllm_config_or_none
     from vllm.model_executor.model_loader.utils import get_model_cls
 
     config = get_current_vllm_config_or_none()
