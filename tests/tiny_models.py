@@ -43,14 +43,14 @@ DECODER = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_AUDIO = {
+AUDIO = {
     "d_model": 64,
     "encoder_layers": 2,
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 128,
     "output_dim": 128,
 }
-_VISION = {
+VISION = {
     "depth": 2,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -132,7 +132,7 @@ def build_tiny_omni(directory: Path, seed: int = 0) -> Path:
     """Write a full Qwen2.5-Omni (thinker, talker, token2wav, speakers, processor) into `directory`; return it."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_processor(directory, "omni")
-    write_model(directory, Qwen2_5OmniForConditionalGeneration, omni_config(ids, DECODER, _VISION, _AUDIO), seed, ids)
+    write_model(directory, Qwen2_5OmniForConditionalGeneration, omni_config(ids, DECODER, VISION, AUDIO), seed, ids)
     write_speakers(directory, ids)
     return directory
 
@@ -143,7 +143,7 @@ def build_tiny_qwen2_5_vl(directory: Path, seed: int = 0) -> Path:
     ids = write_processor(directory, "vl")
     config = Qwen2_5_VLConfig(
         text_config={**DECODER, "rope_parameters": mrope(32), "bos_token_id": None, "eos_token_id": ids["im_end"]},
-        vision_config={**_VISION, "in_channels": 3},
+        vision_config={**VISION, "in_channels": 3},
         image_token_id=ids["image"],
         video_token_id=ids["video"],
         vision_start_token_id=ids["vision_bos"],

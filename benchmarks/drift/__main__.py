@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.common.machine import load, machine, versions
 from benchmarks.common.texts import python_topics
 from benchmarks.drift.engine import logprobs
 from benchmarks.drift.figures import gaps, moved_codes, ties
+from benchmarks.drift.residual import residual_drift
 
 # How an engine is started, beside one rank in eager mode.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -40,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     top.add_argument("--results", type=Path, default=Path("benchmarks/results/drift"))
     top.add_argument("--name", help="of the file (default: DIR's)")
+    about = "simulate with transformers, for a Llama, what keeping values in float32 leaves of the drift"
+    top.add_argument("--residual", action="store_true", help=about)
     return top
 
 
@@ -74,20 +78,36 @@ def tie_rule() -> dict[str, float]:
     return {"values at a tie": ties(x, step), **moved}
 
 
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the file."""
+    if arguments.residual:
+        asked = prompts(arguments.source, arguments.prompts, arguments.tokens)
+        return {"residual": residual_drift(arguments.source, arguments.directory, asked)}
+    return {"tie rule": tie_rule(), "drift": drift(arguments)}
+
+
+def lines(figures: dict[str, Any], *names: str) -> Iterator[str]:
+    """Every innermost entry of nested figures, after the names that lead to it."""
+    if all(isinstance(value, float) for value in figures.values()):
+        yield f"{', '.join(names)}: " + ", ".join(f"{figure} {value:.4f}" for figure, value in figures.items())
+        return
+    for name, entry in figures.items():
+        yield from lines(entry, *names, name)
+
+
 def main() -> None:
     """Measure, write the file, print it in short."""
     arguments = parser().parse_args()
     with one_line_errors():
         command = "python -m benchmarks.drift " + shlex.join(sys.argv[1:])
         result = {"command": command, "machine": machine(), "versions": versions(), **load()}
-        result |= {"prompts": arguments.prompts, "tokens": arguments.tokens, "tie rule": tie_rule()}
-        result["drift"] = drift(arguments)
-        for model, variants in result["drift"].items():
-            for variant, entry in variants.items():
-                print(f"{model}, {variant}: " + ", ".join(f"{figure} {value:.4f}" for figure, value in entry.items()))
+        result |= {"prompts": arguments.prompts, "tokens": arguments.tokens}
+        figures = measure(arguments)
+        print("\n".join(lines(figures)))
         arguments.results.mkdir(parents=True, exist_ok=True)
-        path = arguments.results / f"{arguments.name or arguments.directory.name}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        name = arguments.name or arguments.directory.name + ("-residual" if arguments.residual else "")
+        path = arguments.results / f"{name}.json"
+        path.write_text(json.dumps(result | figures, indent=1) + "\n")
         print(path)
 
 

@@ -28,7 +28,8 @@ class Part:
 
 
 def _tests(name: str, about: str, folder: str, limit: int, vllm: bool, quick: bool = True) -> Part:
-    command = ("{python}", "-m", "pytest", "-q", "-m", "gpu", folder, "--junitxml={work}/tests.xml")
+    marked = "gpu and not full" if quick else "gpu"
+    command = ("{python}", "-m", "pytest", "-q", "-m", marked, folder, "--junitxml={work}/tests.xml")
     return Part(name, about, command, limit, quick, vllm, "tests.xml")
 
 
@@ -68,6 +69,9 @@ PARTS = (
     _experts("experts-g32", "routed experts beside vLLM's in bf16, Marlin and Humming, G = 32", 600),
     _experts("experts-g128", "the same at G = 128", 600, "--group-size", "128"),
     _tests("calibration", "calibration: bytes, resume, towers", "tests/calibration", 600, False, False),
+    _tests(
+        "speech", "a sentence spoken by vLLM-Omni, if it is installed", "tests/engine/test_speech.py", 1800, True, False
+    ),
     _calibration("calibrate-7b", "7B", 1500),
     _calibration("calibrate-3b", "3B", 900),
     Part(

@@ -2,6 +2,7 @@
 
 version_check      one line about an untested vLLM, compared once
 config             which layers of a model are quantized, and the checks before workers start
+layer_names        the names of the checkpoint's layers behind the prefix of one of vLLM's layers
 checkpoint_check   checks a checkpoint's files before vLLM loads a weight
 last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op

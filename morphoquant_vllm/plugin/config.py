@@ -16,6 +16,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec
 from morphoquant_vllm.plugin.last_word import LastWord, open_last_word
+from morphoquant_vllm.plugin.layer_names import DRAFT_PREFIX, local_name, packed_names, stacked_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
-# Prefix that vLLM adds to the names of a draft model's layers.
-DRAFT_PREFIX = "draft_model."
 
 # Functions of a layer's method that vLLM calls while it loads a model, and that may refuse the checkpoint.
 _STEPS = ("create_weights", "process_weights_after_loading")
@@ -42,8 +41,11 @@ _STEPS = ("create_weights", "process_weights_after_loading")
 class MorphoQuantConfig(QuantizationConfig):
     """quantization_config of a MorphoQuant checkpoint, as vLLM wants it."""
 
-    def __init__(self, spec: QuantizationSpec | None = None) -> None:
+    def __init__(self, spec: QuantizationSpec | None = None, **settings: Any) -> None:
+        """`settings` are those of a quantization_config instead of a `spec`: vLLM-Omni's factory passes them."""
         super().__init__()
+        if settings:
+            spec = QuantizationSpec.from_dict({"quant_method": QUANT_METHOD, **settings})
         # None if the user named this method for a model without a quantization_config.
         self.spec = spec
         # Layer settings by vLLM's (unfused) names; the format's names until the model class maps them.
@@ -176,7 +178,7 @@ class MorphoQuantConfig(QuantizationConfig):
             wanted = config is not None and read_settings(config.additional_config).lm_head == "int8"
             return EightBitHeadMethod(config, check) if wanted else SixteenBitHeadMethod(check)
         if not isinstance(layer, LinearBase):
-            return cache_method(self, layer, prefix.removeprefix(DRAFT_PREFIX), self.attention)
+            return cache_method(self, layer, local_name(prefix, self._stored), self.attention)
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
         if not quantized:
@@ -222,7 +224,7 @@ class MorphoQuantConfig(QuantizationConfig):
 
         from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod, refuse_sixteen_bit
 
-        name = prefix.removeprefix(DRAFT_PREFIX)
+        name = local_name(prefix, self._stored)
         if name not in self.experts:
             refuse_sixteen_bit(prefix, layer, current_platform.is_cpu())
             return None
@@ -262,35 +264,12 @@ class MorphoQuantConfig(QuantizationConfig):
     def shard_names(self, prefix: str) -> list[str]:
         """The unfused names behind a vLLM layer: ...qkv_proj -> q_proj, k_proj, v_proj; else the name itself.
 
-        A name that the checkpoint lists was fused in the files already, as in Phi-3. The longest packed key wins: the
-        towers have both `attn.qkv` and `qkv`.
+        A name that the checkpoint lists was fused in the files already, as in Phi-3.
         """
-        # The draft model of speculative decoding has the names of its checkpoint.
-        prefix = prefix.removeprefix(DRAFT_PREFIX)
+        prefix = local_name(prefix, self._stored)
         if prefix in self.layers:
             return [prefix]
-        packed = [key for key in self.packed_modules_mapping if prefix.endswith("." + key)]
-        if not packed:
-            return self._stacked_names(prefix)
-        key = max(packed, key=len)
-        stem = prefix.removesuffix(key)
-        return [stem + shard for shard in self.packed_modules_mapping[key]]
-
-    def _stacked_names(self, prefix: str) -> list[str]:
-        """The names that vLLM stacks into a layer while it loads; model classes such as StableLM's list no packed ones.
-
-        The name itself if the checkpoint quantizes none of them.
-        """
-        from vllm.config import get_current_vllm_config_or_none
-        from vllm.model_executor.model_loader.utils import get_model_cls
-
-        config = get_current_vllm_config_or_none()
-        if config is None or config.model_config is None:
-            return [prefix]
-        mapper = getattr(get_model_cls(config.model_config), "hf_to_vllm_mapper", None)
-        stacked = {} if mapper is None else mapper.orig_to_new_stacked
-        names = [prefix.removesuffix(fused) + part for part, (fused, _) in stacked.items() if prefix.endswith(fused)]
-        return names if any(name in self.layers for name in names) else [prefix]
+        return packed_names(prefix, self.packed_modules_mapping) or stacked_names(prefix, self.layers)
 
 
 def _observe() -> SavedState:

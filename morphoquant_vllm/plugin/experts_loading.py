@@ -6,7 +6,7 @@ vLLM calls gate_proj w1, up_proj w3 and down_proj w2. It joins w1 and w3: the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ class ExpertsParameters:
         self.local_expert = local_expert
         column, _, row = experts.expert_layers(name, 0).values()
         width = experts.intermediate_features // ranks
-        rows = len(spec.rows)
+        self.rows = rows = len(spec.rows)
         # Tensors of one expert on this rank.
         self.gate_up = tensor_specs(replace(column, out_features=width), rows, 1)
         self.down = tensor_specs(replace(row, in_features=width), rows, spec.tensor_parallel // ranks)
@@ -69,9 +69,9 @@ class ExpertsParameters:
         for tensor, spec in self.gate_up.items():
             stacked = spec if tensor in INPUT_TENSORS else _stacked(_doubled(spec, _ALONG_N[tensor]), count)
             load = self._load_input if tensor in INPUT_TENSORS else self._load_gate_up
-            made[f"w13_{tensor}"] = _parameter(stacked, tensor, load)
+            made[f"w13_{tensor}"] = _parameter(stacked, tensor, load, self.rows)
         for tensor, spec in self.down.items():
-            made[f"w2_{tensor}"] = _parameter(_stacked(spec, count), tensor, self._load_down)
+            made[f"w2_{tensor}"] = _parameter(_stacked(spec, count), tensor, self._load_down, self.rows)
         return made
 
     def _load_input(self, tensor: str, param: Parameter, loaded: Tensor, shard: str, expert: int) -> bool:
@@ -147,7 +147,13 @@ def _stacked(spec: TensorSpec, count: int) -> TensorSpec:
     return TensorSpec(spec.dtype, (count, *spec.shape))
 
 
-def _parameter(spec: TensorSpec, tensor: str, load: Callable[..., bool]) -> Parameter:
+def flattened(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of experts, absorbed_bias as [B * R, N]: vLLM 0.30 takes one of three dimensions for all experts'."""
+    for name, tensor in weights:
+        yield name, tensor.flatten(0, 1) if tensor.dim() == 3 else tensor
+
+
+def _parameter(spec: TensorSpec, tensor: str, load: Callable[..., bool], rows: int) -> Parameter:
     """A parameter whose loader vLLM calls for each expert and projection."""
 
     def loader(
@@ -159,6 +165,8 @@ def _parameter(spec: TensorSpec, tensor: str, load: Callable[..., bool]) -> Para
         return_success: bool = False,
         **_: Any,
     ) -> bool | None:
+        if tensor == "absorbed_bias" and loaded_weight.dim() == 2:
+            loaded_weight = loaded_weight.unflatten(0, (-1, rows))
         loaded = load(tensor, param, loaded_weight, shard_id, expert_id)
         return loaded if return_success else None
 

@@ -24,7 +24,7 @@ from morphoquant_vllm.numerics.experts import ExpertsRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.plugin import dummy_weights
 from morphoquant_vllm.plugin.counted_layer import CountedExperts
-from morphoquant_vllm.plugin.experts_loading import ExpertsParameters
+from morphoquant_vllm.plugin.experts_loading import ExpertsParameters, flattened
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import check_ranks
 
@@ -124,6 +124,8 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
         )
         for tensor, parameter in self.parameters.make(num_experts).items():
             layer.register_parameter(tensor, parameter)
+        load = layer.load_weights
+        layer.load_weights = lambda weights: load(flattened(weights))
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         if self.backend:

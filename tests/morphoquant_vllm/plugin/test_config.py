@@ -1,6 +1,7 @@
 """Which layers vLLM quantizes: names, fused layers, refusals. Needs vLLM, starts no engine."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,30 @@ def test_shards_come_from_what_a_class_stacks_if_it_lists_none(
     assert copy.shard_names(prefix) == [f"model.layers.0.self_attn.{shard}_proj" for shard in "qkv"]
     assert copy.shard_names("visual.blocks.0.qkv_proj") == ["visual.blocks.0.qkv_proj"]
     assert copy.shard_names("model.layers.0.mlp.down_proj") == ["model.layers.0.mlp.down_proj"]
+
+
+def test_a_layer_of_a_part_is_found_under_the_name_of_its_part(config: MorphoQuantConfig) -> None:
+    """As in vLLM-Omni: the thinker's class drops "thinker.", the class around it puts it before the prefix again."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    layers = {f"thinker.{name}": layer for name, layer in config.layers.items()}
+    part = MorphoQuantConfig(replace(config.spec, layers=layers))
+    part.packed_modules_mapping = PACKED
+    part.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"thinker.model.": "language_model.model."}))
+    within = "language_model.model.layers.0.self_attn"
+    assert part.shard_names(f"thinker.{within}.o_proj") == part.shard_names(f"{within}.o_proj") == [f"{within}.o_proj"]
+    assert part.shard_names(f"thinker.{within}.qkv_proj") == [f"{within}.{shard}_proj" for shard in "qkv"]
+    # A layer of the talker that is called alike stays its own.
+    assert not part.layers.keys() & set(part.shard_names(f"talker.{within}.o_proj"))
+
+
+def test_the_config_is_made_of_settings_too(config: MorphoQuantConfig) -> None:
+    """As vLLM-Omni's factory calls it."""
+    settings = config.spec.to_dict()
+    assert settings.pop("quant_method") == "morphoquant"
+    assert MorphoQuantConfig(**settings).layers == config.layers
+    with pytest.raises(MorphoQuantError, match="colour"):
+        MorphoQuantConfig(**settings, colour="red")
 
 
 def test_the_config_survives_pickling(config: MorphoQuantConfig) -> None:

@@ -1,5 +1,6 @@
 """Loading into vLLM's own routed experts, one process: outputs, checks, refusals."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,21 @@ class TestLoaded:
             assert torch.equal(y, experts(x, rows, *routing, record_of(stored)))
         layer.modality.fill_(spec.any_row)
         assert not list(layer.named_parameters()), "the canonical parameters are gone"
+
+    def test_vllms_loader_gets_no_tensor_that_it_takes_for_all_experts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """vLLM 0.30 takes any of three dimensions for those of all experts in one."""
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        original, dimensions = RoutedExperts.load_weights, set()
+
+        def load_weights(layer: RoutedExperts, weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
+            kept = list(weights)
+            dimensions.update(tensor.dim() for _, tensor in kept)
+            return original(layer, kept)
+
+        monkeypatch.setattr(RoutedExperts, "load_weights", load_weights)
+        loaded(specification(), files(made()))
+        assert max(dimensions) == 2
 
     def test_dummy_weights_are_served_and_weights_are_not_loaded_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm.config import get_current_vllm_config
