@@ -18,7 +18,7 @@ t = T C / E are the drawn tokens of one expert. The first two lines are of all e
     5/2 t (K^2 + I^2) + 5/3 (K^3 + I^3)   moments, and factors for regression and rounding
     22 (2 I K) K + 22 (I K) I   products of weights and moments in regression, rounding and fits
     8 t (2 I K) + 4 t (I K)     errors, and the input of down
-    50,000 (3 I K)              the search of codes and scales, which goes over the weights many times
+    90,000 (3 I K)              the search of codes and scales, which goes over the weights many times
 
 Attention, reading the model's files and hidden states on disk are left out.
 """
@@ -36,8 +36,9 @@ from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 # Operations of a product that take as long as search and fits for one drawn value. It was fitted to a measured block of
 # 2048 channels; the demo's model of 576 channels confirms it (docs/results/calibration.md).
 OPERATIONS_OF_A_VALUE = 50_000
-# The same for one weight of an expert and the search of its code. It was fitted to experts of 2048 and 768 channels.
-OPERATIONS_OF_A_WEIGHT = 50_000
+# The same for one weight of an expert and the search of its code. It was fitted to a measured block of 128 experts
+# (docs/results/calibration.md).
+OPERATIONS_OF_A_WEIGHT = 90_000
 # Operations for one weight of an expert and one channel of its input: products of weights and second moments. They are
 # counted in moments, rounding, group_search and scale_fit of calibration.quantize.
 OPERATIONS_OF_A_PRODUCT = 22

@@ -36,6 +36,14 @@ def test_measured_blocks_come_out_within_a_tenth(
     assert time_need.operations(layers, tokens, drawn) / 193e9 == pytest.approx(seconds, rel=0.1)
 
 
+def test_a_measured_block_of_experts_comes_out_within_a_tenth() -> None:
+    # docs/results/calibration.md: 30B-A3B layout, 16 samples of 512 tokens, at 84.4 GFLOP/s; seconds of the core.
+    qkv = [LayerSpec(2048, n, 32, "column", "qkv_proj") for n in (4096, 512, 512)]
+    work = time_need.operations([*qkv, LayerSpec(4096, 2048, 32, "column", "o_proj")], 8192, 8192)
+    work += time_need.experts_operations(ExpertsSpec(128, 2048, 768, 32), 8, 8192, 8192)
+    assert work / 84.4e9 == pytest.approx(1081, rel=0.1)
+
+
 def test_two_blocks_take_twice_the_time_of_one() -> None:
     one = block(64, 32, 128)
     other = [replace(layer, shared_input=f"second.{layer.shared_input}") for layer in one]
