@@ -13,6 +13,7 @@ gpu_cost_model  estimates of the GPU kernels' times, without a GPU
 gpu_experts     one layer of routed experts timed on this machine's GPU
 gpu_host        what a call of a GPU layer costs the host, without a GPU
 gpu_linear      linear layers timed on this machine's GPU
+kv_scales       what scales by modality would buy in an FP8 cache of keys and values
 load_check      the cost of a checkpoint's checks when it is loaded
 omni_eval       published omni benchmarks, asked of any server
 paper           the paper's table with our rows: calibrates, serves, asks four benchmarks

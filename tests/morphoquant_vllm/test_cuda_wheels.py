@@ -27,6 +27,7 @@ COMPILED = {
 # Tests of the plugin that need vLLM's Python code alone.
 PLUGIN_TESTS = (
     "test_config.py",
+    "test_experts_method.py",
     "test_fusion.py",
     "test_linear_method.py",
     "test_modality_bus.py",
