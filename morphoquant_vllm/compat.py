@@ -179,7 +179,6 @@ INTERFACES: dict[str, str] = {
     f"{_MOE}.config:FusedMoEParallelConfig.use_ep": "attribute",
     f"{_MOE}.config:FusedMoEParallelConfig.enable_eplb": "attribute",
     f"{_MOE}.expert_map_manager:ExpertMapManager.map_global_to_local": "(self, global_id)",
-    f"{_MOE}.expert_map_manager:ExpertMapManager.get_local_expert_ids": "(self)",
     f"{_MOE}.expert_map_manager:ExpertMapManager.num_fused_shared_experts": "attribute",
     f"{_CONFIG}:LoadConfig.load_format": "attribute",
     f"{_LINEAR}:LinearBase": "class(PluggableLayer)",

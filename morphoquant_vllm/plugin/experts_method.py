@@ -181,8 +181,10 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
         """Check the values of each linear of this rank's experts."""
         shared = {tensor: gate_up[tensor] for tensor in INPUT_TENSORS}
         along_n = {"absorbed_bias": 2}
-        for expert in layer.expert_map_manager.get_local_expert_ids():
+        for expert in range(self.experts.count):
             local = layer.expert_map_manager.map_global_to_local(expert)
+            if local < 0:
+                continue
             halves = {
                 tensor: values[local].chunk(2, along_n.get(tensor, 0))
                 for tensor, values in gate_up.items()
