@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     del teacher
     student, inputs = load_student(arguments.checkpoint)
     learner = Learner(student, inputs, learned, states)
-    tokens, rows = arguments.window_tokens, []
+    tokens = arguments.window_tokens
+    rows: list[dict[str, Any]] = []
 
     def note(epoch: int, divergence: float | None, seconds: float) -> None:
         for given in inputs:

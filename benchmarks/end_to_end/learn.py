@@ -92,7 +92,7 @@ class Learner:
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * factor
                 loss = self.divergence(window)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 seen, done = seen + float(loss.detach()), done + 1

@@ -9,13 +9,17 @@ from benchmarks.end_to_end.__main__ import parser
 from benchmarks.end_to_end.evaluate import escape_rate, losses, perplexities, ratio
 from benchmarks.end_to_end.learn import Divergence, Learner, Rates, last_states, rate_factor
 from benchmarks.end_to_end.report import markdown
-from benchmarks.end_to_end.student import Product, StudentLinear, load_student
+from benchmarks.end_to_end.student import Product, StudentInput, StudentLinear, load_student
 from benchmarks.models import decoder
 from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.hf import configure
+from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
+from morphoquant_vllm.format.schema import DEFAULT_ROWS, QuantizationSpec
+from morphoquant_vllm.hf import MorphoQuantLinear, configure
+from morphoquant_vllm.hf.linear import Mode
 from tests.calibration.built_models import TinyModels
+from tests.checkpoints import random_group
 
 TOKENS = 64
 
@@ -73,6 +77,23 @@ def test_the_divergence_falls_as_the_student_learns(directories: tuple[Path, Pat
 def test_a_model_without_quantized_linears_is_refused(directories: tuple[Path, Path]) -> None:
     with pytest.raises(MorphoQuantError, match=r"cannot learn .*no quantized linear"):
         load_student(directories[0])
+
+
+@pytest.mark.parametrize("scheme", [GROUP_SCHEME, TWO_LEVEL_SCHEME])
+def test_a_linear_of_the_student_computes_as_the_reference(scheme: str) -> None:
+    layer = LayerSpec(64, 32, 32, "row", "layer", bias=True, scale_scheme=scheme)
+    spec = QuantizationSpec({"layer": layer}, DEFAULT_ROWS, 2, {}, "tests")
+    linear = MorphoQuantLinear("layer", layer, spec, Mode(spec.any_row, reference=True))
+    generator = torch.Generator().manual_seed(0)
+    made = random_group([torch.randn(32, 64, generator=generator)], layer, spec, torch.tensor(1))[0]
+    linear.load_state_dict({**made, "bias": torch.randn(32, generator=generator)})
+    x = 3 * torch.randn(1, 200, 64, generator=generator)
+    given = StudentInput(linear)
+    with torch.no_grad():
+        found, wanted = StudentLinear(linear, given, generator)(x), linear(x)
+    # Both rows serve tokens, and some codes escape.
+    assert 0 < given(x)[1].numel() < 200 and given.escaped
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:
