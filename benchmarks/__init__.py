@@ -7,6 +7,7 @@ cpu_linear      the CPU kernels against vLLM's linears on a CPU
 decisions       costs and gains of the format's decisions, on single layers
 demo            `make demo`: a real model, calibrated, served and asked
 drift           how far ranks and compilation move log probabilities
+end_to_end      what learning a checkpoint end to end would buy
 error_sources   where the errors of a checkpoint's linears come from
 gpu             `make gpu`: tests, linears and engines on the GPU at hand
 gpu_cost_model  estimates of the GPU kernels' times, without a GPU
