@@ -83,7 +83,7 @@ def _stages(checkpoint: Path) -> dict[str, Any]:
             "methods": driver._linear_methods(model),
             "parameters": sum(1 for _ in model.parameters()),
         }
-        if stage.model_stage == "code2wav" and hasattr(model, "generate_audio"):
+        if stage.model_stage == "code2wav" and hasattr(model, "token2wav"):
             with torch.inference_mode():
                 found[stage.model_stage]["sound"] = model.generate_audio(torch.arange(40), "Chelsie").tolist()
     return found
