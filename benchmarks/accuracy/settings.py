@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.accuracy.methods import choose
+from benchmarks.common import texts
 from benchmarks.models.small_text import books
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -14,7 +15,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 EVALUATOR_VERSION = 1
 # Windows per benchmark and domain; together 32: as many tokens as calibration looks at by default.
 CALIBRATION_WINDOWS = {
-    "language": {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2},
+    "language": texts.CALIBRATION_WINDOWS,
     "small-text": books.CALIBRATION_WINDOWS,
 }
 CALIBRATION_WINDOWS["gemma"] = CALIBRATION_WINDOWS["language"]

@@ -76,3 +76,5 @@ CALIBRATION: dict[str, Callable[[Path], str]] = {
     "stdlib": lambda corpus: _source(CALIBRATION_MODULES),
     "licence": lambda corpus: LICENCE.read_text(encoding="utf-8"),
 }
+# Windows of each; together 32.
+CALIBRATION_WINDOWS = {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2}

@@ -17,7 +17,6 @@ from typing import Any
 
 from benchmarks.common.command import one_line_errors
 
-WINDOWS = {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2}
 WINDOW_TOKENS = 512
 
 
@@ -52,7 +51,7 @@ def texts_of(arguments: argparse.Namespace) -> tuple[list[list[int]], dict[str, 
     tokenizer, size = AutoTokenizer.from_pretrained(arguments.model), arguments.window_tokens
     folder = corpus.fetch(arguments.corpus)
     learned = []
-    for name, count in WINDOWS.items():
+    for name, count in texts.CALIBRATION_WINDOWS.items():
         # Every other one of twice as many windows lies where calibration's do.
         spread = evaluation_windows(tokenizer, texts.CALIBRATION[name](folder), name, size, 2 * count - 1)
         learned += spread[1::2] if arguments.fresh else spread[::2]

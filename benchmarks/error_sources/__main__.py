@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.common.command import one_line_errors
 
-CALIBRATION_WINDOWS = {"python-topics": 6, "report": 6, "poetry": 6, "numpy": 6, "stdlib": 6, "licence": 2}
 HELD_OUT_WINDOWS = 2
 WINDOW_TOKENS = 512
 BLOCKS = (2, 8)
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     folder = corpus.fetch(arguments.corpus)
     fitted = [
         window
-        for name, count in CALIBRATION_WINDOWS.items()
+        for name, count in texts.CALIBRATION_WINDOWS.items()
         for window in evaluation_windows(tokenizer, texts.CALIBRATION[name](folder), name, size, count)
     ]
     held = {
