@@ -15,6 +15,7 @@ from calibration.blocks.loop import BlockResult, LayerBegins
 from calibration.data.conversations import CLASSES
 from calibration.data.data_files import load_conversations
 from calibration.forecast import Forecast
+from calibration.learn.stage import learn
 from calibration.model.bits import check_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
@@ -94,6 +95,7 @@ def calibrate(
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
             job = spend_budgets(job, kept, tokens)
             quantize(job, kept, tokens, on_block, on_layer)
+            learn(job, kept, tokens)
         return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
 
 

@@ -22,6 +22,8 @@ from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import TokenSample, share_tokens
 from calibration.forecast import Forecast
+from calibration.learn.changes import changes_of
+from calibration.learn.need import learning_operations
 from calibration.model.architectures import Architecture
 from calibration.model.bits import extra_bytes
 from calibration.model.discovery import GENERIC
@@ -39,6 +41,7 @@ from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
 from calibration.settings.recipe import Recipe
 from calibration.work.budgets import report_entry
 from calibration.work.directory import WorkDirectory
+from calibration.work.learned import read_changes, read_figures
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 
@@ -175,10 +178,13 @@ def _seconds(job: Job, tokens: TokenSample) -> float | None:
     chosen = job.architecture.decoder_config(job.source.config).get(CHOSEN) if lists else 0
     if job.device.type != "cpu" or job.processes.size > 1 or not isinstance(chosen, int):
         return None
-    layers = (layer for name, layer in job.spec.layers.items() if name.startswith(prefix))
+    layers = [layer for name, layer in job.spec.layers.items() if name.startswith(prefix)]
     effort = "fast" if held_out(tokens) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
+    if effort == "best" and not lists:
+        config = job.architecture.decoder_config(job.source.config)
+        work += learning_operations(layers, config["hidden_size"] * config["vocab_size"], all_tokens)
     return work / product_speed()
 
 
@@ -270,6 +276,10 @@ def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, 
         logger.warning("%s", warning)
     if job.escape_budgets:
         report["escape_budgets"] = dict(job.escape_budgets)
+    figures = read_figures(work)
+    changes = None if figures is None else changes_of(read_changes(work))
+    if figures is not None:
+        report["learning"] = figures
     if recipe.bits_budget is not None:
         report["bits"] = report_entry(work, recipe.bits_budget)
     if source.fp8:
@@ -279,7 +289,8 @@ def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, 
     def load(layer: str, tensor: str) -> Tensor:
         # A layer outside the decoder's blocks belongs to a tower.
         block = next((block for start, block in block_of.items() if layer.startswith(start)), None)
-        return work.tensor(block, layer, tensor)
+        value = work.tensor(block, layer, tensor)
+        return value if changes is None else changes.applied(layer, spec.layers[layer], tensor, value)
 
     # The scratch directory is named by the work directory, so a resumed run uses the same one.
     tag = hashlib.sha256(str(work.path.resolve()).encode()).hexdigest()[:8]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.capture import ADDED, SERVED_ADDED, MemoryInput
+from calibration.blocks.capture import MemoryInput
+from calibration.blocks.sample_pass import device_of, given_states, run_block
 from calibration.data.token_choice import modality_shares
 from calibration.model.loading import Blocks
 from calibration.quantize.bit_losses import Probe
@@ -73,8 +74,8 @@ class Passes:
         write_tensors_durably(self.file(index), {str(number): state for number, state in enumerate(before)})
         self.states = []
         for sample, state in zip(self.samples, before, strict=True):
-            given = _given(sample, index, state)
-            self.states.append(_run(module, sample, index, given).cpu())
+            given = given_states(sample, index, state)
+            self.states.append(run_block(module, sample, index, given).cpu())
             sizes = (part.float().norm(dim=-1).flatten() for part in (given, self.states[-1]))
             norms.append(torch.maximum(*sizes))
         modality = torch.cat([sample.modality.flatten() for sample in self.samples])
@@ -101,10 +102,10 @@ class Passes:
         states = read_tensors(self.file(index))
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in shards_of}
         for number, sample in enumerate(self.samples):
-            hidden = states[str(number)].to(_device(module)).requires_grad_()
+            hidden = states[str(number)].to(device_of(module)).requires_grad_()
             calls: dict[str, tuple[Tensor, Tensor]] = {}
             with _watched(module, shards_of, calls), torch.enable_grad():
-                output = _run(module, sample, index, _given(sample, index, hidden))
+                output = run_block(module, sample, index, given_states(sample, index, hidden))
             before, of_outputs = _derivatives(output, self.states[number].to(output), hidden, calls)
             self.states[number] = before.cpu()
             ordinary = ~self.outlying[index][number].to(hidden.device)
@@ -124,23 +125,6 @@ class Passes:
         """Remove the files."""
         for index in range(len(self.blocks)):
             self.file(index).unlink(missing_ok=True)
-
-
-def _given(sample: MemoryInput, index: int, hidden: Tensor) -> Tensor:
-    """What the 16-bit model gives the block: some add features of media to the hidden states."""
-    added = sample.arguments[index].get(ADDED)
-    return hidden if added is None else hidden + added.to(hidden.device)
-
-
-def _run(module: nn.Module, sample: MemoryInput, index: int, given: Tensor) -> Tensor:
-    passed = {name: value for name, value in sample.arguments[index].items() if name not in (ADDED, SERVED_ADDED)}
-    output = module(given.to(_device(module)), **passed)
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _projected(state: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:

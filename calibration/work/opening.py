@@ -29,6 +29,8 @@ _FILES = tuple(
     re.compile(rf"{pattern}({re.escape(PARTIAL)})?")
     for pattern in (
         r"block-\d+\.json",
+        r"learned\.json",
+        r"(learn-targets|learn-state|learned)\.safetensors",
         r"budgets\.json",
         r"samples\.json",
         r"towers\.safetensors",

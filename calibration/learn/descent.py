@@ -1,0 +1,130 @@
+"""The steps of learning: Adam, the samples of each step, and the held-out samples that judge the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.blocks.capture import MemoryInput
+from calibration.learn.model import LearningDecoder
+from calibration.learn.targets import Objective, Target
+
+# The most that a step changes a logarithm, or a constant in units of its output's size.
+RATE = 3e-4
+BETAS = (0.9, 0.95)
+# Steps over which the rate rises, and the share of all steps after which it falls.
+WARM_UP, FALL_AFTER = 5, 0.5
+# Held-out samples judge this often.
+JUDGEMENTS = 4
+# Samples of more tokens are left out: a pass back through a block holds all values of a sample.
+LONGEST = 4096
+# About as many tokens are learned from; with fewer than the least, nothing is.
+TOKENS, LEAST_TOKENS = 2**16, 2**12
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Indices of the samples that are learned from, and of those that judge."""
+
+    learned: list[int]
+    judging: list[int]
+
+
+def choose_samples(lengths: Sequence[int], held: Sequence[bool]) -> Chosen | None:
+    """The samples of learning, by the number of tokens of each, and whether the fits of weights held it out.
+
+    None if no sample can judge, or if all others have fewer than LEAST_TOKENS tokens.
+    """
+    fitting = [index for index, length in enumerate(lengths) if length <= LONGEST]
+    learned = [index for index in fitting if not held[index]]
+    judging = [index for index in fitting if held[index]]
+    if not judging or sum(lengths[index] for index in learned) < LEAST_TOKENS:
+        return None
+    return Chosen(_thinned(learned, lengths, TOKENS), _thinned(judging, lengths, TOKENS // 8))
+
+
+def _thinned(samples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[int]:
+    """Evenly spaced ones of the samples, of about `tokens` tokens together; at least one."""
+    total = sum(lengths[index] for index in samples)
+    count = max(1, min(len(samples), len(samples) * tokens // total))
+    return [samples[place * len(samples) // count] for place in range(count)]
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """The factor of the rate at a step: it rises at first, and falls to nearly nothing in the end."""
+    rise = min(1.0, (step + 1) / WARM_UP)
+    return rise * min(1.0, (steps - step) / (steps * (1 - FALL_AFTER)))
+
+
+class Descent:
+    """Lowers the divergence of a decoder from the 16-bit model, one sample a step."""
+
+    def __init__(
+        self,
+        decoder: LearningDecoder,
+        objective: Objective,
+        chosen: Chosen,
+        read: Callable[[int], tuple[MemoryInput, Target]],
+        seed: int,
+    ) -> None:
+        """`read` gives a sample by its index, and its target; `seed` decides the order of samples."""
+        self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
+        order = torch.randperm(len(chosen.learned), generator=torch.Generator().manual_seed(seed))
+        self.order = [chosen.learned[place] for place in order.tolist()]
+        self.leaves = decoder.changes.parameters()
+        self.adam = torch.optim.Adam(list(self.leaves.values()), lr=RATE, betas=BETAS)
+
+    @property
+    def steps(self) -> int:
+        """The number of all steps."""
+        return len(self.order)
+
+    def step(self, index: int) -> float:
+        """Learn from one sample; its mean divergence before the step."""
+        sample, target = self.read(self.order[index])
+        states = self.decoder.states(sample)
+        divergence, by_last = self.objective.derivatives(states[-1][0], target)
+        self.adam.zero_grad()
+        self.decoder.back(sample, states, by_last[None])
+        for group in self.adam.param_groups:
+            group["lr"] = RATE * rate_factor(index, self.steps)
+        self.adam.step()
+        return divergence
+
+    def is_judged(self, index: int) -> bool:
+        """Whether held-out samples judge after this step."""
+        return (index + 1) * JUDGEMENTS // self.steps > index * JUDGEMENTS // self.steps
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """The mean divergence of the tokens of held-out samples."""
+        found = []
+        for index in self.chosen.judging:
+            sample, target = self.read(index)
+            found.append(self.objective.divergences(self.decoder.states(sample)[-1][0], target))
+        return float(torch.cat(found).mean())
+
+    def learned(self) -> dict[str, Tensor]:
+        """What was learned so far, by the names of Changes.parameters."""
+        return {name: leaf.detach().cpu().clone() for name, leaf in self.leaves.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on, by name."""
+        tensors = {f"change {name}": leaf.detach() for name, leaf in self.leaves.items()}
+        for name, leaf in self.leaves.items():
+            tensors |= {f"adam {key} {name}": value for key, value in self.adam.state.get(leaf, {}).items()}
+        return {name: value.cpu().clone() for name, value in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(state[f"change {name}"])
+            keys = [key.split(" ")[1] for key in state if key.startswith("adam ") and key.endswith(f" {name}")]
+            if keys:
+                self.adam.state[leaf] = {
+                    key: state[f"adam {key} {name}"].to(leaf.device if key != "step" else "cpu") for key in keys
+                }

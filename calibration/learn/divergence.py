@@ -1,0 +1,33 @@
+"""How far the next token's probabilities are from those of the 16-bit model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tokens whose logits are in memory at once.
+LOGITS_TOKENS = 128
+
+
+class Divergence(torch.autograd.Function):
+    """KL divergence float32 [M] of each token's successor, by the states before the head and its weights [V, D].
+
+    `states` and `wanted` [M, D] are those of the model and of the 16-bit model. Only `states` has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, wanted: Tensor, head: Tensor) -> Tensor:
+        found, gradients = [], []
+        for own, other in zip(states.split(LOGITS_TOKENS), wanted.split(LOGITS_TOKENS), strict=True):
+            own_log, other_log = ((part @ head.T).log_softmax(-1) for part in (own, other))
+            probability = other_log.exp()
+            found.append((probability * (other_log - own_log)).sum(-1))
+            gradients.append(own_log.exp_().sub_(probability) @ head)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0][:, None] * ctx.saved_tensors[0], None, None

@@ -1,0 +1,106 @@
+"""The quantized decoder that learns: passes forward and back over its blocks, of which one at a time is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks.capture import MemoryInput
+from calibration.blocks.sample_pass import device_of, given_states, run_block
+from calibration.blocks.served_linear import TokenRows
+from calibration.learn.changes import Changes
+from calibration.learn.linear import LearningInput, LearningLinear
+from calibration.model.loading import Blocks
+from morphoquant_vllm.format.layers import LayerSpec, tensor_specs
+from morphoquant_vllm.format.schema import QuantizationSpec
+
+# Loads a stored tensor of a layer of a block: block, layer, tensor.
+LoadStored = Callable[[int, str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block in memory, whose quantized linears learn."""
+
+    module: nn.Module
+    index: int
+    inputs: Sequence[LearningInput]
+    serving: TokenRows
+
+    def run(self, sample: MemoryInput, hidden: Tensor) -> Tensor:
+        self.serving.modality = sample.modality
+        given = given_states(sample, self.index, hidden, served=True)
+        return run_block(self.module, sample, self.index, given)
+
+    def forget(self) -> None:
+        for given in self.inputs:
+            given.forget()
+
+
+class LearningDecoder:
+    """The decoder with the linears of the finished blocks, which learn `changes`.
+
+    `layers_of` gives the quantized linears of a block: names in the checkpoint by names in the block. With `keep` the
+    blocks stay in memory once they are loaded.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        layers_of: Callable[[int], Mapping[str, str]],
+        load: LoadStored,
+        spec: QuantizationSpec,
+        changes: Changes,
+        *,
+        keep: bool,
+    ) -> None:
+        self.blocks, self.layers_of, self.load, self.spec, self.changes = blocks, layers_of, load, spec, changes
+        self.keep = keep
+        self._kept: dict[int, _Block] = {}
+
+    @torch.no_grad()
+    def states(self, sample: MemoryInput) -> list[Tensor]:
+        """The states [1, M, hidden] of a sample before each block, and after the last one."""
+        states = [sample.served]
+        for index in range(len(self.blocks)):
+            block = self._block(index)
+            states.append(block.run(sample, states[-1]))
+            block.forget()
+        return states
+
+    def back(self, sample: MemoryInput, states: Sequence[Tensor], by_last: Tensor) -> None:
+        """Add the gradients of `changes`, by `states` and the derivative by the last of them [1, M, hidden]."""
+        gradient = by_last
+        for index in reversed(range(len(self.blocks))):
+            block = self._block(index)
+            hidden = states[index].to(device_of(block.module)).requires_grad_()
+            with torch.enable_grad():
+                output = block.run(sample, hidden)
+            output.backward(gradient.to(output))
+            block.forget()
+            assert hidden.grad is not None
+            gradient = hidden.grad
+
+    def _block(self, index: int) -> _Block:
+        if index in self._kept:
+            return self._kept[index]
+        module, serving = self.blocks.load(index), TokenRows(self.spec.any_row)
+        device, inputs = device_of(module), dict[str, LearningInput]()
+        for place, layer in self.layers_of(index).items():
+            settings = self.spec.layers[layer]
+            tensors = {name: self.load(index, layer, name) for name in self._stored(settings)}
+            changes = self.changes.of(layer, settings)
+            if settings.shared_input not in inputs:
+                inputs[settings.shared_input] = LearningInput(tensors, changes.step, serving, device)
+            bias = getattr(module.get_submodule(place), "bias", None)
+            module.set_submodule(place, LearningLinear(tensors, bias, inputs[settings.shared_input], changes))
+        block = _Block(module, index, list(inputs.values()), serving)
+        if self.keep:
+            self._kept[index] = block
+        return block
+
+    def _stored(self, settings: LayerSpec) -> Sequence[str]:
+        return list(tensor_specs(settings, len(self.spec.rows), self.spec.tensor_parallel))

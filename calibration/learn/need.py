@@ -1,0 +1,47 @@
+"""Memory and operations of learning, from sizes alone. Pure.
+
+6 t N K   the products of a pass forward and one back, which runs the block again, for t tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from calibration.learn.descent import JUDGEMENTS, LONGEST, TOKENS
+from calibration.quantize.held_out import SAMPLES_PER_HELD
+from morphoquant_vllm.format.layers import LayerSpec
+
+# Copies of a token's inputs and outputs of all linears of a block that a pass back holds, float32: values, codes, masks
+# and gradients.
+TOKEN_COPIES = 6
+
+
+def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int) -> float:
+    """Floating-point operations of learning from about `tokens` tokens: targets, steps and judgements.
+
+    `head` is the number of the head's weights.
+    """
+    learned = min(tokens, TOKENS)
+    judged = min(tokens // SAMPLES_PER_HELD, TOKENS // 8)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    decoder = weights * (2 * (learned + judged) + 6 * learned + 2 * (JUDGEMENTS + 1) * judged)
+    return float(decoder + 6 * head * (learned + (JUDGEMENTS + 1) * judged))
+
+
+def decoder_bytes(layers: Iterable[LayerSpec]) -> int:
+    """Bytes of all quantized linears in float32."""
+    return sum(4 * layer.in_features * layer.out_features for layer in layers)
+
+
+def learning_bytes(blocks: Iterable[Iterable[LayerSpec]], states: int, longest: int) -> int:
+    """Bytes of learning with one block in memory: `states` are those of a step's samples before every block.
+
+    `blocks` are the layers of each block, `longest` the tokens of the longest sample, at most LONGEST.
+    """
+    tokens = min(longest, LONGEST)
+    largest = 0
+    for block in blocks:
+        layers = list(block)
+        values = sum(layer.in_features + layer.out_features for layer in layers)
+        largest = max(largest, 2 * decoder_bytes(layers) + 4 * TOKEN_COPIES * tokens * values)
+    return largest + states

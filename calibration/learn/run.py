@@ -1,0 +1,149 @@
+"""One run of learning, on the process that learns: its samples, targets, steps and judgements, kept step by step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.blocks.capture import MemoryInput
+from calibration.learn.changes import no_changes
+from calibration.learn.descent import Chosen, Descent
+from calibration.learn.head import Head
+from calibration.learn.model import LearningDecoder
+from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
+from calibration.model.loading import BlockLoader
+from calibration.stages import Job
+from calibration.work.directory import WorkDirectory
+from calibration.work.learned import STATE, TARGETS, keep_learned, keep_part, read_part, read_served
+from morphoquant_vllm.format.schema import TEXT_ROW
+
+logger = logging.getLogger(__name__)
+
+# An interrupted run repeats at most as many steps.
+STEPS_KEPT = 8
+
+
+@dataclass
+class Judgements:
+    """The divergence of held-out samples: at the start, the least one, and the changes that had it."""
+
+    start: float
+    least: float
+    best: dict[str, Tensor]
+
+
+class LearningRun:
+    """Learning from the samples `chosen`; with `keep` the decoder's blocks stay in memory."""
+
+    def __init__(self, job: Job, work: WorkDirectory, chosen: Chosen, *, keep: bool) -> None:
+        self.job, self.work, self.chosen, self.keep = job, work, chosen, keep
+        self.blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
+        self.samples = sorted({*chosen.learned, *chosen.judging})
+        self.targets = read_part(work, TARGETS)
+        self._pass: Pass16Bit | None = None
+        self._aim: Objective | None = None
+        self._descent: Descent | None = None
+        self._judgements: Judgements | None = None
+
+    def blocks_to_pass(self) -> int:
+        """The number of blocks through which the targets still have to be carried: all or none."""
+        return self.job.names.blocks if self.targets is None else 0
+
+    def find_targets(self, block: int) -> None:
+        """Carry the samples through a block of the 16-bit model, and keep the targets after the last one."""
+        if self._pass is None:
+            samples = [read_served(self.work, index) for index in self.samples]
+            self._pass = Pass16Bit(self.blocks, self._layers_of, samples)
+        self._pass.forward(block)
+        if block < self.job.names.blocks - 1:
+            return
+        found, text = self._pass, self.job.spec.rows.index(TEXT_ROW)
+        tensors = {f"size {layer}": torch.tensor([size]) for layer, size in found.sizes.items()}
+        for place, index in enumerate(self.samples):
+            counted = counted_tokens(found.samples[place].modality, found.massive[place], text)
+            states = self._objective().head.normed(found.states[place][0]).cpu()
+            tensors |= {f"states {index}": states, f"counted {index}": counted}
+        keep_part(self.work, TARGETS, tensors)
+        self.targets, self._pass = tensors, None
+
+    def begin(self) -> tuple[int, int]:
+        """The next step, and the number of all steps; the first judgement if the run has none."""
+        assert self.targets is not None
+        sizes = {name.removeprefix("size "): float(value) for name, value in self._sizes().items()}
+        layers = {layer: self.job.spec.layers[layer] for layer in sizes}
+        changes = no_changes(layers, sizes, self.job.device)
+        decoder = LearningDecoder(
+            self.blocks, self._layers_of, self.work.tensor, self.job.spec, changes, keep=self.keep
+        )
+        self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed)
+        state = read_part(self.work, STATE)
+        if state is None:
+            error = self._descent.judge()
+            self._judgements = Judgements(error, error, self._descent.learned())
+            return 0, self._descent.steps
+        best = {name.removeprefix("best "): value for name, value in state.items() if name.startswith("best ")}
+        self._judgements = Judgements(float(state["start"]), float(state["least"]), best)
+        self._descent.restore(state)
+        return int(state["done"]), self._descent.steps
+
+    def step(self, index: int) -> None:
+        """Make a step; judge and keep the state when it is time."""
+        descent, judgements = self._descent, self._judgements
+        assert descent is not None and judgements is not None
+        descent.step(index)
+        if descent.is_judged(index):
+            error = descent.judge()
+            logger.info(
+                "learning: step %d of %d, divergence of held-out samples %.5f, at the start %.5f",
+                *(index + 1, descent.steps, error, judgements.start),
+            )
+            if error < judgements.least:
+                judgements.least, judgements.best = error, descent.learned()
+        if (index + 1) % STEPS_KEPT == 0:
+            figures = {"done": index + 1, "start": judgements.start, "least": judgements.least}
+            state = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+            state |= {f"best {name}": value for name, value in judgements.best.items()}
+            keep_part(self.work, STATE, descent.state() | state)
+
+    def finish(self) -> None:
+        """Keep the changes with the least divergence of held-out samples, which may be none."""
+        descent, found = self._descent, self._judgements
+        assert descent is not None and found is not None
+        if found.least >= found.start:
+            logger.warning(
+                "learning: the divergence of held-out samples did not fall (%.5f at the start), so nothing is changed; "
+                "more samples may help",
+                found.start,
+            )
+        figures = {
+            "samples": len(self.chosen.learned),
+            "held_out_samples": len(self.chosen.judging),
+            "steps": descent.steps,
+            "divergence_before": found.start,
+            "divergence_after": found.least,
+        }
+        keep_learned(self.work, found.best | self._sizes(), figures)
+
+    def _objective(self) -> Objective:
+        if self._aim is None:
+            self._aim = Objective(Head(self.job.architecture, self.job.source, self.job.recipe, self.job.device))
+        return self._aim
+
+    def _sizes(self) -> dict[str, Tensor]:
+        assert self.targets is not None
+        return {name: value for name, value in self.targets.items() if name.startswith("size ")}
+
+    def _read(self, sample: int) -> tuple[MemoryInput, Target]:
+        assert self.targets is not None
+        return read_served(self.work, sample), Target(
+            self.targets[f"states {sample}"], self.targets[f"counted {sample}"]
+        )
+
+    def _layers_of(self, block: int) -> Mapping[str, str]:
+        """The quantized linears of a block: names in the checkpoint by names in the block."""
+        start = self.job.names.layer(block, "")
+        return {layer.removeprefix(start): layer for layer in self.job.spec.layers if layer.startswith(start)}

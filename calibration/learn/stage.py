@@ -1,0 +1,93 @@
+"""The stage of a calibration that learns from the decoder's last states. The first process learns, the others wait."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from calibration.data.token_choice import TokenSample
+from calibration.learn.descent import LEAST_TOKENS, LONGEST, Chosen, choose_samples
+from calibration.learn.need import decoder_bytes, learning_bytes
+from calibration.learn.run import LearningRun
+from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
+from calibration.stages import Job
+from calibration.work.budgets import sample_lengths
+from calibration.work.directory import WorkDirectory
+from calibration.work.learned import read_figures
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def learn(job: Job, work: WorkDirectory, tokens: TokenSample) -> None:
+    """Learn if the recipe's effort is `best`, and keep the result, unless the run has done so already."""
+    processes = job.processes
+    if job.recipe.effort != "best" or processes.broadcast(lambda: read_figures(work) is not None):
+        return
+    run = _plan(job, work, tokens) if processes.first else None
+    if not processes.broadcast(lambda: run is not None):
+        return
+
+    def on_first(action: Callable[[LearningRun], T]) -> T:
+        def act() -> T:
+            assert run is not None
+            return action(run)
+
+        return processes.broadcast(act)
+
+    for block in range(on_first(LearningRun.blocks_to_pass)):
+        on_first(partial(LearningRun.find_targets, block=block))
+    done, steps = on_first(LearningRun.begin)
+    for index in range(done, steps):
+        on_first(partial(LearningRun.step, index=index))
+    on_first(LearningRun.finish)
+
+
+def _plan(job: Job, work: WorkDirectory, tokens: TokenSample) -> LearningRun | None:
+    """The run of learning; None, with a line that says why, if steps and scales cannot learn."""
+    lengths = sample_lengths(work)
+    chosen = choose_samples(lengths, held_samples(tokens))
+    if any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts):
+        reason = "the decoder has experts, which cannot learn"
+    elif chosen is None:
+        reason = f"give {SAMPLES_PER_HELD} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
+    else:
+        kept, streamed = _need(job, lengths, chosen)
+        if streamed <= job.device_limit:
+            logger.info(
+                "learning: steps and scales learn from %d samples, and %d held-out ones judge",
+                *(len(chosen.learned), len(chosen.judging)),
+            )
+            return LearningRun(job, work, chosen, keep=kept <= job.device_limit)
+        sizes = [f"{size / 2**30:.1f} GiB" for size in (streamed, job.device_limit)]
+        reason = f"that needs {sizes[0]} of memory, and {sizes[1]} are free"
+    logger.warning("effort best: steps and scales do not learn: %s", reason)
+    return None
+
+
+def held_samples(tokens: TokenSample) -> list[bool]:
+    """Whether the fits of weights held out a sample."""
+    held = held_out(tokens)
+    if held is None:
+        return [False] * len(tokens.positions)
+    lengths = [positions.numel() for positions in tokens.positions]
+    return [bool(part.numel() and part.all()) for part in held.split(lengths)]
+
+
+def _need(job: Job, lengths: list[int], chosen: Chosen) -> tuple[int, int]:
+    """Bytes of learning with all blocks in memory, and with one."""
+    layers = [
+        [layer for name, layer in job.spec.layers.items() if name.startswith(job.names.layer(index, ""))]
+        for index in range(job.names.blocks)
+    ]
+    samples = [*chosen.learned, *chosen.judging]
+    longest, every = max(lengths[index] for index in samples), sum(lengths[index] for index in samples)
+    config = job.architecture.decoder_config(job.source.config)
+    # The states of one sample before every block, and those of all samples that are targets.
+    states = 4 * config["hidden_size"] * (longest * (job.names.blocks + 1) + 2 * every)
+    head = job.memory_need().front_streamed + 4 * config["hidden_size"] * config["vocab_size"]
+    streamed = head + learning_bytes(layers, states, longest)
+    return streamed + sum(map(decoder_bytes, layers)), streamed

@@ -1,0 +1,107 @@
+"""What learning aims at: the next token's probabilities in the 16-bit model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks.capture import MemoryInput
+from calibration.blocks.sample_pass import given_states, run_block
+from calibration.learn.divergence import Divergence
+from calibration.learn.head import Head
+from calibration.model.loading import Blocks
+from calibration.quantize.massive_tokens import candidates
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the decoder should give for one sample."""
+
+    # States before the head in the 16-bit model, float32 [M, D].
+    states: Tensor
+    # Tokens that count, bool [M]: their successor is text, and they are not massive.
+    counted: Tensor
+
+
+class Objective:
+    """The divergence of the next token's probabilities from those of the 16-bit model."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    def divergences(self, last: Tensor, target: Target) -> Tensor:
+        """The divergence of each token that counts, by the decoder's last states [M, hidden]."""
+        device = self.head.weight.device
+        states = self.head.normed(last)[target.counted.to(device)]
+        wanted = target.states[target.counted].to(device)
+        found: Tensor = Divergence.apply(states, wanted, self.head.weight)
+        return found
+
+    def derivatives(self, last: Tensor, target: Target) -> tuple[float, Tensor]:
+        """The mean divergence of the tokens that count, and its derivative by the last states."""
+        with torch.enable_grad():
+            leaf = last.float().requires_grad_()
+            mean = self.divergences(leaf, target).sum() / max(1, int(target.counted.sum()))
+        return float(mean.detach()), torch.autograd.grad(mean, leaf)[0]
+
+
+def counted_tokens(modality: Tensor, massive: Tensor, text: int) -> Tensor:
+    """Tokens that count, bool [M], by the row of each token [M], massive tokens, and the row of text."""
+    counted = torch.zeros_like(massive)
+    counted[:-1] = modality.flatten()[1:] == text
+    return counted & ~massive
+
+
+class Pass16Bit:
+    """A pass of some samples through the 16-bit decoder.
+
+    `layers_of` gives the quantized linears of a block: names in the checkpoint by names in the block.
+    """
+
+    def __init__(
+        self, blocks: Blocks, layers_of: Callable[[int], Mapping[str, str]], samples: Sequence[MemoryInput]
+    ) -> None:
+        self.blocks, self.layers_of, self.samples = blocks, layers_of, samples
+        # Of each sample after the last block so far: states [1, M, hidden], and which tokens are massive, bool [M].
+        self.states = [sample.hidden for sample in samples]
+        self.massive: list[Tensor] = []
+        # The size of each linear's outputs by its name in the checkpoint: the root of the median token's mean square.
+        self.sizes: dict[str, float] = {}
+
+    @torch.no_grad()
+    def forward(self, index: int) -> None:
+        """Carry the states through a block; blocks come in order."""
+        module = self.blocks.load(index)
+        squares: dict[str, list[Tensor]] = {}
+        norms = []
+        with _watched(module, self.layers_of(index), squares):
+            for number, sample in enumerate(self.samples):
+                given = given_states(sample, index, self.states[number])
+                self.states[number] = run_block(module, sample, index, given).cpu()
+                sizes = (state.float().norm(dim=-1).flatten().cpu() for state in (given, self.states[number]))
+                norms.append(torch.maximum(*sizes))
+        self.sizes |= {layer: float(torch.cat(parts).median().sqrt()) for layer, parts in squares.items()}
+        modality = torch.cat([sample.modality.flatten() for sample in self.samples])
+        massive = candidates(torch.cat(norms), modality)
+        self.massive = list(massive.split([sample.modality.numel() for sample in self.samples]))
+
+
+@contextmanager
+def _watched(module: nn.Module, layers: Mapping[str, str], squares: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Note the mean square of each token's outputs [M] by the linear's name in the checkpoint."""
+
+    def note(layer: str, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        squares.setdefault(layer, []).append(output.flatten(0, -2).float().square().mean(-1).cpu())
+
+    handles = [module.get_submodule(place).register_forward_hook(partial(note, name)) for place, name in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

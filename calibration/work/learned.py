@@ -1,0 +1,91 @@
+"""The part of a work directory about learning: targets, the state of unfinished learning, and its result.
+
+learn-targets.safetensors   the last states of the 16-bit model, and sizes of its outputs
+learn-state.safetensors     what the next steps depend on
+learned.safetensors         what was learned
+learned.json                its figures, and the hash of that file: written last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calibration.blocks.capture import MemoryInput
+from calibration.work.directory import TOWERS_FILE, WorkDirectory
+from calibration.work.durable_files import (
+    FileRecord,
+    check_file,
+    damaged,
+    read_manifest,
+    read_metadata,
+    read_tensors,
+    sync_directory,
+    write_json_durably,
+    write_tensors_durably,
+)
+from calibration.work.hidden_states import read_arguments, sample_file
+
+LEARNED_FILE = "learned.json"
+# Files that are needed only until the result is kept.
+TARGETS, STATE = "learn-targets", "learn-state"
+_RESULT = "learned"
+
+
+def read_served(work: WorkDirectory, sample: int) -> MemoryInput:
+    """The decoder's input of a sample, in the 16-bit model and in the served one."""
+    path = sample_file(work.path, sample)
+    served = ("served",) if (work.path / TOWERS_FILE).exists() else ()
+    tensors = read_tensors(path, ("modality", "positions", "hidden", *served))
+    return MemoryInput(**{"served": tensors["hidden"], **tensors}, arguments=read_arguments(path, work.device))
+
+
+def keep_part(work: WorkDirectory, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep the targets or the state for a resumed run."""
+    write_tensors_durably(_file(work, part), tensors, {"settings": work.settings})
+    sync_directory(work.path)
+
+
+def read_part(work: WorkDirectory, part: str) -> dict[str, Tensor] | None:
+    """The targets or the state; None if there are none yet. MorphoQuantError if the file is damaged."""
+    path = _file(work, part)
+    if not path.exists():
+        return None
+    if read_metadata(path).get("settings") != work.settings:
+        raise damaged(path, "it belongs to another run")
+    return read_tensors(path)
+
+
+def keep_learned(work: WorkDirectory, changes: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
+    """Keep what was learned, and drop what only its learning needed."""
+    record = write_tensors_durably(_file(work, _RESULT), changes)
+    content = {"settings": work.settings, "figures": dict(figures), "file": asdict(record)}
+    write_json_durably(work.path / LEARNED_FILE, content)
+    for part in (STATE, TARGETS):
+        _file(work, part).unlink(missing_ok=True)
+
+
+def read_figures(work: WorkDirectory) -> dict[str, Any] | None:
+    """The figures of finished learning; None if it is not finished. MorphoQuantError if a file is damaged."""
+    path = work.path / LEARNED_FILE
+    if not path.exists():
+        return None
+    content = read_manifest(path)
+    if content.get("settings") != work.settings:
+        raise damaged(path, "it belongs to another run")
+    check_file(_file(work, _RESULT), FileRecord(**content["file"]))
+    figures: dict[str, Any] = content["figures"]
+    return figures
+
+
+def read_changes(work: WorkDirectory) -> dict[str, Tensor]:
+    """What was learned, by the names of learn.changes."""
+    return read_tensors(_file(work, _RESULT))
+
+
+def _file(work: WorkDirectory, part: str) -> Path:
+    return work.path / f"{part}.safetensors"
