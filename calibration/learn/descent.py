@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +68,15 @@ class Descent:
         objective: Objective,
         chosen: Chosen,
         read: Callable[[int], tuple[MemoryInput, Target]],
+        escaping: Mapping[str, Tensor],
         seed: int,
     ) -> None:
-        """`read` gives a sample by its index, and its target; `seed` decides the order of samples."""
+        """`read` gives a sample by its index, and its target; `seed` decides the order of samples.
+
+        `escaping` are the channels of each input that may escape, bool [K], in natural order.
+        """
         self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
+        self.escaping = escaping
         order = torch.randperm(len(chosen.learned), generator=torch.Generator().manual_seed(seed))
         self.order = [chosen.learned[place] for place in order.tolist()]
         self.leaves = decoder.changes.parameters()
@@ -92,7 +97,14 @@ class Descent:
         for group in self.adam.param_groups:
             group["lr"] = RATE * rate_factor(index, self.steps)
         self.adam.step()
+        self._keep_budget()
         return divergence
+
+    @torch.no_grad()
+    def _keep_budget(self) -> None:
+        """Smaller steps would let more codes escape than the budget allows, so steps of such channels only grow."""
+        for name, step in self.decoder.changes.steps.items():
+            step.copy_(torch.where(self.escaping[name].to(step.device), step.clamp(min=0), step))
 
     def is_judged(self, index: int) -> bool:
         """Whether held-out samples judge after this step."""

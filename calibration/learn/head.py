@@ -23,7 +23,7 @@ class Head:
     def __init__(self, architecture: Architecture, source: Source, recipe: Recipe, device: torch.device) -> None:
         self._model = load_front(architecture, source, recipe, stream_towers=True, device=device)
         self._model.requires_grad_(False)
-        self._tuples = architecture.tuple_output
+        self._tuples, self._device = architecture.tuple_output, device
         self._blocks = list(self._model.get_submodule(architecture.block_module).children())
         stored = f"{architecture.model_prefix}{HEAD}.weight"
         tied = self._model.get_input_embeddings().weight
@@ -46,7 +46,8 @@ class Head:
 
     @torch.no_grad()
     def _logit_factor(self, hidden_size: int) -> float:
-        device = self._model.device
+        # Not the model's: that of a streamed tower.
+        device = self._device
         last = torch.linspace(-0.1, 0.1, hidden_size, device=device, dtype=self._model.dtype)
         with _returning(self._blocks, last[None, None], tuples=self._tuples):
             logits = self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)

@@ -19,6 +19,7 @@ from calibration.model.loading import BlockLoader
 from calibration.stages import Job
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import STATE, TARGETS, keep_learned, keep_part, read_part, read_served
+from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import TEXT_ROW
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,9 @@ class LearningRun:
         decoder = LearningDecoder(
             self.blocks, self._layers_of, self.work.tensor, self.job.spec, changes, keep=self.keep
         )
-        self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed)
+        self._descent = Descent(
+            decoder, self._objective(), self.chosen, self._read, self._escaping(layers), self.job.recipe.seed
+        )
         state = read_part(self.work, STATE)
         if state is None:
             error = self._descent.judge()
@@ -127,6 +130,16 @@ class LearningRun:
             "divergence_after": found.least,
         }
         keep_learned(self.work, found.best | self._sizes(), figures)
+
+    def _escaping(self, layers: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
+        """The channels of each input that may escape in an ordinary token, bool [K]."""
+        found: dict[str, Tensor] = {}
+        for block in range(self.job.names.blocks):
+            for layer in self._layers_of(block).values():
+                shared_input = layers[layer].shared_input
+                if shared_input not in found:
+                    found[shared_input] = self.work.tensor(block, layer, "modality_mask")[:-1].any(0)
+        return found
 
     def _objective(self) -> Objective:
         if self._aim is None:

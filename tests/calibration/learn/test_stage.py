@@ -1,0 +1,187 @@
+"""Effort `best` from end to end: what is learned, kept, resumed and exported, and when nothing learns."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from calibration.calibrate import calibrate
+from calibration.learn import descent, run, stage
+from calibration.learn.run import LearningRun
+from calibration.processes import Processes
+from calibration.settings.recipe import Recipe
+from calibration.work.directory import WorkDirectory
+from calibration.work.learned import LEARNED_FILE
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.verify import verify_checkpoint
+from tests.calibration.built_models import TinyModels
+from tests.calibration.joined import in_processes
+from tests.calibration.killing import content
+
+# One of 16 samples judges.
+RECIPE = Recipe(device="cpu", window_tokens=24, max_samples=17, sample_tokens=128, effort="best")
+STEPS = 16
+# Scales that are this much too large before they learn: an error that learning can undo in a few steps.
+TOO_LARGE = 1.2
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = torch.Generator().manual_seed(0)
+    words = [f"{int(number)}" for number in torch.randint(10000, (600,), generator=generator)]
+    path.write_text(" ".join(words))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descent, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(run, "STEPS_KEPT", 4)
+
+
+@pytest.fixture
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of outputs that are too large, and a rate that undoes it."""
+    read = WorkDirectory.tensor
+
+    def spoil(self: WorkDirectory, block: int | None, layer: str, tensor: str) -> Tensor:
+        value = read(self, block, layer, tensor)
+        return value * TOO_LARGE if tensor == "weight_channel_scale" else value
+
+    monkeypatch.setattr(WorkDirectory, "tensor", spoil)
+    monkeypatch.setattr(descent, "RATE", 0.02)
+
+
+def make(tiny: TinyModels, text: Path, output: Path, recipe: Recipe = RECIPE, **options: Any) -> dict[str, Any]:
+    return calibrate(tiny.model("llama"), text, output, recipe=recipe, **options)
+
+
+def make_unlearned(tiny: TinyModels, text: Path, output: Path) -> dict[str, Tensor]:
+    """The tensors of the same calibration without its last stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibration.calibrate.learn", lambda *arguments: None)
+        make(tiny, text, output)
+    return tensors(output)
+
+
+def tensors(output: Path) -> dict[str, Tensor]:
+    return {name: value for path in output.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_it_learns_scales_that_are_too_large(tiny: TinyModels, text: Path, tmp_path: Path) -> None:
+    report = make(tiny, text, tmp_path / "best")
+    found = report["learning"]
+    assert found["samples"] == STEPS and found["held_out_samples"] == 1 and found["steps"] == STEPS
+    assert found["divergence_after"] < 0.8 * found["divergence_before"]
+    verify_checkpoint(tmp_path / "best")
+    learned, plain = tensors(tmp_path / "best"), make_unlearned(tiny, text, tmp_path / "plain")
+    kinds = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], learned[name])}
+    assert {"weight_channel_scale", "absorbed_bias"} <= kinds
+    assert kinds <= {"weight_channel_scale", "absorbed_bias", "activation_step"}
+    scales = [name for name in plain if name.endswith("weight_channel_scale")]
+    assert sum(float((learned[name] / plain[name]).median()) < 1 for name in scales) > len(scales) / 2
+    for name in plain:
+        # Smaller steps would let more codes escape, and the constant of massive tokens does not learn.
+        if name.endswith("activation_step"):
+            masked = plain[name.replace("activation_step", "modality_mask")][:-1].any(0)
+            assert bool((learned[name] >= plain[name])[masked].all())
+        if name.endswith("absorbed_bias"):
+            assert torch.equal(learned[name][:, -1], plain[name][:, -1])
+
+
+class Stopped(Exception):
+    """Ends a run between two steps."""
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_an_interrupted_run_learns_the_same_bytes(
+    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny, text, tmp_path / "whole")
+    step, made = LearningRun.step, list[int]()
+
+    def stopping(self: LearningRun, index: int) -> None:
+        if len(made) == 6:
+            raise Stopped
+        made.append(index)
+        step(self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(LearningRun, "step", stopping)
+        make(tiny, text, tmp_path / "out")
+    assert (tmp_path / "out.work" / "learn-state.safetensors").exists()
+    monkeypatch.setattr(LearningRun, "step", lambda self, index: (made.append(index), step(self, index))[1])
+    make(tiny, text, tmp_path / "out")
+    # The two steps after the last kept state are made again.
+    assert made == [*range(6), *range(4, STEPS)]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_what_was_learned_is_checked_when_a_run_resumes(
+    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("calibration.calibrate.export", lambda *arguments, **named: (_ for _ in ()).throw(Stopped))
+        make(tiny, text, tmp_path / "out")
+    work = tmp_path / "out.work"
+    assert (work / LEARNED_FILE).exists() and not list(work.glob("learn-*"))
+    file = work / "learned.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-1] + b"x")
+    with pytest.raises(MorphoQuantError, match=r"learned\.safetensors: cannot be used"):
+        make(tiny, text, tmp_path / "out")
+    file.write_bytes(kept)
+    monkeypatch.setattr(stage, "LearningRun", None)
+    assert make(tiny, text, tmp_path / "out")["learning"]["steps"] == STEPS
+
+
+@pytest.mark.usefixtures("spoiled")
+@pytest.mark.full
+def test_two_processes_learn_what_one_learns(tiny: TinyModels, text: Path, tmp_path: Path) -> None:
+    call: Callable[[Processes], Any] = lambda processes: make(tiny, text, tmp_path / "two", processes=processes)  # noqa: E731
+    first, second = in_processes(tmp_path, call)
+    assert first == second and first["learning"]["divergence_after"] < first["learning"]["divergence_before"]
+    verify_checkpoint(tmp_path / "two")
+
+
+def test_if_the_divergence_does_not_fall_nothing_is_changed(
+    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(descent, "RATE", 0.5)
+    report = make(tiny, text, tmp_path / "best")
+    assert report["learning"]["divergence_after"] == report["learning"]["divergence_before"]
+    assert "nothing is changed; more samples may help" in caplog.text
+    learned, plain = tensors(tmp_path / "best"), make_unlearned(tiny, text, tmp_path / "plain")
+    assert all(torch.equal(learned[name], plain[name]) for name in plain)
+
+
+def test_too_few_samples_learn_nothing_and_a_line_says_so(
+    tiny: TinyModels, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = make(tiny, text, tmp_path / "best", RECIPE.model_copy(update={"max_samples": 15}))
+    assert "learning" not in report and "give 16 samples or more, with 4096 tokens" in caplog.text
+
+
+@pytest.mark.full
+def test_experts_do_not_learn_and_a_line_says_so(
+    tiny: TinyModels, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = calibrate(tiny.model("qwen3_moe"), text, tmp_path / "out", recipe=RECIPE)
+    assert "learning" not in report and "the decoder has experts, which cannot learn" in caplog.text
+
+
+@pytest.mark.full
+def test_too_little_memory_learns_nothing_and_a_line_says_so(
+    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stage, "learning_bytes", lambda *arguments: 2**50)
+    report = make(tiny, text, tmp_path / "best")
+    assert "learning" not in report and "that needs 1048576" in caplog.text
