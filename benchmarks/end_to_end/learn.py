@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.end_to_end.student import StudentInput, StudentLinear, integers
-
-# Tokens whose logits are in memory at once.
-LOGITS_TOKENS = 128
-# Steps over which the rates rise, and the share of all steps after which they fall.
-WARM_UP, FALL_AFTER = 5, 0.5
-BETAS = (0.9, 0.95)
+from calibration.learn.descent import BETAS, rate_factor
+from calibration.learn.divergence import Divergence
 
 
 @dataclass(frozen=True)
@@ -26,29 +22,6 @@ class Rates:
     scales: float
     # Of latent weights, in codes; 0: weights are fixed.
     weights: float
-
-
-class Divergence(torch.autograd.Function):
-    """Mean KL divergence [] of the teacher's next token from the student's, by hidden states [M, D] and `head` [V, D].
-
-    Both heads are the same, and only the student's states have a gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
-        total, gradient = torch.zeros(()), torch.empty_like(states)
-        for start in range(0, len(states), LOGITS_TOKENS):
-            part = slice(start, start + LOGITS_TOKENS)
-            own, wanted = ((hidden[part] @ head.T).log_softmax(-1) for hidden in (states, teacher))
-            probability = wanted.exp()
-            total += (probability * (wanted - own)).sum()
-            gradient[part] = own.exp_().sub_(probability) @ head
-        ctx.save_for_backward(gradient / len(states))
-        return total / len(states)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0] * ctx.saved_tensors[0], None, None
 
 
 def last_states(model: Any, window: Sequence[int]) -> Tensor:
@@ -70,7 +43,9 @@ class Learner:
 
     def divergence(self, window: int) -> Tensor:
         """The student's divergence on one window."""
-        return Divergence.apply(last_states(self.student, self.windows[window]), self.teacher[window], self.head)
+        states = last_states(self.student, self.windows[window])
+        found: Tensor = Divergence.apply(states, self.teacher[window], self.head)
+        return found.mean()
 
     def changed_codes(self) -> float:
         """The share of the weights' codes that differ from the start's."""
@@ -123,9 +98,3 @@ class Learner:
         for handle in handles:
             handle.remove()
         return [sizes[linear] for linear in self.linears]
-
-
-def rate_factor(step: int, steps: int) -> float:
-    """The factor of all rates at a step: rises at first, falls to nearly nothing in the end."""
-    rise = min(1.0, (step + 1) / WARM_UP)
-    return rise * min(1.0, (steps - step) / (steps * (1 - FALL_AFTER)))

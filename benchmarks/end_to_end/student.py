@@ -9,52 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import decoder
+from calibration.learn.linear import RoundInput
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import TWO_LEVEL_SCHEME
 from morphoquant_vllm.hf import MorphoQuantLinear
-from morphoquant_vllm.numerics.activation import code_limits, escapes, is_massive
+from morphoquant_vllm.numerics.activation import escapes, is_massive
 from morphoquant_vllm.numerics.weights import INT4_MAX, INT4_MIN, integer_codes
 
 # Largest distance of a latent code from its code at the start.
 DITHER = 0.49
-
-
-class RoundInput(torch.autograd.Function):
-    """Codes float32 [M, K] of x [M, K], both in channel order; the gradient passes the rounding, not the clamping.
-
-    inverse and centre are [2, K]: of the ordinary row and of the massive row. `change` [K] is the logarithm of the
-    factor of each step. low and high are limits [2, K], massive the massive tokens, int64.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        change: Tensor,
-        inverse: Tensor,
-        centre: Tensor,
-        limits: tuple[Tensor, Tensor],
-        massive: Tensor,
-    ) -> Tensor:
-        inverse = inverse * torch.exp(-change)
-        exact = (x - centre[0]).mul_(inverse[0])
-        exact[massive] = (x[massive] - centre[1]) * inverse[1]
-        low, high = (
-            limit[0].expand_as(x).index_copy(0, massive, limit[1].expand(len(massive), -1)) for limit in limits
-        )
-        codes = torch.minimum(torch.maximum(exact.round(), low), high)
-        inside = (exact >= low - 0.5) & (exact <= high + 0.5)
-        ctx.save_for_backward(exact, inside, inverse, massive)
-        return codes
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        exact, inside, inverse, massive = ctx.saved_tensors
-        of_exact = gradients[0] * inside
-        of_change = -(of_exact * exact).sum(0)
-        of_massive = of_exact[massive] * inverse[1]
-        of_x = of_exact.mul_(inverse[0]).index_copy_(0, massive, of_massive)
-        return of_x, of_change, None, None, None, None
 
 
 class Product(torch.autograd.Function):
@@ -93,12 +56,12 @@ class StudentInput(nn.Module):
         super().__init__()
         self.record = linear.activation()
         rows = [linear.mode.row, self.record.gain.numel() - 1]
-        self.inverse, self.centre, self.gain = (
-            field[rows] for field in (self.record.inverse, self.record.centre, self.record.gain)
-        )
-        self.limits = tuple(code_limits(self.record.mask[rows]))
+        # The ordinary row and that of massive tokens.
+        fields = {name: getattr(self.record, name)[rows] for name in ("inverse", "centre", "mask", "gain")}
+        self.two_rows = self.record._replace(**fields)
+        self.gain = self.two_rows.gain
         # Logarithm of the factor of each step, in channel order.
-        self.change = nn.Parameter(torch.zeros(self.inverse.shape[1]))
+        self.change = nn.Parameter(torch.zeros(self.record.inverse.shape[1]))
         self.escaped = self.counted = 0
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -110,7 +73,7 @@ class StudentInput(nn.Module):
             massive = is_massive(flat.detach(), record.massive_channel, record.massive_low, record.massive_high)
             places = massive.nonzero().flatten()
             ordered = flat.index_select(1, record.channel_order)
-            codes = RoundInput.apply(ordered, self.change, self.inverse, self.centre, self.limits, places)
+            codes = RoundInput.apply(ordered, self.change, self.two_rows, massive.int())
             self.escaped += int(escapes(codes.detach()).sum())
             self.counted += codes.numel()
             self._last = x, codes, places
