@@ -1,10 +1,13 @@
-"""Learns what costs no serving time from the decoder's last states: steps, output scales and constants.
+"""Learns what costs no serving time from the output of the model: steps, output scales and constants.
 
-linear     a quantized linear whose rounding lets gradients pass
-model      the quantized decoder, of which one block at a time is in memory
-targets    the next token in the 16-bit model, and the divergence from it
-head       the final norm and the head, and their divergence
-descent    the steps, the samples that judge them, and the state that a resumed run continues
-changes    what was learned, and the tensors that a checkpoint then stores
-stage      the stage of a calibration
+stage       the stage of a calibration
+run         one run of it: targets, steps and judgements, kept step by step
+descent     the steps, and the held-out samples that judge them
+model       the quantized decoder, of which one block at a time is in memory
+linear      a quantized linear whose rounding lets gradients pass
+head        the final norm, and the weights of the head
+divergence  how far the next token is from that of the 16-bit model
+targets     the next token in the 16-bit model, and the tokens that count
+changes     what was learned, and the tensors that a checkpoint then stores
+need        memory and operations
 """

@@ -5,6 +5,7 @@ opening          opens a work directory for one run, or refuses it
 identity         the fingerprint of a run's inputs: a run resumes only if it is unchanged
 code_files       the files of this project that are part of the fingerprint
 budgets          how inputs share budgets of the model, and the samples that decide it
+learned          what learning needs and finds
 hidden_states    the hidden states between two blocks
 block_arguments  a model's arguments for its blocks, as tensors and JSON
 durable_files    files that a crash leaves complete or absent

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.end_to_end.__main__ import parser
 from benchmarks.end_to_end.evaluate import escape_rate, losses, perplexities, ratio
-from benchmarks.end_to_end.learn import Divergence, Learner, Rates, last_states, rate_factor
+from benchmarks.end_to_end.learn import Learner, Rates, last_states
 from benchmarks.end_to_end.report import markdown
 from benchmarks.end_to_end.student import Product, StudentInput, StudentLinear, load_student
 from benchmarks.models import decoder
@@ -96,21 +96,6 @@ def test_a_linear_of_the_student_computes_as_the_reference(scheme: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    own, teacher = (torch.randn(300, 8, generator=generator) for _ in range(2))
-    head = torch.randn(40, 8, generator=generator)
-    values = [own.clone().requires_grad_() for _ in range(2)]
-    found = Divergence.apply(values[0], teacher, head)
-    wanted = torch.nn.functional.kl_div(
-        (values[1] @ head.T).log_softmax(-1), (teacher @ head.T).log_softmax(-1), reduction="batchmean", log_target=True
-    )
-    torch.testing.assert_close(found, wanted)
-    for loss in (found, wanted):
-        loss.backward()
-    torch.testing.assert_close(values[0].grad, values[1].grad)
-
-
 def test_the_gradient_of_weights_passes_their_rounding_but_not_the_limits() -> None:
     latent = torch.tensor([[0.4, -3.3], [7.6, 0.0]], requires_grad=True)
     levels = torch.tensor([[2.0], [3.0]])
@@ -121,11 +106,6 @@ def test_the_gradient_of_weights_passes_their_rounding_but_not_the_limits() -> N
     y.sum().backward()
     assert latent.grad is not None and latent.grad.tolist() == [[2.0, 4.0], [0.0, 6.0]]
     assert codes.grad is not None and codes.grad.tolist() == [[21.0, -6.0]]
-
-
-def test_rates_rise_and_fall() -> None:
-    factors = [rate_factor(step, 40) for step in range(40)]
-    assert factors[0] == pytest.approx(0.2) and max(factors) == 1 and factors[-1] == pytest.approx(0.05)
 
 
 def test_the_ratio_of_perplexities_has_the_error_of_its_windows() -> None:
