@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
-from calibration.learn.model import LearningDecoder
+from calibration.learn.model import Escapes, LearningDecoder
 from calibration.learn.targets import Objective, Target
 
 # The most that a step changes a logarithm, or a constant in units of its output's size.
@@ -17,6 +18,8 @@ RATE = 3e-4
 BETAS = (0.9, 0.95)
 # Steps over which the rate rises, and the share of all steps after which it falls.
 WARM_UP, FALL_AFTER = 5, 0.5
+# The rate of escapes falls about as this power of an input's steps. At once at most the largest ratio is undone.
+ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5
 # Held-out samples judge this often.
 JUDGEMENTS = 4
 # Samples of more tokens are left out: a pass back through a block holds all values of a sample.
@@ -59,6 +62,14 @@ def rate_factor(step: int, steps: int) -> float:
     return rise * min(1.0, (steps - step) / (steps * (1 - FALL_AFTER)))
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What held-out samples say: the mean divergence of their tokens, and the rate of escapes by input."""
+
+    divergence: float
+    rates: dict[str, float]
+
+
 class Descent:
     """Lowers the divergence of a decoder from the 16-bit model, one sample a step."""
 
@@ -68,15 +79,10 @@ class Descent:
         objective: Objective,
         chosen: Chosen,
         read: Callable[[int], tuple[MemoryInput, Target]],
-        escaping: Mapping[str, Tensor],
         seed: int,
     ) -> None:
-        """`read` gives a sample by its index, and its target; `seed` decides the order of samples.
-
-        `escaping` are the channels of each input that may escape, bool [K], in natural order.
-        """
+        """`read` gives a sample by its index, and its target; `seed` decides the order of samples."""
         self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
-        self.escaping = escaping
         order = torch.randperm(len(chosen.learned), generator=torch.Generator().manual_seed(seed))
         self.order = [chosen.learned[place] for place in order.tolist()]
         self.leaves = decoder.changes.parameters()
@@ -97,27 +103,30 @@ class Descent:
         for group in self.adam.param_groups:
             group["lr"] = RATE * rate_factor(index, self.steps)
         self.adam.step()
-        self._keep_budget()
         return divergence
-
-    @torch.no_grad()
-    def _keep_budget(self) -> None:
-        """Smaller steps would let more codes escape than the budget allows, so steps of such channels only grow."""
-        for name, step in self.decoder.changes.steps.items():
-            step.copy_(torch.where(self.escaping[name].to(step.device), step.clamp(min=0), step))
 
     def is_judged(self, index: int) -> bool:
         """Whether held-out samples judge after this step."""
         return (index + 1) * JUDGEMENTS // self.steps > index * JUDGEMENTS // self.steps
 
     @torch.no_grad()
-    def judge(self) -> float:
-        """The mean divergence of the tokens of held-out samples."""
-        found = []
+    def judge(self) -> Judgement:
+        """The divergence of held-out samples, and their escapes."""
+        found, escapes = [], dict[str, Escapes]()
         for index in self.chosen.judging:
             sample, target = self.read(index)
-            found.append(self.objective.divergences(self.decoder.states(sample)[-1][0], target))
-        return float(torch.cat(found).mean())
+            last = self.decoder.states(sample, escapes)[-1][0]
+            found.append(self.objective.divergences(last, target))
+        return Judgement(float(torch.cat(found).mean()), {name: found.rate for name, found in escapes.items()})
+
+    @torch.no_grad()
+    def keep_rates(self, allowed: Mapping[str, float], found: Mapping[str, float]) -> None:
+        """Raise the steps of each input whose rate of escapes `found` is over the one that is `allowed`."""
+        for name, step in self.decoder.changes.steps.items():
+            if found[name] > allowed[name]:
+                # An input that had no escapes gets the largest raise.
+                ratio = min(found[name] / allowed[name], LARGEST_RATIO) if allowed[name] else LARGEST_RATIO
+                step += math.log(ratio) / ESCAPE_POWER
 
     def learned(self) -> dict[str, Tensor]:
         """What was learned so far, by the names of Changes.parameters."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calibration.blocks.served_linear import TokenRows
 from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, scale_scheme_of
-from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record, code_limits, token_rows
+from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record, code_limits, escapes, token_rows
 from morphoquant_vllm.numerics.linear import weight_record
 
 
@@ -89,6 +89,13 @@ class LearningInput:
             codes: Tensor = RoundInput.apply(flat[:, self.order], self.step[self.order], self.record, rows)
             self._last = x, codes, rows
         return self._last[1:]
+
+    def escapes(self) -> tuple[int, int]:
+        """Of the last codes of tokens that are not massive: those outside 4 bits, and all."""
+        assert self._last is not None
+        _, codes, rows = self._last
+        ordinary = codes.detach()[rows < self.record.gain.numel() - 1]
+        return int(escapes(ordinary).sum()), ordinary.numel()
 
     def forget(self) -> None:
         """Free the last codes, with the graph of their gradient."""

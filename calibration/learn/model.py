@@ -22,12 +22,30 @@ LoadStored = Callable[[int, str, str], Tensor]
 
 
 @dataclass(frozen=True)
+class Escapes:
+    """Codes of tokens that are not massive: those outside 4 bits, and all."""
+
+    escaped: int = 0
+    counted: int = 0
+
+    def plus(self, escaped: int, counted: int) -> Escapes:
+        """These and more."""
+        return Escapes(self.escaped + escaped, self.counted + counted)
+
+    @property
+    def rate(self) -> float:
+        """The share of escapes."""
+        return self.escaped / max(1, self.counted)
+
+
+@dataclass(frozen=True)
 class _Block:
     """A block in memory, whose quantized linears learn."""
 
     module: nn.Module
     index: int
-    inputs: Sequence[LearningInput]
+    # By the input's name.
+    inputs: Mapping[str, LearningInput]
     serving: TokenRows
 
     def run(self, sample: MemoryInput, hidden: Tensor) -> Tensor:
@@ -36,7 +54,7 @@ class _Block:
         return run_block(self.module, sample, self.index, given)
 
     def forget(self) -> None:
-        for given in self.inputs:
+        for given in self.inputs.values():
             given.forget()
 
 
@@ -62,12 +80,18 @@ class LearningDecoder:
         self._kept: dict[int, _Block] = {}
 
     @torch.no_grad()
-    def states(self, sample: MemoryInput) -> list[Tensor]:
-        """The states [1, M, hidden] of a sample before each block, and after the last one."""
+    def states(self, sample: MemoryInput, escapes: dict[str, Escapes] | None = None) -> list[Tensor]:
+        """The states [1, M, hidden] of a sample before each block, and after the last one.
+
+        Adds the escapes of each input, by its name, to `escapes`.
+        """
         states = [sample.served]
         for index in range(len(self.blocks)):
             block = self._block(index)
             states.append(block.run(sample, states[-1]))
+            if escapes is not None:
+                for name, given in block.inputs.items():
+                    escapes[name] = escapes.get(name, Escapes()).plus(*given.escapes())
             block.forget()
         return states
 
@@ -97,7 +121,7 @@ class LearningDecoder:
                 inputs[settings.shared_input] = LearningInput(tensors, changes.step, serving, device)
             bias = getattr(module.get_submodule(place), "bias", None)
             module.set_submodule(place, LearningLinear(tensors, bias, inputs[settings.shared_input], changes))
-        block = _Block(module, index, list(inputs.values()), serving)
+        block = _Block(module, index, inputs, serving)
         if self.keep:
             self._kept[index] = block
         return block

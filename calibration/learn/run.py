@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
 from calibration.learn.changes import no_changes
-from calibration.learn.descent import Chosen, Descent
+from calibration.learn.descent import Chosen, Descent, Judgement
 from calibration.learn.head import Head
 from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
@@ -19,7 +19,6 @@ from calibration.model.loading import BlockLoader
 from calibration.stages import Job
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import STATE, TARGETS, keep_learned, keep_part, read_part, read_served
-from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import TEXT_ROW
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,9 @@ STEPS_KEPT = 8
 
 @dataclass
 class Judgements:
-    """The divergence of held-out samples: at the start, the least one, and the changes that had it."""
+    """What held-out samples said: at the start, the least divergence, and the changes that had it."""
 
-    start: float
+    start: Judgement
     least: float
     best: dict[str, Tensor]
 
@@ -80,16 +79,15 @@ class LearningRun:
         decoder = LearningDecoder(
             self.blocks, self._layers_of, self.work.tensor, self.job.spec, changes, keep=self.keep
         )
-        self._descent = Descent(
-            decoder, self._objective(), self.chosen, self._read, self._escaping(layers), self.job.recipe.seed
-        )
+        self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed)
         state = read_part(self.work, STATE)
         if state is None:
-            error = self._descent.judge()
-            self._judgements = Judgements(error, error, self._descent.learned())
+            start = self._descent.judge()
+            self._judgements = Judgements(start, start.divergence, self._descent.learned())
             return 0, self._descent.steps
         best = {name.removeprefix("best "): value for name, value in state.items() if name.startswith("best ")}
-        self._judgements = Judgements(float(state["start"]), float(state["least"]), best)
+        rates = {name.removeprefix("rate "): float(value) for name, value in state.items() if name.startswith("rate ")}
+        self._judgements = Judgements(Judgement(float(state["start"]), rates), float(state["least"]), best)
         self._descent.restore(state)
         return int(state["done"]), self._descent.steps
 
@@ -99,15 +97,17 @@ class LearningRun:
         assert descent is not None and judgements is not None
         descent.step(index)
         if descent.is_judged(index):
-            error = descent.judge()
+            descent.keep_rates(judgements.start.rates, descent.judge().rates)
+            error = descent.judge().divergence
             logger.info(
                 "learning: step %d of %d, divergence of held-out samples %.5f, at the start %.5f",
-                *(index + 1, descent.steps, error, judgements.start),
+                *(index + 1, descent.steps, error, judgements.start.divergence),
             )
             if error < judgements.least:
                 judgements.least, judgements.best = error, descent.learned()
         if (index + 1) % STEPS_KEPT == 0:
-            figures = {"done": index + 1, "start": judgements.start, "least": judgements.least}
+            figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
+            figures |= {f"rate {name}": rate for name, rate in judgements.start.rates.items()}
             state = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
             state |= {f"best {name}": value for name, value in judgements.best.items()}
             keep_part(self.work, STATE, descent.state() | state)
@@ -116,30 +116,20 @@ class LearningRun:
         """Keep the changes with the least divergence of held-out samples, which may be none."""
         descent, found = self._descent, self._judgements
         assert descent is not None and found is not None
-        if found.least >= found.start:
+        if found.least >= found.start.divergence:
             logger.warning(
                 "learning: the divergence of held-out samples did not fall (%.5f at the start), so nothing is changed; "
                 "more samples may help",
-                found.start,
+                found.start.divergence,
             )
         figures = {
             "samples": len(self.chosen.learned),
             "held_out_samples": len(self.chosen.judging),
             "steps": descent.steps,
-            "divergence_before": found.start,
+            "divergence_before": found.start.divergence,
             "divergence_after": found.least,
         }
         keep_learned(self.work, found.best | self._sizes(), figures)
-
-    def _escaping(self, layers: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-        """The channels of each input that may escape in an ordinary token, bool [K]."""
-        found: dict[str, Tensor] = {}
-        for block in range(self.job.names.blocks):
-            for layer in self._layers_of(block).values():
-                shared_input = layers[layer].shared_input
-                if shared_input not in found:
-                    found[shared_input] = self.work.tensor(block, layer, "modality_mask")[:-1].any(0)
-        return found
 
     def _objective(self) -> Objective:
         if self._aim is None:

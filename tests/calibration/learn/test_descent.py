@@ -1,8 +1,26 @@
 """Which samples learn and judge, and the rates of the steps."""
 
-import pytest
+from types import SimpleNamespace
+from typing import cast
 
-from calibration.learn.descent import LEAST_TOKENS, LONGEST, TOKENS, choose_samples, rate_factor
+import pytest
+import torch
+
+from calibration.learn.changes import no_changes
+from calibration.learn.descent import (
+    ESCAPE_POWER,
+    LARGEST_RATIO,
+    LEAST_TOKENS,
+    LONGEST,
+    TOKENS,
+    Chosen,
+    Descent,
+    choose_samples,
+    rate_factor,
+)
+from calibration.learn.model import LearningDecoder
+from calibration.learn.targets import Objective
+from morphoquant_vllm.format.layers import LayerSpec
 
 
 def test_held_out_samples_judge_and_all_others_learn() -> None:
@@ -32,6 +50,18 @@ def test_long_samples_are_left_out_and_many_are_thinned_evenly() -> None:
     assert len(chosen.learned) == TOKENS // 1024 and len(chosen.judging) == TOKENS // 8 // 1024
     gaps = [after - before for before, after in zip(chosen.learned, chosen.learned[1:], strict=False)]
     assert min(gaps) >= 2 and max(gaps) <= 6
+
+
+def test_steps_of_inputs_with_too_many_escapes_grow() -> None:
+    layers = {name: LayerSpec(64, 32, 32, "column", name) for name in ("more", "fewer", "none", "far_more")}
+    changes = no_changes(layers, dict.fromkeys(layers, 1.0), torch.device("cpu"))
+    decoder = cast(LearningDecoder, SimpleNamespace(changes=changes))
+    made = Descent(decoder, cast(Objective, None), Chosen([0], [1]), lambda index: pytest.fail("no sample"), 0)
+    allowed = {"more": 0.04, "fewer": 0.04, "none": 0.0, "far_more": 0.01}
+    made.keep_rates(allowed, {"more": 0.044, "fewer": 0.03, "none": 0.001, "far_more": 0.1})
+    grown = {name: float(step[0].detach().exp()) for name, step in changes.steps.items()}
+    most = LARGEST_RATIO ** (1 / ESCAPE_POWER)
+    assert grown == pytest.approx({"more": 1.1 ** (1 / ESCAPE_POWER), "fewer": 1, "none": most, "far_more": most})
 
 
 def test_the_rate_rises_and_falls() -> None:

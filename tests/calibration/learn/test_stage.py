@@ -87,10 +87,7 @@ def test_it_learns_scales_that_are_too_large(tiny: TinyModels, text: Path, tmp_p
     scales = [name for name in plain if name.endswith("weight_channel_scale")]
     assert sum(float((learned[name] / plain[name]).median()) < 1 for name in scales) > len(scales) / 2
     for name in plain:
-        # Smaller steps would let more codes escape, and the constant of massive tokens does not learn.
-        if name.endswith("activation_step"):
-            masked = plain[name.replace("activation_step", "modality_mask")][:-1].any(0)
-            assert bool((learned[name] >= plain[name])[masked].all())
+        # The constant of massive tokens does not learn.
         if name.endswith("absorbed_bias"):
             assert torch.equal(learned[name][:, -1], plain[name][:, -1])
 
