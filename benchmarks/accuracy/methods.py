@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from calibration.settings.recipe import read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.limits import MAX_LEVEL
+from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 
 # Ways of rounding weights in which each block sees the outputs of the quantized blocks before it.
 SEQUENTIAL = ("gptq", "ours")
@@ -219,10 +220,33 @@ def known_methods(benchmark: str) -> list[str]:
     return [name for name in METHODS if name not in OMNI_ONLY]
 
 
-def runnable(names: Iterable[str], tools: Iterable[str]) -> list[str]:
-    """Those of the methods that need no peer, or one of `tools`."""
-    known = set(tools)
-    return [name for name in names if not (isinstance(method := METHODS[name], Peer) and method.tool not in known)]
+def obstacle(method: Method, widths: Mapping[str, int], tools: Container[str]) -> str | None:
+    """Why a model cannot have a method; None if it can. `widths`: K by linear; `tools`: peers with an environment."""
+    for size in _group_sizes(method):
+        for name, width in widths.items():
+            # Calibration leaves a linear in 16 bit if no group size of the format divides its K.
+            spared = isinstance(method, Part | Served) and all(width % known for known in GROUP_SIZES)
+            if width % size and not spared:
+                return f"K = {width} of {name} is not divisible by group size {size}"
+    if isinstance(method, Part) and method.part in KINDS:
+        kind = KINDS[method.part]
+        if not any(name.endswith(kind) for name in widths):
+            return f"the model has none of the linears {', '.join(kind)}"
+    if isinstance(method, Peer) and method.tool not in tools:
+        return f"give --peer {method.tool}=PYTHON, the python of an environment with it"
+    return None
+
+
+def _group_sizes(method: Method) -> list[int]:
+    """Sizes of groups that must divide the K of each linear."""
+    if isinstance(method, Peer):
+        return [method.group_size]
+    if isinstance(method, Simulated):
+        weights = [method.group_size] if method.weights in ("rtn", *SEQUENTIAL) else []
+        return weights + ([method.activation_group] if method.activations == "token-group" else [])
+    if isinstance(method, Served) and not method.quantized:
+        return []
+    return [read_recipe(overrides=method.recipe).group_size]
 
 
 def choose(kind: str, wanted: Iterable[str] | None, known: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import job as jobs
-from benchmarks.accuracy.methods import METHODS, Peer, known_methods, runnable
+from benchmarks.accuracy.methods import known_methods
 from benchmarks.accuracy.peers import environment
 from benchmarks.accuracy.settings import Settings
 from benchmarks.models import decoder
@@ -79,15 +79,17 @@ def test_the_weights_that_come_back_are_evaluated_and_made_once(
 
 
 @pytest.mark.parametrize(("tool", "name"), NAMES.items())
-def test_without_its_environment_a_peer_is_left_out_or_refused(
-    tool: str, name: str, model: Path, tmp_path: Path
+def test_without_its_environment_a_peer_is_left_out_unless_its_results_are_there(
+    tool: str, name: str, model: Path, tmp_path: Path, stand_in: Path
 ) -> None:
     assert name in known_methods("language") and name not in known_methods("omni")
-    assert name in runnable(METHODS, [tool])
-    assert set(NAMES.values()) & set(runnable(METHODS, [tool])) == {name}
-    assert set(METHODS) - set(runnable(METHODS, [])) == {n for n, m in METHODS.items() if isinstance(m, Peer)}
-    with pytest.raises(MorphoQuantError, match=f"{name}: give --peer {tool}=PYTHON"):
-        jobs.run(job_of(model, tmp_path / "work", {}), name, ["code"])
+    bare = job_of(model, tmp_path / "work", {})
+    remedy = f"give --peer {tool}=PYTHON, the python of an environment with it"
+    assert jobs.left_out(bare, ["16bit", name], ["code"]) == {name: remedy}
+    equipped = job_of(model, tmp_path / "work", {tool: Path(sys.executable)})
+    assert jobs.left_out(equipped, [name], ["code"]) == {}
+    jobs.run(equipped, name, ["code"])
+    assert jobs.left_out(bare, [name], ["code"]) == {}
 
 
 def test_a_failure_names_the_log_and_leaves_no_weights(model: Path, tmp_path: Path, stand_in: Path) -> None:
