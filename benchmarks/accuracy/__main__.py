@@ -173,8 +173,8 @@ def run_table(arguments: argparse.Namespace, command: str, console: Console) -> 
     methods = choose("method", named, TABLE)
     work = {benchmark: prepare(benchmark, settings) for benchmark in TABLE_MODELS}
     reasons = {benchmark: jobs.left_out(job, methods, job.evaluations) for benchmark, job in work.items()}
-    first = next(iter(reasons.values()))
-    _refuse({name: why for name, why in first.items() if named and all(name in each for each in reasons.values())})
+    nowhere = [name for name in named or () if all(name in found for found in reasons.values())]
+    _refuse({name: "; ".join(f"{model}: {found[name]}" for model, found in reasons.items()) for name in nowhere})
     for benchmark, found in reasons.items():
         _print_left_out(benchmark, found, console)
     summaries = {benchmark: summarize(job, command) for benchmark, job in work.items()}

@@ -145,7 +145,7 @@ def test_the_table_says_which_methods_a_model_cannot_have(
     assert f"- language, `wide`: {NOT_DIVISIBLE}\n" in page and f"`w4a16-gptqmodel-g32`: {NO_PEER}\n" in page
     with pytest.raises(SystemExit) as left:
         _run(monkeypatch, [*table, "--methods", "16bit,wide"])
-    assert left.value.code == f"error: wide: {NOT_DIVISIBLE}"
+    assert left.value.code == f"error: wide: language: {NOT_DIVISIBLE}"
 
 
 @pytest.mark.parametrize(("name", "reason"), [("wide", NOT_DIVISIBLE), ("w4a16-gptqmodel-g32", NO_PEER)])
