@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from benchmarks.common.command import one_line_errors
 from benchmarks.common.server import exit_on_signals
+from morphoquant_vllm.errors import MorphoQuantError
 
 if TYPE_CHECKING:
     from benchmarks.accuracy.job import Job
@@ -126,44 +128,58 @@ def prepare(benchmark: str, settings: Settings) -> Job:
 
 
 def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
-    """Run a benchmark's missing methods one after the other; the summary is written after each."""
+    """Run a benchmark's missing methods one after the other; the summary is written after each.
+
+    Methods that the model cannot have are left out with a line; MorphoQuantError if one is named.
+    """
     from benchmarks.accuracy import job as jobs
     from benchmarks.accuracy.language import MODELS
-    from benchmarks.accuracy.methods import choose, known_methods, runnable
+    from benchmarks.accuracy.methods import choose, known_methods
     from benchmarks.accuracy.reporting import report
     from benchmarks.accuracy.reporting.summary import summarize
 
     settings, benchmark = _settings(arguments), arguments.command
-    known = known_methods(benchmark)
-    wanted = _names(arguments.methods)
-    methods = choose("method", runnable(known, settings.peers) if wanted is None else wanted, known)
+    named = _names(arguments.methods)
+    methods = choose("method", named, known_methods(benchmark))
     texts = None
     if benchmark in MODELS:
         texts = choose("text", _names(arguments.texts), MODELS[benchmark]().evaluation)
     job = prepare(benchmark, settings)
+    wanted = texts or list(job.evaluations)
+    reasons = jobs.left_out(job, methods, wanted)
+    _refuse(reasons if named else {})
+    _print_left_out(benchmark, reasons, console)
+    methods = [name for name in methods if name not in reasons]
     for index, name in enumerate(methods, start=1):
         started = time.monotonic()
-        jobs.run(job, name, texts or list(job.evaluations))
+        jobs.run(job, name, wanted)
         console.print(f"{index}/{len(methods)} {name}: {time.monotonic() - started:.0f} s", highlight=False)
         report.write(summarize(job, command), settings.results)
     report.show(summarize(job, command), console)
 
 
 def run_table(arguments: argparse.Namespace, command: str, console: Console) -> None:
-    """Run the missing cells of the table, model by model; table and summaries are written after each method."""
+    """Run the missing cells of the table, model by model; table and summaries are written after each method.
+
+    Methods that a model cannot have are left out with a line; MorphoQuantError if no model can have a named one.
+    """
     from benchmarks.accuracy import job as jobs
-    from benchmarks.accuracy.methods import TABLE, TABLE_MODELS, choose, known_methods, runnable
+    from benchmarks.accuracy.methods import TABLE, TABLE_MODELS, choose
     from benchmarks.accuracy.reporting import overview, report
     from benchmarks.accuracy.reporting.summary import summarize
 
     settings = _settings(arguments)
-    wanted = _names(arguments.methods)
-    methods = choose("method", runnable(TABLE, settings.peers) if wanted is None else wanted, TABLE)
-    found = overview.overview({}, methods, command)
-    summaries = {}
-    for benchmark in TABLE_MODELS:
-        job = prepare(benchmark, settings)
-        own = [name for name in methods if name in known_methods(benchmark)]
+    named = _names(arguments.methods)
+    methods = choose("method", named, TABLE)
+    work = {benchmark: prepare(benchmark, settings) for benchmark in TABLE_MODELS}
+    reasons = {benchmark: jobs.left_out(job, methods, job.evaluations) for benchmark, job in work.items()}
+    nowhere = [name for name in named or () if all(name in found for found in reasons.values())]
+    _refuse({name: "; ".join(f"{model}: {found[name]}" for model, found in reasons.items()) for name in nowhere})
+    for benchmark, found in reasons.items():
+        _print_left_out(benchmark, found, console)
+    summaries = {benchmark: summarize(job, command) for benchmark, job in work.items()}
+    for benchmark, job in work.items():
+        own = [name for name in methods if name not in reasons[benchmark]]
         for index, name in enumerate(own, start=1):
             started = time.monotonic()
             jobs.run(job, name, list(job.evaluations))
@@ -171,9 +187,24 @@ def run_table(arguments: argparse.Namespace, command: str, console: Console) -> 
             console.print(f"{benchmark} {index}/{len(own)} {name}: {took}", highlight=False)
             summaries[benchmark] = summarize(job, command)
             report.write(summaries[benchmark], settings.results)
-            found = overview.overview(summaries, methods, command)
-            overview.write(found, settings.results)
-    overview.show(found, console)
+            overview.write(overview.overview(summaries, methods, reasons, command), settings.results)
+    overview.show(overview.overview(summaries, methods, reasons, command), console)
+
+
+def _refuse(reasons: Mapping[str, str]) -> None:
+    """Raise MorphoQuantError for the first of the methods, with its reason."""
+    for name, reason in reasons.items():
+        raise MorphoQuantError(f"{name}: {reason}")
+
+
+def _print_left_out(benchmark: str, reasons: Mapping[str, str], console: Console) -> None:
+    """Print a line for each reason, with the methods that it leaves out."""
+    from benchmarks.accuracy.reporting.overview import by_reason
+
+    for reason, names in by_reason(reasons).items():
+        console.print(
+            f"{benchmark}: without {', '.join(names)}: {reason}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def main() -> None:

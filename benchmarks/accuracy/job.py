@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +10,13 @@ from typing import Any
 from benchmarks.accuracy import parts, simulation
 from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.experts.separate import separate
-from benchmarks.accuracy.methods import METHODS, Part, Peer, Served, Simulated
+from benchmarks.accuracy.methods import METHODS, Part, Peer, Served, Simulated, known_methods, obstacle
 from benchmarks.accuracy.peers import environment
 from benchmarks.accuracy.serving import objective, served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
 from benchmarks.common.files import code_digest, digest, file_digest
 from benchmarks.models import decoder
-from morphoquant_vllm.errors import MorphoQuantError
+from benchmarks.models.widths import linear_widths
 
 HERE = Path(__file__).parent
 SIMULATION_CODE = [
@@ -167,21 +165,34 @@ def results(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield name, evaluation, result
 
 
+def left_out(job: Job, names: Iterable[str], evaluations: Iterable[str]) -> dict[str, str]:
+    """Those of the methods that the model cannot have, with the reason. Results in the cache need no run."""
+    known, widths, wanted = known_methods(job.benchmark), linear_widths(job.model), list(evaluations)
+    found = {}
+    for name in names:
+        reason = obstacle(METHODS[name], widths, job.settings.peers)
+        if name not in known:
+            found[name] = f"not a method of the benchmark {job.benchmark}"
+        elif reason is not None and missing_of(job, name, wanted):
+            found[name] = reason
+    return found
+
+
 def run(job: Job, name: str, wanted: Iterable[str]) -> None:
     """Make the results of a method on those of the evaluation sets `wanted` that it has and the cache lacks."""
     method = METHODS[name]
     if isinstance(method, Simulated):
-        missing = _missing(job, name, wanted)
+        missing = missing_of(job, name, wanted)
         if missing:
             _simulate(job, method, missing)
         return
     if isinstance(method, Peer):
-        missing = _missing(job, name, wanted)
+        missing = missing_of(job, name, wanted)
         if missing:
-            _peer(job, name, method, missing)
+            _peer(job, method, missing)
         return
     directory = _made(job, method)
-    missing = _missing(job, name, wanted)
+    missing = missing_of(job, name, wanted)
     asked = job.engine if isinstance(method, Served) else ()
     if any(evaluation in asked for evaluation in missing):
         tasks = {evaluation: found for evaluation, found in missing.items() if evaluation in asked}
@@ -191,7 +202,7 @@ def run(job: Job, name: str, wanted: Iterable[str]) -> None:
         _reload(job, method, directory, rest)
 
 
-def _missing(job: Job, name: str, wanted: Iterable[str]) -> dict[str, Any]:
+def missing_of(job: Job, name: str, wanted: Iterable[str]) -> dict[str, Any]:
     """Keys of those of the evaluation sets `wanted` that the method has and the cache lacks."""
     own = set(sets_of(job, name))
     keys = {evaluation: key(job, name, evaluation) for evaluation in wanted if evaluation in own}
@@ -232,10 +243,8 @@ def _peer_key(job: Job, method: Peer) -> dict[str, Any]:
     return {**own, **sample, "code": code_digest([environment.SCRIPTS[method.tool], Path(decoder.__file__)])}
 
 
-def _peer(job: Job, name: str, method: Peer, missing: Mapping[str, Any]) -> None:
-    python = job.settings.peers.get(method.tool)
-    if python is None:
-        raise MorphoQuantError(f"{name}: give --peer {method.tool}=PYTHON, the python of an environment with it")
+def _peer(job: Job, method: Peer, missing: Mapping[str, Any]) -> None:
+    python = job.settings.peers[method.tool]
     size = job.settings.window_tokens
     inputs = decoder.calibration_inputs(job.model, job.calibration, size, job.max_samples)
     samples = [sample["input_ids"][0].tolist() for sample in inputs]
@@ -255,37 +264,3 @@ def _reload(job: Job, method: Served | Part, directory: Path, missing: Mapping[s
     model = parts.load(directory) if part is None else parts.load_part(directory, job.model, part)
     for evaluation, found in missing.items():
         job.cache.store(found, {**job.evaluate(model, evaluation), "beyond": {}})
-
-
-def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
-    """The calibration's report of a served checkpoint: settings, data and escape rate."""
-    method = METHODS[name]
-    if not isinstance(method, Served) or not method.quantized:
-        return None
-    directory = model_of(job, method)
-    file = None if directory is None else directory / "morphoquant_calibration.json"
-    if file is None or not file.is_file():
-        return None
-    report = json.loads(file.read_text(encoding="utf-8"))
-    kept = {part: report[part] for part in ("settings", "data", "escape_rate") if part in report}
-    return {**kept, "modality_rows": modality_rows(report["layers"])}
-
-
-def modality_rows(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By modality: the number of linear inputs, of those with a separate row, and the factor of their error.
-
-    `layers` are those of a calibration report; linears that share an input count once. "error_ratio" is a geometric
-    mean over the inputs with a separate row: the error on held-out tokens with that row over the error without it.
-    """
-    inputs = {json.dumps([layer["escape_rate"], layer.get("modality_rows")]): layer for layer in layers.values()}
-    choices: dict[str, list[Mapping[str, Any]]] = {}
-    for layer in inputs.values():
-        for row, choice in layer.get("modality_rows", {}).items():
-            choices.setdefault(row, []).append(choice)
-    found = {}
-    for row, made in choices.items():
-        logs = [math.log(choice["own_error"] / choice["any_error"]) for choice in made if choice["own"]]
-        found[row] = {"inputs": len(made), "own": len(logs)}
-        if logs:
-            found[row]["error_ratio"] = math.exp(sum(logs) / len(logs))
-    return found

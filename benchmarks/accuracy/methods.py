@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from calibration.settings.recipe import read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.limits import MAX_LEVEL
+from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 
 # Ways of rounding weights in which each block sees the outputs of the quantized blocks before it.
 SEQUENTIAL = ("gptq", "ours")
@@ -89,6 +90,10 @@ TAU, NO_MASK_TAU = 2.0, 1e6
 
 # AutoRound's release, and its default number of steps a block, which ends within an hour on two cores for these models.
 AUTO_ROUND, AUTO_ROUND_OPTIONS = "0.16.1", {"iters": 200}
+# Its recipe "light": a quarter of the steps, with a rate of its own. SmolLM2 would take hours with the default.
+AUTO_ROUND_LIGHT = {"iters": 50, "lr": 5e-3}
+# GPTQModel's release; its defaults otherwise.
+GPTQMODEL = "7.7.0"
 
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
@@ -101,6 +106,9 @@ METHODS: dict[str, Method] = {
     "w4a16-gptq-g128": Simulated("gptq", 128),
     "w4a16-auto-round-g32": Peer("auto-round", AUTO_ROUND, 32, AUTO_ROUND_OPTIONS),
     "w4a16-auto-round-g128": Peer("auto-round", AUTO_ROUND, 128, AUTO_ROUND_OPTIONS),
+    "w4a16-auto-round-light-g32": Peer("auto-round", AUTO_ROUND, 32, AUTO_ROUND_LIGHT),
+    "w4a16-gptqmodel-g32": Peer("gptqmodel", GPTQMODEL, 32),
+    "w4a16-gptqmodel-g128": Peer("gptqmodel", GPTQMODEL, 128),
     "w4a4-static-tensor": Simulated("rtn", activations="static-tensor"),
     "w4a4-token": Simulated("rtn", activations="token"),
     "w4a4-token-group": Simulated("rtn", activations="token-group"),
@@ -212,10 +220,33 @@ def known_methods(benchmark: str) -> list[str]:
     return [name for name in METHODS if name not in OMNI_ONLY]
 
 
-def runnable(names: Iterable[str], tools: Iterable[str]) -> list[str]:
-    """Those of the methods that need no peer, or one of `tools`."""
-    known = set(tools)
-    return [name for name in names if not (isinstance(method := METHODS[name], Peer) and method.tool not in known)]
+def obstacle(method: Method, widths: Mapping[str, int], tools: Container[str]) -> str | None:
+    """Why a model cannot have a method; None if it can. `widths`: K by linear; `tools`: peers with an environment."""
+    for size in _group_sizes(method):
+        for name, width in widths.items():
+            # Calibration leaves a linear in 16 bit if no group size of the format divides its K.
+            spared = isinstance(method, Part | Served) and all(width % known for known in GROUP_SIZES)
+            if width % size and not spared:
+                return f"K = {width} of {name} is not divisible by group size {size}"
+    if isinstance(method, Part) and method.part in KINDS:
+        kind = KINDS[method.part]
+        if not any(name.endswith(kind) for name in widths):
+            return f"the model has none of the linears {', '.join(kind)}"
+    if isinstance(method, Peer) and method.tool not in tools:
+        return f"give --peer {method.tool}=PYTHON, the python of an environment with it"
+    return None
+
+
+def _group_sizes(method: Method) -> list[int]:
+    """Sizes of groups that must divide the K of each linear."""
+    if isinstance(method, Peer):
+        return [method.group_size]
+    if isinstance(method, Simulated):
+        weights = [method.group_size] if method.weights in ("rtn", *SEQUENTIAL) else []
+        return weights + ([method.activation_group] if method.activations == "token-group" else [])
+    if isinstance(method, Served) and not method.quantized:
+        return []
+    return [read_recipe(overrides=method.recipe).group_size]
 
 
 def choose(kind: str, wanted: Iterable[str] | None, known: Iterable[str]) -> list[str]:

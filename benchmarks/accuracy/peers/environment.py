@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from benchmarks.common.files import write_atomically
 from morphoquant_vllm.errors import MorphoQuantError
 
-SCRIPTS = {"auto-round": Path(__file__).with_name("with_auto_round.py")}
+SCRIPTS = {
+    "auto-round": Path(__file__).with_name("with_auto_round.py"),
+    "gptqmodel": Path(__file__).with_name("with_gptqmodel.py"),
+}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.accuracy.job import Job, calibration_report, results
+from benchmarks.accuracy.job import Job, results
 from benchmarks.accuracy.methods import ASKING, METHODS, Served
 from benchmarks.accuracy.omni import EXPERT_ERRORS, QUESTIONS, TOKENS
 from benchmarks.accuracy.reporting import scores
+from benchmarks.accuracy.reporting.calibration import calibration_report
 from benchmarks.accuracy.serving.served import data_digest
 from benchmarks.common.files import file_digest
 from benchmarks.common.machine import processor, versions

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import job, methods
-from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, choose, known_methods, runnable
-from benchmarks.accuracy.reporting import bars, report
+from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, Peer, Simulated, choose, known_methods
+from benchmarks.accuracy.reporting import bars, report, summary
 from benchmarks.common import corpus, texts
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.tiny_models import build_tiny_llama
@@ -75,18 +75,21 @@ def test_results_of_other_settings_do_not_mix(
     assert set(summary["methods"]) == {"16bit"}
 
 
-def test_the_table_runs_every_model_and_resumes(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, results = tmp_path / "llama", tmp_path / "results"
+@pytest.fixture
+def table(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The table of the tiny model alone."""
     whole = command.prepare
     monkeypatch.setattr(methods, "TABLE_MODELS", ("language",))
-    monkeypatch.setattr(
-        command,
-        "prepare",
-        lambda name, settings: whole(name, replace(settings, model=model, windows=2, calibration={"stdlib": 1})),
-    )
-    line = ["table", "--work", str(tmp_path / "work"), "--results", str(results), "--window-tokens", "32"]
+    changes = {"model": tmp_path / "llama", "windows": 2, "calibration": {"stdlib": 1}}
+    monkeypatch.setattr(command, "prepare", lambda name, settings: whole(name, replace(settings, **changes)))
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    return ["table", *folders, "--window-tokens", "32"]
+
+
+def test_the_table_runs_every_model_and_resumes(
+    table: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, line = tmp_path / "results", table
     _run(monkeypatch, [*line, "--methods", "16bit,w4a16-rtn-g32"])
     assert "language 2/2 w4a16-rtn-g32" in capsys.readouterr().out
     found = json.loads((results / "overview.json").read_text())
@@ -97,6 +100,68 @@ def test_the_table_runs_every_model_and_resumes(
     monkeypatch.setattr(job.decoder, "load", None)
     _run(monkeypatch, [*line, "--methods", "16bit"])
     assert list(json.loads((results / "overview.json").read_text())["methods"]) == ["16bit"]
+
+
+@pytest.fixture
+def three_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One method that every model has, one whose groups are wider than an input, and a peer."""
+    few = {name: METHODS[name] for name in ("16bit", "w4a16-gptqmodel-g32")} | {"wide": Simulated("rtn", 256)}
+    for module in (methods, job, summary):
+        monkeypatch.setattr(module, "METHODS", few)
+    monkeypatch.setattr(methods, "TABLE", tuple(few))
+
+
+NOT_DIVISIBLE = "K = 128 of 0.self_attn.q_proj is not divisible by group size 256"
+NO_PEER = "give --peer gptqmodel=PYTHON, the python of an environment with it"
+
+
+def test_all_methods_are_those_that_the_model_can_have(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    three_methods: None,
+) -> None:
+    _run(monkeypatch, arguments)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [
+        f"language: without w4a16-gptqmodel-g32: {NO_PEER}",
+        f"language: without wide: {NOT_DIVISIBLE}",
+    ]
+    assert set(json.loads((tmp_path / "results" / "language.json").read_text())["methods"]) == {"16bit"}
+
+
+def test_the_table_says_which_methods_a_model_cannot_have(
+    table: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    three_methods: None,
+) -> None:
+    _run(monkeypatch, table)
+    assert f"language: without wide: {NOT_DIVISIBLE}\n" in capsys.readouterr().out
+    page = (tmp_path / "results" / "overview.md").read_text()
+    assert "| 16bit | 1.000 ± 0.000 |  |\n" in page and "| wide | - |  |\n" in page
+    assert f"- language, `wide`: {NOT_DIVISIBLE}\n" in page and f"`w4a16-gptqmodel-g32`: {NO_PEER}\n" in page
+    with pytest.raises(SystemExit) as left:
+        _run(monkeypatch, [*table, "--methods", "16bit,wide"])
+    assert left.value.code == f"error: wide: language: {NOT_DIVISIBLE}"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("wide", NOT_DIVISIBLE), ("w4a16-gptqmodel-g32", NO_PEER)])
+def test_a_named_method_that_the_model_cannot_have_ends_in_one_line(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    three_methods: None,
+    name: str,
+    reason: str,
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        _run(monkeypatch, [*arguments, "--methods", f"16bit,{name}"])
+    assert left.value.code == f"error: {name}: {reason}"
+    # Nothing ran before it.
+    assert not (tmp_path / "results").exists() and not (tmp_path / "work" / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +183,7 @@ def test_bad_input_ends_in_one_line(
 
 
 def test_methods_of_modalities_belong_to_the_omni_benchmark() -> None:
-    assert known_methods("omni") == runnable(METHODS, [])
+    assert known_methods("omni") == [name for name, method in METHODS.items() if not isinstance(method, Peer)]
     assert set(known_methods("omni")) - set(known_methods("language")) == set(OMNI_ONLY) <= set(METHODS)
 
 

@@ -26,7 +26,7 @@ def test_every_method_has_a_line_and_unmeasured_cells_are_empty(tmp_path: Path) 
         "language": summary({"16bit": text(1.0), "served": text(1.1, BEYOND)}),
         "omni": summary({"served": omni(divergence=0.0123, divergence_error=0.0011, **differs)}),
     }
-    found = overview.overview(summaries, ["16bit", "served", "w4a16-nf4"], "python -m benchmarks.accuracy table")
+    found = overview.overview(summaries, ["16bit", "served", "w4a16-nf4"], {}, "python -m benchmarks.accuracy table")
     header, rows = overview.table(found)
     assert header == ["method", "language", "omni KL", "omni points lost", "beyond 4 bits"]
     assert rows == [
@@ -39,5 +39,19 @@ def test_every_method_has_a_line_and_unmeasured_cells_are_empty(tmp_path: Path) 
 
 
 def test_a_model_that_is_lost_is_infinitely_worse() -> None:
-    found = overview.overview({"language": summary({"served": text(None)})}, ["served"], "")
+    found = overview.overview({"language": summary({"served": text(None)})}, ["served"], {}, "")
     assert overview.table(found)[1] == [["served", "inf", ""]]
+
+
+def test_a_method_that_a_model_cannot_have_has_a_dash_and_its_reason(tmp_path: Path) -> None:
+    summaries = {"language": summary({"16bit": text(1.0)}), "omni": summary({})}
+    left_out = {"language": {"a": "K = 576", "b": "K = 576"}, "omni": {"16bit": "no"}}
+    found = overview.overview(summaries, ["16bit", "a", "b"], left_out, "")
+    assert overview.table(found)[1] == [
+        ["16bit", "1.000 ± 0.010", "-", "-", ""],
+        ["a", "-", "", "", ""],
+        ["b", "-", "", "", ""],
+    ]
+    overview.write(found, tmp_path)
+    page = (tmp_path / "overview.md").read_text()
+    assert "\n- language, `a`, `b`: K = 576\n- omni, `16bit`: no\n" in page

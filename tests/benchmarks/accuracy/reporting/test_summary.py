@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from benchmarks.accuracy import job
 from benchmarks.accuracy.omni import QUESTIONS
 from benchmarks.accuracy.reporting import plots, report, summary
 
@@ -42,19 +41,6 @@ def test_omni_methods_are_set_against_ours_question_by_question() -> None:
     assert found["error"] == pytest.approx(math.sqrt((3 - 6 / 36) / 5 / 6))
     assert report._against_ours(found) == "+16.67 ± 30.73"
     assert summary._omni_against(other, {}) is None
-
-
-def test_rows_of_modalities_are_counted_by_input() -> None:
-    rates = {"text": 0.04}
-    quiet = {"own": True, "own_error": 0.1, "any_error": 0.2}
-    first = {"escape_rate": rates, "modality_rows": {"text": {"own": False}, "audio": quiet}}
-    second = {"escape_rate": rates, "modality_rows": {"text": {"own": False}, "audio": {**quiet, "own_error": 0.05}}}
-    found = job.modality_rows({"q": first, "k": first, "o": second})
-    assert found["text"] == {"inputs": 2, "own": 0}
-    assert found["audio"] == {"inputs": 2, "own": 2, "error_ratio": pytest.approx(math.sqrt(0.5 * 0.25))}
-    methods = {"served": {"calibration": {"modality_rows": found}}, "16bit": {"calibration": None}}
-    assert report._modality_rows({"methods": methods})[-1] == "| served | text 0/2, audio 2/2 x0.35 |"
-    assert job.modality_rows({"q": {"escape_rate": rates}}) == {}
 
 
 @pytest.mark.parametrize("methods", [1, 60])
