@@ -95,7 +95,7 @@ def calibrate(
             tokens = capture(job, kept, conversations, skip_bad=skip_bad)
             job = spend_budgets(job, kept, tokens)
             quantize(job, kept, tokens, on_block, on_layer)
-            learn(job, kept, tokens)
+            learn(job, kept)
         return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
 
 

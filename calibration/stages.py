@@ -182,7 +182,7 @@ def _seconds(job: Job, tokens: TokenSample) -> float | None:
     effort = "fast" if held_out(tokens) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
-    if effort == "best" and not lists:
+    if job.recipe.effort == "best" and not lists:
         config = job.architecture.decoder_config(job.source.config)
         work += learning_operations(layers, config["hidden_size"] * config["vocab_size"], all_tokens)
     return work / product_speed()

@@ -2,7 +2,7 @@
 
 stage       the stage of a calibration
 run         one run of it: targets, steps and judgements, kept step by step
-descent     the steps, and the held-out samples that judge them
+descent     the steps, and the samples that judge them
 model       the quantized decoder, of which one block at a time is in memory
 linear      a quantized linear whose rounding lets gradients pass
 head        the final norm, and the weights of the head

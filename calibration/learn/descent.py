@@ -1,4 +1,4 @@
-"""The steps of learning: Adam, the samples of each step, and the held-out samples that judge the result."""
+"""The steps of learning: Adam, the samples of each step, and the samples that judge the result."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ BETAS = (0.9, 0.95)
 WARM_UP, FALL_AFTER = 5, 0.5
 # The rate of escapes falls about as this power of an input's steps. At once at most the largest ratio is undone.
 ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5
-# Held-out samples judge this often.
-JUDGEMENTS = 4
+# Samples that do not teach judge this often. A single one can be unlike all others, so a quarter of them judges.
+JUDGEMENTS, SAMPLES_PER_JUDGE = 4, 4
 # Samples of more tokens are left out: a pass back through a block holds all values of a sample.
 LONGEST = 4096
 # About as many tokens are learned from; with fewer than the least, nothing is.
 TOKENS, LEAST_TOKENS = 2**16, 2**12
+# Tokens of judging samples, about.
+JUDGED_TOKENS = 2**13
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,17 @@ class Chosen:
     judging: list[int]
 
 
-def choose_samples(lengths: Sequence[int], held: Sequence[bool]) -> Chosen | None:
-    """The samples of learning, by the number of tokens of each, and whether the fits of weights held it out.
+def choose_samples(lengths: Sequence[int]) -> Chosen | None:
+    """The samples of learning, by the number of tokens of each: the last of every SAMPLES_PER_JUDGE judges.
 
-    None if no sample can judge, or if all others have fewer than LEAST_TOKENS tokens.
+    None if no sample judges, or if all others have fewer than LEAST_TOKENS tokens.
     """
     fitting = [index for index, length in enumerate(lengths) if length <= LONGEST]
-    learned = [index for index in fitting if not held[index]]
-    judging = [index for index in fitting if held[index]]
+    judging = [index for index in fitting if index % SAMPLES_PER_JUDGE == SAMPLES_PER_JUDGE - 1]
+    learned = [index for index in fitting if index not in judging]
     if not judging or sum(lengths[index] for index in learned) < LEAST_TOKENS:
         return None
-    return Chosen(_thinned(learned, lengths, TOKENS), _thinned(judging, lengths, TOKENS // 8))
+    return Chosen(_thinned(learned, lengths, TOKENS), _thinned(judging, lengths, JUDGED_TOKENS))
 
 
 def _thinned(samples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[int]:
@@ -64,7 +66,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What held-out samples say: the mean divergence of their tokens, and the rate of escapes by input."""
+    """What judging samples say: the mean divergence of their tokens, and the rate of escapes by input."""
 
     divergence: float
     rates: dict[str, float]
@@ -106,12 +108,12 @@ class Descent:
         return divergence
 
     def is_judged(self, index: int) -> bool:
-        """Whether held-out samples judge after this step."""
+        """Whether the judging samples judge after this step."""
         return (index + 1) * JUDGEMENTS // self.steps > index * JUDGEMENTS // self.steps
 
     @torch.no_grad()
     def judge(self) -> Judgement:
-        """The divergence of held-out samples, and their escapes."""
+        """The divergence of judging samples, and their escapes."""
         found, escapes = [], dict[str, Escapes]()
         for index in self.chosen.judging:
             sample, target = self.read(index)

@@ -29,7 +29,7 @@ STEPS_KEPT = 8
 
 @dataclass
 class Judgements:
-    """What held-out samples said: at the start, the least divergence, and the changes that had it."""
+    """What judging samples said: at the start, the least divergence, and the changes that had it."""
 
     start: Judgement
     least: float
@@ -100,7 +100,7 @@ class LearningRun:
             descent.keep_rates(judgements.start.rates, descent.judge().rates)
             error = descent.judge().divergence
             logger.info(
-                "learning: step %d of %d, divergence of held-out samples %.5f, at the start %.5f",
+                "learning: step %d of %d, divergence of judging samples %.5f, at the start %.5f",
                 *(index + 1, descent.steps, error, judgements.start.divergence),
             )
             if error < judgements.least:
@@ -113,18 +113,18 @@ class LearningRun:
             keep_part(self.work, STATE, descent.state() | state)
 
     def finish(self) -> None:
-        """Keep the changes with the least divergence of held-out samples, which may be none."""
+        """Keep the changes with the least divergence of judging samples, which may be none."""
         descent, found = self._descent, self._judgements
         assert descent is not None and found is not None
         if found.least >= found.start.divergence:
             logger.warning(
-                "learning: the divergence of held-out samples did not fall (%.5f at the start), so nothing is changed; "
+                "learning: the divergence of judging samples did not fall (%.5f at the start), so nothing is changed; "
                 "more samples may help",
                 found.start.divergence,
             )
         figures = {
             "samples": len(self.chosen.learned),
-            "held_out_samples": len(self.chosen.judging),
+            "judging_samples": len(self.chosen.judging),
             "steps": descent.steps,
             "divergence_before": found.start.divergence,
             "divergence_after": found.least,

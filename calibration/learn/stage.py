@@ -7,11 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from calibration.data.token_choice import TokenSample
-from calibration.learn.descent import LEAST_TOKENS, LONGEST, Chosen, choose_samples
+from calibration.learn.descent import LEAST_TOKENS, LONGEST, SAMPLES_PER_JUDGE, Chosen, choose_samples
 from calibration.learn.need import decoder_bytes, learning_bytes
 from calibration.learn.run import LearningRun
-from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
 from calibration.stages import Job
 from calibration.work.budgets import sample_lengths
 from calibration.work.directory import WorkDirectory
@@ -22,12 +20,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def learn(job: Job, work: WorkDirectory, tokens: TokenSample) -> None:
+def learn(job: Job, work: WorkDirectory) -> None:
     """Learn if the recipe's effort is `best`, and keep the result, unless the run has done so already."""
     processes = job.processes
     if job.recipe.effort != "best" or processes.broadcast(lambda: read_figures(work) is not None):
         return
-    run = _plan(job, work, tokens) if processes.first else None
+    run = _plan(job, work) if processes.first else None
     if not processes.broadcast(lambda: run is not None):
         return
 
@@ -46,19 +44,19 @@ def learn(job: Job, work: WorkDirectory, tokens: TokenSample) -> None:
     on_first(LearningRun.finish)
 
 
-def _plan(job: Job, work: WorkDirectory, tokens: TokenSample) -> LearningRun | None:
+def _plan(job: Job, work: WorkDirectory) -> LearningRun | None:
     """The run of learning; None, with a line that says why, if steps and scales cannot learn."""
     lengths = sample_lengths(work)
-    chosen = choose_samples(lengths, held_samples(tokens))
+    chosen = choose_samples(lengths)
     if any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts):
         reason = "the decoder has experts, which cannot learn"
     elif chosen is None:
-        reason = f"give {SAMPLES_PER_HELD} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
+        reason = f"give {SAMPLES_PER_JUDGE} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
     else:
         kept, streamed = _need(job, lengths, chosen)
         if streamed <= job.device_limit:
             logger.info(
-                "learning: steps and scales learn from %d samples, and %d held-out ones judge",
+                "learning: steps and scales learn from %d samples, and %d others judge",
                 *(len(chosen.learned), len(chosen.judging)),
             )
             return LearningRun(job, work, chosen, keep=kept <= job.device_limit)
@@ -66,15 +64,6 @@ def _plan(job: Job, work: WorkDirectory, tokens: TokenSample) -> LearningRun | N
         reason = f"that needs {sizes[0]} of memory, and {sizes[1]} are free"
     logger.warning("effort best: steps and scales do not learn: %s", reason)
     return None
-
-
-def held_samples(tokens: TokenSample) -> list[bool]:
-    """Whether the fits of weights held out a sample."""
-    held = held_out(tokens)
-    if held is None:
-        return [False] * len(tokens.positions)
-    lengths = [positions.numel() for positions in tokens.positions]
-    return [bool(part.numel() and part.all()) for part in held.split(lengths)]
 
 
 def _need(job: Job, lengths: list[int], chosen: Chosen) -> tuple[int, int]:

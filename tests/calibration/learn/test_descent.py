@@ -9,6 +9,7 @@ import torch
 from calibration.learn.changes import no_changes
 from calibration.learn.descent import (
     ESCAPE_POWER,
+    JUDGED_TOKENS,
     LARGEST_RATIO,
     LEAST_TOKENS,
     LONGEST,
@@ -23,33 +24,27 @@ from calibration.learn.targets import Objective
 from morphoquant_vllm.format.layers import LayerSpec
 
 
-def test_held_out_samples_judge_and_all_others_learn() -> None:
-    held = [index % 16 == 15 for index in range(32)]
-    chosen = choose_samples([512] * 32, held)
+def test_every_fourth_sample_judges_and_the_others_learn() -> None:
+    chosen = choose_samples([512] * 16)
     assert chosen is not None
-    assert chosen.judging == [15, 31] and chosen.learned == [index for index in range(32) if not held[index]]
+    assert chosen.judging == [3, 7, 11, 15] and chosen.learned == [i for i in range(16) if i not in chosen.judging]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "held"),
-    [
-        # No sample judges, too few tokens, and too few in samples that are short enough.
-        ([512] * 32, [False] * 32),
-        ([LEAST_TOKENS // 4] * 4, [False, False, False, True]),
-        ([LONGEST + 1] * 4 + [LONGEST // 2] * 2, [False] * 5 + [True]),
-    ],
+    "lengths",
+    # No sample judges, too few tokens, and too few in samples that are short enough.
+    [[2048] * 3, [LEAST_TOKENS // 4] * 4, [LONGEST + 1] * 7 + [512]],
 )
-def test_too_few_samples_learn_nothing(lengths: list[int], held: list[bool]) -> None:
-    assert choose_samples(lengths, held) is None
+def test_too_few_samples_learn_nothing(lengths: list[int]) -> None:
+    assert choose_samples(lengths) is None
 
 
 def test_long_samples_are_left_out_and_many_are_thinned_evenly() -> None:
-    lengths = [LONGEST + 1, *[1024] * 256]
-    chosen = choose_samples(lengths, [index % 16 == 15 for index in range(257)])
+    chosen = choose_samples([LONGEST + 1, *[1024] * 256])
     assert chosen is not None and 0 not in chosen.learned
-    assert len(chosen.learned) == TOKENS // 1024 and len(chosen.judging) == TOKENS // 8 // 1024
+    assert len(chosen.learned) == TOKENS // 1024 and len(chosen.judging) == JUDGED_TOKENS // 1024
     gaps = [after - before for before, after in zip(chosen.learned, chosen.learned[1:], strict=False)]
-    assert min(gaps) >= 2 and max(gaps) <= 6
+    assert min(gaps) >= 2 and max(gaps) <= 5
 
 
 def test_steps_of_inputs_with_too_many_escapes_grow() -> None:

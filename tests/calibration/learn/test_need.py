@@ -1,7 +1,5 @@
 """Memory and operations of learning, from sizes alone."""
 
-import pytest
-
 from calibration.learn.descent import LONGEST, TOKENS
 from calibration.learn.need import decoder_bytes, learning_bytes, learning_operations
 from morphoquant_vllm.format.layers import LayerSpec
@@ -12,11 +10,9 @@ WEIGHTS, HEAD = 2 * 64 * 32, 1000
 
 def test_operations_grow_with_the_tokens_until_they_suffice() -> None:
     few, more, most = (learning_operations(LAYERS, HEAD, tokens) for tokens in (16, TOKENS, 100 * TOKENS))
-    # 16 tokens teach and one judges, five times.
-    assert few == WEIGHTS * (2 * 17 + 6 * 16 + 2 * 5) + 6 * HEAD * (16 + 5)
-    assert more == pytest.approx(few * TOKENS / 16)
-    # More judge then, but no more teach.
-    assert more < most < 2 * more
+    # 16 tokens teach and four judge, nine times.
+    assert few == WEIGHTS * (2 * 20 + 6 * 16 + 2 * 36) + 6 * HEAD * (16 + 36)
+    assert few * TOKENS / 16 > more == most
 
 
 def test_memory_is_that_of_the_largest_block_and_of_the_states() -> None:
