@@ -68,7 +68,7 @@ def test_uneven_work_stretches_compute(programs: int, expected: float) -> None:
     assert model.stretch(programs, 132, 4) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("options", [[], ["--two-level"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--two-level"], marks=pytest.mark.full)])
 def test_the_command_marks_everything_as_an_estimate(tmp_path: Path, options: list[str]) -> None:
     path = tmp_path / "estimates.json"
     command = [

@@ -61,8 +61,10 @@ def make(tiny: TinyModels, text: Path, output: Path, recipe: Recipe = RECIPE, **
     return calibrate(tiny.model("llama"), text, output, recipe=recipe, **options)
 
 
-def make_unlearned(tiny: TinyModels, text: Path, output: Path) -> dict[str, Tensor]:
+@pytest.fixture(scope="module")
+def plain(tiny: TinyModels, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The tensors of the same calibration without its last stage."""
+    output = tmp_path_factory.mktemp("plain") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibration.calibrate.learn", lambda *arguments: None)
         make(tiny, text, output)
@@ -74,18 +76,22 @@ def tensors(output: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("spoiled")
-def test_it_learns_scales_that_are_too_large(tiny: TinyModels, text: Path, tmp_path: Path) -> None:
+def test_it_learns_scales_that_are_too_large(
+    tiny: TinyModels, text: Path, plain: dict[str, Tensor], tmp_path: Path
+) -> None:
     report = make(tiny, text, tmp_path / "best")
     found = report["learning"]
     assert found["samples"] == STEPS and found["judging_samples"] == JUDGES and found["steps"] == STEPS
     assert found["divergence_after"] < 0.8 * found["divergence_before"]
     verify_checkpoint(tmp_path / "best")
-    learned, plain = tensors(tmp_path / "best"), make_unlearned(tiny, text, tmp_path / "plain")
+    learned = tensors(tmp_path / "best")
     kinds = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], learned[name])}
     assert {"weight_channel_scale", "absorbed_bias"} <= kinds
     assert kinds <= {"weight_channel_scale", "absorbed_bias", "activation_step"}
     scales = [name for name in plain if name.endswith("weight_channel_scale")]
-    assert sum(float((learned[name] / plain[name]).median()) < 1 for name in scales) > len(scales) / 2
+    # Most outputs learn a scale below the one that is too large.
+    factors = [float((learned[name] / plain[name]).median()) / TOO_LARGE for name in scales]
+    assert sum(factor < 1 for factor in factors) > len(factors) / 2
     for name in plain:
         # The constant of massive tokens does not learn.
         if name.endswith("absorbed_bias"):
@@ -150,13 +156,18 @@ def test_two_processes_learn_what_one_learns(tiny: TinyModels, text: Path, tmp_p
 
 
 def test_if_the_divergence_does_not_fall_nothing_is_changed(
-    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: TinyModels,
+    text: Path,
+    plain: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(descent, "RATE", 0.5)
     report = make(tiny, text, tmp_path / "best")
     assert report["learning"]["divergence_after"] == report["learning"]["divergence_before"]
     assert "nothing is changed; more samples may help" in caplog.text
-    learned, plain = tensors(tmp_path / "best"), make_unlearned(tiny, text, tmp_path / "plain")
+    learned = tensors(tmp_path / "best")
     assert all(torch.equal(learned[name], plain[name]) for name in plain)
 
 

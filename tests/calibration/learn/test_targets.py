@@ -79,7 +79,7 @@ def test_the_derivative_is_that_of_the_mean_divergence_and_tokens_that_do_not_co
     counted = torch.tensor([False, True, True, False, True, True])
     target = Target(objective.head.normed(other), counted)
     value, found = objective.derivatives(last, target)
-    assert value == pytest.approx(float(objective.divergences(last, target).mean()))
+    assert value == pytest.approx(float(objective.divergences(last, target).mean().detach()))
     assert bool((found[~counted] == 0).all()) and bool((found[counted] != 0).any())
     slopes = [objective.derivatives(last + sign * 1e-3 * step, target)[0] for sign in (1, -1)]
     # A central difference in float32.
