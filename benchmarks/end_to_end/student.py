@@ -60,7 +60,7 @@ class StudentInput(nn.Module):
         fields = {name: getattr(self.record, name)[rows] for name in ("inverse", "centre", "mask", "gain")}
         self.two_rows = self.record._replace(**fields)
         self.gain = self.two_rows.gain
-        # Logarithm of the factor of each step, in channel order.
+        # Logarithm of the factor of each step, in natural channel order.
         self.change = nn.Parameter(torch.zeros(self.record.inverse.shape[1]))
         self.escaped = self.counted = 0
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
@@ -72,8 +72,7 @@ class StudentInput(nn.Module):
             record = self.record
             massive = is_massive(flat.detach(), record.massive_channel, record.massive_low, record.massive_high)
             places = massive.nonzero().flatten()
-            ordered = flat.index_select(1, record.channel_order)
-            codes = RoundInput.apply(ordered, self.change, self.two_rows, massive.int())
+            codes = RoundInput.apply(flat, self.change, self.two_rows, massive.int())
             self.escaped += int(escapes(codes.detach()).sum())
             self.counted += codes.numel()
             self._last = x, codes, places

@@ -20,14 +20,16 @@ from morphoquant_vllm.numerics.linear import weight_record
 
 
 class RoundInput(torch.autograd.Function):
-    """Codes float32 [M, K] of x float32 [M, K], both in channel order, of tokens in `rows` [M].
+    """Codes float32 [M, K], in channel order, of x float32 [M, K] of tokens in `rows` [M].
 
-    `change` [K] is the logarithm of the factor of each step. The gradient passes the rounding, but not the clamping.
+    `change` [K] is the logarithm of the factor of each step, in natural order as x. The gradient passes the rounding,
+    but not the clamping.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, change: Tensor, record: ActivationRecord, rows: Tensor) -> Tensor:
-        factor, places = torch.exp(-change), _places(rows)
+        order, places = record.channel_order.long(), _places(rows)
+        x, factor = x.index_select(1, order), torch.exp(-change[order])
         exact, codes = torch.empty_like(x), torch.empty_like(x)
         inside = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         for row, place in places.items():
@@ -37,7 +39,7 @@ class RoundInput(torch.autograd.Function):
             inside[place] = (values >= low - 0.5) & (values <= high + 0.5)
             codes[place] = torch.minimum(torch.maximum(values.round_(), low), high)
         ctx.save_for_backward(exact, inside, record.inverse * factor)
-        ctx.places = places
+        ctx.places, ctx.natural = places, order.argsort()
         return codes
 
     @staticmethod
@@ -47,7 +49,8 @@ class RoundInput(torch.autograd.Function):
         of_change = -(of_exact * exact).sum(0)
         for row, place in ctx.places.items():
             of_exact[place] *= inverse[row]
-        return of_exact, of_change, None, None
+        # Gathered: autograd itself would scatter, which takes longer than the product on a CPU.
+        return of_exact.index_select(1, ctx.natural), of_change[ctx.natural], None, None
 
 
 def _places(rows: Tensor) -> dict[int, Tensor | slice]:
@@ -77,7 +80,6 @@ class LearningInput:
 
     def __init__(self, tensors: Mapping[str, Tensor], step: Tensor, serving: TokenRows, device: torch.device) -> None:
         self.record = activation_record(*(tensors[name].to(device) for name in INPUT_TENSORS))
-        self.order = self.record.channel_order.long()
         self.step, self.serving = step, serving
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -86,7 +88,7 @@ class LearningInput:
         if self._last is None or self._last[0] is not x:
             flat = x.reshape(-1, x.shape[-1]).float()
             rows = token_rows(flat.detach(), self.serving.of(flat), self.record)
-            codes: Tensor = RoundInput.apply(flat[:, self.order], self.step[self.order], self.record, rows)
+            codes: Tensor = RoundInput.apply(flat, self.step, self.record, rows)
             self._last = x, codes, rows
         return self._last[1:]
 
@@ -109,15 +111,15 @@ class LearningLinear(nn.Module):
         self, tensors: Mapping[str, Tensor], bias: Tensor | None, given: LearningInput, changes: LinearChanges
     ) -> None:
         super().__init__()
-        device = given.order.device
+        device = given.record.inverse.device
         weight = weight_record(*(tensors[name].to(device) for name in OUTPUT_TENSORS[scale_scheme_of(tensors)]))
         self.given, self.changes = given, changes
         # Fixed, as the bias is.
         self.weight = nn.Parameter(weight.dequantized(), requires_grad=False)
         self.constant = weight.absorbed_bias if bias is None else weight.absorbed_bias + bias.float()
-        massive = torch.zeros(len(self.constant), 1, device=device)
-        massive[-1] = 1
-        self.ordinary = 1 - massive
+        # The last row is that of massive tokens.
+        self.learns = torch.ones(len(self.constant), 1, device=device)
+        self.learns[-1] = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], in its dtype."""
@@ -126,6 +128,6 @@ class LearningLinear(nn.Module):
         y = (codes @ self.weight.T) * self.given.record.gain[places, None]
         if self.changes.scale is not None:
             y = y * self.changes.scale.exp()
-        learned = self.ordinary * (self.changes.constant * self.changes.size)
-        y = y + (self.constant + learned)[places]
+        learned = self.learns[places] * (self.changes.constant * self.changes.size)
+        y = y + (self.constant[places] + learned)
         return y.to(x.dtype).view(*x.shape[:-1], -1)

@@ -74,14 +74,14 @@ def test_the_gradients_of_scale_and_constant_are_exact_and_massive_tokens_keep_t
     torch.testing.assert_close(doubled.sum(0), changes.scale.grad, rtol=1e-4, atol=1e-2)
 
 
-def record(mask: bool) -> ActivationRecord:
-    """Two channels with the steps 0.5 and 2, centre 1, and one row."""
+def record(mask: bool, order: list[int]) -> ActivationRecord:
+    """Two channels, in this order, with the steps 0.5 and 2, centre 1, and one row."""
     return ActivationRecord(
         inverse=torch.tensor([[2.0, 0.5]]),
         centre=torch.ones(1, 2),
         mask=torch.full((1, 2), mask),
         gain=torch.ones(1),
-        channel_order=torch.arange(2, dtype=torch.int32),
+        channel_order=torch.tensor(order, dtype=torch.int32),
         massive_channel=torch.zeros(1, 4, dtype=torch.int32),
         massive_low=torch.full((1, 4), math.inf),
         massive_high=torch.full((1, 4), -math.inf),
@@ -89,19 +89,21 @@ def record(mask: bool) -> ActivationRecord:
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_rounding_passes_the_gradient_and_clamping_does_not(mask: bool) -> None:
-    x = torch.tensor([[1.6, 4.0], [6.0, -40.0]], requires_grad=True)
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_rounding_passes_the_gradient_and_clamping_does_not(mask: bool, order: list[int]) -> None:
+    # Two channels in either order are their own inverse.
+    x = torch.tensor([[1.6, 4.0], [6.0, -40.0]])[:, order].requires_grad_()
     change = torch.zeros(2, requires_grad=True)
-    codes = RoundInput.apply(x, change, record(mask), torch.zeros(2, dtype=torch.int32))
+    codes = RoundInput.apply(x, change, record(mask, order), torch.zeros(2, dtype=torch.int32))
     # (x - centre) / step: 1.2, 1.5, 10 and -20.5; codes beyond 7 and below -8 need the mask.
     expected = [[1.0, 2.0], [10.0, -20.0]] if mask else [[1.0, 2.0], [7.0, -8.0]]
     assert codes.tolist() == expected
     codes.sum().backward()
     inside = float(mask)
-    assert x.grad is not None and x.grad.tolist() == [[2.0, 0.5], [2.0 * inside, 0.5 * inside]]
+    assert x.grad is not None and x.grad[:, order].tolist() == [[2.0, 0.5], [2.0 * inside, 0.5 * inside]]
     # A larger step makes smaller codes: minus the sum of the exact values.
     assert change.grad is not None
-    torch.testing.assert_close(change.grad, torch.tensor([-1.2 - 10.0 * inside, -1.5 + 20.5 * inside]))
+    torch.testing.assert_close(change.grad[order], torch.tensor([-1.2 - 10.0 * inside, -1.5 + 20.5 * inside]))
 
 
 def test_linears_that_share_an_input_share_its_codes() -> None:
