@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 # An interrupted run repeats at most as many steps.
 STEPS_KEPT = 8
+# The fits of weights saw most judging samples, and were made for the very codes of the start. That flatters the start:
+# changes are kept up to this factor of its divergence.
+FLATTERY = 1.02
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Judgements:
 
     start: Judgement
     least: float
-    best: dict[str, Tensor]
+    # None while none had a small enough divergence.
+    best: dict[str, Tensor] | None
 
 
 class LearningRun:
@@ -83,11 +87,11 @@ class LearningRun:
         state = read_part(self.work, STATE)
         if state is None:
             start = self._descent.judge()
-            self._judgements = Judgements(start, start.divergence, self._descent.learned())
+            self._judgements = Judgements(start, FLATTERY * start.divergence, None)
             return 0, self._descent.steps
         best = {name.removeprefix("best "): value for name, value in state.items() if name.startswith("best ")}
         rates = {name.removeprefix("rate "): float(value) for name, value in state.items() if name.startswith("rate ")}
-        self._judgements = Judgements(Judgement(float(state["start"]), rates), float(state["least"]), best)
+        self._judgements = Judgements(Judgement(float(state["start"]), rates), float(state["least"]), best or None)
         self._descent.restore(state)
         return int(state["done"]), self._descent.steps
 
@@ -109,17 +113,17 @@ class LearningRun:
             figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
             figures |= {f"rate {name}": rate for name, rate in judgements.start.rates.items()}
             state = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
-            state |= {f"best {name}": value for name, value in judgements.best.items()}
+            state |= {f"best {name}": value for name, value in (judgements.best or {}).items()}
             keep_part(self.work, STATE, descent.state() | state)
 
     def finish(self) -> None:
         """Keep the changes with the least divergence of judging samples, which may be none."""
         descent, found = self._descent, self._judgements
         assert descent is not None and found is not None
-        if found.least >= found.start.divergence:
+        if found.best is None:
             logger.warning(
-                "learning: the divergence of judging samples did not fall (%.5f at the start), so nothing is changed; "
-                "more samples may help",
+                "learning: the divergence of judging samples rose (%.5f at the start), so nothing is changed; more "
+                "samples may help",
                 found.start.divergence,
             )
         figures = {
@@ -127,9 +131,12 @@ class LearningRun:
             "judging_samples": len(self.chosen.judging),
             "steps": descent.steps,
             "divergence_before": found.start.divergence,
-            "divergence_after": found.least,
+            "divergence_after": found.start.divergence if found.best is None else found.least,
         }
-        keep_learned(self.work, found.best | self._sizes(), figures)
+        changes = found.best
+        if changes is None:
+            changes = {name: torch.zeros_like(value) for name, value in descent.learned().items()}
+        keep_learned(self.work, changes | self._sizes(), figures)
 
     def _objective(self) -> Objective:
         if self._aim is None:
