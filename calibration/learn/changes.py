@@ -22,7 +22,7 @@ class Changes:
     scales: dict[str, Tensor]
     # Added to each output's constant [N], in units of `sizes`, by layer.
     constants: dict[str, Tensor]
-    # Root mean square of the outputs of each layer in the 16-bit model.
+    # Size of each layer's outputs in the 16-bit model, see targets.Pass16Bit.
     sizes: dict[str, float]
 
     def of(self, layer: str, settings: LayerSpec) -> LinearChanges:

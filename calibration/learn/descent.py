@@ -119,7 +119,10 @@ class Descent:
             sample, target = self.read(index)
             last = self.decoder.states(sample, escapes)[-1][0]
             found.append(self.objective.divergences(last, target))
-        return Judgement(float(torch.cat(found).mean()), {name: found.rate for name, found in escapes.items()})
+        # Samples may have no text at all.
+        divergences = torch.cat(found)
+        mean = float(divergences.mean()) if divergences.numel() else 0.0
+        return Judgement(mean, {name: found.rate for name, found in escapes.items()})
 
     @torch.no_grad()
     def keep_rates(self, allowed: Mapping[str, float], found: Mapping[str, float]) -> None:

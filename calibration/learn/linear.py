@@ -71,7 +71,7 @@ class LinearChanges:
     scale: Tensor | None
     # Added to the constant of every row but the massive one, in units of `size` [N].
     constant: Tensor
-    # Root mean square of the outputs of the 16-bit model.
+    # Size of the outputs in the 16-bit model.
     size: float
 
 

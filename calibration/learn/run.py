@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 
 # An interrupted run repeats at most as many steps.
 STEPS_KEPT = 8
-# The fits of weights saw most judging samples, and were made for the very codes of the start. That flatters the start:
-# changes are kept up to this factor of its divergence.
-FLATTERY = 1.02
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Judgements:
 
     start: Judgement
     least: float
-    # None while none had a small enough divergence.
+    # None while none had a smaller divergence than the start.
     best: dict[str, Tensor] | None
 
 
@@ -87,7 +84,7 @@ class LearningRun:
         state = read_part(self.work, STATE)
         if state is None:
             start = self._descent.judge()
-            self._judgements = Judgements(start, FLATTERY * start.divergence, None)
+            self._judgements = Judgements(start, start.divergence, None)
             return 0, self._descent.steps
         best = {name.removeprefix("best "): value for name, value in state.items() if name.startswith("best ")}
         rates = {name.removeprefix("rate "): float(value) for name, value in state.items() if name.startswith("rate ")}
@@ -122,8 +119,8 @@ class LearningRun:
         assert descent is not None and found is not None
         if found.best is None:
             logger.warning(
-                "learning: the divergence of judging samples rose (%.5f at the start), so nothing is changed; more "
-                "samples may help",
+                "learning: the divergence of judging samples did not fall (%.5f at the start), so nothing is changed; "
+                "more samples may help",
                 found.start.divergence,
             )
         figures = {
@@ -131,7 +128,7 @@ class LearningRun:
             "judging_samples": len(self.chosen.judging),
             "steps": descent.steps,
             "divergence_before": found.start.divergence,
-            "divergence_after": found.start.divergence if found.best is None else found.least,
+            "divergence_after": found.least,
         }
         changes = found.best
         if changes is None:

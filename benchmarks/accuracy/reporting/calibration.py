@@ -21,7 +21,7 @@ def calibration_report(job: Job, name: str) -> dict[str, Any] | None:
     if file is None or not file.is_file():
         return None
     report = json.loads(file.read_text(encoding="utf-8"))
-    kept = {part: report[part] for part in ("settings", "data", "escape_rate") if part in report}
+    kept = {part: report[part] for part in ("settings", "data", "escape_rate", "learning") if part in report}
     return {**kept, "modality_rows": modality_rows(report["layers"])}
 
 
