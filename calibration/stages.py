@@ -179,7 +179,7 @@ def _seconds(job: Job, tokens: TokenSample) -> float | None:
     if job.device.type != "cpu" or job.processes.size > 1 or not isinstance(chosen, int):
         return None
     layers = [layer for name, layer in job.spec.layers.items() if name.startswith(prefix)]
-    effort = "fast" if held_out(tokens) is None else job.recipe.effort
+    effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
     if job.recipe.effort == "best" and not lists:
@@ -226,13 +226,14 @@ def quantize(
     assert work.finished is not None
     if work.finished == job.names.blocks:
         return
-    if job.processes.first and job.recipe.effort != "fast" and held_out(tokens) is None:
+    effort = job.recipe.effort
+    if job.processes.first and effort != "fast" and held_out(tokens, effort) is None:
         logger.warning(
             "effort %s: none of %d calibration samples can be held out, so the weights are those of effort fast; give "
             "at least %d",
-            job.recipe.effort,
+            effort,
             len(tokens.positions),
-            SAMPLES_PER_HELD,
+            SAMPLES_PER_HELD[effort],
         )
     need = job.memory_need(tokens)
     beside = need.block if job.device.type == "cpu" else BASE

@@ -12,6 +12,7 @@ from torch import Tensor
 from calibration.blocks.capture import MemoryInput
 from calibration.learn.model import Escapes, LearningDecoder
 from calibration.learn.targets import Objective, Target
+from calibration.quantize.held_out import SAMPLES_PER_HELD
 
 # The most that a step changes a logarithm, or a constant in units of its output's size.
 RATE = 3e-4
@@ -20,8 +21,9 @@ BETAS = (0.9, 0.95)
 WARM_UP, FALL_AFTER = 5, 0.5
 # The rate of escapes falls about as this power of an input's steps. At once at most the largest ratio is undone.
 ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5
-# Samples that do not teach judge this often. A single one can be unlike all others, so a quarter of them judges.
-JUDGEMENTS, SAMPLES_PER_JUDGE = 4, 4
+# Samples that do not teach judge this often: those that the fits of weights held out. A single one can be unlike all
+# others, so a quarter of all judges.
+JUDGEMENTS, SAMPLES_PER_JUDGE = 4, SAMPLES_PER_HELD["best"]
 # Samples of more tokens are left out: a pass back through a block holds all values of a sample.
 LONGEST = 4096
 # About as many tokens are learned from; with fewer than the least, nothing is.

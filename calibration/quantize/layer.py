@@ -87,8 +87,8 @@ def quantize_input(
     coded = code_tokens(x, tokens, massive.own, found, spec)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
-    holds_out = recipe.effort != "fast" and judged is None
-    moments, held = _moments(coded, target, matrix, tokens, held_out(tokens) if holds_out else None)
+    unseen = held_out(tokens, recipe.effort) if judged is None else None
+    moments, held = _moments(coded, target, matrix, tokens, unseen)
     step = found.grids.grid.step.to(x.device)[coded.order]
     served = round_weights(matrix, step, moments, first, recipe, processes, held)
     if held is not None:

@@ -441,9 +441,9 @@ def test_the_bias_counts_held_out_tokens() -> None:
 def test_fast_holds_no_sample_out(monkeypatch: pytest.MonkeyPatch) -> None:
     sample, tokens = in_samples(activations(320)[0], 1.0, 16)
     slow = made(sample, tokens, effort="default")
-    monkeypatch.setattr("calibration.quantize.layer.held_out", lambda tokens: None)
+    monkeypatch.setattr("calibration.quantize.layer.held_out", lambda tokens, effort: None)
     expected = made(sample, tokens, effort="default")
-    monkeypatch.delattr("calibration.quantize.layer.held_out")
+    monkeypatch.undo()
     fast = made(sample, tokens)
     assert all(torch.equal(fast[name], value) for name, value in expected.items())
     assert not torch.equal(fast["weight_codes"], slow["weight_codes"])
