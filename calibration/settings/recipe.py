@@ -99,8 +99,8 @@ class Recipe(BaseModel):
     effort: Literal["fast", "default", "best"] = Field(
         default="fast",
         description="fast: all calibration samples fit the weights. default: one of 16 is held out and chooses the "
-        "strength of each input's regression. best: it also chooses the damping of the rounding; then steps, output "
-        "scales and constants learn from the 16-bit model's next tokens.",
+        "strength of each input's regression. best: one of 4 is, and chooses the damping of the rounding, too; then "
+        "steps, output scales and constants learn from the 16-bit model's next tokens.",
     )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
