@@ -23,6 +23,7 @@ ROOMS = {
     "errors": set(),
     "environment": set(),
     "compat": set(),  # vLLM by name, while it compares
+    "private_parts": set(),
     "handles": {"torch"},
     "host_memory": {"torch"},
     "numerics": {"errors", "torch", "safetensors"},

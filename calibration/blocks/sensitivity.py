@@ -8,21 +8,18 @@ lie in files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
-from calibration.blocks.sample_pass import device_of, given_states, run_block
+from calibration.blocks.sample_pass import carry, device_of, given_states, run_block, watched
 from calibration.data.token_choice import modality_shares
 from calibration.model.loading import Blocks
 from calibration.quantize.bit_losses import Probe
-from calibration.quantize.massive_tokens import candidates
 from calibration.work.durable_files import read_tensors, write_tensors_durably
 
 # Tokens of the passes, about. A longer sample is taken only if there is no shorter one.
@@ -66,21 +63,11 @@ class Passes:
         """The file of the states before a block."""
         return self.directory / f"sensitivity-{index:05}.safetensors"
 
-    @torch.no_grad()
     def forward(self, index: int) -> None:
         """Carry the states through a block; blocks come in order."""
         module = self.blocks.load(index)
-        before, norms = self.states, []
-        write_tensors_durably(self.file(index), {str(number): state for number, state in enumerate(before)})
-        self.states = []
-        for sample, state in zip(self.samples, before, strict=True):
-            given = given_states(sample, index, state)
-            self.states.append(run_block(module, sample, index, given).cpu())
-            sizes = (part.float().norm(dim=-1).flatten() for part in (given, self.states[-1]))
-            norms.append(torch.maximum(*sizes))
-        modality = torch.cat([sample.modality.flatten() for sample in self.samples])
-        outlying = candidates(torch.cat(norms), modality)
-        self.outlying.append(list(outlying.split([sample.modality.numel() for sample in self.samples])))
+        write_tensors_durably(self.file(index), {str(number): state for number, state in enumerate(self.states)})
+        self.outlying.append(carry(module, index, self.samples, self.states))
 
     def turn(self, balance: float) -> None:
         """Replace the last states by the derivatives of their projection; `balance` weighs modalities as the recipe."""
@@ -100,11 +87,12 @@ class Passes:
         """
         module = self.blocks.load(index)
         states = read_tensors(self.file(index))
+        linears = [shard for shards in shards_of.values() for shard in shards]
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in shards_of}
         for number, sample in enumerate(self.samples):
             hidden = states[str(number)].to(device_of(module)).requires_grad_()
             calls: dict[str, tuple[Tensor, Tensor]] = {}
-            with _watched(module, shards_of, calls), torch.enable_grad():
+            with watched(module, linears, partial(_note, calls)), torch.enable_grad():
                 output = run_block(module, sample, index, given_states(sample, index, hidden))
             before, of_outputs = _derivatives(output, self.states[number].to(output), hidden, calls)
             self.states[number] = before.cpu()
@@ -125,6 +113,11 @@ class Passes:
         """Remove the files."""
         for index in range(len(self.blocks)):
             self.file(index).unlink(missing_ok=True)
+
+
+def _note(calls: dict[str, tuple[Tensor, Tensor]], name: str, x: Tensor, y: Tensor) -> None:
+    """Note input and output of a linear by its name."""
+    calls[name] = x, y
 
 
 def _projected(state: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,21 +146,3 @@ def _derivatives(
 
 def _flat(value: Tensor) -> Tensor:
     return value.flatten(0, -2).float()
-
-
-@contextmanager
-def _watched(
-    module: nn.Module, shards_of: Mapping[str, Sequence[str]], calls: dict[str, tuple[Tensor, Tensor]]
-) -> Iterator[None]:
-    """Note input and output of each linear by its name in the block."""
-
-    def note(name: str, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        calls[name] = inputs[0], output
-
-    names = [shard for shards in shards_of.values() for shard in shards]
-    handles = [module.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
-from calibration.blocks.sample_pass import given_states, run_block
+from calibration.blocks.sample_pass import carry, watched
 from calibration.learn.divergence import Divergence
 from calibration.learn.head import Head
 from calibration.model.loading import Blocks
-from calibration.quantize.massive_tokens import candidates
 
 
 @dataclass(frozen=True)
@@ -74,34 +70,15 @@ class Pass16Bit:
         # The size of each linear's outputs by its name in the checkpoint: the root of the median token's mean square.
         self.sizes: dict[str, float] = {}
 
-    @torch.no_grad()
     def forward(self, index: int) -> None:
         """Carry the states through a block; blocks come in order."""
-        module = self.blocks.load(index)
+        module, layers = self.blocks.load(index), self.layers_of(index)
+        # Mean squares of each token's outputs [M], one entry per sample.
         squares: dict[str, list[Tensor]] = {}
-        norms = []
-        with _watched(module, self.layers_of(index), squares):
-            for number, sample in enumerate(self.samples):
-                given = given_states(sample, index, self.states[number])
-                self.states[number] = run_block(module, sample, index, given).cpu()
-                sizes = (state.float().norm(dim=-1).flatten().cpu() for state in (given, self.states[number]))
-                norms.append(torch.maximum(*sizes))
+
+        def note(name: str, x: Tensor, y: Tensor) -> None:
+            squares.setdefault(layers[name], []).append(y.flatten(0, -2).float().square().mean(-1).cpu())
+
+        with watched(module, layers, note):
+            self.massive = carry(module, index, self.samples, self.states)
         self.sizes |= {layer: float(torch.cat(parts).median().sqrt()) for layer, parts in squares.items()}
-        modality = torch.cat([sample.modality.flatten() for sample in self.samples])
-        massive = candidates(torch.cat(norms), modality)
-        self.massive = list(massive.split([sample.modality.numel() for sample in self.samples]))
-
-
-@contextmanager
-def _watched(module: nn.Module, layers: Mapping[str, str], squares: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Note the mean square of each token's outputs [M] by the linear's name in the checkpoint."""
-
-    def note(layer: str, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        squares.setdefault(layer, []).append(output.flatten(0, -2).float().square().mean(-1).cpu())
-
-    handles = [module.get_submodule(place).register_forward_hook(partial(note, name)) for place, name in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

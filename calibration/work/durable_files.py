@@ -41,6 +41,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU, in hexadecimal: of their names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(value.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory's names to the disk: new, renamed and removed ones."""
     descriptor = os.open(path, os.O_RDONLY)

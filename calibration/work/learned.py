@@ -4,6 +4,9 @@ learn-targets.safetensors   the last states of the 16-bit model, and sizes of it
 learn-state.safetensors     what the next steps depend on
 learned.safetensors         what was learned
 learned.json                its figures, and the hash of that file: written last
+
+The first two hold the hash of their own tensors. The state is replaced again and again, and a kill between two writes
+would leave it with another one's hash in a second file.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from calibration.work.durable_files import (
     FileRecord,
     check_file,
     damaged,
+    hash_tensors,
     read_manifest,
     read_metadata,
     read_tensors,
@@ -46,7 +50,8 @@ def read_served(work: WorkDirectory, sample: int) -> MemoryInput:
 
 def keep_part(work: WorkDirectory, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Keep the targets or the state for a resumed run."""
-    write_tensors_durably(_file(work, part), tensors, {"settings": work.settings})
+    metadata = {"settings": work.settings, "sha256": hash_tensors(tensors)}
+    write_tensors_durably(_file(work, part), tensors, metadata)
     sync_directory(work.path)
 
 
@@ -55,9 +60,13 @@ def read_part(work: WorkDirectory, part: str) -> dict[str, Tensor] | None:
     path = _file(work, part)
     if not path.exists():
         return None
-    if read_metadata(path).get("settings") != work.settings:
+    metadata = read_metadata(path)
+    if metadata.get("settings") != work.settings:
         raise damaged(path, "it belongs to another run")
-    return read_tensors(path)
+    tensors = read_tensors(path)
+    if metadata.get("sha256") != hash_tensors(tensors):
+        raise damaged(path, "its content has changed")
+    return tensors
 
 
 def keep_learned(work: WorkDirectory, changes: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from tests.records import activation_of, weight_of
 
 K = 64
 TEXT, AUDIO, ANY, MASSIVE = 0, 3, 4, 5
+# Settings under which weights are rounded to the nearest code and nothing makes up for it.
+PLAIN = {"regression": False, "rounding": "nearest"}
 
 
 def make_spec(

@@ -35,6 +35,7 @@ PLUGIN_TESTS = (
     "test_experts_method.py",
     "test_fusion.py",
     "test_linear_method.py",
+    "test_linear_method_ranks.py",
     "test_modality_bus.py",
     "test_norm_quant_pass.py",
     "test_registration.py",

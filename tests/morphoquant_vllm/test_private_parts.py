@@ -10,6 +10,7 @@ from pathlib import Path
 import calibration
 import morphoquant_vllm
 from morphoquant_vllm import compat
+from morphoquant_vllm.private_parts import PRIVATE_PARTS
 
 PACKAGES = (morphoquant_vllm, calibration)
 LIBRARIES = ("torch", "transformers")
@@ -95,13 +96,13 @@ def overridden() -> Iterator[tuple[str, str]]:
 
 def listed_members() -> set[str]:
     """The last name of each entry."""
-    return {path.replace(":", ".").rpartition(".")[2] for path in compat.PRIVATE_PARTS}
+    return {path.replace(":", ".").rpartition(".")[2] for path in PRIVATE_PARTS}
 
 
 def test_every_internal_import_is_listed() -> None:
     found = {path: file for file, tree in sources() for path in internal_imports(tree)}
     assert len(found) > 10
-    assert {path: file for path, file in found.items() if path not in compat.PRIVATE_PARTS} == {}
+    assert {path: file for path, file in found.items() if path not in PRIVATE_PARTS} == {}
 
 
 def test_every_private_name_that_is_not_ours_is_listed() -> None:
@@ -114,14 +115,14 @@ def test_every_private_name_that_is_not_ours_is_listed() -> None:
 def test_every_private_method_that_is_overridden_is_listed() -> None:
     found = list(overridden())
     assert len(found) > 2
-    listed = {path.partition(":")[2] for path in compat.PRIVATE_PARTS}
+    listed = {path.partition(":")[2] for path in PRIVATE_PARTS}
     assert [(ours, path) for ours, path in found if path not in listed] == []
 
 
 def test_every_listed_part_is_used() -> None:
-    text = "\n".join(ast.unparse(tree) for file, tree in sources() if not file.endswith("compat.py"))
+    text = "\n".join(ast.unparse(tree) for file, tree in sources() if not file.endswith("private_parts.py"))
     assert [name for name in listed_members() if name not in text] == []
 
 
 def test_the_installed_libraries_have_them_as_listed() -> None:
-    assert compat.differences(compat.PRIVATE_PARTS) == []
+    assert compat.differences(PRIVATE_PARTS) == []

@@ -102,29 +102,48 @@ class Stopped(Exception):
     """Ends a run between two steps."""
 
 
-@pytest.mark.usefixtures("spoiled")
-def test_an_interrupted_run_learns_the_same_bytes(
-    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(tiny, text, tmp_path / "whole")
+def stopped(tiny: TinyModels, text: Path, output: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
+    """A run that ends after so many steps; the steps that it made."""
     step, made = LearningRun.step, list[int]()
 
     def stopping(self: LearningRun, index: int) -> None:
-        if len(made) == 6:
+        if len(made) == steps:
             raise Stopped
         made.append(index)
         step(self, index)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(LearningRun, "step", stopping)
-        make(tiny, text, tmp_path / "out")
-    assert (tmp_path / "out.work" / "learn-state.safetensors").exists()
+        make(tiny, text, output)
+    return made
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_an_interrupted_run_learns_the_same_bytes(
+    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny, text, tmp_path / "whole")
+    step, made = LearningRun.step, stopped(tiny, text, tmp_path / "out", monkeypatch, 6)
     monkeypatch.setattr(LearningRun, "step", lambda self, index: (made.append(index), step(self, index))[1])
     make(tiny, text, tmp_path / "out")
     # The two steps after the last kept state are made again.
     assert made == [*range(6), *range(4, STEPS)]
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_what_learning_goes_on_from_is_checked_when_a_run_resumes(
+    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(tiny, text, tmp_path / "out", monkeypatch, 4)
+    for name in ("learn-targets.safetensors", "learn-state.safetensors"):
+        file = tmp_path / "out.work" / name
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(MorphoQuantError, match=rf"{name}: cannot be used \(its content has changed\)"):
+            make(tiny, text, tmp_path / "out")
+        file.write_bytes(kept)
 
 
 @pytest.mark.usefixtures("spoiled")

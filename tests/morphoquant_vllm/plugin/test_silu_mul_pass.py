@@ -15,7 +15,7 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from morphoquant_vllm.plugin.silu_mul_pass import SiluMulFusion
 from tests.checkpoints import random_group
-from tests.morphoquant_vllm.plugin.test_linear_method import load
+from tests.morphoquant_vllm.plugin.linear_cases import load
 from tests.records import activation_of, weight_of
 
 K, N, G = 64, 48, 32
