@@ -22,7 +22,7 @@ from morphoquant_vllm.numerics import weights
 IMPORTANCE_FLOOR = 1e-4
 # Strengths of the regression that held-out samples choose from, times that of effort fast; and dampings of the
 # Hessian in rounding, for the effort `best`.
-STRENGTHS = (0.25, 1.0, 4.0, 16.0)
+STRENGTHS = (1 / 16, 1 / 4, 1.0, 4.0)
 DAMPINGS = (DAMPING, 10 * DAMPING)
 # Names under which codes and scales are stored, in the order in which rounding gives them.
 _STORED = {

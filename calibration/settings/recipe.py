@@ -106,7 +106,7 @@ class Recipe(BaseModel):
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
     )
     shrinkage: float = Field(
-        default=4.0,
+        default=16.0,
         ge=1e-3,
         le=1e3,
         description="Strength of the regression's pull towards the original weights, which also grows with a layer's "
