@@ -162,7 +162,7 @@ def test_held_out_samples_make_weights_that_hold_for_new_tokens(effort: str) -> 
     fast, found = (
         relative(serve(new, made(sample, tokens, effort=each, shrinkage=0.25))[1], wanted) for each in ("fast", effort)
     )
-    assert found < 0.9 * fast
+    assert found < 0.95 * fast
 
 
 def test_the_bias_counts_held_out_tokens() -> None:
