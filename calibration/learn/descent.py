@@ -23,11 +23,13 @@ WARM_UP, FALL_AFTER = 5, 0.5
 ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5
 # Samples that do not teach judge this often: those that the fits of weights held out. A single one can be unlike all
 # others, so a quarter of all judges.
-JUDGEMENTS, SAMPLES_PER_JUDGE = 4, SAMPLES_PER_HELD["best"]
+JUDGEMENTS, SAMPLES_PER_JUDGE = 8, SAMPLES_PER_HELD["best"]
 # Samples of more tokens are left out: a pass back through a block holds all values of a sample.
 LONGEST = 4096
-# About as many tokens are learned from; with fewer than the least, nothing is.
+# About as many tokens are learned from, those of few samples several times; with fewer than the least, nothing is.
 TOKENS, LEAST_TOKENS = 2**16, 2**12
+# Every sample is learned from at most this often.
+ROUNDS = 4
 # Tokens of judging samples, about.
 JUDGED_TOKENS = 2**13
 
@@ -38,6 +40,8 @@ class Chosen:
 
     learned: list[int]
     judging: list[int]
+    # How often each sample is learned from.
+    rounds: int = 1
 
 
 def choose_samples(lengths: Sequence[int]) -> Chosen | None:
@@ -50,7 +54,13 @@ def choose_samples(lengths: Sequence[int]) -> Chosen | None:
     learned = [index for index in fitting if index not in judging]
     if not judging or sum(lengths[index] for index in learned) < LEAST_TOKENS:
         return None
-    return Chosen(_thinned(learned, lengths, TOKENS), _thinned(judging, lengths, JUDGED_TOKENS))
+    rounds = rounds_of(sum(lengths[index] for index in learned))
+    return Chosen(_thinned(learned, lengths, TOKENS), _thinned(judging, lengths, JUDGED_TOKENS), rounds)
+
+
+def rounds_of(tokens: int) -> int:
+    """How often each of the samples that have `tokens` tokens together is learned from."""
+    return max(1, min(ROUNDS, TOKENS // tokens))
 
 
 def _thinned(samples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[int]:
@@ -87,7 +97,8 @@ class Descent:
     ) -> None:
         """`read` gives a sample by its index, and its target; `seed` decides the order of samples."""
         self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
-        order = torch.randperm(len(chosen.learned), generator=torch.Generator().manual_seed(seed))
+        generator, count = torch.Generator().manual_seed(seed), len(chosen.learned)
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(chosen.rounds)])
         self.order = [chosen.learned[place] for place in order.tolist()]
         self.leaves = decoder.changes.parameters()
         self.adam = torch.optim.Adam(list(self.leaves.values()), lr=RATE, betas=BETAS)

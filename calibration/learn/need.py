@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from calibration.learn.descent import JUDGED_TOKENS, JUDGEMENTS, LONGEST, SAMPLES_PER_JUDGE, TOKENS
+from calibration.learn.descent import JUDGED_TOKENS, JUDGEMENTS, LONGEST, SAMPLES_PER_JUDGE, TOKENS, rounds_of
 from morphoquant_vllm.format.layers import LayerSpec
 
 # Copies of a token's inputs and outputs of all linears of a block that a pass back holds, float32: values, codes, masks
@@ -20,10 +20,11 @@ def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int) -> 
 
     `head` is the number of the head's weights.
     """
-    learned = min(tokens, TOKENS)
+    passed = min(tokens, TOKENS)
+    learned = passed * rounds_of(passed)
     judged = min(tokens // SAMPLES_PER_JUDGE, JUDGED_TOKENS)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    decoder = weights * (2 * (learned + judged) + 6 * learned + 2 * (2 * JUDGEMENTS + 1) * judged)
+    decoder = weights * (2 * (passed + judged) + 6 * learned + 2 * (2 * JUDGEMENTS + 1) * judged)
     return float(decoder + 6 * head * (learned + (2 * JUDGEMENTS + 1) * judged))
 
 

@@ -13,6 +13,7 @@ from calibration.learn.descent import (
     LARGEST_RATIO,
     LEAST_TOKENS,
     LONGEST,
+    ROUNDS,
     TOKENS,
     Chosen,
     Descent,
@@ -45,6 +46,20 @@ def test_long_samples_are_left_out_and_many_are_thinned_evenly() -> None:
     assert len(chosen.learned) == TOKENS // 1024 and len(chosen.judging) == JUDGED_TOKENS // 1024
     gaps = [after - before for before, after in zip(chosen.learned, chosen.learned[1:], strict=False)]
     assert min(gaps) >= 2 and max(gaps) <= 5
+
+
+@pytest.mark.parametrize(("samples", "rounds"), [(16, ROUNDS), (4 * TOKENS // 1024 // 6, 2), (256, 1)])
+def test_few_samples_are_learned_from_several_times_in_new_orders(samples: int, rounds: int) -> None:
+    chosen = choose_samples([1024] * samples)
+    assert chosen is not None and chosen.rounds == rounds
+    changes = no_changes({}, {}, torch.device("cpu"))
+    changes.constants["a"] = torch.zeros(1, requires_grad=True)
+    decoder = cast(LearningDecoder, SimpleNamespace(changes=changes))
+    made = Descent(decoder, cast(Objective, None), chosen, lambda index: pytest.fail("no sample"), 0)
+    count = len(chosen.learned)
+    orders = [made.order[start : start + count] for start in range(0, made.steps, count)]
+    assert len(orders) == rounds and all(sorted(order) == sorted(chosen.learned) for order in orders)
+    assert all(order != orders[0] for order in orders[1:])
 
 
 def test_steps_of_inputs_with_too_many_escapes_grow() -> None:

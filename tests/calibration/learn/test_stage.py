@@ -41,6 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descent, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(descent, "ROUNDS", 1)
     monkeypatch.setattr(run, "STEPS_KEPT", 4)
 
 
