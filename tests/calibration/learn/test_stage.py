@@ -169,6 +169,8 @@ def test_what_was_learned_is_checked_when_a_run_resumes(
 @pytest.mark.usefixtures("spoiled")
 @pytest.mark.full
 def test_two_processes_learn_what_one_learns(tiny: TinyModels, text: Path, tmp_path: Path) -> None:
+    # Built before the processes fork, which would both build it.
+    tiny.model("llama")
     call: Callable[[Processes], Any] = lambda processes: make(tiny, text, tmp_path / "two", processes=processes)  # noqa: E731
     first, second = in_processes(tmp_path, call)
     assert first == second and first["learning"]["divergence_after"] < first["learning"]["divergence_before"]
