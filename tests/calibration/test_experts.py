@@ -36,7 +36,8 @@ MODELS = {
 }
 MODALITIES = {"qwen3_vl_moe": {"text", "image", "video"}, "qwen3_omni_moe": {"text", "image", "video", "audio"}}
 # Every token is drawn and counts the same: errors can then be measured from outside.
-EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0)
+# A weak pull, since errors on the fitted tokens themselves are compared.
+EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0, shrinkage=4.0)
 # Quick, for tests that are about other things than numbers.
 QUICK = Recipe(device="cpu", rounding="nearest", regression=False)
 
@@ -140,8 +141,7 @@ def test_a_checkpoint_serves_what_its_report_says(tiny: TinyModels, tmp_path: Pa
             # A code at a tie goes the other way, and all that follows it: a few hundredths. An expert that got
             # another's weights or input would be off by about 1.
             assert figures[f"{kind}_error"] == pytest.approx(found.errors(place), abs=0.05)
-            # The pull leaves an expert of few tokens hardly any regression: 0.54 at most.
-            assert max(found.errors(place)) < 0.7
+            assert max(found.errors(place)) < 0.5
     carried = load_file(next(source.glob("*.safetensors")))
     stored = {key: value for path in output.glob("*.safetensors") for key, value in load_file(path).items()}
     kept = {key for key in carried if "mlp.gate.weight" in key or key.startswith(("talker.", "code2wav."))}

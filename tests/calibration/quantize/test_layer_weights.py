@@ -155,14 +155,14 @@ def made(sample: InputSample, tokens: TokenSample, **settings: object) -> dict[s
 
 @pytest.mark.parametrize("effort", ["default", "best"])
 def test_held_out_samples_make_weights_that_hold_for_new_tokens(effort: str) -> None:
-    x, new = activations(240)[0], activations(2000, seed=1)[0]
+    x, new = activations(128)[0], activations(2000, seed=1)[0]
     sample, tokens = in_samples(x, 1.0, 16)
     wanted = new @ matrix().T
     # A pull that is too weak for so few tokens.
     fast, found = (
         relative(serve(new, made(sample, tokens, effort=each, shrinkage=0.25))[1], wanted) for each in ("fast", effort)
     )
-    assert found < 0.95 * fast
+    assert found < 0.9 * fast
 
 
 def test_the_bias_counts_held_out_tokens() -> None:
