@@ -23,7 +23,6 @@ class Simulated:
     group_size: int = 64
     # Levels of two-level scales of `ours`; 0: a scale for each group.
     levels: int = 0
-    act_order: bool = False
     # none, static-tensor, token, token-group or oracle
     activations: str = "none"
     activation_group: int = 64
@@ -95,6 +94,9 @@ AUTO_ROUND_LIGHT = {"iters": 50, "lr": 5e-3}
 # GPTQModel's release; its defaults otherwise.
 GPTQMODEL = "7.7.0"
 
+# Four times the recipe's default.
+MORE_TOKENS = 2**16
+
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
     "w4a16-rtn-g64": Simulated("rtn"),
@@ -135,6 +137,10 @@ METHODS: dict[str, Method] = {
     # Samples held out of fits: the strength of the regression, and the damping of the rounding, chosen by them.
     "served-effort-default": Served(recipe={"effort": "default"}),
     "served-effort-best": Served(recipe={"effort": "best"}),
+    # More drawn tokens; --calibration gives as many windows.
+    "served-tokens-64k": Served(recipe={"sample_tokens": MORE_TOKENS}),
+    "served-effort-default-tokens-64k": Served(recipe={"effort": "default", "sample_tokens": MORE_TOKENS}),
+    "served-effort-best-tokens-64k": Served(recipe={"effort": "best", "sample_tokens": MORE_TOKENS}),
     # The paper's objective: the reference's mask and range search instead of the budgeted one, and its parts.
     "served-reference-grid": Served(recipe={"grid": "reference"}),
     "served-composite": Served(recipe={"grid": "reference", "cosine_weight": COSINE_WEIGHT}),

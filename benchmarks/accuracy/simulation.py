@@ -112,7 +112,7 @@ def _round(method: Simulated, weight: Tensor, hessian: Tensor | None) -> Tensor:
     if hessian is not None and method.weights == "ours":
         return ours_int4(weight, hessian, method.group_size, method.levels)
     if hessian is not None:
-        return gptq_int4(weight, hessian, method.group_size, method.act_order)
+        return gptq_int4(weight, hessian, method.group_size)
     if method.weights in ("rtn", *SEQUENTIAL):
         return rtn_int4(weight, method.group_size)
     return nf4(weight) if method.weights == "nf4" else weight

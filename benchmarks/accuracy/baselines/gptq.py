@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.accuracy.baselines.weights import check_groups, clip_scale, nearest
 
-# Fraction of the mean diagonal that is added to it, as in the authors' code.
-DAMPING = 0.01
+# Fraction of the mean diagonal that is added to it: GPTQModel's default. The authors' code has 0.01.
+DAMPING = 0.05
 # Columns whose errors are applied at once to the later columns.
 COLUMN_BLOCK = 128
 
@@ -33,21 +33,30 @@ def hessian_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     return float((error @ hessian.double() * error).sum())
 
 
-def gptq_int4(weight: Tensor, hessian: Tensor, group_size: int, act_order: bool = False) -> Tensor:
+def group_order(diagonal: Tensor, group_size: int) -> Tensor:
+    """The order of columns by a Hessian's diagonal [K], int64 [K]: groups by falling maximum, columns within each too.
+
+    GPTQModel's default ("act_group_aware"): columns that matter are rounded first, and groups stay whole.
+    """
+    groups = diagonal.unflatten(0, (-1, group_size))
+    within = groups.argsort(dim=1, descending=True, stable=True)
+    between = groups.amax(dim=1).argsort(descending=True, stable=True)
+    return (within + torch.arange(groups.shape[0])[:, None] * group_size)[between].flatten()
+
+
+def gptq_int4(weight: Tensor, hessian: Tensor, group_size: int) -> Tensor:
     """Symmetric int4 of `weight` [N, K] against `hessian` [K, K], groups in natural channel order; float32 [N, K].
 
-    Without `act_order` a group's scales are searched at its turn, on the weights as compensated so far. With it columns
-    go by falling diagonal, and scales come from the original weights (static groups).
+    Columns are rounded in the order of `group_order`. A group's scales are searched at its turn, on the weights as
+    compensated so far.
     """
     check_groups(weight, group_size)
     weight, hessian = weight.float().clone(), hessian.float().clone()
-    columns = weight.shape[1]
+    columns, order = weight.shape[1], group_order(hessian.diagonal(), group_size)
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
     # The rounding error of a channel that is always 0 must not change other columns.
     weight[:, dead] = 0.0
-    static = clip_scale(weight.unflatten(1, (-1, group_size))) if act_order else None
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     weight, hessian = weight[:, order], hessian[order][:, order]
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
@@ -60,9 +69,7 @@ def gptq_int4(weight: Tensor, hessian: Tensor, group_size: int, act_order: bool 
         block, errors = weight[:, start:end], torch.zeros(weight.shape[0], end - start)
         for column in range(end - start):
             position = start + column
-            if static is not None:
-                scale = static[:, int(order[position]) // group_size]
-            elif position % group_size == 0:
+            if position % group_size == 0:
                 scale = clip_scale(block[:, None, column : column + group_size])[:, 0]
             rounded[:, position] = nearest(block[:, column], scale)
             errors[:, column] = (block[:, column] - rounded[:, position]) / upper[position, position]
