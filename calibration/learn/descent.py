@@ -17,7 +17,8 @@ from calibration.quantize.held_out import SAMPLES_PER_HELD
 # The most that a step changes a logarithm, or a constant in units of its output's size.
 RATE = 3e-4
 BETAS = (0.9, 0.95)
-# Steps over which the rate rises, and the share of all steps after which it falls.
+# Steps over which the rate rises, and the share of all steps after which it falls. The mean of the changes over the
+# steps after it is judged in the end: single steps scatter about it.
 WARM_UP, FALL_AFTER = 5, 0.5
 # The rate of escapes falls about as this power of an input's steps. At once at most the largest ratio is undone.
 ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5
@@ -102,6 +103,8 @@ class Descent:
         self.order = [chosen.learned[place] for place in order.tolist()]
         self.leaves = decoder.changes.parameters()
         self.adam = torch.optim.Adam(list(self.leaves.values()), lr=RATE, betas=BETAS)
+        # Of the leaves, over the steps after FALL_AFTER of all.
+        self.mean = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in self.leaves.items()}
 
     @property
     def steps(self) -> int:
@@ -118,7 +121,21 @@ class Descent:
         for group in self.adam.param_groups:
             group["lr"] = RATE * rate_factor(index, self.steps)
         self.adam.step()
+        self._add_to_mean(index)
         return divergence
+
+    @torch.no_grad()
+    def _add_to_mean(self, index: int) -> None:
+        count = index + 1 - int(self.steps * FALL_AFTER)
+        if count > 0:
+            for name, leaf in self.leaves.items():
+                self.mean[name] += (leaf - self.mean[name]) / count
+
+    @torch.no_grad()
+    def take_mean(self) -> None:
+        """Take the mean of the later steps in place of the last one."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(self.mean[name])
 
     def is_judged(self, index: int) -> bool:
         """Whether the judging samples judge after this step."""
@@ -153,6 +170,7 @@ class Descent:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on, by name."""
         tensors = {f"change {name}": leaf.detach() for name, leaf in self.leaves.items()}
+        tensors |= {f"mean {name}": value for name, value in self.mean.items()}
         for name, leaf in self.leaves.items():
             tensors |= {f"adam {key} {name}": value for key, value in self.adam.state.get(leaf, {}).items()}
         return {name: value.cpu().clone() for name, value in tensors.items()}
@@ -162,6 +180,7 @@ class Descent:
         """Go on from a state."""
         for name, leaf in self.leaves.items():
             leaf.copy_(state[f"change {name}"])
+            self.mean[name].copy_(state[f"mean {name}"])
             keys = [key.split(" ")[1] for key in state if key.startswith("adam ") and key.endswith(f" {name}")]
             if keys:
                 self.adam.state[leaf] = {

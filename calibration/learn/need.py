@@ -24,8 +24,10 @@ def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int) -> 
     learned = passed * rounds_of(passed)
     judged = min(tokens // SAMPLES_PER_JUDGE, JUDGED_TOKENS)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    decoder = weights * (2 * (passed + judged) + 6 * learned + 2 * (2 * JUDGEMENTS + 1) * judged)
-    return float(decoder + 6 * head * (learned + (2 * JUDGEMENTS + 1) * judged))
+    # Two passes for each judgement of a step and for that of the mean, and one for the start's.
+    judgements = 2 * (JUDGEMENTS + 1) + 1
+    decoder = weights * (2 * (passed + judged) + 6 * learned + 2 * judgements * judged)
+    return float(decoder + 6 * head * (learned + judgements * judged))
 
 
 def decoder_bytes(layers: Iterable[LayerSpec]) -> int:

@@ -98,14 +98,7 @@ class LearningRun:
         assert descent is not None and judgements is not None
         descent.step(index)
         if descent.is_judged(index):
-            descent.keep_rates(judgements.start.rates, descent.judge().rates)
-            error = descent.judge().divergence
-            logger.info(
-                "learning: step %d of %d, divergence of judging samples %.5f, at the start %.5f",
-                *(index + 1, descent.steps, error, judgements.start.divergence),
-            )
-            if error < judgements.least:
-                judgements.least, judgements.best = error, descent.learned()
+            self._judge(f"step {index + 1} of {descent.steps}")
         if (index + 1) % STEPS_KEPT == 0:
             figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
             figures |= {f"rate {name}": rate for name, rate in judgements.start.rates.items()}
@@ -113,10 +106,25 @@ class LearningRun:
             state |= {f"best {name}": value for name, value in (judgements.best or {}).items()}
             keep_part(self.work, STATE, descent.state() | state)
 
+    def _judge(self, what: str) -> None:
+        """Keep the rates of escapes, judge, and note changes that have the least divergence so far."""
+        descent, judgements = self._descent, self._judgements
+        assert descent is not None and judgements is not None
+        descent.keep_rates(judgements.start.rates, descent.judge().rates)
+        error = descent.judge().divergence
+        logger.info(
+            "learning: %s, divergence of judging samples %.5f, at the start %.5f",
+            *(what, error, judgements.start.divergence),
+        )
+        if error < judgements.least:
+            judgements.least, judgements.best = error, descent.learned()
+
     def finish(self) -> None:
-        """Keep the changes with the least divergence of judging samples, which may be none."""
+        """Keep the changes with the least divergence of judging samples: of a step, of the mean, or none."""
         descent, found = self._descent, self._judgements
         assert descent is not None and found is not None
+        descent.take_mean()
+        self._judge("mean of the later steps")
         if found.best is None:
             logger.warning(
                 "learning: the divergence of judging samples did not fall (%.5f at the start), so nothing is changed; "

@@ -1,7 +1,7 @@
 """Which samples learn and judge, and the rates of the steps."""
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -72,6 +72,39 @@ def test_steps_of_inputs_with_too_many_escapes_grow() -> None:
     grown = {name: float(step[0].detach().exp()) for name, step in changes.steps.items()}
     most = LARGEST_RATIO ** (1 / ESCAPE_POWER)
     assert grown == pytest.approx({"more": 1.1 ** (1 / ESCAPE_POWER), "fewer": 1, "none": most, "far_more": most})
+
+
+def _descent(steps: int) -> Descent:
+    """One that learns a constant, whose derivative is -1 at each of `steps` steps."""
+    changes = no_changes({}, {}, torch.device("cpu"))
+    constant = changes.constants["a"] = torch.zeros(1, requires_grad=True)
+
+    def back(*_: object) -> None:
+        constant.grad = -torch.ones(1)
+
+    decoder = SimpleNamespace(changes=changes, states=lambda sample: [torch.zeros(1, 1, 1)], back=back)
+    objective = SimpleNamespace(derivatives=lambda last, target: (0.0, torch.zeros(1, 1)))
+    chosen = Chosen(list(range(steps)), [steps])
+    read = cast(Any, lambda index: (None, None))
+    return Descent(cast(LearningDecoder, decoder), cast(Objective, objective), chosen, read, 0)
+
+
+def test_the_mean_is_that_of_the_later_half_of_the_steps_also_after_a_restart() -> None:
+    made, values = _descent(12), []
+    for index in range(12):
+        made.step(index)
+        values.append(float(made.learned()["constant a"]))
+        if index == 7:
+            state = made.state()
+    assert values == sorted(values) and values[0] > 0
+    again = _descent(12)
+    again.restore(state)
+    for index in range(8, 12):
+        again.step(index)
+    for each in (made, again):
+        each.take_mean()
+        # The mean of six numbers is summed in another order.
+        assert float(each.learned()["constant a"]) == pytest.approx(sum(values[6:]) / 6, rel=1e-6)
 
 
 def test_the_rate_rises_and_falls() -> None:
