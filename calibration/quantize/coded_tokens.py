@@ -96,6 +96,27 @@ def code_tokens(
     )
 
 
+def weigh_massive_alike(coded: CodedTokens, processes: Processes) -> CodedTokens:
+    """The same tokens for the moments: a massive token has at most the mean energy of the others.
+
+    Codes of massive tokens are large, and their gain squared multiplies them. A few of them would decide the fit of all
+    weights. But what follows is normed token by token, so it sees their errors relative to their size. Weights within
+    the set of massive tokens keep their ratios, so its means stay as they are.
+    """
+    massive = coded.rows == coded.record.gain.numel() - 1
+    weight = coded.weight[massive]
+    codes = coded.codes[massive].float()
+    sums = processes.all_reduce(torch.cat([weight @ codes, weight.sum()[None]]), "SUM")
+    deviation = (codes - sums[:-1] / sums[-1].clamp(min=second_moments.TINY)).square().sum(1)
+    others = torch.cat([part.float().square().sum(1) for part in coded.codes.split(MOMENT_TOKENS)])
+    energy = coded.gain.square() * others.masked_scatter(massive, deviation) * coded.weight
+    total = processes.all_reduce(torch.stack([energy[massive].sum(), energy.sum(), coded.weight.sum()]), "SUM").double()
+    of_massive, of_others = total[0] / sums[-1], (total[1] - total[0]) / (total[2] - sums[-1])
+    if not bool(of_massive > of_others):
+        return coded
+    return replace(coded, weight=torch.where(massive, coded.weight * float(of_others / of_massive), coded.weight))
+
+
 def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
     """Moments of the tokens of all processes: target [own T, K] in natural order, matrix [N, K] in channel order."""
     moments = second_moments.gather(

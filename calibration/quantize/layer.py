@@ -12,7 +12,7 @@ from calibration.data.token_choice import TokenSample
 from calibration.model.plan import matches
 from calibration.processes import Processes
 from calibration.quantize.bias import find_bias, find_means
-from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments
+from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import find_input
 from calibration.quantize.held_out import held_out
 from calibration.quantize.layer_report import JudgedTokens, LayerRecord, input_record, output_error
@@ -88,7 +88,7 @@ def quantize_input(
     # From here on in channel order.
     matrix = matrix[:, coded.order]
     unseen = held_out(tokens, recipe.effort) if judged is None else None
-    moments, held = _moments(coded, target, matrix, tokens, unseen)
+    moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen)
     step = found.grids.grid.step.to(x.device)[coded.order]
     served = round_weights(matrix, step, moments, first, recipe, processes, held)
     if held is not None:

@@ -2,7 +2,8 @@
 
 import torch
 
-from calibration.quantize.coded_tokens import BiasSets, code_tokens
+from calibration.processes import ONE
+from calibration.quantize.coded_tokens import BiasSets, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import find_input
 from calibration.quantize.massive_tokens import find_massive
 from calibration.settings.recipe import Recipe
@@ -39,3 +40,27 @@ def test_no_token_is_massive_where_none_shall_be() -> None:
     _, tokens = observe(x, modality, 1.0, outlying, x)
     massive = find_massive(x, outlying, 1, tokens, wanted=False)
     assert not bool(massive.own.any()) and not bool(massive.all.any())
+
+
+def test_a_massive_token_weighs_in_the_fit_as_much_as_another_and_keeps_its_means() -> None:
+    x, modality, outlying = with_massive()
+    # Loud, and unlike each other.
+    x[outlying] *= torch.linspace(20, 60, int(outlying.sum()))[:, None]
+    spec = make_spec({"m.q": matrix()})
+    inputs, tokens = observe(x, modality, 1.0, outlying, x)
+    massive = find_massive(x, outlying, 1, tokens, wanted=True)
+    assert torch.equal(massive.own, outlying)
+    found = find_input(inputs.observation, tokens, massive, matrix(), spec, Recipe(), full_mask=False)
+    coded = code_tokens(x, tokens, massive.own, found, spec)
+    alike = weigh_massive_alike(coded, ONE)
+    assert torch.equal(alike.weight[~outlying], coded.weight[~outlying])
+    before, after = (gather_moments(each, x, matrix(), ONE) for each in (coded, alike))
+    # Sums of the same numbers times one factor.
+    for old, new in zip(before.means(), after.means(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
+    centred = [float(each.take_centred()[0].diagonal().sum()) for each in (before, after)]
+    values = coded.codes.float() * coded.gain[:, None]
+    ordinary = values[~outlying].square().sum(1) @ coded.weight[~outlying] / coded.weight[~outlying].sum()
+    # The mean energy of all tokens is that of the others, less the square of their mean, whose share is small here.
+    assert centred[0] > 2 * float(ordinary)
+    assert 0.8 * float(ordinary) < centred[1] < 1.01 * float(ordinary)
