@@ -20,15 +20,12 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 
 Patterns = tuple[str, ...]
-# The default of `sample_tokens` for efforts that may take longer: all tokens of 128 windows of 512.
-SAMPLE_TOKENS = {"default": 2**16, "best": 2**16}
 if TYPE_CHECKING:
     GroupSize = int
 else:
@@ -183,8 +180,7 @@ class Recipe(BaseModel):
     sample_tokens: int = Field(
         default=16384,
         ge=16,
-        description="Tokens from which steps and weights are computed, divided among the modalities; 65536 by default "
-        "with effort default and best.",
+        description="Tokens from which steps and weights are computed, divided among the modalities.",
     )
     modality_balance: float = Field(
         default=1.0,
@@ -201,14 +197,6 @@ class Recipe(BaseModel):
         default="auto", description="Device on which the model runs: auto (cuda if available), cpu, cuda, cuda:1..."
     )
     shard_size: ByteSize = Field(default=ByteSize(4_000_000_000), description="Largest weight file, e.g. 4GB.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tokens_of_effort(cls, values: dict[str, Any]) -> dict[str, Any]:
-        effort = values.get("effort")
-        # Another type is refused by the setting's own check.
-        tokens = SAMPLE_TOKENS.get(effort) if isinstance(effort, str) else None
-        return values if tokens is None else {"sample_tokens": tokens, **values}
 
     @field_validator("targets", "ignore", "towers", "full_mask", mode="before")
     @classmethod

@@ -30,12 +30,6 @@ def test_flags_override_the_file_and_none_overrides_nothing(tmp_path: Path) -> N
     assert (recipe.group_size, recipe.tau, recipe.targets, recipe.shard_size) == (64, 1.0, ("*.q_proj",), 1_000_000)
 
 
-def test_an_effort_that_takes_longer_draws_more_tokens_unless_told_otherwise() -> None:
-    drawn = {effort: read_recipe(overrides={"effort": effort}).sample_tokens for effort in ("fast", "default", "best")}
-    assert drawn == {"fast": 16384, "default": 65536, "best": 65536}
-    assert read_recipe(overrides={"effort": "best", "sample_tokens": 64}).sample_tokens == 64
-
-
 def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
     assert read_recipe(write(tmp_path / "r.yaml", "# nothing\n")) == Recipe()
 
@@ -49,7 +43,6 @@ def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
         ("escape_budget: -0.01", "escape_budget = -0.01 is not allowed"),
         ("scale_levels: 17", "scale_levels = 17 is not allowed: .*less than or equal to 16"),
         ("grid: best", "grid = 'best' is not allowed"),
-        ("effort: [best]", "effort = .* is not allowed"),
         ("rounding: up", "rounding = 'up' is not allowed"),
         ("shrinkage: 0", "shrinkage = 0 is not allowed"),
         ("massive_row: 3", "massive_row = 3 is not allowed"),
