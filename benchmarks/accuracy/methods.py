@@ -139,7 +139,6 @@ METHODS: dict[str, Method] = {
     "served-effort-best": Served(recipe={"effort": "best"}),
     # More drawn tokens; --calibration gives as many windows.
     "served-tokens-64k": Served(recipe={"sample_tokens": MORE_TOKENS}),
-    "served-effort-default-tokens-64k": Served(recipe={"effort": "default", "sample_tokens": MORE_TOKENS}),
     "served-effort-best-tokens-64k": Served(recipe={"effort": "best", "sample_tokens": MORE_TOKENS}),
     # The paper's objective: the reference's mask and range search instead of the budgeted one, and its parts.
     "served-reference-grid": Served(recipe={"grid": "reference"}),

@@ -186,7 +186,9 @@ def test_if_the_divergence_does_not_fall_nothing_is_changed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(descent, "RATE", 0.5)
+    caplog.set_level("INFO")
     report = make(tiny, text, tmp_path / "best")
+    assert "learning: mean of the later steps, divergence of judging samples" in caplog.text
     assert report["learning"]["divergence_after"] == report["learning"]["divergence_before"]
     assert "nothing is changed; more samples may help" in caplog.text
     learned = tensors(tmp_path / "best")

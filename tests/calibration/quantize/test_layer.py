@@ -88,6 +88,18 @@ def test_the_massive_row_serves_massive_tokens_and_all_others_better(settings: d
     assert errors[True][1] < errors[False][1], "ordinary tokens: massive ones no longer set their steps"
 
 
+def test_louder_massive_tokens_do_not_spoil_the_fit_for_others() -> None:
+    weight, errors = matrix(), []
+    for loud in (1, 20, 60):
+        x, modality, outlying = with_massive()
+        # Unlike each other, so that a fit could lower their error at the cost of others.
+        x[outlying] *= torch.linspace(loud, 3 * loud, int(outlying.sum()))[:, None]
+        layer = quantize(x, modality, {"m.q": weight}, outlying=outlying)["m.q"]
+        errors.append(relative(serve(x, layer.tensors)[1][~outlying], x[~outlying] @ weight.T))
+    # Their codes hardly change. If their energy counted, the error would nearly double.
+    assert errors == pytest.approx([errors[0]] * 3, rel=0.01)
+
+
 def test_massive_tokens_that_were_not_seen_are_served_as_well() -> None:
     x, modality, outlying = with_massive()
     weight = matrix()
