@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 from calibration.data.token_choice import TokenSample
 from calibration.quantize.bias import Means, find_bias, find_means, means_in_any_row
 from calibration.quantize.chunks import together
-from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments
+from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import FoundInput, find_input
 from calibration.quantize.layer import (
     InputSample,
@@ -87,6 +87,8 @@ class _Layer:
     massive: MassiveTokens
     found: FoundInput
     coded: CodedTokens
+    # The same with the weights of the fits.
+    fitted: CodedTokens
     # Of all drawn tokens: moments with codes times values, and means.
     pooled: Moments
     means: Means
@@ -164,11 +166,12 @@ def _find_layer(
         full_mask=full_mask(first, [input_holder(name)], recipe),
     )
     coded = code_tokens(x, tokens, massive.own, found, spec)
-    pooled = gather_moments(coded, target, factor[:, coded.order], processes)
+    fitted = weigh_massive_alike(coded, processes)
+    pooled = gather_moments(fitted, target, factor[:, coded.order], processes)
     means = find_means(pooled, coded, x, target, massive.own, processes)
     own = replace(spec, layers=settings, experts={})
     dtype = getattr(torch, recipe.dtype)
-    return _Layer(name, own, recipe, tokens, sample, massive, found, coded, pooled, means, dtype)
+    return _Layer(name, own, recipe, tokens, sample, massive, found, coded, fitted, pooled, means, dtype)
 
 
 def _gram(load: LoadExpert, count: int, tokens: TokenSample, device: torch.device, width: int) -> Tensor:
@@ -235,7 +238,7 @@ def _quantize_gate_up(
     routed = layer.tokens.own(chosen.routed).to(coded.codes.device)
     target = layer.sample.input.target
     part, part_target = coded.part(routed), target[routed]
-    moments = gather_moments(part, part_target, matrix, processes)
+    moments = gather_moments(layer.fitted.part(routed), part_target, matrix, processes)
     moments.mix(layer.pooled, chosen.share)
     means = _means(layer, chosen, routed, moments)
     step = layer.found.grids.grid.step.to(matrix.device)[coded.order]

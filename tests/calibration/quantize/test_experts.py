@@ -21,7 +21,7 @@ from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import INPUT_TENSORS, ExpertsSpec, LayerSpec, input_holder
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
-from tests.calibration.inputs import K, activations, observe, relative
+from tests.calibration.inputs import K, activations, observe, relative, with_massive
 from tests.experts import record_of as stored_record
 
 NAME, INNER = "m.mlp.experts", 64
@@ -43,13 +43,14 @@ def spec_of(count: int, scheme: str = "two_level") -> QuantizationSpec:
 
 
 def sampled(
-    chosen: Tensor, modality: Tensor | None = None, x: Tensor | None = None
+    chosen: Tensor, modality: Tensor | None = None, x: Tensor | None = None, outlying: Tensor | None = None
 ) -> tuple[ExpertsSample, TokenSample, Tensor]:
-    """Every token is drawn; chosen is bool [T, E]."""
+    """Every token is drawn; chosen is bool [T, E], outlying bool [T]: none is by default."""
     drawn, natural = activations(tokens=chosen.shape[0])
     modality = natural if modality is None else modality
     x = drawn if x is None else x
-    sample, tokens = observe(x, modality, 1.0, torch.zeros(x.shape[0], dtype=torch.bool), x)
+    outlying = torch.zeros(x.shape[0], dtype=torch.bool) if outlying is None else outlying
+    sample, tokens = observe(x, modality, 1.0, outlying, x)
     counts = torch.zeros(6, chosen.shape[1], dtype=torch.int64).index_add_(0, modality.long(), chosen.long())
     return ExpertsSample(sample, Routing(chosen, counts)), tokens, x
 
@@ -114,8 +115,15 @@ def test_experts_serve_the_tokens_that_chose_them(settings: dict[str, Any], larg
     assert all(0 < error < largest for error in figures.errors) and len(figures.errors) == 4
 
 
-def test_one_expert_of_all_tokens_is_as_a_dense_mlp() -> None:
-    sample, tokens, _ = sampled(torch.ones(400, 1, dtype=torch.bool))
+@pytest.mark.parametrize("massive", [False, True])
+def test_one_expert_of_all_tokens_is_as_a_dense_mlp(massive: bool) -> None:
+    x, modality, outlying = with_massive()
+    if massive:
+        # Loud, and unlike each other, so that the fits must weigh them less.
+        x[outlying] *= torch.linspace(20, 60, int(outlying.sum()))[:, None]
+    else:
+        x, outlying = activations()[0], torch.zeros_like(outlying)
+    sample, tokens, _ = sampled(torch.ones(400, 1, dtype=torch.bool), modality, x, outlying)
     weights = weights_of(1)[0]
     found = quantize_experts(sample, tokens, NAME, lambda _: weights, spec_of(1), RECIPE)
     names = {f"{NAME}.0.{kind}": weights[kind] for kind in ("gate_proj", "up_proj")}
@@ -217,7 +225,7 @@ def test_an_expert_borrows_from_the_others_with_the_rest_of_its_weight(own: int,
     order = torch.randperm(own + others, generator=generator)
     chosen = (order < own)[:, None]
     sample, tokens, _ = sampled(chosen, torch.zeros(own + others, dtype=torch.int32))
-    layer = quantize._Layer(NAME, spec_of(1), RECIPE, tokens, sample, *[None] * 5, torch.float32)  # type: ignore[arg-type]
+    layer = quantize._Layer(NAME, spec_of(1), RECIPE, tokens, sample, *[None] * 6, torch.float32)  # type: ignore[arg-type]
     found = quantize._choose(layer, 0)
     assert torch.equal(found.routed, chosen.flatten().nonzero().flatten())
     assert found.share == pytest.approx(own / (own + quantize.POOLED_TOKENS))
