@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calibration.blocks.loop import BlockResult, LayerBegins
+from calibration.blocks.results import BlockResult, LayerBegins
 from calibration.data.conversations import CLASSES
 from calibration.data.data_files import load_conversations
 from calibration.forecast import Forecast

@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from calibration.blocks.loop import BlockResult, LayerBegins
+from calibration.blocks.results import BlockResult, LayerBegins
 
 
 class BlockProgress:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput, capture_block_inputs, serve_towers
-from calibration.blocks.loop import BlockResult, LayerBegins, calibrate_blocks
+from calibration.blocks.loop import calibrate_blocks
 from calibration.blocks.memory_need import BASE, MemoryNeed, check_budget, memory_need
+from calibration.blocks.results import BlockResult, LayerBegins
 from calibration.blocks.time_need import experts_operations, operations, product_speed
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText

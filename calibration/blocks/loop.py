@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from calibration.blocks.capture import ADDED, SERVED_ADDED, BlockInput
+from calibration.blocks.replacing import expert_loader, load_weight, replace, replace_linear
+from calibration.blocks.results import BlockResult, LayerBegins, Quantized, warn_of_escapes
 from calibration.blocks.served_experts import ServedExperts
-from calibration.blocks.served_linear import ServedLinear, TokenRows
+from calibration.blocks.served_linear import TokenRows
 from calibration.data.token_choice import TokenSample
 from calibration.model.architectures import Architecture
-from calibration.model.experts import PROJECTIONS, find_experts, load_expert
+from calibration.model.experts import find_experts
 from calibration.model.loading import Blocks
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.output.distributions import observe
 from calibration.processes import Processes
 from calibration.quantize.attention_range import AttentionWatch
-from calibration.quantize.experts import ExpertsSample, QuantizedExperts, quantize_experts
-from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
-from calibration.quantize.layer_report import escape_warning
+from calibration.quantize.experts import ExpertsSample, quantize_experts
+from calibration.quantize.layer import InputSample, quantize_input
 from calibration.quantize.massive_tokens import candidates
 from calibration.quantize.observation import InputCollector, RoutedCollector, SampleCollector, run_observed
 from calibration.settings.recipe import Recipe
-from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import experts_input, input_holder
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.host_memory import release_freed_memory
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """One finished block; `loss` is the mean output error of its layers (None if no layer is quantized)."""
-
-    index: int
-    count: int
-    layers: dict[str, QuantizedLayer]
-    loss: float | None
-    # The kept tensors of each input's distribution, by the input's name.
-    distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    # By the name of the list of experts.
-    experts: dict[str, QuantizedExperts] = field(default_factory=dict)
-    # None if no attention was seen.
-    attention: AttentionRange | None = None
-
-
-@dataclass(frozen=True)
-class LayerBegins:
-    """The input of a block that is quantized next, by the name of its fused layer."""
-
-    index: int
-    count: int
-    layer: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +82,22 @@ class _LoadedBlock:
         return hidden if output is None else output.cpu()
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """What the 16-bit pass through a block left."""
+
+    # The 16-bit values of each observed input, by the module; `_sample_input` takes them out.
+    targets: dict[str, SampleCollector]
+    # By the module: no tokens [0, K] if this process has no samples, else None.
+    none: Mapping[str, Tensor | None]
+    # Each sample's rows, int [tokens].
+    rows: Sequence[Tensor]
+    # Drawn tokens with an outlying residual stream, bool [own T].
+    outlying: Tensor
+    # None if no attention was seen.
+    attention: AttentionRange | None
+
+
 @torch.no_grad()
 def calibrate_blocks(
     blocks: Blocks,
@@ -134,32 +122,22 @@ def calibrate_blocks(
     called before each input of a block is quantized. `escape_budgets` are those of inputs that have another one than
     the recipe's.
     """
-    recipe_of = partial(_recipe_of, recipe, escape_budgets or {})
+    task = _Task(tokens, source, spec, partial(_recipe_of, recipe, escape_budgets or {}), on_layer)
     serving = TokenRows(spec.any_row)
-    sampled = {spec.rows[row]: int((tokens.modality == row).sum()) for row in tokens.counts}
     for index in range(first, len(blocks)):
         shards_of = {
             shared.shards: [names.layer(index, shard) for shard in shared.shards]
             for shared in architecture.shared_inputs
             if names.layer(index, shared.shards[0]) in spec.layers
         }
-        module = blocks.load(index)
-        block = _LoadedBlock(module, index, len(blocks), inputs, serving, next(module.parameters()).device)
-        del module
         routed = names.layer(index, architecture.experts)
         experts = {architecture.experts: routed} if routed in spec.experts else {}
-        found = _calibrate_block(block, shards_of, experts, tokens, source, spec, recipe_of, on_layer)
+        block = _load_block(blocks, index, inputs, serving)
+        found = _calibrate_block(block, shards_of, experts, task)
         del block
-        records = {spec.layers[name].shared_input: layer.record for name, layer in found.layers.items()}
-        records |= {experts_input(name): layer.record.input for name, layer in found.experts.items()}
-        for shared_input, record in records.items() if tokens.processes.first else ():
-            warning = escape_warning(shared_input, record, recipe_of(shared_input), sampled)
-            if warning:
-                logger.warning("%s", warning)
-        errors = [layer.record.output_error for layer in found.layers.values()]
-        errors += [error for layer in found.experts.values() for error in layer.record.errors]
-        loss = sum(errors) / len(errors) if errors else None
-        yield BlockResult(index, len(blocks), found.layers, loss, found.distributions, found.experts, found.attention)
+        if tokens.processes.first:
+            warn_of_escapes(found, tokens, spec, task.recipe_of)
+        yield found.result(index, len(blocks))
 
 
 def _recipe_of(recipe: Recipe, escape_budgets: Mapping[str, float], shared_input: str) -> Recipe:
@@ -168,105 +146,119 @@ def _recipe_of(recipe: Recipe, escape_budgets: Mapping[str, float], shared_input
     return recipe if budget is None else recipe.model_copy(update={"escape_budget": budget})
 
 
-@dataclass
-class _Quantized:
-    """What a block's calibration has made so far; the fields of BlockResult."""
+@dataclass(frozen=True)
+class _Task:
+    """What the calibration of every block takes."""
 
-    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
-    distributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    experts: dict[str, QuantizedExperts] = field(default_factory=dict)
-    attention: AttentionRange | None = None
+    tokens: TokenSample
+    source: Source
+    spec: QuantizationSpec
+    # The recipe of an input, by its name.
+    recipe_of: Callable[[str], Recipe]
+    on_layer: Callable[[LayerBegins], None] | None
+
+    def begin(self, block: _LoadedBlock, layer: str) -> None:
+        """Announce that the input of `layer` is quantized next."""
+        if self.on_layer is not None:
+            self.on_layer(LayerBegins(block.index, block.count, layer))
 
 
 def _calibrate_block(
-    block: _LoadedBlock,
-    shards_of: Mapping[tuple[str, ...], list[str]],
-    experts: Mapping[str, str],
-    tokens: TokenSample,
-    source: Source,
-    spec: QuantizationSpec,
-    recipe_of: Callable[[str], Recipe],
-    on_layer: Callable[[LayerBegins], None] | None,
-) -> _Quantized:
+    block: _LoadedBlock, shards_of: Mapping[tuple[str, ...], list[str]], experts: Mapping[str, str], task: _Task
+) -> Quantized:
     """The block's layers and the distributions of its inputs; its samples then hold the inputs of the next block.
 
     `shards_of` maps each input's linears, by their names in the block, to layers. `experts` maps the list of experts of
     the block to its name in the files; experts come after all linears.
     """
+    spec = task.spec
     # Shards read the same input, so only the first is observed.
-    # Used only if this process has no samples: samples determine the width themselves.
     widths = {shards[0]: (layers[0], spec.layers[layers[0]].in_features) for shards, layers in shards_of.items()}
     widths |= {module: (name, spec.experts[name].in_features) for module, name in experts.items()}
+    observed = _observe_16bit(block, widths, len(spec.rows) - 1, task.tokens.processes)
+    found = Quantized(attention=observed.attention)
+    for shards, layers in shards_of.items():
+        _calibrate_linears(block, shards, layers, observed, task, found)
+    for module, name in experts.items():
+        _calibrate_experts(block, module, name, observed, task, found)
+    for entry, row in zip(block.inputs, observed.rows, strict=True):
+        entry.write_served(block.run(entry, entry.served, {}, row, served=True))
+    return found
+
+
+def _calibrate_linears(
+    block: _LoadedBlock,
+    shards: Sequence[str],
+    layers: Sequence[str],
+    observed: _Observed,
+    task: _Task,
+    found: Quantized,
+) -> None:
+    """Quantize the linears of one input, replace them in the block, and add them to `found`.
+
+    The input's sampled tokens are the largest thing in memory, and the next pass gathers as many. So nothing here may
+    outlive the call.
+    """
+    shared_input = task.spec.layers[layers[0]].shared_input
+    task.begin(block, shared_input)
+    served = InputCollector(layers[0], observed.none[shards[0]])
+    sample = _sample_input(block, shards[0], served, observed, task.tokens.processes)
+    weights = {layer: load_weight(task.source, layer) for layer in layers}
+    # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
+    release_freed_memory()
+    quantized = quantize_input(sample, task.tokens, weights, task.spec, task.recipe_of(shared_input))
+    for shard, layer in zip(shards, layers, strict=True):
+        replace_linear(block.module, shard, quantized[layer], block.serving)
+    found.layers |= quantized
+    found.distributions[shared_input] = observe(sample, task.tokens, quantized[layers[0]].tensors, task.spec)
+
+
+def _calibrate_experts(
+    block: _LoadedBlock, module: str, name: str, observed: _Observed, task: _Task, found: Quantized
+) -> None:
+    """As _calibrate_linears, for the list of experts `name`."""
+    task.begin(block, name)
+    stored = find_experts(name, task.source.tensors)
+    assert stored is not None
+    shape = len(task.spec.rows), task.spec.experts[name].count
+    collector = RoutedCollector(name, shape, block.modality, observed.none[module])
+    sample = _sample_input(block, module, collector, observed, task.tokens.processes)
+    routed = ExpertsSample(sample, collector.routing(task.tokens))
+    release_freed_memory()
+    recipe = task.recipe_of(name)
+    load = expert_loader(task.source, stored)
+    quantized = quantize_experts(routed, task.tokens, name, load, task.spec, recipe)
+    dtype = getattr(torch, recipe.dtype)
+    served = ServedExperts(name, stored.count, quantized.tensors, block.serving, block.device, dtype)
+    replace(block.module, module, served)
+    found.experts[name] = quantized
+    tensors = quantized.tensors[input_holder(name)]
+    found.distributions[experts_input(name)] = observe(sample, task.tokens, tensors, task.spec)
+
+
+def _load_block(blocks: Blocks, index: int, inputs: Sequence[BlockInput], serving: TokenRows) -> _LoadedBlock:
+    """The block `index` with its weights; only the result refers to them."""
+    module = blocks.load(index)
+    return _LoadedBlock(module, index, len(blocks), inputs, serving, next(module.parameters()).device)
+
+
+def _observe_16bit(
+    block: _LoadedBlock, widths: Mapping[str, tuple[str, int]], massive_row: int, processes: Processes
+) -> _Observed:
+    """What the 16-bit hidden states show on their way through the block.
+
+    `widths` are the name and K of each observed module. `massive_row` is the row of massive tokens.
+    """
+    # Only for a process without samples: samples determine the width themselves.
     none = {
         module: None if block.inputs else torch.zeros(0, width, device=block.device)
         for module, (_, width) in widths.items()
     }
     targets = {module: SampleCollector(name, none[module]) for module, (name, _) in widths.items()}
-    massive_row = len(spec.rows) - 1
-    rows, attention = _run_16bit(block, targets, massive_row, tokens.processes)
+    rows, attention = _run_16bit(block, targets, massive_row, processes)
     of_sampled = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
     outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_sampled)])
-    found = _Quantized(attention=attention)
-    for shards, layers in shards_of.items():
-        if on_layer is not None:
-            on_layer(LayerBegins(block.index, block.count, spec.layers[layers[0]].shared_input))
-        collectors = targets.pop(shards[0]), InputCollector(layers[0], none[shards[0]])
-        sample = _sample_input(block, shards[0], *collectors, rows, outlying, tokens.processes)
-        weights = {layer: _load_weight(source, layer) for layer in layers}
-        # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
-        release_freed_memory()
-        shared_input = spec.layers[layers[0]].shared_input
-        quantized = quantize_input(sample, tokens, weights, spec, recipe_of(shared_input))
-        for shard, layer in zip(shards, layers, strict=True):
-            _replace(block.module, shard, quantized[layer], block.serving)
-        found.layers |= quantized
-        found.distributions[shared_input] = observe(sample, tokens, quantized[layers[0]].tensors, spec)
-        # Sampled tokens are the largest thing in memory, and the next pass gathers as many.
-        del collectors, sample, weights
-    for module, name in experts.items():
-        if on_layer is not None:
-            on_layer(LayerBegins(block.index, block.count, name))
-        shape = len(spec.rows), spec.experts[name].count
-        served = RoutedCollector(name, shape, block.modality, none[module])
-        sample = _sample_input(block, module, targets.pop(module), served, rows, outlying, tokens.processes)
-        routed = ExpertsSample(sample, served.routing(tokens))
-        _quantize_experts(block, module, name, routed, tokens, source, spec, recipe_of(name), found)
-        del served, sample, routed
-    for entry, row in zip(block.inputs, rows, strict=True):
-        entry.write_served(block.run(entry, entry.served, {}, row, served=True))
-    return found
-
-
-def _quantize_experts(
-    block: _LoadedBlock,
-    module: str,
-    name: str,
-    sample: ExpertsSample,
-    tokens: TokenSample,
-    source: Source,
-    spec: QuantizationSpec,
-    recipe: Recipe,
-    found: _Quantized,
-) -> None:
-    """Quantize the list of experts `name`, replace it in the block, and add it to `found`."""
-    stored = find_experts(name, source.tensors)
-    assert stored is not None
-
-    def load(expert: int) -> dict[str, Tensor]:
-        weights = load_expert(source, stored, expert, PROJECTIONS)
-        for kind, weight in weights.items():
-            _check_finite(stored.projection(expert, kind), weight)
-        return weights
-
-    release_freed_memory()
-    quantized = quantize_experts(sample, tokens, name, load, spec, recipe)
-    parent, _, last = module.rpartition(".")
-    dtype = getattr(torch, recipe.dtype)
-    served = ServedExperts(name, stored.count, quantized.tensors, block.serving, block.device, dtype)
-    setattr(block.module.get_submodule(parent), last, served)
-    found.experts[name] = quantized
-    shared_input = experts_input(name)
-    found.distributions[shared_input] = observe(sample.input, tokens, quantized.tensors[input_holder(name)], spec)
+    return _Observed(targets, none, rows, outlying, attention)
 
 
 def _run_16bit(
@@ -290,35 +282,10 @@ def _run_16bit(
 
 
 def _sample_input(
-    block: _LoadedBlock,
-    linear: str,
-    target: SampleCollector,
-    served: InputCollector,
-    rows: Sequence[Tensor],
-    outlying: Tensor,
-    processes: Processes,
+    block: _LoadedBlock, module: str, served: InputCollector, observed: _Observed, processes: Processes
 ) -> InputSample:
-    """The input of `linear` after the layers quantized so far; `target` holds its input in the 16-bit model."""
-    aimed = target.sample()
-    for entry, row in zip(block.inputs, rows, strict=True):
-        block.run(entry, entry.served, {linear: served}, row, served=True, stop=True)
-    return InputSample(served.observation(processes), aimed, outlying)
-
-
-def _replace(block: nn.Module, shard: str, layer: QuantizedLayer, serving: TokenRows) -> None:
-    parent, _, name = shard.rpartition(".")
-    old = block.get_submodule(shard)
-    weight = next(old.parameters())
-    bias = old.bias if isinstance(old.bias, Tensor) else None
-    setattr(block.get_submodule(parent), name, ServedLinear(layer.tensors, bias, serving, weight.device, weight.dtype))
-
-
-def _load_weight(source: Source, layer: str) -> Tensor:
-    weight = source.load(f"{layer}.weight")
-    _check_finite(layer, weight)
-    return weight
-
-
-def _check_finite(layer: str, weight: Tensor) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise MorphoQuantError(f"{layer}.weight: holds NaN or infinite values; the source model is damaged")
+    """The input of `module` after the layers quantized so far, in `served`, and in the 16-bit model."""
+    aimed = observed.targets.pop(module).sample()
+    for entry, row in zip(block.inputs, observed.rows, strict=True):
+        block.run(entry, entry.served, {module: served}, row, served=True, stop=True)
+    return InputSample(served.observation(processes), aimed, observed.outlying)

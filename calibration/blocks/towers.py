@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks.capture import MemoryInput, skipped_blocks
-from calibration.blocks.loop import BlockResult, calibrate_blocks
+from calibration.blocks.loop import calibrate_blocks
+from calibration.blocks.results import BlockResult
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.rendering import Sample
 from calibration.data.token_choice import TokenSample, share_tokens

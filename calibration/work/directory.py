@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import BlockInput, MemoryInput
-from calibration.blocks.loop import BlockResult
+from calibration.blocks.results import BlockResult
 from calibration.output.report import REPORT_FILE
 from calibration.processes import ONE, Processes
 from calibration.quantize.layer_report import ExpertsFigures, LayerRecord

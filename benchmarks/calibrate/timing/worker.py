@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.calibrate.timing.rates import product_rate
 from benchmarks.common.command import one_line_errors
-from calibration.blocks.loop import BlockResult
+from calibration.blocks.results import BlockResult
 from calibration.calibrate import calibrate
 from calibration.model.loading import choose_device
 from calibration.settings.recipe import read_recipe
