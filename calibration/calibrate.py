@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from calibration.blocks.results import BlockResult, LayerBegins
-from calibration.data.conversations import CLASSES
+from calibration.data.conversations import CLASSES, Conversation, PlainText
 from calibration.data.data_files import load_conversations
+from calibration.data.token_choice import TokenSample
 from calibration.forecast import Forecast
 from calibration.learn.stage import learn
 from calibration.model.bits import check_budget, extra_bytes
@@ -30,6 +31,7 @@ from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from calibration.stages import Job, capture, export, forecast, prepare, quantize
+from calibration.work.directory import WorkDirectory
 from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work
 from morphoquant_vllm.errors import MorphoQuantError
@@ -70,33 +72,15 @@ def calibrate(
     """
     output = Path(output)
     job = plan_job(model, recipe or Recipe(), memory_budget, processes)
-    source = job.source
     # A link leads to the place that is meant, for example on a larger disk; its own name cannot be removed.
     place = Path(os.path.realpath(work if work is not None else default_work(output)))
-    processes.broadcast(lambda: _check_places(job, output, place, overwrite=overwrite))
-    # Block loading would find NaN only hours later, and would not check carried tensors at all.
-    processes.broadcast(source.check_finite)
-    conversations = processes.broadcast(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
-    begun_with = (
-        identity(job.recipe, job.device, source, conversations, skip_bad=skip_bad, processes=processes.size)
-        if processes.first
-        else {}
-    )
-    with (
-        open_work(
-            place, begun_with, job.device, job.names.blocks, output, restart=restart, processes=processes
-        ) as kept,
-        _threads(kept.threads),
-    ):
+    conversations = _checked_data(job, data, output, place, overwrite=overwrite, skip_bad=skip_bad)
+    with _kept_work(job, conversations, output, place, restart=restart, skip_bad=skip_bad) as kept:
         if kept.exported:
             return processes.broadcast(lambda: _finish(place, read_json(output / REPORT_FILE)))
-        processes.broadcast(lambda: check_output(output, source.directory, overwrite=overwrite))
-        with _clear_memory_errors(job):
-            tokens = capture(job, kept, conversations, skip_bad=skip_bad)
-            job = spend_budgets(job, kept, tokens)
-            quantize(job, kept, tokens, on_block, on_layer)
-            learn(job, kept)
-        return processes.broadcast(lambda: _finish(place, export(job, kept, tokens, output, overwrite=overwrite)))
+        processes.broadcast(lambda: check_output(output, job.source.directory, overwrite=overwrite))
+        done, tokens = _quantize_model(job, kept, conversations, skip_bad, on_block, on_layer)
+        return processes.broadcast(lambda: _finish(place, export(done, kept, tokens, output, overwrite=overwrite)))
 
 
 def dry_run(
@@ -159,6 +143,63 @@ def _check_places(job: Job, output: Path, work: Path, *, overwrite: bool) -> Non
         more = extra_bytes(job.spec, job.names.prefix, job.recipe)
         sizes = (checkpoint_size(job.source, job.spec), quantized_size(job.source, job.spec))
         check_room(output, work, *(size + more for size in sizes))
+
+
+def _checked_data(
+    job: Job,
+    data: Path | str | Iterable[Path | str],
+    output: Path,
+    work: Path,
+    *,
+    overwrite: bool,
+    skip_bad: bool,
+) -> Sequence[Conversation | PlainText]:
+    """The conversations of `data`; places and weights that would end the run later are refused before."""
+    job.processes.broadcast(lambda: _check_places(job, output, work, overwrite=overwrite))
+    # Block loading would find NaN only hours later, and would not check carried tensors at all.
+    job.processes.broadcast(job.source.check_finite)
+    return job.processes.broadcast(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
+
+
+@contextmanager
+def _kept_work(
+    job: Job,
+    conversations: Sequence[Conversation | PlainText],
+    output: Path,
+    work: Path,
+    *,
+    restart: bool,
+    skip_bad: bool,
+) -> Iterator[WorkDirectory]:
+    """Hold the run's work directory, and compute on as many threads as the run that began it."""
+    processes = job.processes
+    begun_with = (
+        identity(job.recipe, job.device, job.source, conversations, skip_bad=skip_bad, processes=processes.size)
+        if processes.first
+        else {}
+    )
+    with (
+        open_work(work, begun_with, job.device, job.names.blocks, output, restart=restart, processes=processes) as kept,
+        _threads(kept.threads),
+    ):
+        yield kept
+
+
+def _quantize_model(
+    job: Job,
+    kept: WorkDirectory,
+    conversations: Sequence[Conversation | PlainText],
+    skip_bad: bool,
+    on_block: Callable[[BlockResult], None] | None,
+    on_layer: Callable[[LayerBegins], None] | None,
+) -> tuple[Job, TokenSample]:
+    """Run the stages that leave quantized layers in `kept`; the job with its budgets spent, and the drawn tokens."""
+    with _clear_memory_errors(job):
+        tokens = capture(job, kept, conversations, skip_bad=skip_bad)
+        job = spend_budgets(job, kept, tokens)
+        quantize(job, kept, tokens, on_block, on_layer)
+        learn(job, kept)
+    return job, tokens
 
 
 def _finish(work: Path, report: dict[str, Any]) -> dict[str, Any]:
