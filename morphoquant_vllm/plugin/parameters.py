@@ -139,6 +139,29 @@ def make_parameters(
         loader = watch(tensor)
         return SharedInputParameter(data=data, weight_loader=loader, name=f"{name}.{tensor}", cut=cut, shards=shards)
 
+    return {
+        **_weight_parameters(in_features, out_features, layer, watch),
+        "absorbed_bias": AbsorbedBiasParameter(
+            data=torch.zeros(blocks, rows, out_features, dtype=torch.float32),
+            output_dim=2,
+            weight_loader=watch("absorbed_bias"),
+        ),
+        "activation_step": shared("activation_step", (in_features,), torch.float32, cut=0),
+        "channel_order": shared("channel_order", (in_features,), torch.int32, cut=0),
+        "modality_mask": shared("modality_mask", (rows, in_features), torch.bool, cut=1),
+        "centre": shared("centre", (rows, in_features), torch.float32, cut=1),
+        "gain": shared("gain", (rows,), torch.float32, cut=None),
+        "massive_channel": shared("massive_channel", (blocks, MASSIVE_CHANNELS), torch.int32, cut=0),
+        "massive_low": shared("massive_low", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
+        "massive_high": shared("massive_high", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
+    }
+
+
+def _weight_parameters(
+    in_features: int, out_features: int, layer: LayerSpec, watch: Callable[[str], Callable[..., None]]
+) -> dict[str, BasevLLMParameter]:
+    """The codes and scales of the weights; the arguments are those of make_parameters."""
+
     def by_group(tensor: str, dtype: torch.dtype) -> GroupQuantScaleParameter:
         data = torch.zeros(out_features, in_features // layer.group_size, dtype=dtype)
         return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=watch(tensor))
@@ -165,17 +188,4 @@ def make_parameters(
             weight_loader=watch("weight_codes"),
         ),
         **scales,
-        "absorbed_bias": AbsorbedBiasParameter(
-            data=torch.zeros(blocks, rows, out_features, dtype=torch.float32),
-            output_dim=2,
-            weight_loader=watch("absorbed_bias"),
-        ),
-        "activation_step": shared("activation_step", (in_features,), torch.float32, cut=0),
-        "channel_order": shared("channel_order", (in_features,), torch.int32, cut=0),
-        "modality_mask": shared("modality_mask", (rows, in_features), torch.bool, cut=1),
-        "centre": shared("centre", (rows, in_features), torch.float32, cut=1),
-        "gain": shared("gain", (rows,), torch.float32, cut=None),
-        "massive_channel": shared("massive_channel", (blocks, MASSIVE_CHANNELS), torch.int32, cut=0),
-        "massive_low": shared("massive_low", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
-        "massive_high": shared("massive_high", (blocks, MASSIVE_CHANNELS), torch.float32, cut=0),
     }
