@@ -69,10 +69,30 @@ def build_samples(
         )
     processor = load_processor(model_dir, trust_remote_code=trust_remote_code)
     items = _choose_items(data, processor, window_tokens, max_samples, processes)
+    own = list(enumerate(items))[processes.rank :: processes.size]
+    samples, cut, bad = _render(processor, own, max_tokens, placeholder_token_ids, rows, skip_bad=skip_bad)
+    _check_bad([reason for part in processes.all_gather(bad) for reason in part], len(items), skip_bad, processes)
+    total = sum(processes.all_gather(Counter({"cut": cut, "samples": len(samples)})), Counter[str]())
+    if total["cut"] and processes.first:
+        logger.warning("%d of %d samples were cut to max_tokens=%d tokens", total["cut"], total["samples"], max_tokens)
+    _log_tokens(samples, total["samples"], rows, processes)
+    return samples
+
+
+def _render(
+    processor: Any,
+    items: Sequence[tuple[int, Conversation | Window]],
+    max_tokens: int,
+    placeholder_token_ids: Mapping[str, Sequence[int]],
+    rows: Sequence[str],
+    *,
+    skip_bad: bool,
+) -> tuple[list[Sample], int, list[str]]:
+    """The samples of the items, each with its place; how many were cut, and why others cannot be used."""
     samples: list[Sample] = []
     cut = 0
     bad: list[str] = []
-    for place, item in list(enumerate(items))[processes.rank :: processes.size]:
+    for place, item in items:
         try:
             inputs, was_cut = model_inputs(processor, item, placeholder_token_ids, max_tokens)
         except BadConversationError as error:
@@ -85,12 +105,7 @@ def build_samples(
         cut += was_cut
         modality = token_rows(inputs["input_ids"][0], placeholder_token_ids, rows)
         samples.append(Sample(inputs, modality, item.source, place))
-    _check_bad([reason for part in processes.all_gather(bad) for reason in part], len(items), skip_bad, processes)
-    total = sum(processes.all_gather(Counter({"cut": cut, "samples": len(samples)})), Counter[str]())
-    if total["cut"] and processes.first:
-        logger.warning("%d of %d samples were cut to max_tokens=%d tokens", total["cut"], total["samples"], max_tokens)
-    _log_tokens(samples, total["samples"], rows, processes)
-    return samples
+    return samples, cut, bad
 
 
 def _check_bad(reasons: Sequence[str], items: int, skip_bad: bool, processes: Processes) -> None:
