@@ -133,20 +133,8 @@ def load_front(
         decoder_config = _decoder_config(config, len(blocks))
         decoder_config.num_hidden_layers = 0
     with _clear_loading_errors(architecture, source):
-        model, loading = model_class.from_pretrained(
-            str(source.directory),
-            config=config,
-            dtype=getattr(torch, recipe.dtype),
-            device_map=_places(empty, absent, str(device or choose_device(recipe.device))),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if loading["missing_keys"]:
-        raise MorphoQuantError(
-            f"{source.directory}: the weights lack {min(loading['missing_keys'])}; download the model again"
-        )
+        places = _places(empty, absent, str(device or choose_device(recipe.device)))
+        model = _read_weights(model_class, source, config, getattr(torch, recipe.dtype), places)
     if merged:
         _decoder_config(model.config, 0).num_hidden_layers = len(blocks)
         model.set_submodule(architecture.block_module, blocks)
@@ -156,6 +144,25 @@ def load_front(
     # The blocks do not run here, so accelerate's hooks that read their weights are removed.
     remove_hook_from_module(model.get_submodule(architecture.block_module), recurse=True)
     return model.eval()
+
+
+def _read_weights(model_class: Any, source: Source, config: Any, dtype: torch.dtype, places: dict[str, str]) -> Any:
+    """The model of the class with its weights by the device map `places`; MorphoQuantError if the files lack one."""
+    model, loading = model_class.from_pretrained(
+        str(source.directory),
+        config=config,
+        dtype=dtype,
+        device_map=places,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:
+        raise MorphoQuantError(
+            f"{source.directory}: the weights lack {min(loading['missing_keys'])}; download the model again"
+        )
+    return model
 
 
 def _decoder_config(config: Any, blocks: int) -> Any:
