@@ -8,6 +8,7 @@ discovery      the generic path: the same of an unlisted architecture, by its st
 tracing        one pass of a model without weights: inputs and order of its linears
 served_names   asks vLLM, in a process of its own, whether it would find the planned layers
 plan           which linears are quantized and how: the checkpoint's quantization_config
+ranks          among how many ranks the checkpoint can be divided
 bits           the bits of each linear's weights within a `bits_budget`
 experts        the routed experts of a block in the files, read one at a time
 buffers        the tensors of a block that no file holds: transformers computes them

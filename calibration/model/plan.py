@@ -10,16 +10,13 @@ from typing import Any
 
 from calibration.model.architectures import Architecture, SharedInput, Tower
 from calibration.model.experts import StoredExperts, find_experts, plan_experts
+from calibration.model.ranks import check_heads, largest_tensor_parallel
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.layers import LayerSpec, allowed_tensor_parallel
+from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
-
-TENSOR_PARALLEL_CHOICES = (8, 4, 2, 1)
-# absorbed_bias of each expert's down_proj is stored once for each rank.
-EXPERTS_TENSOR_PARALLEL_CHOICES = (2, 1)
 
 
 @dataclass(frozen=True)
@@ -126,9 +123,7 @@ def plan(
         settings.check(name)
     size = recipe.tensor_parallel
     if not isinstance(size, int):
-        choices = EXPERTS_TENSOR_PARALLEL_CHOICES if experts else TENSOR_PARALLEL_CHOICES
-        first = [layer for name, settings in experts.items() for layer in settings.expert_layers(name, 0).values()]
-        size = largest_tensor_parallel([*layers.values(), *first], decoder_config, choices)
+        size = largest_tensor_parallel(layers, experts, decoder_config)
     spec = QuantizationSpec(
         layers=layers,
         experts=experts,
@@ -136,13 +131,7 @@ def plan(
         placeholder_token_ids=architecture.placeholder_token_ids(config),
         created_by=created_by,
     )
-    if not divides_heads(size, decoder_config):
-        heads, kv_heads = _head_counts(decoder_config)
-        linear = "".join(f" and {count} {kind}" for kind, count in _linear_heads(decoder_config).items())
-        raise MorphoQuantError(
-            f"tensor_parallel = {size}: {heads} attention heads and {kv_heads} key-value heads{linear} cannot be "
-            f"divided among {size} ranks; leave it at auto"
-        )
+    check_heads(size, decoder_config)
     return spec
 
 
@@ -212,43 +201,6 @@ def unfit_linears(tower: Tower, tensors: Mapping[str, TensorInfo], group_size: i
     names = tower_names(tower, tensors)
     sizes = {shared.name: tensors[f"{names.layer(0, shared.shards[0])}.weight"].shape for shared in tower.shared_inputs}
     return {name: shape[1] for name, shape in sizes.items() if shape[1] % group_size}
-
-
-def largest_tensor_parallel(
-    layers: Iterable[LayerSpec], decoder_config: Mapping[str, Any], choices: Sequence[int] = TENSOR_PARALLEL_CHOICES
-) -> int:
-    """The largest of `choices` that leaves groups of row-parallel layers whole and divides the attention heads."""
-    shapes = {(layer.in_features, layer.group_size) for layer in layers if layer.parallel == "row"}
-    for size in choices:
-        if divides_heads(size, decoder_config) and all(size in allowed_tensor_parallel(*shape) for shape in shapes):
-            return size
-    return 1
-
-
-def divides_heads(size: int, decoder_config: Mapping[str, Any]) -> bool:
-    """Whether `size` ranks get whole attention heads; key-value heads may be copied if there are fewer than ranks.
-
-    The heads of linear attention are never copied.
-    """
-    heads, kv_heads = _head_counts(decoder_config)
-    linear = _linear_heads(decoder_config).values()
-    return (
-        heads % size == 0
-        and (kv_heads % size == 0 or size % kv_heads == 0)
-        and not any(count % size for count in linear)
-    )
-
-
-def _linear_heads(decoder_config: Mapping[str, Any]) -> dict[str, int]:
-    """Heads of linear attention by their kind in words; empty for a decoder without it."""
-    kinds = {"key heads of linear attention": "key", "value heads of linear attention": "value"}
-    counts = {kind: decoder_config.get(f"linear_num_{name}_heads") for kind, name in kinds.items()}
-    return {kind: count for kind, count in counts.items() if isinstance(count, int)}
-
-
-def _head_counts(decoder_config: Mapping[str, Any]) -> tuple[int, int]:
-    heads = decoder_config["num_attention_heads"]
-    return heads, decoder_config.get("num_key_value_heads") or heads
 
 
 def _choose(
