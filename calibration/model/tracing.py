@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -76,11 +77,9 @@ class _Read(dict[Any, Any]):
         return super().get(key, default)
 
 
-@torch.no_grad()
-def run_blocks(model: Any, blocks: Sequence[nn.Module], block_module: str) -> Run:
-    """Run the language model on the meta device, and note the inputs of every linear of its blocks."""
-    run = Run([{} for _ in blocks])
-    handles = []
+def _watch(run: Run, blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
+    """Hooks that note in `run` what the blocks and their linears get and return."""
+    handles: list[RemovableHandle] = []
 
     def linear(block: int, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         run.inputs[block][name] = args[0]
@@ -99,6 +98,14 @@ def run_blocks(model: Any, blocks: Sequence[nn.Module], block_module: str) -> Ru
         handles.append(block.register_forward_hook(block_end, with_kwargs=True))
         for name, module in linears(block).items():
             handles.append(module.register_forward_pre_hook(partial(linear, index, name)))
+    return handles
+
+
+@torch.no_grad()
+def run_blocks(model: Any, blocks: Sequence[nn.Module], block_module: str) -> Run:
+    """Run the language model on the meta device, and note the inputs of every linear of its blocks."""
+    run = Run([{} for _ in blocks])
+    handles = _watch(run, blocks)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     # transformers takes a mask of four dimensions as it is; it would look at the values of any other.
