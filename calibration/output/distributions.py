@@ -67,7 +67,6 @@ def observe(
     distribution = {"channels": channels.int()}
     owners = tokens.token_owners[::stride]
     rows, gathered = (processes.all_gather_rows(part, owners) for part in (own_rows, x[:, channels.to(x.device)]))
-    quantiles = torch.tensor(QUANTILES, device=x.device)
     massive_row = len(spec.rows) - 1
     # In the statistics, the block's residual stream decides which tokens are massive; among sampled tokens, the
     # quantizer's intervals do.
@@ -79,8 +78,7 @@ def observe(
             for served, of in ((rows, modality), (own_rows, own_modality))
         )
         if bool(taken.any()):
-            low, high = torch.quantile(gathered[taken], quantiles, dim=0).cpu().bfloat16()
-            distribution[f"{name}.low"], distribution[f"{name}.high"] = low.clone(), high.clone()
+            distribution |= _inner_range(name, gathered[taken])
         counted = torch.bincount(codes[of_row].flatten().long().cpu() - ESCAPE_MIN, minlength=CODE_BINS)
         distribution[f"{name}.codes"] = processes.all_reduce(counted, "SUM")
     return distribution
@@ -93,6 +91,13 @@ def _ranges(name: str, seen: ChannelStatistics, channels: Tensor) -> dict[str, T
         f"{name}.maximum": seen.maximum.cpu()[channels].bfloat16(),
         f"{name}.dispersion": dispersion_score(seen).cpu().bfloat16(),
     }
+
+
+def _inner_range(name: str, values: Tensor) -> dict[str, Tensor]:
+    """The kept quantiles of the sampled tokens [t, C] of a row."""
+    quantiles = torch.tensor(QUANTILES, device=values.device)
+    low, high = torch.quantile(values, quantiles, dim=0).cpu().bfloat16()
+    return {f"{name}.low": low.clone(), f"{name}.high": high.clone()}
 
 
 def kept_channels(dispersion: Tensor) -> Tensor:

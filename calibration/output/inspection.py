@@ -50,7 +50,6 @@ def inspect_data(directory: Path) -> dict[str, Any]:
         _experts_data(directory, name, spec, files, stored, figures.get(name, ExpertsReport())) for name in spec.experts
     ]
     total = sum(_tensor_bytes(tensor) for tensor in stored.values())
-    quantized, quantized_16bit = (sum(layer[key] for layer in layers + experts) for key in ("bytes", "bytes_16bit"))
     rate = None if report is None else report.escape_rate
     return {
         "directory": str(directory),
@@ -63,16 +62,24 @@ def inspect_data(directory: Path) -> dict[str, Any]:
         "bits": None if report is None or report.bits is None else report.bits.model_dump(),
         "layers": layers,
         "experts": experts,
-        "totals": {
-            "layers": len(layers),
-            "experts": sum(settings.count for settings in spec.experts.values()),
-            "bytes": total,
-            "bytes_16bit": total - quantized + quantized_16bit,
-            "quantized_bytes": quantized,
-            "quantized_bytes_16bit": quantized_16bit,
-            "escape_rate": rate,
-            "effective_activation_bits": None if rate is None else effective_bits(rate),
-        },
+        "totals": _totals(layers, experts, total, rate),
+    }
+
+
+def _totals(
+    layers: list[dict[str, Any]], experts: list[dict[str, Any]], total: int, rate: float | None
+) -> dict[str, Any]:
+    """The figures of a checkpoint of `total` bytes with the escape rate `rate`."""
+    quantized, quantized_16bit = (sum(layer[key] for layer in layers + experts) for key in ("bytes", "bytes_16bit"))
+    return {
+        "layers": len(layers),
+        "experts": sum(entry["count"] for entry in experts),
+        "bytes": total,
+        "bytes_16bit": total - quantized + quantized_16bit,
+        "quantized_bytes": quantized,
+        "quantized_bytes_16bit": quantized_16bit,
+        "escape_rate": rate,
+        "effective_activation_bits": None if rate is None else effective_bits(rate),
     }
 
 
