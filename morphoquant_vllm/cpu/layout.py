@@ -48,8 +48,15 @@ _ACTIVATION_DTYPES = {
 
 def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
     """Lay out canonical records for the kernels. Raises ValueError if they contradict each other."""
+    channels, rows = activation.channel_order.numel(), activation.gain.numel()
+    _check_weight(weight, channels, rows)
+    _check_activation(activation, channels, rows)
+    block = _weight_block(weight, channels)
+    return [block, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
+
+
+def _check_weight(weight: WeightRecord, channels: int, rows: int) -> None:
     outputs, columns = weight.codes.shape
-    channels = activation.channel_order.numel()
     groups = weight.scale.shape[1]
     group_size = channels // max(groups, 1)
     _require(group_size in GROUP_SIZES and groups * group_size == channels, f"K = {channels} in {groups} groups")
@@ -69,33 +76,10 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
         weight.channel_scale.dtype is torch.float32 and weight.channel_scale.shape == wanted,
         "channel_scale must be float32 [N] beside levels, [0] beside scales",
     )
-    rows = activation.gain.numel()
     _require(
         weight.absorbed_bias.dtype is torch.float32 and weight.absorbed_bias.shape == (rows, outputs),
         f"absorbed_bias must be float32 [{rows}, {outputs}]",
     )
-    _check_activation(activation, channels, rows)
-    blocks = -(-outputs // BLOCK)
-    fields: list[tuple[tuple[int, ...], torch.dtype]] = [
-        ((blocks * channels // OCTET * (128 if wide else 64),), torch.uint8),
-        ((blocks * groups * BLOCK,), weight.scale.dtype),
-    ]
-    if weight.two_level:
-        fields += [((blocks * BLOCK,), torch.float32), ((blocks * BLOCK,), torch.int32)]
-    block, (codes, scale, *per_output) = _block(
-        WEIGHT_MAGIC, (channels, outputs, group_size, int(weight.two_level), 8 if wide else 4), fields
-    )
-    for first in range(0, outputs, _REPACK_OUTPUTS):
-        chunk = slice(first, first + _REPACK_OUTPUTS)
-        _fill_panels(codes, first, (_blocks_of_bytes if wide else _blocks_of_codes)(weight.codes[chunk]))
-        _fill_panels(scale, first, _padded(weight.scale[chunk], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
-        if weight.two_level:
-            channel_scale, start = (whole[:outputs][chunk] for whole in per_output)
-            channel_scale.copy_(weight.channel_scale[chunk])
-            # Cancels the contribution of the 128 in code + 128.
-            sums = integer_codes(weight.codes[chunk]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
-            start.copy_(-128 * (sums * weight.scale[chunk]).sum(1, dtype=torch.int32))
-    return [block, weight.absorbed_bias.contiguous()], [_activation_block(activation, channels, rows)]
 
 
 def _check_activation(activation: ActivationRecord, channels: int, rows: int) -> None:
@@ -114,6 +98,32 @@ def _check_activation(activation: ActivationRecord, channels: int, rows: int) ->
         index = getattr(activation, name)
         inside = not index.numel() or (int(index.min()) >= 0 and int(index.max()) < channels)
         _require(inside, f"{name} names a channel outside [0, {channels})")
+
+
+def _weight_block(weight: WeightRecord, channels: int) -> Tensor:
+    outputs, groups = weight.codes.shape[0], weight.scale.shape[1]
+    wide = weight.codes.dtype is torch.int8
+    blocks = -(-outputs // BLOCK)
+    fields: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((blocks * channels // OCTET * (128 if wide else 64),), torch.uint8),
+        ((blocks * groups * BLOCK,), weight.scale.dtype),
+    ]
+    if weight.two_level:
+        fields += [((blocks * BLOCK,), torch.float32), ((blocks * BLOCK,), torch.int32)]
+    block, (codes, scale, *per_output) = _block(
+        WEIGHT_MAGIC, (channels, outputs, channels // groups, int(weight.two_level), 8 if wide else 4), fields
+    )
+    for first in range(0, outputs, _REPACK_OUTPUTS):
+        chunk = slice(first, first + _REPACK_OUTPUTS)
+        _fill_panels(codes, first, (_blocks_of_bytes if wide else _blocks_of_codes)(weight.codes[chunk]))
+        _fill_panels(scale, first, _padded(weight.scale[chunk], 0).unflatten(0, (-1, BLOCK)).transpose(1, 2))
+        if weight.two_level:
+            channel_scale, start = (whole[:outputs][chunk] for whole in per_output)
+            channel_scale.copy_(weight.channel_scale[chunk])
+            # Cancels the contribution of the 128 in code + 128.
+            sums = integer_codes(weight.codes[chunk]).unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
+            start.copy_(-128 * (sums * weight.scale[chunk]).sum(1, dtype=torch.int32))
+    return block
 
 
 def _activation_block(activation: ActivationRecord, channels: int, rows: int) -> Tensor:
