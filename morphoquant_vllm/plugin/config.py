@@ -21,6 +21,7 @@ from morphoquant_vllm.plugin.layer_names import DRAFT_PREFIX, local_name, packed
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.models.utils import WeightsMapper
 
     from morphoquant_vllm.format.kv_cache import AttentionRange
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
     from morphoquant_vllm.plugin.reload import ReloadCheck
-    from morphoquant_vllm.plugin.sharded_state import SavedState
+    from morphoquant_vllm.plugin.sharded_state import RankState, SavedState
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -156,13 +157,12 @@ class MorphoQuantConfig(QuantizationConfig):
     def _method_of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_downloaded()
         from vllm.config import get_current_vllm_config_or_none
-        from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from morphoquant_vllm.plugin.additional_config import read_settings
         from morphoquant_vllm.plugin.kv_cache import cache_method
-        from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
         from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
         from morphoquant_vllm.plugin.reload import ReloadCheck
@@ -179,6 +179,17 @@ class MorphoQuantConfig(QuantizationConfig):
             return EightBitHeadMethod(config, check) if wanted else SixteenBitHeadMethod(check)
         if not isinstance(layer, LinearBase):
             return cache_method(self, layer, local_name(prefix, self._stored), self.attention)
+        return self._linear_method(layer, prefix, check, saved)
+
+    def _linear_method(
+        self, layer: LinearBase, prefix: str, check: ReloadCheck, saved: RankState | None
+    ) -> QuantizeMethodBase:
+        """The method of a linear; vLLM's own in 16 bit if the checkpoint names none of its shards."""
+        from vllm.model_executor.layers.fused_moe import GateLinear
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
+
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
         if not quantized:
