@@ -16,12 +16,16 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from benchmarks.calibrate.model.layouts import LAYOUTS
 from benchmarks.common.command import one_line_errors
+
+if TYPE_CHECKING:
+    from benchmarks.calibrate.timing.measure import Measured
+    from benchmarks.calibrate.timing.worker import Job
 
 RESULTS = Path("benchmarks/results/calibrate")
 WORK = Path(".cache/calibrate")
@@ -115,20 +119,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
     say(generate(arguments.layout, arguments.output, layers=arguments.layers, seed=arguments.seed, progress=say))
 
 
-def run_measure(arguments: argparse.Namespace, command: str) -> None:
-    """Generate missing models and data, measure, write the files."""
-    from benchmarks.calibrate.data import write_data
-    from benchmarks.calibrate.model.generate import generate
-    from benchmarks.calibrate.model.layouts import DECODERS, layout_config, text_config
-    from benchmarks.calibrate.report import write
-    from benchmarks.calibrate.serve import note_origin
-    from benchmarks.calibrate.summary import summarise
-    from benchmarks.calibrate.timing.bound import Decoder
-    from benchmarks.calibrate.timing.measure import measure
-    from benchmarks.calibrate.timing.worker import Job
-    from benchmarks.common.files import code_digest
-    from benchmarks.common.machine import load, machine, versions
-    from calibration.settings.recipe import read_recipe
+def media_of(arguments: argparse.Namespace) -> int:
+    """Samples with media to measure with; MorphoQuantError if the layout takes text alone."""
+    from benchmarks.calibrate.model.layouts import DECODERS
     from morphoquant_vllm.errors import MorphoQuantError
 
     text_alone = arguments.layout in DECODERS
@@ -136,7 +129,39 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
         raise MorphoQuantError(
             f"--media {arguments.media}: the layout {arguments.layout} takes text alone; leave --media out"
         )
-    media = arguments.media if arguments.media is not None else 0 if text_alone else 8
+    return arguments.media if arguments.media is not None else 0 if text_alone else 8
+
+
+def measured_job(arguments: argparse.Namespace, job: Job) -> Measured:
+    """The measurement of a calibration, which is kept; earlier ones are discarded first if that is asked."""
+    from benchmarks.calibrate.serve import note_origin
+    from benchmarks.calibrate.timing.measure import measure
+    from benchmarks.common.files import code_digest
+
+    # Times of changed code are times of something else.
+    state = code_digest([Path("calibration"), Path("morphoquant_vllm/numerics")])[:12]
+    kept, output = arguments.work / f"measured-{state}", Path(job.output)
+    if arguments.fresh:
+        for directory in (kept, output, output.with_name(f"{output.name}.work")):
+            shutil.rmtree(directory, ignore_errors=True)
+    measured = measure(job, kept, say)
+    note_origin(Path(job.model), output)
+    return measured
+
+
+def run_measure(arguments: argparse.Namespace, command: str) -> None:
+    """Generate missing models and data, measure, write the files."""
+    from benchmarks.calibrate.data import write_data
+    from benchmarks.calibrate.model.generate import generate
+    from benchmarks.calibrate.model.layouts import layout_config, text_config
+    from benchmarks.calibrate.report import write
+    from benchmarks.calibrate.summary import summarise
+    from benchmarks.calibrate.timing.bound import Decoder
+    from benchmarks.calibrate.timing.worker import Job
+    from benchmarks.common.machine import load, machine, versions
+    from calibration.settings.recipe import read_recipe
+
+    media = media_of(arguments)
     sizes = {"max_samples": arguments.samples, "max_tokens": arguments.tokens, "window_tokens": arguments.tokens}
     changes = {**sizes, **settings(arguments.set)}
     recipe = read_recipe(overrides=changes)
@@ -150,16 +175,9 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
     busy = load()
     shape = f"{arguments.samples}x{arguments.tokens}-{media}"
     data = write_data(arguments.work / f"data-{shape}", model, arguments.samples, arguments.tokens, media)
-    # Times of changed code are times of something else.
-    state = code_digest([Path("calibration"), Path("morphoquant_vllm/numerics")])[:12]
-    kept = arguments.work / f"measured-{state}"
-    if arguments.fresh:
-        for directory in (kept, output, output.with_name(f"{output.name}.work")):
-            shutil.rmtree(directory, ignore_errors=True)
     budget = None if arguments.memory_budget is None else round(arguments.memory_budget * 2**30)
     job = Job(str(model), [str(path) for path in data], str(output), changes, arguments.cores, arguments.blocks, budget)
-    measured = measure(job, kept, say)
-    note_origin(model, output)
+    measured = measured_job(arguments, job)
     decoder = Decoder.of(text_config(config))
     result = {
         "command": command,
