@@ -15,6 +15,8 @@ from benchmarks.models.shapes import GPU_LAYERS, GPU_TOKENS
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from benchmarks.gpu_cost_model.gpus import Gpu
     from benchmarks.gpu_cost_model.model import Estimate
     from morphoquant_vllm.gpu.tiles import Int8Tile, Tile
@@ -74,54 +76,54 @@ def estimates(
     return found, "int8" if architecture.int8_tile(tokens, two_level) else "int4"
 
 
+def empty_table(gpu: Gpu, group_size: int, two_level: bool) -> Table:
+    """The table of a GPU's estimates, with its headings."""
+    from rich.table import Table
+
+    title = f"ESTIMATES, nothing measured: {gpu.name}, G = {group_size}, times in microseconds"
+    table = Table(title=title + ", two-level scales" * two_level)
+    headings = ("layer", "N x K", "M", "path", "splits", "bandwidth", "issue", "tensor cores", "limit", "waves")
+    for heading in (*headings, "estimate", "bf16 roofline"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    return table
+
+
+def cells(layer: str, sizes: tuple[int, int], tokens: int, path: str, found: Estimate) -> list[str]:
+    """The line of the table of one estimate; `path` is marked if the tile table chooses it."""
+    return [
+        layer,
+        f"{sizes[0]}x{sizes[1]}",
+        str(tokens),
+        path,
+        str(found.splits),
+        *(f"{1e6 * time:.1f}" for time in (found.bandwidth, found.issue, found.units)),
+        found.limit,
+        f"{found.waves:.2f}",
+        f"~{1e6 * found.seconds:.1f}",
+        f"~{1e6 * found.bfloat16:.1f}",
+    ]
+
+
 def main() -> None:
     """Compile the shipped tiles, estimate, print."""
     arguments = parser().parse_args()
     if min(arguments.tokens) < 1:
         parser().error("--tokens must be positive")
     from rich.console import Console
-    from rich.table import Table
 
     from benchmarks.gpu_cost_model.gpus import GPUS
 
     console = Console(width=120)
     rows = []
     for gpu in (GPUS[name] for name in arguments.gpus):
-        title = f"ESTIMATES, nothing measured: {gpu.name}, G = {arguments.group_size}, times in microseconds"
-        table = Table(title=title + ", two-level scales" * arguments.two_level)
-        for heading in (
-            "layer",
-            "N x K",
-            "M",
-            "path",
-            "splits",
-            "bandwidth",
-            "issue",
-            "tensor cores",
-            "limit",
-            "waves",
-        ):
-            table.add_column(heading, justify="left" if heading == "layer" else "right")
-        table.add_column("estimate", justify="right")
-        table.add_column("bf16 roofline", justify="right")
+        table = empty_table(gpu, arguments.group_size, arguments.two_level)
         for (layer, sizes), tokens in itertools.product(GPU_LAYERS.items(), arguments.tokens):
             paths, chosen = estimates(gpu, tokens, *sizes, arguments.group_size, arguments.two_level)
             for path, found in paths.items():
                 shape = {"gpu": gpu.name, "layer": layer, "N": sizes[0], "K": sizes[1], "M": tokens}
                 shape |= {"two_level": arguments.two_level, "path": path, "chosen": path == chosen}
                 rows.append(shape | {"estimate": True, "limit": found.limit} | asdict(found))
-                table.add_row(
-                    layer,
-                    f"{sizes[0]}x{sizes[1]}",
-                    str(tokens),
-                    path + "*" * (path == chosen),
-                    str(found.splits),
-                    *(f"{1e6 * time:.1f}" for time in (found.bandwidth, found.issue, found.units)),
-                    found.limit,
-                    f"{found.waves:.2f}",
-                    f"~{1e6 * found.seconds:.1f}",
-                    f"~{1e6 * found.bfloat16:.1f}",
-                )
+                table.add_row(*cells(layer, sizes, tokens, path + "*" * (path == chosen), found))
         console.print(table)
     console.print(
         "Lower bounds by a model (see benchmarks/gpu_cost_model/model.py). No GPU was used and no speed is claimed. "
