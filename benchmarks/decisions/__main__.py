@@ -81,6 +81,17 @@ def measure_real(
     return found, list(skipped)
 
 
+def measure_generated(wide: LinearInput, choices: list[Variant], seed: int, say: Callable[[str], None]) -> list[Result]:
+    """Results of the generated input with every choice of scales."""
+    from benchmarks.decisions import layers
+
+    found: list[Result] = []
+    for variant in choices:
+        say(f"{wide.name}, G = {variant.group_size}, {variant.scale_levels or 'free'} levels")
+        found += layers.measure(wide, variant, seed)
+    return found
+
+
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure everything; the JSON object of decisions.json."""
     import torch
@@ -108,11 +119,8 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     inputs = real_inputs(model, BLOCKS, calibration, held_out)
     choices = [layers.Variant(size, levels) for size in GROUP_SIZES for levels in LEVELS]
     real, skipped = measure_real(inputs, choices, arguments.seed, say)
-    generated: list[layers.Result] = []
     wide = generated_input(**GENERATED, seed=arguments.seed)
-    for variant in choices:
-        say(f"{wide.name}, G = {variant.group_size}, {variant.scale_levels or 'free'} levels")
-        generated += layers.measure(wide, variant, arguments.seed)
+    generated = measure_generated(wide, choices, arguments.seed, say)
     say("the quantizer's cost")
     cost = [measure_cost(tokens, in_features, COST_RUNS, arguments.seed) for tokens, in_features in COST_SHAPES]
     return {

@@ -13,9 +13,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.command import one_line_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benchmarks.end_to_end.evaluate import Losses
 
 WINDOW_TOKENS = 512
 
@@ -62,22 +67,31 @@ def texts_of(arguments: argparse.Namespace) -> tuple[list[list[int]], dict[str, 
     return learned, held
 
 
+def taught(model: Path, learned: list[list[int]], held: dict[str, list[list[int]]]) -> tuple[Losses, list[Tensor]]:
+    """The 16-bit model's losses by text, and its last hidden states of each window to learn from."""
+    import torch
+
+    from benchmarks.end_to_end.evaluate import losses
+    from benchmarks.end_to_end.learn import last_states
+    from benchmarks.models import decoder
+
+    teacher = decoder.load(model)
+    exact = losses(teacher, held)
+    with torch.no_grad():
+        return exact, [last_states(teacher, window) for window in learned]
+
+
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Learn and measure after each epoch; the JSON object of the result."""
     import torch
 
     from benchmarks.common.machine import load, machine, versions
     from benchmarks.end_to_end.evaluate import escape_rate, losses, perplexities, ratio
-    from benchmarks.end_to_end.learn import Learner, Rates, last_states
+    from benchmarks.end_to_end.learn import Learner, Rates
     from benchmarks.end_to_end.student import load_student
-    from benchmarks.models import decoder
 
     learned, held = texts_of(arguments)
-    teacher = decoder.load(arguments.model)
-    exact = losses(teacher, held)
-    with torch.no_grad():
-        states = [last_states(teacher, window) for window in learned]
-    del teacher
+    exact, states = taught(arguments.model, learned, held)
     student, inputs = load_student(arguments.checkpoint)
     learner = Learner(student, inputs, learned, states)
     tokens = arguments.window_tokens

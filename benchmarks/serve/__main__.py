@@ -11,10 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.command import one_line_errors
 from benchmarks.models.shapes import MODELS, sixteen_bit_bytes
+
+if TYPE_CHECKING:
+    from benchmarks.serve.engine import Settings
 
 # Ways to serve: the format of the checkpoint, and further settings of vLLM.
 HEAD_8_BIT = ("--additional-config", json.dumps({"morphoquant": {"lm_head": "int8"}}))
@@ -77,6 +80,18 @@ def too_large(model: str, method: str, on_gpu: bool, available: int) -> str | No
     return f"needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are available"
 
 
+def too_large_methods(model: str, methods: list[str], on_gpu: bool) -> dict[str, str]:
+    """Why methods are not tried for a model on this machine, by method; each reason is printed."""
+    from benchmarks.serve import memory
+
+    left_out: dict[str, str] = {}
+    for method in methods:
+        if reason := too_large(model, method, on_gpu, memory.available()):
+            left_out[method] = reason
+            print(f"{model} {method}: left out: {reason}", flush=True)
+    return left_out
+
+
 def measure_model(
     model: str,
     methods: list[str],
@@ -126,21 +141,11 @@ def backend(on_gpu: bool) -> str:
     return f"the CPU kernels, {instructions}" if instructions else "the torch reference"
 
 
-def run(arguments: argparse.Namespace, command: str) -> list[Path]:
-    """Measure; write the files after every round, so an interrupted run keeps its measurements."""
-    import torch
+def settings_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    """What is measured, by the command line."""
+    from benchmarks.serve.engine import Settings
 
-    from benchmarks.common.files import weight_bytes
-    from benchmarks.common.machine import load, machine, versions
-    from benchmarks.serve import memory
-    from benchmarks.serve.checkpoints import write_checkpoint
-    from benchmarks.serve.engine import Settings, measure
-    from benchmarks.serve.report import write
-    from benchmarks.serve.summary import summarize
-
-    on_gpu = torch.cuda.is_available()
-    environment = {} if on_gpu else thread_settings(arguments.threads, sorted(os.sched_getaffinity(0)), os.environ)
-    settings = Settings(
+    return Settings(
         prompt_tokens=arguments.prompt_tokens,
         prompts=arguments.prompts,
         output_tokens=arguments.output_tokens,
@@ -149,6 +154,22 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
         arguments=("--enforce-eager",) if arguments.eager else (),
         environment=tuple(environment.items()),
     )
+
+
+def run(arguments: argparse.Namespace, command: str) -> list[Path]:
+    """Measure; write the files after every round, so an interrupted run keeps its measurements."""
+    import torch
+
+    from benchmarks.common.files import weight_bytes
+    from benchmarks.common.machine import load, machine, versions
+    from benchmarks.serve.checkpoints import write_checkpoint
+    from benchmarks.serve.engine import measure
+    from benchmarks.serve.report import write
+    from benchmarks.serve.summary import summarize
+
+    on_gpu = torch.cuda.is_available()
+    environment = {} if on_gpu else thread_settings(arguments.threads, sorted(os.sched_getaffinity(0)), os.environ)
+    settings = settings_of(arguments, environment)
     busy = load()
     started = time.monotonic()
     summary: dict[str, Any] = {
@@ -164,11 +185,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[Path]:
     }
     paths: list[Path] = []
     for model in arguments.models:
-        left_out: dict[str, str] = {}
-        for method in arguments.methods:
-            if reason := too_large(model, method, on_gpu, memory.available()):
-                left_out[method] = reason
-                print(f"{model} {method}: left out: {reason}", flush=True)
+        left_out = too_large_methods(model, arguments.methods, on_gpu)
         entry: dict[str, Any] = {"methods": {}, "samples": [], "checkpoint_bytes": {}, "left_out": left_out}
         summary["models"][model] = entry
 
