@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from calibration.processes import ONE, Processes
 from morphoquant_vllm.errors import MorphoQuantError
+
+# The drawn tokens of a modality come from so many samples or more.
+LEAST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ def modality_shares(counts: Mapping[int, int], balance: float) -> dict[int, floa
 def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, seed: int) -> TokenSample:
     """Draw at most `budget` tokens from the samples' modality ids (each int [tokens]), evenly over the rows present.
 
-    The first token of every sample is added, because it is unlike all others. A token of row r has the weight
-    modality_shares[r] / (chosen tokens of r), so the number drawn does not change a modality's total weight.
+    Samples are taken in random order, most of them whole. The first token of every sample is added, because it is
+    unlike all others. A token of row r has the weight modality_shares[r] / (chosen tokens of r), so the number drawn
+    does not change a modality's total weight.
     """
     flat = torch.cat([ids.flatten().to("cpu", torch.int64) for ids in modalities]) if modalities else torch.empty(0)
     if not flat.numel():
@@ -131,9 +136,10 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[starts[torch.tensor(lengths) > 0]] = True
     weight = torch.zeros(flat.numel(), dtype=torch.float64)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
     for row, size in quota.items():
-        candidates = (flat == row).nonzero().flatten()
-        chosen[candidates[torch.randperm(candidates.numel(), generator=generator)[:size]]] = True
+        candidates = [part.nonzero().flatten() for part in (flat == row).split(lengths)]
+        chosen[_draw([starts[place] + candidates[place] for place in order], size, generator)] = True
         drawn = chosen & (flat == row)
         weight[drawn] = shares[row] / int(drawn.sum())
     return TokenSample(
@@ -142,6 +148,21 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
         weight=weight[chosen].float(),
         counts=counts,
     )
+
+
+def _draw(candidates: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:
+    """At most `size` of the candidates of each sample, int64: of one sample after the other all, or a limited number.
+
+    A token whose context is not drawn brings errors that no fit has seen. Fits to such tokens were worse on new text. So
+    some samples are drawn whole, not some tokens of each. Long ones, of which too few would fit in, give random tokens.
+    The limits rise if all samples together are too short.
+    """
+    limit = max(1, size // LEAST_SAMPLES)
+    parts = [
+        own if own.numel() <= limit else own[torch.randperm(own.numel(), generator=generator)] for own in candidates
+    ]
+    rounds = zip_longest(*(part.split(limit) for part in parts), fillvalue=torch.zeros(0, dtype=torch.int64))
+    return torch.cat([piece for pieces in rounds for piece in pieces])[:size]
 
 
 def share_tokens(

@@ -67,6 +67,27 @@ def test_the_first_token_of_every_sample_is_always_chosen(lengths: list[int], bu
         assert tokens.weight[tokens.modality == row].unique().numel() == 1, "the added tokens have no larger weight"
 
 
+def test_samples_are_drawn_whole_but_for_one() -> None:
+    tokens = choose_tokens([torch.zeros(50, dtype=torch.int32)] * 100, budget=1010, balance=1.0, seed=3)
+    counts = sorted(positions.numel() for positions in tokens.positions)
+    # 20 whole samples and a part of another one; of all others the first token.
+    assert counts[-20:] == [50] * 20 and counts[:79] == [1] * 79 and counts[79] in (10, 11)
+
+
+def test_a_modality_of_long_samples_is_drawn_from_many() -> None:
+    """Text comes from 16 of 20 long samples, a limited number from each, and sound whole from some of the others."""
+    ids = [torch.zeros(1000, dtype=torch.int32)] * 20 + [torch.full((10,), 3, dtype=torch.int32)] * 100
+    tokens = choose_tokens(ids, budget=640, balance=1.0, seed=0)
+    text, sound = ([positions.numel() for positions in part] for part in (tokens.positions[:20], tokens.positions[20:]))
+    assert sorted(text)[:4] == [1] * 4 and all(20 <= count <= 21 for count in sorted(text)[4:])
+    assert sorted(sound)[-32:] == [10] * 32 and sorted(sound)[:68] == [1] * 68
+
+
+def test_the_limit_of_a_sample_rises_if_all_are_too_few() -> None:
+    tokens = choose_tokens([torch.zeros(n, dtype=torch.int32) for n in (300, 20)], budget=160, balance=1.0, seed=0)
+    assert [positions.numel() for positions in tokens.positions] in ([140, 20], [141, 20])
+
+
 def test_without_balance_every_token_counts_the_same_in_the_mean() -> None:
     ids = torch.tensor([0] * 90 + [1] * 10)
     tokens = choose_tokens([ids], budget=20, balance=0.0, seed=0)
