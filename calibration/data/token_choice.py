@@ -153,9 +153,9 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
 def _draw(candidates: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:
     """At most `size` of the candidates of each sample, int64: of one sample after the other all, or a limited number.
 
-    A token whose context is not drawn brings errors that no fit has seen. Fits to such tokens were worse on new text. So
-    some samples are drawn whole, not some tokens of each. Long ones, of which too few would fit in, give random tokens.
-    The limits rise if all samples together are too short.
+    A token whose context is not drawn brings errors that no fit has seen. Fits to such tokens were worse on new text.
+    So some samples are drawn whole, not some tokens of each. Long ones, of which too few would fit in, give random
+    tokens. The limits rise if all samples together are too short.
     """
     limit = max(1, size // LEAST_SAMPLES)
     parts = [
