@@ -136,7 +136,7 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[starts[torch.tensor(lengths) > 0]] = True
     weight = torch.zeros(flat.numel(), dtype=torch.float64)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = _spread_order(len(lengths), generator)
     for row, size in quota.items():
         candidates = [part.nonzero().flatten() for part in (flat == row).split(lengths)]
         chosen[_draw([starts[place] + candidates[place] for place in order], size, generator)] = True
@@ -148,6 +148,16 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
         weight=weight[chosen].float(),
         counts=counts,
     )
+
+
+def _spread_order(count: int, generator: torch.Generator) -> list[int]:
+    """The indices of `count` samples in random order, so that LEAST_SAMPLES in a row differ in index % LEAST_SAMPLES.
+
+    Samples are held out by their index (quantize.held_out). So a part of those that are drawn can be held out, too.
+    """
+    mixed = torch.randperm(count, generator=generator)
+    classes = (mixed[mixed % LEAST_SAMPLES == place].tolist() for place in range(LEAST_SAMPLES))
+    return [index for turn in zip_longest(*classes) for index in turn if index is not None]
 
 
 def _draw(candidates: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:

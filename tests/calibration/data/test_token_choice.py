@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from calibration.data.token_choice import choose_tokens, modality_shares, water_fill
 from calibration.processes import Processes
+from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -81,6 +82,15 @@ def test_a_modality_of_long_samples_is_drawn_from_many() -> None:
     text, sound = ([positions.numel() for positions in part] for part in (tokens.positions[:20], tokens.positions[20:]))
     assert sorted(text)[:4] == [1] * 4 and all(20 <= count <= 21 for count in sorted(text)[4:])
     assert sorted(sound)[-32:] == [10] * 32 and sorted(sound)[:68] == [1] * 68
+
+
+@pytest.mark.parametrize("effort", SAMPLES_PER_HELD)
+@pytest.mark.parametrize("length", [30, 5000])
+def test_a_share_of_the_drawn_tokens_can_be_held_out(effort: str, length: int) -> None:
+    tokens = choose_tokens([torch.zeros(length, dtype=torch.int32)] * 64, budget=960, balance=1.0, seed=5)
+    held = held_out(tokens, effort)
+    assert held is not None
+    assert float(held.float().mean()) == pytest.approx(1 / SAMPLES_PER_HELD[effort], rel=0.1)
 
 
 def test_the_limit_of_a_sample_rises_if_all_are_too_few() -> None:
