@@ -22,7 +22,8 @@ from tests.calibration.built_models import TinyModels
 from tests.calibration.joined import in_processes
 from tests.calibration.killing import content
 
-RECIPE = Recipe(device="cpu", window_tokens=24, max_samples=21, sample_tokens=128, effort="best")
+# All tokens are drawn: a fit to fewer would decide which scales learn.
+RECIPE = Recipe(device="cpu", window_tokens=24, max_samples=21, sample_tokens=512, effort="best")
 # One of four samples judges.
 STEPS, JUDGES = 16, 5
 # Scales that are this much too large before they learn: an error that learning can undo in a few steps.
