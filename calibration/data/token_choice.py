@@ -161,7 +161,7 @@ def _spread_order(count: int, generator: torch.Generator) -> list[int]:
 
 
 def _draw(candidates: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:
-    """At most `size` of the candidates of each sample, int64: of one sample after the other all, or a limited number.
+    """`size` of the samples' candidates, int64, or all: one sample after the other gives its own, up to a limit.
 
     A token whose context is not drawn brings errors that no fit has seen. Fits to such tokens were worse on new text.
     So some samples are drawn whole, not some tokens of each. Long ones, of which too few would fit in, give random
@@ -171,7 +171,8 @@ def _draw(candidates: Sequence[Tensor], size: int, generator: torch.Generator) -
     parts = [
         own if own.numel() <= limit else own[torch.randperm(own.numel(), generator=generator)] for own in candidates
     ]
-    rounds = zip_longest(*(part.split(limit) for part in parts), fillvalue=torch.zeros(0, dtype=torch.int64))
+    # Cut first: with a small limit, long samples would fall into very many pieces.
+    rounds = zip_longest(*(part[:size].split(limit) for part in parts), fillvalue=torch.zeros(0, dtype=torch.int64))
     return torch.cat([piece for pieces in rounds for piece in pieces])[:size]
 
 

@@ -43,6 +43,7 @@ def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
         ("escape_budget: -0.01", "escape_budget = -0.01 is not allowed"),
         ("scale_levels: 17", "scale_levels = 17 is not allowed: .*less than or equal to 16"),
         ("grid: best", "grid = 'best' is not allowed"),
+        ("effort: [best]", "effort = .* is not allowed"),
         ("rounding: up", "rounding = 'up' is not allowed"),
         ("shrinkage: 0", "shrinkage = 0 is not allowed"),
         ("massive_row: 3", "massive_row = 3 is not allowed"),
