@@ -24,6 +24,7 @@ from calibration.data.rendering import Sample, build_samples
 from calibration.data.token_choice import TokenSample, share_tokens
 from calibration.forecast import Forecast
 from calibration.learn.changes import changes_of
+from calibration.learn.extent import EXTENTS
 from calibration.learn.need import learning_operations
 from calibration.model.architectures import Architecture
 from calibration.model.bits import extra_bytes
@@ -183,9 +184,9 @@ def _seconds(job: Job, tokens: TokenSample) -> float | None:
     effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
-    if job.recipe.effort == "best" and not lists:
+    if job.recipe.effort in EXTENTS and not lists:
         config = job.architecture.decoder_config(job.source.config)
-        work += learning_operations(layers, config["hidden_size"] * config["vocab_size"], all_tokens)
+        work += learning_operations(layers, config["hidden_size"] * config["vocab_size"], all_tokens, job.recipe.effort)
     return work / product_speed()
 
 
@@ -228,7 +229,7 @@ def quantize(
     if work.finished == job.names.blocks:
         return
     effort = job.recipe.effort
-    if job.processes.first and effort != "fast" and held_out(tokens, effort) is None:
+    if job.processes.first and effort == "best" and held_out(tokens, effort) is None:
         logger.warning(
             "effort %s: none of %d calibration samples can be held out, so the weights are those of effort fast; give "
             "at least %d",

@@ -31,6 +31,7 @@ RESULTS = Path("benchmarks/results/calibrate")
 WORK = Path(".cache/calibrate")
 # The cheapest calibration that the format allows: it shows that a checkpoint loads, not its accuracy.
 QUICK = {
+    "effort": "fast",
     "rounding": "nearest",
     "regression": False,
     "modality_rows": False,
@@ -163,7 +164,8 @@ def run_measure(arguments: argparse.Namespace, command: str) -> None:
 
     media = media_of(arguments)
     sizes = {"max_samples": arguments.samples, "max_tokens": arguments.tokens, "window_tokens": arguments.tokens}
-    changes = {**sizes, **settings(arguments.set)}
+    # Blocks are measured, some of them: learning goes over all.
+    changes = {"effort": "fast", **sizes, **settings(arguments.set)}
     recipe = read_recipe(overrides=changes)
     config = layout_config(arguments.layout, arguments.layers)
     published = text_config(layout_config(arguments.layout))["num_hidden_layers"]

@@ -44,7 +44,7 @@ def calibrate(model: Path, work: Path) -> Path:
         str(model),
         *("--data", str(data), "--data", os.path.relpath(CHAT), "--output", str(output)),
         # An interrupted demo begins anew: it shows a whole calibration by the current code.
-        *("--overwrite", "--restart", "--sample-tokens", str(SAMPLE_TOKENS)),
+        *("--overwrite", "--restart", "--effort", "fast", "--sample-tokens", str(SAMPLE_TOKENS)),
     ]
     print("$ " + " ".join(["morphoquant", *command[1:]]), flush=True)
     subprocess.run(command, check=True)

@@ -28,7 +28,7 @@ SEARCH_COPIES = 3.75
 KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
 FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
-# With held-out samples: their second moments, and the fits between which they choose; in both phases.
+# If held-out samples choose between fits: their second moments, and the fits; in both phases.
 HELD_SQUARES, HELD_MATRICES = 1, 3
 # Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
 POOLED_SQUARES, PART_COPIES = 4, 1.25
@@ -77,7 +77,7 @@ def memory_need(
             width,
             sampled_tokens,
             _experts(spec, names.layer(index, architecture.experts), sampled_tokens),
-            held=recipe.effort != "fast",
+            choosing=recipe.effort == "best",
         )
         for index in range(names.blocks)
     ]
@@ -95,12 +95,12 @@ def _block(
     tokens: int,
     experts: tuple[int, int],
     *,
-    held: bool,
+    choosing: bool,
 ) -> int:
     """Bytes of one block: its weights, and the largest need of one of its inputs.
 
-    `experts` are the input channels of its experts, and the bytes for quantizing them; 0 if it has none. `held` says
-    whether samples are held out.
+    `experts` are the input channels of its experts, and the bytes for quantizing them; 0 if it has none. `choosing`
+    says whether held-out samples choose between fits.
     """
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
@@ -113,19 +113,21 @@ def _block(
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         # The 16-bit model's inputs of later linears stay in memory until their turn.
         waiting -= k
-        peaks.append(4 * tokens * waiting + input_peak(tokens, k, n, shards[0].group_size, held=held) + 4 * n * k)
+        peaks.append(
+            4 * tokens * waiting + input_peak(tokens, k, n, shards[0].group_size, choosing=choosing) + 4 * n * k
+        )
     return weights + max(peaks)
 
 
-def input_peak(tokens: int, k: int, n: int, group_size: int, *, held: bool = False) -> int:
+def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False) -> int:
     """Bytes for quantizing one input, including its sampled tokens: T tokens, K channels, N outputs of all shards.
 
-    `held`: whether samples are held out.
+    `choosing`: whether held-out samples choose between fits.
     """
     groups = k // group_size
     rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
-    if held:
+    if choosing:
         kept += HELD_SQUARES * k * k + HELD_MATRICES * n * k
     return HEAP + 4 * round(
         max(

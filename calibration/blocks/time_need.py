@@ -7,7 +7,7 @@
     2 T K^2      the second moments, with 4/3 K^3 for their factorisation
     N K^2        the rounding
     50,000 T K   search and fits, which go over the drawn values many times
-    4 (4 N K^2 + 1/3 K^3)   the regressions between which held-out samples choose (effort default and best)
+    4 (4 N K^2 + 1/3 K^3)   the regressions between which held-out samples choose (effort best)
     3 N K^2      one more rounding, and the errors of both (effort best)
 
 For E experts, C of which a token chooses. K and I are the channels of hidden states and of an expert's inner input, and
@@ -60,10 +60,8 @@ def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int, effort: str
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         total += 4 * tokens * n * k + 2 * drawn * k**2 + 4 / 3 * k**3 + n * k**2 + OPERATIONS_OF_A_VALUE * drawn * k
-        if effort != "fast":
-            total += len(STRENGTHS) * (4 * n * k**2 + k**3 / 3)
         if effort == "best":
-            total += 3 * n * k**2
+            total += len(STRENGTHS) * (4 * n * k**2 + k**3 / 3) + 3 * n * k**2
     return total
 
 

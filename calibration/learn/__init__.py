@@ -2,7 +2,8 @@
 
 stage       the stage of a calibration
 run         one run of it: targets, steps and judgements, kept step by step
-descent     the steps, and the samples that judge them
+extent      how much each effort learns, and from which samples
+descent     the steps, and their judgement
 model       the quantized decoder, of which one block at a time is in memory
 linear      a quantized linear whose rounding lets gradients pass
 head        the final norm, and the weights of the head

@@ -1,18 +1,18 @@
-"""The steps of learning: Adam, the samples of each step, and the samples that judge the result."""
+"""The steps of learning: Adam on one sample after the other, and the judgement of other samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
+from calibration.learn.extent import Chosen
 from calibration.learn.model import Escapes, LearningDecoder
 from calibration.learn.targets import Objective, Target
-from calibration.quantize.held_out import SAMPLES_PER_HELD
 
 # The most that a step changes a logarithm, or a constant in units of its output's size.
 RATE = 3e-4
@@ -22,53 +22,6 @@ BETAS = (0.9, 0.95)
 WARM_UP, FALL_AFTER = 5, 0.5
 # The rate of escapes falls about as this power of an input's steps. At once at most the largest ratio is undone.
 ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5
-# Samples that do not teach judge this often: those that the fits of weights held out. A single one can be unlike all
-# others, so a quarter of all judges.
-JUDGEMENTS, SAMPLES_PER_JUDGE = 8, SAMPLES_PER_HELD["best"]
-# Samples of more tokens are left out: a pass back through a block holds all values of a sample.
-LONGEST = 4096
-# About as many tokens are learned from, those of few samples several times; with fewer than the least, nothing is.
-TOKENS, LEAST_TOKENS = 2**16, 2**12
-# Every sample is learned from at most this often.
-ROUNDS = 4
-# Tokens of judging samples, about.
-JUDGED_TOKENS = 2**13
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Indices of the samples that are learned from, and of those that judge."""
-
-    learned: list[int]
-    judging: list[int]
-    # How often each sample is learned from.
-    rounds: int = 1
-
-
-def choose_samples(lengths: Sequence[int]) -> Chosen | None:
-    """The samples of learning, by the number of tokens of each: the last of every SAMPLES_PER_JUDGE judges.
-
-    None if no sample judges, or if all others have fewer than LEAST_TOKENS tokens.
-    """
-    fitting = [index for index, length in enumerate(lengths) if length <= LONGEST]
-    judging = [index for index in fitting if index % SAMPLES_PER_JUDGE == SAMPLES_PER_JUDGE - 1]
-    learned = [index for index in fitting if index not in judging]
-    if not judging or sum(lengths[index] for index in learned) < LEAST_TOKENS:
-        return None
-    rounds = rounds_of(sum(lengths[index] for index in learned))
-    return Chosen(_thinned(learned, lengths, TOKENS), _thinned(judging, lengths, JUDGED_TOKENS), rounds)
-
-
-def rounds_of(tokens: int) -> int:
-    """How often each of the samples that have `tokens` tokens together is learned from."""
-    return max(1, min(ROUNDS, TOKENS // tokens))
-
-
-def _thinned(samples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[int]:
-    """Evenly spaced ones of the samples, of about `tokens` tokens together; at least one."""
-    total = sum(lengths[index] for index in samples)
-    count = max(1, min(len(samples), len(samples) * tokens // total))
-    return [samples[place * len(samples) // count] for place in range(count)]
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -95,9 +48,14 @@ class Descent:
         chosen: Chosen,
         read: Callable[[int], tuple[MemoryInput, Target]],
         seed: int,
+        judgements: int,
     ) -> None:
-        """`read` gives a sample by its index, and its target; `seed` decides the order of samples."""
+        """`read` gives a sample by its index, and its target; `seed` decides the order of samples.
+
+        The judging samples judge `judgements` times, evenly spaced.
+        """
         self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
+        self.judgements = judgements
         generator, count = torch.Generator().manual_seed(seed), len(chosen.learned)
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(chosen.rounds)])
         self.order = [chosen.learned[place] for place in order.tolist()]
@@ -139,7 +97,7 @@ class Descent:
 
     def is_judged(self, index: int) -> bool:
         """Whether the judging samples judge after this step."""
-        return (index + 1) * JUDGEMENTS // self.steps > index * JUDGEMENTS // self.steps
+        return (index + 1) * self.judgements // self.steps > index * self.judgements // self.steps
 
     @torch.no_grad()
     def judge(self) -> Judgement:

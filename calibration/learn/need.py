@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from calibration.learn.descent import JUDGED_TOKENS, JUDGEMENTS, LONGEST, SAMPLES_PER_JUDGE, TOKENS, rounds_of
+from calibration.learn.extent import EXTENTS, LONGEST
+from calibration.quantize.held_out import SAMPLES_PER_HELD
 from morphoquant_vllm.format.layers import LayerSpec
 
 # Copies of a token's inputs and outputs of all linears of a block that a pass back holds, float32: values, codes, masks
@@ -15,17 +16,18 @@ from morphoquant_vllm.format.layers import LayerSpec
 TOKEN_COPIES = 6
 
 
-def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int) -> float:
+def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int, effort: str) -> float:
     """Floating-point operations of learning from about `tokens` tokens: targets, steps and judgements.
 
     `head` is the number of the head's weights.
     """
-    passed = min(tokens, TOKENS)
-    learned = passed * rounds_of(passed)
-    judged = min(tokens // SAMPLES_PER_JUDGE, JUDGED_TOKENS)
+    extent = EXTENTS[effort]
+    passed = min(tokens, extent.tokens)
+    learned = passed * extent.rounds_of(passed)
+    judged = min(tokens // SAMPLES_PER_HELD[effort], extent.judged_tokens)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     # Two passes for each judgement of a step and for that of the mean, and one for the start's.
-    judgements = 2 * (JUDGEMENTS + 1) + 1
+    judgements = 2 * (extent.judgements + 1) + 1
     decoder = weights * (2 * (passed + judged) + 6 * learned + 2 * judgements * judged)
     return float(decoder + 6 * head * (learned + judgements * judged))
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
 from calibration.learn.changes import no_changes
-from calibration.learn.descent import Chosen, Descent, Judgement
+from calibration.learn.descent import Descent, Judgement
+from calibration.learn.extent import EXTENTS, Chosen
 from calibration.learn.head import Head
 from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
@@ -80,7 +81,8 @@ class LearningRun:
         decoder = LearningDecoder(
             self.blocks, self._layers_of, self.work.tensor, self.job.spec, changes, keep=self.keep
         )
-        self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed)
+        judgements = EXTENTS[self.job.recipe.effort].judgements
+        self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed, judgements)
         state = read_part(self.work, STATE)
         if state is None:
             start = self._descent.judge()

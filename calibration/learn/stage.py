@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from calibration.learn.descent import LEAST_TOKENS, LONGEST, SAMPLES_PER_JUDGE, Chosen, choose_samples
+from calibration.learn.extent import EXTENTS, LEAST_TOKENS, LONGEST, Chosen, choose_samples
 from calibration.learn.need import decoder_bytes, learning_bytes
 from calibration.learn.run import LearningRun
+from calibration.quantize.held_out import SAMPLES_PER_HELD
 from calibration.stages import Job
 from calibration.work.budgets import sample_lengths
 from calibration.work.directory import WorkDirectory
@@ -21,9 +22,9 @@ T = TypeVar("T")
 
 
 def learn(job: Job, work: WorkDirectory) -> None:
-    """Learn if the recipe's effort is `best`, and keep the result, unless the run has done so already."""
+    """Learn as much as the recipe's effort says, and keep the result, unless the run has done so already."""
     processes = job.processes
-    if job.recipe.effort != "best" or processes.broadcast(lambda: read_figures(work) is not None):
+    if job.recipe.effort not in EXTENTS or processes.broadcast(lambda: read_figures(work) is not None):
         return
     run = _plan(job, work) if processes.first else None
     if not processes.broadcast(lambda: run is not None):
@@ -47,11 +48,14 @@ def learn(job: Job, work: WorkDirectory) -> None:
 def _plan(job: Job, work: WorkDirectory) -> LearningRun | None:
     """The run of learning; None, with a line that says why, if steps and scales cannot learn."""
     lengths = sample_lengths(work)
-    chosen = choose_samples(lengths)
+    effort = job.recipe.effort
+    chosen = choose_samples(lengths, effort)
     if any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts):
         reason = "the decoder has experts, which cannot learn"
     elif chosen is None:
-        reason = f"give {SAMPLES_PER_JUDGE} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
+        reason = (
+            f"give {SAMPLES_PER_HELD[effort]} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
+        )
     else:
         kept, streamed = _need(job, lengths, chosen)
         if streamed <= job.device_limit:
@@ -62,7 +66,8 @@ def _plan(job: Job, work: WorkDirectory) -> LearningRun | None:
             return LearningRun(job, work, chosen, keep=kept <= job.device_limit)
         sizes = [f"{size / 2**30:.1f} GiB" for size in (streamed, job.device_limit)]
         reason = f"that needs {sizes[0]} of memory, and {sizes[1]} are free"
-    logger.warning("effort best: steps and scales do not learn: %s", reason)
+    level = logging.WARNING if effort == "best" else logging.INFO
+    logger.log(level, "effort %s: steps and scales do not learn: %s", effort, reason)
     return None
 
 

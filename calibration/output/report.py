@@ -42,7 +42,6 @@ def make_report(
     # Without these settings, a checkpoint's bytes are the same as before they existed.
     unused = {name for name in ("towers", "decoder", "bits_budget") if not getattr(recipe, name)}
     unused |= {"budget"} if recipe.budget == "equal" else set()
-    unused |= {"effort"} if recipe.effort == "fast" else set()
     settings = recipe.model_dump(mode="json", exclude=unused)
     return {
         "format": REPORT_FORMAT,

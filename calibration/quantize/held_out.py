@@ -15,9 +15,9 @@ from calibration.quantize.moments import Moments
 
 T = TypeVar("T")
 
-# One of this many calibration samples is held out, by the recipe's effort; with fewer samples none is. The samples that
-# `best` holds out also judge what it learns afterwards.
-SAMPLES_PER_HELD = {"default": 16, "best": 4}
+# One of this many calibration samples is held out, by the recipe's effort; with fewer samples none is. They judge what
+# is learned afterwards, and those of `best` also choose between fits. A single one can be unlike all others.
+SAMPLES_PER_HELD = {"default": 8, "best": 4}
 
 
 def held_out(tokens: TokenSample, effort: str) -> Tensor | None:

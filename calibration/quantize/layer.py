@@ -88,9 +88,10 @@ def quantize_input(
     # From here on in channel order.
     matrix = matrix[:, coded.order]
     unseen = held_out(tokens, recipe.effort) if judged is None else None
-    moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen)
+    choosing = recipe.effort == "best"
+    moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
     step = found.grids.grid.step.to(x.device)[coded.order]
-    served = round_weights(matrix, step, moments, first, recipe, processes, held)
+    served = round_weights(matrix, step, moments, first, recipe, processes, held if choosing else None)
     if held is not None:
         moments.add_means(held)
     means = find_means(moments, coded, x, target, massive.own, processes)
@@ -110,19 +111,22 @@ def quantize_input(
 
 
 def _moments(
-    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: TokenSample, held: Tensor | None
+    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: TokenSample, held: Tensor | None, *, choosing: bool
 ) -> tuple[Moments, Moments | None]:
-    """Moments of the tokens that weights are fitted to, and of those that are `held` out, bool [T]; None: none are."""
+    """Moments of the tokens that weights are fitted to, and of those that are `held` out, bool [T]; None: none are.
+
+    The latter are means only unless they are `choosing` between fits.
+    """
     if held is None:
         return gather_moments(coded, target, matrix, tokens.processes), None
     own = tokens.local(held)
     places = own.nonzero().flatten()
     fitted = replace(coded, weight=coded.weight * ~own.to(coded.weight.device))
-    of_held = coded.part(places), target[places.to(target.device)]
-    return (
-        gather_moments(fitted, target, matrix, tokens.processes),
-        gather_moments(*of_held, matrix, tokens.processes),
-    )
+    of_held = gather_moments(coded.part(places), target[places.to(target.device)], matrix, tokens.processes)
+    if not choosing:
+        # Before the others are gathered: at the peak of memory there is one of these matrices.
+        of_held.forget_squares()
+    return gather_moments(fitted, target, matrix, tokens.processes), of_held
 
 
 def _output_errors(

@@ -118,12 +118,16 @@ class Moments:
         """
         scaled = self.code_sum / self._share()
         code_code, code_aim, matrix = self.code_code, self.code_aim, self.matrix[channels]
-        self.code_code = self.code_aim = scaled.new_empty(0)
+        self.forget_squares()
         code_code -= scaled.T @ self.code_sum
         if self.of_outputs:
             return code_code, code_aim[:, channels].sub_(scaled.T @ (self.value_sum @ matrix.T))
         code_aim -= scaled.T @ self.value_sum
         return code_code, code_aim @ matrix.T
+
+    def forget_squares(self) -> None:
+        """Free the second moments; means remain."""
+        self.code_code = self.code_aim = self.code_sum.new_empty(0)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean code and mean value of each set, [S, K] each; 0 for a set without tokens."""

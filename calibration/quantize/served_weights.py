@@ -20,8 +20,8 @@ from morphoquant_vllm.numerics import weights
 # Smallest importance of a channel, as a fraction of the mean. Without it, a channel whose codes were all 0 in
 # calibration would get arbitrary weights.
 IMPORTANCE_FLOOR = 1e-4
-# Strengths of the regression that held-out samples choose from, times that of effort fast; and dampings of the
-# Hessian in rounding, for the effort `best`.
+# Strengths of the regression that held-out samples choose from, times the recipe's; and dampings of the Hessian in
+# rounding.
 STRENGTHS = (1 / 16, 1 / 4, 1.0, 4.0)
 DAMPINGS = (DAMPING, 10 * DAMPING)
 # Names under which codes and scales are stored, in the order in which rounding gives them.
@@ -53,7 +53,7 @@ def round_weights(
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
     Each process rounds some of the output channels. Overwrites the second moments in `moments` and `held`. The latter
-    are those of held-out samples, which choose between fits as the recipe's effort says; None: nothing is held out.
+    are those of held-out samples, which choose between fits; None: none choose.
     """
     channels = processes.share(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
@@ -91,7 +91,7 @@ def _round_own(
         fits = (regress(hessian, code_output.clone(), absorbed, each * shrinkage) for each in STRENGTHS)
         target = judge.best(((fit, fit) for fit in fits), processes)
     del code_output
-    if recipe.effort != "best" or recipe.rounding != "compensated" or layer.weight_bits == 8:
+    if recipe.rounding != "compensated" or layer.weight_bits == 8:
         return _round(target, hessian, layer, recipe, DAMPING)
     rounded = (_round(target, hessian, layer, recipe, each) for each in DAMPINGS)
     return judge.best(((_dequantized(*each), each) for each in rounded), processes)

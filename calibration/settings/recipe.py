@@ -97,10 +97,10 @@ class Recipe(BaseModel):
         description="Relative reduction of a modality's error on held-out tokens that a separate row must reach.",
     )
     effort: Literal["fast", "default", "best"] = Field(
-        default="fast",
-        description="fast: all calibration samples fit the weights. default: one of 16 is held out and chooses the "
-        "strength of each input's regression. best: one of 4 is, and chooses the damping of the rounding, too; then "
-        "steps, output scales and constants learn from the 16-bit model's next tokens.",
+        default="default",
+        description="fast: all calibration samples fit the weights. default: then steps, output scales and constants "
+        "learn from the 16-bit model's next tokens; one of 8 samples is held out of fits, and judges. best: one of 4 "
+        "is, and chooses the strength of each input's regression and the damping of the rounding; more is learned.",
     )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."

@@ -62,9 +62,9 @@ def test_experts_take_longer_if_there_are_more_of_them_or_each_sees_more_tokens(
 def test_a_greater_effort_takes_longer_whatever_the_number_of_tokens() -> None:
     layers = block(576, 192, 1536)
     times = [[time_need.operations(layers, 100, drawn, effort) for effort in EFFORTS] for drawn in (1000, 16384)]
-    assert times[0] == sorted(set(times[0]))
     # Held-out samples choose between fits of second moments.
-    assert times[0][1] - times[0][0] == times[1][1] - times[1][0]
+    assert times[0][0] == times[0][1] < times[0][2]
+    assert times[0][2] - times[0][0] == times[1][2] - times[1][0]
     assert times[1][2] < 1.2 * times[1][0]
 
 

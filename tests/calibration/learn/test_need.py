@@ -1,6 +1,6 @@
 """Memory and operations of learning, from sizes alone."""
 
-from calibration.learn.descent import LONGEST, TOKENS
+from calibration.learn.extent import EXTENTS, LONGEST
 from calibration.learn.need import decoder_bytes, learning_bytes, learning_operations
 from morphoquant_vllm.format.layers import LayerSpec
 
@@ -9,10 +9,12 @@ WEIGHTS, HEAD = 2 * 64 * 32, 1000
 
 
 def test_operations_grow_with_the_tokens_until_they_suffice() -> None:
-    few, more, most = (learning_operations(LAYERS, HEAD, tokens) for tokens in (16, TOKENS, 100 * TOKENS))
+    enough = EXTENTS["best"].tokens
+    few, more, most = (learning_operations(LAYERS, HEAD, tokens, "best") for tokens in (16, enough, 100 * enough))
     # 16 tokens teach four times and four judge, 19 times.
     assert few == WEIGHTS * (2 * 20 + 6 * 64 + 2 * 76) + 6 * HEAD * (64 + 76)
-    assert few * TOKENS / 16 > more == most
+    assert few * enough / 16 > more == most
+    assert learning_operations(LAYERS, HEAD, enough, "default") < more / 2
 
 
 def test_memory_is_that_of_the_largest_block_and_of_the_states() -> None:

@@ -1,6 +1,7 @@
-"""Effort `best` from end to end: what is learned, kept, resumed and exported, and when nothing learns."""
+"""Learning from end to end: what is learned, kept, resumed and exported, and when nothing learns."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration.calibrate import calibrate
-from calibration.learn import descent, run, stage
+from calibration.learn import descent, extent, run, stage
+from calibration.learn.extent import EXTENTS
 from calibration.learn.run import LearningRun
 from calibration.processes import Processes
+from calibration.quantize.held_out import SAMPLES_PER_HELD
 from calibration.settings.recipe import Recipe
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import LEARNED_FILE
@@ -41,8 +44,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descent, "LEAST_TOKENS", 64)
-    monkeypatch.setattr(descent, "ROUNDS", 1)
+    monkeypatch.setattr(extent, "LEAST_TOKENS", 64)
+    for effort, found in EXTENTS.items():
+        monkeypatch.setitem(EXTENTS, effort, replace(found, rounds=1))
     monkeypatch.setattr(run, "STEPS_KEPT", 4)
 
 
@@ -98,6 +102,18 @@ def test_it_learns_scales_that_are_too_large(
         # The constant of massive tokens does not learn.
         if name.endswith("absorbed_bias"):
             assert torch.equal(learned[name][:, -1], plain[name][:, -1])
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_the_default_learns_less_and_its_weights_are_those_of_the_samples_that_are_not_held_out(
+    tiny: TinyModels, text: Path, tmp_path: Path
+) -> None:
+    recipe = RECIPE.model_copy(update={"effort": "default"})
+    assert recipe == RECIPE.model_copy(update={"effort": Recipe().effort})
+    found = make(tiny, text, tmp_path / "out", recipe)["learning"]
+    # One of eight samples judges.
+    assert found["samples"] == found["steps"] == 19 and found["judging_samples"] == 2
+    assert found["divergence_after"] < 0.8 * found["divergence_before"]
 
 
 class Stopped(Exception):
@@ -199,8 +215,11 @@ def test_if_the_divergence_does_not_fall_nothing_is_changed(
 def test_too_few_samples_learn_nothing_and_a_line_says_so(
     tiny: TinyModels, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    report = make(tiny, text, tmp_path / "best", RECIPE.model_copy(update={"max_samples": 3}))
-    assert "learning" not in report and "give 4 samples or more, with 4096 tokens" in caplog.text
+    caplog.set_level("INFO")
+    for effort, enough in SAMPLES_PER_HELD.items():
+        recipe = RECIPE.model_copy(update={"max_samples": enough - 1, "effort": effort})
+        assert "learning" not in make(tiny, text, tmp_path / effort, recipe)
+        assert f"effort {effort}: steps and scales do not learn: give {enough} samples or more" in caplog.text
 
 
 @pytest.mark.full

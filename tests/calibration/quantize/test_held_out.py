@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calibration.data.token_choice import choose_tokens
-from calibration.learn.descent import LEAST_TOKENS, choose_samples
+from calibration.learn.extent import LEAST_TOKENS, choose_samples
 from calibration.processes import ONE
 from calibration.quantize.held_out import SAMPLES_PER_HELD, HeldMoments, held_out
 from calibration.quantize.moments import Moments
@@ -22,7 +22,9 @@ def samples_of(held: torch.Tensor) -> list[int]:
     return held.view(-1, 5).all(1).nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize(("effort", "expected"), [("default", [15, 31, 47]), ("best", list(range(3, 50, 4)))])
+@pytest.mark.parametrize(
+    ("effort", "expected"), [("default", [7, 15, 23, 31, 39, 47]), ("best", list(range(3, 50, 4)))]
+)
 def test_the_last_of_every_few_samples_is_held_out(effort: str, expected: list[int]) -> None:
     held = held_out(tokens_of(50), effort)
     assert held is not None and samples_of(held) == expected and int(held.sum()) == 5 * len(expected)
@@ -38,20 +40,21 @@ def test_effort_fast_holds_none_out() -> None:
     assert held_out(tokens_of(50), "fast") is None
 
 
-@pytest.mark.parametrize("count", [4, 16, 63])
-def test_the_samples_that_judge_learning_are_those_that_best_holds_out(count: int) -> None:
-    held = held_out(tokens_of(count), "best")
-    chosen = choose_samples([LEAST_TOKENS] * count)
+@pytest.mark.parametrize("effort", SAMPLES_PER_HELD)
+@pytest.mark.parametrize("count", [8, 16, 63])
+def test_the_samples_that_judge_learning_are_those_that_are_held_out(effort: str, count: int) -> None:
+    held = held_out(tokens_of(count), effort)
+    chosen = choose_samples([LEAST_TOKENS] * count, effort)
     assert held is not None and chosen is not None and set(chosen.judging) <= set(samples_of(held))
     assert not set(chosen.learned) & set(samples_of(held))
 
 
 def test_a_modality_of_held_out_samples_alone_is_not_held_out() -> None:
-    assert held_out(tokens_of(16, audio=(15,)), "default") is None
-    some = held_out(tokens_of(32, audio=(15,)), "default")
-    assert some is not None and samples_of(some) == [31]
-    both = held_out(tokens_of(32, audio=(3, 15)), "default")
-    assert both is not None and samples_of(both) == [15, 31]
+    assert held_out(tokens_of(8, audio=(7,)), "default") is None
+    some = held_out(tokens_of(16, audio=(7,)), "default")
+    assert some is not None and samples_of(some) == [15]
+    both = held_out(tokens_of(16, audio=(3, 7)), "default")
+    assert both is not None and samples_of(both) == [7, 15]
 
 
 def judge() -> tuple[HeldMoments, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -153,14 +153,13 @@ def made(sample: InputSample, tokens: TokenSample, **settings: object) -> dict[s
     return quantize_input(sample, tokens, shards, spec, Recipe(**settings))["m.q"].tensors
 
 
-@pytest.mark.parametrize("effort", ["default", "best"])
-def test_held_out_samples_make_weights_that_hold_for_new_tokens(effort: str) -> None:
+def test_held_out_samples_make_weights_that_hold_for_new_tokens() -> None:
     x, new = activations(128)[0], activations(2000, seed=1)[0]
     sample, tokens = in_samples(x, 1.0, 16)
     wanted = new @ matrix().T
     # A pull that is too weak for so few tokens.
     fast, found = (
-        relative(serve(new, made(sample, tokens, effort=each, shrinkage=0.25))[1], wanted) for each in ("fast", effort)
+        relative(serve(new, made(sample, tokens, effort=each, shrinkage=0.25))[1], wanted) for each in ("fast", "best")
     )
     assert found < 0.9 * fast
 
@@ -174,12 +173,12 @@ def test_the_bias_counts_held_out_tokens() -> None:
     assert float(gap.mean(0).norm()) < 1e-3 * float(gap.norm(dim=1).mean())
 
 
-def test_fast_holds_no_sample_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_holds_no_sample_out_and_the_default_fits_the_others_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     sample, tokens = in_samples(activations(320)[0], 1.0, 16)
     slow = made(sample, tokens, effort="default")
     monkeypatch.setattr("calibration.quantize.layer.held_out", lambda tokens, effort: None)
     expected = made(sample, tokens, effort="default")
     monkeypatch.undo()
-    fast = made(sample, tokens)
+    fast = made(sample, tokens, effort="fast")
     assert all(torch.equal(fast[name], value) for name, value in expected.items())
     assert not torch.equal(fast["weight_codes"], slow["weight_codes"])

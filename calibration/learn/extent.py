@@ -1,0 +1,71 @@
+"""How much each effort learns, and the samples that it learns from and judges by. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from calibration.quantize.held_out import SAMPLES_PER_HELD
+
+# Samples of more tokens are left out: a pass back through a block holds all values of a sample.
+LONGEST = 4096
+# With fewer tokens in the samples that teach, nothing is learned.
+LEAST_TOKENS = 2**12
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much an effort learns."""
+
+    # About as many tokens are learned from, those of few samples several times.
+    tokens: int
+    # Every sample is learned from at most this often.
+    rounds: int
+    # Samples that do not teach judge this often: those that the fits of weights held out.
+    judgements: int
+    # Tokens of judging samples, about.
+    judged_tokens: int
+
+    def rounds_of(self, tokens: int) -> int:
+        """How often each of the samples that have `tokens` tokens together is learned from."""
+        return max(1, min(self.rounds, self.tokens // tokens))
+
+
+# By the recipe's effort. Effort `fast` learns nothing.
+EXTENTS = {"default": Extent(2**15, 2, 4, 2**12), "best": Extent(2**16, 4, 8, 2**13)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Indices of the samples that are learned from, and of those that judge."""
+
+    learned: list[int]
+    judging: list[int]
+    # How often each sample is learned from.
+    rounds: int = 1
+
+
+def choose_samples(lengths: Sequence[int], effort: str) -> Chosen | None:
+    """The samples of learning, by the number of tokens of each: the last of every SAMPLES_PER_HELD judges.
+
+    None if no sample judges, or if all others have fewer than LEAST_TOKENS tokens.
+    """
+    extent, every = EXTENTS[effort], SAMPLES_PER_HELD[effort]
+    fitting = [index for index, length in enumerate(lengths) if length <= LONGEST]
+    judging = [index for index in fitting if index % every == every - 1]
+    learned = [index for index in fitting if index % every != every - 1]
+    tokens = sum(lengths[index] for index in learned)
+    if not judging or tokens < LEAST_TOKENS:
+        return None
+    return Chosen(
+        _thinned(learned, lengths, extent.tokens),
+        _thinned(judging, lengths, extent.judged_tokens),
+        extent.rounds_of(tokens),
+    )
+
+
+def _thinned(samples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[int]:
+    """Evenly spaced ones of the samples, of about `tokens` tokens together; at least one."""
+    total = sum(lengths[index] for index in samples)
+    count = max(1, min(len(samples), len(samples) * tokens // total))
+    return [samples[place * len(samples) // count] for place in range(count)]
