@@ -23,6 +23,8 @@ class Forecast:
     checkpoint: int
     # Of the decoder's blocks; None if there is no estimate.
     seconds: float | None
+    # Of learning after them; None if nothing learns.
+    learning_seconds: float | None = None
     # Routed experts of all blocks.
     experts: int = 0
 
@@ -30,11 +32,12 @@ class Forecast:
         """The forecast for people."""
         tokens = ", ".join(f"{row} {count}" for row, count in self.tokens.items())
         tight = "" if self.memory <= self.memory_limit else "; parts are read from disk instead, which is slower"
+        more = "" if self.learning_seconds is None else "; learning may take more of it"
         experts = f" and {self.experts} experts" if self.experts else ""
         return [
             f"{self.layers} linears{experts} in {self.blocks} blocks, on {self.samples} samples",
             f"tokens: {tokens}; the search looks at {self.sampled_tokens}",
-            f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{tight}",
+            f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{tight}{more}",
             f"disk: {_gb(self.work)} for the work directory until the end, {_gb(self.checkpoint)} for the checkpoint",
             f"time: {self._time()}",
         ]
@@ -42,9 +45,10 @@ class Forecast:
     def _time(self) -> str:
         if self.seconds is None:
             return "the line of each block has an estimate of the rest"
+        learning = "" if self.learning_seconds is None else f" and {duration(self.learning_seconds)} for learning"
         return (
-            f"about {duration(self.seconds)} for the blocks, a rough estimate if nothing else runs on this machine; "
-            "the line of each block has a better one"
+            f"about {duration(self.seconds)} for the blocks{learning}, a rough estimate if nothing else runs on this "
+            "machine; the line of each block has a better one"
         )
 
 

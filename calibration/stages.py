@@ -158,6 +158,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
     more = extra_bytes(spec, job.names.prefix, job.recipe)
     states = sum(tokens.counts.values()) * hidden_size * getattr(torch, job.recipe.dtype).itemsize
+    seconds, learning_seconds = _seconds(job, tokens)
     return Forecast(
         layers=len(spec.layers),
         blocks=job.names.blocks,
@@ -169,25 +170,31 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         work=quantized_size(source, spec) + more + 5 * states,
         checkpoint=checkpoint_size(source, spec) + more,
         experts=sum(settings.count for settings in spec.experts.values()),
-        seconds=_seconds(job, tokens),
+        seconds=seconds,
+        learning_seconds=learning_seconds,
     )
 
 
-def _seconds(job: Job, tokens: TokenSample) -> float | None:
-    """The time for the blocks on one process's CPU; None elsewhere, and if the experts of a token are not counted."""
+def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]:
+    """The time for the blocks, and for learning, on one process's CPU.
+
+    The first is None elsewhere, and if the experts of a token are not counted; the second too if nothing learns.
+    """
     prefix, all_tokens, drawn = f"{job.names.prefix}.", sum(tokens.counts.values()), tokens.modality.numel()
     lists = [experts for name, experts in job.spec.experts.items() if name.startswith(prefix)]
     chosen = job.architecture.decoder_config(job.source.config).get(CHOSEN) if lists else 0
     if job.device.type != "cpu" or job.processes.size > 1 or not isinstance(chosen, int):
-        return None
+        return None, None
     layers = [layer for name, layer in job.spec.layers.items() if name.startswith(prefix)]
     effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
-    if job.recipe.effort in EXTENTS and not lists:
-        config = job.architecture.decoder_config(job.source.config)
-        work += learning_operations(layers, config["hidden_size"] * config["vocab_size"], all_tokens, job.recipe.effort)
-    return work / product_speed()
+    speed = product_speed()
+    if effort not in EXTENTS or lists:
+        return work / speed, None
+    config = job.architecture.decoder_config(job.source.config)
+    head = config["hidden_size"] * config["vocab_size"]
+    return work / speed, learning_operations(layers, head, all_tokens, effort) / speed
 
 
 def _run_front(

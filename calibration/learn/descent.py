@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
-from calibration.learn.extent import Chosen
+from calibration.learn.extent import Chosen, Extent
 from calibration.learn.model import Escapes, LearningDecoder
 from calibration.learn.targets import Objective, Target
 
-# The most that a step changes a logarithm, or a constant in units of its output's size.
-RATE = 3e-4
 BETAS = (0.9, 0.95)
 # Steps over which the rate rises, and the share of all steps after which it falls. The mean of the changes over the
 # steps after it is judged in the end: single steps scatter about it.
@@ -48,19 +46,19 @@ class Descent:
         chosen: Chosen,
         read: Callable[[int], tuple[MemoryInput, Target]],
         seed: int,
-        judgements: int,
+        extent: Extent,
     ) -> None:
         """`read` gives a sample by its index, and its target; `seed` decides the order of samples.
 
-        The judging samples judge `judgements` times, evenly spaced.
+        `extent` has the rate, and how often the judging samples judge.
         """
         self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
-        self.judgements = judgements
+        self.extent = extent
         generator, count = torch.Generator().manual_seed(seed), len(chosen.learned)
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(chosen.rounds)])
         self.order = [chosen.learned[place] for place in order.tolist()]
         self.leaves = decoder.changes.parameters()
-        self.adam = torch.optim.Adam(list(self.leaves.values()), lr=RATE, betas=BETAS)
+        self.adam = torch.optim.Adam(list(self.leaves.values()), lr=extent.rate, betas=BETAS)
         # Of the leaves, over the steps after FALL_AFTER of all.
         self.mean = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in self.leaves.items()}
 
@@ -77,7 +75,7 @@ class Descent:
         self.adam.zero_grad()
         self.decoder.back(sample, states, by_last[None])
         for group in self.adam.param_groups:
-            group["lr"] = RATE * rate_factor(index, self.steps)
+            group["lr"] = self.extent.rate * rate_factor(index, self.steps)
         self.adam.step()
         self._add_to_mean(index)
         return divergence
@@ -97,7 +95,8 @@ class Descent:
 
     def is_judged(self, index: int) -> bool:
         """Whether the judging samples judge after this step."""
-        return (index + 1) * self.judgements // self.steps > index * self.judgements // self.steps
+        judgements = self.extent.judgements
+        return (index + 1) * judgements // self.steps > index * judgements // self.steps
 
     @torch.no_grad()
     def judge(self) -> Judgement:

@@ -25,6 +25,9 @@ class Extent:
     judgements: int
     # Tokens of judging samples, about.
     judged_tokens: int
+    # The most that a step changes a logarithm, or a constant in units of its output's size. One sample's gradient is
+    # noisy: with a large rate, few steps cannot undo the noise of the first ones.
+    rate: float
 
     def rounds_of(self, tokens: int) -> int:
         """How often each of the samples that have `tokens` tokens together is learned from."""
@@ -32,7 +35,7 @@ class Extent:
 
 
 # By the recipe's effort. Effort `fast` learns nothing.
-EXTENTS = {"default": Extent(2**15, 2, 4, 2**12), "best": Extent(2**16, 4, 8, 2**13)}
+EXTENTS = {"default": Extent(2**15, 2, 4, 2**12, 1.5e-4), "best": Extent(2**16, 4, 8, 2**13, 3e-4)}
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class LearningRun:
         decoder = LearningDecoder(
             self.blocks, self._layers_of, self.work.tensor, self.job.spec, changes, keep=self.keep
         )
-        judgements = EXTENTS[self.job.recipe.effort].judgements
-        self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed, judgements)
+        extent = EXTENTS[self.job.recipe.effort]
+        self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed, extent)
         state = read_part(self.work, STATE)
         if state is None:
             start = self._descent.judge()

@@ -32,6 +32,12 @@ def test_no_estimate_is_made_up() -> None:
     assert replace(FORECAST, seconds=None).lines()[-1] == "time: the line of each block has an estimate of the rest"
 
 
+def test_learning_is_said_if_there_is_any() -> None:
+    text = "\n".join(replace(FORECAST, learning_seconds=300).lines())
+    assert "about 98 min for the blocks and 5 min for learning, a rough" in text and "learning may take more" in text
+    assert "learning" not in "\n".join(FORECAST.lines())
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (125, "2.1 min"), (7100, "120 min"), (7300, "2 h")]
 )

@@ -8,17 +8,19 @@ import torch
 
 from calibration.learn.changes import Changes, no_changes
 from calibration.learn.descent import ESCAPE_POWER, LARGEST_RATIO, Descent, rate_factor
-from calibration.learn.extent import Chosen
+from calibration.learn.extent import Chosen, Extent
 from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective
 from morphoquant_vllm.format.layers import LayerSpec
+
+EXTENT = Extent(tokens=2**16, rounds=4, judgements=8, judged_tokens=2**13, rate=3e-4)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_samples_are_learned_from_in_a_new_order_each_round(rounds: int) -> None:
     chosen = Chosen(list(range(1, 17)), [0], rounds)
     decoder = cast(LearningDecoder, SimpleNamespace(changes=_one_constant()))
-    made = Descent(decoder, cast(Objective, None), chosen, lambda index: pytest.fail("no sample"), 0, 8)
+    made = Descent(decoder, cast(Objective, None), chosen, lambda index: pytest.fail("no sample"), 0, EXTENT)
     orders = [made.order[start : start + 16] for start in range(0, made.steps, 16)]
     assert len(orders) == rounds and all(sorted(order) == chosen.learned for order in orders)
     assert all(order != orders[0] for order in orders[1:])
@@ -36,7 +38,7 @@ def test_steps_of_inputs_with_too_many_escapes_grow() -> None:
     layers = {name: LayerSpec(64, 32, 32, "column", name) for name in ("more", "fewer", "none", "far_more")}
     changes = no_changes(layers, dict.fromkeys(layers, 1.0), torch.device("cpu"))
     decoder = cast(LearningDecoder, SimpleNamespace(changes=changes))
-    made = Descent(decoder, cast(Objective, None), Chosen([0], [1]), lambda index: pytest.fail("no sample"), 0, 1)
+    made = Descent(decoder, cast(Objective, None), Chosen([0], [1]), lambda index: pytest.fail("no sample"), 0, EXTENT)
     allowed = {"more": 0.04, "fewer": 0.04, "none": 0.0, "far_more": 0.01}
     made.keep_rates(allowed, {"more": 0.044, "fewer": 0.03, "none": 0.001, "far_more": 0.1})
     grown = {name: float(step[0].detach().exp()) for name, step in changes.steps.items()}
@@ -56,7 +58,7 @@ def _descent(steps: int) -> Descent:
     objective = SimpleNamespace(derivatives=lambda last, target: (0.0, torch.zeros(1, 1)))
     chosen = Chosen(list(range(steps)), [steps])
     read = cast(Any, lambda index: (None, None))
-    return Descent(cast(LearningDecoder, decoder), cast(Objective, objective), chosen, read, 0, 4)
+    return Descent(cast(LearningDecoder, decoder), cast(Objective, objective), chosen, read, 0, EXTENT)
 
 
 def test_the_mean_is_that_of_the_later_half_of_the_steps_also_after_a_restart() -> None:

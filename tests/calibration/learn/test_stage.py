@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration.calibrate import calibrate
-from calibration.learn import descent, extent, run, stage
+from calibration.learn import extent, run, stage
 from calibration.learn.extent import EXTENTS
 from calibration.learn.run import LearningRun
 from calibration.processes import Processes
@@ -50,6 +50,11 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "STEPS_KEPT", 4)
 
 
+def learn_at(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for effort, found in EXTENTS.items():
+        monkeypatch.setitem(EXTENTS, effort, replace(found, rate=rate))
+
+
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales of outputs that are too large, and a rate that undoes it."""
@@ -60,7 +65,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return value * TOO_LARGE if tensor == "weight_channel_scale" else value
 
     monkeypatch.setattr(WorkDirectory, "tensor", spoil)
-    monkeypatch.setattr(descent, "RATE", 0.02)
+    learn_at(0.02, monkeypatch)
 
 
 def make(tiny: TinyModels, text: Path, output: Path, recipe: Recipe = RECIPE, **options: Any) -> dict[str, Any]:
@@ -202,7 +207,7 @@ def test_if_the_divergence_does_not_fall_nothing_is_changed(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(descent, "RATE", 0.5)
+    learn_at(0.5, monkeypatch)
     caplog.set_level("INFO")
     report = make(tiny, text, tmp_path / "best")
     assert "learning: mean of the later steps, divergence of judging samples" in caplog.text
