@@ -11,7 +11,7 @@ model           the source model: files, architectures, the plan of quantized la
 data            from conversations to tokens
 blocks          runs the model block by block
 quantize        the algorithm
-learn           the last stage of effort `best`: steps, scales and constants learn from the output of the model
+learn           the last stage: steps, scales and constants learn from the output of the model, as `effort` says
 work            the work directory, which makes a run resumable
 output          the checkpoint, its report, and their display
 time_limit      a limit of processor time for a publisher's code

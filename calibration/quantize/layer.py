@@ -87,7 +87,9 @@ def quantize_input(
     coded = code_tokens(x, tokens, massive.own, found, spec)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
-    unseen = held_out(tokens, recipe.effort) if judged is None else None
+    # Beside routed experts nothing learns, so the default needs no judges.
+    wanted = judged is None and (recipe.effort == "best" or not spec.experts)
+    unseen = held_out(tokens, recipe.effort) if wanted else None
     choosing = recipe.effort == "best"
     moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
     step = found.grids.grid.step.to(x.device)[coded.order]

@@ -1,5 +1,7 @@
 """One input's weights: fits, rounding, blocks of ranks, the mean output, and samples that are held out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from calibration.data.token_choice import TokenSample, choose_tokens
 from calibration.quantize.layer import InputSample, quantize_input
 from calibration.quantize.observation import Observation
 from calibration.settings.recipe import Recipe
+from morphoquant_vllm.format.layers import ExpertsSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.statistics import ChannelStatistics
@@ -162,6 +165,18 @@ def test_held_out_samples_make_weights_that_hold_for_new_tokens() -> None:
         relative(serve(new, made(sample, tokens, effort=each, shrinkage=0.25))[1], wanted) for each in ("fast", "best")
     )
     assert found < 0.9 * fast
+
+
+def test_beside_experts_the_default_holds_no_sample_out() -> None:
+    sample, tokens = in_samples(activations(320)[0], 1.0, 16)
+    shards = {"m.q": matrix()}
+    spec = replace(make_spec(shards, scheme="two_level"), experts={"m.experts": ExpertsSpec(8, 64, 32, 32)})
+    fast, default, best = (
+        quantize_input(sample, tokens, shards, spec, Recipe(effort=effort))["m.q"].tensors
+        for effort in ("fast", "default", "best")
+    )
+    assert all(torch.equal(fast[name], value) for name, value in default.items())
+    assert not torch.equal(fast["weight_codes"], best["weight_codes"])
 
 
 def test_the_bias_counts_held_out_tokens() -> None:
