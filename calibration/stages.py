@@ -25,7 +25,7 @@ from calibration.data.token_choice import TokenSample, share_tokens
 from calibration.forecast import Forecast
 from calibration.learn.changes import changes_of
 from calibration.learn.extent import EXTENTS
-from calibration.learn.need import learning_operations
+from calibration.learn.need import head_elements, learning_operations
 from calibration.model.architectures import Architecture
 from calibration.model.bits import extra_bytes
 from calibration.model.discovery import GENERIC
@@ -192,8 +192,7 @@ def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]
     speed = product_speed()
     if effort not in EXTENTS or lists:
         return work / speed, None
-    config = job.architecture.decoder_config(job.source.config)
-    head = config["hidden_size"] * config["vocab_size"]
+    head = head_elements(job.architecture, job.names, job.source.tensors)
     return work / speed, learning_operations(layers, head, all_tokens, effort) / speed
 
 

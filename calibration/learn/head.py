@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from calibration.model.architectures import Architecture
-from calibration.model.loading import load_front
+from calibration.model.loading import empty_model, load_front
+from calibration.model.refusals import WRITES_TEXT
 from calibration.model.source import Source
 from calibration.settings.recipe import Recipe
 
 HEAD = "lm_head"
+
+
+def has_head(architecture: Architecture, source: Source, recipe: Recipe) -> bool:
+    """Whether the model writes text, by a head of the usual name."""
+    return architecture.model_class.endswith(WRITES_TEXT) and hasattr(empty_model(architecture, source, recipe), HEAD)
 
 
 class Head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
+from calibration.forecast import duration
 from calibration.learn.changes import no_changes
 from calibration.learn.descent import Descent, Judgement
 from calibration.learn.extent import EXTENTS, Chosen
@@ -50,6 +52,8 @@ class LearningRun:
         self._aim: Objective | None = None
         self._descent: Descent | None = None
         self._judgements: Judgements | None = None
+        # The first step of this run, and the seconds of a clock before it.
+        self._first, self._began = 0, 0.0
 
     def blocks_to_pass(self) -> int:
         """The number of blocks through which the targets still have to be carried: all or none."""
@@ -74,6 +78,11 @@ class LearningRun:
 
     def begin(self) -> tuple[int, int]:
         """The next step, and the number of all steps; the first judgement if the run has none."""
+        self._first, steps = self._restored()
+        self._began = time.monotonic()
+        return self._first, steps
+
+    def _restored(self) -> tuple[int, int]:
         assert self.targets is not None
         sizes = {name.removeprefix("size "): float(value) for name, value in self._sizes().items()}
         layers = {layer: self.job.spec.layers[layer] for layer in sizes}
@@ -107,6 +116,9 @@ class LearningRun:
             state = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
             state |= {f"best {name}": value for name, value in (judgements.best or {}).items()}
             keep_part(self.work, STATE, descent.state() | state)
+            each = (time.monotonic() - self._began) / (index + 1 - self._first)
+            left = duration(each * (descent.steps - index - 1))
+            logger.info("learning: step %d of %d, about %s left", index + 1, descent.steps, left)
 
     def _judge(self, what: str) -> None:
         """Keep the rates of escapes, judge, and note changes that have the least divergence so far."""

@@ -8,7 +8,8 @@ from functools import partial
 from typing import TypeVar
 
 from calibration.learn.extent import EXTENTS, LEAST_TOKENS, LONGEST, Chosen, choose_samples
-from calibration.learn.need import decoder_bytes, learning_bytes
+from calibration.learn.head import has_head
+from calibration.learn.need import decoder_bytes, head_elements, learning_bytes
 from calibration.learn.run import LearningRun
 from calibration.quantize.held_out import SAMPLES_PER_HELD
 from calibration.stages import Job
@@ -52,6 +53,8 @@ def _plan(job: Job, work: WorkDirectory) -> LearningRun | None:
     chosen = choose_samples(lengths, effort)
     if any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts):
         reason = "the decoder has experts, which cannot learn"
+    elif not has_head(job.architecture, job.source, job.recipe):
+        reason = "the model has no head that writes text"
     elif chosen is None:
         reason = (
             f"give {SAMPLES_PER_HELD[effort]} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
@@ -82,6 +85,6 @@ def _need(job: Job, lengths: list[int], chosen: Chosen) -> tuple[int, int]:
     config = job.architecture.decoder_config(job.source.config)
     # The states of one sample before every block, and those of all samples that are targets.
     states = 4 * config["hidden_size"] * (longest * (job.names.blocks + 1) + 2 * every)
-    head = job.memory_need().front_streamed + 4 * config["hidden_size"] * config["vocab_size"]
+    head = job.memory_need().front_streamed + 4 * head_elements(job.architecture, job.names, job.source.tensors)
     streamed = head + learning_bytes(layers, states, longest)
     return streamed + sum(map(decoder_bytes, layers)), streamed

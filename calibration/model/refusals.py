@@ -11,7 +11,7 @@ from calibration.model.architectures import Architecture
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Endings of the classes that are calibrated: those that write text, and those that score one. Others have no head.
-_WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel", "LMHeadModel")
+WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel", "LMHeadModel")
 SCORES_TEXT = ("ForSequenceClassification", "ForRewardModel", "ForProcessRewardModel")
 
 
@@ -28,7 +28,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             )
     classes = config.get("architectures")
     for name in classes if isinstance(classes, list) else ():
-        if isinstance(name, str) and not name.endswith((*_WRITES_TEXT, *SCORES_TEXT)):
+        if isinstance(name, str) and not name.endswith((*WRITES_TEXT, *SCORES_TEXT)):
             raise MorphoQuantError(
                 f"config.json: {name} is not supported: it has another head, or none; only models that write text or "
                 f"score one (...{', ...'.join(SCORES_TEXT)}) are calibrated"

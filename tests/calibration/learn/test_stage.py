@@ -1,5 +1,6 @@
 """Learning from end to end: what is learned, kept, resumed and exported, and when nothing learns."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,7 @@ def test_if_the_divergence_does_not_fall_nothing_is_changed(
     caplog.set_level("INFO")
     report = make(tiny, text, tmp_path / "best")
     assert "learning: mean of the later steps, divergence of judging samples" in caplog.text
+    assert re.search(r"learning: step 4 of 16, about \d+ s left", caplog.text)
     assert report["learning"]["divergence_after"] == report["learning"]["divergence_before"]
     assert "nothing is changed; more samples may help" in caplog.text
     learned = tensors(tmp_path / "best")
