@@ -87,10 +87,10 @@ def quantize_input(
     coded = code_tokens(x, tokens, massive.own, found, spec)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
-    # Beside routed experts nothing learns, so the default needs no judges.
-    wanted = judged is None and (recipe.effort == "best" or not spec.experts)
-    unseen = held_out(tokens, recipe.effort) if wanted else None
     choosing = recipe.effort == "best"
+    # Beside routed experts nothing learns, so the default needs no judges.
+    wanted = judged is None and (choosing or not spec.experts)
+    unseen = held_out(tokens, recipe.effort) if wanted else None
     moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
     step = found.grids.grid.step.to(x.device)[coded.order]
     served = round_weights(matrix, step, moments, first, recipe, processes, held if choosing else None)
