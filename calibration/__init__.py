@@ -2,6 +2,7 @@
 
 cli             the command `morphoquant`
 calibrate       one run from model and data to checkpoint
+job             the constants of a run, and its limits of memory
 stages          its stages: capture, quantize, export
 precision       the stage that shares budgets among inputs: bits of weights, and escapes
 forecast        what a run will do and need

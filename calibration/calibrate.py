@@ -15,7 +15,8 @@ from calibration.blocks.results import BlockResult, LayerBegins
 from calibration.data.conversations import CLASSES, Conversation, PlainText
 from calibration.data.data_files import load_conversations
 from calibration.data.token_choice import TokenSample
-from calibration.forecast import Forecast
+from calibration.forecast import Forecast, forecast
+from calibration.job import Job
 from calibration.learn.stage import learn
 from calibration.model.bits import check_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
@@ -30,7 +31,7 @@ from calibration.output.staging import check_length, check_output, check_room
 from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
-from calibration.stages import Job, capture, export, forecast, prepare, quantize
+from calibration.stages import capture, export, prepare, quantize
 from calibration.work.directory import WorkDirectory
 from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work

@@ -1,9 +1,21 @@
-"""What a calibration will do: layers, tokens, memory, disk and time. Pure."""
+"""What a calibration will do: layers, tokens, memory, disk and time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+
+from calibration.blocks.time_need import experts_operations, operations, product_speed
+from calibration.data.token_choice import TokenSample
+from calibration.job import Job
+from calibration.learn.extent import EXTENTS
+from calibration.learn.need import head_elements, learning_operations
+from calibration.model.bits import extra_bytes
+from calibration.model.experts import CHOSEN
+from calibration.output.export import checkpoint_size, quantized_size
+from calibration.quantize.held_out import held_out
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,52 @@ class Forecast:
             f"about {duration(self.seconds)} for the blocks{learning}, a rough estimate if nothing else runs on this "
             "machine; the line of each block has a better one"
         )
+
+
+def forecast(job: Job, tokens: TokenSample) -> Forecast:
+    """What the calibration will do and need."""
+    source, spec = job.source, job.spec
+    need = job.memory_need(tokens)
+    # The inputs of the first block, and two generations of both streams.
+    hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
+    more = extra_bytes(spec, job.names.prefix, job.recipe)
+    states = sum(tokens.counts.values()) * hidden_size * getattr(torch, job.recipe.dtype).itemsize
+    seconds, learning_seconds = _seconds(job, tokens)
+    return Forecast(
+        layers=len(spec.layers),
+        blocks=job.names.blocks,
+        samples=len(tokens.positions),
+        tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
+        sampled_tokens=tokens.modality.numel(),
+        memory=max(need.front, need.block),
+        memory_limit=job.device_limit,
+        work=quantized_size(source, spec) + more + 5 * states,
+        checkpoint=checkpoint_size(source, spec) + more,
+        experts=sum(settings.count for settings in spec.experts.values()),
+        seconds=seconds,
+        learning_seconds=learning_seconds,
+    )
+
+
+def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]:
+    """The time for the blocks, and for learning, on one process's CPU.
+
+    The first is None elsewhere, and if the experts of a token are not counted; the second too if nothing learns.
+    """
+    prefix, all_tokens, drawn = f"{job.names.prefix}.", sum(tokens.counts.values()), tokens.modality.numel()
+    lists = [experts for name, experts in job.spec.experts.items() if name.startswith(prefix)]
+    chosen = job.architecture.decoder_config(job.source.config).get(CHOSEN) if lists else 0
+    if job.device.type != "cpu" or job.processes.size > 1 or not isinstance(chosen, int):
+        return None, None
+    layers = [layer for name, layer in job.spec.layers.items() if name.startswith(prefix)]
+    effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
+    work = operations(layers, all_tokens, drawn, effort)
+    work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
+    speed = product_speed()
+    if effort not in EXTENTS or lists:
+        return work / speed, None
+    head = head_elements(job.architecture, job.names, job.source.tensors)
+    return work / speed, learning_operations(layers, head, all_tokens, effort) / speed
 
 
 def duration(seconds: float) -> str:

@@ -13,12 +13,12 @@ from functools import partial
 
 from calibration.blocks.sensitivity import Passes, choose_samples
 from calibration.data.token_choice import TokenSample
+from calibration.job import Job
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
 from calibration.settings.recipe import Recipe
-from calibration.stages import Job
 from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.layers import LayerSpec

@@ -5,42 +5,32 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput, capture_block_inputs, serve_towers
 from calibration.blocks.loop import calibrate_blocks
-from calibration.blocks.memory_need import BASE, MemoryNeed, check_budget, memory_need
+from calibration.blocks.memory_need import BASE
 from calibration.blocks.results import BlockResult, LayerBegins
-from calibration.blocks.time_need import experts_operations, operations, product_speed
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
-from calibration.data.token_choice import TokenSample, share_tokens
-from calibration.forecast import Forecast
+from calibration.data.token_choice import TokenSample
+from calibration.forecast import forecast
+from calibration.job import Job
 from calibration.learn.changes import changes_of
-from calibration.learn.extent import EXTENTS
-from calibration.learn.need import head_elements, learning_operations
-from calibration.model.architectures import Architecture
-from calibration.model.bits import extra_bytes
 from calibration.model.discovery import GENERIC
-from calibration.model.experts import CHOSEN
 from calibration.model.loading import BlockLoader, load_front
-from calibration.model.plan import DecoderNames, sixteen_bit
+from calibration.model.plan import sixteen_bit
 from calibration.model.source import Source
 from calibration.output.card import model_card, read_front_matter
-from calibration.output.export import checkpoint_size, quantized_size, tensors_size, write_checkpoint
+from calibration.output.export import checkpoint_size, tensors_size, write_checkpoint
 from calibration.output.report import empty_experts, make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
-from calibration.processes import Processes
-from calibration.quantize.grids import SEARCH_TOKENS
 from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
-from calibration.settings.recipe import Recipe
 from calibration.work.budgets import report_entry
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_changes, read_figures
@@ -48,62 +38,6 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """The constants of a calibration."""
-
-    source: Source
-    architecture: Architecture
-    names: DecoderNames
-    spec: QuantizationSpec
-    recipe: Recipe
-    # In bytes, for all processes on this machine together, and for each GPU; None: the free memory.
-    memory_budget: int | None
-    device: torch.device
-    processes: Processes
-    # Escape budgets of inputs that have another one than the recipe's, by the input's name.
-    escape_budgets: Mapping[str, float] = field(default_factory=dict)
-
-    def memory_need(self, tokens: TokenSample | None = None) -> MemoryNeed:
-        """The memory peaks of one process of this calibration; MorphoQuantError if they exceed a stated budget."""
-        sampled = 0
-        if tokens is not None:
-            owners = tokens.token_owners
-            sampled = int(owners.bincount().max())
-            if self.processes.size > 1:
-                # The search also gathers tokens of other processes.
-                sampled = min(owners.numel(), sampled + 2 * SEARCH_TOKENS)
-        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
-        if self.recipe.towers:
-            # A tower's quantized layers stay in memory and compute the next layers' inputs.
-            need = replace(need, front_streamed=need.front)
-        # A GPU's memory cannot be exceeded, a machine's is only slow then.
-        if self.memory_budget is not None or self.device.type == "cuda":
-            limit = self.device_limit
-            stated = self.device.type == "cpu" or limit == self.memory_budget
-            check_budget(need, limit, self.source.directory, stated=stated)
-        return need
-
-    @property
-    def memory_limit(self) -> int:
-        """Bytes that this process may use."""
-        together = psutil.virtual_memory().available if self.memory_budget is None else self.memory_budget
-        return together // self.processes.local_size
-
-    @property
-    def device_limit(self) -> int:
-        """Bytes that this process may use where the model runs: of its GPU, or of this machine."""
-        if self.device.type != "cuda":
-            return self.memory_limit
-        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        return free if self.memory_budget is None else min(free, self.memory_budget)
-
-    def choose_tokens(self, modalities: Mapping[int, Tensor]) -> TokenSample:
-        """Choose the tokens for the search. `modalities` holds the rows of this process's samples, by sample index."""
-        recipe = self.recipe
-        return share_tokens(self.processes, modalities, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
 
 
 def capture(
@@ -148,52 +82,6 @@ def prepare(
     )
     check_media(samples, recipe, job.processes)
     return samples, job.choose_tokens({sample.place: sample.modality for sample in samples})
-
-
-def forecast(job: Job, tokens: TokenSample) -> Forecast:
-    """What the calibration will do and need."""
-    source, spec = job.source, job.spec
-    need = job.memory_need(tokens)
-    # The inputs of the first block, and two generations of both streams.
-    hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
-    more = extra_bytes(spec, job.names.prefix, job.recipe)
-    states = sum(tokens.counts.values()) * hidden_size * getattr(torch, job.recipe.dtype).itemsize
-    seconds, learning_seconds = _seconds(job, tokens)
-    return Forecast(
-        layers=len(spec.layers),
-        blocks=job.names.blocks,
-        samples=len(tokens.positions),
-        tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
-        sampled_tokens=tokens.modality.numel(),
-        memory=max(need.front, need.block),
-        memory_limit=job.device_limit,
-        work=quantized_size(source, spec) + more + 5 * states,
-        checkpoint=checkpoint_size(source, spec) + more,
-        experts=sum(settings.count for settings in spec.experts.values()),
-        seconds=seconds,
-        learning_seconds=learning_seconds,
-    )
-
-
-def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]:
-    """The time for the blocks, and for learning, on one process's CPU.
-
-    The first is None elsewhere, and if the experts of a token are not counted; the second too if nothing learns.
-    """
-    prefix, all_tokens, drawn = f"{job.names.prefix}.", sum(tokens.counts.values()), tokens.modality.numel()
-    lists = [experts for name, experts in job.spec.experts.items() if name.startswith(prefix)]
-    chosen = job.architecture.decoder_config(job.source.config).get(CHOSEN) if lists else 0
-    if job.device.type != "cpu" or job.processes.size > 1 or not isinstance(chosen, int):
-        return None, None
-    layers = [layer for name, layer in job.spec.layers.items() if name.startswith(prefix)]
-    effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
-    work = operations(layers, all_tokens, drawn, effort)
-    work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
-    speed = product_speed()
-    if effort not in EXTENTS or lists:
-        return work / speed, None
-    head = head_elements(job.architecture, job.names, job.source.tensors)
-    return work / speed, learning_operations(layers, head, all_tokens, effort) / speed
 
 
 def _run_front(

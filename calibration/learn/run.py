@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
 from calibration.forecast import duration
+from calibration.job import Job
 from calibration.learn.changes import no_changes
 from calibration.learn.descent import Descent, Judgement
 from calibration.learn.extent import EXTENTS, Chosen
@@ -19,7 +20,6 @@ from calibration.learn.head import Head
 from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
 from calibration.model.loading import BlockLoader
-from calibration.stages import Job
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import STATE, TARGETS, keep_learned, keep_part, read_part, read_served
 from morphoquant_vllm.format.schema import TEXT_ROW

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+from calibration.job import Job
 from calibration.learn.extent import EXTENTS, LEAST_TOKENS, LONGEST, Chosen, choose_samples
 from calibration.learn.head import has_head
 from calibration.learn.need import decoder_bytes, head_elements, learning_bytes
 from calibration.learn.run import LearningRun
 from calibration.quantize.held_out import SAMPLES_PER_HELD
-from calibration.stages import Job
 from calibration.work.budgets import sample_lengths
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_figures

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from calibration import stages
+from calibration import forecast
 from calibration.blocks.time_need import experts_operations
 from calibration.calibrate import calibrate, dry_run
 from calibration.data.data_files import load_conversations
@@ -167,7 +167,7 @@ def test_experts_stay_in_16_bit_if_ignored(tmp_path: Path, tiny: TinyModels) -> 
 def test_a_dry_run_estimates_the_time_of_experts(
     tmp_path: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "product_speed", lambda: 1e9)
+    monkeypatch.setattr(forecast, "product_speed", lambda: 1e9)
     model, data, out = tiny.model("qwen3_moe"), tiny.data("qwen3_moe"), tmp_path / "out"
     whole = dry_run(model, data, out, recipe=QUICK)
     linears = dry_run(model, data, out, recipe=QUICK.model_copy(update={"ignore": ("*.experts.*",)}))

@@ -11,13 +11,13 @@ from torch import nn
 
 from calibration.blocks.memory_need import MemoryNeed, input_peak, memory_need
 from calibration.calibrate import calibrate
+from calibration.job import Job
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import BlockLoader
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import open_source
 from calibration.processes import ONE
 from calibration.settings.recipe import Recipe
-from calibration.stages import Job
 from calibration.work.directory import WorkDirectory
 from calibration.work.hidden_states import DiskInput
 from morphoquant_vllm.errors import MorphoQuantError

@@ -1,0 +1,76 @@
+"""The constants of a calibration, and its limits of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import psutil
+import torch
+from torch import Tensor
+
+from calibration.blocks.memory_need import MemoryNeed, check_budget, memory_need
+from calibration.data.token_choice import TokenSample, share_tokens
+from calibration.model.architectures import Architecture
+from calibration.model.plan import DecoderNames
+from calibration.model.source import Source
+from calibration.processes import Processes
+from calibration.quantize.grids import SEARCH_TOKENS
+from calibration.settings.recipe import Recipe
+from morphoquant_vllm.format.schema import QuantizationSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """The constants of a calibration."""
+
+    source: Source
+    architecture: Architecture
+    names: DecoderNames
+    spec: QuantizationSpec
+    recipe: Recipe
+    # In bytes, for all processes on this machine together, and for each GPU; None: the free memory.
+    memory_budget: int | None
+    device: torch.device
+    processes: Processes
+    # Escape budgets of inputs that have another one than the recipe's, by the input's name.
+    escape_budgets: Mapping[str, float] = field(default_factory=dict)
+
+    def memory_need(self, tokens: TokenSample | None = None) -> MemoryNeed:
+        """The memory peaks of one process of this calibration; MorphoQuantError if they exceed a stated budget."""
+        sampled = 0
+        if tokens is not None:
+            owners = tokens.token_owners
+            sampled = int(owners.bincount().max())
+            if self.processes.size > 1:
+                # The search also gathers tokens of other processes.
+                sampled = min(owners.numel(), sampled + 2 * SEARCH_TOKENS)
+        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
+        if self.recipe.towers:
+            # A tower's quantized layers stay in memory and compute the next layers' inputs.
+            need = replace(need, front_streamed=need.front)
+        # A GPU's memory cannot be exceeded, a machine's is only slow then.
+        if self.memory_budget is not None or self.device.type == "cuda":
+            limit = self.device_limit
+            stated = self.device.type == "cpu" or limit == self.memory_budget
+            check_budget(need, limit, self.source.directory, stated=stated)
+        return need
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that this process may use."""
+        together = psutil.virtual_memory().available if self.memory_budget is None else self.memory_budget
+        return together // self.processes.local_size
+
+    @property
+    def device_limit(self) -> int:
+        """Bytes that this process may use where the model runs: of its GPU, or of this machine."""
+        if self.device.type != "cuda":
+            return self.memory_limit
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return free if self.memory_budget is None else min(free, self.memory_budget)
+
+    def choose_tokens(self, modalities: Mapping[int, Tensor]) -> TokenSample:
+        """Choose the tokens for the search. `modalities` holds the rows of this process's samples, by sample index."""
+        recipe = self.recipe
+        return share_tokens(self.processes, modalities, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
