@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from calibration.blocks.time_need import experts_operations, operations, product_speed
+from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
+from calibration.blocks.time_need import experts_operations, operations, product_speed, sharing_operations
 from calibration.data.token_choice import TokenSample
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS
@@ -16,6 +17,7 @@ from calibration.model.bits import extra_bytes
 from calibration.model.experts import CHOSEN
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.quantize.held_out import held_out
+from calibration.settings.recipe import shares_budget
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]
     effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
+    if shares_budget(job.recipe, learns=effort in EXTENTS and not lists):
+        work += sharing_operations(layers, min(SHARING_TOKENS, drawn))
     speed = product_speed()
     if effort not in EXTENTS or lists:
         return work / speed, None

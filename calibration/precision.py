@@ -1,7 +1,7 @@
 """The stage of a calibration that shares budgets among the inputs of the model: bits of weights, and escapes.
 
-With a `bits_budget` it chooses the linears that get 8-bit weights or stay in 16 bit. With `budget: model` it chooses
-the escape budget of each input.
+With a `bits_budget` it chooses the linears that get 8-bit weights or stay in 16 bit. With `budget: model`, which is the
+default if steps and scales will learn, it chooses the escape budget of each input.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from calibration.blocks.sensitivity import Passes, choose_samples
+from calibration.blocks.sensitivity import TOKENS, Passes, choose_samples
 from calibration.data.token_choice import TokenSample
 from calibration.job import Job
+from calibration.learn.extent import EXTENTS
+from calibration.learn.stage import obstacle
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
-from calibration.settings.recipe import Recipe
+from calibration.settings.recipe import shares_budget, shares_escapes
 from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.layers import LayerSpec
@@ -37,11 +39,14 @@ class Measured:
 
 
 def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
-    """The job with the form and the escape budget of each input; unchanged if the recipe shares no budget.
+    """The job with the form and the escape budget of each input, and with the recipe's `budget` settled.
 
     The choice is kept, and resumed.
     """
-    if not needs_choice(job.recipe):
+    learns = job.processes.broadcast(lambda: will_learn(job, work))
+    shared = "model" if shares_escapes(job.recipe, learns=learns) else "equal"
+    job = replace(job, recipe=job.recipe.model_copy(update={"budget": shared}))
+    if not shares_budget(job.recipe, learns=learns):
         return job
     choice = job.processes.broadcast(lambda: read_choice(work), [Choice])
     if choice is None:
@@ -55,13 +60,9 @@ def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
     return replace(job, spec=apply(job.spec, choice.forms), escape_budgets=choice.escape_budgets)
 
 
-def needs_choice(recipe: Recipe) -> bool:
-    """Whether a budget is shared by the inputs of the model."""
-    return recipe.bits_budget is not None or _shares_escapes(recipe)
-
-
-def _shares_escapes(recipe: Recipe) -> bool:
-    return recipe.budget == "model" and recipe.grid == "budget" and recipe.escape_budget > 0
+def will_learn(job: Job, work: WorkDirectory) -> bool:
+    """Whether steps and scales will learn. Free memory does not count: a resumed run must not choose otherwise."""
+    return job.recipe.effort in EXTENTS and obstacle(job, sample_lengths(work)) is None
 
 
 def measure(job: Job, work: WorkDirectory, tokens: TokenSample) -> Measured:
@@ -81,7 +82,7 @@ def measure(job: Job, work: WorkDirectory, tokens: TokenSample) -> Measured:
         for name, probe in passes.backward(index, _shards_of(job, index)).items():
             if job.recipe.bits_budget is not None:
                 losses_of[name] = losses(probe, job.recipe.group_size, job.recipe.escape_budget)
-            if _shares_escapes(job.recipe) and probe.x.shape[0]:
+            if shares_escapes(job.recipe, learns=False) and probe.x.shape[0]:
                 escapes_of[name] = escape_costs(probe)
         if not index:
             passes.clear()
@@ -120,7 +121,7 @@ def _begin(job: Job, work: WorkDirectory, tokens: TokenSample) -> Passes:
     # Modalities by the drawn tokens: every sample has some.
     parts = tokens.modality.split([positions.numel() for positions in tokens.positions])
     rows = [frozenset(part.unique().tolist()) for part in parts]
-    chosen = choose_samples(sample_lengths(work), rows)
+    chosen = choose_samples(sample_lengths(work), rows, min(TOKENS, job.recipe.sample_tokens))
     logger.info("budgets: %d of %d samples choose how they are shared", len(chosen), len(rows))
     blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
     samples = [read_front(work, index) for index in chosen]

@@ -155,8 +155,8 @@ METHODS: dict[str, Method] = {
     # Mixed precision: the few inputs that pay most get 8-bit weights or stay in 16 bit.
     "served-bits-4.6": Served(recipe={"bits_budget": 4.6}),
     "served-bits-5": Served(recipe={"bits_budget": 5.0}),
-    # One price of escapes for the model, instead of an equal budget for every input.
-    "served-model-budget": Served(recipe={"budget": "model"}),
+    # An equal budget of escapes for every input, instead of one price for the model.
+    "served-equal-budget": Served(recipe={"budget": "equal"}),
     "served-group": Served(recipe={"scale_levels": 0}),
     "served-group-g64": Served(recipe={"scale_levels": 0, "group_size": 64}),
     # Floors: the loss of one part alone. Scales are two-level as in `served`, or one for each group.

@@ -22,17 +22,20 @@ from calibration.model.loading import Blocks
 from calibration.quantize.bit_losses import Probe
 from calibration.work.durable_files import read_tensors, write_tensors_durably
 
-# Tokens of the passes, about. A longer sample is taken only if there is no shorter one.
+# Tokens of the passes, about, and no more than are drawn. A longer sample is taken only if there is no shorter one.
 TOKENS = 4096
+# The fractional parts of this number's multiples, the golden ratio's, divide 0 to 1 evenly, however many there are.
+SPREAD = (5**0.5 - 1) / 2
 
 
-def choose_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]]) -> list[int]:
-    """Indices of the samples of the passes, ascending: every modality in turn gives one, for about TOKENS tokens.
+def choose_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]], most: int = TOKENS) -> list[int]:
+    """Indices of the samples of the passes, ascending: every modality in turn gives one, for about `most` tokens.
 
     `lengths` are the tokens of each sample, `rows` the modalities in it.
     """
-    # Long samples come last, the shortest first: a pass holds a whole sample's block in memory.
-    order = sorted(range(len(lengths)), key=lambda index: (max(lengths[index], TOKENS // 2), index))
+    # Long samples come last, the shortest first: a pass holds a whole sample's block in memory. The first of the others
+    # are spread over the data, which may have one kind of text after the other.
+    order = sorted(range(len(lengths)), key=lambda index: (max(lengths[index], most // 2), index * SPREAD % 1))
     queues = {row: [index for index in order if row in rows[index]] for row in sorted(frozenset().union(*rows))}
     chosen: list[int] = []
     total = 0
@@ -43,7 +46,7 @@ def choose_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]]) -> li
             if not queue:
                 continue
             index = queue.pop(0)
-            if not chosen or total + lengths[index] <= TOKENS:
+            if not chosen or total + lengths[index] <= most:
                 chosen.append(index)
                 total += lengths[index]
     return sorted(chosen)

@@ -10,6 +10,11 @@
     4 (4 N K^2 + 1/3 K^3)   the regressions between which held-out samples choose (effort best)
     3 N K^2      one more rounding, and the errors of both (effort best)
 
+If inputs share a budget of the model, t tokens decide how, beforehand:
+
+    6 t N K      the products of a pass forward and one back
+    50,000 t K   the costs of each candidate step
+
 For E experts, C of which a token chooses. K and I are the channels of hidden states and of an expert's inner input, and
 t = T C / E are the drawn tokens of one expert. The first two lines are of all experts together, the others of each.
 
@@ -63,6 +68,14 @@ def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int, effort: str
         if effort == "best":
             total += len(STRENGTHS) * (4 * n * k**2 + k**3 / 3) + 3 * n * k**2
     return total
+
+
+def sharing_operations(layers: Iterable[LayerSpec], tokens: int) -> float:
+    """Floating-point operations of the stage that shares a budget among inputs by `tokens` tokens."""
+    found = list(layers)
+    channels = {layer.shared_input: layer.in_features for layer in found}
+    products = sum(layer.in_features * layer.out_features for layer in found)
+    return float(tokens * (6 * products + OPERATIONS_OF_A_VALUE * sum(channels.values())))
 
 
 def experts_operations(experts: ExpertsSpec, chosen: int, tokens: int, drawn: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -46,20 +46,27 @@ def learn(job: Job, work: WorkDirectory) -> None:
     on_first(LearningRun.finish)
 
 
+def obstacle(job: Job, lengths: Sequence[int]) -> str | None:
+    """Why steps and scales cannot learn from samples of these numbers of tokens; None if they can, with the memory."""
+    effort = job.recipe.effort
+    if any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts):
+        return "the decoder has experts, which cannot learn"
+    if not has_head(job.architecture, job.source, job.recipe):
+        return "the model has no head that writes text"
+    if choose_samples(lengths, effort) is None:
+        every = SAMPLES_PER_HELD[effort]
+        return f"give {every} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
+    return None
+
+
 def _plan(job: Job, work: WorkDirectory) -> LearningRun | None:
     """The run of learning; None, with a line that says why, if steps and scales cannot learn."""
     lengths = sample_lengths(work)
     effort = job.recipe.effort
-    chosen = choose_samples(lengths, effort)
-    if any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts):
-        reason = "the decoder has experts, which cannot learn"
-    elif not has_head(job.architecture, job.source, job.recipe):
-        reason = "the model has no head that writes text"
-    elif chosen is None:
-        reason = (
-            f"give {SAMPLES_PER_HELD[effort]} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
-        )
-    else:
+    reason = obstacle(job, lengths)
+    if reason is None:
+        chosen = choose_samples(lengths, effort)
+        assert chosen is not None
         kept, streamed = _need(job, lengths, chosen)
         if streamed <= job.device_limit:
             logger.info(

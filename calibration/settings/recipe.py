@@ -79,10 +79,11 @@ class Recipe(BaseModel):
         le=0.2,
         description="Fraction of a modality's codes in a layer that may leave the 4-bit range; 0: none may.",
     )
-    budget: Literal["equal", "model"] = Field(
-        default="equal",
+    budget: Literal["auto", "equal", "model"] = Field(
+        default="auto",
         description="Budget grid: equal (every input has escape_budget) or model (inputs whose escapes save most in "
-        "the model's output have more, others less; the mean over channels is escape_budget).",
+        "the model's output have more, others less; the mean over channels is escape_budget). auto: model if steps and "
+        "scales learn, as effort says, else equal.",
     )
     massive_row: bool = Field(
         default=True, description="Whether massive tokens (usually the first of a sequence) get a separate row."
@@ -231,6 +232,17 @@ class Recipe(BaseModel):
         if value < 1:
             raise ValueError("must be at least 1 byte")
         return value
+
+
+def shares_budget(recipe: Recipe, *, learns: bool) -> bool:
+    """Whether inputs share a budget of the model, of bits or of escapes; `learns`: whether steps and scales learn."""
+    return recipe.bits_budget is not None or shares_escapes(recipe, learns=learns)
+
+
+def shares_escapes(recipe: Recipe, *, learns: bool) -> bool:
+    """Whether inputs share one budget of escapes."""
+    wanted = recipe.budget == "model" or (recipe.budget == "auto" and learns)
+    return wanted and recipe.grid == "budget" and recipe.escape_budget > 0
 
 
 def read_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:

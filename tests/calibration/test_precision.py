@@ -14,7 +14,6 @@ from calibration.blocks.loop import BlockResult
 from calibration.calibrate import calibrate, dry_run
 from calibration.model.bits import mean_bits
 from calibration.output.report import REPORT_FILE
-from calibration.precision import needs_choice
 from calibration.processes import Processes
 from calibration.settings.recipe import Recipe
 from calibration.work.budgets import BUDGETS_FILE
@@ -132,12 +131,18 @@ def test_one_budget_of_escapes_for_the_model(tiny: TinyModels, tmp_path: Path) -
         assert rates["all"] - massive <= budgets[layer.shared_input] + 0.03, name
 
 
-@pytest.mark.parametrize("settings", [{"grid": "reference"}, {"escape_budget": 0.0}])
-def test_without_a_budget_of_escapes_there_is_none_to_share(
-    settings: dict[str, Any],
+@pytest.mark.parametrize(
+    ("settings", "budget"), [({}, "model"), ({"effort": "fast"}, None), ({"budget": "equal"}, None)]
+)
+def test_escapes_are_shared_where_the_model_learns(
+    tiny: TinyModels, tmp_path: Path, settings: dict[str, Any], budget: str | None
 ) -> None:
-    recipe = Recipe(device="cpu", budget="model", **settings)
-    assert not needs_choice(recipe) and needs_choice(Recipe(budget="model"))
+    data = tmp_path / "text.txt"
+    data.write_text("the quick brown fox jumps over a lazy dog. " * 1500)
+    recipe = Recipe(device="cpu", sample_tokens=256, window_tokens=640, max_samples=8, **settings)
+    report = calibrate(tiny.model("llama"), data, tmp_path / "out", recipe=recipe)
+    assert report["settings"].get("budget") == budget and ("escape_budgets" in report) == (budget == "model")
+    assert ("learning" in report) == (recipe.effort != "fast")
 
 
 @pytest.mark.parametrize("budget", [4.0, 8.5])

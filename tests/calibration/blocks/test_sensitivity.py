@@ -1,5 +1,6 @@
 """One pass forward and one back: the derivatives are those of the whole model, and predict the effect of errors."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,10 @@ def test_every_modality_gives_samples_and_long_ones_come_last() -> None:
     # A sample that is too long is passed over, unless there is no other.
     assert choose_samples([10 * limit, 100, limit], [text, text, text]) == [1]
     assert choose_samples([10 * limit, 5 * limit], [text, text]) == [1]
+    # Fewer tokens on request.
+    assert choose_samples([100, 100, 100], [text, text, text], most=200) == [0, 2]
+
+
+def test_samples_are_spread_over_the_data() -> None:
+    chosen = choose_samples([512] * 80, [frozenset({TEXT})] * 80)
+    assert len(chosen) == 8 and all(5 <= later - earlier <= 17 for earlier, later in pairwise(chosen))

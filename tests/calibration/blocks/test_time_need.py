@@ -68,6 +68,14 @@ def test_a_greater_effort_takes_longer_whatever_the_number_of_tokens() -> None:
     assert times[1][2] < 1.2 * times[1][0]
 
 
+def test_sharing_a_budget_takes_the_time_of_its_tokens() -> None:
+    layers = block(576, 192, 1536)
+    some, all_blocks = time_need.sharing_operations(layers, 1024), time_need.operations(layers, 16384, 16384)
+    assert time_need.sharing_operations(layers, 4096) == 4 * some
+    # docs/design/streaming.md: the stage took as long as 7 of 30 blocks.
+    assert 4 * some / all_blocks == pytest.approx(7 / 30, rel=0.1)
+
+
 def test_the_speed_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is the test's: products take 4, 2 and 3 seconds."""
     ticks = iter((0.0, 4.0, 10.0, 12.0, 20.0, 23.0))

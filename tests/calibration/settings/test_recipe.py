@@ -1,8 +1,9 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from calibration.settings.recipe import Recipe, read_recipe
+from calibration.settings.recipe import Recipe, read_recipe, shares_budget
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -73,3 +74,19 @@ def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, text: str, expected
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MorphoQuantError, match="the recipe cannot be read"):
         read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "learns", "shares"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"budget": "model"}, False, True),
+        ({"budget": "equal"}, True, False),
+        ({"grid": "reference"}, True, False),
+        ({"escape_budget": 0.0}, True, False),
+        ({"budget": "equal", "bits_budget": 4.6}, False, True),
+    ],
+)
+def test_whether_inputs_share_a_budget(settings: dict[str, Any], learns: bool, shares: bool) -> None:
+    assert shares_budget(Recipe(**settings), learns=learns) == shares
