@@ -122,7 +122,8 @@ def losses(content: Content) -> bytes:
         lower.plot(at, [100 * rate for rate in rates], **style)
     budget = content.report.settings.get("escape_budget")
     if isinstance(budget, float) and 0 <= budget <= 1:
-        lower.axhline(100 * budget, color=ESCAPE_COLOUR, linestyle="--", linewidth=1, label="escape budget")
+        label = "mean escape budget" if content.report.settings.get("budget") == "model" else "escape budget"
+        lower.axhline(100 * budget, color=ESCAPE_COLOUR, linestyle="--", linewidth=1, label=label)
     upper.set_ylabel("output error, %")
     lower.set_ylabel("escape rate, %")
     for axis in (upper, lower):
