@@ -113,7 +113,9 @@ def choose(job: Job, measured: Measured) -> Choice:
     added = sum(entry.weights * (entry.bits[forms[name]] - entry.bits[4]) for name, entry in candidates.items())
     total = sum(loss[4] for loss in measured.losses.values())
     shares = {name: loss[4] / total if total > 0 else 0.0 for name, loss in measured.losses.items()}
-    escapes = share_budget(measured.escapes, job.recipe.escape_budget) if measured.escapes else {}
+    escapes = share_budget(measured.escapes, job.recipe.escape_budget)
+    if shares_escapes(job.recipe, learns=False) and not escapes:
+        logger.warning("budget: the derivatives compare nothing, so every input has the same budget of escapes")
     return Choice(forms, least + added / weights, shares, escapes)
 
 

@@ -81,7 +81,12 @@ class Passes:
             weight[modality == row] = share / counts[row]
         generator = torch.Generator().manual_seed(self.seed)
         parts = weight.float().split([sample.modality.numel() for sample in self.samples])
-        self.states = [_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)]
+        found = [_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)]
+        if self.states[0].dtype == torch.float16:
+            # Small derivatives would vanish in its narrow range. Only their ratios count.
+            largest = max(float(derivative.abs().max()) for derivative in found)
+            found = [derivative / largest for derivative in found]
+        self.states = [derivative.to(state.dtype) for derivative, state in zip(found, self.states, strict=True)]
 
     def backward(self, index: int, shards_of: Mapping[str, Sequence[str]]) -> dict[str, Probe]:
         """Carry the derivatives back through a block; the probe of each input, by the names of `shards_of`.
@@ -124,14 +129,14 @@ def _note(calls: dict[str, tuple[Tensor, Tensor]], name: str, x: Tensor, y: Tens
 
 
 def _projected(state: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Derivative by the last states [1, M, hidden] of their projection; weight [M] of each token."""
+    """Derivative, float32, by the last states [1, M, hidden] of their projection; weight [M] of each token."""
     signs = torch.randint(2, state.shape, generator=generator).float() * 2 - 1
     with torch.enable_grad():
         last = state.float().requires_grad_()
         # Divided by its size, as the norm before the head does. A change as large as the state counts as 1.
         normed = last / last.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         total = (normed * signs * weight.sqrt()[:, None]).sum()
-    return torch.autograd.grad(total, last)[0].to(state.dtype)
+    return torch.autograd.grad(total, last)[0]
 
 
 def _derivatives(

@@ -56,8 +56,13 @@ def escape_costs(probe: Probe) -> EscapeCosts:
 def share_budget(costs: Mapping[str, EscapeCosts], budget: float) -> dict[str, float]:
     """The escape budget of each input: at one price for all, their mean over channels is at most `budget`.
 
-    No input gets less than LEAST or more than MOST times `budget`.
+    No input gets less than LEAST or more than MOST times `budget`. Empty if the costs compare nothing: none is above 0,
+    or some are not finite.
     """
+    if not all(bool(cost.error.isfinite().all()) for cost in costs.values()):
+        return {}
+    if not any(bool(cost.error.any()) for cost in costs.values()):
+        return {}
     channels = {name: cost.channels for name, cost in costs.items()}
     total = sum(channels.values())
 

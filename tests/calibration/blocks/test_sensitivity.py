@@ -112,6 +112,21 @@ def test_derivatives_predict_the_change_of_the_last_states(tiny: TinyModels, tmp
     assert 0.7 < predicted / change < 1.4
 
 
+def test_small_derivatives_survive_in_float16(tiny: TinyModels, tmp_path: Path) -> None:
+    """Of states so large that their derivatives are below what float16 can hold."""
+    loader, captured = inputs_of(tiny, "llama")
+    passes = Passes(loader, captured, tmp_path, seed=3)
+    wide = [1e3 * sample.hidden for sample in captured]
+    derivatives = []
+    for dtype in (torch.float32, torch.float16):
+        passes.states = [state.to(dtype) for state in wide]
+        passes.turn(1.0)
+        derivatives.append(torch.cat([state.flatten() for state in passes.states]).float())
+    exact, rounded = derivatives
+    assert float(exact.abs().max()) < 6e-5
+    torch.testing.assert_close(rounded, exact / exact.abs().max(), rtol=2e-2, atol=1e-3)
+
+
 def test_the_states_lie_in_files_that_are_removed(tiny: TinyModels, tmp_path: Path) -> None:
     passes, probes = passes_of(tiny, "llama", tmp_path)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [

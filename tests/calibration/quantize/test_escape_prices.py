@@ -63,3 +63,16 @@ def test_large_budgets_stay_within_what_a_recipe_may_ask_for() -> None:
 def test_outputs_that_do_not_matter_leave_a_valid_budget() -> None:
     budgets = share_budget({"a": costs(0.0), "b": costs(0.0, 1)}, 0.04)
     assert all(LEAST * 0.04 <= budget <= MOST * 0.04 for budget in budgets.values())
+
+
+def test_costs_that_compare_nothing_share_nothing() -> None:
+    found = costs()
+    broken = EscapeCosts(found.error * float("nan"), found.escape)
+    nothing = EscapeCosts(found.error * 0, found.escape)
+    assert (
+        share_budget({"a": found, "b": broken}, 0.04)
+        == share_budget({"a": nothing}, 0.04)
+        == share_budget({}, 0.04)
+        == {}
+    )
+    assert share_budget({"a": found, "b": nothing}, 0.04)["b"] == pytest.approx(LEAST * 0.04, rel=0.01)
