@@ -20,7 +20,7 @@ from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
-from calibration.settings.recipe import shares_budget, shares_escapes
+from calibration.settings.recipe import Recipe, shares_budget, shares_escapes
 from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.layers import LayerSpec
@@ -45,7 +45,7 @@ def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
     """
     learns = job.processes.broadcast(lambda: will_learn(job, work))
     shared = "model" if shares_escapes(job.recipe, learns=learns) else "equal"
-    job = replace(job, recipe=job.recipe.model_copy(update={"budget": shared}))
+    job = replace(job, recipe=_with_budget(job.recipe, shared))
     if not shares_budget(job.recipe, learns=learns):
         return job
     choice = job.processes.broadcast(lambda: read_choice(work), [Choice])
@@ -57,7 +57,12 @@ def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
     if job.processes.first:
         for line in _lines(job, choice):
             logger.info("%s", line)
-    return replace(job, spec=apply(job.spec, choice.forms), escape_budgets=choice.escape_budgets)
+    spent = replace(job, spec=apply(job.spec, choice.forms), escape_budgets=choice.escape_budgets)
+    return spent if choice.escape_budgets else replace(spent, recipe=_with_budget(job.recipe, "equal"))
+
+
+def _with_budget(recipe: Recipe, budget: str) -> Recipe:
+    return recipe.model_copy(update={"budget": budget})
 
 
 def will_learn(job: Job, work: WorkDirectory) -> bool:
@@ -82,7 +87,7 @@ def measure(job: Job, work: WorkDirectory, tokens: TokenSample) -> Measured:
         for name, probe in passes.backward(index, _shards_of(job, index)).items():
             if job.recipe.bits_budget is not None:
                 losses_of[name] = losses(probe, job.recipe.group_size, job.recipe.escape_budget)
-            if shares_escapes(job.recipe, learns=False) and probe.x.shape[0]:
+            if job.recipe.budget == "model" and probe.x.shape[0]:
                 escapes_of[name] = escape_costs(probe)
         if not index:
             passes.clear()
@@ -114,7 +119,7 @@ def choose(job: Job, measured: Measured) -> Choice:
     total = sum(loss[4] for loss in measured.losses.values())
     shares = {name: loss[4] / total if total > 0 else 0.0 for name, loss in measured.losses.items()}
     escapes = share_budget(measured.escapes, job.recipe.escape_budget)
-    if shares_escapes(job.recipe, learns=False) and not escapes:
+    if job.recipe.budget == "model" and not escapes:
         logger.warning("budget: the derivatives compare nothing, so every input has the same budget of escapes")
     return Choice(forms, least + added / weights, shares, escapes)
 

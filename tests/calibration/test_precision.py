@@ -15,6 +15,7 @@ from calibration.calibrate import calibrate, dry_run
 from calibration.model.bits import mean_bits
 from calibration.output.report import REPORT_FILE
 from calibration.processes import Processes
+from calibration.quantize.escape_prices import EscapeCosts
 from calibration.settings.recipe import Recipe
 from calibration.work.budgets import BUDGETS_FILE
 from morphoquant_vllm.errors import MorphoQuantError
@@ -143,6 +144,16 @@ def test_escapes_are_shared_where_the_model_learns(
     report = calibrate(tiny.model("llama"), data, tmp_path / "out", recipe=recipe)
     assert report["settings"].get("budget") == budget and ("escape_budgets" in report) == (budget == "model")
     assert ("learning" in report) == (recipe.effort != "fast")
+
+
+def test_derivatives_that_compare_nothing_leave_equal_budgets_and_a_line_says_so(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing = EscapeCosts(torch.full((2, 8), float("nan")), torch.zeros(2, 8))
+    monkeypatch.setattr("calibration.precision.escape_costs", lambda probe: nothing)
+    report = run(tiny, tmp_path / "out", Recipe(device="cpu", sample_tokens=64, max_samples=2, budget="model"))
+    assert "the derivatives compare nothing, so every input has the same budget" in caplog.text
+    assert not {"escape_budgets"} & report.keys() and "budget" not in report["settings"]
 
 
 @pytest.mark.parametrize("budget", [4.0, 8.5])

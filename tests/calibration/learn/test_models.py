@@ -46,7 +46,10 @@ def data_of(directory: Path, kind: str) -> Path:
 )
 def test_a_decoder_learns(name: str, tmp_path: Path) -> None:
     model = build_tiny_decoder(name, tmp_path / "model")
-    found = calibrate(model, data_of(tmp_path / "data", "text"), tmp_path / "out", recipe=RECIPE)["learning"]
+    report = calibrate(model, data_of(tmp_path / "data", "text"), tmp_path / "out", recipe=RECIPE)
+    # Where a model learns, its inputs share one budget of escapes.
+    assert report["settings"]["budget"] == "model" and len(set(report["escape_budgets"].values())) > 1
+    found = report["learning"]
     assert found["samples"] == 14 and found["judging_samples"] == 2
     # A model whose next token is certain has nothing to learn.
     assert found["divergence_after"] <= found["divergence_before"]
