@@ -11,7 +11,7 @@ import pytest
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import job, methods
 from benchmarks.accuracy.methods import METHODS, OMNI_ONLY, Peer, Simulated, choose, known_methods
-from benchmarks.accuracy.reporting import bars, report, summary
+from benchmarks.accuracy.reporting import report, summary
 from benchmarks.common import corpus, texts
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.tiny_models import build_tiny_llama
@@ -197,42 +197,3 @@ def test_choose() -> None:
 def test_report_without_results(tmp_path: Path) -> None:
     with pytest.raises(MorphoQuantError, match="no results; run"):
         report.read(tmp_path)
-
-
-def test_bars_of_the_omni_benchmark() -> None:
-    def method(difference: float, activations: dict | None = None) -> dict:
-        row = {"accuracy": 0.9, "error": 0.004, "difference": difference, "difference_error": 0.001}
-        return {"kinds": {"image": row, "all": row}, "activations": activations}
-
-    escapes = {"rate": 0.06, "worst_rate": 0.1, "worst_layer": "a"}
-    summary = {
-        "benchmark": "omni",
-        "methods": {"served": method(-0.015, escapes), "w4a4-static-tensor": method(-0.3)},
-    }
-    assert [(asked, met) for asked, met, _ in bars.check(summary)] == [
-        ("image: loses at most 2%", True),
-        ("all: loses at most 1%", False),
-        ("standard error at most 0.5%", True),
-        ("w4a4-static-tensor loses at least 20%", True),
-        ("questions: escapes at most 5%", False),
-        ("questions: escapes at most 20% in any layer", True),
-    ]
-
-
-def test_bars_of_the_mixture_of_experts() -> None:
-    def method(divergence: float, interval: list[float]) -> dict:
-        against = {"difference": sum(interval) / 2, "error": 0.001, "interval": interval}
-        return {"kinds": {"all": {"divergence": divergence}}, "against_ours": against}
-
-    methods = {
-        "served": method(0.002, [0, 0]),
-        "w4a16-gptq-g64": method(0.001, [-0.004, 0.001]),
-        "w4a16-gptq-g32": method(0.003, [-0.005, -0.001]),
-    }
-    assert [(asked, met) for asked, met, _ in bars.check({"benchmark": "moe-omni", "methods": methods})] == [
-        ("answers not worse than w4a16-gptq-g64's: the interval of ours - w4a16-gptq-g64 reaches 0", True),
-        ("divergence at most w4a16-gptq-g64's", False),
-        ("answers not worse than w4a16-gptq-g32's: the interval of ours - w4a16-gptq-g32 reaches 0", False),
-        ("divergence at most w4a16-gptq-g32's", True),
-    ]
-    assert bars.check({"benchmark": "moe-omni", "methods": {"16bit": methods["w4a16-gptq-g64"]}}) == []
