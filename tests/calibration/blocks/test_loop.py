@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from calibration.blocks import loop
+from calibration.blocks import loaded_block, loop
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.data_files import load_conversations
@@ -153,7 +153,7 @@ def test_what_forwards_freed_is_given_back_before_an_input_is_quantized(
     """Holes in the C library's heap, which it keeps (at K = 11008 they were two of seven gigabytes)."""
     if _malloc_trim() is None or not STATUS.is_file():
         pytest.skip("not glibc's heap")
-    forward, quantize_input = loop.run_observed, loop.quantize_input
+    forward, quantize_input = loaded_block.run_observed, loop.quantize_input
     kept: list[Tensor] = []
     resident: list[int] = []
 
@@ -170,7 +170,7 @@ def test_what_forwards_freed_is_given_back_before_an_input_is_quantized(
         resident.append(anonymous())
         return quantize_input(*arguments)
 
-    monkeypatch.setattr(loop, "run_observed", leaves_holes)
+    monkeypatch.setattr(loaded_block, "run_observed", leaves_holes)
     monkeypatch.setattr(loop, "quantize_input", watched)
     Run(tiny.model("llama"), tiny.data("llama"), monkeypatch, massive=False)
     # Of 183 MiB of holes; what the tiny model takes is a few.
