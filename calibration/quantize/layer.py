@@ -51,13 +51,14 @@ class InputSample:
     def stream_lack(self, matrix: Tensor, massive: Tensor) -> Tensor | None:
         """What the linear's outputs in the 16-bit model lack to make the hidden states right, [own T, N].
 
-        matrix [N, K] in natural order. 0 for massive tokens, bool [own T]: their hidden states have another size.
+        matrix [N, K] in natural order. 0 for massive tokens, bool [own T], and for all others with an outlying residual
+        stream: their hidden states have another size.
         """
         if self.lack is None:
             return None
         x = self.observation.sample
         lack = torch.cat([part + (own - aim) @ matrix.T for part, own, aim in together(self.lack, x, self.target)])
-        return lack.masked_fill_(massive[:, None], 0)
+        return lack.masked_fill_((massive | self.outlying.to(massive.device))[:, None], 0)
 
 
 @dataclass(frozen=True)

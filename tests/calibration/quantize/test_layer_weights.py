@@ -77,6 +77,21 @@ def test_a_linear_gives_the_stream_what_its_input_tells_of_the_lack() -> None:
     )
 
 
+def test_the_lack_counts_from_the_outputs_in_the_16_bit_model() -> None:
+    x, modality = activations(tokens=40)
+    outlying, massive = (torch.arange(40) == index for index in (3, 8))
+    sample, _ = observe(0.9 * x, modality, 0.0, outlying, x)
+    lack = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    found = replace(sample, lack=lack).stream_lack(matrix(), massive)
+    assert found is not None
+    # The linear in 16 bit gives W (0.9 x) to the served stream, and W x to the other.
+    expected = lack + (sample.observation.sample - sample.target) @ matrix().T
+    ordinary = ~(sample.outlying | massive)
+    assert torch.allclose(found[ordinary], expected[ordinary], atol=1e-4) and int(ordinary.sum()) == 38
+    assert bool((found[~ordinary] == 0).all())
+    assert sample.stream_lack(matrix(), massive) is None
+
+
 def test_two_level_scales_cost_a_few_percent_of_the_error() -> None:
     x, modality, outlying = with_massive()
     layers = [
