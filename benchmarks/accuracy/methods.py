@@ -134,7 +134,6 @@ METHODS: dict[str, Method] = {
     "served-no-modality-rows": Served(recipe={**FAST, "modality_rows": False}),
     "served-budget-0.5-no-modality-rows": Served(recipe={**FAST, "escape_budget": 0.005, "modality_rows": False}),
     "served-no-mask-no-modality-rows": Served(recipe={**FAST, "escape_budget": 0.0, "modality_rows": False}),
-    "served-no-correction": Served(recipe={**FAST, "correct_stream": False}),
     "served-no-regression": Served(recipe={**FAST, "regression": False}),
     "served-nearest": Served(recipe={**FAST, "regression": False, "rounding": "nearest"}),
     # Nothing learns after the blocks; or more does, and held-out samples choose the regression and the rounding.
@@ -185,7 +184,6 @@ ABLATIONS = (
     "served-no-mask",
     "served-budget-1",
     "served-no-massive-row",
-    "served-no-correction",
     "served-no-regression",
     "served-nearest",
 )

@@ -2,8 +2,6 @@
 
 capture         captures the decoder's inputs: embeddings and towers run once on every sample
 loop            observes each block, quantizes it, passes its outputs to the next
-loaded_block    a block in memory, and the samples that run through it
-stream          which linear adds its output to the states that leave a block, so that it can correct them
 results         what the calibration of a block made, and the warnings about it
 towers          the same for the blocks of an encoder
 sample_pass     runs one sample, or each of several, through one block

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from calibration.blocks.capture import BlockInput
-from calibration.blocks.loaded_block import LoadedBlock, load_block
+from calibration.blocks.capture import ADDED, SERVED_ADDED, BlockInput
 from calibration.blocks.replacing import expert_loader, load_weight, replace, replace_linear
 from calibration.blocks.results import BlockResult, LayerBegins, Quantized, warn_of_escapes
 from calibration.blocks.served_experts import ServedExperts
 from calibration.blocks.served_linear import TokenRows
-from calibration.blocks.stream import Added, added_factor, drawn_states
 from calibration.data.token_choice import TokenSample
 from calibration.model.architectures import Architecture
 from calibration.model.experts import find_experts
@@ -28,12 +26,60 @@ from calibration.quantize.attention_range import AttentionWatch
 from calibration.quantize.experts import ExpertsSample, quantize_experts
 from calibration.quantize.layer import InputSample, quantize_input
 from calibration.quantize.massive_tokens import candidates
-from calibration.quantize.observation import InputCollector, RoutedCollector, SampleCollector
+from calibration.quantize.observation import InputCollector, RoutedCollector, SampleCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import experts_input, input_holder
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.host_memory import release_freed_memory
+
+
+@dataclass(frozen=True)
+class _LoadedBlock:
+    """A block in memory, and the samples of this process that run through it."""
+
+    module: nn.Module
+    index: int
+    count: int
+    inputs: Sequence[BlockInput]
+    # Rows of the running sample's tokens, for the linears that are already quantized.
+    serving: TokenRows
+    # Noted when it is loaded: a block may have no parameters but those of its linears, which are replaced.
+    device: torch.device
+
+    def given(self, entry: BlockInput, hidden: Tensor, *, served: bool = False) -> Tensor:
+        """What the model gives the block of the hidden states before it: some add features of media to them."""
+        passed = entry.arguments[self.index]
+        added = passed.get(SERVED_ADDED if served and SERVED_ADDED in passed else ADDED)
+        return hidden if added is None else hidden + added.to(hidden.device)
+
+    def modality(self) -> Tensor:
+        """The modality of each token of the running sample."""
+        assert self.serving.modality is not None
+        return self.serving.modality
+
+    def run(
+        self,
+        entry: BlockInput,
+        hidden: Tensor,
+        collectors: Mapping[str, SampleCollector],
+        rows: Tensor,
+        *,
+        served: bool = False,
+        stop: bool = False,
+    ) -> Tensor:
+        """The output for one sample of a stream, on the CPU; the input if the run stops early."""
+        self.serving.modality = entry.modality
+        output = run_observed(
+            self.module,
+            self.given(entry, hidden, served=served).to(self.device),
+            {name: value for name, value in entry.arguments[self.index].items() if name not in (ADDED, SERVED_ADDED)},
+            collectors,
+            rows.to(self.device),
+            entry.positions.to(self.device),
+            stop=stop,
+        )
+        return hidden if output is None else output.cpu()
 
 
 @dataclass(frozen=True)
@@ -48,8 +94,6 @@ class _Observed:
     rows: Sequence[Tensor]
     # Drawn tokens with an outlying residual stream, bool [own T].
     outlying: Tensor
-    # The states after the block at each sample's drawn tokens, [tokens, hidden]; none unless a linear corrects them.
-    after: Sequence[Tensor]
     # None if no attention was seen.
     attention: AttentionRange | None
 
@@ -88,7 +132,7 @@ def calibrate_blocks(
         }
         routed = names.layer(index, architecture.experts)
         experts = {architecture.experts: routed} if routed in spec.experts else {}
-        block = load_block(blocks, index, inputs, serving)
+        block = _load_block(blocks, index, inputs, serving)
         found = _calibrate_block(block, shards_of, experts, task)
         del block
         if tokens.processes.first:
@@ -113,14 +157,14 @@ class _Task:
     recipe_of: Callable[[str], Recipe]
     on_layer: Callable[[LayerBegins], None] | None
 
-    def begin(self, block: LoadedBlock, layer: str) -> None:
+    def begin(self, block: _LoadedBlock, layer: str) -> None:
         """Announce that the input of `layer` is quantized next."""
         if self.on_layer is not None:
             self.on_layer(LayerBegins(block.index, block.count, layer))
 
 
 def _calibrate_block(
-    block: LoadedBlock, shards_of: Mapping[tuple[str, ...], list[str]], experts: Mapping[str, str], task: _Task
+    block: _LoadedBlock, shards_of: Mapping[tuple[str, ...], list[str]], experts: Mapping[str, str], task: _Task
 ) -> Quantized:
     """The block's layers and the distributions of its inputs; its samples then hold the inputs of the next block.
 
@@ -131,12 +175,10 @@ def _calibrate_block(
     # Shards read the same input, so only the first is observed.
     widths = {shards[0]: (layers[0], spec.layers[layers[0]].in_features) for shards, layers in shards_of.items()}
     widths |= {module: (name, spec.experts[name].in_features) for module, name in experts.items()}
-    added = task.tokens.processes.broadcast(lambda: _added(block, shards_of, task))
-    observed = _observe_16bit(block, widths, len(spec.rows) - 1, task.tokens.processes, after=added is not None)
+    observed = _observe_16bit(block, widths, len(spec.rows) - 1, task.tokens.processes)
     found = Quantized(attention=observed.attention)
     for shards, layers in shards_of.items():
-        corrects = added is not None and shards == (added.shard,)
-        _calibrate_linears(block, shards, layers, observed, added if corrects else None, task, found)
+        _calibrate_linears(block, shards, layers, observed, task, found)
     for module, name in experts.items():
         _calibrate_experts(block, module, name, observed, task, found)
     for entry, row in zip(block.inputs, observed.rows, strict=True):
@@ -145,24 +187,22 @@ def _calibrate_block(
 
 
 def _calibrate_linears(
-    block: LoadedBlock,
+    block: _LoadedBlock,
     shards: Sequence[str],
     layers: Sequence[str],
     observed: _Observed,
-    added: Added | None,
     task: _Task,
     found: Quantized,
 ) -> None:
     """Quantize the linears of one input, replace them in the block, and add them to `found`.
 
-    `added` says how the block adds the linear's output to its own, if the linear corrects the latter.
     The input's sampled tokens are the largest thing in memory, and the next pass gathers as many. So nothing here may
     outlive the call.
     """
     shared_input = task.spec.layers[layers[0]].shared_input
     task.begin(block, shared_input)
     served = InputCollector(layers[0], observed.none[shards[0]])
-    sample = _sample_input(block, shards[0], served, observed, task.tokens.processes, added)
+    sample = _sample_input(block, shards[0], served, observed, task.tokens.processes)
     weights = {layer: load_weight(task.source, layer) for layer in layers}
     # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
     release_freed_memory()
@@ -174,7 +214,7 @@ def _calibrate_linears(
 
 
 def _calibrate_experts(
-    block: LoadedBlock, module: str, name: str, observed: _Observed, task: _Task, found: Quantized
+    block: _LoadedBlock, module: str, name: str, observed: _Observed, task: _Task, found: Quantized
 ) -> None:
     """As _calibrate_linears, for the list of experts `name`."""
     task.begin(block, name)
@@ -196,18 +236,18 @@ def _calibrate_experts(
     found.distributions[experts_input(name)] = observe(sample, task.tokens, tensors, task.spec)
 
 
+def _load_block(blocks: Blocks, index: int, inputs: Sequence[BlockInput], serving: TokenRows) -> _LoadedBlock:
+    """The block `index` with its weights; only the result refers to them."""
+    module = blocks.load(index)
+    return _LoadedBlock(module, index, len(blocks), inputs, serving, next(module.parameters()).device)
+
+
 def _observe_16bit(
-    block: LoadedBlock,
-    widths: Mapping[str, tuple[str, int]],
-    massive_row: int,
-    processes: Processes,
-    *,
-    after: bool,
+    block: _LoadedBlock, widths: Mapping[str, tuple[str, int]], massive_row: int, processes: Processes
 ) -> _Observed:
     """What the 16-bit hidden states show on their way through the block.
 
-    `widths` are the name and K of each observed module. `massive_row` is the row of massive tokens. `after`: whether
-    the states after the block are wanted.
+    `widths` are the name and K of each observed module. `massive_row` is the row of massive tokens.
     """
     # Only for a process without samples: samples determine the width themselves.
     none = {
@@ -215,21 +255,16 @@ def _observe_16bit(
         for module, (_, width) in widths.items()
     }
     targets = {module: SampleCollector(name, none[module]) for module, (name, _) in widths.items()}
-    states: list[Tensor] | None = [] if after else None
-    rows, attention = _run_16bit(block, targets, massive_row, processes, states)
+    rows, attention = _run_16bit(block, targets, massive_row, processes)
     of_sampled = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
     outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_sampled)])
-    return _Observed(targets, none, rows, outlying, states or [], attention)
+    return _Observed(targets, none, rows, outlying, attention)
 
 
 def _run_16bit(
-    block: LoadedBlock,
-    targets: Mapping[str, SampleCollector],
-    massive_row: int,
-    processes: Processes,
-    states: list[Tensor] | None,
+    block: _LoadedBlock, targets: Mapping[str, SampleCollector], massive_row: int, processes: Processes
 ) -> tuple[list[Tensor], AttentionRange | None]:
-    """Carry the 16-bit hidden states through the block, and keep those of drawn tokens in `states` if it is given.
+    """Carry the 16-bit hidden states through the block.
 
     Returns each sample's rows int [tokens]: `massive_row` for tokens whose residual stream is an outlier before or
     after the block, else the token's modality. Then the range of the block's attention.
@@ -240,8 +275,6 @@ def _run_16bit(
         with watch:
             after = block.run(entry, entry.hidden, targets, entry.modality)
         entry.write_hidden(after)
-        if states is not None:
-            states.append(drawn_states(after, entry.positions))
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in block.inputs)])
     rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
@@ -249,35 +282,10 @@ def _run_16bit(
 
 
 def _sample_input(
-    block: LoadedBlock,
-    module: str,
-    served: InputCollector,
-    observed: _Observed,
-    processes: Processes,
-    added: Added | None = None,
+    block: _LoadedBlock, module: str, served: InputCollector, observed: _Observed, processes: Processes
 ) -> InputSample:
-    """The input of `module` after the layers quantized so far, in `served`, and in the 16-bit model.
-
-    `added` as in _calibrate_linears: with it the sample says what the hidden states lack after the block.
-    """
-    aimed, lack = observed.targets.pop(module).sample(), list[Tensor]()
-    for place, (entry, row) in enumerate(zip(block.inputs, observed.rows, strict=True)):
-        output = block.run(entry, entry.served, {module: served}, row, served=True, stop=added is None)
-        if added is not None:
-            lack.append((observed.after[place] - drawn_states(output, entry.positions)) / added.factor)
-    found = None if added is None else torch.cat([torch.zeros(0, added.outputs), *lack]).to(aimed.device)
-    return InputSample(served.observation(processes), aimed, observed.outlying, found)
-
-
-def _added(block: LoadedBlock, shards_of: Mapping[tuple[str, ...], list[str]], task: _Task) -> Added | None:
-    """The last linear of the block, if it corrects the states after the block."""
-    single = [(shards[0], layers[0]) for shards, layers in shards_of.items() if len(shards) == 1]
-    if not single or not block.inputs:
-        return None
-    shard, layer = single[-1]
-    settings, entry = task.spec.layers[layer], min(block.inputs, key=lambda entry: entry.modality.numel())
-    if not task.recipe_of(settings.shared_input).corrects_stream:
-        return None
-    linear = block.module.get_submodule(shard)
-    factor = added_factor(lambda: block.run(entry, entry.hidden, {}, entry.modality), linear)
-    return None if factor is None else Added(shard, factor, settings.out_features)
+    """The input of `module` after the layers quantized so far, in `served`, and in the 16-bit model."""
+    aimed = observed.targets.pop(module).sample()
+    for entry, row in zip(block.inputs, observed.rows, strict=True):
+        block.run(entry, entry.served, {module: served}, row, served=True, stop=True)
+    return InputSample(served.observation(processes), aimed, observed.outlying)

@@ -78,7 +78,6 @@ def memory_need(
             sampled_tokens,
             _experts(spec, names.layer(index, architecture.experts), sampled_tokens),
             choosing=recipe.effort == "best",
-            correcting=recipe.corrects_stream,
         )
         for index in range(names.blocks)
     ]
@@ -97,13 +96,11 @@ def _block(
     experts: tuple[int, int],
     *,
     choosing: bool,
-    correcting: bool,
 ) -> int:
     """Bytes of one block: its weights, and the largest need of one of its inputs.
 
     `experts` are the input channels of its experts, and the bytes for quantizing them; 0 if it has none. `choosing`
-    says whether held-out samples choose between fits, `correcting` whether the last linear corrects the states after
-    the block.
+    says whether held-out samples choose between fits.
     """
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
@@ -112,12 +109,8 @@ def _block(
     weights = sum(info.elements for info in infos) * max(width, 4)
     peaks = [experts[1]]
     waiting = sum(shards[0].in_features for shards in inputs.values()) + experts[0]
-    last = [shards[0] for shards in inputs.values() if len(shards) == 1][-1:] if correcting else []
-    # The states after the block until the last linear's turn; then what they lack, twice.
-    waiting += sum(layer.out_features for layer in last)
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
-        waiting += n if shards == last else 0
         # The 16-bit model's inputs of later linears stay in memory until their turn.
         waiting -= k
         peaks.append(

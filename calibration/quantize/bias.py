@@ -21,24 +21,18 @@ class Means:
     code: Tensor
     # Mean of 16-bit values less the centre.
     value: Tensor
-    # Mean of what the stream lacks, [S, N]; None: nothing is corrected.
-    lack: Tensor | None = None
 
 
 def find_means(
     moments: Moments, coded: CodedTokens, x: Tensor, target: Tensor, massive: Tensor, processes: Processes
 ) -> Means:
     """Means of each set; x and target [own T, K] are in natural order, massive is bool [own T]."""
-    code, both = moments.means()
-    value, lack = both.split([code.shape[1], both.shape[1] - code.shape[1]], 1)
+    code, value = moments.means()
     if not coded.sets.any_modality_only:
         # The row `any` may have to serve any token.
         ordinary = (~massive).nonzero().flatten()
         code[0], value[0] = means_in_any_row(coded, x, target, ordinary, processes)
-        # The last set is that of massive tokens.
-        share = moments.weight[:-1] / moments.weight[:-1].sum()
-        lack[0] = share @ lack[:-1]
-    return Means(code, value, lack if lack.numel() else None)
+    return Means(code, value)
 
 
 def find_bias(
@@ -47,9 +41,6 @@ def find_bias(
     """The bias of each block of K and set, float32 [B, S, N], from the 16-bit and the served weights [N, K]."""
     bias = weights.absorbed_bias(matrix, coded.record.centre[coded.sets.rows], blocks)
     bias += output_bias(means.code, means.value, matrix, served, blocks)
-    if means.lack is not None:
-        # The bias is the sum over blocks.
-        bias[0] += means.lack
     if not any_massive:
         bias[:, -1] = bias[:, 0]
     return bias

@@ -117,37 +117,24 @@ def weigh_massive_alike(coded: CodedTokens, processes: Processes) -> CodedTokens
     return replace(coded, weight=torch.where(massive, coded.weight * float(of_others / of_massive), coded.weight))
 
 
-def gather_moments(
-    coded: CodedTokens, target: Tensor, matrix: Tensor, processes: Processes, lack: Tensor | None = None
-) -> second_moments.Moments:
-    """Moments of the tokens of all processes: target [own T, K] in natural order, matrix [N, K] in channel order.
-
-    The layer's outputs aim at W x, and at `lack` [own T, N] beyond it: further values, whose weights are the identity.
-    """
-    if lack is not None:
-        matrix = torch.cat([matrix, torch.eye(matrix.shape[0], device=matrix.device)], 1)
+def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
+    """Moments of the tokens of all processes: target [own T, K] in natural order, matrix [N, K] in channel order."""
     moments = second_moments.gather(
-        _contributions(coded, target, lack),
+        _contributions(coded, target),
         coded.codes,
         coded.weight * coded.gain.square(),
-        second_moments.Moments.zeros(coded.sets.rows.numel(), matrix, coded.codes.shape[1]),
+        second_moments.Moments.zeros(coded.sets.rows.numel(), matrix),
     )
     moments.reduce(processes)
     return moments
 
 
-def _contributions(
-    coded: CodedTokens, target: Tensor, lack: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _contributions(coded: CodedTokens, target: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The arguments of Moments.add: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
 
     Values are put in channel order one run at a time, since a whole copy of [T, K] would set the peak of memory.
     """
-    if lack is None:
-        lack = target.new_empty(target.shape[0], 0)
-    fields = (coded.codes, coded.gain, target, lack, coded.rows, coded.token_set, coded.weight)
-    for codes, gain, values, more, row, token_set, weight in zip(
-        *(f.split(MOMENT_TOKENS) for f in fields), strict=True
-    ):
-        ordered = values.index_select(1, coded.order).sub_(coded.record.centre[row.long()])
-        yield codes, gain, torch.cat([ordered, more], 1), token_set, weight
+    fields = (coded.codes, coded.gain, target, coded.rows, coded.token_set, coded.weight)
+    for codes, gain, values, row, token_set, weight in zip(*(f.split(MOMENT_TOKENS) for f in fields), strict=True):
+        ordered = values.index_select(1, coded.order)
+        yield codes, gain, ordered.sub_(coded.record.centre[row.long()]), token_set, weight

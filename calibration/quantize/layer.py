@@ -12,7 +12,6 @@ from calibration.data.token_choice import TokenSample
 from calibration.model.plan import matches
 from calibration.processes import Processes
 from calibration.quantize.bias import find_bias, find_means
-from calibration.quantize.chunks import together
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import find_input
 from calibration.quantize.held_out import held_out
@@ -44,21 +43,6 @@ class InputSample:
     target: Tensor
     # Tokens with an outlying residual stream, bool [own T].
     outlying: Tensor
-    # What the served hidden states lack after the block, if its last linear reads this input: float32 [own T, N] of the
-    # linear in 16 bit on its served input. None: the linear aims at its outputs in the 16-bit model.
-    lack: Tensor | None = None
-
-    def stream_lack(self, matrix: Tensor, massive: Tensor) -> Tensor | None:
-        """What the linear's outputs in the 16-bit model lack to make the hidden states right, [own T, N].
-
-        matrix [N, K] in natural order. 0 for massive tokens, bool [own T], and for all others with an outlying residual
-        stream: their hidden states have another size.
-        """
-        if self.lack is None:
-            return None
-        x = self.observation.sample
-        lack = torch.cat([part + (own - aim) @ matrix.T for part, own, aim in together(self.lack, x, self.target)])
-        return lack.masked_fill_((massive | self.outlying.to(massive.device))[:, None], 0)
 
 
 @dataclass(frozen=True)
@@ -101,16 +85,13 @@ def quantize_input(
         inputs.observation, tokens, massive, matrix, spec, recipe, full_mask=full_mask(first, shards, recipe)
     )
     coded = code_tokens(x, tokens, massive.own, found, spec)
-    lack = inputs.stream_lack(matrix, massive.own)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
     choosing = recipe.effort == "best"
     # Beside routed experts nothing learns, so the default needs no judges.
     wanted = judged is None and (choosing or not spec.experts)
     unseen = held_out(tokens, recipe.effort) if wanted else None
-    weighed = weigh_massive_alike(coded, processes)
-    moments, held = _moments(weighed, target, matrix, lack, tokens, unseen, choosing=choosing)
-    del lack
+    moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
     step = found.grids.grid.step.to(x.device)[coded.order]
     served = round_weights(matrix, step, moments, first, recipe, processes, held if choosing else None)
     if held is not None:
@@ -132,31 +113,22 @@ def quantize_input(
 
 
 def _moments(
-    coded: CodedTokens,
-    target: Tensor,
-    matrix: Tensor,
-    lack: Tensor | None,
-    tokens: TokenSample,
-    held: Tensor | None,
-    *,
-    choosing: bool,
+    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: TokenSample, held: Tensor | None, *, choosing: bool
 ) -> tuple[Moments, Moments | None]:
     """Moments of the tokens that weights are fitted to, and of those that are `held` out, bool [T]; None: none are.
 
     The latter are means only unless they are `choosing` between fits.
     """
     if held is None:
-        return gather_moments(coded, target, matrix, tokens.processes, lack), None
+        return gather_moments(coded, target, matrix, tokens.processes), None
     own = tokens.local(held)
     places = own.nonzero().flatten()
     fitted = replace(coded, weight=coded.weight * ~own.to(coded.weight.device))
-    values, lacking = (None if each is None else each[places.to(each.device)] for each in (target, lack))
-    assert values is not None
-    of_held = gather_moments(coded.part(places), values, matrix, tokens.processes, lacking)
+    of_held = gather_moments(coded.part(places), target[places.to(target.device)], matrix, tokens.processes)
     if not choosing:
         # Before the others are gathered: at the peak of memory there is one of these matrices.
         of_held.forget_squares()
-    return gather_moments(fitted, target, matrix, tokens.processes, lack), of_held
+    return gather_moments(fitted, target, matrix, tokens.processes), of_held
 
 
 def _output_errors(

@@ -21,35 +21,31 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass
 class Moments:
-    """Weighted sums over tokens, float32; K in any one order, S sets of tokens with a separate bias.
-
-    There are V = K values, or K and N further ones: what the stream lacks, see `coded_tokens.gather_moments`.
-    """
+    """Weighted sums over tokens, float32; K in any one order, S sets of tokens with a separate bias."""
 
     weight: Tensor  # [S]
     # Of the squared weights of all tokens.
     square_weight: Tensor  # []
     code_sum: Tensor  # [S, K]
-    value_sum: Tensor  # [S, V]
+    value_sum: Tensor  # [S, K]
     code_code: Tensor  # [K, K]
-    # Sum of codes times 16-bit values [K, V], or times the 16-bit layer's outputs [K, N]; the cheaper one.
+    # Sum of codes times 16-bit values [K, K], or times the 16-bit layer's outputs [K, N]; the cheaper one.
     code_aim: Tensor
-    # The 16-bit layer's weights [N, K]; with further values those of them behind, [N, V].
+    # The 16-bit layer's weights [N, K].
     matrix: Tensor
 
     @staticmethod
-    def zeros(sets: int, matrix: Tensor, channels: int | None = None) -> Moments:
-        """Empty sums for the weights `matrix` [N, V] of 16-bit values, and for `channels` K of codes; None: V."""
-        out_features, values = matrix.shape
-        in_features = values if channels is None else channels
+    def zeros(sets: int, matrix: Tensor) -> Moments:
+        """Empty sums for the input of the 16-bit weights `matrix` [N, K]."""
+        out_features, in_features = matrix.shape
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=matrix.device)
 
-        # For T tokens: T K V products and then N K V, or 2 T N K.
-        aims = out_features if 2 * out_features <= values else values
+        # For T tokens: T K^2 products and then N K^2, or 2 T N K.
+        aims = out_features if 2 * out_features <= in_features else in_features
         squares = zeros(in_features, in_features), zeros(in_features, aims)
-        return Moments(zeros(sets), zeros(), zeros(sets, in_features), zeros(sets, values), *squares, matrix)
+        return Moments(zeros(sets), zeros(), zeros(sets, in_features), zeros(sets, in_features), *squares, matrix)
 
     @property
     def tokens(self) -> float:
@@ -62,7 +58,7 @@ class Moments:
         return 2 * self.matrix.shape[0] <= self.matrix.shape[1]
 
     def add(self, codes: Tensor, gain: Tensor, values: Tensor, token_set: Tensor, weight: Tensor) -> None:
-        """Add tokens: codes int8 [T, K], 16-bit values float32 [T, V]; gain, set int64 and weight of each [T]."""
+        """Add tokens: codes int8 and 16-bit values float32 [T, K]; gain, set int64 and weight of each [T]."""
         scaled = codes.float() * gain[:, None]
         selector = torch.nn.functional.one_hot(token_set, self.weight.numel()).float().T * weight
         self.weight += selector.sum(1)
@@ -134,7 +130,7 @@ class Moments:
         self.code_code = self.code_aim = self.code_sum.new_empty(0)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Mean code [S, K] and mean value [S, V] of each set; 0 for a set without tokens."""
+        """Mean code and mean value of each set, [S, K] each; 0 for a set without tokens."""
         return self.code_sum / self._share(), self.value_sum / self._share()
 
     def _share(self) -> Tensor:

@@ -106,10 +106,6 @@ class Recipe(BaseModel):
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."
     )
-    correct_stream: bool = Field(
-        default=True,
-        description="Regression: whether a block's last linear also corrects the hidden states that it adds to.",
-    )
     shrinkage: float = Field(
         default=16.0,
         ge=1e-3,
@@ -221,11 +217,6 @@ class Recipe(BaseModel):
         if isinstance(value, int) and value < 1:
             raise ValueError("must be 'auto' or at least 1")
         return value
-
-    @property
-    def corrects_stream(self) -> bool:
-        """Whether a block's last linear corrects the hidden states after it."""
-        return self.regression and self.correct_stream
 
     @property
     def scale_scheme(self) -> str:

@@ -22,7 +22,7 @@ from calibration.quantize.observation import InputCollector
 from calibration.settings.recipe import Recipe
 from calibration.work.durable_files import FileRecord
 from morphoquant_vllm.errors import MorphoQuantError
-from tests.calibration.inputs import AUDIO, MASSIVE, K, make_spec, matrix, with_massive
+from tests.calibration.inputs import AUDIO, MASSIVE, make_spec, matrix, with_massive
 from tests.calibration.joined import in_processes, messages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.bool)
@@ -229,12 +229,7 @@ def make(processes: Processes, recipe: Recipe) -> Made:
         collector.add(part, part_rows, positions)
         aims.append(aim[positions])
         outlying_parts.append(part_rows[positions] == MASSIVE)
-    drawn = torch.cat(aims)
-    outputs = sum(len(weight) for weight in SHARDS.values())
-    lack = 0.1 * drawn @ torch.randn(K, outputs, generator=torch.Generator().manual_seed(6))
-    outlying_drawn = torch.cat(outlying_parts)
-    observation = collector.observation(processes)
-    sample = InputSample(observation, drawn, outlying_drawn, lack if recipe.corrects_stream else None)
+    sample = InputSample(collector.observation(processes), torch.cat(aims), torch.cat(outlying_parts))
     spec = make_spec(SHARDS)
     layers = quantize_input(sample, tokens, SHARDS, spec, recipe)
     return Made(layers, tokens.positions, observe(sample, tokens, layers["m.q"].tensors, spec))

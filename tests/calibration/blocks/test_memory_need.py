@@ -1,4 +1,4 @@
-"""The formula of the memory that a block needs, with experts and without."""
+"""The formula of the memory that blocks with experts need."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ CONFIG = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "num_attention_head
 ARCHITECTURE = find_architecture(CONFIG)
 
 
-def need(experts: int, tokens: int, inner: int = 768, ignore: tuple[str, ...] = (), correct: bool = True) -> int:
+def need(experts: int, tokens: int, inner: int = 768, ignore: tuple[str, ...] = ()) -> int:
     """Bytes of a block of the width of Qwen3-Omni."""
     shapes = {f"self_attn.{kind}_proj": (2048, 2048) for kind in "qkvo"}
     for expert in range(experts):
         shapes |= {f"mlp.experts.{expert}.{kind}_proj": (inner, 2048) for kind in ("gate", "up")}
         shapes[f"mlp.experts.{expert}.down_proj"] = (2048, inner)
     tensors = {f"model.layers.0.{name}.weight": TensorInfo(Path("f"), "BF16", shape) for name, shape in shapes.items()}
-    recipe = Recipe(ignore=ignore, correct_stream=correct)
+    recipe = Recipe(ignore=ignore)
     names, spec = decoder_names(ARCHITECTURE, CONFIG, tensors), plan(ARCHITECTURE, CONFIG, tensors, recipe)
     return memory_need(ARCHITECTURE, tensors, names, spec, recipe, tokens).block
 
@@ -39,8 +39,3 @@ def test_each_expert_adds_its_weights_twice_over_and_no_moments() -> None:
 
 def test_ignored_experts_need_only_their_weights() -> None:
     assert need(256, 16384, ignore=("*.experts.*",)) < need(256, 16384)
-
-
-def test_correcting_the_stream_keeps_states_of_the_drawn_tokens() -> None:
-    # While qkv, the larger input, is quantized, the states after the block wait for o_proj.
-    assert need(0, 16384) - need(0, 16384, correct=False) == 4 * 16384 * 2048

@@ -51,27 +51,6 @@ def test_the_bias_gives_back_the_mean_output(any_massive: bool) -> None:
     assert torch.equal(bias[-1], bias[0]) != any_massive
 
 
-@pytest.mark.parametrize("rows", [True, False])
-def test_the_bias_gives_the_stream_what_it_lacks_on_average(rows: bool) -> None:
-    coded, x, massive = coded_tokens(rows=rows)
-    full = matrix()[:, coded.order]
-    lack = torch.randn(x.shape[0], full.shape[0]) + torch.arange(full.shape[0])
-    lack[200:] += 5.0
-    lack[massive] = 0.0
-    plain, means = (
-        find_means(gather_moments(coded, x, full, ONE, more), coded, x, x, massive, ONE) for more in (None, lack)
-    )
-    assert plain.lack is None and means.lack is not None
-    without, corrected = (find_bias(coded, each, full, full, 2, any_massive=True).sum(0) for each in (plain, means))
-    gained = corrected - without
-    # float32 biases of up to some hundreds. The first set is that of any ordinary token.
-    assert torch.allclose(gained[0], lack[~massive].mean(0), atol=1e-3)
-    assert torch.allclose(gained[-1], torch.zeros(full.shape[0]), atol=1e-3)
-    if rows:
-        audio = ~massive & (torch.arange(x.shape[0]) >= 200)
-        assert torch.allclose(gained[1], lack[audio].mean(0), atol=1e-3)
-
-
 def test_blocks_of_channels_share_the_bias() -> None:
     coded, x, _ = coded_tokens(rows=False)
     full = matrix()[:, coded.order]

@@ -23,7 +23,6 @@ from tests.calibration.inputs import (
     activations,
     make_spec,
     matrix,
-    observe,
     quantize,
     relative,
     serve,
@@ -50,46 +49,6 @@ def test_regression_and_compensation_lower_the_output_error() -> None:
     assert regressed < plain
     assert compensated < plain
     assert error() < min(regressed, compensated)
-
-
-def test_a_linear_gives_the_stream_what_its_input_tells_of_the_lack() -> None:
-    """The lack is half a function of the input and half noise; massive tokens' states are left alone."""
-    x, modality, outlying = with_massive()
-    generator = torch.Generator().manual_seed(4)
-    known = x @ torch.randn(K, 32, generator=generator) * 0.2
-    lack = known + known[~outlying].std() * torch.randn(known.shape, generator=generator) + 3.0
-    lack[outlying] = 1e4
-    sample, tokens = observe(x, modality, 0.0, outlying, x)
-    shards = {"m.q": matrix()}
-    spec, recipe = make_spec(shards, scheme="two_level"), Recipe(effort="fast", shrinkage=1.0)
-    plain, corrected = (
-        quantize_input(each, tokens, shards, spec, recipe)["m.q"]
-        for each in (sample, replace(sample, lack=lack[tokens.positions[0]]))
-    )
-    wanted = x @ matrix().T
-    outputs = [serve(x, layer.tensors, modality)[1] for layer in (plain, corrected)]
-    left = [(wanted + lack - y)[~outlying] for y in outputs]
-    # The noise remains, which is a little more than half of it: 0.71 of its size.
-    assert left[1].norm() < 0.8 * left[0].norm()
-    assert left[1].mean(0).abs().max() < 1e-3 * lack[~outlying].abs().max()
-    assert (
-        relative(outputs[1][outlying], wanted[outlying]) < 2 * relative(outputs[0][outlying], wanted[outlying]) + 0.01
-    )
-
-
-def test_the_lack_counts_from_the_outputs_in_the_16_bit_model() -> None:
-    x, modality = activations(tokens=40)
-    outlying, massive = (torch.arange(40) == index for index in (3, 8))
-    sample, _ = observe(0.9 * x, modality, 0.0, outlying, x)
-    lack = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
-    found = replace(sample, lack=lack).stream_lack(matrix(), massive)
-    assert found is not None
-    # The linear in 16 bit gives W (0.9 x) to the served stream, and W x to the other.
-    expected = lack + (sample.observation.sample - sample.target) @ matrix().T
-    ordinary = ~(sample.outlying | massive)
-    assert torch.allclose(found[ordinary], expected[ordinary], atol=1e-4) and int(ordinary.sum()) == 38
-    assert bool((found[~ordinary] == 0).all())
-    assert sample.stream_lack(matrix(), massive) is None
 
 
 def test_two_level_scales_cost_a_few_percent_of_the_error() -> None:

@@ -115,24 +115,6 @@ def test_moments_against_the_definition(out_features: int, exact: bool, monkeypa
     assert torch.allclose(code_output, expected_values @ matrix.T, atol=1e-3)
 
 
-@pytest.mark.parametrize("further", [2, 3 * K], ids=["sums of outputs", "sums of values"])
-def test_further_values_add_what_their_weights_say(further: int) -> None:
-    values, codes, token_set, weight, _ = tokens()
-    more = torch.randn(TOKENS, further, generator=torch.Generator().manual_seed(2))
-    matrix = torch.cat([full_weight(K), torch.randn(K, further, generator=torch.Generator().manual_seed(6))], 1)
-    moments = Moments.zeros(SETS, matrix, K)
-    moments.add(codes.to(torch.int8), torch.ones(TOKENS), torch.cat([values, more], 1), token_set, weight)
-    assert moments.of_outputs == (further > 2)
-    plain = moments_of(codes, values, token_set, weight, matrix=full_weight(K))
-    added = moments_of(
-        codes, more @ matrix[:, K:].T @ torch.linalg.inv(full_weight(K)).T, token_set, weight, matrix=full_weight(K)
-    )
-    moments.code_code = plain.code_code.clone()
-    expected = plain.take_centred()[1] + added.take_centred()[1]
-    # float32, and an inverse on the right side.
-    assert torch.allclose(moments.take_centred()[1], expected, rtol=1e-2, atol=1e-2)
-
-
 def test_a_set_without_tokens_has_zero_means() -> None:
     values, codes, _, weight, _ = tokens()
     moments = moments_of(codes, values, torch.zeros(TOKENS, dtype=torch.int64), weight)
