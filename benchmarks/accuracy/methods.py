@@ -124,8 +124,8 @@ METHODS: dict[str, Method] = {
     "oracle-nf4": Simulated("nf4", activations="oracle"),
     "served-16bit": Served(quantized=False),
     "served": Served(),
-    # Ablations: each leaves out or changes one component of `served-effort-fast`. Learning after them would take three
-    # times as long, and hide a part of their effect.
+    # Ablations: each leaves out or changes one component of `served-effort-fast`. Learning after them would take time,
+    # and could make up for the component.
     "served-no-mask": Served(recipe={**FAST, "escape_budget": 0.0}),
     "served-budget-0.5": Served(recipe={**FAST, "escape_budget": 0.005}),
     "served-budget-1": Served(recipe={**FAST, "escape_budget": 0.01}),

@@ -66,9 +66,9 @@ def _language(methods: Mapping[str, Any], goal: float | None) -> list[Bar]:
             ratio = 1 / found["ratio"]
             bars.append((f"together: perplexity at most {limit} times {other}'s", ratio <= limit, f"{ratio:.3f}"))
     for text, row in ours["texts"].items():
+        perplexity = row["perplexity"]
         for other in (ORACLE, RTN, GPTQ_SAME_GROUPS):
             theirs = methods.get(other, {}).get("texts", {}).get(text, {}).get("perplexity")
-            perplexity = row["perplexity"]
             if perplexity is None or theirs is None:
                 continue
             figures = f"{perplexity:.2f} / {theirs:.2f} = {perplexity / theirs:.3f}"
