@@ -4,6 +4,7 @@ accuracy        perplexity and answers of 4-bit methods, on a language model and
 calibrate       calibration at real size: time and memory by block, and one answer
 cpu_experts     routed experts on a CPU against vLLM's bf16
 cpu_linear      the CPU kernels against vLLM's linears on a CPU
+damping         which damping of the rounding holds for other text
 decisions       costs and gains of the format's decisions, on single layers
 demo            `make demo`: a real model, calibrated, served and asked
 drift           how far ranks and compilation move log probabilities

@@ -82,7 +82,8 @@ def fit(
     forward, matrices = _transform(method, inputs, weights, seed)
     seen = list(inputs) if forward is None else [forward(x) for x in inputs]
     hessian = hessian_of(seen) if method.weights in SEQUENTIAL and seen else None
-    rounded = {name: _round(method, matrix, hessian) for name, matrix in matrices.items()}
+    tokens = sum(x.shape[0] for x in seen)
+    rounded = {name: _round(method, matrix, hessian, tokens) for name, matrix in matrices.items()}
     full_mask = any(name.endswith(FULL_MASK) for name in weights)
     quantizer = _activation(method, seen, full_mask)
     if forward is None:
@@ -108,9 +109,9 @@ def _transform(
     return None, dict(weights)
 
 
-def _round(method: Simulated, weight: Tensor, hessian: Tensor | None) -> Tensor:
+def _round(method: Simulated, weight: Tensor, hessian: Tensor | None, tokens: int) -> Tensor:
     if hessian is not None and method.weights == "ours":
-        return ours_int4(weight, hessian, method.group_size, method.levels)
+        return ours_int4(weight, hessian, tokens, method.group_size, method.levels)
     if hessian is not None:
         return gptq_int4(weight, hessian, method.group_size)
     if method.weights in ("rtn", *SEQUENTIAL):

@@ -15,16 +15,24 @@ from calibration.quantize.group_search import compensate, improve
 from calibration.quantize.two_level import fitted_levels
 from morphoquant_vllm.numerics import weights
 
-# Fraction of the mean diagonal that is added to it: keeps the factorisation stable, and the compensation modest. GPTQ's
-# own 0.01 fits calibration's texts closer and other texts worse.
-DAMPING = 0.05
+# The damping is a fraction of the Hessian's mean diagonal. It is this many times channels over tokens, and at least
+# GPTQ's own 0.01.
+DAMPING_STRENGTH = 2.0
+LEAST_DAMPING = 0.01
 # Turns of fitting scales and codes to each other; each lowers the loss.
 TURNS = 3
 
 
-def quantize_compensated(
-    target: Tensor, hessian: Tensor, group_size: int, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
+def fitting_damping(channels: int, tokens: float) -> float:
+    """The damping of second moments of this many channels, estimated from this many tokens.
+
+    Compensation moves errors to directions in which few tokens have energy. The fewer tokens there are for each
+    channel, the more these directions are those of these very tokens, which no other tokens share.
+    """
+    return max(LEAST_DAMPING, DAMPING_STRENGTH * channels / tokens)
+
+
+def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int, damping: float) -> tuple[Tensor, Tensor]:
     """Codes int8 [N, K] and scale bfloat16 [N, K/G] of `target`, float32 [N, K], columns in channel order.
 
     hessian [K, K]: mean of code^T code in the same order. `damping` x its mean diagonal is added to its diagonal.
@@ -34,7 +42,7 @@ def quantize_compensated(
 
 
 def quantize_two_level(
-    target: Tensor, hessian: Tensor, group_size: int, levels: int, damping: float = DAMPING
+    target: Tensor, hessian: Tensor, group_size: int, levels: int, damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [N, K], levels uint8 [N, K/G], 1 to `levels`, and channel scale float32 [N]: see quantize_compensated.
 
@@ -62,7 +70,7 @@ def _quantize(
     return codes, scale, allowed
 
 
-def damp(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+def damp(hessian: Tensor, damping: float) -> Tensor:
     """The Hessian in float32 with `damping` x its mean diagonal added to its diagonal; the identity if it is zero."""
     damped = hessian.float().clone()
     mean = damped.diagonal().mean()

@@ -10,7 +10,7 @@ from torch import Tensor
 from calibration.processes import Processes
 from calibration.quantize.held_out import HeldMoments
 from calibration.quantize.moments import Moments, fitting_shrinkage, regress
-from calibration.quantize.rounding import DAMPING, quantize_compensated, quantize_two_level
+from calibration.quantize.rounding import fitting_damping, quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
@@ -20,10 +20,10 @@ from morphoquant_vllm.numerics import weights
 # Smallest importance of a channel, as a fraction of the mean. Without it, a channel whose codes were all 0 in
 # calibration would get arbitrary weights.
 IMPORTANCE_FLOOR = 1e-4
-# Strengths of the regression that held-out samples choose from, times the recipe's; and dampings of the Hessian in
-# rounding.
+# What held-out samples choose from: strengths of the regression, times the recipe's, and dampings of the Hessian in
+# rounding, times the fitting one.
 STRENGTHS = (1 / 16, 1 / 4, 1.0, 4.0)
-DAMPINGS = (DAMPING, 10 * DAMPING)
+DAMPINGS = (1.0, 4.0)
 # Names under which codes and scales are stored, in the order in which rounding gives them.
 _STORED = {
     GROUP_SCHEME: ("weight_codes", "weight_scale"),
@@ -81,10 +81,11 @@ def _round_own(
     """Codes and scales, as from `_round`, of the 16-bit weights times steps, `absorbed`, of these output channels."""
     hessian, code_output = moments.take_centred(channels)
     shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
+    damping = fitting_damping(hessian.shape[0], moments.tokens)
     if held is None:
         target = regress(hessian, code_output, absorbed, shrinkage) if recipe.regression else absorbed
         del code_output
-        return _round(target, hessian, layer, recipe, DAMPING)
+        return _round(target, hessian, layer, recipe, damping)
     judge = HeldMoments.of(held, channels)
     target = absorbed
     if recipe.regression:
@@ -92,8 +93,8 @@ def _round_own(
         target = judge.best(((fit, fit) for fit in fits), processes)
     del code_output
     if recipe.rounding != "compensated" or layer.weight_bits == 8:
-        return _round(target, hessian, layer, recipe, DAMPING)
-    rounded = (_round(target, hessian, layer, recipe, each) for each in DAMPINGS)
+        return _round(target, hessian, layer, recipe, damping)
+    rounded = (_round(target, hessian, layer, recipe, each * damping) for each in DAMPINGS)
     return judge.best(((_dequantized(*each), each) for each in rounded), processes)
 
 

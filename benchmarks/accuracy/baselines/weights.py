@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.quantize.rounding import quantize_compensated, quantize_two_level
+from calibration.quantize.rounding import fitting_damping, quantize_compensated, quantize_two_level
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.weights import channel_order, group_scales, round_int4
 
@@ -64,8 +64,10 @@ def nf4(weight: Tensor, block: int = NF4_BLOCK) -> Tensor:
     return rounded.flatten()[: flat.numel()].view_as(weight)
 
 
-def ours_int4(weight: Tensor, hessian: Tensor, group_size: int, levels: int) -> Tensor:
+def ours_int4(weight: Tensor, hessian: Tensor, tokens: int, group_size: int, levels: int) -> Tensor:
     """Calibration's own rounding of `weight` [N, K] against the mean of x^T x, `hessian` [K, K]; float32 [N, K].
+
+    The mean is over `tokens` tokens.
 
     Channels are sorted as those of a checkpoint whose step is the channel's root mean square. Scales are free, or with
     `levels` two-level.
@@ -74,11 +76,12 @@ def ours_int4(weight: Tensor, hessian: Tensor, group_size: int, levels: int) -> 
     size = hessian.diagonal().clamp(min=0).sqrt()
     order = channel_order(weight.float() * size).long()
     target, own = weight.float()[:, order], hessian[order][:, order]
+    damping = fitting_damping(weight.shape[1], tokens)
     if levels:
-        codes, level, unit = quantize_two_level(target, own, group_size, levels)
+        codes, level, unit = quantize_two_level(target, own, group_size, levels, damping)
         scale = level.float() * unit[:, None]
     else:
-        codes, free = quantize_compensated(target, own, group_size)
+        codes, free = quantize_compensated(target, own, group_size, damping)
         scale = free.float()
     rounded = codes.float().unflatten(1, (-1, group_size)) * scale[..., None]
     return rounded.flatten(1)[:, order.argsort()]

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 K, N = 256, 20
+# That of rounding where a test is not about it: a moderate one.
+DAMPING = 0.05
 
 
 def correlated_hessian(seed: int = 0, tokens: int = 1000) -> Tensor:

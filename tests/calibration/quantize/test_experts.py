@@ -22,6 +22,7 @@ from morphoquant_vllm.format.layers import INPUT_TENSORS, ExpertsSpec, LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
 from tests.calibration.inputs import K, activations, observe, relative, with_massive
+from tests.calibration.quantize.problems import DAMPING
 from tests.experts import record_of as stored_record
 
 NAME, INNER = "m.mlp.experts", 64
@@ -84,8 +85,8 @@ def routed(tokens: int, count: int) -> Tensor:
         ({"scale_levels": 0}, 0.25),
         ({"modality_rows": True, "row_margin": 0.0}, 0.25),
         # The authors' search gives channels with long tails coarser steps. Regression makes up for some of it on these
-        # few tokens, if its pull is weak.
-        ({"grid": "reference", "shrinkage": 1.0}, 0.4),
+        # few tokens, if its pull is weak. The damping of rounding keeps it from fitting 195 tokens closer.
+        ({"grid": "reference", "shrinkage": 1.0}, 0.5),
     ],
     ids=["two-level scales", "group scales", "modality rows", "reference grid"],
 )
@@ -215,7 +216,7 @@ def test_mixed_moments_are_those_of_the_weighted_tokens(share: float, outputs: i
     expected = moments(whole, matrix)
     for name in ("weight", "code_sum", "value_sum", "code_code", "code_aim"):
         assert torch.allclose(getattr(mixed, name), getattr(expected, name), rtol=1e-3, atol=1e-3), name
-    assert bool(torch.linalg.eigvalsh(damp(mixed.code_code)).min() > 0)
+    assert bool(torch.linalg.eigvalsh(damp(mixed.code_code, DAMPING)).min() > 0)
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,12 +7,12 @@ from torch import Tensor
 from calibration.quantize.rounding import damp
 from calibration.quantize.scale_fit import fit_levels, fit_scales
 from morphoquant_vllm.numerics.weights import quantize_int4
-from tests.calibration.quantize.problems import correlated_hessian, loss, target
+from tests.calibration.quantize.problems import DAMPING, correlated_hessian, loss, target
 
 
 def start(group_size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hessian, weights, codes as floats and scales of weights rounded by themselves."""
-    damped, weight = damp(correlated_hessian()), target()
+    damped, weight = damp(correlated_hessian(), DAMPING), target()
     codes, scale = quantize_int4(weight, damped.diagonal(), group_size)
     return damped, weight, codes.float(), scale.float()
 
@@ -74,7 +74,7 @@ def test_fits_do_not_depend_on_how_many_rows_are_fitted_at_once(monkeypatch: pyt
     codes = torch.randint(-8, 8, (50, 128), generator=generator).float()
     weight, x = torch.randn(50, 128, generator=generator), torch.randn(300, 128, generator=generator)
     scale = torch.full((50, 4), 0.1)
-    damped = damp(x.T @ x)
+    damped = damp(x.T @ x, DAMPING)
     aimed = weight @ damped
     expected = fit_scales(aimed, damped, codes, scale)
     level, unit = fit_levels(aimed, damped, codes, *levels_of(scale), 16)
@@ -95,7 +95,7 @@ def test_many_groups_are_solved_where_threads_were_set(groups: int) -> None:
     x = torch.randn(4 * groups * size, groups * size, generator=generator)
     codes = torch.randint(1, 8, (rows, groups * size), generator=generator).float()
     wanted = torch.rand(rows, groups, generator=generator) + 0.5
-    damped = damp(x.T @ x)
+    damped = damp(x.T @ x, DAMPING)
     aimed = (codes * wanted.repeat_interleave(size, 1)) @ damped
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -54,6 +54,19 @@ def test_more_tokens_weaken_the_pull_to_the_original_weights() -> None:
     assert gaps[1] < 0.8 * gaps[0]
 
 
+def test_more_tokens_weaken_the_damping() -> None:
+    """The same tokens, but more often: rounding then fits them closer."""
+    layer = make_spec({"m.q": matrix()}).layers["m.q"]
+    losses = []
+    for times in (1, 20):
+        found = round_weights(
+            matrix(), STEP, moments(times=times), layer, Recipe(scale_levels=0, regression=False), ONE
+        )
+        gap = found.matrix - matrix() * STEP
+        losses.append(float(((gap @ moments().take_centred()[0]) * gap).sum()))
+    assert losses[1] < 0.97 * losses[0]
+
+
 def test_channels_without_codes_count_the_same() -> None:
     recipe = Recipe(rounding="nearest", regression=False)
     layer = make_spec({"m.q": matrix()}).layers["m.q"]
