@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.files import write_atomically
+from benchmarks.common.texts import CALIBRATION, CALIBRATION_WINDOWS, EVALUATION
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -29,6 +30,20 @@ def evaluation_windows(tokenizer: Any, text: str, name: str, tokens: int, count:
     ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
     size = tokens - len(first)
     return [[*first, *ids[start : start + size]] for start in spread(len(ids), size, count, name)]
+
+
+def calibration_windows(tokenizer: Any, corpus: Path, tokens: int) -> list[list[int]]:
+    """Evenly spaced windows of `tokens` token ids of every calibration text, as many as CALIBRATION_WINDOWS."""
+    return [
+        window
+        for name, count in CALIBRATION_WINDOWS.items()
+        for window in evaluation_windows(tokenizer, CALIBRATION[name](corpus), name, tokens, count)
+    ]
+
+
+def measuring_windows(tokenizer: Any, corpus: Path, tokens: int, count: int) -> dict[str, list[list[int]]]:
+    """`count` evenly spaced windows of `tokens` token ids of each evaluation text, by its name."""
+    return {name: evaluation_windows(tokenizer, text(corpus), name, tokens, count) for name, text in EVALUATION.items()}
 
 
 def write_calibration(

@@ -46,22 +46,14 @@ def cut_windows(arguments: argparse.Namespace) -> tuple[list[list[int]], list[li
     """Windows of token ids to round for, and to judge by."""
     from transformers import AutoTokenizer
 
-    from benchmarks.common import corpus, texts
-    from benchmarks.common.windows import evaluation_windows
+    from benchmarks.common import corpus
+    from benchmarks.common.windows import calibration_windows, measuring_windows
 
     tokenizer, size = AutoTokenizer.from_pretrained(arguments.model), arguments.window_tokens
     folder = corpus.fetch(arguments.corpus)
-    seen = [
-        window
-        for name, count in texts.CALIBRATION_WINDOWS.items()
-        for window in evaluation_windows(tokenizer, texts.CALIBRATION[name](folder), name, size, count)
-    ]
-    judging = [
-        window
-        for name, text in texts.EVALUATION.items()
-        for window in evaluation_windows(tokenizer, text(folder), name, size, arguments.judging_windows)
-    ]
-    return seen, judging
+    seen = calibration_windows(tokenizer, folder, size)
+    judging = measuring_windows(tokenizer, folder, size, arguments.judging_windows)
+    return seen, [window for windows in judging.values() for window in windows]
 
 
 def measured(

@@ -42,23 +42,16 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure every input of the blocks; the JSON object of the result."""
     from transformers import AutoTokenizer
 
-    from benchmarks.common import corpus, texts
+    from benchmarks.common import corpus
     from benchmarks.common.machine import load, machine, versions
-    from benchmarks.common.windows import evaluation_windows
+    from benchmarks.common.windows import calibration_windows, measuring_windows
     from benchmarks.error_sources.inputs import load_pair, paired_inputs
     from benchmarks.error_sources.measure import CALIBRATION, measure
 
     tokenizer, size = AutoTokenizer.from_pretrained(arguments.model), arguments.window_tokens
     folder = corpus.fetch(arguments.corpus)
-    fitted = [
-        window
-        for name, count in texts.CALIBRATION_WINDOWS.items()
-        for window in evaluation_windows(tokenizer, texts.CALIBRATION[name](folder), name, size, count)
-    ]
-    held = {
-        name: evaluation_windows(tokenizer, text(folder), name, size, arguments.windows)
-        for name, text in texts.EVALUATION.items()
-    }
+    fitted = calibration_windows(tokenizer, folder, size)
+    held = measuring_windows(tokenizer, folder, size, arguments.windows)
     pair = load_pair(arguments.model, arguments.checkpoint)
     rows = []
     for block in arguments.blocks:

@@ -80,3 +80,26 @@ def test_excerpts_are_evenly_spaced(count: int) -> None:
 
 def test_a_short_text_is_taken_whole() -> None:
     assert windows.excerpts("short", 3, 10) == "short"
+
+
+class Letters:
+    """A tokenizer: each letter is a token."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_each_text_gives_its_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def read(corpus: Path, letter: str) -> str:
+        seen.append(corpus)
+        return letter * 100
+
+    made = {letter: (lambda corpus, letter=letter: read(corpus, letter)) for letter in "abc"}
+    monkeypatch.setattr(windows, "CALIBRATION", made)
+    monkeypatch.setattr(windows, "CALIBRATION_WINDOWS", {"a": 2, "b": 1})
+    monkeypatch.setattr(windows, "EVALUATION", {"c": made["c"]})
+    assert windows.calibration_windows(Letters(), tmp_path, 5) == [[ord("a")] * 5] * 2 + [[ord("b")] * 5]
+    assert windows.measuring_windows(Letters(), tmp_path, 4, 3) == {"c": [[ord("c")] * 4] * 3}
+    assert seen == [tmp_path] * 3
