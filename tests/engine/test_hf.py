@@ -19,11 +19,11 @@ from tests.engine.conftest import TEXT_PROMPT, Engines
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def reloaded(omni_checkpoint: Path) -> nn.Module:
+@pytest.fixture(scope="module", params=[True, False], ids=["reference", "kernels"])
+def reloaded(request: pytest.FixtureRequest, omni_checkpoint: Path) -> nn.Module:
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(omni_checkpoint, dtype=torch.float32)
-    # The engine runs the kernels; the definition is compared with them.
-    morphoquant_vllm.hf.configure(model, reference=True)
+    # The engine runs the kernels; the definition is compared with them, and the kernels with themselves.
+    morphoquant_vllm.hf.configure(model, reference=request.param)
     return model
 
 
