@@ -31,10 +31,6 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.damping", description=__doc__)
     top.add_argument("model", type=Path)
     top.add_argument("--blocks", type=int, nargs="+", default=list(BLOCKS))
-    top.add_argument("--every", type=int, nargs="+", default=list(EVERY), help="shares of the windows: 4 is a quarter")
-    top.add_argument("--window-tokens", type=int, default=WINDOW_TOKENS)
-    top.add_argument("--judging-windows", type=int, default=JUDGING_WINDOWS, help="of each text")
-    top.add_argument("--group-size", type=int, default=32)
     top.add_argument(
         "--corpus", type=Path, default=Path(".cache/accuracy/corpus"), help="folder of the texts, fetched if missing"
     )
@@ -42,44 +38,46 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def cut_windows(arguments: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
+def cut_windows(model: Path, texts: Path) -> tuple[list[list[int]], list[list[int]]]:
     """Windows of token ids to round for, and to judge by."""
     from transformers import AutoTokenizer
 
     from benchmarks.common import corpus
     from benchmarks.common.windows import calibration_windows, measuring_windows
 
-    tokenizer, size = AutoTokenizer.from_pretrained(arguments.model), arguments.window_tokens
-    folder = corpus.fetch(arguments.corpus)
-    seen = calibration_windows(tokenizer, folder, size)
-    judging = measuring_windows(tokenizer, folder, size, arguments.judging_windows)
+    tokenizer, folder = AutoTokenizer.from_pretrained(model), corpus.fetch(texts)
+    seen = calibration_windows(tokenizer, folder, WINDOW_TOKENS)
+    judging = measuring_windows(tokenizer, folder, WINDOW_TOKENS, JUDGING_WINDOWS)
     return seen, [window for windows in judging.values() for window in windows]
 
 
 def measured(
-    arguments: argparse.Namespace, seen: Sequence[list[int]], judging: Sequence[list[int]]
+    source: Path, chosen: Sequence[int], every: Sequence[int], seen: Sequence[list[int]], judging: Sequence[list[int]]
 ) -> Iterator[dict[str, Any]]:
-    """The figures of every input of the blocks, for each share of the windows."""
+    """The figures of every input of the chosen blocks, for `every` share of the windows `seen`.
+
+    MorphoQuantError if the model of `source` has no such block.
+    """
     import torch
 
     from benchmarks.damping.measure import measure
     from benchmarks.models import decoder
     from morphoquant_vllm.errors import MorphoQuantError
 
-    model = decoder.load(arguments.model)
-    blocks = decoder.blocks_of(model, arguments.model)
-    if max(arguments.blocks) >= len(blocks):
-        raise MorphoQuantError(f"{arguments.model} has blocks 0 to {len(blocks) - 1}; choose some of those")
+    model = decoder.load(source)
+    blocks = decoder.blocks_of(model, source)
+    if not set(chosen) <= set(range(len(blocks))):
+        raise MorphoQuantError(f"{source} has blocks 0 to {len(blocks) - 1}; choose some of those")
     samples = [{"input_ids": torch.tensor([list(ids)])} for ids in (*seen, *judging)]
     entries = decoder.capture(model, blocks, samples)
-    for index, block in enumerate(blocks[: max(arguments.blocks) + 1]):
+    for index, block in enumerate(blocks[: max(chosen) + 1]):
         with torch.no_grad():
             groups, outputs = decoder.observe(block, index, entries)
-        for group in groups if index in arguments.blocks else []:
+        for group in groups if index in chosen else []:
             weight = torch.cat([block.get_parameter(f"{name}.weight").detach() for name in group.names])
             fitted, others = group.inputs[: len(seen)], group.inputs[len(seen) :]
-            for every in arguments.every:
-                figures = measure(weight, fitted[::every], others, arguments.group_size, FIXED, STRENGTHS)
+            for share in every:
+                figures = measure(weight, fitted[::share], others, FIXED, STRENGTHS)
                 yield {"input": f"{index}.{group.names[0]}", **figures}
         del groups
         for entry, hidden in zip(entries, outputs, strict=True):
@@ -89,11 +87,12 @@ def measured(
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure every input of the blocks; the JSON object of the result."""
     from benchmarks.common.machine import load, machine, versions
+    from benchmarks.damping.measure import GROUP_SIZE
     from benchmarks.damping.report import means
 
-    seen, judging = cut_windows(arguments)
+    seen, judging = cut_windows(arguments.model, arguments.corpus)
     rows = []
-    for row in measured(arguments, seen, judging):
+    for row in measured(arguments.model, arguments.blocks, EVERY, seen, judging):
         rows.append(row)
         print(f"{row['input']}, {row['tokens']} tokens: {row['losses']['fixed']:.5f}", flush=True)
     return {
@@ -103,7 +102,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
         "versions": versions(),
         **load(),
         "model": arguments.model.name,
-        "group_size": arguments.group_size,
+        "group_size": GROUP_SIZE,
         "fixed": FIXED,
         "judging_tokens": sum(len(window) - 1 for window in judging),
         "means": means(rows),

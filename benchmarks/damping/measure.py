@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from calibration.quantize.rounding import quantize_two_level
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics import weights
 from morphoquant_vllm.numerics.limits import MAX_LEVEL
-from morphoquant_vllm.numerics.weights import channel_order
 
+GROUP_SIZE = 32
 # Outputs of an input's linears that are rounded: the damping is of the input, and few outputs show its effect.
 OUTPUTS = 256
 
@@ -31,13 +33,11 @@ def tokens_of(inputs: Sequence[Tensor]) -> int:
     return sum(x.shape[0] - 1 for x in inputs)
 
 
-def rounded(weight: Tensor, hessian: Tensor, group_size: int, damping: float) -> Tensor:
+def rounded(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """`weight` [N, K] in calibration's rounding with two-level scales, for inputs of these second moments [K, K]."""
-    order = channel_order(weight * hessian.diagonal().sqrt()).long()
-    own = hessian[order][:, order]
-    codes, level, unit = quantize_two_level(weight[:, order], own, group_size, MAX_LEVEL, damping)
-    scale = level.float() * unit[:, None]
-    return (codes.float().unflatten(1, (-1, group_size)) * scale[..., None]).flatten(1)[:, order.argsort()]
+    order = weights.channel_order(weight * hessian.diagonal().sqrt()).long()
+    codes, *scales = quantize_two_level(weight[:, order], hessian[order][:, order], GROUP_SIZE, MAX_LEVEL, damping)
+    return weights.dequantize_weight(weights.pack(codes), *scales)[:, order.argsort()]
 
 
 def relative_loss(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
@@ -51,19 +51,20 @@ def measure(
     weight: Tensor,
     seen: Sequence[Tensor],
     others: Sequence[Tensor],
-    group_size: int,
     fixed: float,
     strengths: Sequence[float],
 ) -> dict[str, Any]:
     """Losses on the windows `others` of weights that are rounded for the windows `seen`, each [M, K].
 
     `fixed` is one damping for all; with a strength it is strength * K / tokens.
+    MorphoQuantError if groups do not divide the channels.
     """
+    if weight.shape[1] % GROUP_SIZE:
+        raise MorphoQuantError(f"K = {weight.shape[1]} is not divisible by {GROUP_SIZE}; choose another model")
     weight, tokens = weight[:OUTPUTS].float(), tokens_of(seen)
     hessian, judge = second_moments(seen), second_moments(others)
     dampings = {"fixed": fixed, **{str(each): each * weight.shape[1] / tokens for each in strengths}}
     losses = {
-        name: relative_loss(weight, rounded(weight, hessian, group_size, damping), judge)
-        for name, damping in dampings.items()
+        name: relative_loss(weight, rounded(weight, hessian, damping), judge) for name, damping in dampings.items()
     }
     return {"in_features": weight.shape[1], "tokens": tokens, "losses": losses}

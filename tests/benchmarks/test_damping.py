@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.damping.__main__ import measured, parser
+from benchmarks.damping.__main__ import measured
 from benchmarks.damping.measure import measure, relative_loss, second_moments, tokens_of
 from benchmarks.damping.report import markdown, means
 from morphoquant_vllm.errors import MorphoQuantError
@@ -44,13 +44,18 @@ def test_the_loss_is_that_of_the_outputs() -> None:
 
 def test_more_channels_for_each_token_want_more_damping() -> None:
     weight = torch.randn(48, K, generator=torch.Generator().manual_seed(1))
-    few, many = (measure(weight, windows(count, 1), windows(40, 2), 32, 0.05, [2.0]) for count in (1, 40))
+    few, many = (measure(weight, windows(count, 1), windows(40, 2), 0.05, [2.0]) for count in (1, 40))
     assert (few["tokens"], many["tokens"], few["in_features"]) == (99, 3960, K)
     # Seen: 0.76 times.
     assert few["losses"]["2.0"] < 0.85 * few["losses"]["fixed"]
     # With many tokens nearly any damping will do.
     assert many["losses"]["2.0"] < 1.02 * many["losses"]["fixed"]
     assert many["losses"]["fixed"] < few["losses"]["fixed"]
+
+
+def test_channels_that_groups_do_not_divide_are_refused() -> None:
+    with pytest.raises(MorphoQuantError, match="K = 40 is not divisible by 32"):
+        measure(torch.ones(2, 40), [torch.ones(3, 40)], [torch.ones(3, 40)], 0.05, [])
 
 
 def test_the_table_has_geometric_means_by_channels_and_tokens() -> None:
@@ -70,15 +75,14 @@ def test_the_table_has_geometric_means_by_channels_and_tokens() -> None:
 @pytest.mark.slow
 def test_every_input_of_the_blocks_is_measured_for_every_share(tmp_path: Path) -> None:
     model = TinyModels(tmp_path).model("llama")
-    arguments = parser().parse_args([str(model), "--blocks", "1", "--every", "2", "1"])
     generator = torch.Generator().manual_seed(0)
     seen, judging = (torch.randint(20, 60, (count, 32), generator=generator).tolist() for count in (4, 2))
-    rows = list(measured(arguments, seen, judging))
+    rows = list(measured(model, [1], [2, 1], seen, judging))
     assert [(row["input"], row["tokens"]) for row in rows] == [
         (f"1.{name}", tokens)
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
         for tokens in (62, 124)
     ]
-    arguments.blocks = [9]
-    with pytest.raises(MorphoQuantError, match="has blocks 0 to"):
-        list(measured(arguments, seen, judging))
+    for missing in (9, -1):
+        with pytest.raises(MorphoQuantError, match="has blocks 0 to"):
+            list(measured(model, [0, missing], [1], seen, judging))

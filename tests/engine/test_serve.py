@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from benchmarks.common.server import Server, ServerError, serve
-from tests.engine.agreement import DECIDED, assert_same_logprobs
+from tests.engine.agreement import TIED_TOLERANCE, assert_same_logprobs
 from tests.engine.conftest import TEXT_PROMPT, media_messages
 from tests.reference_model import Checkpoint, reference_thinker
 from tests.tiny_conversations import sound
@@ -49,7 +49,7 @@ def assert_agrees(expected: Tensor, tokens: list[int], logprobs: list[float]) ->
     chosen = expected.gather(1, torch.tensor(tokens)[:, None]).flatten()
     assert_same_logprobs(torch.tensor(logprobs), chosen)
     top = expected.topk(2).values
-    decided = top[:, 0] - top[:, 1] > DECIDED
+    decided = top[:, 0] - top[:, 1] > TIED_TOLERANCE
     assert bool(decided.any()), "a test in which no token is decided proves nothing"
     assert bool((expected.argmax(-1) == torch.tensor(tokens))[decided].all())
 

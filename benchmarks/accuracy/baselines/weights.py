@@ -65,12 +65,10 @@ def nf4(weight: Tensor, block: int = NF4_BLOCK) -> Tensor:
 
 
 def ours_int4(weight: Tensor, hessian: Tensor, tokens: int, group_size: int, levels: int) -> Tensor:
-    """Calibration's own rounding of `weight` [N, K] against the mean of x^T x, `hessian` [K, K]; float32 [N, K].
+    """Calibration's own rounding of `weight` [N, K] for inputs of the second moments `hessian` [K, K]; float32 [N, K].
 
-    The mean is over `tokens` tokens.
-
-    Channels are sorted as those of a checkpoint whose step is the channel's root mean square. Scales are free, or with
-    `levels` two-level.
+    `hessian` is the mean of x^T x over `tokens` tokens. Channels are sorted as those of a checkpoint whose step is the
+    channel's root mean square. Scales are free, or with `levels` two-level.
     """
     check_groups(weight, group_size)
     size = hessian.diagonal().clamp(min=0).sqrt()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 K, N = 256, 20
-# That of rounding where a test is not about it: a moderate one.
+# A moderate damping, for tests of something else.
 DAMPING = 0.05
 
 
