@@ -31,6 +31,8 @@ class Forecast:
     tokens: Mapping[str, int]
     sampled_tokens: int
     memory: int
+    # The same if all that can be is read from disk.
+    least_memory: int
     memory_limit: int
     # Of the work directory, and of the new checkpoint's tensors and files.
     work: int
@@ -45,16 +47,20 @@ class Forecast:
     def lines(self) -> list[str]:
         """The forecast for people."""
         tokens = ", ".join(f"{row} {count}" for row, count in self.tokens.items())
-        tight = "" if self.memory <= self.memory_limit else "; parts are read from disk instead, which is slower"
         more = "" if self.learning_seconds is None else "; learning may take more of it"
         experts = f" and {self.experts} experts" if self.experts else ""
         return [
             f"{self.layers} linears{experts} in {self.blocks} blocks, on {self.samples} samples",
             f"tokens: {tokens}; the search looks at {self.sampled_tokens}",
-            f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{tight}{more}",
+            f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{self._tight()}{more}",
             f"disk: {_gb(self.work)} for the work directory until the end, {_gb(self.checkpoint)} for the checkpoint",
             f"time: {self._time()}",
         ]
+
+    def _tight(self) -> str:
+        if self.least_memory > self.memory_limit:
+            return "; more than there is: lower --sample-tokens, or the system may stop the run"
+        return "" if self.memory <= self.memory_limit else "; parts are read from disk instead, which is slower"
 
     def _time(self) -> str:
         if self.seconds is None:
@@ -82,6 +88,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
         sampled_tokens=tokens.modality.numel(),
         memory=max(need.front, need.block),
+        least_memory=max(need.front_streamed, need.block),
         memory_limit=job.device_limit,
         work=quantized_size(source, spec) + more + 5 * states,
         checkpoint=checkpoint_size(source, spec) + more,

@@ -95,8 +95,8 @@ AUTO_ROUND_LIGHT = {"iters": 50, "lr": 5e-3}
 GPTQMODEL = "7.7.0"
 
 FAST: Mapping[str, Any] = {"effort": "fast"}
-# Four times the recipe's default.
-MORE_TOKENS = 2**16
+# A quarter of the recipe's default.
+FEWER_TOKENS = 2**14
 
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
@@ -139,9 +139,8 @@ METHODS: dict[str, Method] = {
     # Nothing learns after the blocks; or more does, and held-out samples choose the regression and the rounding.
     "served-effort-fast": Served(recipe=FAST),
     "served-effort-best": Served(recipe={"effort": "best"}),
-    # More drawn tokens; --calibration gives as many windows.
-    "served-tokens-64k": Served(recipe={"sample_tokens": MORE_TOKENS}),
-    "served-effort-best-tokens-64k": Served(recipe={"effort": "best", "sample_tokens": MORE_TOKENS}),
+    # Fewer drawn tokens; --calibration gives more windows than that.
+    "served-tokens-16k": Served(recipe={"sample_tokens": FEWER_TOKENS}),
     # The paper's objective: the reference's mask and range search instead of the budgeted one, and its parts. These
     # stand beside `served-effort-fast`, too.
     "served-reference-grid": Served(recipe={**FAST, "grid": "reference"}),

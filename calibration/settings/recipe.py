@@ -20,12 +20,15 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 
 Patterns = tuple[str, ...]
+# The default of `sample_tokens`: all tokens of 128 windows of 512, and fewer with `effort: fast`.
+SAMPLE_TOKENS, FAST_SAMPLE_TOKENS = 2**16, 2**14
 if TYPE_CHECKING:
     GroupSize = int
 else:
@@ -179,9 +182,10 @@ class Recipe(BaseModel):
         default=512, ge=2, description="Length of the windows that .txt files are cut into, in tokens."
     )
     sample_tokens: int = Field(
-        default=16384,
+        default=SAMPLE_TOKENS,
         ge=16,
-        description="Tokens from which steps and weights are computed, divided among the modalities.",
+        description="Tokens from which steps and weights are computed, divided among the modalities; "
+        f"{FAST_SAMPLE_TOKENS} by default with effort fast.",
     )
     modality_balance: float = Field(
         default=1.0,
@@ -198,6 +202,11 @@ class Recipe(BaseModel):
         default="auto", description="Device on which the model runs: auto (cuda if available), cpu, cuda, cuda:1..."
     )
     shard_size: ByteSize = Field(default=ByteSize(4_000_000_000), description="Largest weight file, e.g. 4GB.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fewer_tokens_if_fast(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"sample_tokens": FAST_SAMPLE_TOKENS, **values} if values.get("effort") == "fast" else values
 
     @field_validator("targets", "ignore", "towers", "full_mask", mode="before")
     @classmethod

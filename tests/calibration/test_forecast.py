@@ -6,7 +6,7 @@ import pytest
 
 from calibration.forecast import Forecast, duration
 
-FORECAST = Forecast(14, 2, 3, {"text": 40, "image": 8}, 48, 2 * 10**9, 3 * 10**9, 10**9, 5 * 10**8, 5904.0)
+FORECAST = Forecast(14, 2, 3, {"text": 40, "image": 8}, 48, 2 * 10**9, 10**9, 3 * 10**9, 10**9, 5 * 10**8, 5904.0)
 
 
 def test_the_lines_have_every_figure() -> None:
@@ -25,6 +25,8 @@ def test_the_lines_have_every_figure() -> None:
 
 def test_too_little_memory_is_said() -> None:
     assert "read from disk" in "\n".join(replace(FORECAST, memory=4 * 10**9).lines())
+    much_too_little = "\n".join(replace(FORECAST, memory=4 * 10**9, least_memory=4 * 10**9).lines())
+    assert "more than there is: lower --sample-tokens" in much_too_little and "read from disk" not in much_too_little
 
 
 def test_no_estimate_is_made_up() -> None:

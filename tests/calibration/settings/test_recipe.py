@@ -31,6 +31,12 @@ def test_flags_override_the_file_and_none_overrides_nothing(tmp_path: Path) -> N
     assert (recipe.group_size, recipe.tau, recipe.targets, recipe.shard_size) == (64, 1.0, ("*.q_proj",), 1_000_000)
 
 
+def test_effort_fast_draws_fewer_tokens_unless_told_otherwise() -> None:
+    drawn = {effort: read_recipe(overrides={"effort": effort}).sample_tokens for effort in ("fast", "default", "best")}
+    assert drawn == {"fast": 16384, "default": 65536, "best": 65536}
+    assert read_recipe(overrides={"effort": "fast", "sample_tokens": 64}).sample_tokens == 64
+
+
 def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
     assert read_recipe(write(tmp_path / "r.yaml", "# nothing\n")) == Recipe()
 
