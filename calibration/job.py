@@ -19,6 +19,9 @@ from calibration.quantize.grids import SEARCH_TOKENS
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import QuantizationSpec
 
+# No calibration with fewer drawn tokens is suggested.
+LEAST_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class Job:
@@ -45,16 +48,31 @@ class Job:
             if self.processes.size > 1:
                 # The search also gathers tokens of other processes.
                 sampled = min(owners.numel(), sampled + 2 * SEARCH_TOKENS)
-        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
-        if self.recipe.towers:
-            # A tower's quantized layers stay in memory and compute the next layers' inputs.
-            need = replace(need, front_streamed=need.front)
+        need = self._need(sampled)
         # A GPU's memory cannot be exceeded, a machine's is only slow then.
         if self.memory_budget is not None or self.device.type == "cuda":
             limit = self.device_limit
             stated = self.device.type == "cpu" or limit == self.memory_budget
-            check_budget(need, limit, self.source.directory, stated=stated)
+            fitting = None if tokens is None else self._fitting_tokens(tokens.modality.numel(), sampled, limit)
+            check_budget(need, limit, self.source.directory, stated=stated, fitting_tokens=fitting)
         return need
+
+    def _need(self, sampled: int) -> MemoryNeed:
+        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
+        # A tower's quantized layers stay in memory and compute the next layers' inputs.
+        return replace(need, front_streamed=need.front) if self.recipe.towers else need
+
+    def _fitting_tokens(self, drawn: int, sampled: int, limit: int) -> int | None:
+        """The largest half, quarter... of the `drawn` tokens with which a block takes at most `limit` bytes, or None.
+
+        `sampled` is the number of those that one process holds.
+        """
+        halvings = 1
+        while drawn >> halvings >= LEAST_TOKENS:
+            if self._need(sampled >> halvings).block <= limit:
+                return drawn >> halvings
+            halvings += 1
+        return None
 
     @property
     def memory_limit(self) -> int:

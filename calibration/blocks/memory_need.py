@@ -160,18 +160,25 @@ def _experts(spec: QuantizationSpec, name: str, tokens: int) -> tuple[int, int]:
     return k, results + pooled + max(search, gate_up, down)
 
 
-def check_budget(need: MemoryNeed, budget: int, model: object, *, stated: bool = True) -> None:
+def check_budget(
+    need: MemoryNeed, budget: int, model: object, *, stated: bool = True, fitting_tokens: int | None = None
+) -> None:
     """Raise MorphoQuantError with the sizes if a budget is too small even with streaming from disk.
 
-    The budget is --memory-budget if it is `stated`, else a GPU's free memory.
+    The budget is --memory-budget if it is `stated`, else a GPU's free memory. `fitting_tokens` are as many drawn tokens
+    as a decoder block leaves room for, if fewer would do.
     """
     place = f"--memory-budget {_gib(budget)}" if stated else f"the GPU's {_gib(budget)} of free memory"
     remedy = "raise the budget" if stated else "pass --device cpu"
-    for held, nbytes in (("its embeddings and one tower layer", need.front_streamed), ("a decoder block", need.block)):
+    fewer = "" if fitting_tokens is None else f", or pass --sample-tokens {fitting_tokens}"
+    for held, nbytes, other in (
+        ("its embeddings and one tower layer", need.front_streamed, ", or pass --dtype bfloat16"),
+        ("a decoder block", need.block, fewer),
+    ):
         if nbytes > budget:
             raise MorphoQuantError(
                 f"{model}: does not fit {place}: {held} and the tensors of its calibration take "
-                f"{_gib(nbytes)}; {remedy}, lower --sample-tokens, or pass --dtype bfloat16"
+                f"{_gib(nbytes)}; {remedy}{other}"
             )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from calibration.blocks.memory_need import MemoryNeed, input_peak, memory_need
 from calibration.calibrate import calibrate
+from calibration.data.token_choice import TokenSample
 from calibration.job import Job
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import BlockLoader
@@ -93,7 +94,7 @@ def test_a_model_that_does_not_fit_the_budget_is_refused_with_the_sizes(tiny: Ti
     # Not so much as rendered: its media do not exist.
     data.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     expected = (
-        r"omni: does not fit --memory-budget 0.50GiB: .* take 0\.\d\dGiB; raise the budget, lower --sample-tokens"
+        r"omni: does not fit --memory-budget 0.50GiB: .* take 0\.\d\dGiB; raise the budget, or pass --dtype bfloat16$"
     )
     with pytest.raises(MorphoQuantError, match=expected):
         calibrate(model, data, tmp_path / "out", recipe=RECIPE, memory_budget=2**29)
@@ -103,7 +104,7 @@ def test_a_model_that_does_not_fit_the_budget_is_refused_with_the_sizes(tiny: Ti
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (None, "does not fit the GPU's 0.50GiB of free memory: .* pass --device cpu, lower --sample-tokens"),
+        (None, "does not fit the GPU's 0.50GiB of free memory: .* pass --device cpu, or pass --dtype bfloat16$"),
         (2**30, "does not fit the GPU's 0.50GiB of free memory"),
         (2**28, "does not fit --memory-budget 0.25GiB: .* raise the budget"),
     ],
@@ -125,6 +126,27 @@ def test_the_memory_of_a_gpu_is_looked_at_before_any_work(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**34, 2**35))
     if budget != 2**28:
         assert job.memory_need().block > 0
+
+
+def test_a_refusal_names_as_many_drawn_tokens_as_fit(tiny: TinyModels) -> None:
+    drawn = 100_000
+    positions, alike = torch.arange(drawn), torch.full((drawn,), 1 / drawn)
+    tokens = TokenSample((positions,), torch.zeros(drawn, dtype=torch.int32), alike, {0: drawn})
+    source = open_source(tiny.model("omni"))
+    architecture = find_architecture(source.config)
+    names = decoder_names(architecture, source.config, source.tensors)
+    spec = plan(architecture, source.config, source.tensors, RECIPE)
+
+    def job(budget: int | None) -> Job:
+        return Job(source, architecture, names, spec, RECIPE, budget, torch.device("cpu"), ONE)
+
+    quarter = memory_need(architecture, source.tensors, names, spec, RECIPE, drawn // 4).block
+    assert job(None).memory_need(tokens).block > quarter
+    with pytest.raises(MorphoQuantError, match=r"a decoder block .*; raise the budget, or pass --sample-tokens 25000$"):
+        job(quarter).memory_need(tokens)
+    front = job(None).memory_need().front_streamed
+    with pytest.raises(MorphoQuantError, match=r"a decoder block .*; raise the budget$"):
+        job(front + 1).memory_need(tokens)
 
 
 def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
