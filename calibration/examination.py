@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.doctor.finding import Finding, note, ok
 from morphoquant_vllm.errors import MorphoQuantError, missing_package, one_line
+
+if TYPE_CHECKING:
+    from calibration.blocks.memory_need import MemoryNeed
 
 
 def calibrating(directory: Path) -> Iterator[Finding]:
@@ -22,15 +26,17 @@ def calibrating(directory: Path) -> Iterator[Finding]:
         reason, _, remedy = str(error).rpartition("; ")
         yield note(subject, f"{name} cannot be calibrated: {reason or remedy}", remedy if reason else "")
         return
-    text = f"{name} takes up to {need / 2**30:.2f} GiB without hidden states, {free / 2**30:.2f} GiB are free"
-    if need <= free:
+    most = max(need.front_streamed, need.block)
+    text = f"{name} takes up to {most / 2**30:.2f} GiB without hidden states, {free / 2**30:.2f} GiB are free"
+    if most <= free:
         yield ok(subject, text)
     else:
-        yield note(subject, text, "calibrate with less --sample-tokens, or with --dtype bfloat16")
+        less = "less --sample-tokens" if need.block == most else "--dtype bfloat16"
+        yield note(subject, text, f"calibrate with {less}")
 
 
-def _need_and_free(directory: Path) -> tuple[int, int]:
-    """Bytes that a decoder block or the streamed front takes, and those that are free."""
+def _need_and_free(directory: Path) -> tuple[MemoryNeed, int]:
+    """What the calibration takes, and the bytes that are free."""
     # Imported here: they need the extra `calibration`.
     from calibration.blocks.memory_need import memory_need
     from calibration.calibrate import plan_job
@@ -39,4 +45,4 @@ def _need_and_free(directory: Path) -> tuple[int, int]:
     recipe = Recipe()
     job = plan_job(directory, recipe, None, ONE)
     need = memory_need(job.architecture, job.source.tensors, job.names, job.spec, recipe, recipe.sample_tokens)
-    return max(need.front_streamed, need.block), job.memory_limit
+    return need, job.memory_limit

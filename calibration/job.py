@@ -53,7 +53,7 @@ class Job:
         if self.memory_budget is not None or self.device.type == "cuda":
             limit = self.device_limit
             stated = self.device.type == "cpu" or limit == self.memory_budget
-            fitting = None if tokens is None else self._fitting_tokens(tokens.modality.numel(), sampled, limit)
+            fitting = None if tokens is None or need.block <= limit else self._fitting_tokens(tokens, sampled, limit)
             check_budget(need, limit, self.source.directory, stated=stated, fitting_tokens=fitting)
         return need
 
@@ -62,14 +62,15 @@ class Job:
         # A tower's quantized layers stay in memory and compute the next layers' inputs.
         return replace(need, front_streamed=need.front) if self.recipe.towers else need
 
-    def _fitting_tokens(self, drawn: int, sampled: int, limit: int) -> int | None:
-        """The largest half, quarter... of the `drawn` tokens with which a block takes at most `limit` bytes, or None.
+    def _fitting_tokens(self, tokens: TokenSample, sampled: int, limit: int) -> int | None:
+        """The largest half, quarter... of the drawn tokens with which a block takes at most `limit` bytes, or None.
 
         `sampled` is the number of those that one process holds.
         """
-        halvings = 1
+        drawn, halvings = tokens.modality.numel(), 1
         while drawn >> halvings >= LEAST_TOKENS:
-            if self._need(sampled >> halvings).block <= limit:
+            # The first token of every sample is drawn beside as many as are asked for.
+            if self._need((sampled >> halvings) + len(tokens.positions)).block <= limit:
                 return drawn >> halvings
             halvings += 1
         return None
