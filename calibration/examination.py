@@ -26,13 +26,11 @@ def calibrating(directory: Path) -> Iterator[Finding]:
         reason, _, remedy = str(error).rpartition("; ")
         yield note(subject, f"{name} cannot be calibrated: {reason or remedy}", remedy if reason else "")
         return
-    most = max(need.front_streamed, need.block)
-    text = f"{name} takes up to {most / 2**30:.2f} GiB without hidden states, {free / 2**30:.2f} GiB are free"
-    if most <= free:
+    text = f"{name} takes up to {need.least / 2**30:.2f} GiB without hidden states, {free / 2**30:.2f} GiB are free"
+    if need.least <= free:
         yield ok(subject, text)
     else:
-        less = "less --sample-tokens" if need.block == most else "--dtype bfloat16"
-        yield note(subject, text, f"calibrate with {less}")
+        yield note(subject, text, f"calibrate with {need.remedy}")
 
 
 def _need_and_free(directory: Path) -> tuple[MemoryNeed, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from calibration.blocks.memory_need import MemoryNeed
 from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
 from calibration.blocks.time_need import experts_operations, operations, product_speed, sharing_operations
 from calibration.data.token_choice import TokenSample
@@ -30,9 +31,7 @@ class Forecast:
     # Tokens of each row in all samples.
     tokens: Mapping[str, int]
     sampled_tokens: int
-    memory: int
-    # The same if all that can be is read from disk.
-    least_memory: int
+    memory: MemoryNeed
     memory_limit: int
     # Of the work directory, and of the new checkpoint's tensors and files.
     work: int
@@ -52,15 +51,15 @@ class Forecast:
         return [
             f"{self.layers} linears{experts} in {self.blocks} blocks, on {self.samples} samples",
             f"tokens: {tokens}; the search looks at {self.sampled_tokens}",
-            f"memory: up to {_gb(self.memory)} of {_gb(self.memory_limit)}{self._tight()}{more}",
+            f"memory: up to {_gb(self.memory.most)} of {_gb(self.memory_limit)}{self._tight()}{more}",
             f"disk: {_gb(self.work)} for the work directory until the end, {_gb(self.checkpoint)} for the checkpoint",
             f"time: {self._time()}",
         ]
 
     def _tight(self) -> str:
-        if self.least_memory > self.memory_limit:
-            return "; more than there is: lower --sample-tokens, or the system may stop the run"
-        return "" if self.memory <= self.memory_limit else "; parts are read from disk instead, which is slower"
+        if self.memory.least > self.memory_limit:
+            return f"; the system may stop the run for lack of memory: calibrate with {self.memory.remedy}"
+        return "" if self.memory.front <= self.memory_limit else "; parts are read from disk instead, which is slower"
 
     def _time(self) -> str:
         if self.seconds is None:
@@ -75,7 +74,6 @@ class Forecast:
 def forecast(job: Job, tokens: TokenSample) -> Forecast:
     """What the calibration will do and need."""
     source, spec = job.source, job.spec
-    need = job.memory_need(tokens)
     # The inputs of the first block, and two generations of both streams.
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
     more = extra_bytes(spec, job.names.prefix, job.recipe)
@@ -87,8 +85,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         samples=len(tokens.positions),
         tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
         sampled_tokens=tokens.modality.numel(),
-        memory=max(need.front, need.block),
-        least_memory=max(need.front_streamed, need.block),
+        memory=job.memory_need(tokens),
         memory_limit=job.device_limit,
         work=quantized_size(source, spec) + more + 5 * states,
         checkpoint=checkpoint_size(source, spec) + more,

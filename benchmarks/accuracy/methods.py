@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from calibration.settings.recipe import read_recipe
+from calibration.settings.recipe import FAST_SAMPLE_TOKENS, read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.limits import GROUP_SIZES, MAX_LEVEL
 
@@ -95,8 +95,6 @@ AUTO_ROUND_LIGHT = {"iters": 50, "lr": 5e-3}
 GPTQMODEL = "7.7.0"
 
 FAST: Mapping[str, Any] = {"effort": "fast"}
-# A quarter of the recipe's default.
-FEWER_TOKENS = 2**14
 
 METHODS: dict[str, Method] = {
     "16bit": Simulated(),
@@ -140,7 +138,7 @@ METHODS: dict[str, Method] = {
     "served-effort-fast": Served(recipe=FAST),
     "served-effort-best": Served(recipe={"effort": "best"}),
     # Fewer drawn tokens; --calibration gives more windows than that.
-    "served-tokens-16k": Served(recipe={"sample_tokens": FEWER_TOKENS}),
+    "served-tokens-16k": Served(recipe={"sample_tokens": FAST_SAMPLE_TOKENS}),
     # The paper's objective: the reference's mask and range search instead of the budgeted one, and its parts. These
     # stand beside `served-effort-fast`, too.
     "served-reference-grid": Served(recipe={**FAST, "grid": "reference"}),

@@ -10,9 +10,12 @@ import wave
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphoquant_vllm.errors import MorphoQuantError
+
+if TYPE_CHECKING:
+    from calibration.blocks.memory_need import MemoryNeed
 
 # One of each line must be there.
 FILES = (
@@ -23,16 +26,17 @@ FILES = (
     ("chat_template.json", "chat_template.jinja", "tokenizer_config.json"),
 )
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-SAMPLE_TOKENS = 16384
+# Of a picture, a sound and a question: more than any processor makes.
+MAX_TOKENS = 16384
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the model's weights, of the checkpoint to come, and of calibration's peak of memory."""
+    """Bytes of the model's weights and of the checkpoint to come; calibration's need of memory."""
 
     sixteen_bit: int
     checkpoint: int
-    memory: int
+    memory: MemoryNeed
     # Elements of the quantized linears.
     quantized: int
 
@@ -112,11 +116,11 @@ def sizes(directory: Path) -> Sizes:
     tensors = _tensors(directory, config)
     spec = plan(architecture, config, tensors, recipe)
     names = decoder_names(architecture, config, tensors)
-    need = memory_need(architecture, tensors, names, spec, recipe, SAMPLE_TOKENS)
+    need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
     return Sizes(
         sixteen_bit=sum(info.nbytes for info in tensors.values()),
         checkpoint=checkpoint_size(Source(directory, config, dict(tensors)), spec),
-        memory=max(need.front_streamed, need.block),
+        memory=need,
         quantized=sum(layer.in_features * layer.out_features for layer in spec.layers.values()),
     )
 
@@ -171,7 +175,7 @@ def check_processor(directory: Path) -> int:
     )
     conversation = Conversation(str(directory), (Message("user", parts),))
     ids = find_architecture(config).placeholder_token_ids(config)
-    inputs, _ = model_inputs(load_processor(directory), conversation, ids, SAMPLE_TOKENS)
+    inputs, _ = model_inputs(load_processor(directory), conversation, ids, MAX_TOKENS)
     return int(inputs["input_ids"].shape[1])
 
 

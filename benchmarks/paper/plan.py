@@ -145,10 +145,10 @@ def check_machine(found: Plan, sizes: model.Sizes, options: Any) -> None:
     )
     if free < disk:
         found.missing.append(f"{place}: {gigabytes(disk - free)} of disk; make room, or choose another --output")
-    if available < sizes.memory and not is_calibrated(options.output):
+    if available < sizes.memory.least and not is_calibrated(options.output):
         found.missing.append(
-            f"memory: calibration needs {gigabytes(sizes.memory)}, {gigabytes(available)} are available; "
-            "close other programs, or pass --calibrate-arguments='--dtype bfloat16'"
+            f"memory: calibration needs {gigabytes(sizes.memory.least)}, {gigabytes(available)} are available; "
+            f"close other programs, or calibrate with {sizes.memory.remedy} (--calibrate-arguments)"
         )
     if on_gpu is None:
         found.notes.append("GPU: none; vLLM serves on the CPU, where the whole table takes days to weeks")

@@ -46,6 +46,21 @@ class MemoryNeed:
     # The largest block, with one of its inputs being quantized.
     block: int
 
+    @property
+    def most(self) -> int:
+        """The peak if nothing is read from disk."""
+        return max(self.front, self.block)
+
+    @property
+    def least(self) -> int:
+        """The peak if all that can be is read from disk."""
+        return max(self.front_streamed, self.block)
+
+    @property
+    def remedy(self) -> str:
+        """The setting that makes the larger of the two phases smaller."""
+        return "less --sample-tokens" if self.block == self.least else "--dtype bfloat16"
+
 
 def memory_need(
     architecture: Architecture,

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from calibration.blocks.memory_need import MemoryNeed
 from calibration.forecast import Forecast, duration
 
-FORECAST = Forecast(14, 2, 3, {"text": 40, "image": 8}, 48, 2 * 10**9, 10**9, 3 * 10**9, 10**9, 5 * 10**8, 5904.0)
+# Bytes at the peaks of the phases.
+NEED = MemoryNeed(front=2 * 10**9, front_streamed=10**9, block=10**9)
+FORECAST = Forecast(14, 2, 3, {"text": 40, "image": 8}, 48, NEED, 3 * 10**9, 10**9, 5 * 10**8, 5904.0)
 
 
 def test_the_lines_have_every_figure() -> None:
@@ -24,9 +27,19 @@ def test_the_lines_have_every_figure() -> None:
 
 
 def test_too_little_memory_is_said() -> None:
-    assert "read from disk" in "\n".join(replace(FORECAST, memory=4 * 10**9).lines())
-    much_too_little = "\n".join(replace(FORECAST, memory=4 * 10**9, least_memory=4 * 10**9).lines())
-    assert "more than there is: lower --sample-tokens" in much_too_little and "read from disk" not in much_too_little
+    assert "read from disk" in "\n".join(replace(FORECAST, memory=replace(NEED, front=4 * 10**9)).lines())
+
+
+@pytest.mark.parametrize(
+    ("need", "remedy"),
+    [
+        (replace(NEED, block=4 * 10**9), "less --sample-tokens"),
+        (replace(NEED, front=4 * 10**9, front_streamed=4 * 10**9), "--dtype bfloat16"),
+    ],
+)
+def test_a_need_that_streaming_does_not_meet_is_said_with_what_helps(need: MemoryNeed, remedy: str) -> None:
+    text = "\n".join(replace(FORECAST, memory=need).lines())
+    assert f"for lack of memory: calibrate with {remedy}" in text and "read from disk" not in text
 
 
 def test_no_estimate_is_made_up() -> None:

@@ -29,6 +29,15 @@ EFFORTS = ("fast", "default", "best")
 RECIPE = Recipe(device="cpu", sample_tokens=64, max_samples=2)
 
 
+def job_of(model: Path, budget: int | None, device: str = "cpu") -> Job:
+    """Not `plan_job`'s, which asks torch for the device."""
+    source = open_source(model)
+    architecture = find_architecture(source.config)
+    names = decoder_names(architecture, source.config, source.tensors)
+    spec = plan(architecture, source.config, source.tensors, RECIPE)
+    return Job(source, architecture, names, spec, RECIPE, budget, torch.device(device), ONE)
+
+
 def need_of(model: Path, recipe: Recipe, tokens: int) -> MemoryNeed:
     source = open_source(model)
     architecture = find_architecture(source.config)
@@ -112,14 +121,10 @@ def test_a_model_that_does_not_fit_the_budget_is_refused_with_the_sizes(tiny: Ti
 def test_the_memory_of_a_gpu_is_looked_at_before_any_work(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, budget: int | None, message: str
 ) -> None:
-    source = open_source(tiny.model("omni"))
-    architecture = find_architecture(source.config)
-    names = decoder_names(architecture, source.config, source.tensors)
-    spec = plan(architecture, source.config, source.tensors, RECIPE)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**28, 2**31))
     # Memory that torch keeps is free for this process.
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**28)
-    job = Job(source, architecture, names, spec, RECIPE, budget, torch.device("cuda", 0), ONE)
+    job = job_of(tiny.model("omni"), budget, "cuda:0")
     assert job.device_limit == min(budget or 2**29, 2**29)
     with pytest.raises(MorphoQuantError, match=message):
         job.memory_need()
@@ -132,22 +137,21 @@ def test_a_refusal_names_as_many_drawn_tokens_as_fit(tiny: TinyModels) -> None:
     drawn = 100_000
     positions, alike = torch.arange(drawn), torch.full((drawn,), 1 / drawn)
     tokens = TokenSample((positions,), torch.zeros(drawn, dtype=torch.int32), alike, {0: drawn})
-    source = open_source(tiny.model("omni"))
-    architecture = find_architecture(source.config)
-    names = decoder_names(architecture, source.config, source.tensors)
-    spec = plan(architecture, source.config, source.tensors, RECIPE)
+    model = tiny.model("omni")
 
-    def job(budget: int | None) -> Job:
-        return Job(source, architecture, names, spec, RECIPE, budget, torch.device("cpu"), ONE)
+    def refusal(budget: int) -> str:
+        with pytest.raises(MorphoQuantError) as error:
+            job_of(model, budget).memory_need(tokens)
+        return str(error.value).rpartition("; ")[2]
 
+    def need(count: int) -> int:
+        return need_of(model, RECIPE, count).block
+
+    assert job_of(model, None).memory_need(tokens).block > need(drawn // 2)
     # The first token of the sample comes beside them.
-    quarter = memory_need(architecture, source.tensors, names, spec, RECIPE, drawn // 4 + 1).block
-    assert job(None).memory_need(tokens).block > quarter
-    with pytest.raises(MorphoQuantError, match=r"a decoder block .*; raise the budget, or pass --sample-tokens 25000$"):
-        job(quarter).memory_need(tokens)
-    front = job(None).memory_need().front_streamed
-    with pytest.raises(MorphoQuantError, match=r"a decoder block .*; raise the budget$"):
-        job(front + 1).memory_need(tokens)
+    assert refusal(need(drawn // 4 + 1)) == "raise the budget, or pass --sample-tokens 25000"
+    assert refusal(need(drawn // 4)) == "raise the budget, or pass --sample-tokens 12500"
+    assert refusal(job_of(model, None).memory_need().front_streamed + 1) == "raise the budget"
 
 
 def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:

@@ -46,13 +46,30 @@ def test_the_readme_tells_a_recipes_needs(path: Path) -> None:
     recipe, architecture = read_recipe(path), find_architecture(config)
     spec, names = plan(architecture, config, tensors, recipe), decoder_names(architecture, config, tensors)
     need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
-    memory = max(need.front_streamed, need.block) / 2**30
+    memory = need.least / 2**30
     device = {"cpu": "CPU", "cuda": "one GPU"}[recipe.device]
     row = f"{device} | {memory:.1f} GiB | {recipe.max_samples} | {recipe.max_tokens} |"
     assert f"| `examples/recipes/{path.name}` | {row}" in README
     size = checkpoint_size(Source(Path(), config, tensors), spec)
     before = sum(tensor.nbytes for tensor in tensors.values())
     assert f"{before / 1e9:.1f} GB of weights, the checkpoint {size / 1e9:.1f} GB" in README
+
+
+def test_the_guide_tells_the_memory_of_each_effort() -> None:
+    config, tensors = layout("qwen2.5-omni-7b-")
+    architecture = find_architecture(config)
+    names = decoder_names(architecture, config, tensors)
+
+    def gib(**settings: Any) -> str:
+        recipe = Recipe(**settings)
+        spec = plan(architecture, config, tensors, recipe)
+        need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
+        return f"{need.least / 2**30:.0f} GiB"
+
+    guide = " ".join((EXAMPLES.parent / "docs" / "guide" / "calibrate.md").read_text(encoding="utf-8").split())
+    efforts = [f"{gib(effort=effort)} with `{effort}`" for effort in ("fast", "default", "best")]
+    assert f"A 7B layout needs {efforts[0]}, {efforts[1]} and {efforts[2]}" in guide
+    assert f"`--sample-tokens 32768` brings `default` to {gib(sample_tokens=32768)}." in guide
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

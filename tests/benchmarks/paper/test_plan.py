@@ -8,11 +8,19 @@ import pytest
 from benchmarks.paper import plan
 from benchmarks.paper.__main__ import held, keep_settings, main
 from benchmarks.paper.model import Sizes
+from calibration.blocks.memory_need import MemoryNeed
 from morphoquant_vllm.errors import MorphoQuantError
 from tests import tiny_models
 from tests.benchmarks.paper.published import options, write_published
 
-QWEN_3B = Sizes(sixteen_bit=11_000_000_000, checkpoint=8_000_000_000, memory=5_000_000_000, quantized=2_774_532_096)
+
+def need(block: int) -> MemoryNeed:
+    return MemoryNeed(front=0, front_streamed=0, block=block)
+
+
+QWEN_3B = Sizes(
+    sixteen_bit=11_000_000_000, checkpoint=8_000_000_000, memory=need(5_000_000_000), quantized=2_774_532_096
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,22 +115,23 @@ def test_many_missing_files_are_counted(place: Path, monkeypatch: pytest.MonkeyP
 def test_too_little_disk_memory_and_gpu_memory_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "gpu_bytes", lambda: 12_000_000_000)
     found = plan.Plan()
-    huge = Sizes(10**18, 10**18, 10**18, 1)
+    huge = Sizes(10**18, 10**18, need(10**18), 1)
     plan.check_machine(found, huge, options(tmp_path))
     assert [line.split(":")[0] for line in found.missing] == [str(tmp_path), "memory", "GPU memory"]
+    assert found.missing[1].endswith("or calibrate with less --sample-tokens (--calibrate-arguments)")
     found = plan.Plan()
-    plan.check_machine(found, Sizes(11_000_000_000, 10, 10, 1), options(tmp_path))
+    plan.check_machine(found, Sizes(11_000_000_000, 10, need(10), 1), options(tmp_path))
     (line,) = found.missing
     assert line.startswith("GPU memory: serving needs about 17.44 GB, 12.00 GB are there; pass --without-16-bit")
     found = plan.Plan()
-    plan.check_machine(found, Sizes(11_000_000_000, 10, 10, 1), options(tmp_path, "--without-16-bit"))
+    plan.check_machine(found, Sizes(11_000_000_000, 10, need(10), 1), options(tmp_path, "--without-16-bit"))
     assert found.missing == []
 
 
 def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "gpu_bytes", lambda: None)
     found = plan.Plan()
-    plan.check_machine(found, Sizes(10, 10, 10, 1), options(tmp_path))
+    plan.check_machine(found, Sizes(10, 10, need(10), 1), options(tmp_path))
     assert found.missing == [] and any(line.startswith("GPU: none; vLLM serves on the CPU") for line in found.notes)
 
 
@@ -147,7 +156,7 @@ def test_a_finished_calibration_needs_no_time_disk_or_memory(tmp_path: Path) -> 
     lines = plan.estimates({"mmmu": 3}, QWEN_3B, options(tmp_path), False, {})
     assert lines[0] == "time: calibration is done"
     found = plan.Plan()
-    plan.check_machine(found, Sizes(10, 10**18, 10**18, 1), options(tmp_path))
+    plan.check_machine(found, Sizes(10, 10**18, need(10**18), 1), options(tmp_path))
     assert found.missing == []
 
 
