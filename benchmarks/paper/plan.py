@@ -24,9 +24,9 @@ NAMED = 10
 # (benchmarks/results/calibrate/serve.json). The GPU's is a guess: no run of this project has measured one.
 CPU_CORE_RATE, GPU_RATE = 0.07e12, 50e12
 # Time of a 3B on 2 cores, extrapolated from two blocks (benchmarks/results/calibrate/calibrate.json), and its quantized
-# elements. Samples are about three times as long here, which about doubles the time. Learning adds 0.7 of it for a 3B,
+# elements. Samples are about three times as long here, which about doubles the time. Learning adds 1.3 of it for a 3B,
 # by its operations (calibration/learn/need.py): it takes no more tokens here.
-CALIBRATION_SECONDS, CALIBRATION_ELEMENTS, CALIBRATION_CORES, LONGER, LEARNING = 5906.5, 2.77e9, 2, 2, 0.7
+CALIBRATION_SECONDS, CALIBRATION_ELEMENTS, CALIBRATION_CORES, LONGER, LEARNING = 5906.5, 2.77e9, 2, 2, 1.3
 # A guess: decoding a video on the host.
 VIDEO_SECONDS = 2.0
 # Memory of an engine beside its weights: activations and the key-value cache.

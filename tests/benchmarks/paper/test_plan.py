@@ -141,8 +141,8 @@ def test_estimates_are_marked_and_give_way_to_what_was_measured(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     questions = {"scienceqa": 4241, "video-mme": 2700}
     lines = plan.estimates(questions, QWEN_3B, options(tmp_path), False, {"video-mme": 2.0})
-    # Twice the 3B layout's 5906.5 s, and 0.7 times for learning.
-    assert lines[0] == "time: calibration about 4.4 h (estimate from a measured 3B layout)"
+    # Twice the 3B layout's 5906.5 s, and 1.3 times for learning.
+    assert lines[0] == "time: calibration about 5.4 h (estimate from a measured 3B layout)"
     # 2 x 2.77e9 x 500 operations at 0.14e12 a second.
     assert lines[1] == "time: scienceqa, 4241 questions, about 23.3 h for each row (estimate, 500 tokens a question)"
     assert lines[2] == "time: video-mme, 2700 questions, about 90.0 min for each row (measured on answers so far)"
