@@ -26,7 +26,7 @@ FILES = (
     ("chat_template.json", "chat_template.jinja", "tokenizer_config.json"),
 )
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-# Of a picture, a sound and a question: more than any processor makes.
+# A prompt of more tokens would be cut. The one of `check_processor` has a picture, a sound and a question.
 MAX_TOKENS = 16384
 
 

@@ -24,9 +24,10 @@ NAMED = 10
 # (benchmarks/results/calibrate/serve.json). The GPU's is a guess: no run of this project has measured one.
 CPU_CORE_RATE, GPU_RATE = 0.07e12, 50e12
 # Time of a 3B on 2 cores, extrapolated from two blocks (benchmarks/results/calibrate/calibrate.json), and its quantized
-# elements. Samples are about three times as long here, which about doubles the time. Learning adds 1.3 of it for a 3B,
-# by its operations (calibration/learn/need.py): it takes no more tokens here.
-CALIBRATION_SECONDS, CALIBRATION_ELEMENTS, CALIBRATION_CORES, LONGER, LEARNING = 5906.5, 2.77e9, 2, 2, 1.3
+# elements: 64 samples of 512 tokens, 16,384 drawn tokens, effort fast. There are twice as many samples here, of about
+# three times as many tokens, and the default effort. By the operations of a 3B its blocks take 4.6 times as long;
+# learning takes 2.0 times.
+CALIBRATION_SECONDS, CALIBRATION_ELEMENTS, CALIBRATION_CORES, BLOCKS, LEARNING = 5906.5, 2.77e9, 2, 4.6, 2.0
 # A guess: decoding a video on the host.
 VIDEO_SECONDS = 2.0
 # Memory of an engine beside its weights: activations and the key-value cache.
@@ -168,7 +169,7 @@ def estimates(
 ) -> list[str]:
     """Lines with the estimated time of a run; each states that it is an estimate, and its basis."""
     cores = os.cpu_count() or 1
-    core_seconds = (LONGER + LEARNING) * CALIBRATION_SECONDS * CALIBRATION_CORES
+    core_seconds = (BLOCKS + LEARNING) * CALIBRATION_SECONDS * CALIBRATION_CORES
     calibration = core_seconds * sizes.quantized / CALIBRATION_ELEMENTS / cores
     source = "of this CPU; it has not been timed on a GPU" if on_gpu else "from a measured 3B layout"
     done = is_calibrated(options.output)

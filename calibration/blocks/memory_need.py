@@ -58,8 +58,8 @@ class MemoryNeed:
 
     @property
     def remedy(self) -> str:
-        """The setting that makes the larger of the two phases smaller."""
-        return "less --sample-tokens" if self.block == self.least else "--dtype bfloat16"
+        """The setting that lowers `least`, for a message."""
+        return "a smaller --sample-tokens" if self.block == self.least else "--dtype bfloat16"
 
 
 def memory_need(

@@ -34,7 +34,9 @@ def test_a_16_bit_models_need_is_compared_with_the_free_memory(
     wide, large = doctor(2**29, 2**31, 2**30), doctor(2**31, 2**29, 2**30)
     assert wide.state == large.state == "note"
     # Each names what makes the larger of the two smaller.
-    assert wide.remedy == "calibrate with less --sample-tokens" and large.remedy == "calibrate with --dtype bfloat16"
+    assert (
+        wide.remedy == "calibrate with a smaller --sample-tokens" and large.remedy == "calibrate with --dtype bfloat16"
+    )
 
 
 def test_a_model_that_cannot_be_calibrated_is_a_note(

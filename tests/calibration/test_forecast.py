@@ -33,7 +33,7 @@ def test_too_little_memory_is_said() -> None:
 @pytest.mark.parametrize(
     ("need", "remedy"),
     [
-        (replace(NEED, block=4 * 10**9), "less --sample-tokens"),
+        (replace(NEED, block=4 * 10**9), "a smaller --sample-tokens"),
         (replace(NEED, front=4 * 10**9, front_streamed=4 * 10**9), "--dtype bfloat16"),
     ],
 )

@@ -29,21 +29,18 @@ EFFORTS = ("fast", "default", "best")
 RECIPE = Recipe(device="cpu", sample_tokens=64, max_samples=2)
 
 
-def job_of(model: Path, budget: int | None, device: str = "cpu") -> Job:
+def job_of(model: Path, budget: int | None = None, device: str = "cpu", recipe: Recipe = RECIPE) -> Job:
     """Not `plan_job`'s, which asks torch for the device."""
     source = open_source(model)
     architecture = find_architecture(source.config)
     names = decoder_names(architecture, source.config, source.tensors)
-    spec = plan(architecture, source.config, source.tensors, RECIPE)
-    return Job(source, architecture, names, spec, RECIPE, budget, torch.device(device), ONE)
+    spec = plan(architecture, source.config, source.tensors, recipe)
+    return Job(source, architecture, names, spec, recipe, budget, torch.device(device), ONE)
 
 
 def need_of(model: Path, recipe: Recipe, tokens: int) -> MemoryNeed:
-    source = open_source(model)
-    architecture = find_architecture(source.config)
-    names = decoder_names(architecture, source.config, source.tensors)
-    spec = plan(architecture, source.config, source.tensors, recipe)
-    return memory_need(architecture, source.tensors, names, spec, recipe, tokens)
+    job = job_of(model, recipe=recipe)
+    return memory_need(job.architecture, job.source.tensors, job.names, job.spec, recipe, tokens)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("qwen2_5_vl", "bfloat16")])
@@ -63,7 +60,7 @@ def test_hidden_states_on_disk_give_the_bytes_of_those_in_memory(
     calibrate(tiny.model(name), tiny.data(name), tmp_path / "memory", recipe=recipe)
     need = need_of(tiny.model(name), recipe, 66)
     # All but the hidden states fits.
-    budget = max(need.block, need.front_streamed)
+    budget = need.least
     calibrate(tiny.model(name), tiny.data(name), tmp_path / "disk", recipe=recipe, memory_budget=budget)
     assert used == [{"MemoryInput"}, {DiskInput.__name__}]
     assert content(tmp_path / "disk") == content(tmp_path / "memory")
@@ -147,11 +144,11 @@ def test_a_refusal_names_as_many_drawn_tokens_as_fit(tiny: TinyModels) -> None:
     def need(count: int) -> int:
         return need_of(model, RECIPE, count).block
 
-    assert job_of(model, None).memory_need(tokens).block > need(drawn // 2)
+    assert job_of(model).memory_need(tokens).block > need(drawn // 2)
     # The first token of the sample comes beside them.
     assert refusal(need(drawn // 4 + 1)) == "raise the budget, or pass --sample-tokens 25000"
     assert refusal(need(drawn // 4)) == "raise the budget, or pass --sample-tokens 12500"
-    assert refusal(job_of(model, None).memory_need().front_streamed + 1) == "raise the budget"
+    assert refusal(job_of(model).memory_need().front_streamed + 1) == "raise the budget"
 
 
 def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:

@@ -3,68 +3,55 @@
 import ast
 import re
 import shlex
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from benchmarks.calibrate.model.generate import meta_tensors
-from benchmarks.calibrate.model.layouts import layout_config
 from calibration.blocks.memory_need import memory_need
 from calibration.model.architectures import find_architecture
 from calibration.model.plan import decoder_names, plan
-from calibration.model.source import Source, TensorInfo
+from calibration.model.source import Source
 from calibration.output.export import checkpoint_size
 from calibration.settings.recipe import Recipe, read_recipe
 from tests.examples.running import EXAMPLES
+from tests.published_layouts import layout
 
 README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
-# Of Qwen3-Omni, the thinker's decoder.
+# By the beginning of a recipe's name; of Qwen3-Omni, the thinker's decoder.
 LAYOUTS = {"qwen2.5-omni-7b": "7B", "qwen3-omni-30b-a3b": "30B-A3B"}
 
 
-@cache
-def layout(recipe: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Config and tensors of a recipe's model, without weights."""
-    dtypes, name = {"torch.bfloat16": "BF16", "torch.float32": "F32"}, LAYOUTS[recipe.rpartition("-")[0]]
-    tensors = {
-        tensor: TensorInfo(Path("model.safetensors"), dtypes[str(value.dtype)], tuple(value.shape))
-        for tensor, value in meta_tensors(name).items()
-    }
-    return layout_config(name), tensors
+def least_gib(name: str, recipe: Recipe) -> float:
+    """GiB that a calibration of the layout takes at least."""
+    config, tensors = layout(name)
+    architecture = find_architecture(config)
+    spec, names = plan(architecture, config, tensors, recipe), decoder_names(architecture, config, tensors)
+    return memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens).least / 2**30
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_readme_tells_a_recipes_needs(path: Path) -> None:
-    config, tensors = layout(path.stem)
-    recipe, architecture = read_recipe(path), find_architecture(config)
-    spec, names = plan(architecture, config, tensors, recipe), decoder_names(architecture, config, tensors)
-    need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
-    memory = need.least / 2**30
+    name, recipe = LAYOUTS[path.stem.rpartition("-")[0]], read_recipe(path)
+    memory = least_gib(name, recipe)
     device = {"cpu": "CPU", "cuda": "one GPU"}[recipe.device]
     row = f"{device} | {memory:.1f} GiB | {recipe.max_samples} | {recipe.max_tokens} |"
     assert f"| `examples/recipes/{path.name}` | {row}" in README
+    config, tensors = layout(name)
+    spec = plan(find_architecture(config), config, tensors, recipe)
     size = checkpoint_size(Source(Path(), config, tensors), spec)
     before = sum(tensor.nbytes for tensor in tensors.values())
     assert f"{before / 1e9:.1f} GB of weights, the checkpoint {size / 1e9:.1f} GB" in README
 
 
 def test_the_guide_tells_the_memory_of_each_effort() -> None:
-    config, tensors = layout("qwen2.5-omni-7b-")
-    architecture = find_architecture(config)
-    names = decoder_names(architecture, config, tensors)
-
     def gib(**settings: Any) -> str:
-        recipe = Recipe(**settings)
-        spec = plan(architecture, config, tensors, recipe)
-        need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
-        return f"{need.least / 2**30:.0f} GiB"
+        return f"{least_gib('7B', Recipe(**settings)):.0f} GiB"
 
     guide = " ".join((EXAMPLES.parent / "docs" / "guide" / "calibrate.md").read_text(encoding="utf-8").split())
     efforts = [f"{gib(effort=effort)} with `{effort}`" for effort in ("fast", "default", "best")]

@@ -5,13 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import plan
+from benchmarks.paper import calibration, plan
 from benchmarks.paper.__main__ import held, keep_settings, main
 from benchmarks.paper.model import Sizes
 from calibration.blocks.memory_need import MemoryNeed
+from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
+from calibration.blocks.time_need import operations, sharing_operations
+from calibration.learn.need import head_elements, learning_operations
+from calibration.model.architectures import find_architecture
+from calibration.model.plan import decoder_names
+from calibration.model.plan import plan as architecture_plan
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from tests import tiny_models
 from tests.benchmarks.paper.published import options, write_published
+from tests.published_layouts import layout
 
 
 def need(block: int) -> MemoryNeed:
@@ -118,7 +126,7 @@ def test_too_little_disk_memory_and_gpu_memory_are_missing(tmp_path: Path, monke
     huge = Sizes(10**18, 10**18, need(10**18), 1)
     plan.check_machine(found, huge, options(tmp_path))
     assert [line.split(":")[0] for line in found.missing] == [str(tmp_path), "memory", "GPU memory"]
-    assert found.missing[1].endswith("or calibrate with less --sample-tokens (--calibrate-arguments)")
+    assert found.missing[1].endswith("or calibrate with a smaller --sample-tokens (--calibrate-arguments)")
     found = plan.Plan()
     plan.check_machine(found, Sizes(11_000_000_000, 10, need(10), 1), options(tmp_path))
     (line,) = found.missing
@@ -141,13 +149,28 @@ def test_estimates_are_marked_and_give_way_to_what_was_measured(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     questions = {"scienceqa": 4241, "video-mme": 2700}
     lines = plan.estimates(questions, QWEN_3B, options(tmp_path), False, {"video-mme": 2.0})
-    # Twice the 3B layout's 5906.5 s, and 1.3 times for learning.
-    assert lines[0] == "time: calibration about 5.4 h (estimate from a measured 3B layout)"
+    # 4.6 times the 3B layout's 5906.5 s, and twice for learning.
+    assert lines[0] == "time: calibration about 10.8 h (estimate from a measured 3B layout)"
     # 2 x 2.77e9 x 500 operations at 0.14e12 a second.
     assert lines[1] == "time: scienceqa, 4241 questions, about 23.3 h for each row (estimate, 500 tokens a question)"
     assert lines[2] == "time: video-mme, 2700 questions, about 90.0 min for each row (measured on answers so far)"
     assert lines[3].startswith("time: 2 rows, about 2.1 days")
     assert "not been timed on a GPU" in plan.estimates(questions, QWEN_3B, options(tmp_path), True, {})[0]
+
+
+def test_the_factors_of_the_time_are_those_of_the_operations() -> None:
+    """Of today's recipe on a 3B, over those of the calibration that was measured."""
+    config, tensors = layout("3B")
+    architecture, recipe = find_architecture(config), Recipe()
+    names = decoder_names(architecture, config, tensors)
+    spec = architecture_plan(architecture, config, tensors, recipe)
+    layers = [layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.")]
+    head = head_elements(architecture, names, tensors)
+    measured, tokens = operations(layers, 64 * 512, 16384), calibration.SAMPLES * 3 * 512
+    blocks = operations(layers, tokens, recipe.sample_tokens, recipe.effort)
+    blocks += sharing_operations(layers, min(SHARING_TOKENS, recipe.sample_tokens))
+    assert blocks / measured == pytest.approx(plan.BLOCKS, abs=0.05)
+    assert learning_operations(layers, head, tokens, recipe.effort) / measured == pytest.approx(plan.LEARNING, abs=0.05)
 
 
 def test_a_finished_calibration_needs_no_time_disk_or_memory(tmp_path: Path) -> None:

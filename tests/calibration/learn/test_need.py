@@ -14,7 +14,10 @@ def test_operations_grow_with_the_tokens_until_they_suffice() -> None:
     # 16 tokens teach four times and four judge, 19 times.
     assert few == WEIGHTS * (2 * 20 + 6 * 64 + 2 * 76) + 6 * HEAD * (64 + 76)
     assert few * enough / 16 > more == most
-    assert learning_operations(LAYERS, HEAD, enough, "default") < more
+    # As many teach by default, and half as many judge.
+    judged = EXTENTS["default"].judged_tokens
+    by_default = learning_operations(LAYERS, HEAD, enough, "default")
+    assert more - by_default == judged * (WEIGHTS * (2 + 2 * 19) + 6 * HEAD * 19)
 
 
 def test_memory_is_that_of_the_largest_block_and_of_the_states() -> None:
