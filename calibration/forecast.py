@@ -9,16 +9,24 @@ import torch
 
 from calibration.blocks.memory_need import MemoryNeed
 from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
-from calibration.blocks.time_need import experts_operations, operations, product_speed, sharing_operations
+from calibration.blocks.time_need import (
+    experts_operations,
+    metric_operations,
+    operations,
+    product_speed,
+    sharing_operations,
+)
 from calibration.data.token_choice import TokenSample
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS
+from calibration.learn.metrics import TOKENS as METRIC_TOKENS
 from calibration.learn.need import head_elements, learning_operations
 from calibration.model.bits import extra_bytes
 from calibration.model.experts import CHOSEN
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.quantize.held_out import held_out
-from calibration.settings.recipe import shares_budget
+from calibration.settings.recipe import shares_budget, shares_escapes
+from calibration.work.budgets import metrics_bytes
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,26 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         sampled_tokens=tokens.modality.numel(),
         memory=job.memory_need(tokens),
         memory_limit=job.device_limit,
-        work=quantized_size(source, spec) + more + 5 * states,
+        work=quantized_size(source, spec) + more + 5 * states + _metrics(job, tokens),
         checkpoint=checkpoint_size(source, spec) + more,
         experts=sum(settings.count for settings in spec.experts.values()),
         seconds=seconds,
         learning_seconds=learning_seconds,
     )
+
+
+def _metrics(job: Job, tokens: TokenSample) -> int:
+    """Bytes of the metrics of outputs in the work directory."""
+    if not _learns(job, tokens) or not shares_escapes(job.recipe, learns=True):
+        return 0
+    prefix = f"{job.names.prefix}."
+    return metrics_bytes(layer for name, layer in job.spec.layers.items() if name.startswith(prefix))
+
+
+def _learns(job: Job, tokens: TokenSample) -> bool:
+    """Whether steps and scales will learn, as far as the effort, the samples and experts tell."""
+    experts = any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts)
+    return job.recipe.effort in EXTENTS and held_out(tokens, job.recipe.effort) is not None and not experts
 
 
 def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]:
@@ -109,10 +131,13 @@ def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]
     effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
-    if shares_budget(job.recipe, learns=effort in EXTENTS and not lists):
+    learns = _learns(job, tokens)
+    if shares_budget(job.recipe, learns=learns):
         work += sharing_operations(layers, min(SHARING_TOKENS, drawn))
+    if learns and shares_escapes(job.recipe, learns=True):
+        work += metric_operations(layers, min(METRIC_TOKENS, drawn))
     speed = product_speed()
-    if effort not in EXTENTS or lists:
+    if not learns:
         return work / speed, None
     head = head_elements(job.architecture, job.names, job.source.tensors)
     return work / speed, learning_operations(layers, head, all_tokens, effort) / speed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import psutil
 import torch
@@ -38,6 +39,8 @@ class Job:
     processes: Processes
     # Escape budgets of inputs that have another one than the recipe's, by the input's name.
     escape_budgets: Mapping[str, float] = field(default_factory=dict)
+    # The files of the metrics of outputs, by name, as in work.budgets.Choice.
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def memory_need(self, tokens: TokenSample | None = None) -> MemoryNeed:
         """The memory peaks of one process of this calibration; MorphoQuantError if they exceed a stated budget."""

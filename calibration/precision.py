@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from calibration.blocks.sensitivity import TOKENS, Passes, choose_samples
 from calibration.data.token_choice import TokenSample
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS
+from calibration.learn.metrics import TOKENS as METRIC_TOKENS
+from calibration.learn.metrics import find_metrics
 from calibration.learn.stage import obstacle
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
 from calibration.model.loading import BlockLoader
@@ -52,12 +54,17 @@ def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
     if choice is None:
         measured = measure(job, work, tokens)
         choice = job.processes.broadcast(lambda: choose(job, measured), [Choice])
+        if learns and shared == "model":
+            files = find_metrics(job, work, partial(_begin, job, work, tokens, METRIC_TOKENS))
+            choice = replace(choice, metrics={name: asdict(record) for name, record in files.items()})
         made = choice
         job.processes.broadcast(lambda: keep_choice(work, made))
     if job.processes.first:
         for line in _lines(job, choice):
             logger.info("%s", line)
-    spent = replace(job, spec=apply(job.spec, choice.forms), escape_budgets=choice.escape_budgets)
+    spent = replace(
+        job, spec=apply(job.spec, choice.forms), escape_budgets=choice.escape_budgets, metrics=choice.metrics
+    )
     return spent if choice.escape_budgets else replace(spent, recipe=_with_budget(job.recipe, "equal"))
 
 
@@ -72,7 +79,7 @@ def will_learn(job: Job, work: WorkDirectory) -> bool:
 
 def measure(job: Job, work: WorkDirectory, tokens: TokenSample) -> Measured:
     """What forms and escapes of each input cost. The first process measures it, the others wait block by block."""
-    passes = _begin(job, work, tokens) if job.processes.first else None
+    passes = _begin(job, work, tokens, TOKENS) if job.processes.first else None
     losses_of: dict[str, dict[int, float]] = {}
     escapes_of: dict[str, EscapeCosts] = {}
 
@@ -124,12 +131,12 @@ def choose(job: Job, measured: Measured) -> Choice:
     return Choice(forms, least + added / weights, shares, escapes)
 
 
-def _begin(job: Job, work: WorkDirectory, tokens: TokenSample) -> Passes:
+def _begin(job: Job, work: WorkDirectory, tokens: TokenSample, most: int) -> Passes:
     # Modalities by the drawn tokens: every sample has some.
     parts = tokens.modality.split([positions.numel() for positions in tokens.positions])
     rows = [frozenset(part.unique().tolist()) for part in parts]
-    chosen = choose_samples(sample_lengths(work), rows, min(TOKENS, job.recipe.sample_tokens))
-    logger.info("budgets: %d of %d samples choose how they are shared", len(chosen), len(rows))
+    chosen = choose_samples(sample_lengths(work), rows, min(most, job.recipe.sample_tokens))
+    logger.info("budgets and metrics: %d of %d samples pass forward and back", len(chosen), len(rows))
     blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
     samples = [read_front(work, index) for index in chosen]
     return Passes(blocks, samples, work.path, job.recipe.seed)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from calibration.output.export import checkpoint_size, tensors_size, write_check
 from calibration.output.report import empty_experts, make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
 from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
-from calibration.work.budgets import report_entry
+from calibration.work.budgets import read_metrics, report_entry
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_changes, read_figures
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -146,6 +147,7 @@ def quantize(
         escape_budgets=job.escape_budgets,
         first=work.finished,
         on_layer=on_layer,
+        metrics_of=partial(read_metrics, work, job.metrics),
     ):
         work.finish_block(result, inputs)
         if on_block is not None:

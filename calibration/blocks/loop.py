@@ -46,6 +46,8 @@ class _LoadedBlock:
     serving: TokenRows
     # Noted when it is loaded: a block may have no parameters but those of its linears, which are replaced.
     device: torch.device
+    # Of the outputs of its layers, as far as they have one; by the layer's name.
+    metrics: Mapping[str, Tensor]
 
     def given(self, entry: BlockInput, hidden: Tensor, *, served: bool = False) -> Tensor:
         """What the model gives the block of the hidden states before it: some add features of media to them."""
@@ -112,6 +114,7 @@ def calibrate_blocks(
     escape_budgets: Mapping[str, float] | None = None,
     first: int = 0,
     on_layer: Callable[[LayerBegins], None] | None = None,
+    metrics_of: Callable[[int], Mapping[str, Tensor]] = lambda _: {},
 ) -> Iterator[BlockResult]:
     """Yield the quantized layers of each block in order, from block `first` on.
 
@@ -120,7 +123,7 @@ def calibrate_blocks(
     `first`; at each result they hold the inputs of the next block. One block at a time is in memory. `inputs` are this
     process's samples, and `tokens` describes those of all processes. Every process yields the same. `on_layer` is
     called before each input of a block is quantized. `escape_budgets` are those of inputs that have another one than
-    the recipe's.
+    the recipe's. `metrics_of` gives the metrics of outputs of a block's layers, as far as they have one.
     """
     task = _Task(tokens, source, spec, partial(_recipe_of, recipe, escape_budgets or {}), on_layer)
     serving = TokenRows(spec.any_row)
@@ -132,7 +135,7 @@ def calibrate_blocks(
         }
         routed = names.layer(index, architecture.experts)
         experts = {architecture.experts: routed} if routed in spec.experts else {}
-        block = _load_block(blocks, index, inputs, serving)
+        block = _load_block(blocks, index, inputs, serving, metrics_of(index))
         found = _calibrate_block(block, shards_of, experts, task)
         del block
         if tokens.processes.first:
@@ -206,7 +209,8 @@ def _calibrate_linears(
     weights = {layer: load_weight(task.source, layer) for layer in layers}
     # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
     release_freed_memory()
-    quantized = quantize_input(sample, task.tokens, weights, task.spec, task.recipe_of(shared_input))
+    recipe = task.recipe_of(shared_input)
+    quantized = quantize_input(sample, task.tokens, weights, task.spec, recipe, metrics=block.metrics)
     for shard, layer in zip(shards, layers, strict=True):
         replace_linear(block.module, shard, quantized[layer], block.serving)
     found.layers |= quantized
@@ -236,10 +240,12 @@ def _calibrate_experts(
     found.distributions[experts_input(name)] = observe(sample, task.tokens, tensors, task.spec)
 
 
-def _load_block(blocks: Blocks, index: int, inputs: Sequence[BlockInput], serving: TokenRows) -> _LoadedBlock:
+def _load_block(
+    blocks: Blocks, index: int, inputs: Sequence[BlockInput], serving: TokenRows, metrics: Mapping[str, Tensor]
+) -> _LoadedBlock:
     """The block `index` with its weights; only the result refers to them."""
     module = blocks.load(index)
-    return _LoadedBlock(module, index, len(blocks), inputs, serving, next(module.parameters()).device)
+    return _LoadedBlock(module, index, len(blocks), inputs, serving, next(module.parameters()).device, metrics)
 
 
 def _observe_16bit(

@@ -14,8 +14,9 @@ import torch
 from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
+from calibration.quantize.output_metric import has_metric
 from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
-from calibration.settings.recipe import Recipe
+from calibration.settings.recipe import Recipe, shares_escapes
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -30,6 +31,8 @@ FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 # If held-out samples choose between fits: their second moments, and the fits; in both phases.
 HELD_SQUARES, HELD_MATRICES = 1, 3
+# If outputs have a metric: its copies [N, N] while codes are searched.
+METRIC_SQUARES = 4
 # Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
 POOLED_SQUARES, PART_COPIES = 4, 1.25
 # Gaps between tensors in the C library's heap.
@@ -85,6 +88,8 @@ def memory_need(
         if not name.startswith((*architecture.tower_prefixes, f"{names.prefix}.")) and name != head
     ]
     largest = max((info.elements for info in towers), default=0) * width
+    experts = any(name.startswith(f"{names.prefix}.") for name in spec.experts)
+    joint = recipe.effort != "fast" and not experts and shares_escapes(recipe, learns=True)
     blocks = [
         _block(
             [info for name, info in model_tensors.items() if name.startswith(f"{names.prefix}.{index}.")],
@@ -93,12 +98,16 @@ def memory_need(
             sampled_tokens,
             _experts(spec, names.layer(index, architecture.experts), sampled_tokens),
             choosing=recipe.effort == "best",
+            joint=joint,
         )
         for index in range(names.blocks)
     ]
+    # The metrics of outputs take the head's weights in float32: those stored for it, or those of the embedding.
+    heads = [model_tensors[head]] if head in model_tensors else rest
+    head_bytes = 4 * max((info.elements for info in heads), default=0) if joint else 0
     return MemoryNeed(
-        front=BASE + nbytes(rest) + nbytes(towers),
-        front_streamed=BASE + nbytes(rest) + 2 * largest,
+        front=BASE + nbytes(rest) + max(nbytes(towers), head_bytes),
+        front_streamed=BASE + nbytes(rest) + max(2 * largest, head_bytes),
         block=BASE + max(blocks),
     )
 
@@ -111,11 +120,12 @@ def _block(
     experts: tuple[int, int],
     *,
     choosing: bool,
+    joint: bool,
 ) -> int:
     """Bytes of one block: its weights, and the largest need of one of its inputs.
 
     `experts` are the input channels of its experts, and the bytes for quantizing them; 0 if it has none. `choosing`
-    says whether held-out samples choose between fits.
+    says whether held-out samples choose between fits, `joint` whether outputs have metrics.
     """
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
@@ -128,22 +138,24 @@ def _block(
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         # The 16-bit model's inputs of later linears stay in memory until their turn.
         waiting -= k
-        peaks.append(
-            4 * tokens * waiting + input_peak(tokens, k, n, shards[0].group_size, choosing=choosing) + 4 * n * k
-        )
+        with_metric = joint and all(map(has_metric, shards))
+        own = input_peak(tokens, k, n, shards[0].group_size, choosing=choosing, joint=with_metric)
+        peaks.append(4 * tokens * waiting + own + 4 * n * k)
     return weights + max(peaks)
 
 
-def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False) -> int:
+def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False, joint: bool = False) -> int:
     """Bytes for quantizing one input, including its sampled tokens: T tokens, K channels, N outputs of all shards.
 
-    `choosing`: whether held-out samples choose between fits.
+    `choosing`: whether held-out samples choose between fits. `joint`: whether the outputs have a metric.
     """
     groups = k // group_size
     rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
     if choosing:
         kept += HELD_SQUARES * k * k + HELD_MATRICES * n * k
+    if joint:
+        kept += METRIC_SQUARES * n * n
     return HEAP + 4 * round(
         max(
             SEARCH_COPIES * tokens * k + n * k,

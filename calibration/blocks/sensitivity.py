@@ -8,18 +8,20 @@ lie in files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration.blocks.capture import MemoryInput
 from calibration.blocks.sample_pass import carry, device_of, given_states, run_block, watched
 from calibration.data.token_choice import modality_shares
 from calibration.model.loading import Blocks
 from calibration.quantize.bit_losses import Probe
+from calibration.quantize.output_metric import OutputMoment
 from calibration.work.durable_files import read_tensors, write_tensors_durably
 
 # Tokens of the passes, about, and no more than are drawn. A longer sample is taken only if there is no shorter one.
@@ -52,6 +54,17 @@ def choose_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]], most:
     return sorted(chosen)
 
 
+class _Carried(NamedTuple):
+    """One sample's pass back through a block."""
+
+    # Tokens that are not massive, bool [M].
+    ordinary: Tensor
+    # Input and output of each linear, by its name.
+    calls: dict[str, tuple[Tensor, Tensor]]
+    # Derivatives by the outputs, float32 [M, N].
+    of_outputs: dict[str, Tensor]
+
+
 class Passes:
     """The two passes of some samples over the decoder's blocks; their states lie in `directory` until `clear`."""
 
@@ -81,7 +94,17 @@ class Passes:
             weight[modality == row] = share / counts[row]
         generator = torch.Generator().manual_seed(self.seed)
         parts = weight.float().split([sample.modality.numel() for sample in self.samples])
-        found = [_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)]
+        self._turn([_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)])
+
+    def turn_by(self, derivative: Callable[[MemoryInput, Tensor, Tensor], Tensor]) -> None:
+        """Replace the last states by their derivatives.
+
+        `derivative` gives that of a sample, float32 [1, M, hidden], by its massive tokens, bool [M], and last states.
+        """
+        massive = self.outlying[-1]
+        self._turn([derivative(*each) for each in zip(self.samples, massive, self.states, strict=True)])
+
+    def _turn(self, found: list[Tensor]) -> None:
         if self.states[0].dtype == torch.float16:
             # Small derivatives would vanish in its narrow range. Only their ratios count.
             largest = max(float(derivative.abs().max()) for derivative in found)
@@ -94,17 +117,9 @@ class Passes:
         `shards_of` maps an input's name to its linears' names in the block.
         """
         module = self.blocks.load(index)
-        states = read_tensors(self.file(index))
         linears = [shard for shards in shards_of.values() for shard in shards]
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in shards_of}
-        for number, sample in enumerate(self.samples):
-            hidden = states[str(number)].to(device_of(module)).requires_grad_()
-            calls: dict[str, tuple[Tensor, Tensor]] = {}
-            with watched(module, linears, partial(_note, calls)), torch.enable_grad():
-                output = run_block(module, sample, index, given_states(sample, index, hidden))
-            before, of_outputs = _derivatives(output, self.states[number].to(output), hidden, calls)
-            self.states[number] = before.cpu()
-            ordinary = ~self.outlying[index][number].to(hidden.device)
+        for ordinary, calls, of_outputs in self._carried_back(module, index, linears):
             for name, shards in shards_of.items():
                 gradient = torch.cat([of_outputs[shard] for shard in shards], 1)
                 seen[name].append((_flat(calls[shards[0]][0].detach())[ordinary], gradient[ordinary]))
@@ -116,6 +131,31 @@ class Passes:
             )
             for name, shards in shards_of.items()
         }
+
+    def metrics(self, index: int, linears: Sequence[str]) -> dict[str, Tensor]:
+        """Carry the derivatives back through a block; the metrics of these linears' outputs, by name in the block.
+
+        Those of linears that the output does not depend on are missing. Massive tokens count: later ones may depend on
+        them above all.
+        """
+        moments = {name: OutputMoment() for name in linears}
+        for _, _, of_outputs in self._carried_back(self.blocks.load(index), index, linears):
+            for name, moment in moments.items():
+                moment.add(of_outputs[name])
+        found = {name: moment.metric() for name, moment in moments.items()}
+        return {name: metric for name, metric in found.items() if metric is not None}
+
+    def _carried_back(self, module: nn.Module, index: int, linears: Sequence[str]) -> Iterator[_Carried]:
+        """Carry the derivatives of one sample after the other back through a block."""
+        states = read_tensors(self.file(index))
+        for number, sample in enumerate(self.samples):
+            hidden = states[str(number)].to(device_of(module)).requires_grad_()
+            calls: dict[str, tuple[Tensor, Tensor]] = {}
+            with watched(module, linears, partial(_note, calls)), torch.enable_grad():
+                output = run_block(module, sample, index, given_states(sample, index, hidden))
+            before, of_outputs = _derivatives(output, self.states[number].to(output), hidden, calls)
+            self.states[number] = before.cpu()
+            yield _Carried(~self.outlying[index][number].to(hidden.device), calls, of_outputs)
 
     def clear(self) -> None:
         """Remove the files."""

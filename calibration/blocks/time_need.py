@@ -15,6 +15,12 @@ If inputs share a budget of the model, t tokens decide how, beforehand:
     6 t N K      the products of a pass forward and one back
     50,000 t K   the costs of each candidate step
 
+With metrics of the outputs of some linears, of N outputs each, by t tokens:
+
+    6 t N K              the products of a pass forward and one back, of all linears
+    2 t N^2 + N^3        the moments, and the factors of the metrics
+    N^2 K                the errors that later outputs compensate for
+
 For E experts, C of which a token chooses. K and I are the channels of hidden states and of an expert's inner input, and
 t = T C / E are the drawn tokens of one expert. The first two lines are of all experts together, the others of each.
 
@@ -35,6 +41,7 @@ from collections.abc import Iterable
 
 import torch
 
+from calibration.quantize.output_metric import has_metric
 from calibration.quantize.served_weights import STRENGTHS
 from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 
@@ -76,6 +83,15 @@ def sharing_operations(layers: Iterable[LayerSpec], tokens: int) -> float:
     channels = {layer.shared_input: layer.in_features for layer in found}
     products = sum(layer.in_features * layer.out_features for layer in found)
     return float(tokens * (6 * products + OPERATIONS_OF_A_VALUE * sum(channels.values())))
+
+
+def metric_operations(layers: Iterable[LayerSpec], tokens: int) -> float:
+    """Floating-point operations of the metrics of outputs by `tokens` tokens, and of rounding in runs with them."""
+    found = list(layers)
+    products = 6 * tokens * sum(layer.in_features * layer.out_features for layer in found)
+    with_metric = [layer for layer in found if has_metric(layer)]
+    moments = sum((2 * tokens + layer.out_features) * layer.out_features**2 for layer in with_metric)
+    return float(products + moments + sum(layer.in_features * layer.out_features**2 for layer in with_metric))
 
 
 def experts_operations(experts: ExpertsSpec, chosen: int, tokens: int, drawn: int) -> float:

@@ -31,3 +31,18 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return gradients[0][:, None] * ctx.saved_tensors[0], None, None
+
+
+@torch.no_grad()
+def drawn_derivatives(states: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+    """Derivatives float32 [M, D] of a drawn successor's negative log probability, by the states before the head.
+
+    states [M, D], head [V, D]; the successors are drawn from the model's own probabilities. The mean of a derivative
+    times itself is then the second derivative of the divergence.
+    """
+    found = []
+    for own in states.split(LOGITS_TOKENS):
+        probability = (own @ head.T).softmax(-1)
+        drawn = torch.multinomial(probability, 1, generator=generator)
+        found.append(probability.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=probability.dtype)) @ head)
+    return torch.cat(found)

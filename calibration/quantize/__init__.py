@@ -15,6 +15,7 @@ No module touches files, and only `observation` sets hooks.
     massive_tokens   tokens unlike all others, and the intervals that recognize them
     moments          means and second moments of codes and 16-bit values
     rounding         weights to int4 with error compensation
+    output_metric    outputs rounded so that their errors cancel for the model
     held_out         samples that no fit sees, and the choices that they make
     group_search     codes and scales of each group, by the loss of the codes
     allowed_scales   group scales and two-level ones, and candidates among them

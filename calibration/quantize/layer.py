@@ -19,6 +19,7 @@ from calibration.quantize.layer_report import JudgedTokens, LayerRecord, input_r
 from calibration.quantize.massive_tokens import find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import Observation
+from calibration.quantize.output_metric import joint_metric
 from calibration.quantize.served_weights import ServedWeights, round_weights
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import LayerSpec, input_blocks
@@ -66,6 +67,7 @@ def quantize_input(
     spec: QuantizationSpec,
     recipe: Recipe,
     judged: JudgedPart | None = None,
+    metrics: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QuantizedLayer]:
     """Quantize the linears `shards` (weights [N, K] by layer name) that share one input.
 
@@ -74,7 +76,8 @@ def quantize_input(
 
     Each process has some of the tokens and fits some of the output channels; all get the same result. Sums of floats
     may differ between processes, so one process computes the results that depend on them and broadcasts them.
-    `judged` are the tokens on which the figures of the report are taken; None means all.
+    `judged` are the tokens on which the figures of the report are taken; None means all. `metrics` are those of the
+    outputs of some linears, by layer name (output_metric).
     """
     x, target, processes = inputs.observation.sample, inputs.target, tokens.processes
     first = spec.layers[next(iter(shards))]
@@ -93,7 +96,9 @@ def quantize_input(
     unseen = held_out(tokens, recipe.effort) if wanted else None
     moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
     step = found.grids.grid.step.to(x.device)[coded.order]
-    served = round_weights(matrix, step, moments, first, recipe, processes, held if choosing else None)
+    metric = joint_metric(metrics or {}, shards, x.device)
+    served = round_weights(matrix, step, moments, first, recipe, processes, held if choosing else None, metric)
+    del metric
     if held is not None:
         moments.add_means(held)
     means = find_means(moments, coded, x, target, massive.own, processes)

@@ -10,6 +10,7 @@ from torch import Tensor
 from calibration.processes import Processes
 from calibration.quantize.held_out import HeldMoments
 from calibration.quantize.moments import Moments, fitting_shrinkage, regress
+from calibration.quantize.output_metric import round_in_runs
 from calibration.quantize.rounding import fitting_damping, quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
@@ -41,6 +42,18 @@ class ServedWeights:
     matrix: Tensor
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What is rounded: the fitted weights [n, K] of some output channels."""
+
+    target: Tensor
+    # The second moments of the codes [K, K], and the damping of their diagonal in rounding.
+    hessian: Tensor
+    damping: float
+    # Held-out samples, if they choose between fits.
+    judge: HeldMoments | None
+
+
 def round_weights(
     matrix: Tensor,
     step: Tensor,
@@ -49,53 +62,75 @@ def round_weights(
     recipe: Recipe,
     processes: Processes,
     held: Moments | None = None,
+    metric: Tensor | None = None,
 ) -> ServedWeights:
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
     Each process rounds some of the output channels. Overwrites the second moments in `moments` and `held`. The latter
-    are those of held-out samples, which choose between fits; None: none choose.
+    are those of held-out samples, which choose between fits; None: none choose. With a `metric` [N, N] of the outputs
+    (output_metric), rounding lets their errors cancel each other.
     """
-    channels = processes.share(matrix.shape[0])
+    channels, owners = processes.share(matrix.shape[0]), processes.owners(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
     # The runs of tokens are done. Their memory is needed for the second moments.
     release_freed_memory()
-    own = _round_own(absorbed, moments, channels, layer, recipe, processes, held)
+    fit = _fit(absorbed, moments, channels, recipe, processes, held)
     del absorbed
-    owners = processes.owners(matrix.shape[0])
-    codes, *scales = (processes.all_gather_rows(part, owners) for part in own)
+    if metric is not None and _compensates(layer, recipe):
+        parts = _round_jointly(fit, processes.all_gather_rows(fit.target, owners), metric, layer, recipe, processes)
+    else:
+        own = _round_own(fit, layer, recipe, processes)
+        parts = tuple(processes.all_gather_rows(part, owners) for part in own)
+    del fit
+    codes, *scales = parts
     if layer.weight_bits == 4:
         codes = weights.pack(codes)
     stored = dict(zip(_STORED[layer.scale_scheme], (codes, *scales), strict=True))
     return ServedWeights(stored, weights.dequantize_weight(codes, *scales))
 
 
-def _round_own(
-    absorbed: Tensor,
-    moments: Moments,
-    channels: slice,
-    layer: LayerSpec,
-    recipe: Recipe,
-    processes: Processes,
-    held: Moments | None,
-) -> tuple[Tensor, ...]:
-    """Codes and scales, as from `_round`, of the 16-bit weights times steps, `absorbed`, of these output channels."""
+def _compensates(layer: LayerSpec, recipe: Recipe) -> bool:
+    """Whether rounding compensates for errors: those of 8-bit weights are too small."""
+    return recipe.rounding == "compensated" and layer.weight_bits == 4
+
+
+def _fit(
+    absorbed: Tensor, moments: Moments, channels: slice, recipe: Recipe, processes: Processes, held: Moments | None
+) -> _Fit:
+    """The fit of the 16-bit weights times steps, `absorbed`, of these output channels."""
     hessian, code_output = moments.take_centred(channels)
     shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
     damping = fitting_damping(hessian.shape[0], moments.tokens)
-    if held is None:
-        target = regress(hessian, code_output, absorbed, shrinkage) if recipe.regression else absorbed
-        del code_output
-        return _round(target, hessian, layer, recipe, damping)
-    judge = HeldMoments.of(held, channels)
+    judge = None if held is None else HeldMoments.of(held, channels)
     target = absorbed
-    if recipe.regression:
+    if recipe.regression and judge is None:
+        target = regress(hessian, code_output, absorbed, shrinkage)
+    elif recipe.regression and judge is not None:
         fits = (regress(hessian, code_output.clone(), absorbed, each * shrinkage) for each in STRENGTHS)
         target = judge.best(((fit, fit) for fit in fits), processes)
-    del code_output
-    if recipe.rounding != "compensated" or layer.weight_bits == 8:
-        return _round(target, hessian, layer, recipe, damping)
-    rounded = (_round(target, hessian, layer, recipe, each * damping) for each in DAMPINGS)
-    return judge.best(((_dequantized(*each), each) for each in rounded), processes)
+    return _Fit(target, hessian, damping, judge)
+
+
+def _round_own(fit: _Fit, layer: LayerSpec, recipe: Recipe, processes: Processes) -> tuple[Tensor, ...]:
+    """Codes and scales, as from `_round`, of this process's output channels."""
+    if fit.judge is None or not _compensates(layer, recipe):
+        return _round(fit.target, fit.hessian, layer, recipe, fit.damping)
+    rounded = (_round(fit.target, fit.hessian, layer, recipe, each * fit.damping) for each in DAMPINGS)
+    return fit.judge.best(((_dequantized(*each), each) for each in rounded), processes)
+
+
+def _round_jointly(
+    fit: _Fit, target: Tensor, metric: Tensor, layer: LayerSpec, recipe: Recipe, processes: Processes
+) -> tuple[Tensor, ...]:
+    """Codes and scales, as from `_round`, of all output channels, whose fits are `target` [N, K].
+
+    Held-out samples do not choose a damping: an output that compensates for others errs by intent.
+    """
+
+    def rounded(aimed: Tensor) -> tuple[Tensor, ...]:
+        return _round(aimed, fit.hessian, layer, recipe, fit.damping)
+
+    return round_in_runs(target, metric, rounded, _dequantized, processes)
 
 
 def _dequantized(int4: Tensor, *scales: Tensor) -> Tensor:

@@ -1,16 +1,30 @@
-"""The part of a work directory about budgets that inputs share: the samples that choose, and the choice."""
+"""The part of a work directory about budgets that inputs share: the samples that choose, the choice, and metrics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
+from calibration.quantize.output_metric import has_metric
 from calibration.work.directory import SAMPLES_FILE, WorkDirectory
-from calibration.work.durable_files import damaged, read_manifest, read_tensors, write_json_durably
+from calibration.work.durable_files import (
+    FileRecord,
+    check_file,
+    damaged,
+    read_manifest,
+    read_tensors,
+    write_json_durably,
+    write_tensors_durably,
+)
 from calibration.work.hidden_states import read_arguments, sample_file
+from morphoquant_vllm.format.layers import LayerSpec
 
 BUDGETS_FILE = "budgets.json"
 
@@ -25,6 +39,8 @@ class Choice:
     shares: dict[str, float]
     # The escape budget of each input, if they differ.
     escape_budgets: dict[str, float] = field(default_factory=dict)
+    # The files of the metrics of outputs, by name: as in durable_files.FileRecord.
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_choice(work: WorkDirectory) -> Choice | None:
@@ -43,6 +59,34 @@ def read_choice(work: WorkDirectory) -> Choice | None:
 def keep_choice(work: WorkDirectory, choice: Choice) -> None:
     """Keep the choice for the later blocks and for a resumed run."""
     write_json_durably(work.path / BUDGETS_FILE, {"settings": work.settings, **asdict(choice)})
+
+
+def keep_metrics(work: WorkDirectory, block: int, metrics: Mapping[str, Tensor]) -> FileRecord:
+    """Keep the metrics of outputs of a block's layers, in bfloat16; they are damped enough for it."""
+    tensors = {name: metric.to("cpu", torch.bfloat16) for name, metric in metrics.items()}
+    return write_tensors_durably(metrics_file(work.path, block), tensors)
+
+
+def read_metrics(work: WorkDirectory, files: Mapping[str, Mapping[str, Any]], block: int) -> dict[str, Tensor]:
+    """The metrics of outputs of a block's layers, bfloat16 [N, N] by name; none if the choice's `files` have none.
+
+    MorphoQuantError if the file is not as it was written.
+    """
+    path = metrics_file(work.path, block)
+    if path.name not in files:
+        return {}
+    check_file(path, FileRecord(**files[path.name]))
+    return read_tensors(path)
+
+
+def metrics_bytes(layers: Iterable[LayerSpec]) -> int:
+    """Bytes of the metrics of all these layers on disk."""
+    return sum(layer.out_features**2 * torch.bfloat16.itemsize for layer in layers if has_metric(layer))
+
+
+def metrics_file(directory: Path, block: int) -> Path:
+    """The file of the metrics of outputs of a block's layers."""
+    return directory / f"metrics-{block:05}.safetensors"
 
 
 def sample_lengths(work: WorkDirectory) -> list[int]:

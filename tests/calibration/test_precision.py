@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import morphoquant_vllm.hf as hf
 from calibration.blocks.loop import BlockResult
@@ -132,16 +133,64 @@ def test_one_budget_of_escapes_for_the_model(tiny: TinyModels, tmp_path: Path) -
         assert rates["all"] - massive <= budgets[layer.shared_input] + 0.03, name
 
 
+LEARNING = Recipe(device="cpu", sample_tokens=256, window_tokens=640, max_samples=8)
+
+
+def learned(tiny: TinyModels, folder: Path, name: str, recipe: Recipe = LEARNING, **options: Any) -> dict[str, Any]:
+    """Calibrate with as many samples as learning takes."""
+    data = folder / "text.txt"
+    data.write_text("the quick brown fox jumps over a lazy dog. " * 1500)
+    return calibrate(tiny.model("llama"), data, folder / name, recipe=recipe, **options)
+
+
+def test_metrics_of_outputs_are_kept_and_resumed(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned(tiny, tmp_path, "whole")
+    with pytest.raises(Stopped):
+        learned(tiny, tmp_path, "out", on_block=stop)
+    files = sorted((tmp_path / "out.work").glob("metrics-*"))
+    tensors = load_file(files[1])
+    assert len(files) == 2 and len(tensors) == 7
+    sizes = [
+        dry_run(
+            tiny.model("llama"), tmp_path / "text.txt", tmp_path / "no", recipe=LEARNING.model_copy(update=each)
+        ).work
+        for each in ({}, {"budget": "equal"})
+    ]
+    assert sizes[0] - sizes[1] == 2 * sum(value.nbytes for value in tensors.values())
+    kept = files[1].read_bytes()
+    files[1].write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(MorphoQuantError, match=r"metrics-00001\.safetensors: cannot be used \(its content has changed"):
+        learned(tiny, tmp_path, "out")
+    files[1].write_bytes(kept)
+    monkeypatch.setattr("calibration.precision.measure", _not_again)
+    learned(tiny, tmp_path, "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_metrics_of_outputs_change_the_rounding(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large layers; all outputs of a small one are rounded at once."""
+    monkeypatch.setattr("calibration.quantize.output_metric.LEAST_RUN", 8)
+    learned(tiny, tmp_path, "jointly")
+    monkeypatch.setattr("calibration.learn.metrics.has_metric", lambda layer: False)
+    learned(tiny, tmp_path, "apart")
+    jointly, apart = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("jointly", "apart"))
+    changed = {name for name, value in jointly.items() if not torch.equal(value, apart[name])}
+    assert any(name.endswith("q_proj.weight_codes") for name in changed)
+
+
 @pytest.mark.parametrize(
     ("settings", "budget"), [({}, "model"), ({"effort": "fast"}, None), ({"budget": "equal"}, None)]
 )
 def test_escapes_are_shared_where_the_model_learns(
     tiny: TinyModels, tmp_path: Path, settings: dict[str, Any], budget: str | None
 ) -> None:
-    data = tmp_path / "text.txt"
-    data.write_text("the quick brown fox jumps over a lazy dog. " * 1500)
-    recipe = Recipe(device="cpu", sample_tokens=256, window_tokens=640, max_samples=8, **settings)
-    report = calibrate(tiny.model("llama"), data, tmp_path / "out", recipe=recipe)
+    recipe = LEARNING.model_copy(update=settings)
+    report = learned(tiny, tmp_path, "out", recipe)
     assert report["settings"].get("budget") == budget and ("escape_budgets" in report) == (budget == "model")
     assert ("learning" in report) == (recipe.effort != "fast")
 

@@ -56,8 +56,8 @@ class Run:
                 entry.hidden[0, 0] *= 1000
         quantize_input = loop.quantize_input
 
-        def watched(sample: InputSample, tokens, shards, spec, recipe) -> dict[str, QuantizedLayer]:
-            quantized = quantize_input(sample, tokens, shards, spec, recipe)
+        def watched(sample: InputSample, tokens, shards, spec, recipe, **options) -> dict[str, QuantizedLayer]:
+            quantized = quantize_input(sample, tokens, shards, spec, recipe, **options)
             self.seen[next(iter(shards))] = sample
             self.made |= quantized
             return quantized
@@ -166,9 +166,9 @@ def test_what_forwards_freed_is_given_back_before_an_input_is_quantized(
             resident.append(anonymous())
         return forward(*arguments, **named)
 
-    def watched(*arguments) -> dict[str, QuantizedLayer]:
+    def watched(*arguments, **options) -> dict[str, QuantizedLayer]:
         resident.append(anonymous())
-        return quantize_input(*arguments)
+        return quantize_input(*arguments, **options)
 
     monkeypatch.setattr(loop, "run_observed", leaves_holes)
     monkeypatch.setattr(loop, "quantize_input", watched)

@@ -19,6 +19,7 @@ from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import decoder_names
 from calibration.model.source import open_source
 from calibration.quantize.bit_losses import Probe
+from calibration.quantize.output_metric import OutputMoment
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from tests.calibration.built_models import TinyModels
@@ -149,6 +150,27 @@ def test_massive_tokens_are_left_out(tiny: TinyModels, tmp_path: Path) -> None:
     passes.turn(1.0)
     probe = passes.backward(1, SHARDS)["mlp.down_proj"]
     assert probe.x.shape[0] == sum(entry.modality.numel() for entry in captured) - 1
+
+
+@pytest.mark.parametrize("massive", [False, True])
+def test_metrics_are_those_of_the_derivatives_of_all_tokens(tiny: TinyModels, tmp_path: Path, massive: bool) -> None:
+    """Of massive ones as well: later tokens may depend on them above all."""
+    loader, captured = inputs_of(tiny, "llama")
+    if massive:
+        captured[0].hidden[0, 0] *= 1000
+    found = []
+    for wanted in ("probes", "metrics"):
+        passes = Passes(loader, captured, tmp_path, seed=3)
+        for index in range(len(loader)):
+            passes.forward(index)
+        passes.turn_by(lambda sample, massive, last: torch.ones_like(last))
+        found.append(passes.backward(1, SHARDS) if wanted == "probes" else passes.metrics(1, ["mlp.down_proj"]))
+    probes, metrics = found
+    moment = OutputMoment()
+    moment.add(probes["mlp.down_proj"].gradient)
+    expected = moment.metric()
+    assert expected is not None and metrics.keys() == {"mlp.down_proj"}
+    assert torch.allclose(metrics["mlp.down_proj"], expected, atol=1e-5) is not massive
 
 
 @pytest.mark.parametrize("name", ["omni", "qwen3_vl", "qwen3_moe"])

@@ -1,0 +1,94 @@
+"""Metrics of outputs by the divergence of the next token: one pass forward through the 16-bit blocks, and one back.
+
+The derivatives are those of successors that are drawn from the model's own probabilities. An error of a linear's
+outputs, times these derivatives, squared, is on average twice the divergence that it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from calibration.blocks.capture import MemoryInput
+from calibration.blocks.sensitivity import Passes
+from calibration.job import Job
+from calibration.learn.divergence import drawn_derivatives
+from calibration.learn.head import Head
+from calibration.learn.targets import counted_tokens
+from calibration.quantize.output_metric import has_metric
+from calibration.work.budgets import keep_metrics, metrics_file
+from calibration.work.directory import WorkDirectory
+from calibration.work.durable_files import FileRecord
+from morphoquant_vllm.format.schema import TEXT_ROW
+
+# Tokens of the passes, about, and no more than are drawn.
+TOKENS = 2**13
+
+
+@dataclass(frozen=True)
+class _DrawnSuccessors:
+    """Derivatives of a sample's last states by successors drawn for its tokens."""
+
+    head: Head
+    # The row of text, and the source of the draws.
+    text: int
+    generator: torch.Generator
+
+    def __call__(self, sample: MemoryInput, massive: Tensor, last: Tensor) -> Tensor:
+        """Float32 [1, M, hidden]: 0 for tokens that do not count."""
+        counted = counted_tokens(sample.modality, massive.cpu(), self.text)
+        with torch.enable_grad():
+            leaf = last[0].float().requires_grad_()
+            states = self.head.normed(leaf)[counted.to(self.head.weight.device)]
+        derivatives = drawn_derivatives(states.detach(), self.head.weight, self.generator)
+        return torch.autograd.grad(states, leaf, derivatives)[0][None]
+
+
+def find_metrics(job: Job, work: WorkDirectory, begin: Callable[[], Passes]) -> dict[str, FileRecord]:
+    """Keep the metrics of the outputs of each block's linears; their files, by name.
+
+    The first process begins the passes and measures, the others wait block by block.
+    """
+    passes = begin() if job.processes.first else None
+    files: dict[str, FileRecord] = {}
+
+    def forward(index: int) -> None:
+        assert passes is not None
+        passes.forward(index)
+
+    def turn() -> None:
+        assert passes is not None
+        # The head is in memory only here, without any block.
+        head = Head(job.architecture, job.source, job.recipe, job.device)
+        generator = torch.Generator(head.weight.device).manual_seed(job.recipe.seed)
+        passes.turn_by(_DrawnSuccessors(head, job.spec.rows.index(TEXT_ROW), generator))
+
+    def back(index: int) -> None:
+        assert passes is not None
+        linears = _with_metric(job, index)
+        found = {linears[name]: metric for name, metric in passes.metrics(index, list(linears)).items()}
+        if found:
+            files[metrics_file(work.path, index).name] = keep_metrics(work, index, found)
+        if not index:
+            passes.clear()
+
+    for index in range(job.names.blocks):
+        job.processes.broadcast(partial(forward, index))
+    job.processes.broadcast(turn)
+    for index in reversed(range(job.names.blocks)):
+        job.processes.broadcast(partial(back, index))
+    return job.processes.broadcast(lambda: files, [FileRecord])
+
+
+def _with_metric(job: Job, block: int) -> Mapping[str, str]:
+    """The layers of the linears whose outputs get a metric, by name in the block: all that share an input, or none."""
+    found: dict[str, str] = {}
+    for shared in job.architecture.shared_inputs:
+        layers = {shard: job.names.layer(block, shard) for shard in shared.shards}
+        if all(layer in job.spec.layers and has_metric(job.spec.layers[layer]) for layer in layers.values()):
+            found |= layers
+    return found
