@@ -35,7 +35,7 @@ class Extent:
 
 
 # By the recipe's effort. Effort `fast` learns nothing.
-EXTENTS = {"default": Extent(2**16, 4, 8, 2**12, 1.5e-4), "best": Extent(2**16, 4, 8, 2**13, 3e-4)}
+EXTENTS = {"default": Extent(2**16, 4, 8, 2**12, 1.5e-4), "best": Extent(2**16, 4, 8, 2**13, 1.5e-4)}
 
 
 @dataclass(frozen=True)
