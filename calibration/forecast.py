@@ -25,7 +25,7 @@ from calibration.model.bits import extra_bytes
 from calibration.model.experts import CHOSEN
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.quantize.held_out import held_out
-from calibration.settings.recipe import shares_budget, shares_escapes
+from calibration.settings.recipe import rounds_jointly, shares_budget
 from calibration.work.budgets import metrics_bytes
 
 
@@ -105,7 +105,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
 
 def _metrics(job: Job, tokens: TokenSample) -> int:
     """Bytes of the metrics of outputs in the work directory."""
-    if not _learns(job, tokens) or not shares_escapes(job.recipe, learns=True):
+    if not rounds_jointly(job.recipe, learns=_learns(job, tokens)):
         return 0
     prefix = f"{job.names.prefix}."
     return metrics_bytes(layer for name, layer in job.spec.layers.items() if name.startswith(prefix))
@@ -134,7 +134,7 @@ def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]
     learns = _learns(job, tokens)
     if shares_budget(job.recipe, learns=learns):
         work += sharing_operations(layers, min(SHARING_TOKENS, drawn))
-    if learns and shares_escapes(job.recipe, learns=True):
+    if rounds_jointly(job.recipe, learns=learns):
         work += metric_operations(layers, min(METRIC_TOKENS, drawn))
     speed = product_speed()
     if not learns:

@@ -1,7 +1,8 @@
-"""The stage of a calibration that shares budgets among the inputs of the model: bits of weights, and escapes.
+"""The stage of a calibration before the blocks: it shares budgets among the inputs of the model, and finds metrics.
 
 With a `bits_budget` it chooses the linears that get 8-bit weights or stay in 16 bit. With `budget: model`, which is the
-default if steps and scales will learn, it chooses the escape budget of each input.
+default if steps and scales will learn, it chooses the escape budget of each input. Where they will learn, it finds the
+metrics of outputs, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
-from calibration.settings.recipe import Recipe, shares_budget, shares_escapes
+from calibration.settings.recipe import Recipe, rounds_jointly, shares_budget, shares_escapes
 from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
 from calibration.work.directory import WorkDirectory
 from morphoquant_vllm.format.layers import LayerSpec
@@ -41,20 +42,21 @@ class Measured:
 
 
 def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
-    """The job with the form and the escape budget of each input, and with the recipe's `budget` settled.
+    """The job with the form and the escape budget of each input, with metrics, and the recipe's `budget` settled.
 
     The choice is kept, and resumed.
     """
     learns = job.processes.broadcast(lambda: will_learn(job, work))
     shared = "model" if shares_escapes(job.recipe, learns=learns) else "equal"
     job = replace(job, recipe=_with_budget(job.recipe, shared))
-    if not shares_budget(job.recipe, learns=learns):
+    shares, jointly = (wanted(job.recipe, learns=learns) for wanted in (shares_budget, rounds_jointly))
+    if not shares and not jointly:
         return job
     choice = job.processes.broadcast(lambda: read_choice(work), [Choice])
     if choice is None:
-        measured = measure(job, work, tokens)
+        measured = measure(job, work, tokens) if shares else Measured({}, {})
         choice = job.processes.broadcast(lambda: choose(job, measured), [Choice])
-        if learns and shared == "model":
+        if jointly:
             files = find_metrics(job, work, partial(_begin, job, work, tokens, METRIC_TOKENS))
             choice = replace(choice, metrics={name: asdict(record) for name, record in files.items()})
         made = choice

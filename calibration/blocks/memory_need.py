@@ -16,7 +16,7 @@ from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
 from calibration.quantize.output_metric import has_metric
 from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
-from calibration.settings.recipe import Recipe, shares_escapes
+from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -89,7 +89,7 @@ def memory_need(
     ]
     largest = max((info.elements for info in towers), default=0) * width
     experts = any(name.startswith(f"{names.prefix}.") for name in spec.experts)
-    joint = recipe.effort != "fast" and not experts and shares_escapes(recipe, learns=True)
+    joint = recipe.effort != "fast" and not experts and rounds_jointly(recipe, learns=True)
     blocks = [
         _block(
             [info for name, info in model_tensors.items() if name.startswith(f"{names.prefix}.{index}.")],

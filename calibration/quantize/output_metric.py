@@ -8,6 +8,7 @@ an output. YAQA (arXiv 2505.22988) rounds with a metric of outputs, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -17,8 +18,8 @@ from calibration.processes import Processes
 from calibration.quantize.group_search import inverse_factor
 from morphoquant_vllm.format.layers import LayerSpec
 
-# A layer with more outputs for each input than this has no metric. Its outputs go to a function of single channels, so
-# their errors hardly mix. No gain was measured, and its metric would be the largest.
+# A layer with more outputs for each input than this has no metric: it would be the largest. The outputs of gate and up
+# go to a function of single channels, so their errors mix little, and a trial foresaw little gain on new tokens.
 MOST_OUTPUTS = 2
 # The damping is a fraction of the metric's mean diagonal: this many times outputs over tokens, and at least the latter.
 DAMPING_STRENGTH, LEAST_DAMPING = 4.0, 0.5
@@ -48,10 +49,11 @@ class OutputMoment:
         self._tokens += gradient.shape[0]
 
     def metric(self) -> Tensor | None:
-        """The damped metric float32 [N, N], of mean diagonal 1; None if there are no derivatives but 0."""
-        if self._total is None or not float(self._total.diagonal().mean()) > 0:
+        """The damped metric float32 [N, N], of mean diagonal 1; None if all derivatives are 0, or some not finite."""
+        mean = 0.0 if self._total is None else float(self._total.diagonal().mean())
+        if self._total is None or not 0 < mean < math.inf:
             return None
-        metric = self._total / self._total.diagonal().mean()
+        metric = self._total / mean
         metric.diagonal().add_(max(LEAST_DAMPING, DAMPING_STRENGTH * metric.shape[0] / self._tokens))
         return metric / metric.diagonal().mean()
 

@@ -254,6 +254,11 @@ def shares_escapes(recipe: Recipe, *, learns: bool) -> bool:
     return wanted and recipe.grid == "budget" and recipe.escape_budget > 0
 
 
+def rounds_jointly(recipe: Recipe, *, learns: bool) -> bool:
+    """Whether rounding lets errors of outputs cancel each other, by metrics that take the head that learning takes."""
+    return learns and recipe.rounding == "compensated"
+
+
 def read_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML file, changed by `overrides` (a value of None overrides nothing).
 

@@ -4,7 +4,7 @@
     run.json                    fingerprint of the run (calibration.work.identity), and its number of threads
     samples.json                the samples, and their files' sizes and hashes: written when all files are complete
     budgets.json                how inputs share the budgets of the model: calibration.work.budgets
-    metrics-00000.safetensors   how errors of a block's outputs add up, if inputs share a budget of escapes
+    metrics-00000.safetensors   how errors of outputs of a block's layers add up, if the checkpoint will learn
     towers.safetensors          the tensors of quantized towers, and their distributions
     sample-00000.safetensors    the decoder's inputs of one sample
     block-00000.safetensors     a finished block's tensors in their final form, and its distributions

@@ -112,6 +112,9 @@ def test_no_metric_without_derivatives() -> None:
     assert moment.metric() is None
     moment.add(torch.zeros(9, N))
     assert moment.metric() is None
+    for broken in (float("inf"), float("nan")):
+        moment.add(torch.full((9, N), broken))
+        assert moment.metric() is None
 
 
 @pytest.mark.parametrize(("outputs", "wanted"), [(64, True), (128, True), (160, False)])

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from calibration.settings.recipe import Recipe, read_recipe, shares_budget
+from calibration.settings.recipe import Recipe, read_recipe, rounds_jointly, shares_budget
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -96,3 +96,9 @@ def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
 )
 def test_whether_inputs_share_a_budget(settings: dict[str, Any], learns: bool, shares: bool) -> None:
     assert shares_budget(Recipe(**settings), learns=learns) == shares
+
+
+def test_errors_of_outputs_cancel_where_steps_and_scales_learn() -> None:
+    assert rounds_jointly(Recipe(budget="equal"), learns=True)
+    assert not rounds_jointly(Recipe(), learns=False)
+    assert not rounds_jointly(Recipe(rounding="nearest"), learns=True)
