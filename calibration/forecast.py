@@ -18,7 +18,6 @@ from calibration.blocks.time_need import (
 )
 from calibration.data.token_choice import TokenSample
 from calibration.job import Job
-from calibration.learn.extent import EXTENTS
 from calibration.learn.metrics import TOKENS as METRIC_TOKENS
 from calibration.learn.need import head_elements, learning_operations
 from calibration.model.bits import extra_bytes
@@ -27,6 +26,7 @@ from calibration.output.export import checkpoint_size, quantized_size
 from calibration.quantize.held_out import held_out
 from calibration.settings.recipe import rounds_jointly, shares_budget
 from calibration.work.budgets import metrics_bytes
+from morphoquant_vllm.format.layers import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
     more = extra_bytes(spec, job.names.prefix, job.recipe)
     states = sum(tokens.counts.values()) * hidden_size * getattr(torch, job.recipe.dtype).itemsize
+    jointly = rounds_jointly(job.recipe, learns=job.may_learn(tokens))
+    metrics = metrics_bytes(_decoder_layers(job)) if jointly else 0
     seconds, learning_seconds = _seconds(job, tokens)
     return Forecast(
         layers=len(spec.layers),
@@ -95,7 +97,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         sampled_tokens=tokens.modality.numel(),
         memory=job.memory_need(tokens),
         memory_limit=job.device_limit,
-        work=quantized_size(source, spec) + more + 5 * states + _metrics(job, tokens),
+        work=quantized_size(source, spec) + more + 5 * states + metrics,
         checkpoint=checkpoint_size(source, spec) + more,
         experts=sum(settings.count for settings in spec.experts.values()),
         seconds=seconds,
@@ -103,18 +105,8 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
     )
 
 
-def _metrics(job: Job, tokens: TokenSample) -> int:
-    """Bytes of the metrics of outputs in the work directory."""
-    if not rounds_jointly(job.recipe, learns=_learns(job, tokens)):
-        return 0
-    prefix = f"{job.names.prefix}."
-    return metrics_bytes(layer for name, layer in job.spec.layers.items() if name.startswith(prefix))
-
-
-def _learns(job: Job, tokens: TokenSample) -> bool:
-    """Whether steps and scales will learn, as far as the effort, the samples and experts tell."""
-    experts = any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts)
-    return job.recipe.effort in EXTENTS and held_out(tokens, job.recipe.effort) is not None and not experts
+def _decoder_layers(job: Job) -> dict[str, LayerSpec]:
+    return {name: layer for name, layer in job.spec.layers.items() if name.startswith(f"{job.names.prefix}.")}
 
 
 def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]:
@@ -127,15 +119,16 @@ def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]
     chosen = job.architecture.decoder_config(job.source.config).get(CHOSEN) if lists else 0
     if job.device.type != "cpu" or job.processes.size > 1 or not isinstance(chosen, int):
         return None, None
-    layers = [layer for name, layer in job.spec.layers.items() if name.startswith(prefix)]
+    named = _decoder_layers(job)
+    layers = list(named.values())
     effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
     work = operations(layers, all_tokens, drawn, effort)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
-    learns = _learns(job, tokens)
+    learns = job.may_learn(tokens)
     if shares_budget(job.recipe, learns=learns):
         work += sharing_operations(layers, min(SHARING_TOKENS, drawn))
     if rounds_jointly(job.recipe, learns=learns):
-        work += metric_operations(layers, min(METRIC_TOKENS, drawn))
+        work += metric_operations(named, min(METRIC_TOKENS, drawn))
     speed = product_speed()
     if not learns:
         return work / speed, None

@@ -17,7 +17,8 @@ from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
-from calibration.settings.recipe import Recipe
+from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
+from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.format.schema import QuantizationSpec
 
 # No calibration with fewer drawn tokens is suggested.
@@ -51,7 +52,8 @@ class Job:
             if self.processes.size > 1:
                 # The search also gathers tokens of other processes.
                 sampled = min(owners.numel(), sampled + 2 * SEARCH_TOKENS)
-        need = self._need(sampled)
+        learns = self.may_learn(tokens)
+        need = self._need(sampled, learns=learns)
         # A GPU's memory cannot be exceeded, a machine's is only slow then.
         if self.memory_budget is not None or self.device.type == "cuda":
             limit = self.device_limit
@@ -60,8 +62,11 @@ class Job:
             check_budget(need, limit, self.source.directory, stated=stated, fitting_tokens=fitting)
         return need
 
-    def _need(self, sampled: int) -> MemoryNeed:
-        need = memory_need(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled)
+    def _need(self, sampled: int, *, learns: bool) -> MemoryNeed:
+        need = memory_need(
+            *(self.architecture, self.source.tensors, self.names, self.spec, self.recipe, sampled),
+            joint=rounds_jointly(self.recipe, learns=learns),
+        )
         # A tower's quantized layers stay in memory and compute the next layers' inputs.
         return replace(need, front_streamed=need.front) if self.recipe.towers else need
 
@@ -73,10 +78,18 @@ class Job:
         drawn, halvings = tokens.modality.numel(), 1
         while drawn >> halvings >= LEAST_TOKENS:
             # The first token of every sample is drawn beside as many as are asked for.
-            if self._need((sampled >> halvings) + len(tokens.positions)).block <= limit:
+            if self._need((sampled >> halvings) + len(tokens.positions), learns=self.may_learn(tokens)).block <= limit:
                 return drawn >> halvings
             halvings += 1
         return None
+
+    def may_learn(self, tokens: TokenSample | None) -> bool:
+        """Whether steps and scales may learn: by the effort, experts and samples; not before the samples are known."""
+        effort = self.recipe.effort
+        experts = any(name.startswith(f"{self.names.prefix}.") for name in self.spec.experts)
+        return (
+            effort in SAMPLES_PER_HELD and not experts and tokens is not None and held_out(tokens, effort) is not None
+        )
 
     @property
     def memory_limit(self) -> int:

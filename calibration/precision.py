@@ -23,6 +23,7 @@ from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
+from calibration.quantize.held_out import held_out
 from calibration.settings.recipe import Recipe, rounds_jointly, shares_budget, shares_escapes
 from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
 from calibration.work.directory import WorkDirectory
@@ -57,7 +58,10 @@ def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
         measured = measure(job, work, tokens) if shares else Measured({}, {})
         choice = job.processes.broadcast(lambda: choose(job, measured), [Choice])
         if jointly:
-            files = find_metrics(job, work, partial(_begin, job, work, tokens, METRIC_TOKENS))
+            spec = apply(job.spec, choice.forms)
+            files = find_metrics(
+                replace(job, spec=spec), work, partial(_begin, job, work, tokens, METRIC_TOKENS, judges=False)
+            )
             choice = replace(choice, metrics={name: asdict(record) for name, record in files.items()})
         made = choice
         job.processes.broadcast(lambda: keep_choice(work, made))
@@ -133,12 +137,24 @@ def choose(job: Job, measured: Measured) -> Choice:
     return Choice(forms, least + added / weights, shares, escapes)
 
 
-def _begin(job: Job, work: WorkDirectory, tokens: TokenSample, most: int) -> Passes:
+def _begin(job: Job, work: WorkDirectory, tokens: TokenSample, most: int, *, judges: bool = True) -> Passes:
+    """Passes of about `most` tokens; without `judges`, of samples that may shape the weights."""
     # Modalities by the drawn tokens: every sample has some.
     parts = tokens.modality.split([positions.numel() for positions in tokens.positions])
     rows = [frozenset(part.unique().tolist()) for part in parts]
-    chosen = choose_samples(sample_lengths(work), rows, min(most, job.recipe.sample_tokens))
-    logger.info("budgets and metrics: %d of %d samples pass forward and back", len(chosen), len(rows))
+    held = None if judges else held_out(tokens, job.recipe.effort)
+    allowed = list(range(len(rows)))
+    if held is not None:
+        shares = held.split([part.numel() for part in parts])
+        allowed = [index for index in allowed if not bool(shares[index].all())]
+    lengths = sample_lengths(work)
+    places = choose_samples(
+        [lengths[index] for index in allowed],
+        [rows[index] for index in allowed],
+        min(most, job.recipe.sample_tokens),
+    )
+    chosen = [allowed[place] for place in places]
+    logger.info("%d of %d samples pass forward and back", len(chosen), len(rows))
     blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
     samples = [read_front(work, index) for index in chosen]
     return Passes(blocks, samples, work.path, job.recipe.seed)

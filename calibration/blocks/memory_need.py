@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
-from calibration.quantize.output_metric import has_metric
+from calibration.quantize.output_metric import with_metric
 from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
-from calibration.settings.recipe import Recipe, rounds_jointly
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -31,8 +32,9 @@ FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 # If held-out samples choose between fits: their second moments, and the fits; in both phases.
 HELD_SQUARES, HELD_MATRICES = 1, 3
-# If outputs have a metric: its copies [N, N] while codes are searched.
+# If outputs have metrics: their copies while codes are searched. Of the head's weights, and of logits of some tokens.
 METRIC_SQUARES = 4
+HEAD_COPIES, LOGITS_COPIES, LOGITS_TOKENS = 2, 3, 128
 # Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
 POOLED_SQUARES, PART_COPIES = 4, 1.25
 # Gaps between tensors in the C library's heap.
@@ -48,20 +50,24 @@ class MemoryNeed:
     front_streamed: int
     # The largest block, with one of its inputs being quantized.
     block: int
+    # The head, for metrics of outputs; 0 without them.
+    head: int = 0
 
     @property
     def most(self) -> int:
         """The peak if nothing is read from disk."""
-        return max(self.front, self.block)
+        return max(self.front, self.block, self.head)
 
     @property
     def least(self) -> int:
         """The peak if all that can be is read from disk."""
-        return max(self.front_streamed, self.block)
+        return max(self.front_streamed, self.block, self.head)
 
     @property
     def remedy(self) -> str:
         """The setting that lowers `least`, for a message."""
+        if self.head == self.least:
+            return "--effort fast"
         return "a smaller --sample-tokens" if self.block == self.least else "--dtype bfloat16"
 
 
@@ -72,8 +78,10 @@ def memory_need(
     spec: QuantizationSpec,
     recipe: Recipe,
     sampled_tokens: int,
+    *,
+    joint: bool = False,
 ) -> MemoryNeed:
-    """The memory peaks of a calibration with `sampled_tokens` sampled tokens."""
+    """The memory peaks of a calibration with `sampled_tokens` sampled tokens; `joint`: outputs get metrics."""
     width = getattr(torch, recipe.dtype).itemsize
 
     def nbytes(infos: Iterable[TensorInfo]) -> int:
@@ -88,8 +96,6 @@ def memory_need(
         if not name.startswith((*architecture.tower_prefixes, f"{names.prefix}.")) and name != head
     ]
     largest = max((info.elements for info in towers), default=0) * width
-    experts = any(name.startswith(f"{names.prefix}.") for name in spec.experts)
-    joint = recipe.effort != "fast" and not experts and rounds_jointly(recipe, learns=True)
     blocks = [
         _block(
             [info for name, info in model_tensors.items() if name.startswith(f"{names.prefix}.{index}.")],
@@ -102,13 +108,11 @@ def memory_need(
         )
         for index in range(names.blocks)
     ]
-    # The metrics of outputs take the head's weights in float32: those stored for it, or those of the embedding.
-    heads = [model_tensors[head]] if head in model_tensors else rest
-    head_bytes = 4 * max((info.elements for info in heads), default=0) if joint else 0
     return MemoryNeed(
-        front=BASE + nbytes(rest) + max(nbytes(towers), head_bytes),
-        front_streamed=BASE + nbytes(rest) + max(2 * largest, head_bytes),
+        front=BASE + nbytes(rest) + nbytes(towers),
+        front_streamed=BASE + nbytes(rest) + 2 * largest,
         block=BASE + max(blocks),
+        head=BASE + nbytes(rest) + _head([model_tensors[head]] if head in model_tensors else rest) if joint else 0,
     )
 
 
@@ -130,6 +134,8 @@ def _block(
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         inputs.setdefault(layer.shared_input, []).append(layer)
+    found = list(with_metric({str(place): layer for place, layer in enumerate(chain(*inputs.values()))}).values())
+    known = {layer.shared_input for layer in found}
     # In the model's dtype, or in float32 once they are quantized; both for the linears that are being quantized.
     weights = sum(info.elements for info in infos) * max(width, 4)
     peaks = [experts[1]]
@@ -138,24 +144,26 @@ def _block(
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         # The 16-bit model's inputs of later linears stay in memory until their turn.
         waiting -= k
-        with_metric = joint and all(map(has_metric, shards))
-        own = input_peak(tokens, k, n, shards[0].group_size, choosing=choosing, joint=with_metric)
+        squares = sum(layer.out_features**2 for layer in shards if joint and layer.shared_input in known)
+        own = input_peak(tokens, k, n, shards[0].group_size, choosing=choosing, metrics=squares)
         peaks.append(4 * tokens * waiting + own + 4 * n * k)
-    return weights + max(peaks)
+    # Metrics in bfloat16 stay in memory with the block.
+    return weights + max(peaks) + (2 * sum(layer.out_features**2 for layer in found) if joint else 0)
 
 
-def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False, joint: bool = False) -> int:
+def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False, metrics: int = 0) -> int:
     """Bytes for quantizing one input, including its sampled tokens: T tokens, K channels, N outputs of all shards.
 
-    `choosing`: whether held-out samples choose between fits. `joint`: whether the outputs have a metric.
+    `choosing`: whether held-out samples choose between fits. `metrics`: elements of the metrics of outputs.
     """
     groups = k // group_size
     rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
     if choosing:
         kept += HELD_SQUARES * k * k + HELD_MATRICES * n * k
-    if joint:
-        kept += METRIC_SQUARES * n * n
+    if metrics:
+        # The factor of the Hessian stays for all runs.
+        kept += METRIC_SQUARES * metrics + k * k
     return HEAP + 4 * round(
         max(
             SEARCH_COPIES * tokens * k + n * k,
@@ -163,6 +171,14 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool =
             kept + FIT_SQUARES * k * k + FIT_MATRICES * n * k + FIT_SYSTEMS * rows * groups**2,
         )
     )
+
+
+def _head(infos: Iterable[TensorInfo]) -> int:
+    """Bytes of the head in float32, and of logits. Its weights are the largest of these tensors."""
+    largest = max(infos, key=lambda info: info.elements, default=None)
+    if largest is None:
+        return 0
+    return 4 * (HEAD_COPIES * largest.elements + LOGITS_COPIES * LOGITS_TOKENS * largest.shape[0])
 
 
 def _experts(spec: QuantizationSpec, name: str, tokens: int) -> tuple[int, int]:
@@ -201,6 +217,7 @@ def check_budget(
     for held, nbytes, other in (
         ("its embeddings and one tower layer", need.front_streamed, ", or pass --dtype bfloat16"),
         ("a decoder block", need.block, fewer),
+        ("its head in float32", need.head, ", or pass --effort fast"),
     ):
         if nbytes > budget:
             raise MorphoQuantError(

@@ -123,6 +123,8 @@ class Passes:
             for name, shards in shards_of.items():
                 gradient = torch.cat([of_outputs[shard] for shard in shards], 1)
                 seen[name].append((_flat(calls[shards[0]][0].detach())[ordinary], gradient[ordinary]))
+            # The next sample runs before these names get other values.
+            del calls, of_outputs
         return {
             name: Probe(
                 torch.cat([x for x, _ in seen[name]]),
@@ -139,9 +141,11 @@ class Passes:
         them above all.
         """
         moments = {name: OutputMoment() for name in linears}
-        for _, _, of_outputs in self._carried_back(self.blocks.load(index), index, linears):
+        for carried in self._carried_back(self.blocks.load(index), index, linears):
             for name, moment in moments.items():
-                moment.add(of_outputs[name])
+                moment.add(carried.of_outputs[name])
+            # The next sample runs before this name gets another value.
+            del carried
         found = {name: moment.metric() for name, moment in moments.items()}
         return {name: metric for name, metric in found.items() if metric is not None}
 
@@ -156,6 +160,7 @@ class Passes:
             before, of_outputs = _derivatives(output, self.states[number].to(output), hidden, calls)
             self.states[number] = before.cpu()
             yield _Carried(~self.outlying[index][number].to(hidden.device), calls, of_outputs)
+            del calls, of_outputs, output
 
     def clear(self) -> None:
         """Remove the files."""

@@ -18,7 +18,7 @@ If inputs share a budget of the model, t tokens decide how, beforehand:
 With metrics of the outputs of some linears, of N outputs each, by t tokens:
 
     6 t N K              the products of a pass forward and one back, of all linears
-    2 t N^2 + N^3        the moments, and the factors of the metrics
+    2 t N^2 + 5/3 N^3    the moments, and the factors of the metrics
     N^2 K                the errors that later outputs compensate for
 
 For E experts, C of which a token chooses. K and I are the channels of hidden states and of an expert's inner input, and
@@ -37,11 +37,11 @@ Attention, reading the model's files and hidden states on disk are left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from calibration.quantize.output_metric import has_metric
+from calibration.quantize.output_metric import with_metric
 from calibration.quantize.served_weights import STRENGTHS
 from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 
@@ -85,13 +85,13 @@ def sharing_operations(layers: Iterable[LayerSpec], tokens: int) -> float:
     return float(tokens * (6 * products + OPERATIONS_OF_A_VALUE * sum(channels.values())))
 
 
-def metric_operations(layers: Iterable[LayerSpec], tokens: int) -> float:
-    """Floating-point operations of the metrics of outputs by `tokens` tokens, and of rounding in runs with them."""
-    found = list(layers)
-    products = 6 * tokens * sum(layer.in_features * layer.out_features for layer in found)
-    with_metric = [layer for layer in found if has_metric(layer)]
-    moments = sum((2 * tokens + layer.out_features) * layer.out_features**2 for layer in with_metric)
-    return float(products + moments + sum(layer.in_features * layer.out_features**2 for layer in with_metric))
+def metric_operations(layers: Mapping[str, LayerSpec], tokens: int) -> float:
+    """Floating-point operations of the metrics of outputs by `tokens` tokens, and of rounding with them, by layer."""
+    products = 6 * tokens * sum(layer.in_features * layer.out_features for layer in layers.values())
+    total = float(products)
+    for layer in with_metric(layers).values():
+        total += (2 * tokens + layer.in_features + 5 / 3 * layer.out_features) * layer.out_features**2
+    return total
 
 
 def experts_operations(experts: ExpertsSpec, chosen: int, tokens: int, drawn: int) -> float:

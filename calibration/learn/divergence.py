@@ -38,11 +38,15 @@ def drawn_derivatives(states: Tensor, head: Tensor, generator: torch.Generator) 
     """Derivatives float32 [M, D] of a drawn successor's negative log probability, by the states before the head.
 
     states [M, D], head [V, D]; the successors are drawn from the model's own probabilities. The mean of a derivative
-    times itself is then the second derivative of the divergence.
+    times itself is then the second derivative of the divergence. Those of states that are not finite are 0.
     """
-    found = []
+    found = [states.new_empty(0, states.shape[1])]
     for own in states.split(LOGITS_TOKENS):
         probability = (own @ head.T).softmax(-1)
+        broken = ~probability.isfinite().all(-1)
+        probability[broken] = 1 / head.shape[0]
         drawn = torch.multinomial(probability, 1, generator=generator)
-        found.append(probability.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=probability.dtype)) @ head)
+        by_logits = probability.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=probability.dtype))
+        by_logits[broken] = 0
+        found.append(by_logits @ head)
     return torch.cat(found)

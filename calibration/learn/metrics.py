@@ -6,7 +6,7 @@ outputs, times these derivatives, squared, is on average twice the divergence th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from calibration.job import Job
 from calibration.learn.divergence import drawn_derivatives
 from calibration.learn.head import Head
 from calibration.learn.targets import counted_tokens
-from calibration.quantize.output_metric import has_metric
+from calibration.quantize.output_metric import with_metric
 from calibration.work.budgets import keep_metrics, metrics_file
 from calibration.work.directory import WorkDirectory
 from calibration.work.durable_files import FileRecord
@@ -84,11 +84,8 @@ def find_metrics(job: Job, work: WorkDirectory, begin: Callable[[], Passes]) -> 
     return job.processes.broadcast(lambda: files, [FileRecord])
 
 
-def _with_metric(job: Job, block: int) -> Mapping[str, str]:
-    """The layers of the linears whose outputs get a metric, by name in the block: all that share an input, or none."""
-    found: dict[str, str] = {}
-    for shared in job.architecture.shared_inputs:
-        layers = {shard: job.names.layer(block, shard) for shard in shared.shards}
-        if all(layer in job.spec.layers and has_metric(job.spec.layers[layer]) for layer in layers.values()):
-            found |= layers
-    return found
+def _with_metric(job: Job, block: int) -> dict[str, str]:
+    """The layers of the linears of a block whose outputs get a metric, by their names in the block."""
+    start = job.names.layer(block, "")
+    layers = {name: layer for name, layer in job.spec.layers.items() if name.startswith(start)}
+    return {name.removeprefix(start): name for name in with_metric(layers)}

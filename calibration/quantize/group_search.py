@@ -9,6 +9,7 @@ that are rounded separately is not the best one for codes that compensate for ea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,17 +44,34 @@ class _Choice:
     parent: Tensor
 
 
-def compensate(target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales) -> tuple[Tensor, Tensor]:
-    """Codes as floats [N, K] and scale float32 [N, K/G] of `target` [N, K]; damped [K, K] is the Hessian.
+class Ordered(NamedTuple):
+    """The order in which `compensate` takes groups and columns, and the factor of the inverse Hessian in it."""
 
-    Groups are taken by falling energy, and so are the columns in a group. So the columns that matter most are rounded
-    while most other columns are left to compensate for them.
+    groups: Tensor  # int64 [K/G]
+    columns: Tensor  # int64 [K]
+    upper: Tensor  # float32 [K, K]
+
+
+def ordered(damped: Tensor, group_size: int) -> Ordered:
+    """Groups by falling energy, and the columns in a group, too; damped [K, K] is the Hessian.
+
+    So the columns that matter most are rounded while most other columns are left to compensate for them.
     """
     energy = damped.diagonal().view(-1, group_size)
-    group_order = energy.sum(1).argsort(descending=True, stable=True)
-    inner_order = energy.argsort(dim=1, descending=True, stable=True)[group_order]
-    order = (group_order[:, None] * group_size + inner_order).flatten()
-    upper = inverse_factor(damped[order][:, order])
+    groups = energy.sum(1).argsort(descending=True, stable=True)
+    inner = energy.argsort(dim=1, descending=True, stable=True)[groups]
+    columns = (groups[:, None] * group_size + inner).flatten()
+    return Ordered(groups, columns, inverse_factor(damped[columns][:, columns]))
+
+
+def compensate(
+    target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes as floats [N, K] and scale float32 [N, K/G] of `target` [N, K]; damped [K, K] is the Hessian.
+
+    `taken`: as from `ordered`, which is called if it is None.
+    """
+    group_order, order, upper = taken or ordered(damped, group_size)
     energy = damped.diagonal()[order].view(-1, group_size)
     # Transposed, a column of the weights is contiguous: one column is processed at a time.
     remaining = target.T[order].contiguous()

@@ -19,7 +19,6 @@ from calibration.quantize.layer_report import JudgedTokens, LayerRecord, input_r
 from calibration.quantize.massive_tokens import find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import Observation
-from calibration.quantize.output_metric import joint_metric
 from calibration.quantize.served_weights import ServedWeights, round_weights
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import LayerSpec, input_blocks
@@ -96,9 +95,12 @@ def quantize_input(
     unseen = held_out(tokens, recipe.effort) if wanted else None
     moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
     step = found.grids.grid.step.to(x.device)[coded.order]
-    metric = joint_metric(metrics or {}, shards, x.device)
-    served = round_weights(matrix, step, moments, first, recipe, processes, held if choosing else None, metric)
-    del metric
+    known = [metrics[name].to(x.device) for name in shards if metrics and name in metrics]
+    served = round_weights(
+        *(matrix, step, moments, first, recipe, processes, held if choosing else None),
+        metrics=known if len(known) == len(shards) else (),
+    )
+    del known
     if held is not None:
         moments.add_means(held)
     means = find_means(moments, coded, x, target, massive.own, processes)

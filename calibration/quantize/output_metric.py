@@ -9,7 +9,7 @@ an output. YAQA (arXiv 2505.22988) rounds with a metric of outputs, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,13 +26,27 @@ DAMPING_STRENGTH, LEAST_DAMPING = 4.0, 0.5
 # Runs have at least so many outputs, since the search of small runs is slow, and there are at most so many runs.
 LEAST_RUN, MOST_RUNS = 64, 8
 
-# Codes [n, K] and scales, as `served_weights` rounds them, of the targets [n, K] of some outputs.
+# Codes [n, K] and scales, as `served_weights` rounds them, of the fitted weights [n, K] of some outputs.
 Rounded = tuple[Tensor, ...]
 
 
-def has_metric(layer: LayerSpec) -> bool:
-    """Whether a layer's outputs have a metric, by its size."""
-    return layer.out_features <= MOST_OUTPUTS * layer.in_features
+def with_metric(layers: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """Those of `layers` whose outputs get a metric, by size: all that share an input, or none."""
+    shards: dict[str, dict[str, LayerSpec]] = {}
+    for name, layer in layers.items():
+        shards.setdefault(layer.shared_input, {})[name] = layer
+    return {name: layer for each in shards.values() if _has_metric(each.values()) for name, layer in each.items()}
+
+
+def _has_metric(shards: Collection[LayerSpec]) -> bool:
+    runs = _runs(sum(layer.out_features for layer in shards))
+    return runs > 1 and all(
+        layer.weight_bits == 4 and layer.out_features <= MOST_OUTPUTS * layer.in_features for layer in shards
+    )
+
+
+def _runs(outputs: int) -> int:
+    return max(1, min(MOST_RUNS, outputs // LEAST_RUN))
 
 
 class OutputMoment:
@@ -58,44 +72,61 @@ class OutputMoment:
         return metric / metric.diagonal().mean()
 
 
-def joint_metric(metrics: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> Tensor | None:
-    """The metric of the outputs of several layers together, float32 [N, N]; None if a layer has none.
+class _Aimed:
+    """The fitted weights of one layer's outputs, those whose errors cost most first; rounding moves them."""
 
-    Errors of different layers do not compensate for each other.
-    """
-    names = list(layers)
-    if not all(name in metrics for name in names):
-        return None
-    return torch.block_diag(*(metrics[name].to(device, torch.float32) for name in names))
+    def __init__(self, target: Tensor, metric: Tensor, processes: Processes) -> None:
+        size = target.square().mean(1)
+        # The processes' sums may differ in their last bits, but the order must not.
+        order = processes.broadcast(lambda: (metric.diagonal() * size).argsort(descending=True, stable=True).cpu())
+        self.order = order.to(target.device)
+        self._upper, self._rest = inverse_factor(metric[self.order][:, self.order]), target[self.order]
+
+    def own(self, run: int, runs: int) -> slice:
+        """The places of a run's outputs."""
+        outputs = len(self._rest)
+        return slice(run * outputs // runs, (run + 1) * outputs // runs)
+
+    def of(self, own: slice) -> Tensor:
+        """The weights at which a run aims."""
+        return self._rest[own]
+
+    def compensate(self, own: slice, error: Tensor) -> None:
+        """Move later outputs to where the metric expects the least cost, by the error [n, K] of a run."""
+        if own.stop < len(self._rest) and own.start < own.stop:
+            later = torch.linalg.solve_triangular(self._upper[own, own], self._upper[own, own.stop :], upper=True)
+            self._rest[own.stop :].addmm_(later.T, error)
 
 
 def round_in_runs(
     target: Tensor,
-    metric: Tensor,
+    metrics: Sequence[Tensor],
     rounded: Callable[[Tensor], Rounded],
     dequantized: Callable[..., Tensor],
     processes: Processes,
 ) -> Rounded:
-    """Codes and scales of the weights `target` [N, K], as from `rounded`, by runs of outputs.
+    """Codes and scales of the fitted weights `target` [N, K], as from `rounded`, by runs of outputs.
 
-    metric: as from `joint_metric`. `dequantized` gives the weights of codes and scales. Outputs whose errors cost most
-    come first, while most others are left to compensate for them. Each process rounds some outputs of each run.
+    metrics [n, n]: those of the layers whose outputs these are, in their order. `dequantized` gives the weights of
+    codes and scales. A run has its share of each layer's outputs, and each process rounds some of them. Errors of
+    different layers do not compensate for each other.
     """
-    size = target.square().mean(1)
-    # The processes' sums may differ in their last bits, but the order must not.
-    order = processes.broadcast(lambda: (metric.diagonal() * size).argsort(descending=True, stable=True).cpu())
-    order = order.to(target.device)
-    upper, rest = inverse_factor(metric[order][:, order]), target[order]
-    count = max(1, min(MOST_RUNS, rest.shape[0] // LEAST_RUN))
-    ends = [(run + 1) * rest.shape[0] // count for run in range(count)]
-    found: list[Rounded] = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        aimed, owners = rest[start:end], processes.owners(end - start)
-        own = rounded(aimed[processes.share(end - start)])
-        found.append(tuple(processes.all_gather_rows(part, owners) for part in own))
-        if end < rest.shape[0]:
-            error = dequantized(*found[-1]) - aimed
-            later = torch.linalg.solve_triangular(upper[start:end, start:end], upper[start:end, end:], upper=True)
-            rest[end:].addmm_(later.T, error)
-    natural = order.argsort()
-    return tuple(torch.cat(parts)[natural] for parts in zip(*found, strict=True))
+    sizes = [len(metric) for metric in metrics]
+    parts = [_Aimed(part, metric.float(), processes) for part, metric in zip(target.split(sizes), metrics, strict=True)]
+    runs, found = _runs(len(target)), list[Rounded]()
+    places: list[Tensor] = []
+    for run in range(runs):
+        own = [part.own(run, runs) for part in parts]
+        aimed = torch.cat([part.of(each) for part, each in zip(parts, own, strict=True)])
+        owners = processes.owners(len(aimed))
+        codes_and_scales = rounded(aimed[processes.share(len(aimed))])
+        found.append(tuple(processes.all_gather_rows(value, owners) for value in codes_and_scales))
+        errors = (dequantized(*found[-1]) - aimed).split([each.stop - each.start for each in own])
+        for part, each, error in zip(parts, own, errors, strict=True):
+            part.compensate(each, error)
+        first = 0
+        for part, each, size in zip(parts, own, sizes, strict=True):
+            places.append(first + part.order[each])
+            first += size
+    natural = torch.cat(places).argsort()
+    return tuple(torch.cat(values)[natural] for values in zip(*found, strict=True))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calibration.quantize.allowed_scales import AllowedScales, FreeScales, LevelScales
-from calibration.quantize.group_search import compensate, improve
+from calibration.quantize.group_search import Ordered, compensate, improve, ordered
 from calibration.quantize.two_level import fitted_levels
 from morphoquant_vllm.numerics import weights
 
@@ -32,17 +32,25 @@ def fitting_damping(channels: int, tokens: float) -> float:
     return max(LEAST_DAMPING, DAMPING_STRENGTH * channels / tokens)
 
 
-def quantize_compensated(target: Tensor, hessian: Tensor, group_size: int, damping: float) -> tuple[Tensor, Tensor]:
+def order_of(hessian: Tensor, group_size: int, damping: float) -> Ordered:
+    """What the functions below find out of these arguments, for several calls with other outputs."""
+    return ordered(damp(hessian, damping), group_size)
+
+
+def quantize_compensated(
+    target: Tensor, hessian: Tensor, group_size: int, damping: float, taken: Ordered | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes int8 [N, K] and scale bfloat16 [N, K/G] of `target`, float32 [N, K], columns in channel order.
 
     hessian [K, K]: mean of code^T code in the same order. `damping` x its mean diagonal is added to its diagonal.
+    `taken`: as from `order_of`, or None.
     """
-    codes, scale, _ = _quantize(target.float(), damp(hessian, damping), group_size, FreeScales())
+    codes, scale, _ = _quantize(target.float(), damp(hessian, damping), group_size, FreeScales(), taken)
     return codes.to(torch.int8), scale.bfloat16()
 
 
 def quantize_two_level(
-    target: Tensor, hessian: Tensor, group_size: int, levels: int, damping: float
+    target: Tensor, hessian: Tensor, group_size: int, levels: int, damping: float, taken: Ordered | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [N, K], levels uint8 [N, K/G], 1 to `levels`, and channel scale float32 [N]: see quantize_compensated.
 
@@ -52,16 +60,16 @@ def quantize_two_level(
     energy = damped.diagonal().unflatten(0, (-1, group_size))
     suited = weights.group_scales(target.unflatten(1, (-1, group_size)), energy)
     _, channel_scale = fitted_levels(suited, energy.sum(1).expand_as(suited), levels)
-    codes, scale, allowed = _quantize(target, damped, group_size, LevelScales(channel_scale, levels))
+    codes, scale, allowed = _quantize(target, damped, group_size, LevelScales(channel_scale, levels), taken)
     assert isinstance(allowed, LevelScales)
     return codes.to(torch.int8), allowed.level(scale.T).T.to(torch.uint8).contiguous(), allowed.channel_scale
 
 
 def _quantize(
-    target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales
+    target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None
 ) -> tuple[Tensor, Tensor, AllowedScales]:
     """Codes as floats [N, K], the scales float32 [N, K/G] fitted to them, and the set of scales allowed then."""
-    codes, scale = compensate(target, damped, group_size, allowed)
+    codes, scale = compensate(target, damped, group_size, allowed, taken)
     aimed = target @ damped
     for _ in range(TURNS):
         scale, allowed = allowed.fitted(aimed, damped, codes, scale)

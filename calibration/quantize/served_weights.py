@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from calibration.processes import Processes
+from calibration.quantize.group_search import Ordered
 from calibration.quantize.held_out import HeldMoments
 from calibration.quantize.moments import Moments, fitting_shrinkage, regress
 from calibration.quantize.output_metric import round_in_runs
-from calibration.quantize.rounding import fitting_damping, quantize_compensated, quantize_two_level
+from calibration.quantize.rounding import fitting_damping, order_of, quantize_compensated, quantize_two_level
 from calibration.quantize.two_level import nearest
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import GROUP_SCHEME, TWO_LEVEL_SCHEME, LayerSpec
@@ -62,13 +64,13 @@ def round_weights(
     recipe: Recipe,
     processes: Processes,
     held: Moments | None = None,
-    metric: Tensor | None = None,
+    metrics: Sequence[Tensor] = (),
 ) -> ServedWeights:
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
     Each process rounds some of the output channels. Overwrites the second moments in `moments` and `held`. The latter
-    are those of held-out samples, which choose between fits; None: none choose. With a `metric` [N, N] of the outputs
-    (output_metric), rounding lets their errors cancel each other.
+    are those of held-out samples, which choose between fits; None: none choose. With `metrics` [n, n] of the outputs of
+    the layers that matrix is made of (output_metric), rounding lets their errors cancel each other.
     """
     channels, owners = processes.share(matrix.shape[0]), processes.owners(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
@@ -76,8 +78,8 @@ def round_weights(
     release_freed_memory()
     fit = _fit(absorbed, moments, channels, recipe, processes, held)
     del absorbed
-    if metric is not None and _compensates(layer, recipe):
-        parts = _round_jointly(fit, processes.all_gather_rows(fit.target, owners), metric, layer, recipe, processes)
+    if metrics and _compensates(layer, recipe):
+        parts = _round_jointly(fit, processes.all_gather_rows(fit.target, owners), metrics, layer, recipe, processes)
     else:
         own = _round_own(fit, layer, recipe, processes)
         parts = tuple(processes.all_gather_rows(part, owners) for part in own)
@@ -120,17 +122,18 @@ def _round_own(fit: _Fit, layer: LayerSpec, recipe: Recipe, processes: Processes
 
 
 def _round_jointly(
-    fit: _Fit, target: Tensor, metric: Tensor, layer: LayerSpec, recipe: Recipe, processes: Processes
+    fit: _Fit, target: Tensor, metrics: Sequence[Tensor], layer: LayerSpec, recipe: Recipe, processes: Processes
 ) -> tuple[Tensor, ...]:
     """Codes and scales, as from `_round`, of all output channels, whose fits are `target` [N, K].
 
     Held-out samples do not choose a damping: an output that compensates for others errs by intent.
     """
+    taken = order_of(fit.hessian, layer.group_size, fit.damping)
 
     def rounded(aimed: Tensor) -> tuple[Tensor, ...]:
-        return _round(aimed, fit.hessian, layer, recipe, fit.damping)
+        return _round(aimed, fit.hessian, layer, recipe, fit.damping, taken)
 
-    return round_in_runs(target, metric, rounded, _dequantized, processes)
+    return round_in_runs(target, metrics, rounded, _dequantized, processes)
 
 
 def _dequantized(int4: Tensor, *scales: Tensor) -> Tensor:
@@ -138,10 +141,13 @@ def _dequantized(int4: Tensor, *scales: Tensor) -> Tensor:
     return weights.dequantize_weight(weights.pack(int4), *scales)
 
 
-def _round(target: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, damping: float) -> tuple[Tensor, ...]:
+def _round(
+    target: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, damping: float, taken: Ordered | None = None
+) -> tuple[Tensor, ...]:
     """Codes int8 [n, K] of the weights `target` for codes of the second moments `hessian`, and their scales.
 
     Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
+    `taken`: as from rounding.order_of, for several calls.
     """
     if layer.weight_bits == 8:
         # The error of 8-bit weights is far below that of the activations: there is nothing to compensate.
@@ -149,8 +155,8 @@ def _round(target: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, da
     two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":
         if two_level:
-            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels, damping)
-        return quantize_compensated(target, hessian, layer.group_size, damping)
+            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels, damping, taken)
+        return quantize_compensated(target, hessian, layer.group_size, damping, taken)
     importance = channel_importance(hessian.diagonal())
     if two_level:
         return nearest(target, importance, layer.group_size, recipe.scale_levels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
-from calibration.quantize.output_metric import has_metric
+from calibration.quantize.output_metric import with_metric
 from calibration.work.directory import SAMPLES_FILE, WorkDirectory
 from calibration.work.durable_files import (
     FileRecord,
@@ -62,7 +62,7 @@ def keep_choice(work: WorkDirectory, choice: Choice) -> None:
 
 
 def keep_metrics(work: WorkDirectory, block: int, metrics: Mapping[str, Tensor]) -> FileRecord:
-    """Keep the metrics of outputs of a block's layers, in bfloat16; they are damped enough for it."""
+    """Keep the metrics of outputs of a block's layers, in bfloat16: its errors are far below the damping."""
     tensors = {name: metric.to("cpu", torch.bfloat16) for name, metric in metrics.items()}
     return write_tensors_durably(metrics_file(work.path, block), tensors)
 
@@ -79,9 +79,9 @@ def read_metrics(work: WorkDirectory, files: Mapping[str, Mapping[str, Any]], bl
     return read_tensors(path)
 
 
-def metrics_bytes(layers: Iterable[LayerSpec]) -> int:
-    """Bytes of the metrics of all these layers on disk."""
-    return sum(layer.out_features**2 * torch.bfloat16.itemsize for layer in layers if has_metric(layer))
+def metrics_bytes(layers: Mapping[str, LayerSpec]) -> int:
+    """Bytes of the metrics of all these layers, by name, on disk."""
+    return sum(layer.out_features**2 * torch.bfloat16.itemsize for layer in with_metric(layers).values())
 
 
 def metrics_file(directory: Path, block: int) -> Path:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import morphoquant_vllm.hf as hf
 from calibration.blocks.loop import BlockResult
+from calibration.blocks.sensitivity import choose_samples
 from calibration.calibrate import calibrate, dry_run
 from calibration.model.bits import mean_bits
 from calibration.output.report import REPORT_FILE
@@ -170,13 +171,26 @@ def test_metrics_of_outputs_are_kept_and_resumed(
     assert not list(tmp_path.glob("*.work"))
 
 
+def test_samples_that_judge_make_no_metrics(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen_from = []
+
+    def choosing(lengths: list[int], *arguments: Any) -> list[int]:
+        chosen_from.append(len(lengths))
+        return choose_samples(lengths, *arguments)
+
+    monkeypatch.setattr("calibration.precision.choose_samples", choosing)
+    learned(tiny, tmp_path, "out")
+    # Of budgets, and of metrics.
+    assert chosen_from == [8, 7]
+
+
 def test_metrics_of_outputs_change_the_rounding(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of large layers; all outputs of a small one are rounded at once."""
     monkeypatch.setattr("calibration.quantize.output_metric.LEAST_RUN", 8)
     learned(tiny, tmp_path, "jointly")
-    monkeypatch.setattr("calibration.learn.metrics.has_metric", lambda layer: False)
+    monkeypatch.setattr("calibration.learn.metrics.with_metric", lambda layers: {})
     learned(tiny, tmp_path, "apart")
     jointly, apart = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("jointly", "apart"))
     changed = {name for name, value in jointly.items() if not torch.equal(value, apart[name])}

@@ -38,17 +38,16 @@ def job_of(model: Path, budget: int | None = None, device: str = "cpu", recipe: 
     return Job(source, architecture, names, spec, recipe, budget, torch.device(device), ONE)
 
 
-def need_of(model: Path, recipe: Recipe, tokens: int) -> MemoryNeed:
+def need_of(model: Path, recipe: Recipe, tokens: int, *, joint: bool = False) -> MemoryNeed:
     job = job_of(model, recipe=recipe)
-    return memory_need(job.architecture, job.source.tensors, job.names, job.spec, recipe, tokens)
+    return memory_need(job.architecture, job.source.tensors, job.names, job.spec, recipe, tokens, joint=joint)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("qwen2_5_vl", "bfloat16")])
 def test_hidden_states_on_disk_give_the_bytes_of_those_in_memory(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
 ) -> None:
-    # With another effort the need has room for metrics of outputs, which these few samples do not get.
-    recipe = RECIPE.model_copy(update={"dtype": dtype, "effort": "fast"})
+    recipe = RECIPE.model_copy(update={"dtype": dtype})
     used: list[set[str]] = []
     inputs = WorkDirectory.inputs
 
@@ -185,17 +184,19 @@ def test_held_out_samples_take_room_for_their_moments_and_fits(tiny: TinyModels)
     more = input_peak(2048, k, n, 32, choosing=True) - input_peak(2048, k, n, 32)
     assert more == 4 * (k * k + 3 * n * k)
     needs = [need_of(tiny.model("llama"), RECIPE.model_copy(update={"effort": effort}), 1000) for effort in EFFORTS]
-    assert needs[0].block < needs[1].block < needs[2].block
+    assert needs[0].block == needs[1].block < needs[2].block
 
 
 def test_metrics_of_outputs_take_room(tiny: TinyModels) -> None:
-    k, n = 4096, 6144
-    more = input_peak(2048, k, n, 32, joint=True) - input_peak(2048, k, n, 32)
-    assert more == 4 * 4 * n * n
+    k, n, squares = 4096, 6144, 4096**2 + 2 * 1024**2
+    more = input_peak(2048, k, n, 32, metrics=squares) - input_peak(2048, k, n, 32)
+    assert more == 4 * (4 * squares + k * k)
     model = tiny.model("llama")
-    nearest = need_of(model, RECIPE.model_copy(update={"rounding": "nearest"}), 1000)
-    assert nearest.block == need_of(model, RECIPE.model_copy(update={"effort": "fast"}), 1000).block
-    assert nearest.block < need_of(model, RECIPE, 1000).block
+    plain, joint = need_of(model, RECIPE, 1000), need_of(model, RECIPE, 1000, joint=True)
+    assert plain.head == 0 and joint.block > plain.block
+    # The head, twice, in float32, and logits of 128 tokens.
+    assert (joint.front, joint.front_streamed) == (plain.front, plain.front_streamed)
+    assert joint.head - plain.front > 4 * 3 * 128 * 100
 
 
 def test_too_few_samples_to_hold_one_out_give_the_tensors_of_fast_and_lines(

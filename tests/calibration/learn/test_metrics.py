@@ -25,6 +25,14 @@ def test_squared_they_are_the_second_derivative_of_the_divergence() -> None:
     assert float((drawn @ step.T).mean().abs()) < 4 * float((drawn @ step.T).std()) / count**0.5
 
 
+def test_states_that_are_not_finite_have_none() -> None:
+    states = torch.ones(3, 4)
+    states[1] = float("inf")
+    found = drawn_derivatives(states, torch.eye(4), torch.Generator().manual_seed(1))
+    assert bool(found.isfinite().all()) and not bool(found[1].any()) and bool(found[2].any())
+    assert drawn_derivatives(states[:0], torch.eye(4), torch.Generator()).shape == (0, 4)
+
+
 class Doubling:
     """Stands for the head of a model whose norm doubles its states."""
 

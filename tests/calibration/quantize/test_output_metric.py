@@ -1,5 +1,6 @@
 """Outputs whose errors add up in the model: their metric, and rounding that lets the errors cancel."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ from calibration.quantize.output_metric import (
     DAMPING_STRENGTH,
     LEAST_DAMPING,
     OutputMoment,
-    has_metric,
-    joint_metric,
     round_in_runs,
+    with_metric,
 )
 from calibration.quantize.rounding import quantize_two_level
 from morphoquant_vllm.numerics import weights
@@ -63,7 +63,7 @@ def cost(found: tuple[Tensor, ...], gradient: Tensor) -> float:
 
 
 def runs(metric: Tensor, processes: Processes = ONE) -> tuple[Tensor, ...]:
-    return round_in_runs(TARGET, metric, rounded, dequantized, processes)
+    return round_in_runs(TARGET, [metric], rounded, dequantized, processes)
 
 
 def test_the_model_errs_less_on_new_tokens() -> None:
@@ -117,15 +117,43 @@ def test_no_metric_without_derivatives() -> None:
         assert moment.metric() is None
 
 
-@pytest.mark.parametrize(("outputs", "wanted"), [(64, True), (128, True), (160, False)])
-def test_layers_that_spread_their_input_have_none(outputs: int, wanted: bool) -> None:
-    layer = make_spec({"m.q": torch.zeros(outputs, 64)}).layers["m.q"]
-    assert has_metric(layer) is wanted
-
-
 def test_errors_of_different_layers_do_not_compensate_for_each_other() -> None:
-    metrics = {"q": torch.full((2, 2), 3.0).bfloat16(), "k": torch.full((1, 1), 5.0)}
-    joint = joint_metric(metrics, ("q", "k"), CPU)
-    assert joint is not None and joint.dtype == torch.float32
-    assert joint.tolist() == [[3, 3, 0], [3, 3, 0], [0, 0, 5]]
-    assert joint_metric(metrics, ("q", "k", "v"), CPU) is None
+    """The same as one layer of which each half has a metric of its own."""
+    halves = [metric_of(derivatives(seed=seed)[:, :128]) for seed in (4, 5)]
+    found = round_in_runs(TARGET, halves, rounded, dequantized, ONE)
+    # Each half in as many runs as both have together, of half as many outputs.
+    for half, own in enumerate((slice(0, 128), slice(128, 256))):
+        parts = []
+
+        def one(aimed: Tensor, parts: list[Tensor] = parts) -> tuple[Tensor, ...]:
+            parts.append(aimed)
+            return rounded(aimed)
+
+        first = round_in_runs(TARGET[own], [halves[half]], one, dequantized, ONE)
+        assert len(parts) == 2 and not torch.equal(first[0], rounded(TARGET[own])[0])
+    assert found[0].shape == TARGET.shape
+    error, apart = dequantized(*found) - TARGET, dequantized(*rounded(TARGET)) - TARGET
+    for half, own in enumerate((slice(0, 128), slice(128, 256))):
+        costs = [float((halves[half] @ each[own] @ HESSIAN * each[own]).sum()) for each in (error, apart)]
+        assert costs[0] < 0.8 * costs[1]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "wanted"),
+    [
+        ({"q": 128}, True),
+        ({"q": 64, "k": 64}, True),
+        ({"q": 64}, False),
+        ({"q": 160}, False),
+        ({"q": 160, "k": 64}, False),
+    ],
+)
+def test_layers_with_metrics(outputs: dict[str, int], wanted: bool) -> None:
+    """Not those that spread their input or are rounded in one run; all that share an input, or none."""
+    layers = make_spec({f"m.{name}": torch.zeros(count, 64) for name, count in outputs.items()}).layers
+    assert with_metric(layers) == (layers if wanted else {})
+
+
+def test_layers_of_other_widths_have_no_metric() -> None:
+    layers = make_spec({"m.q": torch.zeros(128, 64)}).layers
+    assert not with_metric({name: replace(layer, weight_bits=8) for name, layer in layers.items()})
