@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.settings.recipe import Recipe
+from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.doctor.finding import Finding, note, ok
 from morphoquant_vllm.errors import MorphoQuantError, missing_package, one_line
 
@@ -42,5 +42,8 @@ def _need_and_free(directory: Path) -> tuple[MemoryNeed, int]:
 
     recipe = Recipe()
     job = plan_job(directory, recipe, None, ONE)
-    need = memory_need(job.architecture, job.source.tensors, job.names, job.spec, recipe, recipe.sample_tokens)
+    joint = rounds_jointly(recipe, learns=recipe.effort != "fast" and not job.spec.experts)
+    need = memory_need(
+        job.architecture, job.source.tensors, job.names, job.spec, recipe, recipe.sample_tokens, joint=joint
+    )
     return need, job.memory_limit

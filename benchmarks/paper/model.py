@@ -108,7 +108,7 @@ def sizes(directory: Path) -> Sizes:
     from calibration.model.plan import decoder_names, plan
     from calibration.model.source import Source
     from calibration.output.export import checkpoint_size
-    from calibration.settings.recipe import Recipe
+    from calibration.settings.recipe import Recipe, rounds_jointly
     from morphoquant_vllm.format.files import read_json
 
     config = read_json(directory / "config.json")
@@ -116,7 +116,8 @@ def sizes(directory: Path) -> Sizes:
     tensors = _tensors(directory, config)
     spec = plan(architecture, config, tensors, recipe)
     names = decoder_names(architecture, config, tensors)
-    need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens)
+    joint = rounds_jointly(recipe, learns=recipe.effort != "fast" and not spec.experts)
+    need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens, joint=joint)
     return Sizes(
         sixteen_bit=sum(info.nbytes for info in tensors.values()),
         checkpoint=checkpoint_size(Source(directory, config, dict(tensors)), spec),

@@ -32,8 +32,9 @@ FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 # If held-out samples choose between fits: their second moments, and the fits; in both phases.
 HELD_SQUARES, HELD_MATRICES = 1, 3
-# If outputs have metrics: their copies while codes are searched. Of the head's weights, and of logits of some tokens.
-METRIC_SQUARES = 4
+# If outputs have metrics: their copies, and those of [N, K], while codes are searched in runs.
+METRIC_SQUARES, RUN_MATRICES = 4, 6
+# Of the head's weights, and of logits of some tokens.
 HEAD_COPIES, LOGITS_COPIES, LOGITS_TOKENS = 2, 3, 128
 # Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
 POOLED_SQUARES, PART_COPIES = 4, 1.25
@@ -161,14 +162,16 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool =
     kept = KEPT_COPIES * tokens * k
     if choosing:
         kept += HELD_SQUARES * k * k + HELD_MATRICES * n * k
+    fitted = FIT_MATRICES
     if metrics:
-        # The factor of the Hessian stays for all runs.
+        # The factor of the Hessian stays for all runs, and a run has an eighth of the outputs.
         kept += METRIC_SQUARES * metrics + k * k
+        fitted = RUN_MATRICES
     return HEAP + 4 * round(
         max(
             SEARCH_COPIES * tokens * k + n * k,
             kept + FACTOR_SQUARES * k * k + FACTOR_MATRICES * n * k,
-            kept + FIT_SQUARES * k * k + FIT_MATRICES * n * k + FIT_SYSTEMS * rows * groups**2,
+            kept + FIT_SQUARES * k * k + fitted * n * k + FIT_SYSTEMS * rows * groups**2,
         )
     )
 

@@ -14,7 +14,7 @@ from calibration.model.architectures import find_architecture
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import Source
 from calibration.output.export import checkpoint_size
-from calibration.settings.recipe import Recipe, read_recipe
+from calibration.settings.recipe import Recipe, read_recipe, rounds_jointly
 from tests.examples.running import EXAMPLES
 from tests.published_layouts import layout
 
@@ -32,7 +32,8 @@ def least_gib(name: str, recipe: Recipe) -> float:
     config, tensors = layout(name)
     architecture = find_architecture(config)
     spec, names = plan(architecture, config, tensors, recipe), decoder_names(architecture, config, tensors)
-    return memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens).least / 2**30
+    joint = rounds_jointly(recipe, learns=recipe.effort != "fast" and not spec.experts)
+    return memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens, joint=joint).least / 2**30
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
