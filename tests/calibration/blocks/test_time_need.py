@@ -76,6 +76,16 @@ def test_sharing_a_budget_takes_the_time_of_its_tokens() -> None:
     assert 4 * some / all_blocks == pytest.approx(7 / 30, rel=0.1)
 
 
+def test_metrics_take_the_time_of_their_tokens_and_of_the_layers_that_have_one() -> None:
+    layers = {str(place): layer for place, layer in enumerate(block(576, 192, 1536))}
+    wide = {place: layer for place, layer in layers.items() if layer.shared_input == "gate_up_proj"}
+    # Passes forward and back, and nothing else.
+    assert time_need.metric_operations(wide, 100) == 6 * 100 * 2 * 576 * 1536
+    without = 6 * 8192 * sum(layer.in_features * layer.out_features for layer in layers.values())
+    moments = 2 * 8192 * (3 * 576**2 + 2 * 192**2)
+    assert without + moments < time_need.metric_operations(layers, 8192) < without + 1.3 * moments
+
+
 def test_the_speed_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is the test's: products take 4, 2 and 3 seconds."""
     ticks = iter((0.0, 4.0, 10.0, 12.0, 20.0, 23.0))

@@ -134,3 +134,22 @@ def test_two_processes_choose_as_one_does(tmp_path: Path) -> None:
     one = made(ONE)
     for found in in_processes(tmp_path, made):
         assert float((found - one).norm() / one.norm()) < 0.01
+
+
+@pytest.mark.parametrize("levels", [0, 16])
+def test_errors_of_outputs_cancel_by_the_metrics_of_the_layers(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibration.quantize.output_metric.LEAST_RUN", 4)
+    layer = make_spec({"m.q": matrix()}, scheme="two_level" if levels else "group").layers["m.q"]
+    # The model sees sums of outputs of either layer, above all.
+    metrics = [torch.ones(16, 16) + torch.eye(16)] * 2
+
+    def sums(recipe: Recipe, metrics: list[Tensor]) -> Tensor:
+        found = round_weights(matrix(), STEP, moments(), layer, recipe, ONE, metrics=metrics)
+        assert torch.equal(weights.dequantize_weight(*found.stored.values()), found.matrix)
+        return (found.matrix - matrix() * STEP).unflatten(0, (2, 16)).sum(1)
+
+    recipe = Recipe(scale_levels=levels)
+    assert float(sums(recipe, metrics).norm()) < 0.8 * float(sums(recipe, []).norm())
+    if levels:
+        nearest = Recipe(rounding="nearest")
+        assert torch.equal(sums(nearest, metrics), sums(nearest, []))
