@@ -118,6 +118,20 @@ def test_two_processes_choose_what_one_chooses(tiny: TinyModels, whole: Path, tm
     assert verify_checkpoint(tmp_path / "two").layers == read_spec(whole).layers
 
 
+@pytest.mark.full
+def test_two_processes_round_with_the_metrics_of_one(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibration.quantize.output_metric.LEAST_RUN", 8)
+    one = learned(tiny, tmp_path, "one")
+    call: Callable[[Processes], Any] = lambda processes: learned(tiny, tmp_path, "two", processes=processes)  # noqa: E731
+    first, second = in_processes(tmp_path, call)
+    assert first == second and verify_checkpoint(tmp_path / "two").layers == read_spec(tmp_path / "one").layers
+    # Sums in another order turn codes at ties, and all layers after them.
+    for name, layer in one["layers"].items():
+        assert first["layers"][name]["output_error"] == pytest.approx(layer["output_error"], rel=0.1)
+
+
 def test_one_budget_of_escapes_for_the_model(tiny: TinyModels, tmp_path: Path) -> None:
     recipe = Recipe(device="cpu", sample_tokens=64, max_samples=2, budget="model")
     report = run(tiny, tmp_path / "out", recipe)
