@@ -25,9 +25,9 @@ NAMED = 10
 CPU_CORE_RATE, GPU_RATE = 0.07e12, 50e12
 # Time of a 3B on 2 cores, extrapolated from two blocks (benchmarks/results/calibrate/calibrate.json), and its quantized
 # elements: 64 samples of 512 tokens, 16,384 drawn tokens, effort fast. There are twice as many samples here, of about
-# three times as many tokens, and the default effort. By the operations of a 3B its blocks take 4.6 times as long;
+# three times as many tokens, and the default effort. By the operations of a 3B its blocks take 4.8 times as long;
 # learning takes 2.0 times.
-CALIBRATION_SECONDS, CALIBRATION_ELEMENTS, CALIBRATION_CORES, BLOCKS, LEARNING = 5906.5, 2.77e9, 2, 4.6, 2.0
+CALIBRATION_SECONDS, CALIBRATION_ELEMENTS, CALIBRATION_CORES, BLOCKS, LEARNING = 5906.5, 2.77e9, 2, 4.8, 2.0
 # A guess: decoding a video on the host.
 VIDEO_SECONDS = 2.0
 # Memory of an engine beside its weights: activations and the key-value cache.

@@ -10,7 +10,8 @@ from benchmarks.paper.__main__ import held, keep_settings, main
 from benchmarks.paper.model import Sizes
 from calibration.blocks.memory_need import MemoryNeed
 from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
-from calibration.blocks.time_need import operations, sharing_operations
+from calibration.blocks.time_need import metric_operations, operations, sharing_operations
+from calibration.learn.metrics import TOKENS as METRIC_TOKENS
 from calibration.learn.need import head_elements, learning_operations
 from calibration.model.architectures import find_architecture
 from calibration.model.plan import decoder_names
@@ -149,8 +150,8 @@ def test_estimates_are_marked_and_give_way_to_what_was_measured(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     questions = {"scienceqa": 4241, "video-mme": 2700}
     lines = plan.estimates(questions, QWEN_3B, options(tmp_path), False, {"video-mme": 2.0})
-    # 4.6 times the 3B layout's 5906.5 s, and twice for learning.
-    assert lines[0] == "time: calibration about 10.8 h (estimate from a measured 3B layout)"
+    # 4.8 times the 3B layout's 5906.5 s, and twice for learning.
+    assert lines[0] == "time: calibration about 11.2 h (estimate from a measured 3B layout)"
     # 2 x 2.77e9 x 500 operations at 0.14e12 a second.
     assert lines[1] == "time: scienceqa, 4241 questions, about 23.3 h for each row (estimate, 500 tokens a question)"
     assert lines[2] == "time: video-mme, 2700 questions, about 90.0 min for each row (measured on answers so far)"
@@ -164,11 +165,13 @@ def test_the_factors_of_the_time_are_those_of_the_operations() -> None:
     architecture, recipe = find_architecture(config), Recipe()
     names = decoder_names(architecture, config, tensors)
     spec = architecture_plan(architecture, config, tensors, recipe)
-    layers = [layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.")]
+    named = {name: layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.")}
+    layers = list(named.values())
     head = head_elements(architecture, names, tensors)
     measured, tokens = operations(layers, 64 * 512, 16384), calibration.SAMPLES * 3 * 512
     blocks = operations(layers, tokens, recipe.sample_tokens, recipe.effort)
     blocks += sharing_operations(layers, min(SHARING_TOKENS, recipe.sample_tokens))
+    blocks += metric_operations(named, min(METRIC_TOKENS, recipe.sample_tokens))
     assert blocks / measured == pytest.approx(plan.BLOCKS, abs=0.05)
     assert learning_operations(layers, head, tokens, recipe.effort) / measured == pytest.approx(plan.LEARNING, abs=0.05)
 
