@@ -161,7 +161,16 @@ def learned(tiny: TinyModels, folder: Path, name: str, recipe: Recipe = LEARNING
 def test_metrics_of_outputs_are_kept_and_resumed(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    chosen_from = []
+
+    def choosing(lengths: list[int], *arguments: Any) -> list[int]:
+        chosen_from.append(len(lengths))
+        return choose_samples(lengths, *arguments)
+
+    monkeypatch.setattr("calibration.precision.choose_samples", choosing)
     learned(tiny, tmp_path, "whole")
+    # For budgets, and for metrics without the sample that judges.
+    assert chosen_from == [8, 7]
     with pytest.raises(Stopped):
         learned(tiny, tmp_path, "out", on_block=stop)
     files = sorted((tmp_path / "out.work").glob("metrics-*"))
@@ -185,28 +194,18 @@ def test_metrics_of_outputs_are_kept_and_resumed(
     assert not list(tmp_path.glob("*.work"))
 
 
-def test_samples_that_judge_make_no_metrics(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen_from = []
-
-    def choosing(lengths: list[int], *arguments: Any) -> list[int]:
-        chosen_from.append(len(lengths))
-        return choose_samples(lengths, *arguments)
-
-    monkeypatch.setattr("calibration.precision.choose_samples", choosing)
-    learned(tiny, tmp_path, "out")
-    # Of budgets, and of metrics.
-    assert chosen_from == [8, 7]
-
-
 def test_metrics_of_outputs_change_the_rounding(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of large layers; all outputs of a small one are rounded at once."""
     monkeypatch.setattr("calibration.quantize.output_metric.LEAST_RUN", 8)
-    learned(tiny, tmp_path, "jointly")
-    monkeypatch.setattr("calibration.learn.metrics.with_metric", lambda layers: {})
-    learned(tiny, tmp_path, "apart")
-    jointly, apart = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("jointly", "apart"))
+    blocks = []
+    for name in ("jointly", "apart"):
+        with pytest.raises(Stopped):
+            learned(tiny, tmp_path, name, on_block=stop)
+        blocks.append(load_file(tmp_path / f"{name}.work" / "block-00000.safetensors"))
+        monkeypatch.setattr("calibration.learn.metrics.with_metric", lambda layers: {})
+    jointly, apart = blocks
     changed = {name for name, value in jointly.items() if not torch.equal(value, apart[name])}
     assert any(name.endswith("q_proj.weight_codes") for name in changed)
 
