@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
 from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
-from calibration.quantize.output_metric import with_metric
+from calibration.quantize.output_metric import have_metrics, runs_of
 from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -32,8 +31,8 @@ FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 # If held-out samples choose between fits: their second moments, and the fits; in both phases.
 HELD_SQUARES, HELD_MATRICES = 1, 3
-# If outputs have metrics: their copies, and those of [N, K], while codes are searched in runs.
-METRIC_SQUARES, RUN_MATRICES = 4, 6
+# If outputs have metrics: their copies while codes are searched in runs.
+METRIC_SQUARES = 4
 # Of the head's weights, and of logits of some tokens.
 HEAD_COPIES, LOGITS_COPIES, LOGITS_TOKENS = 2, 3, 128
 # Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
@@ -135,21 +134,21 @@ def _block(
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         inputs.setdefault(layer.shared_input, []).append(layer)
-    found = list(with_metric({str(place): layer for place, layer in enumerate(chain(*inputs.values()))}).values())
-    known = {layer.shared_input for layer in found}
     # In the model's dtype, or in float32 once they are quantized; both for the linears that are being quantized.
     weights = sum(info.elements for info in infos) * max(width, 4)
     peaks = [experts[1]]
+    # In bfloat16 they stay in memory with the block.
+    metrics = 0
     waiting = sum(shards[0].in_features for shards in inputs.values()) + experts[0]
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         # The 16-bit model's inputs of later linears stay in memory until their turn.
         waiting -= k
-        squares = sum(layer.out_features**2 for layer in shards if joint and layer.shared_input in known)
+        squares = sum(layer.out_features**2 for layer in shards) if joint and have_metrics(shards) else 0
+        metrics += 2 * squares
         own = input_peak(tokens, k, n, shards[0].group_size, choosing=choosing, metrics=squares)
         peaks.append(4 * tokens * waiting + own + 4 * n * k)
-    # Metrics in bfloat16 stay in memory with the block.
-    return weights + max(peaks) + (2 * sum(layer.out_features**2 for layer in found) if joint else 0)
+    return weights + max(peaks) + metrics
 
 
 def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False, metrics: int = 0) -> int:
@@ -162,11 +161,11 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool =
     kept = KEPT_COPIES * tokens * k
     if choosing:
         kept += HELD_SQUARES * k * k + HELD_MATRICES * n * k
-    fitted = FIT_MATRICES
+    fitted: float = FIT_MATRICES
     if metrics:
-        # The factor of the Hessian stays for all runs, and a run has an eighth of the outputs.
+        # The factor of the Hessian stays for all runs, and only the outputs of one run are fitted at a time.
         kept += METRIC_SQUARES * metrics + k * k
-        fitted = RUN_MATRICES
+        fitted = min(FIT_MATRICES, FACTOR_MATRICES + FIT_MATRICES / runs_of(n))
     return HEAP + 4 * round(
         max(
             SEARCH_COPIES * tokens * k + n * k,

@@ -35,17 +35,18 @@ def with_metric(layers: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
     shards: dict[str, dict[str, LayerSpec]] = {}
     for name, layer in layers.items():
         shards.setdefault(layer.shared_input, {})[name] = layer
-    return {name: layer for each in shards.values() if _has_metric(each.values()) for name, layer in each.items()}
+    return {name: layer for each in shards.values() if have_metrics(each.values()) for name, layer in each.items()}
 
 
-def _has_metric(shards: Collection[LayerSpec]) -> bool:
-    runs = _runs(sum(layer.out_features for layer in shards))
-    return runs > 1 and all(
+def have_metrics(shards: Collection[LayerSpec]) -> bool:
+    """Whether the outputs of the layers that share an input get metrics, by size."""
+    return runs_of(sum(layer.out_features for layer in shards)) > 1 and all(
         layer.weight_bits == 4 and layer.out_features <= MOST_OUTPUTS * layer.in_features for layer in shards
     )
 
 
-def _runs(outputs: int) -> int:
+def runs_of(outputs: int) -> int:
+    """The number of runs in which so many outputs are rounded."""
     return max(1, min(MOST_RUNS, outputs // LEAST_RUN))
 
 
@@ -113,7 +114,7 @@ def round_in_runs(
     """
     sizes = [len(metric) for metric in metrics]
     parts = [_Aimed(part, metric.float(), processes) for part, metric in zip(target.split(sizes), metrics, strict=True)]
-    runs, found = _runs(len(target)), list[Rounded]()
+    runs, found = runs_of(len(target)), list[Rounded]()
     places: list[Tensor] = []
     for run in range(runs):
         own = [part.own(run, runs) for part in parts]
