@@ -19,9 +19,10 @@ from calibration.blocks.time_need import (
 from calibration.data.token_choice import TokenSample
 from calibration.job import Job
 from calibration.learn.metrics import TOKENS as METRIC_TOKENS
-from calibration.learn.need import head_elements, learning_operations
+from calibration.learn.need import learning_operations
 from calibration.model.bits import extra_bytes
 from calibration.model.experts import CHOSEN
+from calibration.model.head_tensor import head_tensor
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.quantize.held_out import held_out
 from calibration.settings.recipe import rounds_jointly, shares_budget
@@ -132,7 +133,7 @@ def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]
     speed = product_speed()
     if not learns:
         return work / speed, None
-    head = head_elements(job.architecture, job.names, job.source.tensors)
+    head = head_tensor(job.architecture, job.names, job.source.tensors).elements
     return work / speed, learning_operations(layers, head, all_tokens, effort) / speed
 
 

@@ -103,12 +103,12 @@ def sizes(directory: Path) -> Sizes:
     By the config alone, parts that are published in float32 count as 16-bit.
     Raises MorphoQuantError for an architecture that calibration does not know.
     """
-    from calibration.blocks.memory_need import memory_need
+    from calibration.blocks.memory_need import planned_need
     from calibration.model.architectures import find_architecture
     from calibration.model.plan import decoder_names, plan
     from calibration.model.source import Source
     from calibration.output.export import checkpoint_size
-    from calibration.settings.recipe import Recipe, rounds_jointly
+    from calibration.settings.recipe import Recipe
     from morphoquant_vllm.format.files import read_json
 
     config = read_json(directory / "config.json")
@@ -116,8 +116,7 @@ def sizes(directory: Path) -> Sizes:
     tensors = _tensors(directory, config)
     spec = plan(architecture, config, tensors, recipe)
     names = decoder_names(architecture, config, tensors)
-    joint = rounds_jointly(recipe, learns=recipe.effort != "fast" and not spec.experts)
-    need = memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens, joint=joint)
+    need = planned_need(architecture, tensors, names, spec, recipe)
     return Sizes(
         sixteen_bit=sum(info.nbytes for info in tensors.values()),
         checkpoint=checkpoint_size(Source(directory, config, dict(tensors)), spec),

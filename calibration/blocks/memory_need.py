@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from calibration.model.architectures import Architecture
+from calibration.model.head_tensor import HEAD, head_tensor
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
+from calibration.quantize.held_out import SAMPLES_PER_HELD
 from calibration.quantize.output_metric import have_metrics, runs_of
 from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
-from calibration.settings.recipe import Recipe
+from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -33,7 +35,7 @@ FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 HELD_SQUARES, HELD_MATRICES = 1, 3
 # If outputs have metrics: their copies while codes are searched in runs.
 METRIC_SQUARES = 4
-# Of the head's weights, and of logits of some tokens.
+# Of the head's weights, and of logits of so many tokens, which are in memory at once.
 HEAD_COPIES, LOGITS_COPIES, LOGITS_TOKENS = 2, 3, 128
 # Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
 POOLED_SQUARES, PART_COPIES = 4, 1.25
@@ -89,7 +91,7 @@ def memory_need(
 
     model_tensors = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
     towers = [info for name, info in model_tensors.items() if name.startswith(architecture.tower_prefixes)]
-    head = f"{architecture.model_prefix}lm_head.weight"
+    head = f"{architecture.model_prefix}{HEAD}.weight"
     rest = [
         info
         for name, info in model_tensors.items()
@@ -112,8 +114,20 @@ def memory_need(
         front=BASE + nbytes(rest) + nbytes(towers),
         front_streamed=BASE + nbytes(rest) + 2 * largest,
         block=BASE + max(blocks),
-        head=BASE + nbytes(rest) + _head([model_tensors[head]] if head in model_tensors else rest) if joint else 0,
+        head=BASE + nbytes(rest) + _head(head_tensor(architecture, names, tensors)) if joint else 0,
     )
+
+
+def planned_need(
+    architecture: Architecture,
+    tensors: Mapping[str, TensorInfo],
+    names: DecoderNames,
+    spec: QuantizationSpec,
+    recipe: Recipe,
+) -> MemoryNeed:
+    """The peaks before any data are known: with as many drawn tokens as the recipe has, and enough to learn from."""
+    joint = rounds_jointly(recipe, learns=recipe.effort in SAMPLES_PER_HELD and not spec.experts)
+    return memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens, joint=joint)
 
 
 def _block(
@@ -175,12 +189,9 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool =
     )
 
 
-def _head(infos: Iterable[TensorInfo]) -> int:
-    """Bytes of the head in float32, and of logits. Its weights are the largest of these tensors."""
-    largest = max(infos, key=lambda info: info.elements, default=None)
-    if largest is None:
-        return 0
-    return 4 * (HEAD_COPIES * largest.elements + LOGITS_COPIES * LOGITS_TOKENS * largest.shape[0])
+def _head(weights: TensorInfo) -> int:
+    """Bytes of the head's weights [V, D] in float32, and of logits."""
+    return 4 * (HEAD_COPIES * weights.elements + LOGITS_COPIES * LOGITS_TOKENS * weights.shape[0])
 
 
 def _experts(spec: QuantizationSpec, name: str, tokens: int) -> tuple[int, int]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tokens whose logits are in memory at once.
-LOGITS_TOKENS = 128
+from calibration.blocks.memory_need import LOGITS_TOKENS
 
 
 class Divergence(torch.autograd.Function):

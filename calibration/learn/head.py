@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from calibration.model.architectures import Architecture
+from calibration.model.head_tensor import HEAD
 from calibration.model.loading import empty_model, load_front
 from calibration.model.refusals import WRITES_TEXT
 from calibration.model.source import Source
 from calibration.settings.recipe import Recipe
-
-HEAD = "lm_head"
 
 
 def has_head(architecture: Architecture, source: Source, recipe: Recipe) -> bool:

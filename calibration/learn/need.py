@@ -5,32 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from calibration.learn.extent import EXTENTS, LONGEST
-from calibration.learn.head import HEAD
-from calibration.model.architectures import Architecture
-from calibration.model.plan import DecoderNames
-from calibration.model.source import TensorInfo
 from calibration.quantize.held_out import SAMPLES_PER_HELD
 from morphoquant_vllm.format.layers import LayerSpec
 
 # Copies of a token's inputs and outputs of all linears of a block that a pass back holds, float32: values, codes, masks
 # and gradients.
 TOKEN_COPIES = 6
-
-
-def head_elements(architecture: Architecture, names: DecoderNames, tensors: Mapping[str, TensorInfo]) -> int:
-    """The number of the head's weights: those stored for it, or those of the embedding.
-
-    The latter has the largest tensor outside blocks and towers. config.json need not name the size of the vocabulary.
-    """
-    stored = tensors.get(f"{architecture.model_prefix}{HEAD}.weight")
-    if stored is not None:
-        return stored.elements
-    others = (*architecture.tower_prefixes, f"{names.prefix}.")
-    own = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
-    return max(info.elements for name, info in own.items() if not name.startswith(others))
 
 
 def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int, effort: str) -> float:

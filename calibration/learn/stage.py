@@ -10,8 +10,9 @@ from typing import TypeVar
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS, LEAST_TOKENS, LONGEST, Chosen, choose_samples
 from calibration.learn.head import has_head
-from calibration.learn.need import decoder_bytes, head_elements, learning_bytes
+from calibration.learn.need import decoder_bytes, learning_bytes
 from calibration.learn.run import LearningRun
+from calibration.model.head_tensor import head_tensor
 from calibration.quantize.held_out import SAMPLES_PER_HELD
 from calibration.work.budgets import sample_lengths
 from calibration.work.directory import WorkDirectory
@@ -92,6 +93,6 @@ def _need(job: Job, lengths: list[int], chosen: Chosen) -> tuple[int, int]:
     config = job.architecture.decoder_config(job.source.config)
     # The states of one sample before every block, and those of all samples that are targets.
     states = 4 * config["hidden_size"] * (longest * (job.names.blocks + 1) + 2 * every)
-    head = job.memory_need().front_streamed + 4 * head_elements(job.architecture, job.names, job.source.tensors)
+    head = job.memory_need().front_streamed + 4 * head_tensor(job.architecture, job.names, job.source.tensors).elements
     streamed = head + learning_bytes(layers, states, longest)
     return streamed + sum(map(decoder_bytes, layers)), streamed

@@ -10,6 +10,7 @@ served_names   asks vLLM, in a process of its own, whether it would find the pla
 plan           which linears are quantized and how: the checkpoint's quantization_config
 ranks          among how many ranks the checkpoint can be divided
 bits           the bits of each linear's weights within a `bits_budget`
+head_tensor    the weights of the head in the files
 experts        the routed experts of a block in the files, read one at a time
 buffers        the tensors of a block that no file holds: transformers computes them
 loading        loads the modules before the decoder blocks, and the blocks one at a time

@@ -12,8 +12,9 @@ from calibration.blocks.memory_need import MemoryNeed
 from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
 from calibration.blocks.time_need import metric_operations, operations, sharing_operations
 from calibration.learn.metrics import TOKENS as METRIC_TOKENS
-from calibration.learn.need import head_elements, learning_operations
+from calibration.learn.need import learning_operations
 from calibration.model.architectures import find_architecture
+from calibration.model.head_tensor import head_tensor
 from calibration.model.plan import decoder_names
 from calibration.model.plan import plan as architecture_plan
 from calibration.settings.recipe import Recipe
@@ -167,7 +168,7 @@ def test_the_factors_of_the_time_are_those_of_the_operations() -> None:
     spec = architecture_plan(architecture, config, tensors, recipe)
     named = {name: layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.")}
     layers = list(named.values())
-    head = head_elements(architecture, names, tensors)
+    head = head_tensor(architecture, names, tensors).elements
     measured, tokens = operations(layers, 64 * 512, 16384), calibration.SAMPLES * 3 * 512
     blocks = operations(layers, tokens, recipe.sample_tokens, recipe.effort)
     blocks += sharing_operations(layers, min(SHARING_TOKENS, recipe.sample_tokens))
