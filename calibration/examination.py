@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.settings.recipe import Recipe, rounds_jointly
+from calibration.settings.recipe import Recipe
 from morphoquant_vllm.doctor.finding import Finding, note, ok
 from morphoquant_vllm.errors import MorphoQuantError, missing_package, one_line
 
@@ -36,14 +36,11 @@ def calibrating(directory: Path) -> Iterator[Finding]:
 def _need_and_free(directory: Path) -> tuple[MemoryNeed, int]:
     """What the calibration takes, and the bytes that are free."""
     # Imported here: they need the extra `calibration`.
-    from calibration.blocks.memory_need import memory_need
+    from calibration.blocks.memory_need import planned_need
     from calibration.calibrate import plan_job
     from calibration.processes import ONE
 
     recipe = Recipe()
     job = plan_job(directory, recipe, None, ONE)
-    joint = rounds_jointly(recipe, learns=recipe.effort != "fast" and not job.spec.experts)
-    need = memory_need(
-        job.architecture, job.source.tensors, job.names, job.spec, recipe, recipe.sample_tokens, joint=joint
-    )
+    need = planned_need(job.architecture, job.source.tensors, job.names, job.spec, recipe)
     return need, job.memory_limit

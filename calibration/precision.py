@@ -58,10 +58,9 @@ def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
         measured = measure(job, work, tokens) if shares else Measured({}, {})
         choice = job.processes.broadcast(lambda: choose(job, measured), [Choice])
         if jointly:
-            spec = apply(job.spec, choice.forms)
-            files = find_metrics(
-                replace(job, spec=spec), work, partial(_begin, job, work, tokens, METRIC_TOKENS, judges=False)
-            )
+            formed = replace(job, spec=apply(job.spec, choice.forms))
+            begin = partial(_begin, "metrics of outputs", job, work, tokens, METRIC_TOKENS, judges=False)
+            files = find_metrics(formed, work, begin)
             choice = replace(choice, metrics={name: asdict(record) for name, record in files.items()})
         made = choice
         job.processes.broadcast(lambda: keep_choice(work, made))
@@ -85,7 +84,7 @@ def will_learn(job: Job, work: WorkDirectory) -> bool:
 
 def measure(job: Job, work: WorkDirectory, tokens: TokenSample) -> Measured:
     """What forms and escapes of each input cost. The first process measures it, the others wait block by block."""
-    passes = _begin(job, work, tokens, TOKENS) if job.processes.first else None
+    passes = _begin("budgets", job, work, tokens, TOKENS) if job.processes.first else None
     losses_of: dict[str, dict[int, float]] = {}
     escapes_of: dict[str, EscapeCosts] = {}
 
@@ -137,7 +136,9 @@ def choose(job: Job, measured: Measured) -> Choice:
     return Choice(forms, least + added / weights, shares, escapes)
 
 
-def _begin(job: Job, work: WorkDirectory, tokens: TokenSample, most: int, *, judges: bool = True) -> Passes:
+def _begin(
+    purpose: str, job: Job, work: WorkDirectory, tokens: TokenSample, most: int, *, judges: bool = True
+) -> Passes:
     """Passes of about `most` tokens; without `judges`, of samples that may shape the weights."""
     # Modalities by the drawn tokens: every sample has some.
     parts = tokens.modality.split([positions.numel() for positions in tokens.positions])
@@ -154,7 +155,7 @@ def _begin(job: Job, work: WorkDirectory, tokens: TokenSample, most: int, *, jud
         min(most, job.recipe.sample_tokens),
     )
     chosen = [allowed[place] for place in places]
-    logger.info("%d of %d samples pass forward and back", len(chosen), len(rows))
+    logger.info("%s: %d of %d samples pass forward and back", purpose, len(chosen), len(rows))
     blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
     samples = [read_front(work, index) for index in chosen]
     return Passes(blocks, samples, work.path, job.recipe.seed)

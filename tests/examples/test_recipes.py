@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from calibration.blocks.memory_need import memory_need
+from calibration.blocks.memory_need import planned_need
 from calibration.model.architectures import find_architecture
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import Source
 from calibration.output.export import checkpoint_size
-from calibration.settings.recipe import Recipe, read_recipe, rounds_jointly
+from calibration.settings.recipe import Recipe, read_recipe
 from tests.examples.running import EXAMPLES
 from tests.published_layouts import layout
 
@@ -32,8 +32,7 @@ def least_gib(name: str, recipe: Recipe) -> float:
     config, tensors = layout(name)
     architecture = find_architecture(config)
     spec, names = plan(architecture, config, tensors, recipe), decoder_names(architecture, config, tensors)
-    joint = rounds_jointly(recipe, learns=recipe.effort != "fast" and not spec.experts)
-    return memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens, joint=joint).least / 2**30
+    return planned_need(architecture, tensors, names, spec, recipe).least / 2**30
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
