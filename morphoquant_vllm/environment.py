@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable that a user may set; `default` holds if it is unset or empty."""
+    """A variable that a user may set; `default` holds if it is unset or, but for PLUGINS, empty."""
 
     name: str
     default: str
@@ -30,7 +30,7 @@ class Variable:
 
 CPU = Variable(
     "MORPHOQUANT_CPU",
-    "the best that has run on hardware",
+    "the best of the processor",
     "Instruction set of the CPU kernels: `avx512_vnni`, `avx_vnni` or `avx2`.",
 )
 CACHE = Variable("MORPHOQUANT_CACHE", "`morphoquant` in `XDG_CACHE_HOME`", "Directory of the built CPU kernels.")

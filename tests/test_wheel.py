@@ -81,7 +81,9 @@ def test_a_wheel_has_kernels_and_no_tests(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {f"{PREBUILT}{name}" for name in ("cpu-avx2.so", "cpu-avx512_vnni.so", "manifest.json")} <= names
+    assert {
+        f"{PREBUILT}{name}" for name in ("cpu-avx2.so", "cpu-avx_vnni.so", "cpu-avx512_vnni.so", "manifest.json")
+    } <= names
     assert {"morphoquant_vllm/gpu/tiles.json", "calibration/output/page/page.html.j2"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "setup"))]
 

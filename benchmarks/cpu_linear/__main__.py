@@ -1,4 +1,7 @@
-"""python -m benchmarks.cpu_linear: the CPU kernels against vLLM's linears and head; cost of modality rows, of pages."""
+"""python -m benchmarks.cpu_linear: the CPU kernels against vLLM's linears and head, and against each other.
+
+Also the cost of modality rows and of small pages.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,14 @@ from morphoquant_vllm.numerics.limits import GROUP_SIZES
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 # The layer and the tokens at which the cost of rows and of pages is asked for.
 ROWS_SHAPE, ROWS_TOKENS = (18944, 3584), (1, 128)
+# The tokens at which instruction sets are compared, on the same layer.
+INSTRUCTIONS_TOKENS = (1, 4, 16, 128)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.cpu_linear", description=__doc__)
-    what = ("linears", "heads", "rows", "pages", "all", "report")
+    what = ("linears", "heads", "rows", "pages", "instructions", "all", "report")
     top.add_argument("what", nargs="?", choices=what, default="all", help="report: write a kept result's files again")
     top.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["bars"])
     top.add_argument("--layers", nargs="+", help="only layers with these names, such as down")
@@ -116,6 +121,15 @@ def measure_pages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def measure_instructions(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The times of each instruction set, for each number of threads and of tokens."""
+    from benchmarks.cpu_linear.instructions import measure
+
+    tokens = tuple(arguments.tokens or INSTRUCTIONS_TOKENS)
+    layer = (*ROWS_SHAPE, arguments.group_sizes[0])
+    return [case for threads in arguments.threads for case in measure(threads, *layer, tokens, arguments.seconds)]
+
+
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure; the JSON object."""
     from benchmarks.common.machine import load, machine, versions
@@ -139,6 +153,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
         "heads": measure_heads(arguments, left_out) if arguments.what in ("heads", "all") else [],
         "rows": measure_rows(arguments) if arguments.what in ("rows", "all") else [],
         "pages": measure_pages(arguments) if arguments.what in ("pages", "all") else [],
+        "instruction_sets": measure_instructions(arguments) if arguments.what in ("instructions", "all") else [],
         "left_out": list(left_out),
         "seconds": time.monotonic() - started,
     }

@@ -23,7 +23,12 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], budget: float, least: int = 15) -> dict[str, dict[str, float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]],
+    budget: float,
+    least: int = 15,
+    clock: Callable[[Callable[[], Any]], float] = timed,
+) -> dict[str, dict[str, float]]:
     """Median and quartiles (s) of each, over rounds of one call each in random order, within `budget` s."""
     order = list(runs)
     shuffle = random.Random(0)
@@ -36,7 +41,7 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], budget: float, least: int
     ):
         shuffle.shuffle(order)
         for name in order:
-            times[name].append(timed(runs[name]))
+            times[name].append(clock(runs[name]))
     found = {}
     for name, taken in times.items():
         low, median, high = statistics.quantiles(taken, n=4)

@@ -21,7 +21,7 @@ REPEATS = 7
 def ceilings(threads: int) -> dict[str, float]:
     """Best of REPEATS: GB/s read and G multiply-adds/s ("gmac_s") with this build's dot product."""
     try:
-        instructions = cpu_build.instruction_set(cpu_build.cpu_flags(), environment.cpu_instructions())
+        instructions = cpu_build.instruction_sets(cpu_build.cpu_flags(), environment.cpu_instructions())[0]
         built = cpu_build.build(
             instructions,
             find_compiler(),

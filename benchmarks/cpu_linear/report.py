@@ -34,6 +34,7 @@ def markdown(summary: dict[str, Any], name: str) -> str:
     for case in _cases(summary):
         parts += [_title(case), _overview(case)]
     parts += _rows(summary.get("rows", [])) + _pages(summary.get("pages", []))
+    parts += _instruction_sets(summary.get("instruction_sets", []))
     if summary["left_out"]:
         parts.append("Not measured here:\n\n" + "\n".join(f"- {reason}" for reason in summary["left_out"]))
     return "\n\n".join(parts) + "\n"
@@ -124,16 +125,31 @@ def _pages(rows: list[dict[str, Any]]) -> list[str]:
     return _compared(rows, title, ("small", "large", "small / large"), cells)
 
 
+def _instruction_sets(cases: list[dict[str, Any]]) -> list[str]:
+    title = "## Instruction sets, two-level scales"
+    names = list(cases[0]["times"]) if cases else []
+
+    def cells(case: dict[str, Any]) -> tuple[str, ...]:
+        base = case["times"]["avx2"]["median"]
+        medians = {name: case["times"][name]["median"] for name in names}
+        return tuple(f"{median * 1e6:.0f} µs ({base / median:.2f})" for median in medians.values())
+
+    return _compared(cases, title, tuple(f"{name} (times as fast as avx2)" for name in names), cells)
+
+
 def _compared(
     rows: list[dict[str, Any]],
     title: str,
     headings: tuple[str, ...],
     cells: Callable[[dict[str, Any]], tuple[str, ...]],
 ) -> list[str]:
-    """The title and a table of pairs of calls, or nothing if none were measured."""
+    """The title and a table of calls in turn, or nothing if none were measured."""
     if not rows:
         return []
-    lines = [f"| N x K | G | M | threads | pairs | {' | '.join(headings)} |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| N x K | G | M | threads | calls of each | {' | '.join(headings)} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         shape = (f"{row['outputs']}x{row['channels']}", *(row[key] for key in ("group_size", "tokens", "threads")))
         lines.append("| " + " | ".join(map(str, (*shape, row["pairs"], *cells(row)))) + " |")

@@ -1,9 +1,9 @@
 """The CPU backend: checked calls of the compiled functions (cpu/kernels/) on records that cpu.layout.prepare made.
 
 M tokens, K input channels, N output channels, R modality rows. At M = 1 the microseconds before native code are a
-large share of a call, so most checks run once, when records are prepared. This module checks the tensors' dtypes,
-shapes, layouts and devices at each call. Native code checks that a record's header fits the tensors before it reads
-the rest, and checks the modality of each token.
+large share of a call, so most checks run once, when records are prepared. At each call `backends.check_inputs` has
+checked x and modality; this module checks dtypes, shapes, layouts and devices of the rest. Native code checks that a
+record's header fits the tensors before it reads the rest, and checks the modality of each token.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.cpu.cache import is_intact, one_build, put, usable_directory
-from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, find_compiler, run
+from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, CompileError, find_compiler, run
 from morphoquant_vllm.errors import one_line
 
 logger = logging.getLogger("vllm.morphoquant_vllm.cpu.build")
@@ -39,8 +39,6 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx_vnni": ((*_BASE_CPU, "avx_vnni"), (*_BASE_FLAGS, "-mavxvnni")),
     "avx2": (_BASE_CPU, _BASE_FLAGS),
 }
-# Instruction sets that have run on a processor, best first. The other was only compiled; environment.CPU selects it.
-RUN_ON_HARDWARE = ("avx512_vnni", "avx2")
 # No contraction: the quantizer rounds after each operation, as torch does. gcc 12's headers cause the false warning.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
 
@@ -70,22 +68,19 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset(match[1].split()) if match else frozenset()
 
 
-def instruction_set(flags: frozenset[str], choice: str = "") -> str:
-    """The instruction set for a processor with `flags`: `choice`, else the best that has run on hardware.
+def instruction_sets(flags: frozenset[str], choice: str = "") -> list[str]:
+    """The instruction sets for a processor with `flags`, best first: `choice` alone, else all that it has.
 
     Raises BuildError if the processor supports none, or not `choice`.
     """
-    if choice:
-        if choice not in INSTRUCTION_SETS or not flags.issuperset(INSTRUCTION_SETS[choice][0]):
-            supported = [name for name, (needed, _) in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
-            raise BuildError(
-                f"{environment.CPU}={choice}: not an instruction set of this processor; it has {supported}"
-            )
-        return choice
-    for name in RUN_ON_HARDWARE:
-        if flags.issuperset(INSTRUCTION_SETS[name][0]):
-            return name
-    raise BuildError("the CPU kernels need AVX2, FMA and F16C, which this processor lacks; serve on another machine")
+    supported = [name for name, (needed, _) in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
+    if choice and choice not in supported:
+        raise BuildError(f"{environment.CPU}={choice}: not an instruction set of this processor; it has {supported}")
+    if not supported:
+        raise BuildError(
+            "the CPU kernels need AVX2, FMA and F16C, which this processor lacks; serve on another machine"
+        )
+    return [choice] if choice else supported
 
 
 def torch_openmp(maps: Path = Path("/proc/self/maps")) -> Path | None:
@@ -233,15 +228,28 @@ def _build_and_load(instructions: str, compiler: Sequence[str], directory: Path)
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels for this machine, or None after one warning that names the reason and the remedy."""
-    from morphoquant_vllm.cpu import shipped
-
     try:
-        instructions = instruction_set(cpu_flags(), environment.cpu_instructions())
-        if (prebuilt := shipped.load(instructions)) is not None:
-            return prebuilt
-        compiler = find_compiler()
-        with usable_directory(cache_directory()) as directory:
-            return _build_and_load(instructions, compiler, directory)
+        best, *others = instruction_sets(cpu_flags(), environment.cpu_instructions())
+        try:
+            return _kernels_of(best)
+        except CompileError as error:
+            # An old compiler does not know new instructions.
+            if not others:
+                raise
+            found = _kernels_of(others[-1])
+            logger.warning("MorphoQuant: no kernels for %s, so %s serves: %s", best, others[-1], one_line(str(error)))
+            return found
     except (BuildError, OSError) as error:
         logger.warning("MorphoQuant: the slow torch reference serves on this CPU: %s", one_line(str(error)))
         return None
+
+
+def _kernels_of(instructions: str) -> Kernels:
+    """The wheel's kernels of an instruction set, else compiled ones."""
+    from morphoquant_vllm.cpu import shipped
+
+    if (prebuilt := shipped.load(instructions)) is not None:
+        return prebuilt
+    compiler = find_compiler()
+    with usable_directory(cache_directory()) as directory:
+        return _build_and_load(instructions, compiler, directory)

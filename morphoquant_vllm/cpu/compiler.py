@@ -19,6 +19,10 @@ class BuildError(Exception):
     """The kernels cannot be built or loaded here; the message names the reason and the remedy."""
 
 
+class CompileError(BuildError):
+    """The compiler ran and failed, as one that is too old for an instruction set does."""
+
+
 def find_compiler() -> list[str]:
     """Command of the C++ compiler: the user's, else g++ or c++. Raises BuildError if there is none."""
     try:
@@ -38,7 +42,7 @@ def find_compiler() -> list[str]:
 def run(command: Sequence[str], deadline: float) -> str:
     """Run a command until `deadline`, a time of `time.monotonic`; its output.
 
-    Raises BuildError if it fails, cannot be started or does not end in time.
+    Raises CompileError if it fails, BuildError if it cannot be started or does not end in time.
     """
     try:
         # A new session: killing it also ends the compiler's child processes.
@@ -68,7 +72,7 @@ def run(command: Sequence[str], deadline: float) -> str:
     if process.returncode:
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"{command[0]} failed: {first}; g++ 11 or newer is known to work")
+        raise CompileError(f"{command[0]} failed: {first}; g++ 11 or newer is known to work")
     return output
 
 

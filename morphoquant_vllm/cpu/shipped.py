@@ -16,12 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from morphoquant_vllm.cpu import build
-from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, run
+from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, CompileError, run
 
 FOLDER = Path(__file__).parent / "prebuilt"
 MANIFEST = "manifest.json"
 # Every processor with AVX2 runs one of these. AVX512-BF16 needs no library of its own: avx512_vnni asks the processor.
-SHIPPED = build.RUN_ON_HARDWARE
+SHIPPED = tuple(build.INSTRUCTION_SETS)
 # The C++ and GCC libraries of the machine may be older than those of the compiler, so they are linked in.
 LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-s")
 
@@ -35,24 +35,37 @@ def sources_digest(sources: Path = build.SOURCES) -> str:
 
 
 def compile_all(folder: Path, compiler: Sequence[str], sources: Path = build.SOURCES) -> None:
-    """Compile every library of SHIPPED into `folder`, with their manifest. Raises BuildError if the compiler fails."""
+    """Compile the libraries of SHIPPED into `folder`, with their manifest.
+
+    One whose instructions the compiler does not know is left out. Raises BuildError if the compiler fails for all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for instructions in SHIPPED:
         target = folder / f"cpu-{instructions}.so"
-        deadline = time.monotonic() + BUILD_TIMEOUT
-        flags = [*build.COMPILE_FLAGS, *build.INSTRUCTION_SETS[instructions][1]]
-        with TemporaryDirectory() as scratch:
-            objects = []
-            for source in sorted(sources.glob("*.cpp")):
-                objects.append(f"{scratch}/{source.stem}.o")
-                define = f"-DMORPHOQUANT_{instructions.upper()}"
-                run([*compiler, *flags, define, "-c", str(source), "-o", objects[-1]], deadline)
-            # Without -fopenmp: no OpenMP library is named, and torch's has the functions.
-            run([*compiler, "-shared", *LINK_FLAGS, *objects, "-o", str(target)], deadline)
+        try:
+            _compile(target, instructions, compiler, sources)
+        except CompileError:
+            if instructions == SHIPPED[-1]:
+                raise
+            continue
         digests[target.name] = hashlib.sha256(target.read_bytes()).hexdigest()
     content = {"sources": sources_digest(sources), "libraries": digests}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _compile(target: Path, instructions: str, compiler: Sequence[str], sources: Path) -> None:
+    """Compile the library `target` for an instruction set."""
+    deadline = time.monotonic() + BUILD_TIMEOUT
+    flags = [*build.COMPILE_FLAGS, *build.INSTRUCTION_SETS[instructions][1]]
+    with TemporaryDirectory() as scratch:
+        objects = []
+        for source in sorted(sources.glob("*.cpp")):
+            objects.append(f"{scratch}/{source.stem}.o")
+            define = f"-DMORPHOQUANT_{instructions.upper()}"
+            run([*compiler, *flags, define, "-c", str(source), "-o", objects[-1]], deadline)
+        # Without -fopenmp: no OpenMP library is named, and torch's has the functions.
+        run([*compiler, "-shared", *LINK_FLAGS, *objects, "-o", str(target)], deadline)
 
 
 def find(instructions: str, folder: Path = FOLDER, sources: Path = build.SOURCES) -> Path | None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from benchmarks.cpu_linear.__main__ import parser, run
+from benchmarks.cpu_linear.instructions import at_hand, measure
 from benchmarks.cpu_linear.layers import MODELS, generated
 from benchmarks.cpu_linear.measure import interleaved
 from benchmarks.cpu_linear.report import write
 from benchmarks.cpu_linear.ways.heads import HEADS, head_bytes, heads
 from benchmarks.cpu_linear.ways.peers import linears
 from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics import linear
 
 OUTPUTS, CHANNELS, TOKENS = 64, 256, 6
@@ -91,6 +93,7 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.cpu_linear.__main__.ROWS_SHAPE", (OUTPUTS, CHANNELS))
     monkeypatch.setattr("benchmarks.cpu_linear.peak.READ_BYTES", 1 << 20)
     monkeypatch.setattr("benchmarks.cpu_linear.peak.DOT_ROUNDS", 1000)
+    monkeypatch.setattr("benchmarks.cpu_linear.instructions.at_hand", lambda: ["avx2"])
     threads = torch.get_num_threads()
     arguments = parser().parse_args(["--tokens", "1", "8", "--threads", "1", "--seconds", "0", "--pairs", "10"])
     summary = run(arguments, "command")
@@ -108,6 +111,8 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
         assert f"| MorphoQuant int8 | {point['times']['MorphoQuant int8']['median'] * 1e6:.0f} (" in text
     assert f"{summary['rows'][0]['ratio']:.3f}" in short and "| 10 |" in short
     assert f"| {summary['pages'][0]['ratio']:.2f} |" in short
+    assert [case["tokens"] for case in summary["instruction_sets"]] == [1, 8]
+    assert f"| {summary['instruction_sets'][0]['times']['avx2']['median'] * 1e6:.0f} µs (1.00) |" in short
     assert all(ceiling["gb_s"] > 0 and ceiling["gmac_s"] > 0 for ceiling in summary["ceilings"].values())
 
 
@@ -123,3 +128,19 @@ def test_each_number_of_threads_has_a_process_of_its_own(monkeypatch: pytest.Mon
     summary = run(parser().parse_args(["linears", *settings]), "command")
     assert [case["threads"] for case in summary["linears"]] == [1, 2]
     assert torch.get_num_threads() == before, "nothing was measured here"
+
+
+@pytest.mark.full
+def test_every_instruction_set_has_its_own_kernels() -> None:
+    found = measure(1, OUTPUTS, CHANNELS, 32, (1, 3), seconds=0.0)
+    assert [case["tokens"] for case in found] == [1, 3]
+    for case in found:
+        assert list(case["times"]) == at_hand()
+        assert all(time["runs"] == case["pairs"] for time in case["times"].values())
+
+
+@pytest.mark.full
+def test_a_worker_that_cannot_serve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.cpu_linear.instructions.at_hand", lambda: ["none"])
+    with pytest.raises(MorphoQuantError, match="the process with the none kernels ended; its output says why"):
+        measure(1, OUTPUTS, CHANNELS, 32, (1,), seconds=0.0)

@@ -9,7 +9,7 @@ from benchmarks.models.shapes import MODELS
 from morphoquant_vllm import ops
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.host_memory import zero_bytes
-from morphoquant_vllm.numerics.head import quantize_rows
+from morphoquant_vllm.numerics.head import quantize_outputs
 
 # N x K of the heads of Qwen2.5-1.5B (its embedding) and of Qwen2.5-Omni-7B.
 HEADS: dict[str, tuple[int, int]] = {
@@ -31,7 +31,7 @@ def heads(outputs: int, channels: int) -> tuple[dict[str, Linear], list[str]]:
     made: dict[str, Linear] = {"oneDNN bf16": onednn_bf16(outputs, channels)}
     left_out = []
     # In large pages, as the plugin has both.
-    codes, scale = quantize_rows(weight, zero_bytes(weight.numel()).view(torch.int8).view(outputs, channels))
+    codes, scale = quantize_outputs(weight, zero_bytes(weight.numel()).view(torch.int8).view(outputs, channels))
     placed = zero_bytes(2 * weight.numel()).view(torch.bfloat16).view(outputs, channels).copy_(weight)
     if cpu_head.serves_bfloat16(placed):
         made["MorphoQuant bf16"] = lambda x: ops.head_bfloat16(x, placed)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.cpu.build import Kernels
-from morphoquant_vllm.numerics.head import head, output_bound, quantize_rows
+from morphoquant_vllm.numerics.head import head, output_bound, quantize_outputs
 
 # N, K: N below, at and past tiles of 4 and of 8; of the last, the cache takes 8 tokens at a time.
 HEADS = ((1, 16), (4, 32), (7, 48), (24, 112), (29, 528), (12, 8192))
@@ -22,7 +22,7 @@ def head_case(outputs: int, channels: int, tokens: int, dtype: torch.dtype) -> t
     generator = torch.Generator().manual_seed(outputs + channels + tokens)
     weight = torch.randn(outputs, channels, generator=generator) * torch.rand(outputs, 1, generator=generator)
     weight[outputs // 2] *= outputs > 1
-    return torch.randn(tokens, channels, generator=generator).to(dtype), *quantize_rows(weight)
+    return torch.randn(tokens, channels, generator=generator).to(dtype), *quantize_outputs(weight)
 
 
 def compare_heads(library: Kernels) -> None:

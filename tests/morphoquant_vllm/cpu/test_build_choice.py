@@ -11,7 +11,7 @@ import torch
 
 from morphoquant_vllm import backends
 from morphoquant_vllm.cpu import build as cpu_build
-from morphoquant_vllm.cpu import cache
+from morphoquant_vllm.cpu import cache, shipped
 from morphoquant_vllm.cpu.build import INSTRUCTION_SETS
 from morphoquant_vllm.cpu.compiler import BuildError
 from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
@@ -126,6 +126,20 @@ def test_without_a_compiler_one_warning_and_the_reference(
     assert "slow torch reference" in warnings[0] and "g++" in warnings[0]
 
 
+def test_with_an_old_compiler_avx2_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str], fresh: None
+) -> None:
+    cpu_libraries.native("avx2")
+    monkeypatch.setenv("CXX", cpu_libraries.old_compiler(tmp_path))
+    monkeypatch.setenv("MORPHOQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shipped, "load", lambda instructions: None)
+    monkeypatch.setattr(cpu_build, "cpu_flags", lambda: frozenset((*INSTRUCTION_SETS["avx2"][0], "avx_vnni")))
+    found = cpu_build.kernels()
+    assert found is not None and found.instructions == "avx2"
+    assert len(warnings) == 1 and "no kernels for avx_vnni, so avx2 serves: " in warnings[0]
+    assert "unrecognized option; g++ 11 or newer is known to work" in warnings[0]
+
+
 def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) -> None:
     cpu_libraries.native("avx2")
     assert backends.select_backend(torch.device("cpu")) == "cpu"
@@ -138,9 +152,8 @@ def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) ->
     [
         ("avx2 fma f16c", "", "avx2"),
         ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx_vnni", "", "avx512_vnni"),
-        # Instruction sets that have not run on a processor are used on request.
-        ("avx2 fma f16c avx_vnni", "", "avx2"),
-        ("avx2 fma f16c avx_vnni", "avx_vnni", "avx_vnni"),
+        ("avx2 fma f16c avx_vnni", "", "avx_vnni"),
+        ("avx2 fma f16c avx_vnni", "avx2", "avx2"),
         # A part of AVX512 does not serve.
         ("avx2 fma f16c avx512f avx512_vnni", "", "avx2"),
         ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni", "avx512_vnni", "avx512_vnni"),
@@ -148,20 +161,20 @@ def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) ->
 )
 def test_an_instruction_set_is_chosen(tmp_path: Path, flags: str, choice: str, expected: str) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse2\nflags\t\t: other\n")
-    assert cpu_build.instruction_set(cpu_build.cpu_flags(tmp_path / "cpuinfo"), choice) == expected
+    assert cpu_build.instruction_sets(cpu_build.cpu_flags(tmp_path / "cpuinfo"), choice)[0] == expected
 
 
 @pytest.mark.parametrize("choice", ["avx512_vnni", "neon"])
 def test_an_instruction_set_that_is_not_there_is_refused(choice: str) -> None:
     with pytest.raises(BuildError, match=rf"MORPHOQUANT_CPU={choice}: not .* it has \['avx2'\]"):
-        cpu_build.instruction_set(frozenset(("avx2", "fma", "f16c")), choice)
+        cpu_build.instruction_sets(frozenset(("avx2", "fma", "f16c")), choice)
 
 
 def test_an_old_processor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("flags : fpu sse2 avx\n")
     for path in (tmp_path / "cpuinfo", tmp_path / "none"):
         with pytest.raises(BuildError, match="need AVX2, FMA and F16C, which this processor lacks"):
-            cpu_build.instruction_set(cpu_build.cpu_flags(path))
+            cpu_build.instruction_sets(cpu_build.cpu_flags(path))
 
 
 def test_torchs_own_openmp_is_found_among_others(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 
 from morphoquant_vllm.cpu import build as cpu_build
 from morphoquant_vllm.cpu import shipped
+from morphoquant_vllm.cpu.compiler import BuildError
 from tests.morphoquant_vllm.cpu import libraries as cpu_libraries
 from tests.morphoquant_vllm.cpu.cases import compare_shape
+from tests.morphoquant_vllm.cpu.libraries import old_compiler
 
 # The names that build.load asks for, and a function that needs an OpenMP library.
 SOURCE = """
@@ -43,11 +45,19 @@ def fresh() -> Iterator[None]:
     cpu_build.kernels.cache_clear()
 
 
-def test_each_instruction_set_that_ran_on_hardware_has_a_library(built: tuple[Path, Path]) -> None:
+def test_each_instruction_set_has_a_library(built: tuple[Path, Path]) -> None:
     sources, folder = built
-    for instructions in cpu_build.RUN_ON_HARDWARE:
+    for instructions in cpu_build.INSTRUCTION_SETS:
         assert shipped.find(instructions, folder, sources) == folder / f"cpu-{instructions}.so"
-    assert shipped.find("avx_vnni", folder, sources) is None
+
+
+def test_an_old_compiler_leaves_newer_instructions_out(built: tuple[Path, Path], tmp_path: Path) -> None:
+    sources, _ = built
+    shipped.compile_all(tmp_path / "old", [old_compiler(tmp_path)], sources)
+    found = {name: shipped.find(name, tmp_path / "old", sources) is not None for name in cpu_build.INSTRUCTION_SETS}
+    assert found == {"avx512_vnni": False, "avx_vnni": False, "avx2": True}
+    with pytest.raises(BuildError, match="failed"):
+        shipped.compile_all(tmp_path / "none", ["false"], sources)
 
 
 def test_a_library_of_other_sources_is_not_loaded(built: tuple[Path, Path], tmp_path: Path) -> None:
@@ -98,7 +108,7 @@ def test_prebuilt_kernels_need_no_compiler(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("instructions", cpu_build.RUN_ON_HARDWARE)
+@pytest.mark.parametrize("instructions", sorted(cpu_build.INSTRUCTION_SETS))
 def test_the_real_kernels_compute_as_the_reference(tmp_path_factory: pytest.TempPathFactory, instructions: str) -> None:
     cpu_libraries.native(instructions)  # skips if the processor cannot run them
     folder = tmp_path_factory.getbasetemp() / "shipped-kernels"
