@@ -71,12 +71,17 @@ class Descent:
         """Learn from one sample; its mean divergence before the step."""
         sample, target = self.read(self.order[index])
         states = self.decoder.states(sample)
-        divergence, by_last = self.objective.derivatives(states[-1][0], target)
+        divergence, by_last = self.objective.derivatives(states[-1][0].detach(), target)
         self.adam.zero_grad()
-        self.decoder.back(sample, states, by_last[None])
+        # float16 would lose derivatives of a mean over tokens. A power of two changes no bit of the other types.
+        size = _power_of_two(float(by_last.abs().max()))
+        self.decoder.back(sample, states, by_last[None] / size)
         for group in self.adam.param_groups:
             group["lr"] = self.extent.rate * rate_factor(index, self.steps)
-        self.adam.step()
+        gradients = [leaf.grad.mul_(size) for leaf in self.leaves.values() if leaf.grad is not None]
+        # One that is not finite would spoil all later steps.
+        if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            self.adam.step()
         self._add_to_mean(index)
         return divergence
 
@@ -104,7 +109,7 @@ class Descent:
         found, escapes = [], dict[str, Escapes]()
         for index in self.chosen.judging:
             sample, target = self.read(index)
-            last = self.decoder.states(sample, escapes)[-1][0]
+            last = self.decoder.last_states(sample, escapes)[0]
             found.append(self.objective.divergences(last, target))
         # Samples may have no text at all.
         divergences = torch.cat(found)
@@ -113,12 +118,16 @@ class Descent:
 
     @torch.no_grad()
     def keep_rates(self, allowed: Mapping[str, float], found: Mapping[str, float]) -> None:
-        """Raise the steps of each input whose rate of escapes `found` is over the one that is `allowed`."""
-        for name, step in self.decoder.changes.steps.items():
-            if found[name] > allowed[name]:
-                # An input that had no escapes gets the largest raise.
-                ratio = min(found[name] / allowed[name], LARGEST_RATIO) if allowed[name] else LARGEST_RATIO
-                step += math.log(ratio) / ESCAPE_POWER
+        """Raise the steps of each input whose rate of escapes `found` is over the one that is `allowed`.
+
+        Codes get smaller by that, so the scales of the linears that read them grow as much. Group scales do not learn.
+        """
+        changes = self.decoder.changes
+        raised = {name: _raise(allowed[name], found[name]) for name in changes.steps}
+        for name, step in changes.steps.items():
+            step += raised[name]
+        for layer, scale in changes.scales.items():
+            scale += raised[self.decoder.spec.layers[layer].shared_input]
 
     def learned(self) -> dict[str, Tensor]:
         """What was learned so far, by the names of Changes.parameters."""
@@ -143,3 +152,17 @@ class Descent:
                 self.adam.state[leaf] = {
                     key: state[f"adam {key} {name}"].to(leaf.device if key != "step" else "cpu") for key in keys
                 }
+
+
+def _power_of_two(value: float) -> float:
+    """The largest power of two that is not above `value`; 1 if it is 0 or not finite."""
+    return 2.0 ** (math.frexp(value)[1] - 1) if 0 < value < math.inf else 1.0
+
+
+def _raise(allowed: float, found: float) -> float:
+    """Logarithm of the factor of an input's steps that brings its rate of escapes from `found` to `allowed`."""
+    if found <= allowed:
+        return 0.0
+    # An input that had no escapes gets the largest raise.
+    ratio = min(found / allowed, LARGEST_RATIO) if allowed else LARGEST_RATIO
+    return math.log(ratio) / ESCAPE_POWER

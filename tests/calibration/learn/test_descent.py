@@ -11,7 +11,7 @@ from calibration.learn.descent import ESCAPE_POWER, LARGEST_RATIO, Descent, rate
 from calibration.learn.extent import Chosen, Extent
 from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective
-from morphoquant_vllm.format.layers import LayerSpec
+from morphoquant_vllm.format.layers import TWO_LEVEL_SCHEME, LayerSpec
 
 EXTENT = Extent(tokens=2**16, rounds=4, judgements=8, judged_tokens=2**13, rate=3e-4)
 
@@ -35,15 +35,20 @@ def _one_constant() -> Changes:
 
 
 def test_steps_of_inputs_with_too_many_escapes_grow() -> None:
-    layers = {name: LayerSpec(64, 32, 32, "column", name) for name in ("more", "fewer", "none", "far_more")}
+    layers = {
+        name: LayerSpec(64, 32, 32, "column", name, scale_scheme=TWO_LEVEL_SCHEME)
+        for name in ("more", "fewer", "none", "far_more")
+    }
     changes = no_changes(layers, dict.fromkeys(layers, 1.0), torch.device("cpu"))
-    decoder = cast(LearningDecoder, SimpleNamespace(changes=changes))
+    decoder = cast(LearningDecoder, SimpleNamespace(changes=changes, spec=SimpleNamespace(layers=layers)))
     made = Descent(decoder, cast(Objective, None), Chosen([0], [1]), lambda index: pytest.fail("no sample"), 0, EXTENT)
     allowed = {"more": 0.04, "fewer": 0.04, "none": 0.0, "far_more": 0.01}
     made.keep_rates(allowed, {"more": 0.044, "fewer": 0.03, "none": 0.001, "far_more": 0.1})
     grown = {name: float(step[0].detach().exp()) for name, step in changes.steps.items()}
     most = LARGEST_RATIO ** (1 / ESCAPE_POWER)
     assert grown == pytest.approx({"more": 1.1 ** (1 / ESCAPE_POWER), "fewer": 1, "none": most, "far_more": most})
+    # Smaller codes times larger scales: the outputs keep their size.
+    assert grown == pytest.approx({name: float(scale[0].detach().exp()) for name, scale in changes.scales.items()})
 
 
 def _descent(steps: int) -> Descent:
@@ -77,6 +82,40 @@ def test_the_mean_is_that_of_the_later_half_of_the_steps_also_after_a_restart() 
         each.take_mean()
         # The mean of six numbers is summed in another order.
         assert float(each.learned()["constant a"]) == pytest.approx(sum(values[6:]) / 6, rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out() -> None:
+    made, constant = _descent(4), None
+    made.step(0)
+    constant = made.learned()["constant a"]
+    back = made.decoder.back
+
+    def broken(*arguments: Any) -> None:
+        back(*arguments)
+        made.leaves["constant a"].grad.fill_(float("nan"))
+
+    made.decoder.back = broken
+    made.step(1)
+    assert torch.equal(made.learned()["constant a"], constant)
+    made.decoder.back = back
+    made.step(2)
+    assert float(made.learned()["constant a"]) > float(constant)
+
+
+@pytest.mark.parametrize("size", [2.0**-30, 3e-7, 0.0, 5.0])
+def test_derivatives_are_carried_back_at_a_size_that_float16_holds(size: float) -> None:
+    made, given = _descent(4), []
+    constant = made.decoder.changes.constants["a"]
+
+    def back(sample: object, states: object, by_last: torch.Tensor) -> None:
+        given.append(float(by_last.abs().max()))
+        constant.grad = by_last.sum().reshape(1)
+
+    made.decoder.back = back
+    made.objective = cast(Objective, SimpleNamespace(derivatives=lambda *_: (0.0, torch.full((1, 1), size))))
+    made.step(0)
+    assert given[0] == 0 if not size else 1 <= given[0] < 2
+    assert constant.grad is not None and float(constant.grad) == torch.tensor(size), "to the bit"
 
 
 def test_the_rate_rises_and_falls() -> None:
