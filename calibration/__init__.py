@@ -3,8 +3,8 @@
 cli             the command `morphoquant`
 calibrate       one run from model and data to checkpoint
 job             the constants of a run, and its limits of memory
-stages          its stages: capture, quantize, export
-precision       the stage that shares budgets among inputs: bits of weights, and escapes
+stages          three of its five stages: capture, quantize, export
+precision       the stage before the blocks: does it learn, and budgets that inputs share, of bits and of escapes
 forecast        what a run will do and need
 examination     the memory of a calibration, for `morphoquant doctor`
 settings        the settings, each declared once
@@ -12,7 +12,7 @@ model           the source model: files, architectures, the plan of quantized la
 data            from conversations to tokens
 blocks          runs the model block by block
 quantize        the algorithm
-learn           the last stage: steps, scales and constants learn from the output of the model, as `effort` says
+learn           the stage after the blocks: steps, scales and constants learn from the model's output, by `effort`
 work            the work directory, which makes a run resumable
 output          the checkpoint, its report, and their display
 time_limit      a limit of processor time for a publisher's code

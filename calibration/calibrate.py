@@ -14,7 +14,7 @@ import torch
 from calibration.blocks.results import BlockResult, LayerBegins
 from calibration.data.conversations import CLASSES, Conversation, PlainText
 from calibration.data.data_files import load_conversations
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import Forecast, forecast
 from calibration.job import Job
 from calibration.learn.stage import learn
@@ -27,7 +27,7 @@ from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
-from calibration.output.staging import check_length, check_output, check_room
+from calibration.output.staging import check_free_space, check_length, check_output, check_room
 from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
@@ -62,7 +62,7 @@ def calibrate(
     Conversations that cannot be used are refused, or left out with `skip_bad`. The directory `work` (default: `output`
     with .work at its end) keeps finished blocks until the checkpoint is complete. If a run is interrupted in any way,
     the same call resumes it from there, unless `restart`. `memory_budget` is in bytes: to keep it, towers and hidden
-    states are read from disk if necessary. It changes no byte of the result.
+    states are read from disk if necessary. It changes no byte of the result, unless learning does not fit.
 
     With several `processes` (processes.open_processes), each makes the same call and takes its share of the samples.
     `memory_budget` is then the total for the processes of one machine.
@@ -97,14 +97,17 @@ def dry_run(
 ) -> Forecast:
     """What `calibrate` with the same arguments would do and need; it writes nothing and loads no weights.
 
-    Raises MorphoQuantError for whatever would end that call before its first block: the model, settings, data, places.
+    Raises MorphoQuantError for the model, settings, data, places and memory that would end that call before its first
+    block. It reads neither the weights' values nor the work directory.
     """
     output = Path(output)
     job = plan_job(model, recipe or Recipe(), memory_budget, ONE)
     place = Path(work) if work is not None else default_work(output)
     _check_places(job, output, place, overwrite=overwrite)
     conversations = load_conversations(data, skip_bad=skip_bad)
-    return forecast(job, prepare(job, conversations, skip_bad=skip_bad)[1])
+    expected = forecast(job, prepare(job, conversations, skip_bad=skip_bad)[1])
+    check_free_space(place, expected.work, "the work directory", "--work")
+    return expected
 
 
 def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, processes: Processes) -> Job:
@@ -193,7 +196,7 @@ def _quantize_model(
     skip_bad: bool,
     on_block: Callable[[BlockResult], None] | None,
     on_layer: Callable[[LayerBegins], None] | None,
-) -> tuple[Job, TokenSample]:
+) -> tuple[Job, DrawnTokens]:
     """Run the stages that leave quantized layers in `kept`; the job with its budgets spent, and the drawn tokens."""
     with _clear_memory_errors(job):
         tokens = capture(job, kept, conversations, skip_bad=skip_bad)

@@ -16,7 +16,7 @@ from calibration.blocks.time_need import (
     product_speed,
     sharing_operations,
 )
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.job import Job
 from calibration.learn.metrics import TOKENS as METRIC_TOKENS
 from calibration.learn.need import learning_operations
@@ -39,7 +39,7 @@ class Forecast:
     samples: int
     # Tokens of each row in all samples.
     tokens: Mapping[str, int]
-    sampled_tokens: int
+    drawn_tokens: int
     memory: MemoryNeed
     memory_limit: int
     # Of the work directory, and of the new checkpoint's tensors and files.
@@ -59,7 +59,7 @@ class Forecast:
         experts = f" and {self.experts} experts" if self.experts else ""
         return [
             f"{self.layers} linears{experts} in {self.blocks} blocks, on {self.samples} samples",
-            f"tokens: {tokens}; the search looks at {self.sampled_tokens}",
+            f"tokens: {tokens}; the search looks at {self.drawn_tokens}",
             f"memory: up to {_gb(self.memory.most)} of {_gb(self.memory_limit)}{self._tight()}{more}",
             f"disk: {_gb(self.work)} for the work directory until the end, {_gb(self.checkpoint)} for the checkpoint",
             f"time: {self._time()}",
@@ -80,7 +80,7 @@ class Forecast:
         )
 
 
-def forecast(job: Job, tokens: TokenSample) -> Forecast:
+def forecast(job: Job, tokens: DrawnTokens) -> Forecast:
     """What the calibration will do and need."""
     source, spec = job.source, job.spec
     # The inputs of the first block, and two generations of both streams.
@@ -95,7 +95,7 @@ def forecast(job: Job, tokens: TokenSample) -> Forecast:
         blocks=job.names.blocks,
         samples=len(tokens.positions),
         tokens={spec.rows[row]: count for row, count in tokens.counts.items()},
-        sampled_tokens=tokens.modality.numel(),
+        drawn_tokens=tokens.modality.numel(),
         memory=job.memory_need(tokens),
         memory_limit=job.device_limit,
         work=quantized_size(source, spec) + more + 5 * states + metrics,
@@ -110,7 +110,7 @@ def _decoder_layers(job: Job) -> dict[str, LayerSpec]:
     return {name: layer for name, layer in job.spec.layers.items() if name.startswith(f"{job.names.prefix}.")}
 
 
-def _seconds(job: Job, tokens: TokenSample) -> tuple[float | None, float | None]:
+def _seconds(job: Job, tokens: DrawnTokens) -> tuple[float | None, float | None]:
     """The time for the blocks, and for learning, on one process's CPU.
 
     The first is None elsewhere, and if the experts of a token are not counted; the second too if nothing learns.

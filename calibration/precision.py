@@ -1,8 +1,8 @@
 """The stage of a calibration before the blocks: it shares budgets among the inputs of the model, and finds metrics.
 
-With a `bits_budget` it chooses the linears that get 8-bit weights or stay in 16 bit. With `budget: model`, which is the
-default if steps and scales will learn, it chooses the escape budget of each input. Where they will learn, it finds the
-metrics of outputs, too.
+It first decides whether steps and scales will learn after the blocks. With a `bits_budget` it chooses the linears that
+get 8-bit weights or stay in 16 bit. With `budget: model`, the default of a run that learns, it chooses the escape
+budget of each input. A run that learns gets the metrics of outputs, too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from calibration.blocks.sensitivity import TOKENS, Passes, choose_samples
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS
 from calibration.learn.metrics import TOKENS as METRIC_TOKENS
 from calibration.learn.metrics import find_metrics
-from calibration.learn.stage import obstacle
+from calibration.learn.stage import will_learn
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
@@ -42,28 +42,47 @@ class Measured:
     escapes: dict[str, EscapeCosts]
 
 
-def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
-    """The job with the form and the escape budget of each input, with metrics, and the recipe's `budget` settled.
+def spend_budgets(job: Job, work: WorkDirectory, tokens: DrawnTokens) -> Job:
+    """The job with all that is decided before the blocks: learning, forms, escape budgets, metrics.
 
-    The choice is kept, and resumed.
+    The choice is kept, and resumed. A run that has nothing to decide keeps none.
     """
-    learns = job.processes.broadcast(lambda: will_learn(job, work))
-    shared = "model" if shares_escapes(job.recipe, learns=learns) else "equal"
-    job = replace(job, recipe=_with_budget(job.recipe, shared))
-    shares, jointly = (wanted(job.recipe, learns=learns) for wanted in (shares_budget, rounds_jointly))
-    if not shares and not jointly:
-        return job
-    choice = job.processes.broadcast(lambda: read_choice(work), [Choice])
+    if job.recipe.effort not in EXTENTS and not shares_budget(job.recipe, learns=False):
+        return _settled(job, learns=False)
+    processes = job.processes
+    choice = processes.broadcast(lambda: read_choice(work), [Choice])
     if choice is None:
-        measured = measure(job, work, tokens) if shares else Measured({}, {})
-        choice = job.processes.broadcast(lambda: choose(job, measured), [Choice])
-        if jointly:
-            formed = replace(job, spec=apply(job.spec, choice.forms))
-            begin = partial(_begin, "metrics of outputs", job, work, tokens, METRIC_TOKENS, judges=False)
-            files = find_metrics(formed, work, begin)
-            choice = replace(choice, metrics={name: asdict(record) for name, record in files.items()})
-        made = choice
-        job.processes.broadcast(lambda: keep_choice(work, made))
+        settled = _settled(job, learns=processes.broadcast(lambda: will_learn(job, sample_lengths(work))))
+        made = choice = _make_choice(settled, work, tokens)
+        processes.broadcast(lambda: keep_choice(work, made))
+    return _with_choice(_settled(job, learns=choice.learns), choice)
+
+
+def _settled(job: Job, *, learns: bool) -> Job:
+    """The job that learns or not, with "auto" for a recipe's `budget` replaced by what that means."""
+    budget = "model" if shares_escapes(job.recipe, learns=learns) else "equal"
+    return replace(job, learns=learns, recipe=_with_budget(job.recipe, budget))
+
+
+def _with_budget(recipe: Recipe, budget: str) -> Recipe:
+    return recipe.model_copy(update={"budget": budget})
+
+
+def _make_choice(job: Job, work: WorkDirectory, tokens: DrawnTokens) -> Choice:
+    """Measure what the recipe needs, and choose; the metrics are kept."""
+    shares, jointly = (wanted(job.recipe, learns=job.learns) for wanted in (shares_budget, rounds_jointly))
+    measured = measure(job, work, tokens) if shares else Measured({}, {})
+    choice = job.processes.broadcast(lambda: choose(job, measured), [Choice])
+    if not jointly:
+        return choice
+    formed = replace(job, spec=apply(job.spec, choice.forms))
+    begin = partial(_begin, "metrics of outputs", job, work, tokens, METRIC_TOKENS, judges=False)
+    files = find_metrics(formed, work, begin)
+    return replace(choice, metrics={name: asdict(record) for name, record in files.items()})
+
+
+def _with_choice(job: Job, choice: Choice) -> Job:
+    """The job with a choice, which the log tells."""
     if job.processes.first:
         for line in _lines(job, choice):
             logger.info("%s", line)
@@ -73,16 +92,7 @@ def spend_budgets(job: Job, work: WorkDirectory, tokens: TokenSample) -> Job:
     return spent if choice.escape_budgets else replace(spent, recipe=_with_budget(job.recipe, "equal"))
 
 
-def _with_budget(recipe: Recipe, budget: str) -> Recipe:
-    return recipe.model_copy(update={"budget": budget})
-
-
-def will_learn(job: Job, work: WorkDirectory) -> bool:
-    """Whether steps and scales will learn. Free memory does not count: a resumed run must not choose otherwise."""
-    return job.recipe.effort in EXTENTS and obstacle(job, sample_lengths(work)) is None
-
-
-def measure(job: Job, work: WorkDirectory, tokens: TokenSample) -> Measured:
+def measure(job: Job, work: WorkDirectory, tokens: DrawnTokens) -> Measured:
     """What forms and escapes of each input cost. The first process measures it, the others wait block by block."""
     passes = _begin("budgets", job, work, tokens, TOKENS) if job.processes.first else None
     losses_of: dict[str, dict[int, float]] = {}
@@ -133,11 +143,11 @@ def choose(job: Job, measured: Measured) -> Choice:
     escapes = share_budget(measured.escapes, job.recipe.escape_budget)
     if job.recipe.budget == "model" and not escapes:
         logger.warning("budget: the derivatives compare nothing, so every input has the same budget of escapes")
-    return Choice(forms, least + added / weights, shares, escapes)
+    return Choice(forms, least + added / weights, shares, escapes, learns=job.learns)
 
 
 def _begin(
-    purpose: str, job: Job, work: WorkDirectory, tokens: TokenSample, most: int, *, judges: bool = True
+    purpose: str, job: Job, work: WorkDirectory, tokens: DrawnTokens, most: int, *, judges: bool = True
 ) -> Passes:
     """Passes of about `most` tokens; without `judges`, of samples that may shape the weights."""
     # Modalities by the drawn tokens: every sample has some.

@@ -1,4 +1,7 @@
-"""The three stages of a calibration. Each resumes from the content of the work directory."""
+"""Three stages of a calibration: capture, quantize, export. Each resumes from the content of the work directory.
+
+Between the first two, `precision` decides what the model's inputs share; before the last one, `learn` learns.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from calibration.blocks.results import BlockResult, LayerBegins
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
 from calibration.data.rendering import Sample, build_samples
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import forecast
 from calibration.job import Job
 from calibration.learn.changes import changes_of
@@ -43,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 def capture(
     job: Job, work: WorkDirectory, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
-) -> TokenSample:
+) -> DrawnTokens:
     """Render the data, run embeddings and towers on them, and keep the decoder's inputs; the tokens of the search."""
     if work.finished is not None:
         return job.choose_tokens(work.modalities())
@@ -66,7 +69,7 @@ def capture(
 
 def prepare(
     job: Job, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
-) -> tuple[list[Sample], TokenSample]:
+) -> tuple[list[Sample], DrawnTokens]:
     """This process's samples, and the tokens of the search."""
     recipe = job.recipe
     samples = build_samples(
@@ -86,7 +89,7 @@ def prepare(
 
 
 def _run_front(
-    job: Job, work: WorkDirectory, model: Any, samples: Sequence[Sample], tokens: TokenSample
+    job: Job, work: WorkDirectory, model: Any, samples: Sequence[Sample], tokens: DrawnTokens
 ) -> Iterable[MemoryInput]:
     """The decoder's inputs of each sample, from embeddings and towers; quantizes and keeps towers if requested."""
     blocks = list(model.get_submodule(job.architecture.block_module).children())
@@ -115,7 +118,7 @@ def _run_front(
 def quantize(
     job: Job,
     work: WorkDirectory,
-    tokens: TokenSample,
+    tokens: DrawnTokens,
     on_block: Callable[[BlockResult], None] | None = None,
     on_layer: Callable[[LayerBegins], None] | None = None,
 ) -> None:
@@ -163,7 +166,7 @@ def _structure(job: Job) -> dict[str, Any]:
     return said | ({"sixteen_bit": sorted(kept)} if kept else {})
 
 
-def export(job: Job, work: WorkDirectory, tokens: TokenSample, output: Path, *, overwrite: bool) -> dict[str, Any]:
+def export(job: Job, work: WorkDirectory, tokens: DrawnTokens, output: Path, *, overwrite: bool) -> dict[str, Any]:
     """Write the checkpoint from the finished blocks and move it to `output`; its report."""
     source, recipe = job.source, job.recipe
     ranges = {job.names.block(block): found for block, found in work.attention().items()}

@@ -1,7 +1,7 @@
 """MorphoQuant for vLLM: 4-bit weights and 4-bit static activations for omni-modal models.
 
     format         the checkpoint as files (torch and safetensors only)
-    numerics       the one definition of the numbers (torch only)
+    numerics       the one definition of the numbers (torch and safetensors only)
     ops            the operators that the plugin calls
     backends       the implementations of the linear layer, and which serves a device
     cpu, gpu       their code

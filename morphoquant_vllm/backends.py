@@ -196,6 +196,17 @@ def select_backend(device: torch.device) -> str:
     return BACKEND_OF_DEVICE.get(device.type, "reference")
 
 
+def check_inputs(x: Tensor, modality: Tensor) -> None:
+    """Raise ValueError unless x is [M, K] and modality int32 with M entries or more."""
+    if x.dim() != 2:
+        raise ValueError(f"x must be [M, K], got shape {list(x.shape)}")
+    if modality.dtype != torch.int32 or modality.dim() != 1 or modality.numel() < x.shape[0]:
+        raise ValueError(
+            f"modality must be int32 with at least M = {x.shape[0]} entries, "
+            f"got {modality.dtype} {list(modality.shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A layer's records in the layout of one backend, for callers that do not bind their layers."""
@@ -206,6 +217,7 @@ class Prepared:
 
     def linear(self, x: Tensor, modality: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] of x [M, K] and modality int32 [M], in the dtype of x."""
+        check_inputs(x, modality)
         return BACKENDS[self.backend].linear(x, modality, self.weight, self.activation, bias)
 
 

@@ -64,6 +64,7 @@ INTERFACES: dict[str, str] = {
     f"{_CONFIG}:ParallelConfig.prefill_context_parallel_size": "attribute",
     f"{_CONFIG}:ParallelConfig.decode_context_parallel_size": "attribute",
     f"{_CONFIG}:ParallelConfig.use_ubatching": "property",
+    f"{_CONFIG}:ParallelConfig.use_sequence_parallel_moe": "property",
     f"{_CONFIG}:CacheConfig.kv_sharing_fast_prefill": "attribute",
     f"{_CONFIG}:SchedulerConfig.max_num_batched_tokens": "attribute",
     f"{_CONFIG}:VllmConfig.compilation_config": "attribute",

@@ -50,7 +50,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from morphoquant_vllm import handles
-from morphoquant_vllm.backends import BACKENDS, PreparedExperts, select_backend
+from morphoquant_vllm.backends import BACKENDS, PreparedExperts, check_inputs, select_backend
 from morphoquant_vllm.numerics import norm as norm_numerics
 
 
@@ -122,32 +122,22 @@ def bind_experts(
     return handle
 
 
-def _check_inputs(x: Tensor, modality: Tensor) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"x must be [M, K], got shape {list(x.shape)}")
-    if modality.dtype != torch.int32 or modality.dim() != 1 or modality.numel() < x.shape[0]:
-        raise ValueError(
-            f"modality must be int32 with at least M = {x.shape[0]} entries, "
-            f"got {modality.dtype} {list(modality.shape)}"
-        )
-
-
 def _act_quant(x: Tensor, modality: Tensor, activation: list[Tensor], backend: str) -> Tensor:
-    _check_inputs(x, modality)
+    check_inputs(x, modality)
     return BACKENDS[backend].act_quant(x, modality, activation)
 
 
 def _linear(
     x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
-    _check_inputs(x, modality)
+    check_inputs(x, modality)
     return BACKENDS[backend].linear(x, modality, weight, activation, bias)
 
 
 def _silu_mul_linear(
     gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, backend: str
 ) -> Tensor:
-    _check_inputs(gate_up, modality)
+    check_inputs(gate_up, modality)
     fused = BACKENDS[backend].silu_mul_linear
     if fused is not None:
         return fused(gate_up, modality, weight, activation, bias)
@@ -156,17 +146,17 @@ def _silu_mul_linear(
 
 
 def _bound_linear(x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
-    _check_inputs(x, modality)
+    check_inputs(x, modality)
     return handles.layer_of(handle).linear(x, modality, handle, bias)
 
 
 def _bound_silu_mul_linear(gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
-    _check_inputs(gate_up, modality)
+    check_inputs(gate_up, modality)
     return handles.layer_of(handle).silu_mul_linear(gate_up, modality, handle, bias)
 
 
 def _bound_experts(x: Tensor, modality: Tensor, topk_weights: Tensor, topk_ids: Tensor, handle: Tensor) -> Tensor:
-    _check_inputs(x, modality)
+    check_inputs(x, modality)
     if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape != topk_weights.shape:
         raise ValueError(
             f"topk_ids and topk_weights must be [{x.shape[0]}, T], got {list(topk_ids.shape)} and "
@@ -284,7 +274,7 @@ head_bfloat16 = torch.ops.morphoquant.head_bfloat16
 def _rms_norm_linear(
     x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, handle: Tensor, bias: Tensor | None
 ) -> Tensor:
-    _check_inputs(x, modality)
+    check_inputs(x, modality)
     return handles.layer_of(handle).norm_linear(x, None, norm_weight, epsilon, modality, handle, bias)[0]
 
 
@@ -297,7 +287,7 @@ def _add_rms_norm_linear(
     handle: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_inputs(x, modality)
+    check_inputs(x, modality)
     y, total = handles.layer_of(handle).norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
     assert total is not None
     return y, total

@@ -15,7 +15,7 @@ from benchmarks.decisions.inputs import LinearInput
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.token_choice import choose_tokens
 from calibration.quantize import step_search as steps
-from calibration.quantize.layer import InputSample, quantize_input
+from calibration.quantize.layer import DrawnInput, quantize_input
 from calibration.quantize.observation import InputCollector
 from calibration.settings.recipe import read_recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -95,7 +95,7 @@ def measure(inputs: LinearInput, variant: Variant, seed: int = 0) -> list[Result
     collector = InputCollector(inputs.name)
     rows = torch.where(inputs.calibration_outlying, massive_row, text)
     collector.add(inputs.calibration, rows, tokens.positions[0])
-    sample = InputSample(collector.observation(), inputs.calibration, inputs.calibration_outlying)
+    sample = DrawnInput(collector.observation(), inputs.calibration, inputs.calibration_outlying)
     with _centres(variant.centre):
         quantized = quantize_input(sample, tokens, inputs.weights, spec, recipe)
     results = []

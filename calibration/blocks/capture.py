@@ -74,7 +74,7 @@ def capture_block_inputs(
     """Run embeddings and towers on each sample in turn, and yield the inputs of the decoder blocks.
 
     The blocks and the lm_head are skipped, so neither needs weights. Skipping is safe because a block's output does not
-    change the other arguments of the next block. `positions` are each sample's sampled tokens. `tuple_output` says that
+    change the other arguments of the next block. `positions` are each sample's drawn tokens. `tuple_output` says that
     the blocks return a tuple. Raises MorphoQuantError naming the sample if a token id has no row in the embedding.
     """
     embedding = model.get_input_embeddings().weight

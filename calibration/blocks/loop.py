@@ -14,7 +14,7 @@ from calibration.blocks.replacing import expert_loader, load_weight, replace, re
 from calibration.blocks.results import BlockResult, LayerBegins, Quantized, warn_of_escapes
 from calibration.blocks.served_experts import ServedExperts
 from calibration.blocks.served_linear import TokenRows
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.model.architectures import Architecture
 from calibration.model.experts import find_experts
 from calibration.model.loading import Blocks
@@ -23,10 +23,10 @@ from calibration.model.source import Source
 from calibration.output.distributions import observe
 from calibration.processes import Processes
 from calibration.quantize.attention_range import AttentionWatch
-from calibration.quantize.experts import ExpertsSample, quantize_experts
-from calibration.quantize.layer import InputSample, quantize_input
+from calibration.quantize.experts import DrawnExperts, quantize_experts
+from calibration.quantize.layer import DrawnInput, quantize_input
 from calibration.quantize.massive_tokens import candidates
-from calibration.quantize.observation import InputCollector, RoutedCollector, SampleCollector, run_observed
+from calibration.quantize.observation import DrawnCollector, InputCollector, RoutedCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import experts_input, input_holder
@@ -64,7 +64,7 @@ class _LoadedBlock:
         self,
         entry: BlockInput,
         hidden: Tensor,
-        collectors: Mapping[str, SampleCollector],
+        collectors: Mapping[str, DrawnCollector],
         rows: Tensor,
         *,
         served: bool = False,
@@ -88,8 +88,8 @@ class _LoadedBlock:
 class _Observed:
     """What the 16-bit pass through a block left."""
 
-    # The 16-bit values of each observed input, by the module; `_sample_input` takes them out.
-    targets: dict[str, SampleCollector]
+    # The 16-bit values of each observed input, by the module; `_drawn_input` takes them out.
+    targets: dict[str, DrawnCollector]
     # By the module: no tokens [0, K] if this process has no samples, else None.
     none: Mapping[str, Tensor | None]
     # Each sample's rows, int [tokens].
@@ -104,7 +104,7 @@ class _Observed:
 def calibrate_blocks(
     blocks: Blocks,
     inputs: Sequence[BlockInput],
-    tokens: TokenSample,
+    tokens: DrawnTokens,
     *,
     architecture: Architecture,
     names: DecoderNames,
@@ -153,7 +153,7 @@ def _recipe_of(recipe: Recipe, escape_budgets: Mapping[str, float], shared_input
 class _Task:
     """What the calibration of every block takes."""
 
-    tokens: TokenSample
+    tokens: DrawnTokens
     source: Source
     spec: QuantizationSpec
     # The recipe of an input, by its name.
@@ -199,22 +199,22 @@ def _calibrate_linears(
 ) -> None:
     """Quantize the linears of one input, replace them in the block, and add them to `found`.
 
-    The input's sampled tokens are the largest thing in memory, and the next pass gathers as many. So nothing here may
+    The input's drawn tokens are the largest thing in memory, and the next pass gathers as many. So nothing here may
     outlive the call.
     """
     shared_input = task.spec.layers[layers[0]].shared_input
     task.begin(block, shared_input)
     served = InputCollector(layers[0], observed.none[shards[0]])
-    sample = _sample_input(block, shards[0], served, observed, task.tokens.processes)
+    drawn = _drawn_input(block, shards[0], served, observed, task.tokens.processes)
     weights = {layer: load_weight(task.source, layer) for layer in layers}
     # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
     release_freed_memory()
     recipe = task.recipe_of(shared_input)
-    quantized = quantize_input(sample, task.tokens, weights, task.spec, recipe, metrics=block.metrics)
+    quantized = quantize_input(drawn, task.tokens, weights, task.spec, recipe, metrics=block.metrics)
     for shard, layer in zip(shards, layers, strict=True):
         replace_linear(block.module, shard, quantized[layer], block.serving)
     found.layers |= quantized
-    found.distributions[shared_input] = observe(sample, task.tokens, quantized[layers[0]].tensors, task.spec)
+    found.distributions[shared_input] = observe(drawn, task.tokens, quantized[layers[0]].tensors, task.spec)
 
 
 def _calibrate_experts(
@@ -226,8 +226,8 @@ def _calibrate_experts(
     assert stored is not None
     shape = len(task.spec.rows), task.spec.experts[name].count
     collector = RoutedCollector(name, shape, block.modality, observed.none[module])
-    sample = _sample_input(block, module, collector, observed, task.tokens.processes)
-    routed = ExpertsSample(sample, collector.routing(task.tokens))
+    drawn = _drawn_input(block, module, collector, observed, task.tokens.processes)
+    routed = DrawnExperts(drawn, collector.routing(task.tokens))
     release_freed_memory()
     recipe = task.recipe_of(name)
     load = expert_loader(task.source, stored)
@@ -237,7 +237,7 @@ def _calibrate_experts(
     replace(block.module, module, served)
     found.experts[name] = quantized
     tensors = quantized.tensors[input_holder(name)]
-    found.distributions[experts_input(name)] = observe(sample, task.tokens, tensors, task.spec)
+    found.distributions[experts_input(name)] = observe(drawn, task.tokens, tensors, task.spec)
 
 
 def _load_block(
@@ -260,15 +260,15 @@ def _observe_16bit(
         module: None if block.inputs else torch.zeros(0, width, device=block.device)
         for module, (_, width) in widths.items()
     }
-    targets = {module: SampleCollector(name, none[module]) for module, (name, _) in widths.items()}
+    targets = {module: DrawnCollector(name, none[module]) for module, (name, _) in widths.items()}
     rows, attention = _run_16bit(block, targets, massive_row, processes)
-    of_sampled = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
-    outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_sampled)])
+    of_drawn = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
+    outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_drawn)])
     return _Observed(targets, none, rows, outlying, attention)
 
 
 def _run_16bit(
-    block: _LoadedBlock, targets: Mapping[str, SampleCollector], massive_row: int, processes: Processes
+    block: _LoadedBlock, targets: Mapping[str, DrawnCollector], massive_row: int, processes: Processes
 ) -> tuple[list[Tensor], AttentionRange | None]:
     """Carry the 16-bit hidden states through the block.
 
@@ -287,11 +287,11 @@ def _run_16bit(
     return list(rows.split([entry.modality.numel() for entry in block.inputs])), watch.range(processes)
 
 
-def _sample_input(
+def _drawn_input(
     block: _LoadedBlock, module: str, served: InputCollector, observed: _Observed, processes: Processes
-) -> InputSample:
+) -> DrawnInput:
     """The input of `module` after the layers quantized so far, in `served`, and in the 16-bit model."""
-    aimed = observed.targets.pop(module).sample()
+    aimed = observed.targets.pop(module).drawn()
     for entry, row in zip(block.inputs, observed.rows, strict=True):
         block.run(entry, entry.served, {module: served}, row, served=True, stop=True)
-    return InputSample(served.observation(processes), aimed, observed.outlying)
+    return DrawnInput(served.observation(processes), aimed, observed.outlying)

@@ -1,6 +1,6 @@
 """Computes a calibration's peak memory from sizes alone, and checks that it fits. Pure.
 
-The formula of docs/design/streaming.md. M tokens of all samples, T sampled tokens, K in, N out, G group.
+The formula of docs/design/streaming.md. M tokens of all samples, T drawn tokens, K in, N out, G group.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from calibration.model.architectures import Architecture
-from calibration.model.head_tensor import HEAD, head_tensor
+from calibration.model.head_tensor import head_tensor, stored_head
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
 from calibration.quantize.held_out import SAMPLES_PER_HELD
@@ -79,11 +79,11 @@ def memory_need(
     names: DecoderNames,
     spec: QuantizationSpec,
     recipe: Recipe,
-    sampled_tokens: int,
+    drawn_tokens: int,
     *,
     joint: bool = False,
 ) -> MemoryNeed:
-    """The memory peaks of a calibration with `sampled_tokens` sampled tokens; `joint`: outputs get metrics."""
+    """The memory peaks of a calibration with `drawn_tokens` drawn tokens; `joint`: outputs get metrics."""
     width = getattr(torch, recipe.dtype).itemsize
 
     def nbytes(infos: Iterable[TensorInfo]) -> int:
@@ -91,7 +91,7 @@ def memory_need(
 
     model_tensors = {name: info for name, info in tensors.items() if name.startswith(architecture.model_prefix)}
     towers = [info for name, info in model_tensors.items() if name.startswith(architecture.tower_prefixes)]
-    head = f"{architecture.model_prefix}{HEAD}.weight"
+    head = stored_head(architecture, names, tensors)
     rest = [
         info
         for name, info in model_tensors.items()
@@ -103,8 +103,8 @@ def memory_need(
             [info for name, info in model_tensors.items() if name.startswith(f"{names.prefix}.{index}.")],
             [layer for name, layer in spec.layers.items() if name.startswith(f"{names.prefix}.{index}.")],
             width,
-            sampled_tokens,
-            _experts(spec, names.layer(index, architecture.experts), sampled_tokens),
+            drawn_tokens,
+            _experts(spec, names.layer(index, architecture.experts), drawn_tokens),
             choosing=recipe.effort == "best",
             joint=joint,
         )
@@ -166,7 +166,7 @@ def _block(
 
 
 def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False, metrics: int = 0) -> int:
-    """Bytes for quantizing one input, including its sampled tokens: T tokens, K channels, N outputs of all shards.
+    """Bytes for quantizing one input, including its drawn tokens: T tokens, K channels, N outputs of all shards.
 
     `choosing`: whether held-out samples choose between fits. `metrics`: elements of the metrics of outputs.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.quantize.experts import QuantizedExperts
 from calibration.quantize.layer import QuantizedLayer
 from calibration.quantize.layer_report import escape_warning
@@ -63,13 +63,13 @@ class Quantized:
 
 
 def warn_of_escapes(
-    found: Quantized, tokens: TokenSample, spec: QuantizationSpec, recipe_of: Callable[[str], Recipe]
+    found: Quantized, tokens: DrawnTokens, spec: QuantizationSpec, recipe_of: Callable[[str], Recipe]
 ) -> None:
     """Log each input of a block whose escape rate is far above its budget; `recipe_of` gives an input's recipe."""
-    sampled = {spec.rows[row]: int((tokens.modality == row).sum()) for row in tokens.counts}
+    drawn = {spec.rows[row]: int((tokens.modality == row).sum()) for row in tokens.counts}
     records = {spec.layers[name].shared_input: layer.record for name, layer in found.layers.items()}
     records |= {experts_input(name): layer.record.input for name, layer in found.experts.items()}
     for shared_input, record in records.items():
-        warning = escape_warning(shared_input, record, recipe_of(shared_input), sampled)
+        warning = escape_warning(shared_input, record, recipe_of(shared_input), drawn)
         if warning:
             logger.warning("%s", warning)

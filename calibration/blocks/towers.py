@@ -18,7 +18,7 @@ from calibration.blocks.loop import calibrate_blocks
 from calibration.blocks.results import BlockResult
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.rendering import Sample
-from calibration.data.token_choice import TokenSample, share_tokens
+from calibration.data.token_choice import DrawnTokens, share_tokens
 from calibration.model.architectures import Architecture, Tower
 from calibration.model.plan import tower_names, unfit_linears
 from calibration.model.source import Source
@@ -116,8 +116,9 @@ def _calibrate_tower(
     module = model.get_submodule(tower.module)
     blocks = list(model.get_submodule(tower.block_module).children())
     inputs, patches = _capture_media(module, blocks, _media(samples), spec, recipe, processes)
-    # All patches take the fixed row, so modality rows would be unused.
-    settings = recipe.model_copy(update={"modality_rows": False})
+    # All patches take the fixed row, so modality rows would be unused. Towers do not learn, so no medium has to judge.
+    effort = "best" if recipe.effort == "best" else "fast"
+    settings = recipe.model_copy(update={"modality_rows": False, "effort": effort})
     results = []
     for result in calibrate_blocks(
         _InModel(blocks),
@@ -147,8 +148,8 @@ def _capture_media(
     spec: QuantizationSpec,
     recipe: Recipe,
     processes: Processes,
-) -> tuple[list[MemoryInput], TokenSample]:
-    """The block inputs of each of this process's media, and the sampled patches of all processes."""
+) -> tuple[list[MemoryInput], DrawnTokens]:
+    """The block inputs of each of this process's media, and the drawn patches of all processes."""
     rows = {
         medium.place: torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int()
         for medium in media

@@ -104,7 +104,7 @@ def _arguments(arguments: Any) -> Any:
         return arguments or {}
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -112,7 +112,7 @@ def _calls_of_text(place: Place, role: str, content: Any) -> list[dict[str, Any]
     """The tool_calls of a message that holds calls as JSON: {"name": ..., "arguments": ...}, or a list of them."""
     try:
         calls = json.loads(content) if isinstance(content, str) else content
-    except ValueError:
+    except (ValueError, RecursionError):
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):

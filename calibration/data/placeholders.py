@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from calibration.data.conversations import BadConversationError, Conversation, Text
+from morphoquant_vllm.errors import MorphoQuantError
 
 # Frames of a sound for each token of Qwen2.5's audio towers: a convolution of stride 2, then pooling by 2.
 _FRAMES_PER_TOKEN = 4
@@ -16,7 +17,14 @@ _CHUNK_FRAMES, _CHUNK_TOKENS = 100, 13
 
 def check_text(conversation: Conversation, tokenizer: Any, placeholder_token_ids: Mapping[str, Sequence[int]]) -> None:
     """Refuse a conversation whose text contains a placeholder token: the model would take it for media."""
-    tokens = [token for ids in placeholder_token_ids.values() for token in tokenizer.convert_ids_to_tokens(list(ids))]
+    ids = [(kind, index) for kind, each in placeholder_token_ids.items() for index in each]
+    tokens = tokenizer.convert_ids_to_tokens([index for _, index in ids])
+    for (kind, index), token in zip(ids, tokens, strict=True):
+        if token is None:
+            raise MorphoQuantError(
+                f"the tokenizer has no token {index}, config.json's placeholder of {kind}; take the files of the "
+                "tokenizer from the model's own directory"
+            )
     texts = [part.text for message in conversation.messages for part in message.parts if isinstance(part, Text)]
     for token in tokens:
         if any(token in text for text in texts):

@@ -119,5 +119,5 @@ def _parsed(place: Place, given: dict[str, Any], key: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         place.refuse(f"{key!r} is not JSON", "write it as an object, or as JSON in a string")

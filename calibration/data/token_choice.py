@@ -17,7 +17,7 @@ LEAST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
-class TokenSample:
+class DrawnTokens:
     """T tokens chosen from all samples; their activations are kept in this order, sample after sample.
 
     Every process has the whole choice, and holds the activations of its local tokens, those of its samples.
@@ -35,11 +35,11 @@ class TokenSample:
     # Rank of the process of each sample; empty if one process has all samples.
     owners: tuple[int, ...] = ()
 
-    def spread(self, processes: Processes, owners: Sequence[int]) -> TokenSample:
+    def spread(self, processes: Processes, owners: Sequence[int]) -> DrawnTokens:
         """The same tokens, with the samples divided among processes: `owners` is the rank of each sample."""
         return replace(self, processes=processes, owners=tuple(owners))
 
-    def part(self, chosen: Tensor, weight: Tensor, counts: Mapping[int, int]) -> TokenSample:
+    def part(self, chosen: Tensor, weight: Tensor, counts: Mapping[int, int]) -> DrawnTokens:
         """The tokens `chosen`, int64 [t], ascending places among the T, with new weights [t] and counts of rows."""
         kept = torch.zeros(self.modality.numel(), dtype=torch.bool)
         kept[chosen] = True
@@ -117,7 +117,7 @@ def modality_shares(counts: Mapping[int, int], balance: float) -> dict[int, floa
     return {row: share / total for row, share in raw.items()}
 
 
-def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, seed: int) -> TokenSample:
+def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, seed: int) -> DrawnTokens:
     """Draw at most `budget` tokens from the samples' modality ids (each int [tokens]), evenly over the rows present.
 
     Samples are taken in random order, most of them whole. The first token of every sample is added, because it is
@@ -142,7 +142,7 @@ def choose_tokens(modalities: Sequence[Tensor], budget: int, balance: float, see
         chosen[_draw([starts[place] + candidates[place] for place in order], size, generator)] = True
         drawn = chosen & (flat == row)
         weight[drawn] = shares[row] / int(drawn.sum())
-    return TokenSample(
+    return DrawnTokens(
         positions=tuple(part.nonzero().flatten() for part in chosen.split(lengths)),
         modality=flat[chosen].int(),
         weight=weight[chosen].float(),
@@ -178,7 +178,7 @@ def _draw(candidates: Sequence[Tensor], size: int, generator: torch.Generator) -
 
 def share_tokens(
     processes: Processes, modalities: Mapping[int, Tensor], budget: int, balance: float, seed: int
-) -> TokenSample:
+) -> DrawnTokens:
     """Run `choose_tokens` on the samples of all processes; `modalities` holds this process's ids, by sample index."""
     samples = sorted(
         (place, rank, ids)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from calibration.model.architectures import Architecture
-from calibration.model.head_tensor import HEAD
+from calibration.model.head_tensor import HEAD, stored_head
 from calibration.model.loading import empty_model, load_front
+from calibration.model.plan import DecoderNames
 from calibration.model.refusals import WRITES_TEXT
 from calibration.model.source import Source
 from calibration.settings.recipe import Recipe
@@ -25,14 +26,15 @@ def has_head(architecture: Architecture, source: Source, recipe: Recipe) -> bool
 class Head:
     """Turns the last states of the decoder into the states before the head, which has `weight` [V, D]."""
 
-    def __init__(self, architecture: Architecture, source: Source, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, architecture: Architecture, names: DecoderNames, source: Source, recipe: Recipe, device: torch.device
+    ) -> None:
         self._model = load_front(architecture, source, recipe, stream_towers=True, device=device)
         self._model.requires_grad_(False)
         self._tuples, self._device = architecture.tuple_output, device
         self._blocks = list(self._model.get_submodule(architecture.block_module).children())
-        stored = f"{architecture.model_prefix}{HEAD}.weight"
-        tied = self._model.get_input_embeddings().weight
-        weight = source.load(stored).to(device) if stored in source.tensors else tied
+        stored = stored_head(architecture, names, source.tensors)
+        weight = source.load(stored).to(device) if stored else self._model.get_input_embeddings().weight
         self._seen = _Seen()
         self._model.lm_head = self._seen
         # [V, D], times the factor that some models give the logits. A cap on logits is left out.

@@ -63,7 +63,7 @@ def find_metrics(job: Job, work: WorkDirectory, begin: Callable[[], Passes]) -> 
     def turn() -> None:
         assert passes is not None
         # The head is in memory only here, without any block.
-        head = Head(job.architecture, job.source, job.recipe, job.device)
+        head = Head(job.architecture, job.names, job.source, job.recipe, job.device)
         generator = torch.Generator(head.weight.device).manual_seed(job.recipe.seed)
         passes.turn_by(_DrawnSuccessors(head, job.spec.rows.index(TEXT_ROW), generator))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,17 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 
 # Loads a stored tensor of a layer of a block: block, layer, tensor.
 LoadStored = Callable[[int, str, str], Tensor]
+
+
+class Kept(Enum):
+    """What learning keeps in memory; each costs more memory, and takes less time, than the one before."""
+
+    # One block at a time: it is loaded and run again for the pass back.
+    ONE_BLOCK = "one block"
+    # All blocks; each is run again for the pass back.
+    BLOCKS = "all blocks"
+    # Also the graph of a whole pass forward.
+    GRAPHS = "all blocks and their graphs"
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,9 @@ class _Block:
 class LearningDecoder:
     """The decoder with the linears of the finished blocks, which learn `changes`.
 
-    `layers_of` gives the quantized linears of a block: names in the checkpoint by names in the block. With `keep` the
-    blocks stay in memory once they are loaded.
+    `layers_of` gives the quantized linears of a block: names in the checkpoint by names in the block. By `memory` the
+    blocks stay in memory once they are loaded, and a pass forward keeps what the pass back needs. Else the pass back
+    runs each block again.
     """
 
     def __init__(
@@ -72,31 +85,39 @@ class LearningDecoder:
         load: LoadStored,
         spec: QuantizationSpec,
         changes: Changes,
-        *,
-        keep: bool,
+        memory: Kept,
     ) -> None:
         self.blocks, self.layers_of, self.load, self.spec, self.changes = blocks, layers_of, load, spec, changes
-        self.keep = keep
+        self.memory = memory
         self._kept: dict[int, _Block] = {}
 
     @torch.no_grad()
-    def states(self, sample: MemoryInput, escapes: dict[str, Escapes] | None = None) -> list[Tensor]:
-        """The states [1, M, hidden] of a sample before each block, and after the last one.
-
-        Adds the escapes of each input, by its name, to `escapes`.
-        """
-        states = [sample.served]
+    def last_states(self, sample: MemoryInput, escapes: dict[str, Escapes]) -> Tensor:
+        """The states [1, M, hidden] of a sample after the last block; adds the escapes of each input to `escapes`."""
+        hidden: Tensor = sample.served
         for index in range(len(self.blocks)):
             block = self._block(index)
-            states.append(block.run(sample, states[-1]))
-            if escapes is not None:
-                for name, given in block.inputs.items():
-                    escapes[name] = escapes.get(name, Escapes()).plus(*given.escapes())
+            hidden = block.run(sample, hidden)
+            for name, given in block.inputs.items():
+                escapes[name] = escapes.get(name, Escapes()).plus(*given.escapes())
             block.forget()
+        return hidden
+
+    def states(self, sample: MemoryInput) -> list[Tensor]:
+        """The states [1, M, hidden] of a sample before each block and after the last one, for `back`."""
+        states = [sample.served]
+        with torch.set_grad_enabled(self.memory is Kept.GRAPHS):
+            for index in range(len(self.blocks)):
+                block = self._block(index)
+                states.append(block.run(sample, states[-1]))
+                block.forget()
         return states
 
     def back(self, sample: MemoryInput, states: Sequence[Tensor], by_last: Tensor) -> None:
         """Add the gradients of `changes`, by `states` and the derivative by the last of them [1, M, hidden]."""
+        if self.memory is Kept.GRAPHS:
+            states[-1].backward(by_last.to(states[-1]))
+            return
         gradient = by_last
         for index in reversed(range(len(self.blocks))):
             block = self._block(index)
@@ -122,7 +143,7 @@ class LearningDecoder:
             bias = getattr(module.get_submodule(place), "bias", None)
             module.set_submodule(place, LearningLinear(tensors, bias, inputs[settings.shared_input], changes))
         block = _Block(module, index, inputs, serving)
-        if self.keep:
+        if self.memory is not Kept.ONE_BLOCK:
             self._kept[index] = block
         return block
 

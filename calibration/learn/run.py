@@ -17,7 +17,7 @@ from calibration.learn.changes import no_changes
 from calibration.learn.descent import Descent, Judgement
 from calibration.learn.extent import EXTENTS, Chosen
 from calibration.learn.head import Head
-from calibration.learn.model import LearningDecoder
+from calibration.learn.model import Kept, LearningDecoder
 from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
 from calibration.model.loading import BlockLoader
 from calibration.work.directory import WorkDirectory
@@ -41,10 +41,10 @@ class Judgements:
 
 
 class LearningRun:
-    """Learning from the samples `chosen`; with `keep` the decoder's blocks stay in memory."""
+    """Learning from the samples `chosen`."""
 
-    def __init__(self, job: Job, work: WorkDirectory, chosen: Chosen, *, keep: bool) -> None:
-        self.job, self.work, self.chosen, self.keep = job, work, chosen, keep
+    def __init__(self, job: Job, work: WorkDirectory, chosen: Chosen, memory: Kept) -> None:
+        self.job, self.work, self.chosen, self.memory = job, work, chosen, memory
         self.blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
         self.samples = sorted({*chosen.learned, *chosen.judging})
         self.targets = read_part(work, TARGETS)
@@ -87,9 +87,7 @@ class LearningRun:
         sizes = {name.removeprefix("size "): float(value) for name, value in self._sizes().items()}
         layers = {layer: self.job.spec.layers[layer] for layer in sizes}
         changes = no_changes(layers, sizes, self.job.device)
-        decoder = LearningDecoder(
-            self.blocks, self._layers_of, self.work.tensor, self.job.spec, changes, keep=self.keep
-        )
+        decoder = LearningDecoder(self.blocks, self._layers_of, self.work.tensor, self.job.spec, changes, self.memory)
         extent = EXTENTS[self.job.recipe.effort]
         self._descent = Descent(decoder, self._objective(), self.chosen, self._read, self.job.recipe.seed, extent)
         state = read_part(self.work, STATE)
@@ -159,7 +157,8 @@ class LearningRun:
 
     def _objective(self) -> Objective:
         if self._aim is None:
-            self._aim = Objective(Head(self.job.architecture, self.job.source, self.job.recipe, self.job.device))
+            job = self.job
+            self._aim = Objective(Head(job.architecture, job.names, job.source, job.recipe, job.device))
         return self._aim
 
     def _sizes(self) -> dict[str, Tensor]:

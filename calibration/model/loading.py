@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from calibration.model.architectures import Architecture
 from calibration.model.buffers import compute_buffers
 from calibration.model.experts import StoredExperts, find_experts, load_merged, merged_parameter
+from calibration.model.head_tensor import is_head
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.processes import ONE, Processes
@@ -61,7 +62,7 @@ def choose_device(name: str, processes: Processes = ONE) -> torch.device:
 
 
 class Blocks(Protocol):
-    """The decoder's blocks; each is loaded once, in order."""
+    """The decoder's blocks, loaded one at a time, in any order, and again."""
 
     def __len__(self) -> int: ...
 
@@ -177,9 +178,9 @@ def _scaled_parameters(architecture: Architecture, source: Source, model: nn.Mod
     """
     found = {}
     parameters = {name for name, _ in model.named_parameters()}
-    outside = (*(f"{prefix}." for prefix in architecture.block_prefixes), f"{architecture.model_prefix}lm_head.")
+    blocks, start = tuple(f"{prefix}." for prefix in architecture.block_prefixes), architecture.model_prefix
     for stored, info in source.tensors.items():
-        if info.scale is None or stored.startswith(outside) or not stored.startswith(architecture.model_prefix):
+        if info.scale is None or stored.startswith(blocks) or not stored.startswith(start) or is_head(stored):
             continue
         names = [stored.removeprefix(architecture.model_prefix)]
         names += [

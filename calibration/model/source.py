@@ -161,7 +161,7 @@ def _base_model(directory: Path) -> str:
     try:
         _, header, _ = (directory / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         named = yaml.safe_load(header)["base_model"]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError):
         return ""
     return f" ({named[0] if isinstance(named, list) and named else named})"
 

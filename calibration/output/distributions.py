@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.output.weight_file import write_weights
-from calibration.quantize.layer import InputSample
+from calibration.quantize.layer import DrawnInput
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import open_file
 from morphoquant_vllm.format.layers import INPUT_TENSORS, experts_input
@@ -28,12 +28,12 @@ DISTRIBUTIONS_FILE = "morphoquant_calibration/distributions.safetensors"
 # Channels whose ranges are kept: this many of the most dispersed, and as many evenly spaced ones.
 MOST_DISPERSED = 128
 EVENLY_SPACED = 128
-# Sampled tokens for quantiles and counts of codes.
+# drawn tokens for quantiles and counts of codes.
 TOKENS = 2048
 # The inner range of a channel.
 QUANTILES = (0.01, 0.99)
 CODE_BINS = ESCAPE_MAX - ESCAPE_MIN + 1
-# Tensors [C] of a row; the inner range is kept only if tokens of the row were sampled.
+# Tensors [C] of a row; the inner range is kept only if tokens of the row were drawn.
 _RANGES = ("minimum", "maximum", "low", "high")
 _MAY_BE_MISSING = (".low", ".high")
 # The sum of 256 counts up to this fits int64.
@@ -42,20 +42,20 @@ _AGAIN = "copy it from the original checkpoint, or calibrate again"
 
 
 def observe(
-    inputs: InputSample, tokens: TokenSample, tensors: Mapping[str, Tensor], spec: QuantizationSpec
+    inputs: DrawnInput, tokens: DrawnTokens, tensors: Mapping[str, Tensor], spec: QuantizationSpec
 ) -> dict[str, Tensor]:
     """The distribution of one input; C kept channels, `<row>` a modality's name or "massive", only if it had tokens.
 
         channels                    int32 [C], ascending
         <row>.minimum, .maximum     bfloat16 [C], over all tokens
-        <row>.low, .high            bfloat16 [C], the 1 % and 99 % quantiles over sampled tokens
+        <row>.low, .high            bfloat16 [C], the 1 % and 99 % quantiles over drawn tokens
         <row>.dispersion            bfloat16 [K], over all tokens
-        <row>.codes                 int64 [256], counts of each served code of sampled tokens, -128 first
+        <row>.codes                 int64 [256], counts of each served code of drawn tokens, -128 first
 
     `tensors` are those of a quantized layer with that input.
     """
     statistics = inputs.observation.statistics
-    x, processes = inputs.observation.sample, tokens.processes
+    x, processes = inputs.observation.drawn, tokens.processes
     stride = max(1, tokens.modality.numel() // TOKENS)
     modality = tokens.modality[::stride].to(x.device)
     x, own_modality = tokens.every(x, stride), tokens.every(tokens.local(tokens.modality), stride).to(x.device)
@@ -68,7 +68,7 @@ def observe(
     owners = tokens.token_owners[::stride]
     rows, gathered = (processes.all_gather_rows(part, owners) for part in (own_rows, x[:, channels.to(x.device)]))
     massive_row = len(spec.rows) - 1
-    # In the statistics, the block's residual stream decides which tokens are massive; among sampled tokens, the
+    # In the statistics, the block's residual stream decides which tokens are massive; among drawn tokens, the
     # quantizer's intervals do.
     for row, seen in statistics.items():
         name = spec.rows[row]
@@ -94,7 +94,7 @@ def _ranges(name: str, seen: ChannelStatistics, channels: Tensor) -> dict[str, T
 
 
 def _inner_range(name: str, values: Tensor) -> dict[str, Tensor]:
-    """The kept quantiles of the sampled tokens [t, C] of a row."""
+    """The kept quantiles of the drawn tokens [t, C] of a row."""
     quantiles = torch.tensor(QUANTILES, device=values.device)
     low, high = torch.quantile(values, quantiles, dim=0).cpu().bfloat16()
     return {f"{name}.low": low.clone(), f"{name}.high": high.clone()}

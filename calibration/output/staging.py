@@ -56,7 +56,7 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
 
 def check_free_space(directory: Path, needed: int, name: str = "the checkpoint", flag: str = "--output") -> None:
     """Raise MorphoQuantError if the disk of `directory` has fewer than `needed` bytes free for `name`."""
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
         raise MorphoQuantError(
             f"{directory.parent}: {name} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "

@@ -1,6 +1,6 @@
 """The algorithm: from the observed activations of one input to the tensors of its layers.
 
-No module touches files, and only `observation` sets hooks.
+No module touches files. Only `observation` sets hooks, and `attention_range` watches torch's attention.
 
     observation      statistics and drawn tokens of a block's inputs, by module hooks
     layer            the phases for one input, from grids to tensors

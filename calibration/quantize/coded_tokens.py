@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.processes import Processes
 from calibration.quantize import moments as second_moments
 from calibration.quantize.chunks import together
@@ -76,7 +76,7 @@ class CodedTokens:
 
 
 def code_tokens(
-    x: Tensor, tokens: TokenSample, massive: Tensor, found: FoundInput, spec: QuantizationSpec
+    x: Tensor, tokens: DrawnTokens, massive: Tensor, found: FoundInput, spec: QuantizationSpec
 ) -> CodedTokens:
     """Rows and codes of x [own T, K], in natural order; massive, bool [own T]: the tokens of the massive row."""
     device = x.device

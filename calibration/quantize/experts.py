@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.quantize.bias import Means, find_bias, find_means, means_in_any_row
 from calibration.quantize.chunks import together
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import FoundInput, find_input
 from calibration.quantize.layer import (
-    InputSample,
+    DrawnInput,
     JudgedPart,
     full_mask,
     quantize_input,
@@ -48,10 +48,10 @@ LoadExpert = Callable[[int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class ExpertsSample:
+class DrawnExperts:
     """The drawn tokens of the experts' input, and the routing of all tokens, both in the served stream."""
 
-    input: InputSample
+    input: DrawnInput
     routing: Routing
 
 
@@ -82,8 +82,8 @@ class _Layer:
     name: str
     spec: QuantizationSpec
     recipe: Recipe
-    tokens: TokenSample
-    sample: ExpertsSample
+    tokens: DrawnTokens
+    drawn: DrawnExperts
     massive: MassiveTokens
     found: FoundInput
     coded: CodedTokens
@@ -107,12 +107,12 @@ class _Chosen:
     share: float
     # Both as samples; borrowed tokens weigh 1 - share in the second.
     judged: JudgedPart
-    tokens: TokenSample
+    tokens: DrawnTokens
 
 
 def quantize_experts(
-    sample: ExpertsSample,
-    tokens: TokenSample,
+    drawn: DrawnExperts,
+    tokens: DrawnTokens,
     name: str,
     load: LoadExpert,
     spec: QuantizationSpec,
@@ -122,7 +122,7 @@ def quantize_experts(
 
     `load` gives the weights of one expert, and is called twice for each. All processes get the same result.
     """
-    layer = _find_layer(sample, tokens, name, load, spec, recipe)
+    layer = _find_layer(drawn, tokens, name, load, spec, recipe)
     experts = [_quantize_expert(layer, expert, load(expert)) for expert in range(spec.experts[name].count)]
     tensors = {linear: stored for expert in experts for linear, stored in expert.tensors.items()}
     tensors[input_holder(name)] |= layer.found.tensors
@@ -142,22 +142,22 @@ def _quantize_expert(layer: _Layer, expert: int, weights: Mapping[str, Tensor]) 
 
 
 def _find_layer(
-    sample: ExpertsSample,
-    tokens: TokenSample,
+    drawn: DrawnExperts,
+    tokens: DrawnTokens,
     name: str,
     load: LoadExpert,
     spec: QuantizationSpec,
     recipe: Recipe,
 ) -> _Layer:
     """Grid, rows and codes of the one input of gate and up, and its pooled moments."""
-    x, target, processes = sample.input.observation.sample, sample.input.target, tokens.processes
+    x, target, processes = drawn.input.observation.drawn, drawn.input.target, tokens.processes
     settings = spec.experts[name].layers(name)
     first = settings[input_holder(name)]
     # In place of the weights of all experts: a matrix that gives every error and column norm the same size.
     factor = gram_factor(_gram(load, spec.experts[name].count, tokens, x.device, x.shape[1]))
-    massive = find_massive(x, sample.input.outlying, 1, tokens, wanted=recipe.massive_row)
+    massive = find_massive(x, drawn.input.outlying, 1, tokens, wanted=recipe.massive_row)
     found = find_input(
-        sample.input.observation,
+        drawn.input.observation,
         tokens,
         massive,
         factor,
@@ -171,10 +171,10 @@ def _find_layer(
     means = find_means(pooled, coded, x, target, massive.own, processes)
     own = replace(spec, layers=settings, experts={})
     dtype = getattr(torch, recipe.dtype)
-    return _Layer(name, own, recipe, tokens, sample, massive, found, coded, fitted, pooled, means, dtype)
+    return _Layer(name, own, recipe, tokens, drawn, massive, found, coded, fitted, pooled, means, dtype)
 
 
-def _gram(load: LoadExpert, count: int, tokens: TokenSample, device: torch.device, width: int) -> Tensor:
+def _gram(load: LoadExpert, count: int, tokens: DrawnTokens, device: torch.device, width: int) -> Tensor:
     """Sum over experts of W^T W of gate and up, float32 [K, K]; each process adds some experts."""
     gram = torch.zeros(width, width, device=device)
     share = tokens.processes.share(count)
@@ -203,7 +203,7 @@ def gram_factor(gram: Tensor) -> Tensor:
 
 def _choose(layer: _Layer, expert: int) -> _Chosen:
     """The drawn tokens of an expert, and evenly spaced ones that it borrows from the others."""
-    tokens, routing = layer.tokens, layer.sample.routing
+    tokens, routing = layer.tokens, layer.drawn.routing
     chose = routing.chosen[:, expert]
     routed, others = chose.nonzero().flatten(), (~chose).nonzero().flatten()
     wanted = min(others.numel(), max(POOLED_TOKENS, FEW_TOKENS - routed.numel()))
@@ -230,13 +230,13 @@ def _plain(recipe: Recipe) -> Recipe:
 
 def _quantize_gate_up(
     layer: _Layer, chosen: _Chosen, linears: Mapping[str, str], weights: Mapping[str, Tensor], recipe: Recipe
-) -> tuple[dict[str, dict[str, Tensor]], float, InputSample]:
+) -> tuple[dict[str, dict[str, Tensor]], float, DrawnInput]:
     """Tensors of gate and up, their output error, and the input of down on the expert's tokens."""
     coded, processes = layer.coded, layer.tokens.processes
     shards = {linears[kind]: weights[kind] for kind in (GATE, UP)}
     matrix = torch.cat([weight.to(coded.codes.device, torch.float32) for weight in shards.values()])[:, coded.order]
     routed = layer.tokens.own(chosen.routed).to(coded.codes.device)
-    target = layer.sample.input.target
+    target = layer.drawn.input.target
     part, part_target = coded.part(routed), target[routed]
     moments = gather_moments(layer.fitted.part(routed), part_target, matrix, processes)
     moments.mix(layer.pooled, chosen.share)
@@ -247,7 +247,7 @@ def _quantize_gate_up(
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, 1, any_massive=any_massive))
     judged = JudgedTokens.of(part, part_target, chosen.judged.tokens)
     error = output_error(judged, matrix, served.matrix, bias.sum(0), processes)
-    inner = _inner_sample(layer, chosen, matrix, served.matrix, bias.sum(0), linears[DOWN])
+    inner = _inner_input(layer, chosen, matrix, served.matrix, bias.sum(0), linears[DOWN])
     return split_tensors(shards, served, bias[:, coded.sets.of_row]), error, inner
 
 
@@ -258,7 +258,7 @@ def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> 
         code[0], value[0] = layer.means.code[0], layer.means.value[0]
         ordinary = routed[~layer.massive.own.to(routed.device)[routed]]
         if chosen.routed.numel() and not bool(layer.massive.all[chosen.routed].all()):
-            x, target = layer.sample.input.observation.sample, layer.sample.input.target
+            x, target = layer.drawn.input.observation.drawn, layer.drawn.input.target
             own = means_in_any_row(layer.coded, x, target, ordinary, layer.tokens.processes)
             code[0], value[0] = (
                 chosen.share * mine + (1 - chosen.share) * pooled
@@ -267,16 +267,14 @@ def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> 
     return Means(code, value)
 
 
-def _inner_sample(
-    layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor, bias: Tensor, name: str
-) -> InputSample:
+def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor, bias: Tensor, name: str) -> DrawnInput:
     """The input of down on the expert's tokens, borrowed ones included.
 
     matrix and served [2I, K] are the 16-bit and the served weights of gate and up, bias [S, 2I] those of sets.
     """
     own = layer.tokens.own(chosen.served).to(matrix.device)
-    coded, outlying = layer.coded.part(own), layer.sample.input.outlying[own.cpu()]
-    target = layer.sample.input.target[own]
+    coded, outlying = layer.coded.part(own), layer.drawn.input.outlying[own.cpu()]
+    target = layer.drawn.input.target[own]
     wanted, found = [matrix.new_zeros(0, matrix.shape[0] // 2)], [matrix.new_zeros(0, matrix.shape[0] // 2)]
     for codes, gain, sets, values in together(coded.codes, coded.gain, coded.token_set, target):
         gated = (codes.float() * gain[:, None]) @ served.T + bias[sets]
@@ -287,7 +285,7 @@ def _inner_sample(
     modality = chosen.tokens.local(chosen.tokens.modality)
     rows = torch.where(outlying, len(layer.spec.rows) - 1, modality).to(x.device)
     collector.add(x, rows, torch.arange(x.shape[0], device=x.device))
-    return InputSample(collector.observation(layer.tokens.processes), torch.cat(wanted), outlying)
+    return DrawnInput(collector.observation(layer.tokens.processes), torch.cat(wanted), outlying)
 
 
 def _gated(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
@@ -297,12 +295,12 @@ def _gated(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _figures(layer: _Layer, experts: Sequence[_QuantizedExpert]) -> ExpertsFigures:
-    drawn = layer.sample.routing.chosen.sum(0).tolist()
+    drawn = layer.drawn.routing.chosen.sum(0).tolist()
     record = input_record(layer.coded, layer.tokens, layer.massive.all, layer.found, layer.spec.rows)
     figures = [expert.figures for expert in experts]
     known = [found[0] for found in figures if found is not None]
     return ExpertsFigures(
-        tokens=layer.sample.routing.counts.sum(0).tolist(),
+        tokens=layer.drawn.routing.counts.sum(0).tolist(),
         drawn_tokens=drawn,
         few=sum(0 < count < FEW_TOKENS for count in drawn),
         none=sum(count == 0 for count in drawn),

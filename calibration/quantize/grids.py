@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.quantize import step_search as steps
 from calibration.quantize.chunks import together
 from calibration.quantize.massive_tokens import MassiveIntervals, MassiveTokens
@@ -69,7 +69,7 @@ class FoundInput:
 
 def find_input(
     observation: Observation,
-    tokens: TokenSample,
+    tokens: DrawnTokens,
     massive: MassiveTokens,
     matrix: Tensor,
     spec: QuantizationSpec,
@@ -82,7 +82,7 @@ def find_input(
     With `full_mask`, every channel may escape in the reference's grid.
     """
     evidence = gather_evidence(observation, tokens, massive.own, recipe, len(spec.rows) - 1, full_mask=full_mask)
-    massive_x = tokens.all_gather(observation.sample, tokens.all_gather(massive.own).nonzero().flatten())
+    massive_x = tokens.all_gather(observation.drawn, tokens.all_gather(massive.own).nonzero().flatten())
 
     def find() -> FoundInput:
         grids = find_grids(evidence, matrix, recipe)
@@ -96,13 +96,13 @@ def find_input(
 
 
 def gather_evidence(
-    observation: Observation, tokens: TokenSample, massive: Tensor, recipe: Recipe, massive_row: int, *, full_mask: bool
+    observation: Observation, tokens: DrawnTokens, massive: Tensor, recipe: Recipe, massive_row: int, *, full_mask: bool
 ) -> Evidence:
     """The evidence for an input's grids, on the device of the observed tokens.
 
     `observation` and massive, bool [own T], are of this process's drawn tokens.
     """
-    x = observation.sample
+    x = observation.drawn
     # Which of all drawn tokens are ordinary.
     all_massive = tokens.all_gather(massive).cpu()
     ordinary = (~all_massive).nonzero().flatten()

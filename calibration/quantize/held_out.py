@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.processes import Processes
 from calibration.quantize.moments import Moments
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 SAMPLES_PER_HELD = {"default": 8, "best": 4}
 
 
-def held_out(tokens: TokenSample, effort: str) -> Tensor | None:
+def held_out(tokens: DrawnTokens, effort: str) -> Tensor | None:
     """Drawn tokens of held-out samples, bool [T]: the last of every SAMPLES_PER_HELD; None if there are none.
 
-    Effort `fast` holds nothing out. Every layer holds out the same samples. So the errors that earlier layers made on
-    them are those of new data. Tokens of a modality that no other sample has are not held out.
+    Effort `fast` holds nothing out. Every layer of the decoder holds out the same samples. So the errors that earlier
+    layers made on them are those of new data. Tokens of a modality that no other sample has are not held out.
     """
     if effort not in SAMPLES_PER_HELD:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.model.plan import matches
 from calibration.processes import Processes
 from calibration.quantize.bias import find_bias, find_means
@@ -34,8 +34,8 @@ class QuantizedLayer:
 
 
 @dataclass(frozen=True)
-class InputSample:
-    """This process's drawn tokens of one input, in the order of TokenSample."""
+class DrawnInput:
+    """This process's drawn tokens of one input, in the order of DrawnTokens."""
 
     # The input in the served stream, after the layers that are quantized already. It is quantized.
     observation: Observation
@@ -49,7 +49,7 @@ class InputSample:
 class JudgedPart:
     """The drawn tokens on which the report's figures are taken, if these are not all."""
 
-    tokens: TokenSample
+    tokens: DrawnTokens
     # Their places among the drawn tokens of all processes, and among this one's: int64.
     places: Tensor
     own: Tensor
@@ -60,8 +60,8 @@ class JudgedPart:
 
 
 def quantize_input(
-    inputs: InputSample,
-    tokens: TokenSample,
+    inputs: DrawnInput,
+    tokens: DrawnTokens,
     shards: Mapping[str, Tensor],
     spec: QuantizationSpec,
     recipe: Recipe,
@@ -78,7 +78,7 @@ def quantize_input(
     `judged` are the tokens on which the figures of the report are taken; None means all. `metrics` are those of the
     outputs of some linears, by layer name (output_metric).
     """
-    x, target, processes = inputs.observation.sample, inputs.target, tokens.processes
+    x, target, processes = inputs.observation.drawn, inputs.target, tokens.processes
     first = spec.layers[next(iter(shards))]
     blocks = input_blocks(first, spec.tensor_parallel)
     matrix = torch.cat([weight.to(x.device, torch.float32) for weight in shards.values()])
@@ -120,7 +120,7 @@ def quantize_input(
 
 
 def _moments(
-    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: TokenSample, held: Tensor | None, *, choosing: bool
+    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: DrawnTokens, held: Tensor | None, *, choosing: bool
 ) -> tuple[Moments, Moments | None]:
     """Moments of the tokens that weights are fitted to, and of those that are `held` out, bool [T]; None: none are.
 

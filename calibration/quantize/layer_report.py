@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.processes import ONE, Processes
 from calibration.quantize.chunks import chunks
 from calibration.quantize.coded_tokens import CodedTokens
@@ -81,7 +81,7 @@ class JudgedTokens:
     weight: Tensor
 
     @staticmethod
-    def of(coded: CodedTokens, target: Tensor, tokens: TokenSample) -> JudgedTokens:
+    def of(coded: CodedTokens, target: Tensor, tokens: DrawnTokens) -> JudgedTokens:
         """Every n-th token of all processes; target [own T, K] is in natural order."""
         stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
         return JudgedTokens(
@@ -93,7 +93,7 @@ class JudgedTokens:
 
 
 def input_record(
-    coded: CodedTokens, tokens: TokenSample, massive: Tensor, found: FoundInput, row_names: tuple[str, ...]
+    coded: CodedTokens, tokens: DrawnTokens, massive: Tensor, found: FoundInput, row_names: tuple[str, ...]
 ) -> LayerRecord:
     """The figures common to the linears that share an input, without output_error; massive, bool [T], of all tokens."""
     guard_raise = found.grids.grid.guard_raise
@@ -109,7 +109,7 @@ def input_record(
     )
 
 
-def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
+def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
     """Escapes as a fraction of codes [own T, K], as LayerRecord holds them.
 
     massive, bool [T]: the tokens of all processes that took the last row.
@@ -125,16 +125,16 @@ def escape_rates(codes: Tensor, tokens: TokenSample, massive: Tensor, row_names:
     return {**named, "all": overall}
 
 
-def escape_warning(layer: str, record: LayerRecord, recipe: Recipe, sampled: Mapping[str, int]) -> str | None:
+def escape_warning(layer: str, record: LayerRecord, recipe: Recipe, drawn: Mapping[str, int]) -> str | None:
     """A sentence about a layer whose escape rate is far above the budget; None if it is not, or without a budget.
 
-    `sampled` counts the drawn tokens by row name. Massive tokens are not judged: they may escape on every channel.
+    `drawn` counts the drawn tokens by row name. Massive tokens are not judged: they may escape on every channel.
     """
     if recipe.grid != "budget" or not recipe.escape_budget:
         return None
     massive = record.escape_rate.get(MASSIVE_ROW, 0.0) * record.massive_tokens
     # As if all massive tokens were of this modality.
-    rates = {row: record.escape_rate[row] - massive / count for row, count in sampled.items() if count}
+    rates = {row: record.escape_rate[row] - massive / count for row, count in drawn.items() if count}
     row = max(rates, key=lambda name: rates[name])
     if rates[row] <= FAR_ABOVE * recipe.escape_budget:
         return None

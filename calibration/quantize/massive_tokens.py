@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.processes import ONE, Processes
 from morphoquant_vllm.format.layers import MASSIVE_CHANNELS
 from morphoquant_vllm.numerics.activation import is_massive
@@ -52,7 +52,7 @@ class MassiveTokens:
     all: Tensor
 
 
-def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: TokenSample, *, wanted: bool) -> MassiveTokens:
+def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: DrawnTokens, *, wanted: bool) -> MassiveTokens:
     """Intervals that separate the tokens `outlying`, bool [own T], of x [own T, K], and the tokens that they hold.
 
     Unless `wanted`, the intervals hold no token.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.processes import ONE, Processes
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics.statistics import REDUCTIONS, ChannelStatistics
@@ -22,15 +22,15 @@ class Observation:
 
     # By row (a modality's, or the massive one), over all processes; rows without tokens are absent.
     statistics: dict[int, ChannelStatistics]
-    # Activations of the drawn tokens, float32 [own T, K], in the order of TokenSample.
-    sample: Tensor
+    # Activations of the drawn tokens, float32 [own T, K], in the order of DrawnTokens.
+    drawn: Tensor
 
 
 class InputReached(Exception):
     """Ends a block's run at the requested input."""
 
 
-class SampleCollector:
+class DrawnCollector:
     """Keeps the drawn tokens of one linear input, on the device on which the model runs.
 
     `none`, [0, K] on that device, is the result of a process that has no calibration samples.
@@ -47,8 +47,8 @@ class SampleCollector:
         """
         self._chosen.append(x[positions].float())
 
-    def sample(self) -> Tensor:
-        """The drawn tokens so far, float32 [T, K], in the order of TokenSample."""
+    def drawn(self) -> Tensor:
+        """The drawn tokens so far, float32 [T, K], in the order of DrawnTokens."""
         if len(self._chosen) > 1:
             first = self._chosen[0]
             whole = first.new_empty(sum(part.shape[0] for part in self._chosen), first.shape[1])
@@ -62,15 +62,15 @@ class SampleCollector:
         return self._chosen[0]
 
 
-class InputCollector(SampleCollector):
-    """A SampleCollector that also gathers statistics."""
+class InputCollector(DrawnCollector):
+    """A DrawnCollector that also gathers statistics."""
 
     def __init__(self, name: str, none: Tensor | None = None) -> None:
         super().__init__(name, none)
         self._statistics: dict[int, ChannelStatistics] = {}
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor, *others: Tensor) -> None:
-        """As SampleCollector.add. Raises MorphoQuantError with the layer's name if x holds NaN or infinite values."""
+        """As DrawnCollector.add. Raises MorphoQuantError with the layer's name if x holds NaN or infinite values."""
         present = rows.unique().tolist()
         for row in present:
             new = ChannelStatistics.of(x if len(present) == 1 else x[rows == row])
@@ -85,24 +85,24 @@ class InputCollector(SampleCollector):
 
     def observation(self, processes: Processes = ONE) -> Observation:
         """Everything gathered so far; the statistics are those of all processes together."""
-        sample = self.sample()
+        drawn = self.drawn()
         found = {}
         for row in sorted(set().union(*processes.all_gather(set(self._statistics)))):
-            own = self._statistics.get(row) or _no_tokens(sample)
+            own = self._statistics.get(row) or _no_tokens(drawn)
             found[row] = ChannelStatistics(
                 **{
                     field.name: processes.all_reduce(getattr(own, field.name), REDUCTIONS[field.name])
                     for field in fields(own)
                 }
             )
-        return Observation(found, sample)
+        return Observation(found, drawn)
 
 
 @dataclass(frozen=True)
 class Routing:
     """Which experts the tokens of all processes chose."""
 
-    # Experts of each drawn token, bool [T, E], on the CPU, in the order of TokenSample.
+    # Experts of each drawn token, bool [T, E], on the CPU, in the order of DrawnTokens.
     chosen: Tensor
     # Tokens of all calibration samples by modality and expert, int64 [R, E], on the CPU.
     counts: Tensor
@@ -131,7 +131,7 @@ class RoutedCollector(InputCollector):
         self._experts.append(chosen[positions.cpu()])
         self._counts.index_add_(0, self._modality_of().flatten().cpu().long(), chosen.long())
 
-    def routing(self, tokens: TokenSample) -> Routing:
+    def routing(self, tokens: DrawnTokens) -> Routing:
         """The routing so far, of all processes."""
         return Routing(tokens.all_gather(torch.cat(self._experts)), tokens.processes.all_reduce(self._counts, "SUM"))
 
@@ -147,7 +147,7 @@ def run_observed(
     block: nn.Module,
     hidden: Tensor,
     arguments: Mapping[str, Any],
-    collectors: Mapping[str, SampleCollector],
+    collectors: Mapping[str, DrawnCollector],
     rows: Tensor,
     positions: Tensor,
     *,
@@ -158,7 +158,7 @@ def run_observed(
     With `stop` the run ends, without output, at the first observed input.
     """
 
-    def observe(collector: SampleCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def observe(collector: DrawnCollector, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2)
         if x.shape[0] != rows.numel():
             raise MorphoQuantError(

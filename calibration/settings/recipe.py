@@ -299,7 +299,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise MorphoQuantError(
             f"{path}: the recipe cannot be read ({error.strerror}); give an existing file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise MorphoQuantError(f"{path}: the recipe is not YAML ({reason})") from error
     if content is None:

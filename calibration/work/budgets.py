@@ -1,4 +1,4 @@
-"""The part of a work directory about budgets that inputs share: the samples that choose, the choice, and metrics."""
+"""The part of a work directory about what a run decides before its blocks: samples, choice, metrics."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ BUDGETS_FILE = "budgets.json"
 
 @dataclass(frozen=True)
 class Choice:
-    """The form of each input's linears by the input's name, 4, 8 or 16 bits, and the mean bits of a weight."""
+    """What a run decides before its blocks. The form of each input's linears by its name: 4, 8 or 16 bits."""
 
     forms: dict[str, int]
+    # The mean bits of a weight.
     mean: float
     # Share of each input in the estimated error of the model with 4-bit weights alone.
     shares: dict[str, float]
     # The escape budget of each input, if they differ.
     escape_budgets: dict[str, float] = field(default_factory=dict)
+    # Whether steps and scales learn after the blocks.
+    learns: bool = False
     # The files of the metrics of outputs, by name: as in durable_files.FileRecord.
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 

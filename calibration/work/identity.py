@@ -59,6 +59,7 @@ def identity(
                 name: package_version(name)
                 for name in ("torch", "transformers", "safetensors", "numpy", "pillow", "av")
             },
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
             "cpu": " ".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *_instructions())),
         },
         "model": _model_files(source),

@@ -44,7 +44,7 @@ def processor() -> Iterator[Finding]:
 
     flags = build.cpu_flags()
     try:
-        chosen = build.instruction_set(flags, environment.cpu_instructions())
+        chosen = build.instruction_sets(flags, environment.cpu_instructions())[0]
     except BuildError as error:
         reason, _, remedy = str(error).rpartition("; ")
         if reason and not environment.cpu_instructions():
@@ -59,7 +59,6 @@ def processor() -> Iterator[Finding]:
 
 def compiler(has_gpu: bool) -> Iterator[Finding]:
     """The C++ compiler of the CPU kernels; vLLM's torch.compile needs one, too."""
-    from morphoquant_vllm.cpu import build, shipped
     from morphoquant_vllm.cpu.compiler import BuildError, find_compiler
 
     eager = "`vllm serve` needs --enforce-eager without g++, because torch.compile calls it"
@@ -67,7 +66,7 @@ def compiler(has_gpu: bool) -> Iterator[Finding]:
         command = find_compiler()
     except BuildError as error:
         reason, _, remedy = str(error).rpartition("; ")
-        if shipped.find(build.instruction_set(build.cpu_flags(), environment.cpu_instructions())):
+        if _wheel_has_kernels():
             yield note("compiler", f"{reason}; the wheel brings the kernels, but {eager}", remedy)
         elif has_gpu:
             yield note("compiler", f"{reason}; a GPU needs none for MorphoQuant's kernels", remedy)
@@ -79,6 +78,17 @@ def compiler(has_gpu: bool) -> Iterator[Finding]:
         yield problem("compiler", f"{command[0]} does not run", f"install g++ or set {environment.CXX} to one")
         return
     yield ok("compiler", f"{command[0]}: {(done.stdout.splitlines() or ['?'])[0]}")
+
+
+def _wheel_has_kernels() -> bool:
+    """Whether the package brings kernels that this processor runs."""
+    from morphoquant_vllm.cpu import build, shipped
+
+    try:
+        chosen = build.instruction_sets(build.cpu_flags(), environment.cpu_instructions())[0]
+    except build.BuildError:
+        return False
+    return shipped.find(chosen) is not None
 
 
 def gpu() -> Iterator[Finding]:

@@ -45,7 +45,7 @@ TILE_N = 128
 # Channels of K that one instruction of the int8 matrix units multiplies.
 UNIT_K = 32
 # Output channels repacked at a time: loading a layer needs little more memory than its packed codes.
-REPACK_ROWS = 4096
+REPACK_OUTPUTS = 4096
 
 
 class GpuWeight(NamedTuple):
@@ -105,7 +105,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _tiles(packed: Tensor, channels: int, steps: int, zero: int) -> Tensor:
-    """Canonical bytes uint8 [rows, K/2], rows a multiple of 128, as tiles uint8 [rows/128, K/P, 128, P/2].
+    """Canonical bytes uint8 [N, K/2], N a multiple of 128, as tiles uint8 [N/128, K/P, 128, P/2].
 
     There are `steps` tiles along K. The nibble of a weight 0 is `zero`.
     """
@@ -118,21 +118,21 @@ def _tiles(packed: Tensor, channels: int, steps: int, zero: int) -> Tensor:
 
 def prepare_weight(weight: WeightRecord) -> GpuWeight:
     """Lay a canonical record out as described above, on the record's device."""
-    rows, half = weight.codes.shape
+    outputs, half = weight.codes.shape
     group_size = 2 * half // weight.scale.shape[1]
     channels = tile_channels(group_size, weight.two_level)
     steps = _round_up(2 * half, channels * (1 + weight.two_level)) // channels
-    padded = _round_up(rows, TILE_N)
+    padded = _round_up(outputs, TILE_N)
     tiles = weight.codes.new_empty((padded // TILE_N, steps, TILE_N, channels // 2))
     zero = -INT4_MIN if weight.two_level else 0
-    for start in range(0, padded, REPACK_ROWS):
-        part = weight.codes[start : start + REPACK_ROWS]
+    for start in range(0, padded, REPACK_OUTPUTS):
+        part = weight.codes[start : start + REPACK_OUTPUTS]
         # 0x88 is a pair of weights 0.
         part = pad(part, (0, 0, 0, _round_up(part.shape[0], TILE_N) - part.shape[0]), value=0x88)
         tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels, steps, zero)
     scale = _words(weight.scale, group_size) if weight.two_level else scale_words(weight.scale, group_size)
     rounded_up = steps // 2 if weight.two_level else steps
-    scale = pad(scale, (0, rounded_up - scale.shape[1], 0, padded - rows)).T.contiguous()
+    scale = pad(scale, (0, rounded_up - scale.shape[1], 0, padded - outputs)).T.contiguous()
     return GpuWeight(tiles, scale, weight.channel_scale * 16, weight.absorbed_bias.contiguous())
 
 

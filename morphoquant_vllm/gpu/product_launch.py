@@ -18,9 +18,6 @@ REDUCE_BLOCK_N = 256
 REDUCE_WARPS = 4
 # Tiles of tokens that use one tile of weights before the next: the codes of 8 * 128 tokens fit into L2 with it.
 GROUP_M = 8
-# Arguments that vary from call to call. The absorbed bias does not vary, but each call passes it: it is the handle.
-VARYING = ("codes_ptr", "rows_ptr", "absorbed_bias_ptr", "out_ptr", "M", "splits")
-VARYING_OF_REDUCTION = ("part_ptr", "rows_ptr", "absorbed_bias_ptr", "out_ptr", "M", "splits")
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,6 @@ GATHER_ELEMENTS = 16
 # elements apart. Otherwise Triton does not load 16 bytes at a time.
 IN_ORDER_TOKENS = 8
 IN_ORDER_ALIGNMENT = 16
-# Arguments that vary from call to call: of all kernels, and of those whose programs take several tokens.
-VARYING = ("x_ptr", "modality_ptr", "codes_ptr", "rows_ptr", "x_stride")
-VARYING_OF_MANY = (*VARYING, "M", "tokens")
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from morphoquant_vllm.numerics.activation import ActivationRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 from morphoquant_vllm.numerics.weights import times_group
 
-# Sizes of several turns that are multiples of 16 but not of a tile. Layers have such sizes, and Triton specialises on
-# 16.
+# Sizes of several turns. N is a multiple of 16 but not of a tile: layers have such sizes, and Triton specialises on 16.
 OUT_FEATURES, IN_FEATURES = 176, 768
 ROWS = 3
 EPSILON = 1e-6

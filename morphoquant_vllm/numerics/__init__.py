@@ -1,9 +1,9 @@
-"""The one definition of MorphoQuant's numbers, in torch (imports torch only).
+"""The one definition of MorphoQuant's numbers, in torch (imports torch; its `golden` also safetensors).
 
 Everything else -- calibration, the plugin's backends, kernels, tests -- calls this package or is tested against it.
 
 Notation
-    M  tokens (rows of an activation)
+    M  tokens
     K  input channels (in_features)
     N  output channels (out_features)
     G  group size: input channels that share one weight scale

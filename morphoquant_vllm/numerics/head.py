@@ -14,21 +14,21 @@ from torch import Tensor
 
 LARGEST_CODE = 127
 # Outputs quantized at a time: bounds the float32 copy.
-_ROWS = 4096
+_OUTPUTS = 4096
 
 
-def quantize_rows(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and scale float32 [N] of a float weight [N, K]; a row of zeros has scale 0.
+def quantize_outputs(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 [N, K] and scale float32 [N] of a float weight [N, K]; an output of zeros has scale 0.
 
     If `codes` is given, they are written there.
     """
     codes = weight.new_empty(weight.shape, dtype=torch.int8) if codes is None else codes
     scale = weight.new_empty(weight.shape[:1], dtype=torch.float32)
-    for first in range(0, weight.shape[0], _ROWS):
-        rows = weight[first : first + _ROWS].float()
-        scales = rows.abs().amax(1) / LARGEST_CODE
-        scale[first : first + _ROWS] = scales
-        codes[first : first + _ROWS] = (rows / scales.where(scales > 0, 1)[:, None]).round()
+    for first in range(0, weight.shape[0], _OUTPUTS):
+        outputs = weight[first : first + _OUTPUTS].float()
+        scales = outputs.abs().amax(1) / LARGEST_CODE
+        scale[first : first + _OUTPUTS] = scales
+        codes[first : first + _OUTPUTS] = (outputs / scales.where(scales > 0, 1)[:, None]).round()
     return codes, scale
 
 

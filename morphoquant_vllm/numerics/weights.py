@@ -38,12 +38,12 @@ def quantize_int4(absorbed: Tensor, importance: Tensor, group_size: int) -> tupl
 
     Each weight is rounded separately, with its group's scale from `group_scales`.
     """
-    rows, in_features = absorbed.shape
+    outputs, in_features = absorbed.shape
     if in_features % group_size:
         raise ValueError(f"K = {in_features} is not divisible by group size {group_size}")
-    grouped = absorbed.float().view(rows, -1, group_size)
+    grouped = absorbed.float().view(outputs, -1, group_size)
     scale = group_scales(grouped, importance.float().view(-1, group_size))
-    return round_int4(grouped, scale[..., None].float()).view(rows, in_features).to(torch.int8), scale
+    return round_int4(grouped, scale[..., None].float()).view(outputs, in_features).to(torch.int8), scale
 
 
 def quantize_int8(absorbed: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

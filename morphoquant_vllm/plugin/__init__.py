@@ -35,12 +35,14 @@ def register() -> None:
 
     Not if the installed vLLM lacks an interface that the plugin needs: an error in the log names it.
     """
-    from vllm.model_executor.layers.quantization import register_quantization_config
-
-    from morphoquant_vllm.format.schema import QUANT_METHOD
-    from morphoquant_vllm.plugin.config import MorphoQuantConfig
     from morphoquant_vllm.plugin.version_check import may_serve
 
     if not may_serve():
         return
+    # Not before: they import interfaces that another vLLM may lack, and then it would serve no model at all.
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from morphoquant_vllm.format.schema import QUANT_METHOD
+    from morphoquant_vllm.plugin.config import MorphoQuantConfig
+
     register_quantization_config(QUANT_METHOD)(MorphoQuantConfig)

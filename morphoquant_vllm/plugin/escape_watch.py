@@ -41,6 +41,7 @@ def refuse_partial_steps(config: VllmConfig) -> None:
     parallel = config.parallel_config
     reasons = {
         "microbatching": parallel.use_ubatching,
+        "sequence-parallel experts": parallel.use_sequence_parallel_moe,
         "context parallelism": parallel.prefill_context_parallel_size > 1,
         "fast prefill": config.cache_config.kv_sharing_fast_prefill,
     }

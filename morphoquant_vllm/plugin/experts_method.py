@@ -143,14 +143,14 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
             for part in ("w13_", "w2_")
         )
         del tensors
-        if dummy:
-            dummy_weights.fill(gate_up)
-            for expert in range(down["gain"].shape[0]):
-                dummy_weights.fill({tensor: values[expert] for tensor, values in down.items()})
         # Channels are numbered over the whole K; this rank's start here.
         first = layer.moe_config.moe_parallel_config.tp_rank * down["channel_order"].shape[1]
         for tensor in ("channel_order", "massive_channel"):
             down[tensor] -= first
+        if dummy:
+            dummy_weights.fill(gate_up)
+            for expert in range(down["gain"].shape[0]):
+                dummy_weights.fill({tensor: values[expert] for tensor, values in down.items()})
         self._check_values(layer, gate_up, down)
         record = experts_record(self.experts.scale_scheme, gate_up, down)
         device = record.down.codes.device

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import move_to_large_pages, zero_bytes
-from morphoquant_vllm.numerics.head import quantize_rows
+from morphoquant_vllm.numerics.head import quantize_outputs
 from morphoquant_vllm.plugin.reload import ReloadCheck
 
 # vLLM shows the messages of loggers below "vllm".
@@ -110,7 +110,7 @@ class EightBitHeadMethod(SixteenBitHeadMethod):
             return
         on_cpu = weight.device.type == "cpu"
         place = zero_bytes(weight.numel()).view(torch.int8).view(weight.shape) if on_cpu else None
-        codes, scale = quantize_rows(weight, place)
+        codes, scale = quantize_outputs(weight, place)
         if not bool(scale.isfinite().all()):
             raise MorphoQuantError("lm_head.weight: holds NaN or infinite values; the file is damaged")
         head = _head_on(weight.device)

@@ -59,14 +59,14 @@ class Intermediate:
 
 
 def both_halves(order: Tensor) -> Tensor:
-    """The rows of gate and of up, int64 [2K], for down_proj's channel order, int64 [K]."""
+    """The outputs of gate and of up, int64 [2K], for down_proj's channel order, int64 [K]."""
     return torch.cat((order, order + order.numel()))
 
 
-def reorder_outputs(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """A (fused) layer's tensors with its outputs in the order `rows` [N]; tensors of the input are unchanged."""
+def reorder_outputs(tensors: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    """A (fused) layer's tensors with its outputs in the order `order` [N]; tensors of the input are unchanged."""
     return {
-        name: value if name in INPUT_TENSORS else value.index_select(-1 if name == "absorbed_bias" else 0, rows)
+        name: value if name in INPUT_TENSORS else value.index_select(-1 if name == "absorbed_bias" else 0, order)
         for name, value in tensors.items()
     }
 

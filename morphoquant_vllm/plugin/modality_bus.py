@@ -41,6 +41,8 @@ def off_reason(config: VllmConfig) -> str | None:
             parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1
         ),
         "microbatching: linears get a part of the tokens": parallel.use_ubatching,
+        # The shared experts beside them are quantized linears, too.
+        "sequence-parallel experts: linears get a part of the tokens": parallel.use_sequence_parallel_moe,
         "LoRA: its embedding bypasses the hook": config.lora_config is not None,
         "speculative decoding: drafts go through the same embedding": config.speculative_config is not None,
         "fast prefill: later layers get a part of the tokens": config.cache_config.kv_sharing_fast_prefill,
@@ -74,9 +76,9 @@ class ModalityBus:
     def __init__(self, spec: QuantizationSpec) -> None:
         self.spec = spec
         self.buffer: Tensor | None = None
-        self._hooked: list[tuple[torch.nn.Module, RemovableHandle]] = []
+        self._configured: list[tuple[torch.nn.Module, RemovableHandle]] = []
         # Embeddings to which the model passes no quantization config; used if there are no others.
-        self._found: list[tuple[torch.nn.Module, RemovableHandle]] = []
+        self._unconfigured: list[tuple[torch.nn.Module, RemovableHandle]] = []
         self._table = torch.empty(0)
 
     def attach(self, embedding: torch.nn.Module, *, passed: bool = True) -> None:
@@ -85,7 +87,7 @@ class ModalityBus:
         `passed` says that the model passes its embedding a quantization config; those are preferred.
         """
         hook = embedding.register_forward_pre_hook(self._fill, with_kwargs=True)
-        (self._hooked if passed else self._found).append((embedding, hook))
+        (self._configured if passed else self._unconfigured).append((embedding, hook))
 
     def rows(self, device: torch.device) -> Tensor:
         """The buffer. The first call comes when all layers exist; it decides and logs whether the buffer is filled."""
@@ -97,20 +99,20 @@ class ModalityBus:
     def _start(self, config: VllmConfig, device: torch.device) -> None:
         tokens = config.scheduler_config.max_num_batched_tokens
         self.buffer = torch.full((tokens,), self.spec.any_row, dtype=torch.int32, device=device)
-        if not self._hooked:
-            self._hooked, self._found = self._found, []
-        for _, handle in self._found:
+        if not self._configured:
+            self._configured, self._unconfigured = self._unconfigured, []
+        for _, handle in self._unconfigured:
             handle.remove()
         reason = self._off_reason(config)
         if reason is None:
-            vocabulary = int(self._hooked[0][0].num_embeddings)  # type: ignore[arg-type]
+            vocabulary = int(self._configured[0][0].num_embeddings)  # type: ignore[arg-type]
             self._table = row_table(self.spec, vocabulary).to(device)
             logger.info_once(
                 "MorphoQuant: every token is quantized by its modality's row; placeholder tokens %s",
                 str({row: list(ids) for row, ids in self.spec.placeholder_token_ids.items()}),
             )
             return
-        for _, handle in self._hooked:
+        for _, handle in self._configured:
             handle.remove()
         logger.info_once("MorphoQuant: row '%s' quantizes the tokens of every modality (%s)", ANY_ROW, reason)
 
@@ -121,13 +123,13 @@ class ModalityBus:
         reason = off_reason(config)
         if reason is not None:
             return reason
-        if len(self._hooked) != 1:
-            return f"the model has {len(self._hooked)} token embeddings, not one"
+        if len(self._configured) != 1:
+            return f"the model has {len(self._configured)} token embeddings, not one"
         unlisted = unlisted_media(taken_media(config), config.model_config.hf_config.to_dict(), self.spec)
         if unlisted:
             # As in vLLM's InternVL, whose config names the image token alone.
             return f"the token table does not list the tokens of {' or '.join(unlisted)}"
-        vocabulary = int(self._hooked[0][0].num_embeddings)  # type: ignore[arg-type]
+        vocabulary = int(self._configured[0][0].num_embeddings)  # type: ignore[arg-type]
         outside = [token for token in placeholders if token >= vocabulary]
         if outside:
             # vLLM masks the ids of all media before it embeds them.

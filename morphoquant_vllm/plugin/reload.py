@@ -36,12 +36,12 @@ def replace_records(name: str, served: Records, loaded: Records) -> None:
 
 
 class ReloadCheck:
-    """Checks a directory before the first of its weights is used. Keeps which one it checked last."""
+    """Checks a directory before the first of its quantized layers is used. Keeps which state it checked last."""
 
     def __init__(self) -> None:
         # Quantized layers that were loaded again so far.
         self.layers = 0
-        self._checked: tuple[str, int] | None = None
+        self._checked: tuple[str, frozenset[tuple[str, int, int]]] | None = None
 
     def check(self, config: VllmConfig, served: QuantizationSpec) -> None:
         """Refuse a directory that is damaged, or whose settings are not the served ones. Hub ids are not looked at."""
@@ -49,8 +49,7 @@ class ReloadCheck:
         directory = Path(config.model_config.model)
         if not directory.is_dir():
             return
-        # A checkpoint that was written anew has a new config.json.
-        state = (str(directory), (directory / CONFIG_FILE).stat().st_mtime_ns)
+        state = (str(directory), _files(directory))
         if state == self._checked:
             return
         check_directory(directory)
@@ -60,6 +59,12 @@ class ReloadCheck:
                 "server with it"
             )
         self._checked = state
+
+
+def _files(directory: Path) -> frozenset[tuple[str, int, int]]:
+    """Name, time of change (ns) and size of each file: any that is written anew differs."""
+    found = [(path.name, path.stat()) for path in directory.iterdir() if path.is_file()]
+    return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
 def _settings(spec: QuantizationSpec) -> QuantizationSpec:

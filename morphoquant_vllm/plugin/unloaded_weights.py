@@ -1,7 +1,8 @@
 """Refuses a checkpoint that leaves a weight of vLLM's model as it was built, which would serve wrong answers.
 
 vLLM compares a model's parameters with those that its files gave, but by default only if nothing is quantized. Here
-the same check runs for models of this method. Quantized layers are left out: each counts its own tensors.
+the same check runs for models of this method. Quantized layers are left out: each counts its own tensors. vLLM 0.30 and
+0.31 leave out every layer that has a method, so linears in 16 bit, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD
+from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
+from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
 # Mark of the function that asks for the check.
 _MARK = "refuses_unloaded"
@@ -39,11 +42,23 @@ def refuse_unloaded() -> None:
 
 
 def _check(loader: DefaultModelLoader, model: torch.nn.Module, loaded: set[str] | None, **settings: Any) -> None:
-    """vLLM's check as it is without quantization; MorphoQuantError if a weight has no tensor."""
+    """vLLM's check, for all but our quantized layers; MorphoQuantError if a weight has no tensor."""
+    if loaded is not None:
+        loaded = loaded | _counted_by_layers(model)
     try:
-        DefaultModelLoader.track_weights_loading(loader, model, loaded)
+        DefaultModelLoader.track_weights_loading(loader, model, loaded, **settings)
     except ValueError as problem:
         raise MorphoQuantError(
             f"vLLM's {type(model).__name__} has weights that the checkpoint does not hold, so it would compute another "
             f"model than transformers does: {problem}"
         ) from problem
+
+
+def _counted_by_layers(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters of quantized layers, which refuse a missing tensor themselves."""
+    return {
+        f"{name}.{parameter}"
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "quant_method", None), MorphoQuantLinearMethod | MorphoQuantExpertsMethod)
+        for parameter, _ in layer.named_parameters()
+    }

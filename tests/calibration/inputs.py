@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample, choose_tokens
-from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.data.token_choice import DrawnTokens, choose_tokens
+from calibration.quantize.layer import DrawnInput, QuantizedLayer, quantize_input
 from calibration.quantize.observation import Observation
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import LayerSpec
@@ -31,12 +31,12 @@ def make_spec(
 
 def observe(
     x: Tensor, modality: Tensor, balance: float, outlying: Tensor, target: Tensor
-) -> tuple[InputSample, TokenSample]:
+) -> tuple[DrawnInput, DrawnTokens]:
     tokens = choose_tokens([modality], budget=x.shape[0], balance=balance, seed=0)
     rows = torch.where(outlying, MASSIVE, modality)
     statistics = {int(row): ChannelStatistics.of(x[rows == row]) for row in rows.unique()}
     chosen = tokens.positions[0]
-    return InputSample(Observation(statistics, x[chosen]), target[chosen], outlying[chosen]), tokens
+    return DrawnInput(Observation(statistics, x[chosen]), target[chosen], outlying[chosen]), tokens
 
 
 def activations(tokens: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:

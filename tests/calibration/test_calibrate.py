@@ -33,7 +33,7 @@ MODELS = {
     "omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "thinker.model.layers", "model.layers"),
 }
 MODALITIES = {"qwen2_5_vl": {"text", "image", "video"}, "omni": {"text", "image", "video", "audio"}}
-# Every token is sampled and counts the same: errors can then be measured from outside.
+# Every token is drawn and counts the same: errors can then be measured from outside.
 EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0)
 
 
@@ -133,7 +133,7 @@ def test_the_model_may_run_in_16_bit(tiny: TinyModels, tmp_path: Path, dtype: st
     assert len(verify_checkpoint(tmp_path / dtype).layers) == 14
     errors = [[layer["output_error"] for layer in report["layers"].values()] for report in reports]
     # bfloat16 keeps 8 bits of an activation: codes move by one here and there, errors by a few per cent. So few tokens
-    # make single layers differ by up to a quarter, as another number of sampled tokens shows.
+    # make single layers differ by up to a quarter, as another number of drawn tokens shows.
     assert errors[0] == pytest.approx(errors[1], rel=0.3)
     assert sum(errors[0]) == pytest.approx(sum(errors[1]), rel=0.15)
 

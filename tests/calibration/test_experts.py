@@ -173,7 +173,7 @@ def test_a_dry_run_estimates_the_time_of_experts(
     linears = dry_run(model, data, out, recipe=QUICK.model_copy(update={"ignore": ("*.experts.*",)}))
     assert whole.seconds is not None and linears.seconds is not None
     hidden = json.loads((model / "config.json").read_text())["hidden_size"]
-    work = experts_operations(ExpertsSpec(4, hidden, 64, 32), 2, sum(whole.tokens.values()), whole.sampled_tokens)
+    work = experts_operations(ExpertsSpec(4, hidden, 64, 32), 2, sum(whole.tokens.values()), whole.drawn_tokens)
     assert whole.seconds - linears.seconds == pytest.approx(whole.blocks * work / 1e9)
 
 

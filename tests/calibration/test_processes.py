@@ -16,7 +16,7 @@ from calibration.data.conversations import CLASSES, Conversation, Media, Message
 from calibration.data.token_choice import share_tokens
 from calibration.output.distributions import observe
 from calibration.processes import ONE, Processes
-from calibration.quantize.layer import InputSample, QuantizedLayer, quantize_input
+from calibration.quantize.layer import DrawnInput, QuantizedLayer, quantize_input
 from calibration.quantize.massive_tokens import candidates, find_intervals
 from calibration.quantize.observation import InputCollector
 from calibration.settings.recipe import Recipe
@@ -229,7 +229,7 @@ def make(processes: Processes, recipe: Recipe) -> Made:
         collector.add(part, part_rows, positions)
         aims.append(aim[positions])
         outlying_parts.append(part_rows[positions] == MASSIVE)
-    sample = InputSample(collector.observation(processes), torch.cat(aims), torch.cat(outlying_parts))
+    sample = DrawnInput(collector.observation(processes), torch.cat(aims), torch.cat(outlying_parts))
     spec = make_spec(SHARDS)
     layers = quantize_input(sample, tokens, SHARDS, spec, recipe)
     return Made(layers, tokens.positions, observe(sample, tokens, layers["m.q"].tensors, spec))

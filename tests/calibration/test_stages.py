@@ -11,7 +11,7 @@ from torch import nn
 
 from calibration.blocks.memory_need import MemoryNeed, input_peak, memory_need
 from calibration.calibrate import calibrate
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.job import Job
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import BlockLoader
@@ -133,7 +133,7 @@ def test_the_memory_of_a_gpu_is_looked_at_before_any_work(
 def test_a_refusal_names_as_many_drawn_tokens_as_fit(tiny: TinyModels) -> None:
     drawn = 100_000
     positions, alike = torch.arange(drawn), torch.full((drawn,), 1 / drawn)
-    tokens = TokenSample((positions,), torch.zeros(drawn, dtype=torch.int32), alike, {0: drawn})
+    tokens = DrawnTokens((positions,), torch.zeros(drawn, dtype=torch.int32), alike, {0: drawn})
     model = tiny.model("omni")
 
     def refusal(budget: int) -> str:
@@ -211,7 +211,7 @@ def test_too_few_samples_to_hold_one_out_give_the_tensors_of_fast_and_lines(
     fast, *others = (content(tmp_path / effort) for effort in EFFORTS)
     weights = [name for name in fast if name.endswith(".safetensors")]
     assert weights and all(fast[name] == other[name] for name in weights for other in others)
-    default, best, learning = (line.message for line in caplog.records if line.message.startswith("effort"))
+    default, learning, best = (line.message for line in caplog.records if line.message.startswith("effort"))
     assert default.startswith("effort default: steps and scales do not learn: give 8 samples or more")
     assert best.startswith("effort best: none of 2 calibration samples can be held out")
     assert learning.startswith("effort best: steps and scales do not learn: give 4 samples or more")

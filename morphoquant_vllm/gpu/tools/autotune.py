@@ -3,7 +3,7 @@
 There is a search for every range of tokens, and each group size or two-level scales. The tile wins with which a layer's
 linears take least time together, each with its quantizer. Then the int8 path is measured beside the winners; see
 autotune_int8.py. As in a server, weights are not in the cache when they are used. Only tiles whose binaries pass
-`proof` and whose results are the reference's are measured. They are compiled on all cores. Serve with
+`binary_checks` and whose results are the reference's are measured. They are compiled on all cores. Serve with
 MORPHOQUANT_TILES=OUT to use the table. A server measures nothing.
 """
 
@@ -143,31 +143,25 @@ def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Pro
 
 
 def sound(tile: Tile, group_size: int, target: str, profile: Profile) -> list[Tile]:
-    """The tile with each number of programs per multiprocessor worth trying; empty if its binary fails a proof."""
+    """The tile with each number of programs per multiprocessor worth trying; empty if its binary fails a check."""
     from morphoquant_vllm.gpu.tools import (
-        aot_compile as ahead,
-    )
-    from morphoquant_vllm.gpu.tools import (
-        binary_checks as proof,
-    )
-    from morphoquant_vllm.gpu.tools import (
-        binary_resources as resources,
-    )
-    from morphoquant_vllm.gpu.tools import (
+        aot_compile,
+        binary_checks,
+        binary_resources,
         occupancy,
     )
 
-    kernel = ahead.build_gemm(target, tile, group_size)
-    used = resources.resources(kernel)
-    if proof.gemm_problems(used, profile.architecture, tile):
+    kernel = aot_compile.build_gemm(target, tile, group_size)
+    used = binary_resources.resources(kernel)
+    if binary_checks.gemm_problems(used, profile.architecture, tile):
         return []
-    if tile.two_level and profile.inline_assembly and proof.level_problems(kernel):
+    if tile.two_level and profile.inline_assembly and binary_checks.level_problems(kernel):
         return []
     fitting = occupancy.programs_per_unit(used, profile.architecture)
     if tile.adds_splits:
-        adding = ahead.build_gemm_adding(target, tile, group_size)
-        used = resources.resources(adding)
-        if proof.gemm_problems(used, profile.architecture, tile) or proof.counter_problems(adding):
+        adding = aot_compile.build_gemm_adding(target, tile, group_size)
+        used = binary_resources.resources(adding)
+        if binary_checks.gemm_problems(used, profile.architecture, tile) or binary_checks.counter_problems(adding):
             return []
         fitting = min(fitting, occupancy.programs_per_unit(used, profile.architecture))
     return [replace(tile, programs_per_unit=count) for count in sorted({min(count, fitting) for count in (1, 2, 4, 8)})]

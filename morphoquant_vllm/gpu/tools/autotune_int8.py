@@ -35,21 +35,15 @@ def candidates(descriptors: bool, fused: bool) -> Iterator[Int8Tile]:
 
 
 def compiled(job: tuple[Int8Tile, str]) -> list[Int8Tile]:
-    """The tile with as many programs as fit; none if its binary fails a proof or its results are wrong on this GPU.
+    """The tile with as many programs as fit; none if its binary fails a check or its results are wrong on this GPU.
 
     Run it in a separate process, as its counterpart in `autotune`.
     """
     from morphoquant_vllm.gpu import selfcheck
     from morphoquant_vllm.gpu.tools import (
-        aot_int8 as ahead,
-    )
-    from morphoquant_vllm.gpu.tools import (
-        binary_checks as proof,
-    )
-    from morphoquant_vllm.gpu.tools import (
-        binary_resources as resources,
-    )
-    from morphoquant_vllm.gpu.tools import (
+        aot_int8,
+        binary_checks,
+        binary_resources,
         occupancy,
     )
 
@@ -57,12 +51,14 @@ def compiled(job: tuple[Int8Tile, str]) -> list[Int8Tile]:
     torch.set_num_threads(1)
     device = torch.device("cuda", torch.cuda.current_device())
     profile = profile_of(device)
-    kernel = ahead.build_int8_gemm(target, tile)
-    if proof.int8_problems(kernel, profile.architecture, tile) or proof.unpack_problems(ahead.build_unpack(target)):
+    kernel = aot_int8.build_int8_gemm(target, tile)
+    if binary_checks.int8_problems(kernel, profile.architecture, tile) or binary_checks.unpack_problems(
+        aot_int8.build_unpack(target)
+    ):
         return []
     if selfcheck.problem_of_int8_path(tile, torch.bfloat16, device, profile):
         return []
-    fitting = occupancy.programs_per_unit(resources.resources(kernel), profile.architecture)
+    fitting = occupancy.programs_per_unit(binary_resources.resources(kernel), profile.architecture)
     return [replace(tile, programs_per_unit=fitting)]
 
 

@@ -18,7 +18,7 @@ from calibration.model.loading import BlockLoader, load_front
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import open_source
 from calibration.quantize import layer_report
-from calibration.quantize.layer import InputSample, QuantizedLayer
+from calibration.quantize.layer import DrawnInput, QuantizedLayer
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
 from morphoquant_vllm.host_memory import _malloc_trim
@@ -34,7 +34,7 @@ class Run:
     """One calibration, with the arguments and results of `quantize_input`, by the name of its first linear."""
 
     def __init__(self, source_directory: Path, data: Path, monkeypatch: pytest.MonkeyPatch, massive: bool) -> None:
-        self.seen: dict[str, InputSample] = {}
+        self.seen: dict[str, DrawnInput] = {}
         self.made: dict[str, QuantizedLayer] = {}
         source = open_source(source_directory)
         architecture = find_architecture(source.config)
@@ -56,7 +56,7 @@ class Run:
                 entry.hidden[0, 0] *= 1000
         quantize_input = loop.quantize_input
 
-        def watched(sample: InputSample, tokens, shards, spec, recipe, **options) -> dict[str, QuantizedLayer]:
+        def watched(sample: DrawnInput, tokens, shards, spec, recipe, **options) -> dict[str, QuantizedLayer]:
             quantized = quantize_input(sample, tokens, shards, spec, recipe, **options)
             self.seen[next(iter(shards))] = sample
             self.made |= quantized
@@ -115,7 +115,7 @@ def test_every_linear_sees_the_served_model_and_aims_at_the_16_bit_one(
     for name, sample in run.seen.items():
         # float32 sums in another order.
         assert gap(sample.target, targets[name]) < 1e-5, name
-        off, distance = gap(sample.observation.sample, expected[name]), gap(sample.observation.sample, sample.target)
+        off, distance = gap(sample.observation.drawn, expected[name]), gap(sample.observation.drawn, sample.target)
         assert off < 1e-4, name
         if name == "model.layers.0.self_attn.q_proj":
             assert distance < 1e-5, "nothing is quantized before it"

@@ -48,7 +48,7 @@ MODELS = {
     ),
 }
 BLOCKS = {"qwen3_vl": 3}
-# Every token and patch is sampled and counts the same: errors can then be measured from outside.
+# Every token and patch is drawn and counts the same: errors can then be measured from outside.
 EVERY_TOKEN = Recipe(device="cpu", sample_tokens=100_000, modality_balance=0.0, towers=("image",))
 
 

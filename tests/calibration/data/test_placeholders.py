@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.models.qwen3_omni_moe import processing_qwen3_omni_moe
 
-from calibration.data.placeholders import check_placeholders, frames_per_token, media_tokens
+from calibration.data.conversations import Conversation, Message, Text
+from calibration.data.placeholders import check_placeholders, check_text, frames_per_token, media_tokens
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -16,6 +17,14 @@ def test_placeholder_check_counts_tokens() -> None:
     for tokens in ({"image": [1]}, {"image": [3]}, {}):
         with pytest.raises(MorphoQuantError, match="s: placeholders do not match media: 2 image"):
             check_placeholders("s", ids, tokens, {"image": [7]})
+
+
+def test_a_tokenizer_without_a_placeholder_is_refused() -> None:
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: ["<a>" if index < 9 else None for index in ids])
+    spoken = Conversation("s", (Message("user", (Text("x"),)),))
+    check_text(spoken, tokenizer, {"image": [7], "audio": [8]})
+    with pytest.raises(MorphoQuantError, match=r"tokenizer has no token 11, config\.json's placeholder of audio; take"):
+        check_text(spoken, tokenizer, {"image": [7], "audio": [8, 11]})
 
 
 def test_audio_tokens_follow_qwens_tower() -> None:

@@ -11,6 +11,8 @@ from calibration.data.conversations import BadConversationError, Conversation, M
 from calibration.data.reading import Place
 from calibration.data.records import read_record
 
+# More brackets than json can nest.
+DEEP = 100_000 * "["
 SUM = {"type": "function", "function": {"name": "sum", "parameters": {}}}
 
 
@@ -176,10 +178,12 @@ def test_calls_reasoning_and_template_arguments_reach_the_template_as_in_vllm(pl
     ("record", "problem"),
     [
         (user("x", tools="{"), "'tools' is not JSON"),
+        (user("x", tools=DEEP), "'tools' is not JSON"),
         (user("x", tools=["sum"]), "'tools' is not a list of objects"),
         (user("x", chat_template_kwargs=[1]), "'chat_template_kwargs' is not an object"),
         (user("x", chat_template_kwargs={"tokenize": True}), "'chat_template_kwargs' holds 'tokenize'"),
         ({"conversations": [{"from": "function_call", "value": "sum"}]}, "the function_call message is not JSON"),
+        ({"conversations": [{"from": "function_call", "value": DEEP}]}, "the function_call message is not JSON"),
         ({"conversations": {"from": "human"}}, "no messages"),
         ({"conversations": [{"value": "hi"}]}, "without a 'role'"),
         ({"messages": [{"role": "user", "content": "x", "name": 3}]}, "'name' is not a string"),

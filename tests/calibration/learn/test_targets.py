@@ -11,18 +11,23 @@ from calibration.learn.head import Head
 from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
 from calibration.model.architectures import find_architecture
 from calibration.model.discovery import choose_architecture
+from calibration.model.plan import decoder_names
 from calibration.model.source import open_source
 from calibration.settings.recipe import Recipe
 from tests.calibration.blocks.test_sensitivity import inputs_of
 from tests.calibration.built_models import TinyModels
 from tests.tiny_decoders import build_tiny_decoder
+from tests.tiny_media_models import build_tiny_qwen2_audio
 
 TEXT, IMAGE = 0, 1
+EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
 def head_of(directory: Path) -> Head:
     source, recipe = open_source(directory), Recipe(device="cpu")
-    return Head(choose_architecture(source, recipe), source, recipe, torch.device("cpu"))
+    architecture = choose_architecture(source, recipe)
+    names = decoder_names(architecture, source.config, source.tensors)
+    return Head(architecture, names, source, recipe, torch.device("cpu"))
 
 
 def test_a_token_counts_if_text_follows_and_it_is_not_massive() -> None:
@@ -46,6 +51,14 @@ def test_divergence_and_its_gradient_are_those_of_torch() -> None:
     gradients = [torch.autograd.grad((part * weight).sum(), own, retain_graph=True)[0] for part in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
     assert float(Divergence.apply(wanted, wanted, head).abs().max()) < 1e-5
+
+
+def test_a_head_that_was_published_beside_its_decoder_is_found(tmp_path: Path) -> None:
+    """Not the embedding: Qwen2-Audio's head has weights of its own."""
+    build_tiny_qwen2_audio(tmp_path)
+    stored = open_source(tmp_path).load("language_model.lm_head.weight").float()
+    found = head_of(tmp_path)
+    assert torch.equal(found.weight, stored) and not torch.equal(found.weight, open_source(tmp_path).load(EMBEDDING))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])

@@ -1,4 +1,4 @@
-"""Which row serves each sampled token, and which bias."""
+"""Which row serves each drawn token, and which bias."""
 
 import torch
 

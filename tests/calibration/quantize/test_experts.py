@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
 
-from calibration.data.token_choice import TokenSample
+from calibration.data.token_choice import DrawnTokens
 from calibration.quantize import experts as quantize
-from calibration.quantize.experts import ExpertsSample, QuantizedExperts, gram_factor, quantize_experts
+from calibration.quantize.experts import DrawnExperts, QuantizedExperts, gram_factor, quantize_experts
 from calibration.quantize.layer import quantize_input
 from calibration.quantize.moments import Moments, gather
 from calibration.quantize.observation import Routing
@@ -43,9 +43,9 @@ def spec_of(count: int, scheme: str = "two_level") -> QuantizationSpec:
     return QuantizationSpec(layers={}, experts={NAME: settings}, tensor_parallel=2)
 
 
-def sampled(
+def drawn(
     chosen: Tensor, modality: Tensor | None = None, x: Tensor | None = None, outlying: Tensor | None = None
-) -> tuple[ExpertsSample, TokenSample, Tensor]:
+) -> tuple[DrawnExperts, DrawnTokens, Tensor]:
     """Every token is drawn; chosen is bool [T, E], outlying bool [T]: none is by default."""
     drawn, natural = activations(tokens=chosen.shape[0])
     modality = natural if modality is None else modality
@@ -53,11 +53,11 @@ def sampled(
     outlying = torch.zeros(x.shape[0], dtype=torch.bool) if outlying is None else outlying
     sample, tokens = observe(x, modality, 1.0, outlying, x)
     counts = torch.zeros(6, chosen.shape[1], dtype=torch.int64).index_add_(0, modality.long(), chosen.long())
-    return ExpertsSample(sample, Routing(chosen, counts)), tokens, x
+    return DrawnExperts(sample, Routing(chosen, counts)), tokens, x
 
 
 def made(chosen: Tensor, recipe: Recipe = RECIPE, scheme: str = "two_level") -> tuple[QuantizedExperts, Tensor]:
-    sample, tokens, x = sampled(chosen)
+    sample, tokens, x = drawn(chosen)
     count = chosen.shape[1]
     weights = weights_of(count)
     return quantize_experts(sample, tokens, NAME, weights.__getitem__, spec_of(count, scheme), recipe), x
@@ -124,7 +124,7 @@ def test_one_expert_of_all_tokens_is_as_a_dense_mlp(massive: bool) -> None:
         x[outlying] *= torch.linspace(20, 60, int(outlying.sum()))[:, None]
     else:
         x, outlying = activations()[0], torch.zeros_like(outlying)
-    sample, tokens, _ = sampled(torch.ones(400, 1, dtype=torch.bool), modality, x, outlying)
+    sample, tokens, _ = drawn(torch.ones(400, 1, dtype=torch.bool), modality, x, outlying)
     weights = weights_of(1)[0]
     found = quantize_experts(sample, tokens, NAME, lambda _: weights, spec_of(1), RECIPE)
     names = {f"{NAME}.0.{kind}": weights[kind] for kind in ("gate_proj", "up_proj")}
@@ -172,7 +172,7 @@ def test_an_expert_sees_its_own_tokens_more_than_the_others() -> None:
     x[half, : K // 2] *= 0.05
     x[~half, K // 2 :] *= 0.05
     one = weights_of(1)[0]
-    sample, tokens, _ = sampled(chosen, torch.zeros(800, dtype=torch.int32), x)
+    sample, tokens, _ = drawn(chosen, torch.zeros(800, dtype=torch.int32), x)
     found = quantize_experts(sample, tokens, NAME, lambda _: one, spec_of(2), RECIPE)
     record = record_of(found, 2)
     rows, ones = torch.full((400,), 4, dtype=torch.int32), torch.ones(400, 1)
@@ -225,7 +225,7 @@ def test_an_expert_borrows_from_the_others_with_the_rest_of_its_weight(own: int,
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(own + others, generator=generator)
     chosen = (order < own)[:, None]
-    sample, tokens, _ = sampled(chosen, torch.zeros(own + others, dtype=torch.int32))
+    sample, tokens, _ = drawn(chosen, torch.zeros(own + others, dtype=torch.int32))
     layer = quantize._Layer(NAME, spec_of(1), RECIPE, tokens, sample, *[None] * 6, torch.float32)  # type: ignore[arg-type]
     found = quantize._choose(layer, 0)
     assert torch.equal(found.routed, chosen.flatten().nonzero().flatten())

@@ -286,14 +286,14 @@ def test_an_escape_rate_far_above_the_budget_is_a_warning_with_the_layer() -> No
     x, modality = 0.1 * torch.randn(8192, K, generator=generator), torch.zeros(8192, dtype=torch.int32)
     x[1::2] *= 40
     record = quantize(x, modality, {"m.q": matrix()})["m.q"].record
-    sampled = {"text": 8192}
-    warning = escape_warning("m.qkv", record, Recipe(), sampled)
+    drawn = {"text": 8192}
+    warning = escape_warning("m.qkv", record, Recipe(), drawn)
     assert warning is not None and warning.startswith(
         "m.qkv: 40% of the codes of text tokens escape, far above escape_b"
     )
     for settings in ({"grid": "reference"}, {"escape_budget": 0.0}, {"escape_budget": 0.2}):
-        assert escape_warning("m.qkv", record, Recipe(**settings), sampled) is None  # type: ignore[arg-type]
+        assert escape_warning("m.qkv", record, Recipe(**settings), drawn) is None  # type: ignore[arg-type]
     # A tenth of the tokens is massive; all others keep the budget.
     within = replace(record, escape_rate={"text": 0.13, "massive": 0.9, "all": 0.13}, massive_tokens=819)
-    assert escape_warning("m.qkv", within, Recipe(), sampled) is None
-    assert escape_warning("m.qkv", replace(within, massive_tokens=0), Recipe(), sampled) is not None
+    assert escape_warning("m.qkv", within, Recipe(), drawn) is None
+    assert escape_warning("m.qkv", replace(within, massive_tokens=0), Recipe(), drawn) is not None

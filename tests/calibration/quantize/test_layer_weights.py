@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.data.token_choice import TokenSample, choose_tokens
-from calibration.quantize.layer import InputSample, quantize_input
+from calibration.data.token_choice import DrawnTokens, choose_tokens
+from calibration.quantize.layer import DrawnInput, quantize_input
 from calibration.quantize.observation import Observation
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.layers import ExpertsSpec
@@ -141,16 +141,16 @@ def test_an_input_that_is_zero_on_all_tokens_is_rounded_plainly(levels: int, rou
 # --- held-out samples
 
 
-def in_samples(x: Tensor, noise: float, samples: int) -> tuple[InputSample, TokenSample]:
+def in_samples(x: Tensor, noise: float, samples: int) -> tuple[DrawnInput, DrawnTokens]:
     """Text tokens x [T, K] in equal samples; the input of the 16-bit model differs by noise, as after other layers."""
     modality = torch.zeros(x.shape[0], dtype=torch.int32)
     tokens = choose_tokens(list(modality.tensor_split(samples)), x.shape[0], 1.0, 0)
     target = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     statistics = {TEXT: ChannelStatistics.of(x)}
-    return InputSample(Observation(statistics, x), target, torch.zeros(x.shape[0], dtype=torch.bool)), tokens
+    return DrawnInput(Observation(statistics, x), target, torch.zeros(x.shape[0], dtype=torch.bool)), tokens
 
 
-def made(sample: InputSample, tokens: TokenSample, **settings: object) -> dict[str, Tensor]:
+def made(sample: DrawnInput, tokens: DrawnTokens, **settings: object) -> dict[str, Tensor]:
     shards = {"m.q": matrix()}
     spec = make_spec(shards, scheme="two_level")
     return quantize_input(sample, tokens, shards, spec, Recipe(**settings))["m.q"].tensors

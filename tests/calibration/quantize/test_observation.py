@@ -30,7 +30,7 @@ def test_statistics_and_sampled_tokens_are_those_of_the_linears_input() -> None:
     seen = collector.observation()
     x = 2 * torch.cat([hidden[0] for hidden in samples])
     rows = torch.cat(modalities)
-    assert torch.equal(seen.sample, x[[1, 3, 7]])
+    assert torch.equal(seen.drawn, x[[1, 3, 7]])
     assert list(seen.statistics) == [0, 2]
     for row, statistics in seen.statistics.items():
         expected = ChannelStatistics.of(x[rows == row])
@@ -53,7 +53,7 @@ def test_a_run_may_stop_at_the_first_input() -> None:
     rows = torch.tensor([0, 5, 0])
     result = run_observed(block, x, {"scale": 1.0}, {"proj": collector}, rows, torch.tensor([1]), stop=True)
     assert result is None
-    assert torch.equal(collector.observation().sample, x[0, 1:2])
+    assert torch.equal(collector.observation().drawn, x[0, 1:2])
     assert sorted(collector.observation().statistics) == [0, 5]
     assert not block.proj._forward_pre_hooks
     with pytest.raises(AssertionError, match="ran on"):

@@ -67,6 +67,7 @@ def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
         ("targets: []", "targets = .* is not allowed"),
         ("- a\n- b", "not a mapping"),
         ("a: [", "is not YAML"),
+        ("a: " + 100_000 * "[", "is not YAML"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, text: str, expected: str) -> None:

@@ -65,6 +65,14 @@ def test_a_missing_compiler_is_a_problem_without_a_gpu(monkeypatch: pytest.Monke
     assert "kernels of the wheel" in only(machine.processor()).text
 
 
+def test_a_gpu_serves_without_a_compiler_on_a_processor_that_no_kernel_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a GH200, whose /proc/cpuinfo has no flags."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(build, "cpu_flags", frozenset)
+    found = only(machine.compiler(has_gpu=True))
+    assert found.state == "note" and "a GPU needs none" in found.text
+
+
 def test_a_compiler_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     assert only(machine.compiler(has_gpu=False)).state == "problem"

@@ -13,7 +13,7 @@ def error(tokens: int, outputs: int, channels: int, dtype: torch.dtype) -> float
     generator = torch.Generator().manual_seed(tokens)
     weight = torch.randn((outputs, channels), generator=generator).to(dtype)
     weight[-1] = 0
-    codes, scale = numerics.quantize_rows(weight)
+    codes, scale = numerics.quantize_outputs(weight)
     # Tokens that do not lie side by side.
     x = torch.randn((tokens, 2 * channels), generator=generator).to(dtype)[:, :channels]
     y = gpu_head.head(x, codes, scale)
@@ -24,7 +24,7 @@ def error(tokens: int, outputs: int, channels: int, dtype: torch.dtype) -> float
 
 def check(damage: float) -> None:
     """The check of a loaded head whose scales are `damage` times those that the reference is given."""
-    codes, scale = numerics.quantize_rows(torch.randn((70, 64), generator=torch.Generator().manual_seed(1)))
+    codes, scale = numerics.quantize_outputs(torch.randn((70, 64), generator=torch.Generator().manual_seed(1)))
     reference = numerics.head
     try:
         numerics.head = lambda x, weight, factors: reference(x, weight, factors * damage)

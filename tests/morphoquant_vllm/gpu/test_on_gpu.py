@@ -121,7 +121,7 @@ def test_no_call_synchronises_with_the_host_or_compiles(in_order: bool) -> None:
 @pytest.mark.parametrize("count", [1, 16, 17, 300])
 def test_logits_of_the_8_bit_head_lie_within_the_bound(count: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(count)
-    codes, scale = head_numerics.quantize_rows(torch.randn((1000, 1536), generator=generator).to(dtype))
+    codes, scale = head_numerics.quantize_outputs(torch.randn((1000, 1536), generator=generator).to(dtype))
     x = torch.randn((count, 1536), generator=generator).to(dtype)
     backend = backends.BACKENDS["triton"].head
     backend.check(codes.cuda(), scale.cuda(), dtype)

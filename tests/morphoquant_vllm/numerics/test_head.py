@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morphoquant_vllm.numerics.head import LARGEST_CODE, head, quantize_rows, rounding_bound
+from morphoquant_vllm.numerics.head import LARGEST_CODE, head, quantize_outputs, rounding_bound
 
 
 @settings(max_examples=30, deadline=None)
@@ -13,14 +13,14 @@ def test_a_logit_moves_by_no_more_than_the_bound(seed: int, dtype: torch.dtype) 
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(9, 40, generator=generator) * torch.rand(9, 1, generator=generator)).to(dtype)
     x = torch.randn(5, 40, generator=generator)
-    codes, scale = quantize_rows(weight)
+    codes, scale = quantize_outputs(weight)
     moved = (head(x.double(), codes, scale) - x.double() @ weight.double().T).abs()
     assert bool((moved <= rounding_bound(x, scale)).all())
 
 
 def test_the_largest_weight_of_a_row_keeps_its_value_and_zeros_stay_zero() -> None:
     weight = torch.tensor([[0.5, -2.0, 1.0], [0.0, 0.0, 0.0], [1e-30, 0.0, -5e-31]])
-    codes, scale = quantize_rows(weight)
+    codes, scale = quantize_outputs(weight)
     assert codes.tolist() == [[32, -LARGEST_CODE, 64], [0, 0, 0], [LARGEST_CODE, 0, -64]]
     assert scale[1] == 0
     torch.testing.assert_close(codes[0, 1] * scale[0], torch.tensor(-2.0))
@@ -28,13 +28,13 @@ def test_the_largest_weight_of_a_row_keeps_its_value_and_zeros_stay_zero() -> No
 
 def test_rows_are_quantized_by_themselves_whatever_their_number() -> None:
     weight = torch.randn(4100, 16, generator=torch.Generator().manual_seed(1))
-    codes, scale = quantize_rows(weight)
+    codes, scale = quantize_outputs(weight)
     for row in (0, 4095, 4096, 4099):
-        own = quantize_rows(weight[row : row + 1])
+        own = quantize_outputs(weight[row : row + 1])
         assert torch.equal(own[0][0], codes[row]) and own[1][0] == scale[row]
 
 
 def test_a_weight_that_is_not_finite_shows_in_the_scale() -> None:
     weight = torch.ones(2, 16)
     weight[1, 3] = torch.nan
-    assert quantize_rows(weight)[1].isfinite().tolist() == [True, False]
+    assert quantize_outputs(weight)[1].isfinite().tolist() == [True, False]

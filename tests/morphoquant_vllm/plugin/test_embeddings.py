@@ -68,8 +68,8 @@ def test_an_embedding_with_a_config_of_its_own_is_preferred(
     config = MorphoQuantConfig(SPEC)
     other, own = build(monkeypatch, config), build(monkeypatch, config, own_method=config)
     bus = config.modality_bus()
-    assert [layer for layer, _ in bus._hooked] == [own]
-    assert [layer for layer, _ in bus._found] == [other]
+    assert [layer for layer, _ in bus._configured] == [own]
+    assert [layer for layer, _ in bus._unconfigured] == [other]
 
 
 def test_models_of_other_methods_are_left_alone(monkeypatch: pytest.MonkeyPatch, registry: dict[str, type]) -> None:
@@ -92,4 +92,4 @@ def test_another_plugins_embedding_stays(monkeypatch: pytest.MonkeyPatch, regist
     config = MorphoQuantConfig(SPEC)
     assert type(build(monkeypatch, config)) is Other
     assert registry["VocabParallelEmbedding"] is Other
-    assert not config.modality_bus()._found
+    assert not config.modality_bus()._unconfigured

@@ -179,14 +179,17 @@ def test_every_choice_has_as_many_layers_as_wanted() -> None:
 
 
 def test_an_engine_that_splits_steps_is_refused_in_one_line() -> None:
-    def engine(ubatching: bool, context: int, fast: bool) -> Any:
-        parallel = SimpleNamespace(use_ubatching=ubatching, prefill_context_parallel_size=context)
+    def engine(ubatching: bool, context: int, fast: bool, experts: bool = False) -> Any:
+        parallel = SimpleNamespace(
+            use_ubatching=ubatching, prefill_context_parallel_size=context, use_sequence_parallel_moe=experts
+        )
         return SimpleNamespace(parallel_config=parallel, cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast))
 
     refuse_partial_steps(engine(False, 1, False))
     for settings, reason in (
         ((True, 1, False), "microbatching"),
         ((False, 2, False), "context parallelism"),
+        ((False, 1, False, True), "sequence-parallel experts"),
         ((False, 1, True), "fast prefill"),
     ):
         with pytest.raises(MorphoQuantError, match=f"watch_escapes does not count with {reason}"):

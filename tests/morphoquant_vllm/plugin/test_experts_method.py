@@ -121,6 +121,16 @@ class TestLoaded:
         with pytest.raises(MorphoQuantError, match="not loaded again into a running engine; start a new server"):
             layer.quant_method.process_weights_after_loading(layer)
 
+    def test_dummy_weights_are_served_on_a_later_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.config import get_current_vllm_config
+
+        monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
+        parallel(monkeypatch, tp_size=2, tp_rank=1)
+        layer = runner(specification()).routed_experts
+        layer.quant_method.process_weights_after_loading(layer)
+        x, _ = random_tokens(TOKENS)
+        assert bool(call(layer, x)[0].isfinite().all())
+
     def test_a_step_longer_than_the_buffer_takes_any(self) -> None:
         stored, spec = made(), specification()
         layer = loaded(spec, files(stored))

@@ -9,7 +9,7 @@ from torch import Tensor
 from morphoquant_vllm.cpu import backend as cpu
 from morphoquant_vllm.cpu import head as cpu_head
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.numerics.head import quantize_rows, rounding_bound
+from morphoquant_vllm.numerics.head import quantize_outputs, rounding_bound
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from morphoquant_vllm.plugin.lm_head import SixteenBitHeadMethod
 from tests.checkpoints import layer_specs
@@ -51,7 +51,7 @@ def assert_eight_bit(layer: torch.nn.Module, weight: Tensor) -> None:
     assert y.shape == (2, 3, layer.num_embeddings_padded) and y.dtype is torch.bfloat16
     exact = x.double() @ weight.double().T
     # bfloat16 rounds a logit by at most 2^-9 of it; K float32 additions are lost in that.
-    allowed = rounding_bound(x.flatten(0, 1), quantize_rows(weight)[1]).view_as(y) + 2.0**-8 * exact.abs()
+    allowed = rounding_bound(x.flatten(0, 1), quantize_outputs(weight)[1]).view_as(y) + 2.0**-8 * exact.abs()
     moved = (y.double() - exact).abs()
     assert bool((moved <= allowed).all())
     assert float(moved.max()) > 0

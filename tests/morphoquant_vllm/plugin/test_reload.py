@@ -1,11 +1,20 @@
 """Records that take the place of served ones, and the two layers of an MLP that wait for each other."""
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import read_spec
+from morphoquant_vllm.plugin import reload
 from morphoquant_vllm.plugin.reload import ReloadedPair, replace_records
+from tests.checkpoints import write_random_checkpoint
 
 
 def test_new_records_take_the_place_of_the_served_ones() -> None:
@@ -21,6 +30,23 @@ def test_records_of_another_shape_are_refused_before_any_is_replaced() -> None:
     with pytest.raises(MorphoQuantError, match=r"mlp.up_proj: the new weights need other memory .*start a new server"):
         replace_records("mlp.up_proj", served, ([torch.ones(3)], [torch.ones(5)]))
     assert not served[0][0].any()
+
+
+def test_any_file_that_is_written_anew_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer may write the weights alone."""
+    write_random_checkpoint(tmp_path)
+    checked: list[Path] = []
+    monkeypatch.setattr(reload, "check_directory", checked.append)
+    config = cast(VllmConfig, SimpleNamespace(model_config=SimpleNamespace(model=str(tmp_path))))
+    spec, check = read_spec(tmp_path), reload.ReloadCheck()
+    for _ in range(3):
+        check.check(config, spec)
+    assert len(checked) == 1
+    for count, path in enumerate(sorted(tmp_path.iterdir()), start=2):
+        os.utime(path, ns=(0, count))
+        check.check(config, spec)
+        check.check(config, spec)
+        assert len(checked) == count, path
 
 
 @pytest.mark.parametrize("down_first", [False, True])

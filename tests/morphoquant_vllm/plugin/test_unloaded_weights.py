@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from vllm.config import LoadConfig
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD
+from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
+from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 from morphoquant_vllm.plugin.unloaded_weights import refuse_unloaded
+
+COMPARES_METHODS = "quantized" in signature(DefaultModelLoader.track_weights_loading).parameters
 
 
 class Model(nn.Module):
@@ -62,8 +68,21 @@ def test_the_users_setting_and_other_methods_stay() -> None:
 
 
 @pytest.mark.usefixtures("observed", "engine_context")
-def test_layers_with_a_method_count_their_own_tensors() -> None:
+@pytest.mark.parametrize("method", [MorphoQuantLinearMethod, MorphoQuantExpertsMethod])
+def test_quantized_layers_count_their_own_tensors(method: type) -> None:
     model = Model({"one.weight"})
-    model.two.quant_method = SimpleNamespace(process_weights_after_loading=lambda layer: None)
+    model.two.quant_method = method.__new__(method)
     load(model, QUANT_METHOD)
     assert torch.equal(model.two.weight, torch.ones(4))
+
+
+@pytest.mark.usefixtures("observed", "engine_context")
+@pytest.mark.skipif(not COMPARES_METHODS, reason="this vLLM leaves out every layer that has a method")
+def test_a_linear_in_16_bit_that_no_file_gave_is_named() -> None:
+    """It has a method of vLLM's, which may have more to do after loading."""
+    model = Model({"one.weight"})
+    model.two.quant_method = UnquantizedLinearMethod()
+    with pytest.raises(MorphoQuantError, match=r"two\.weight"):
+        load(model, QUANT_METHOD)
+    model.given = {"one.weight", "two.weight"}
+    load(model, QUANT_METHOD)
