@@ -36,7 +36,10 @@ class BlockInput(Protocol):
     def served(self) -> Tensor: ...
     @property
     def arguments(self) -> Sequence[Mapping[str, Any]]:
-        """The model's other arguments of each block, such as positions and mask; ADDED is none of its own."""
+        """The model's other arguments of each block, such as positions and mask.
+
+        The keys ADDED and SERVED_ADDED are this project's: the block does not take them.
+        """
 
     def write_hidden(self, value: Tensor) -> None:
         """Store the block's output in the 16-bit model, for the next block; samples come in order."""

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.capture import ADDED, SERVED_ADDED, BlockInput
+from calibration.blocks.capture import BlockInput
 from calibration.blocks.replacing import expert_loader, load_weight, replace, replace_linear
 from calibration.blocks.results import BlockResult, LayerBegins, Quantized, warn_of_escapes
+from calibration.blocks.sample_pass import block_arguments, given_states
 from calibration.blocks.served_experts import ServedExperts
 from calibration.blocks.served_linear import TokenRows
 from calibration.data.token_choice import DrawnTokens
@@ -46,14 +47,8 @@ class _LoadedBlock:
     serving: TokenRows
     # Noted when it is loaded: a block may have no parameters but those of its linears, which are replaced.
     device: torch.device
-    # Of the outputs of its layers, as far as they have one; by the layer's name.
+    # The metrics of outputs by layer; layers without one are absent.
     metrics: Mapping[str, Tensor]
-
-    def given(self, entry: BlockInput, hidden: Tensor, *, served: bool = False) -> Tensor:
-        """What the model gives the block of the hidden states before it: some add features of media to them."""
-        passed = entry.arguments[self.index]
-        added = passed.get(SERVED_ADDED if served and SERVED_ADDED in passed else ADDED)
-        return hidden if added is None else hidden + added.to(hidden.device)
 
     def modality(self) -> Tensor:
         """The modality of each token of the running sample."""
@@ -74,8 +69,8 @@ class _LoadedBlock:
         self.serving.modality = entry.modality
         output = run_observed(
             self.module,
-            self.given(entry, hidden, served=served).to(self.device),
-            {name: value for name, value in entry.arguments[self.index].items() if name not in (ADDED, SERVED_ADDED)},
+            given_states(entry, self.index, hidden, served=served).to(self.device),
+            block_arguments(entry, self.index),
             collectors,
             rows.to(self.device),
             entry.positions.to(self.device),
@@ -94,7 +89,7 @@ class _Observed:
     none: Mapping[str, Tensor | None]
     # Each sample's rows, int [tokens].
     rows: Sequence[Tensor]
-    # Drawn tokens with an outlying residual stream, bool [own T].
+    # Drawn tokens with an outlying residual stream, bool [local T].
     outlying: Tensor
     # None if no attention was seen.
     attention: AttentionRange | None
@@ -123,7 +118,7 @@ def calibrate_blocks(
     `first`; at each result they hold the inputs of the next block. One block at a time is in memory. `inputs` are this
     process's samples, and `tokens` describes those of all processes. Every process yields the same. `on_layer` is
     called before each input of a block is quantized. `escape_budgets` are those of inputs that have another one than
-    the recipe's. `metrics_of` gives the metrics of outputs of a block's layers, as far as they have one.
+    the recipe's. `metrics_of` gives the metrics of outputs of a block's layers.
     """
     task = _Task(tokens, source, spec, partial(_recipe_of, recipe, escape_budgets or {}), on_layer)
     serving = TokenRows(spec.any_row)
@@ -277,7 +272,7 @@ def _run_16bit(
     """
     norms, watch = [torch.zeros(0)], AttentionWatch()
     for entry in block.inputs:
-        before = block.given(entry, entry.hidden)
+        before = given_states(entry, block.index, entry.hidden)
         with watch:
             after = block.run(entry, entry.hidden, targets, entry.modality)
         entry.write_hidden(after)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.capture import ADDED, SERVED_ADDED, MemoryInput
+from calibration.blocks.capture import ADDED, SERVED_ADDED, BlockInput, MemoryInput
 from calibration.quantize.massive_tokens import candidates
 
 
-def given_states(sample: MemoryInput, index: int, hidden: Tensor, *, served: bool = False) -> Tensor:
+def given_states(sample: BlockInput, index: int, hidden: Tensor, *, served: bool = False) -> Tensor:
     """What the model gives block `index`: some models add features of media to the hidden states [1, M, hidden].
 
     If `served`, the features are those of quantized towers.
@@ -24,10 +24,14 @@ def given_states(sample: MemoryInput, index: int, hidden: Tensor, *, served: boo
     return hidden if added is None else hidden + added.to(hidden.device)
 
 
-def run_block(module: nn.Module, sample: MemoryInput, index: int, given: Tensor) -> Tensor:
+def block_arguments(sample: BlockInput, index: int) -> dict[str, Any]:
+    """The arguments of block `index` beside the hidden states."""
+    return {name: value for name, value in sample.arguments[index].items() if name not in (ADDED, SERVED_ADDED)}
+
+
+def run_block(module: nn.Module, sample: BlockInput, index: int, given: Tensor) -> Tensor:
     """The output [1, M, hidden] of the block for the states that it is given, on its device."""
-    passed = {name: value for name, value in sample.arguments[index].items() if name not in (ADDED, SERVED_ADDED)}
-    output = module(given.to(device_of(module)), **passed)
+    output = module(given.to(device_of(module)), **block_arguments(sample, index))
     found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found
 

@@ -53,7 +53,7 @@ class DrawnTokens:
             counts=dict(counts),
         )
 
-    def own(self, chosen: Tensor) -> Tensor:
+    def local_places(self, chosen: Tensor) -> Tensor:
         """Places of the tokens `chosen`, int64 ascending, in this process's values: int64."""
         if self.processes.size == 1:
             return chosen

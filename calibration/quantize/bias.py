@@ -26,7 +26,7 @@ class Means:
 def find_means(
     moments: Moments, coded: CodedTokens, x: Tensor, target: Tensor, massive: Tensor, processes: Processes
 ) -> Means:
-    """Means of each set; x and target [own T, K] are in natural order, massive is bool [own T]."""
+    """Means of each set; x and target [local T, K] are in natural order, massive is bool [local T]."""
     code, value = moments.means()
     if not coded.sets.any_modality_only:
         # The row `any` may have to serve any token.

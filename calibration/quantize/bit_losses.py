@@ -28,8 +28,8 @@ class Probe:
 def losses(probe: Probe, group_size: int, escape_budget: float) -> dict[int, float]:
     """Error of the model's output by form (4, 8 or 16 bits) of the input's linears, summed over the tokens.
 
-    The weights are rounded one by one, and the rows are one: an estimate that compares inputs, not a forecast. The
-    errors of weights and of activations count as independent.
+    Each weight is rounded by itself, and all tokens share one row. So the result compares inputs; it does not forecast
+    errors. The errors of weights and of activations count as independent.
     """
     x, matrix = probe.x, probe.matrix
     if not x.shape[0]:

@@ -78,7 +78,7 @@ class CodedTokens:
 def code_tokens(
     x: Tensor, tokens: DrawnTokens, massive: Tensor, found: FoundInput, spec: QuantizationSpec
 ) -> CodedTokens:
-    """Rows and codes of x [own T, K], in natural order; massive, bool [own T]: the tokens of the massive row."""
+    """Rows and codes of x [local T, K], in natural order; massive, bool [local T]: the tokens of the massive row."""
     device = x.device
     weight, modality = (tokens.local(value).to(device) for value in (tokens.weight, tokens.modality))
     record = activation.activation_record(*(found.tensors[name].to(device) for name in INPUT_TENSORS))
@@ -118,7 +118,7 @@ def weigh_massive_alike(coded: CodedTokens, processes: Processes) -> CodedTokens
 
 
 def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
-    """Moments of the tokens of all processes: target [own T, K] in natural order, matrix [N, K] in channel order."""
+    """Moments of the tokens of all processes: target [local T, K] in natural order, matrix [N, K] in channel order."""
     moments = second_moments.gather(
         _contributions(coded, target),
         coded.codes,

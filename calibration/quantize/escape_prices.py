@@ -75,7 +75,8 @@ def share_budget(costs: Mapping[str, EscapeCosts], budget: float) -> dict[str, f
 
     top = max(float(cost.error.max()) for cost in costs.values()) * 2**8
     low, high = 0, PRICES - 1
-    # The smallest price, the last one, lets most escape; the dearest gives every input the least.
+    # Prices fall with the index: 0 gives every input the least, and the last lets most escape. The last index within
+    # the budget is wanted.
     while low < high:
         middle = (low + high + 1) // 2
         within = mean(budgets(top * 2 ** (-HALVINGS * middle / (PRICES - 1)))) <= budget

@@ -220,7 +220,7 @@ def _choose(layer: _Layer, expert: int) -> _Chosen:
     judged = tokens.part(routed, tokens.weight[routed], of_routed)
     within = (torch.isin(served, routed)).nonzero().flatten()
     all_served = tokens.part(served, weight[served], counts)
-    return _Chosen(routed, served, share, JudgedPart(judged, within, all_served.own(within)), all_served)
+    return _Chosen(routed, served, share, JudgedPart(judged, within, all_served.local_places(within)), all_served)
 
 
 def _plain(recipe: Recipe) -> Recipe:
@@ -235,7 +235,7 @@ def _quantize_gate_up(
     coded, processes = layer.coded, layer.tokens.processes
     shards = {linears[kind]: weights[kind] for kind in (GATE, UP)}
     matrix = torch.cat([weight.to(coded.codes.device, torch.float32) for weight in shards.values()])[:, coded.order]
-    routed = layer.tokens.own(chosen.routed).to(coded.codes.device)
+    routed = layer.tokens.local_places(chosen.routed).to(coded.codes.device)
     target = layer.drawn.input.target
     part, part_target = coded.part(routed), target[routed]
     moments = gather_moments(layer.fitted.part(routed), part_target, matrix, processes)
@@ -272,7 +272,7 @@ def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor,
 
     matrix and served [2I, K] are the 16-bit and the served weights of gate and up, bias [S, 2I] those of sets.
     """
-    own = layer.tokens.own(chosen.served).to(matrix.device)
+    own = layer.tokens.local_places(chosen.served).to(matrix.device)
     coded, outlying = layer.coded.part(own), layer.drawn.input.outlying[own.cpu()]
     target = layer.drawn.input.target[own]
     wanted, found = [matrix.new_zeros(0, matrix.shape[0] // 2)], [matrix.new_zeros(0, matrix.shape[0] // 2)]

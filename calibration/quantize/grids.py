@@ -100,7 +100,7 @@ def gather_evidence(
 ) -> Evidence:
     """The evidence for an input's grids, on the device of the observed tokens.
 
-    `observation` and massive, bool [own T], are of this process's drawn tokens.
+    `observation` and massive, bool [local T], are of this process's drawn tokens.
     """
     x = observation.drawn
     # Which of all drawn tokens are ordinary.

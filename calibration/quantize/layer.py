@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,9 +39,9 @@ class DrawnInput:
 
     # The input in the served stream, after the layers that are quantized already. It is quantized.
     observation: Observation
-    # The input in the 16-bit stream, float32 [own T, K]. Its outputs are the target.
+    # The input in the 16-bit stream, float32 [local T, K]. Its outputs are the target.
     target: Tensor
-    # Tokens with an outlying residual stream, bool [own T].
+    # Tokens with an outlying residual stream, bool [local T].
     outlying: Tensor
 
 
@@ -55,7 +55,7 @@ class JudgedPart:
     own: Tensor
 
     def of(self, coded: CodedTokens, target: Tensor, massive: Tensor) -> tuple[CodedTokens, Tensor, Tensor]:
-        """Codes and 16-bit values [own t, K] of these tokens, and which are massive, bool [t]."""
+        """Codes and 16-bit values [local t, K] of these tokens, and which are massive, bool [t]."""
         return coded.part(self.own), target[self.own.to(target.device)], massive[self.places]
 
 
@@ -91,32 +91,35 @@ def quantize_input(
     matrix = matrix[:, coded.order]
     choosing = recipe.effort == "best"
     # Beside routed experts nothing learns, so the default needs no judges.
-    wanted = judged is None and (choosing or not spec.experts)
-    unseen = held_out(tokens, recipe.effort) if wanted else None
+    unseen = held_out(tokens, recipe.effort) if judged is None and (choosing or not spec.experts) else None
     moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
     step = found.grids.grid.step.to(x.device)[coded.order]
-    known = [metrics[name].to(x.device) for name in shards if metrics and name in metrics]
-    served = round_weights(
-        *(matrix, step, moments, first, recipe, processes, held if choosing else None),
-        metrics=known if len(known) == len(shards) else (),
-    )
+    chooses = held if choosing else None
+    known = _of_all(metrics or {}, shards, x.device)
+    served = round_weights(matrix, step, moments, first, recipe, processes, chooses, metrics=known)
     del known
     if held is not None:
         moments.add_means(held)
     means = find_means(moments, coded, x, target, massive.own, processes)
     any_massive = bool(massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
+    layer_tensors = split_tensors(shards, served, bias[:, coded.sets.of_row])
     shown, shown_massive = tokens, massive.all
     if judged is not None:
         shown = judged.tokens
         coded, target, shown_massive = judged.of(coded, target, massive.all)
     record = input_record(coded, shown, shown_massive, found, spec.rows)
     errors = _output_errors(JudgedTokens.of(coded, target, shown), shards, matrix, served.matrix, bias, processes)
-    layer_tensors = split_tensors(shards, served, bias[:, coded.sets.of_row])
     return {
         name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(record, output_error=errors[name]))
         for name in shards
     }
+
+
+def _of_all(metrics: Mapping[str, Tensor], shards: Collection[str], device: torch.device) -> list[Tensor]:
+    """The metrics of the outputs of all `shards`, on the device; empty if one has none."""
+    known = [metrics[name].to(device) for name in shards if name in metrics]
+    return known if len(known) == len(shards) else []
 
 
 def _moments(

@@ -82,7 +82,7 @@ class JudgedTokens:
 
     @staticmethod
     def of(coded: CodedTokens, target: Tensor, tokens: DrawnTokens) -> JudgedTokens:
-        """Every n-th token of all processes; target [own T, K] is in natural order."""
+        """Every n-th token of all processes; target [local T, K] is in natural order."""
         stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
         return JudgedTokens(
             codes=tokens.every(coded.codes, stride).float() * tokens.every(coded.gain, stride)[:, None],
@@ -110,7 +110,7 @@ def input_record(
 
 
 def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
-    """Escapes as a fraction of codes [own T, K], as LayerRecord holds them.
+    """Escapes as a fraction of codes [local T, K], as LayerRecord holds them.
 
     massive, bool [T]: the tokens of all processes that took the last row.
     """

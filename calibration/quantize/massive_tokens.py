@@ -46,14 +46,14 @@ class MassiveTokens:
     """The drawn tokens that the massive row serves."""
 
     intervals: MassiveIntervals
-    # Among this process's tokens, bool [own T], on their device.
+    # Among this process's tokens, bool [local T], on their device.
     own: Tensor
     # Among the tokens of all processes, bool [T], on the CPU.
     all: Tensor
 
 
 def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: DrawnTokens, *, wanted: bool) -> MassiveTokens:
-    """Intervals that separate the tokens `outlying`, bool [own T], of x [own T, K], and the tokens that they hold.
+    """Intervals that separate the tokens `outlying`, bool [local T], of x [local T, K], and the tokens that they hold.
 
     Unless `wanted`, the intervals hold no token.
     """

@@ -151,8 +151,8 @@ def gather(
 def fitting_shrinkage(strength: float, channels: int, tokens: float) -> float:
     """The shrinkage of a regression on `channels` channels and this many tokens: strength * channels / tokens.
 
-    The error of an estimate grows with its unknowns and falls with its tokens. For the same strength everywhere, so
-    does the ridge that is best if the codes explain the same share of the error.
+    An estimate is noisier with more unknowns and with fewer tokens. The best ridge grows in the same ratio if the codes
+    explain the same part of the error. So one `strength` suits every input.
     """
     return strength * channels / tokens
 

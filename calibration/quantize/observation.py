@@ -22,7 +22,7 @@ class Observation:
 
     # By row (a modality's, or the massive one), over all processes; rows without tokens are absent.
     statistics: dict[int, ChannelStatistics]
-    # Activations of the drawn tokens, float32 [own T, K], in the order of DrawnTokens.
+    # Activations of the drawn tokens, float32 [local T, K], in the order of DrawnTokens.
     drawn: Tensor
 
 

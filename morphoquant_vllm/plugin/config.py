@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from morphoquant_vllm.format.kv_cache import AttentionRange
     from morphoquant_vllm.plugin.escape_metrics import MetricsFolder
     from morphoquant_vllm.plugin.escape_watch import EscapeWatch
-    from morphoquant_vllm.plugin.mlp_channel_order import Intermediate
+    from morphoquant_vllm.plugin.mlp_channel_order import MlpOrder
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
     from morphoquant_vllm.plugin.reload import ReloadCheck
     from morphoquant_vllm.plugin.sharded_state import RankState, SavedState
@@ -58,7 +58,7 @@ class MorphoQuantConfig(QuantizationConfig):
         # Created with the layers of a model, in the process that has them.
         self._bus: ModalityBus | None = None
         self.escape_watch: EscapeWatch | None = None
-        self._mlps: dict[str, Intermediate] = {}
+        self._mlps: dict[str, MlpOrder] = {}
         self._reload_check: ReloadCheck | None = None
         # A model's hub id until a worker has checked its files, and whether they were checked before that.
         self._hub_id: str | None = None
@@ -243,11 +243,11 @@ class MorphoQuantConfig(QuantizationConfig):
         watch = self._watch_of(prefix, name, experts.in_features, bus)
         return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
 
-    def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> Intermediate | None:
+    def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> MlpOrder | None:
         """The state that gate_up_proj and down_proj of one MLP share; None if its channels may not be renumbered."""
         from vllm.config import get_current_vllm_config_or_none
 
-        from morphoquant_vllm.plugin.mlp_channel_order import DOWN, GATE_UP, MODEL_TYPES, Intermediate
+        from morphoquant_vllm.plugin.mlp_channel_order import DOWN, GATE_UP, MODEL_TYPES, MlpOrder
 
         if prefix.endswith(GATE_UP):
             config = get_current_vllm_config_or_none()
@@ -255,7 +255,7 @@ class MorphoQuantConfig(QuantizationConfig):
                 return None
             if getattr(config.model_config.hf_config, "model_type", None) not in MODEL_TYPES:
                 return None
-            mlp = self._mlps[prefix.removesuffix(GATE_UP)] = Intermediate()
+            mlp = self._mlps[prefix.removesuffix(GATE_UP)] = MlpOrder()
             return mlp
         # Removed from the dictionary: a layer of another model in this process must not get it.
         shared = self._mlps.pop(prefix.removesuffix(DOWN), None) if prefix.endswith(DOWN) else None

@@ -152,7 +152,7 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
             for expert in range(down["gain"].shape[0]):
                 dummy_weights.fill({tensor: values[expert] for tensor, values in down.items()})
         self._check_values(layer, gate_up, down)
-        record = experts_record(self.experts.scale_scheme, gate_up, down)
+        record = record_of_stacked(self.experts.scale_scheme, gate_up, down)
         device = record.down.codes.device
         self.backend = backends.select_backend(device)
         prepared = backends.prepare_experts(self.name, record, self.activation_dtype, self.backend)
@@ -221,7 +221,7 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
         return y
 
 
-def experts_record(scale_scheme: str, gate_up: dict[str, Tensor], down: dict[str, Tensor]) -> ExpertsRecord:
+def record_of_stacked(scale_scheme: str, gate_up: dict[str, Tensor], down: dict[str, Tensor]) -> ExpertsRecord:
     """The record of stacked tensors by their stored names; weights are not copied."""
     each = zip(*(down[tensor].unbind() for tensor in INPUT_TENSORS), strict=True)
     intermediate = [activation_record(*expert) for expert in each]

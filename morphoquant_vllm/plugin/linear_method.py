@@ -26,8 +26,8 @@ from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 from morphoquant_vllm.plugin import dummy_weights, fusion, sharded_state
-from morphoquant_vllm.plugin import mlp_channel_order as intermediate
 from morphoquant_vllm.plugin.counted_layer import CountedLayer, Counter
+from morphoquant_vllm.plugin.mlp_channel_order import MlpOrder, both_halves, reorder_inputs, reorder_outputs
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import LoadLog, check_ranks, make_parameters
 from morphoquant_vllm.plugin.reload import ReloadCheck, replace_records
@@ -56,7 +56,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         spec: QuantizationSpec,
         shards: dict[str, LayerSpec],
         bus: ModalityBus,
-        mlp: intermediate.Intermediate | None = None,
+        mlp: MlpOrder | None = None,
         reload_check: ReloadCheck | None = None,
         watch: EscapeWatch | None = None,
         saved: sharded_state.RankState | None = None,
@@ -124,6 +124,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 "--additional-config: watch_escapes does not count in a saved state; serve the checkpoint itself"
             )
         dummy_weights.fill(tensors)
+        self._select_backend(tensors)
         self._checked_records(tensors)
         if saved.backend != self.backend or self.name not in saved.layers:
             raise MorphoQuantError(
@@ -161,7 +162,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             self.reload_check.check(get_current_vllm_config(), self.spec)
         tensors = self._take_loaded(layer)
         if not again:
-            self._bind(layer, self._in_order(layer, tensors, self._order(layer, tensors)))
+            order = self._take_order(layer, tensors)
+            self.renumbered = order is not None
+            self._bind(layer, self._reorder(layer, tensors, order))
         elif self.renumbered:
             assert self.mlp is not None
             is_down = isinstance(layer, RowParallelLinear)
@@ -200,21 +203,25 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         )
         return tensors
 
+    def _select_backend(self, tensors: dict[str, Tensor]) -> None:
+        """Let the backend of the tensors' device serve the layer."""
+        self.activation_device = tensors["weight_codes"].device
+        self.backend = backends.select_backend(self.activation_device)
+
     def _checked_records(self, tensors: dict[str, Tensor]) -> tuple[WeightRecord, ActivationRecord]:
-        """The canonical records of `tensors`, which the backend of their device serves."""
+        """The canonical records of `tensors`, which the backend serves."""
         activation = activation_record(*(tensors[tensor] for tensor in INPUT_TENSORS))
         weight = weight_record(*(tensors[tensor] for tensor in OUTPUT_TENSORS[self.layer_spec.scale_scheme]))
-        self.activation_device = weight.codes.device
-        self.backend = backends.select_backend(self.activation_device)
         backends.BACKENDS[self.backend].check(self.name, weight, activation, self.activation_dtype)
         return weight, activation
 
     def _prepared(self, tensors: dict[str, Tensor]) -> tuple[Records, ActivationRecord]:
-        """The weight and the activation record of the backend of the tensors' device, and the canonical one of both."""
+        """Both records as the backend prepares them, and the canonical one of the activation."""
         weight, activation = self._checked_records(tensors)
         return backends.BACKENDS[self.backend].prepare(weight, activation), activation
 
     def _bind(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+        self._select_backend(tensors)
         prepared, activation = self._prepared(tensors)
         self._serve(layer, prepared, self._counting(layer, prepared[1], activation))
 
@@ -264,33 +271,34 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     def _replace(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> None:
         """Serve other tensors from the same memory. vLLM then gives the layer its buffers back."""
         assert self.served is not None
-        prepared, activation = self._prepared(self._in_order(layer, tensors, order))
+        prepared, activation = self._prepared(self._reorder(layer, tensors, order))
         replace_records(self.name, self.served, prepared)
         if self.counter is not None:
             self.counter.take_intervals(activation)
 
-    def _order(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> Tensor | None:
-        """down_proj's channel order if the channels between gate_up_proj and down_proj are renumbered, int64 [K]."""
+    def _take_order(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> Tensor | None:
+        """down_proj's channel order, int64 [K], if the channels before it are renumbered. May be called once."""
         if self.mlp is None:
             return None
         is_down = isinstance(layer, RowParallelLinear)
-        order = self.mlp.order_of_inputs() if is_down else self.mlp.order_for_outputs(tensors["weight_codes"].shape[0])
-        self.renumbered = order is not None
-        return order
+        return self.mlp.order_of_inputs() if is_down else self.mlp.order_for_outputs(tensors["weight_codes"].shape[0])
 
-    def _in_order(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> dict[str, Tensor]:
-        """`tensors` with the channels between gate_up_proj and down_proj in `order`; with None as they are."""
+    def _reorder(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> dict[str, Tensor]:
+        """`tensors` with the channels between gate_up_proj and down_proj in `order`; with None as they are.
+
+        gate_up_proj's bias is permuted in place, so a load calls it once.
+        """
         if order is None:
             return tensors
         # The other layer's tensors may have been on another device (CPU offload).
         order = order.to(tensors["weight_codes"].device)
         if isinstance(layer, RowParallelLinear):
-            return intermediate.reorder_inputs(tensors, order)
-        rows = intermediate.both_halves(order)
+            return reorder_inputs(tensors, order)
+        outputs = both_halves(order)
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            bias.data.copy_(bias.data[rows])
-        return intermediate.reorder_outputs(tensors, rows)
+            bias.data.copy_(bias.data[outputs])
+        return reorder_outputs(tensors, outputs)
 
     def _check_bias(self, layer: torch.nn.Module) -> None:
         """Check the source layer's bias: vLLM allocates it uninitialised and does not report a missing one."""

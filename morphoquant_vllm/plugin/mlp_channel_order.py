@@ -26,7 +26,7 @@ MODEL_TYPES = frozenset(
 )
 
 
-class Intermediate:
+class MlpOrder:
     """State that gate_up_proj and down_proj of one MLP share on one rank while they are loaded."""
 
     def __init__(self) -> None:

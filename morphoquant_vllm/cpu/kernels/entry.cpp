@@ -31,7 +31,7 @@ int run(const Request& request, bool multiply) {
   }
   c.unsigned_codes = multiply && morphoquant::takes_bytes(c.two_level, c.tokens);
   std::atomic<bool> valid{true};
-  morphoquant::Share share(multiply ? morphoquant::gemm_units(c) : 0, c.threads);
+  morphoquant::WorkQueue queue(multiply ? morphoquant::gemm_units(c) : 0, c.threads);
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -39,7 +39,7 @@ int run(const Request& request, bool multiply) {
     if (multiply) {
 #pragma omp barrier
       if (valid.load(std::memory_order_relaxed)) {
-        for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) morphoquant::gemm(c, taken);
+        for (Range taken = queue.take(); taken.begin < taken.end; taken = queue.take()) morphoquant::gemm(c, taken);
       }
     }
   }

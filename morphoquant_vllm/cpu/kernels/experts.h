@@ -110,9 +110,9 @@ class Group {
     return true;
   }
 
-  // This thread's share of the products.
-  void multiply(Share& share) const {
-    for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) {
+  // The products that this thread takes from the queue.
+  void multiply(WorkQueue& queue) const {
+    for (Range taken = queue.take(); taken.begin < taken.end; taken = queue.take()) {
       size_t call = std::upper_bound(first_unit.begin(), first_unit.end(), taken.begin) - first_unit.begin() - 1;
       for (int64_t unit = taken.begin; unit < taken.end; ++call) {
         const int64_t end = std::min(taken.end, first_unit[call + 1]);
@@ -248,7 +248,7 @@ inline int run_experts(const ExpertsRequest& r) {
   Group group;
   if (!group.read(r)) return 2;
   std::atomic<bool> valid{true};
-  Share share(group.first_unit.back(), r.threads);
+  WorkQueue queue(group.first_unit.back(), r.threads);
 #pragma omp parallel num_threads(static_cast<int>(r.threads))
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -257,7 +257,7 @@ inline int run_experts(const ExpertsRequest& r) {
     }
 #pragma omp barrier
     if (valid.load(std::memory_order_relaxed)) {
-      group.multiply(share);
+      group.multiply(queue);
       if (r.slot_weights) {
 #pragma omp barrier
         combine(r, group.products.get(), thread, threads);

@@ -256,11 +256,11 @@ template <class D, class Run>
   const int64_t count = (last - first + D::kTileTokens - 1) / D::kTileTokens;
   const bool near = count > 2 || last - first <= kNearTokens;
   const uint8_t* ahead = place.weight + (count > 1 ? end / 8 * place.weight_stride : near ? kFetchNear : kFetchFar);
-  const int64_t share = place.weight_stride / count;
+  const int64_t bytes_each = place.weight_stride / count;
   int64_t m = first;
   for (int64_t index = 0; index < count; ++index) {
     const int64_t size = (last - m + count - index - 1) / (count - index);
-    const Fetch fetch{ahead + index * share * (end - begin) / 8, share, near};
+    const Fetch fetch{ahead + index * bytes_each * (end - begin) / 8, bytes_each, near};
     using std::integral_constant;
     switch (size) {
       case 1: run(integral_constant<int, 1>(), m, fetch); break;

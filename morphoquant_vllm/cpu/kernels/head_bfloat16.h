@@ -163,9 +163,9 @@ inline void head_bfloat16(const HeadBFloat16Call& c, int64_t begin, int64_t end)
 }
 
 inline void run_head_bfloat16(const HeadBFloat16Call& c) {
-  Share share((c.outputs + kHeadStep - 1) / kHeadStep, c.threads);
+  WorkQueue queue((c.outputs + kHeadStep - 1) / kHeadStep, c.threads);
 #pragma omp parallel num_threads(static_cast<int>(c.threads))
-  for (Range taken = share.take(); taken.begin < taken.end; taken = share.take()) {
+  for (Range taken = queue.take(); taken.begin < taken.end; taken = queue.take()) {
     const auto outputs = c.scale ? head_bfloat16<int8_t> : head_bfloat16<uint16_t>;
     outputs(c, taken.begin * kHeadStep, std::min(taken.end * kHeadStep, c.outputs));
   }

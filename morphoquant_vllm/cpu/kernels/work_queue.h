@@ -14,9 +14,9 @@ struct Range {
 };
 
 // Units of work that no thread has taken yet.
-class Share {
+class WorkQueue {
  public:
-  Share(int64_t units, int64_t threads) : units_(units), threads_(threads) {}
+  WorkQueue(int64_t units, int64_t threads) : units_(units), threads_(threads) {}
 
   // The next range of units, empty if none is left. Large ranges come first, since a range is read as one stream. Small
   // ones come last, which lets threads end together.

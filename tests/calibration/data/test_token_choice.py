@@ -130,7 +130,7 @@ def test_a_part_of_the_tokens_keeps_their_places_and_ranks(lengths: list[int], s
     assert torch.equal(part.modality, tokens.modality[chosen])
     values = torch.arange(len(flat))
     # The values of rank 1's tokens of the part, among all of rank 1's values.
-    mine = tokens.local(values)[tokens.own(chosen)]
+    mine = tokens.local(values)[tokens.local_places(chosen)]
     assert torch.equal(mine, part.local(values[chosen]))
 
 

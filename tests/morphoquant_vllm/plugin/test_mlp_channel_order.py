@@ -13,8 +13,8 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.activation import act_quant, token_rows
-from morphoquant_vllm.plugin import mlp_channel_order as intermediate
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
+from morphoquant_vllm.plugin.mlp_channel_order import DOWN, GATE_UP, reorder_inputs, reorder_outputs
 from tests.checkpoints import random_group
 from tests.records import activation_of
 
@@ -177,8 +177,8 @@ class TestLoading:
         for gate_up, down in whole:
             assert gate_up.quant_method.mlp is down.quant_method.mlp is not None
             # Nothing is left for the down_proj of another model, whose gate_up_proj may not be quantized.
-            assert config.get_quant_method(down, STEM[:-1] + intermediate.DOWN).mlp is None
-        first, second = (config.get_quant_method(whole[0][0], STEM[:-1] + intermediate.GATE_UP).mlp for _ in range(2))
+            assert config.get_quant_method(down, STEM[:-1] + DOWN).mlp is None
+        first, second = (config.get_quant_method(whole[0][0], STEM[:-1] + GATE_UP).mlp for _ in range(2))
         assert (
             len({id(mlp) for mlp in (whole[0][0].quant_method.mlp, whole[1][0].quant_method.mlp, first, second)}) == 4
         )
@@ -192,7 +192,7 @@ def test_codes_and_rows_are_those_of_the_shuffled_input(blocks: int) -> None:
     generator = torch.Generator().manual_seed(blocks)
     (tensors,) = random_group([torch.randn(HIDDEN, WIDTH, generator=generator)], layer, spec, torch.tensor(blocks))
     order = tensors["channel_order"].long()
-    plain, moved = activation_of(tensors), activation_of(intermediate.reorder_inputs(tensors, order))
+    plain, moved = activation_of(tensors), activation_of(reorder_inputs(tensors, order))
     x = torch.randn(200, WIDTH, generator=generator) * 2
     modality = torch.randint(len(spec.rows) - 1, (200,), generator=generator, dtype=torch.int32)
     rows = token_rows(x, modality, plain)
@@ -206,7 +206,7 @@ def test_tensors_of_the_input_do_not_move_with_the_outputs() -> None:
     spec = specification()
     (gate, _), _ = stored(replace(spec))
     rows = torch.arange(WIDTH - 1, -1, -1)
-    found = intermediate.reorder_outputs(gate, rows)
+    found = reorder_outputs(gate, rows)
     assert found.keys() == gate.keys()
     for name in ("channel_order", "centre", "massive_low"):
         assert found[name] is gate[name]
