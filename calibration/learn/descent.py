@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
 from calibration.learn.extent import Chosen, Extent
-from calibration.learn.model import Escapes, LearningDecoder
+from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective, Target
 
 BETAS = (0.9, 0.95)
@@ -106,13 +106,11 @@ class Descent:
     @torch.no_grad()
     def judge(self) -> Judgement:
         """The divergence of judging samples, and their escapes."""
-        found, escapes = [], dict[str, Escapes]()
-        for index in self.chosen.judging:
-            sample, target = self.read(index)
-            last = self.decoder.last_states(sample, escapes)[0]
-            found.append(self.objective.divergences(last, target))
+        samples, targets = zip(*(self.read(index) for index in self.chosen.judging), strict=True)
+        states, escapes = self.decoder.last_states(samples)
+        pairs = zip(states, targets, strict=True)
+        divergences = torch.cat([self.objective.divergences(last[0], target) for last, target in pairs])
         # Samples may have no text at all.
-        divergences = torch.cat(found)
         mean = float(divergences.mean()) if divergences.numel() else 0.0
         return Judgement(mean, {name: found.rate for name, found in escapes.items()})
 

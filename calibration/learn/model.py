@@ -92,16 +92,21 @@ class LearningDecoder:
         self._kept: dict[int, _Block] = {}
 
     @torch.no_grad()
-    def last_states(self, sample: MemoryInput, escapes: dict[str, Escapes]) -> Tensor:
-        """The states [1, M, hidden] of a sample after the last block; adds the escapes of each input to `escapes`."""
-        hidden: Tensor = sample.served
+    def last_states(self, samples: Sequence[MemoryInput]) -> tuple[list[Tensor], dict[str, Escapes]]:
+        """The states [1, M, hidden] of each sample after the last block, and the escapes of each input by its name.
+
+        Each block is loaded once.
+        """
+        states: list[Tensor] = [sample.served for sample in samples]
+        escapes: dict[str, Escapes] = {}
         for index in range(len(self.blocks)):
             block = self._block(index)
-            hidden = block.run(sample, hidden)
-            for name, given in block.inputs.items():
-                escapes[name] = escapes.get(name, Escapes()).plus(*given.escapes())
-            block.forget()
-        return hidden
+            for place, sample in enumerate(samples):
+                states[place] = block.run(sample, states[place])
+                for name, given in block.inputs.items():
+                    escapes[name] = escapes.get(name, Escapes()).plus(*given.escapes())
+                block.forget()
+        return states, escapes
 
     def states(self, sample: MemoryInput) -> list[Tensor]:
         """The states [1, M, hidden] of a sample before each block and after the last one, for `back`."""

@@ -102,27 +102,25 @@ class LearningRun:
         return int(state["done"]), self._descent.steps
 
     def step(self, index: int) -> None:
-        """Make a step; judge and keep the state when it is time."""
-        descent, judgements = self._descent, self._judgements
-        assert descent is not None and judgements is not None
-        descent.step(index)
-        if descent.is_judged(index):
-            self._judge(f"step {index + 1} of {descent.steps}")
-        if (index + 1) % STEPS_KEPT == 0:
-            figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
-            figures |= {f"rate {name}": rate for name, rate in judgements.start.rates.items()}
-            state = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
-            state |= {f"best {name}": value for name, value in (judgements.best or {}).items()}
-            keep_part(self.work, STATE, descent.state() | state)
-            each = (time.monotonic() - self._began) / (index + 1 - self._first)
-            left = duration(each * (descent.steps - index - 1))
-            logger.info("learning: step %d of %d, about %s left", index + 1, descent.steps, left)
+        """Make a step."""
+        assert self._descent is not None
+        self._descent.step(index)
 
-    def _judge(self, what: str) -> None:
-        """Keep the rates of escapes, judge, and note changes that have the least divergence so far."""
+    def is_judged(self, index: int) -> bool:
+        """Whether the judging samples judge after a step."""
+        assert self._descent is not None
+        return self._descent.is_judged(index)
+
+    def keep_rates(self) -> None:
+        """Bring the rates of escapes of judging samples back to those of the start."""
         descent, judgements = self._descent, self._judgements
         assert descent is not None and judgements is not None
         descent.keep_rates(judgements.start.rates, descent.judge().rates)
+
+    def judge(self, what: str) -> None:
+        """Note the changes if judging samples diverge least with them so far; `what` names them in the log."""
+        descent, judgements = self._descent, self._judgements
+        assert descent is not None and judgements is not None
         error = descent.judge().divergence
         logger.info(
             "learning: %s, divergence of judging samples %.5f, at the start %.5f",
@@ -131,12 +129,30 @@ class LearningRun:
         if error < judgements.least:
             judgements.least, judgements.best = error, descent.learned()
 
+    def keep_state(self, index: int) -> None:
+        """Keep the state after a step if it is time."""
+        descent, judgements = self._descent, self._judgements
+        assert descent is not None and judgements is not None
+        if (index + 1) % STEPS_KEPT:
+            return
+        figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
+        figures |= {f"rate {name}": rate for name, rate in judgements.start.rates.items()}
+        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+        state |= {f"best {name}": value for name, value in (judgements.best or {}).items()}
+        keep_part(self.work, STATE, descent.state() | state)
+        each = (time.monotonic() - self._began) / (index + 1 - self._first)
+        left = duration(each * (descent.steps - index - 1))
+        logger.info("learning: step %d of %d, about %s left", index + 1, descent.steps, left)
+
+    def take_mean(self) -> None:
+        """Take the mean of the later steps in place of the last one."""
+        assert self._descent is not None
+        self._descent.take_mean()
+
     def finish(self) -> None:
         """Keep the changes with the least divergence of judging samples: of a step, of the mean, or none."""
         descent, found = self._descent, self._judgements
         assert descent is not None and found is not None
-        descent.take_mean()
-        self._judge("mean of the later steps")
         if found.best is None:
             logger.warning(
                 "learning: the divergence of judging samples did not fall (%.5f at the start), so nothing is changed; "

@@ -39,8 +39,16 @@ def learn(job: Job, work: WorkDirectory) -> None:
     for block in range(on_first(LearningRun.blocks_to_pass)):
         on_first(partial(LearningRun.find_targets, block=block))
     done, steps = on_first(LearningRun.begin)
+    # Other processes wait for each of these calls, and not too long for any.
     for index in range(done, steps):
         on_first(partial(LearningRun.step, index=index))
+        if on_first(partial(LearningRun.is_judged, index=index)):
+            on_first(LearningRun.keep_rates)
+            on_first(partial(LearningRun.judge, what=f"step {index + 1} of {steps}"))
+        on_first(partial(LearningRun.keep_state, index=index))
+    on_first(LearningRun.take_mean)
+    on_first(LearningRun.keep_rates)
+    on_first(partial(LearningRun.judge, what="mean of the later steps"))
     on_first(LearningRun.finish)
 
 

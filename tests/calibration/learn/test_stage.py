@@ -159,9 +159,7 @@ def test_an_interrupted_run_learns_the_same_bytes(
     # With too little memory of the moment it does not end without learning, which would be other bytes.
     with monkeypatch.context() as patch:
         patch.setattr(stage, "learning_bytes", lambda *arguments: 2**50)
-        with pytest.raises(
-            MorphoQuantError, match=r"that needs 1048576.* free memory and run it again"
-        ):
+        with pytest.raises(MorphoQuantError, match=r"that needs 1048576.* free memory and run it again"):
             make(tiny, text, tmp_path / "out")
     monkeypatch.setattr(LearningRun, "step", lambda self, index: (made.append(index), step(self, index))[1])
     make(tiny, text, tmp_path / "out")
