@@ -29,6 +29,8 @@ from tests.calibration.killing import content
 
 # All tokens are drawn: a fit to fewer would decide which scales learn.
 RECIPE = Recipe(device="cpu", window_tokens=24, max_samples=21, sample_tokens=512, effort="best")
+# Where the weights do not matter: the blocks take less time.
+PLAIN = RECIPE.model_copy(update={"rounding": "nearest", "regression": False})
 # One of four samples judges.
 STEPS, JUDGES = 16, 5
 # Scales that are this much too large before they learn: an error that learning can undo in a few steps.
@@ -146,7 +148,7 @@ def stopped(tiny: TinyModels, text: Path, output: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(LearningRun, "step", stopping)
-        make(tiny, text, output)
+        make(tiny, text, output, PLAIN)
     return made
 
 
@@ -154,15 +156,15 @@ def stopped(tiny: TinyModels, text: Path, output: Path, monkeypatch: pytest.Monk
 def test_an_interrupted_run_learns_the_same_bytes(
     tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tiny, text, tmp_path / "whole")
+    make(tiny, text, tmp_path / "whole", PLAIN)
     step, made = LearningRun.step, stopped(tiny, text, tmp_path / "out", monkeypatch, 6)
     # With too little memory of the moment it does not end without learning, which would be other bytes.
     with monkeypatch.context() as patch:
         patch.setattr(stage, "learning_bytes", lambda *arguments: 2**50)
         with pytest.raises(MorphoQuantError, match=r"that needs 1048576.* free memory and run it again"):
-            make(tiny, text, tmp_path / "out")
+            make(tiny, text, tmp_path / "out", PLAIN)
     monkeypatch.setattr(LearningRun, "step", lambda self, index: (made.append(index), step(self, index))[1])
-    make(tiny, text, tmp_path / "out")
+    make(tiny, text, tmp_path / "out", PLAIN)
     # The two steps after the last kept state are made again.
     assert made == [*range(6), *range(4, STEPS)]
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -191,7 +193,7 @@ def test_gradients_are_the_same_whatever_is_kept_in_memory(
 
     monkeypatch.setattr(LearningRun, "step", compared)
     with pytest.raises(Stopped):
-        make(tiny, text, tmp_path / "out")
+        make(tiny, text, tmp_path / "out", PLAIN)
     for name, gradient in found[Kept.ONE_BLOCK].items():
         assert gradient is not None and bool(gradient.any()), name
         for memory in (Kept.BLOCKS, Kept.GRAPHS):
@@ -220,7 +222,7 @@ def test_what_learning_goes_on_from_is_checked_when_a_run_resumes(
         kept = file.read_bytes()
         file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
         with pytest.raises(MorphoQuantError, match=rf"{name}: cannot be used \(its content has changed\)"):
-            make(tiny, text, tmp_path / "out")
+            make(tiny, text, tmp_path / "out", PLAIN)
         file.write_bytes(kept)
 
 
@@ -230,17 +232,17 @@ def test_what_was_learned_is_checked_when_a_run_resumes(
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr("calibration.calibrate.export", lambda *arguments, **named: (_ for _ in ()).throw(Stopped))
-        make(tiny, text, tmp_path / "out")
+        make(tiny, text, tmp_path / "out", PLAIN)
     work = tmp_path / "out.work"
     assert (work / LEARNED_FILE).exists() and not list(work.glob("learn-*"))
     file = work / "learned.safetensors"
     kept = file.read_bytes()
     file.write_bytes(kept[:-1] + b"x")
     with pytest.raises(MorphoQuantError, match=r"learned\.safetensors: cannot be used"):
-        make(tiny, text, tmp_path / "out")
+        make(tiny, text, tmp_path / "out", PLAIN)
     file.write_bytes(kept)
     monkeypatch.setattr(stage, "LearningRun", None)
-    assert make(tiny, text, tmp_path / "out")["learning"]["steps"] == STEPS
+    assert make(tiny, text, tmp_path / "out", PLAIN)["learning"]["steps"] == STEPS
 
 
 @pytest.mark.usefixtures("spoiled")

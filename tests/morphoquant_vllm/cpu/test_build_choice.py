@@ -136,8 +136,9 @@ def test_with_an_old_compiler_avx2_serves(
     monkeypatch.setattr(cpu_build, "cpu_flags", lambda: frozenset((*INSTRUCTION_SETS["avx2"][0], "avx_vnni")))
     found = cpu_build.kernels()
     assert found is not None and found.instructions == "avx2"
-    assert len(warnings) == 1 and "no kernels for avx_vnni, so avx2 serves: " in warnings[0]
-    assert "unrecognized option; g++ 11 or newer is known to work" in warnings[0]
+    (warning,) = [message for message in warnings if "serves" in message]
+    assert "no kernels for avx_vnni, so avx2 serves: " in warning
+    assert "unrecognized option; g++ 11 or newer is known to work" in warning
 
 
 def test_where_they_build_the_kernels_serve(warnings: list[str], fresh: None) -> None:

@@ -65,7 +65,7 @@ def test_every_weight_and_level_is_where_the_kernels_look(case: Case) -> None:
 def test_repacking_in_parts_gives_the_same_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = layer(Case(1, 400, 128, 32))
     whole = layout.prepare_weight(weight)
-    monkeypatch.setattr(layout, "REPACK_ROWS", 128)
+    monkeypatch.setattr(layout, "REPACK_OUTPUTS", 128)
     assert torch.equal(layout.prepare_weight(weight).codes, whole.codes)
 
 
