@@ -14,13 +14,8 @@ import torch
 
 from benchmarks.cpu_linear.measure import interleaved, timed
 from morphoquant_vllm import environment
-from morphoquant_vllm.cpu.build import INSTRUCTION_SETS, cpu_flags
+from morphoquant_vllm.cpu.build import cpu_flags, instruction_sets
 from morphoquant_vllm.errors import MorphoQuantError
-
-
-def at_hand() -> list[str]:
-    """The instruction sets of this processor, best first."""
-    return [name for name, (needed, _) in INSTRUCTION_SETS.items() if cpu_flags().issuperset(needed)]
 
 
 def measure(
@@ -30,9 +25,9 @@ def measure(
     shape = {"outputs": outputs, "channels": channels, "group_size": group_size, "threads": threads}
     found = []
     with ExitStack() as stack:
-        ways = {
-            name: stack.enter_context(_worker(name, threads, (outputs, channels, group_size))) for name in at_hand()
-        }
+        layer = (outputs, channels, group_size)
+        names = instruction_sets(cpu_flags())
+        ways = {name: stack.enter_context(_worker(name, threads, layer)) for name in names}
         for count in tokens:
             times = interleaved({name: partial(way, count) for name, way in ways.items()}, seconds, clock=_as_told)
             found.append(shape | {"tokens": count, "pairs": times["avx2"]["runs"], "times": times})

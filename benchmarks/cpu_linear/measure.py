@@ -29,7 +29,10 @@ def interleaved(
     least: int = 15,
     clock: Callable[[Callable[[], Any]], float] = timed,
 ) -> dict[str, dict[str, float]]:
-    """Median and quartiles (s) of each, over rounds of one call each in random order, within `budget` s."""
+    """Median and quartiles (s) of each, over rounds of one call each in random order, within `budget` s.
+
+    `clock` gives the seconds of a call.
+    """
     order = list(runs)
     shuffle = random.Random(0)
     for run in runs.values():

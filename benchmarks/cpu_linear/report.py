@@ -148,7 +148,7 @@ def _compared(
         return []
     lines = [
         f"| N x K | G | M | threads | calls of each | {' | '.join(headings)} |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---" * (5 + len(headings)) + "|",
     ]
     for row in rows:
         shape = (f"{row['outputs']}x{row['channels']}", *(row[key] for key in ("group_size", "tokens", "threads")))

@@ -42,13 +42,11 @@ def learning_bytes(blocks: Iterable[Iterable[LayerSpec]], states: int, longest: 
 
     `blocks` are the layers of each block, `longest` the tokens of the longest sample, at most LONGEST.
     """
-    return (
-        max((2 * decoder_bytes(layers) + graph_bytes(layers, longest) for layers in map(list, blocks)), default=0)
-        + states
-    )
+    each = [2 * decoder_bytes(layers) + graph_bytes(layers, longest) for layers in map(list, blocks)]
+    return max(each, default=0) + states
 
 
 def graph_bytes(layers: Iterable[LayerSpec], longest: int) -> int:
-    """Bytes of what a pass back through a block of these layers needs of a sample of `longest` tokens, or LONGEST."""
+    """Bytes that a pass back through a block of these layers needs of a sample of `longest` tokens, at most LONGEST."""
     values = sum(layer.in_features + layer.out_features for layer in layers)
     return 4 * TOKEN_COPIES * min(longest, LONGEST) * values

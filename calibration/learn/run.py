@@ -103,24 +103,20 @@ class LearningRun:
 
     def step(self, index: int) -> None:
         """Make a step."""
-        assert self._descent is not None
-        self._descent.step(index)
+        self._parts()[0].step(index)
 
     def is_judged(self, index: int) -> bool:
         """Whether the judging samples judge after a step."""
-        assert self._descent is not None
-        return self._descent.is_judged(index)
+        return self._parts()[0].is_judged(index)
 
     def keep_rates(self) -> None:
         """Bring the rates of escapes of judging samples back to those of the start."""
-        descent, judgements = self._descent, self._judgements
-        assert descent is not None and judgements is not None
+        descent, judgements = self._parts()
         descent.keep_rates(judgements.start.rates, descent.judge().rates)
 
     def judge(self, what: str) -> None:
         """Note the changes if judging samples diverge least with them so far; `what` names them in the log."""
-        descent, judgements = self._descent, self._judgements
-        assert descent is not None and judgements is not None
+        descent, judgements = self._parts()
         error = descent.judge().divergence
         logger.info(
             "learning: %s, divergence of judging samples %.5f, at the start %.5f",
@@ -131,8 +127,7 @@ class LearningRun:
 
     def keep_state(self, index: int) -> None:
         """Keep the state after a step if it is time."""
-        descent, judgements = self._descent, self._judgements
-        assert descent is not None and judgements is not None
+        descent, judgements = self._parts()
         if (index + 1) % STEPS_KEPT:
             return
         figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
@@ -146,13 +141,11 @@ class LearningRun:
 
     def take_mean(self) -> None:
         """Take the mean of the later steps in place of the last one."""
-        assert self._descent is not None
-        self._descent.take_mean()
+        self._parts()[0].take_mean()
 
     def finish(self) -> None:
         """Keep the changes with the least divergence of judging samples: of a step, of the mean, or none."""
-        descent, found = self._descent, self._judgements
-        assert descent is not None and found is not None
+        descent, found = self._parts()
         if found.best is None:
             logger.warning(
                 "learning: the divergence of judging samples did not fall (%.5f at the start), so nothing is changed; "
@@ -170,6 +163,11 @@ class LearningRun:
         if changes is None:
             changes = {name: torch.zeros_like(value) for name, value in descent.learned().items()}
         keep_learned(self.work, changes | self._sizes(), figures)
+
+    def _parts(self) -> tuple[Descent, Judgements]:
+        """The steps and the judgements, which `begin` makes."""
+        assert self._descent is not None and self._judgements is not None
+        return self._descent, self._judgements
 
     def _objective(self) -> Objective:
         if self._aim is None:

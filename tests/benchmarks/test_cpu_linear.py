@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks.cpu_linear.__main__ import parser, run
-from benchmarks.cpu_linear.instructions import at_hand, measure
+from benchmarks.cpu_linear.instructions import measure
 from benchmarks.cpu_linear.layers import MODELS, generated
 from benchmarks.cpu_linear.measure import interleaved
 from benchmarks.cpu_linear.report import write
 from benchmarks.cpu_linear.ways.heads import HEADS, head_bytes, heads
 from benchmarks.cpu_linear.ways.peers import linears
 from morphoquant_vllm.cpu import backend as cpu
+from morphoquant_vllm.cpu.build import cpu_flags, instruction_sets
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.numerics import linear
 
@@ -93,7 +94,7 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.cpu_linear.__main__.ROWS_SHAPE", (OUTPUTS, CHANNELS))
     monkeypatch.setattr("benchmarks.cpu_linear.peak.READ_BYTES", 1 << 20)
     monkeypatch.setattr("benchmarks.cpu_linear.peak.DOT_ROUNDS", 1000)
-    monkeypatch.setattr("benchmarks.cpu_linear.instructions.at_hand", lambda: ["avx2"])
+    monkeypatch.setattr("benchmarks.cpu_linear.instructions.instruction_sets", lambda flags: ["avx2"])
     threads = torch.get_num_threads()
     arguments = parser().parse_args(["--tokens", "1", "8", "--threads", "1", "--seconds", "0", "--pairs", "10"])
     summary = run(arguments, "command")
@@ -112,6 +113,8 @@ def test_the_files_hold_what_was_measured(tmp_path: Path, monkeypatch) -> None:
     assert f"{summary['rows'][0]['ratio']:.3f}" in short and "| 10 |" in short
     assert f"| {summary['pages'][0]['ratio']:.2f} |" in short
     assert [case["tokens"] for case in summary["instruction_sets"]] == [1, 8]
+    table = [line for line in short[short.index("## Instruction sets") :].splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1, "as many cells in each line"
     assert f"| {summary['instruction_sets'][0]['times']['avx2']['median'] * 1e6:.0f} µs (1.00) |" in short
     assert all(ceiling["gb_s"] > 0 and ceiling["gmac_s"] > 0 for ceiling in summary["ceilings"].values())
 
@@ -135,12 +138,12 @@ def test_every_instruction_set_has_its_own_kernels() -> None:
     found = measure(1, OUTPUTS, CHANNELS, 32, (1, 3), seconds=0.0)
     assert [case["tokens"] for case in found] == [1, 3]
     for case in found:
-        assert list(case["times"]) == at_hand()
+        assert list(case["times"]) == instruction_sets(cpu_flags())
         assert all(time["runs"] == case["pairs"] for time in case["times"].values())
 
 
 @pytest.mark.full
 def test_a_worker_that_cannot_serve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.cpu_linear.instructions.at_hand", lambda: ["none"])
+    monkeypatch.setattr("benchmarks.cpu_linear.instructions.instruction_sets", lambda flags: ["none"])
     with pytest.raises(MorphoQuantError, match="the process with the none kernels ended; its output says why"):
         measure(1, OUTPUTS, CHANNELS, 32, (1,), seconds=0.0)

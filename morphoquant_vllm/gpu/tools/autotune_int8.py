@@ -52,9 +52,8 @@ def compiled(job: tuple[Int8Tile, str]) -> list[Int8Tile]:
     device = torch.device("cuda", torch.cuda.current_device())
     profile = profile_of(device)
     kernel = aot_int8.build_int8_gemm(target, tile)
-    if binary_checks.int8_problems(kernel, profile.architecture, tile) or binary_checks.unpack_problems(
-        aot_int8.build_unpack(target)
-    ):
+    problems = binary_checks.int8_problems(kernel, profile.architecture, tile)
+    if problems or binary_checks.unpack_problems(aot_int8.build_unpack(target)):
         return []
     if selfcheck.problem_of_int8_path(tile, torch.bfloat16, device, profile):
         return []
