@@ -14,6 +14,7 @@ import torch
 from calibration.blocks.results import BlockResult, LayerBegins
 from calibration.data.conversations import CLASSES, Conversation, PlainText
 from calibration.data.data_files import load_conversations
+from calibration.data.rendering import without_values
 from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import Forecast, forecast
 from calibration.job import Job
@@ -35,6 +36,7 @@ from calibration.stages import capture, export, prepare, quantize
 from calibration.work.directory import WorkDirectory
 from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work
+from calibration.work.rendered import media_bytes
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import read_json
 
@@ -105,7 +107,8 @@ def dry_run(
     place = Path(work) if work is not None else default_work(output)
     _check_places(job, output, place, overwrite=overwrite)
     conversations = load_conversations(data, skip_bad=skip_bad)
-    expected = forecast(job, prepare(job, conversations, skip_bad=skip_bad)[1])
+    samples, tokens = prepare(job, conversations, without_values, skip_bad=skip_bad)
+    expected = forecast(job, tokens, sum(media_bytes(sample.inputs) for sample in samples))
     check_free_space(place, expected.work, "the work directory", "--work")
     return expected
 

@@ -80,8 +80,8 @@ class Forecast:
         )
 
 
-def forecast(job: Job, tokens: DrawnTokens) -> Forecast:
-    """What the calibration will do and need."""
+def forecast(job: Job, tokens: DrawnTokens, rendered: int) -> Forecast:
+    """What the calibration will do and need; `rendered`: bytes of the samples' pixels and sounds."""
     source, spec = job.source, job.spec
     # The inputs of the first block, and two generations of both streams.
     hidden_size = job.architecture.decoder_config(source.config)["hidden_size"]
@@ -98,7 +98,8 @@ def forecast(job: Job, tokens: DrawnTokens) -> Forecast:
         drawn_tokens=tokens.modality.numel(),
         memory=job.memory_need(tokens),
         memory_limit=job.device_limit,
-        work=quantized_size(source, spec) + more + 5 * states + metrics,
+        # Rendered media are gone before the first block is finished. Quantized towers give two states for each token.
+        work=max(quantized_size(source, spec) + more + 5 * states + metrics, rendered + 2 * states),
         checkpoint=checkpoint_size(source, spec) + more,
         experts=sum(settings.count for settings in spec.experts.values()),
         seconds=seconds,

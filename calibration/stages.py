@@ -21,7 +21,7 @@ from calibration.blocks.memory_need import BASE
 from calibration.blocks.results import BlockResult, LayerBegins
 from calibration.blocks.towers import calibrate_towers, check_media
 from calibration.data.conversations import Conversation, PlainText
-from calibration.data.rendering import Sample, build_samples
+from calibration.data.rendering import Keep, Sample, build_samples
 from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import forecast
 from calibration.job import Job
@@ -38,6 +38,7 @@ from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
 from calibration.work.budgets import read_metrics, report_entry
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_changes, read_figures
+from calibration.work.rendered import drop_rendered, store_media, stored_bytes
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
 
@@ -53,10 +54,11 @@ def capture(
     source, recipe = job.source, job.recipe
     # This check needs no data, and rendering can take long.
     job.memory_need()
-    samples, tokens = prepare(job, data, skip_bad=skip_bad)
+    samples, tokens = prepare(job, data, partial(store_media, work.path), skip_bad=skip_bad)
     need = job.memory_need(tokens)
-    expected = forecast(job, tokens)
-    check_free_space(work.path, expected.work, "the work directory", "--work")
+    rendered = stored_bytes(work.path)
+    expected = forecast(job, tokens, rendered)
+    check_free_space(work.path, expected.work - rendered, "the work directory", "--work")
     if job.processes.first:
         for line in expected.lines():
             logger.info("%s", line)
@@ -64,13 +66,14 @@ def capture(
     model = load_front(job.architecture, source, recipe, stream_towers=stream, device=job.device)
     sources = {index: sample.source for index, sample in zip(tokens.samples, samples, strict=True)}
     work.keep_samples(sources, _run_front(job, work, model, samples, tokens))
+    job.processes.broadcast(lambda: drop_rendered(work.path))
     return tokens
 
 
 def prepare(
-    job: Job, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
+    job: Job, data: Sequence[Conversation | PlainText], keep: Keep, *, skip_bad: bool = False
 ) -> tuple[list[Sample], DrawnTokens]:
-    """This process's samples, and the tokens of the search."""
+    """This process's samples, whose inputs `keep` puts away, and the tokens of the search."""
     recipe = job.recipe
     samples = build_samples(
         job.source.directory,
@@ -82,6 +85,7 @@ def prepare(
         rows=job.spec.rows,
         skip_bad=skip_bad,
         trust_remote_code=recipe.trust_remote_code,
+        keep=keep,
         processes=job.processes,
     )
     check_media(samples, recipe, job.processes)

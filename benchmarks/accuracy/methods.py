@@ -55,7 +55,7 @@ class Served:
 class Part:
     """One part of a served checkpoint in the 16-bit model, in float32 by transformers, on the torch reference."""
 
-    # activations: of every linear, with 16-bit weights; or a name of KINDS: weights and activations of these linears
+    # activations or weights: of every linear, with the other in 16 bit; or a name of KINDS: both, of these linears
     part: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
@@ -162,6 +162,7 @@ METHODS: dict[str, Method] = {
     "floor-weights-g64": Simulated("ours", 64, levels=MAX_LEVEL),
     "floor-weights-group": Simulated("ours", 32),
     "floor-weights-group-g64": Simulated("ours", 64),
+    "floor-served-weights": Part("weights"),
     "floor-activations": Part("activations"),
     **{f"floor-{kind}": Part(kind) for kind in KINDS},
 }

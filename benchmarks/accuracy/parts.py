@@ -12,7 +12,7 @@ from benchmarks.models import decoder
 from morphoquant_vllm.hf import MorphoQuantLinear, configure
 from morphoquant_vllm.numerics.activation import act_quant, dequantize, token_rows
 
-ACTIVATIONS = "activations"
+ACTIVATIONS, WEIGHTS = "activations", "weights"
 
 
 class CodedActivations(nn.Module):
@@ -33,6 +33,26 @@ class CodedActivations(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+class ServedWeights(nn.Module):
+    """A quantized linear whose inputs are not rounded: nothing but its weights has 4 bits."""
+
+    def __init__(self, quantized: MorphoQuantLinear) -> None:
+        super().__init__()
+        self.quantized = quantized
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K], float32."""
+        flat = x.reshape(-1, x.shape[-1])
+        record, weights = self.quantized.activation(), self.quantized.weights()
+        rows = token_rows(flat, self.quantized.rows_of(flat), record).long()
+        ordered = flat.index_select(1, record.channel_order.long())
+        inputs = (ordered - record.centre[rows]) * record.inverse[rows]
+        y = inputs @ weights.dequantized().T * record.gain[rows, None] + weights.absorbed_bias[rows]
+        if self.quantized.bias is not None:
+            y += self.quantized.bias
+        return y.view(*x.shape[:-1], -1)
+
+
 def load(checkpoint: Path) -> nn.Module:
     """The quantized model (an omni model's thinker) as transformers loads it, in float32."""
     model = decoder.load(checkpoint)
@@ -49,7 +69,9 @@ def load_part(checkpoint: Path, source: Path, part: str) -> nn.Module:
     for name, module in quantized.items():
         own = original.get_submodule(name)
         assert isinstance(own, nn.Linear)
-        if part == ACTIVATIONS:
+        if part == WEIGHTS:
+            model.set_submodule(name, ServedWeights(module))
+        elif part == ACTIVATIONS:
             model.set_submodule(name, CodedActivations(module, own))
         elif not name.endswith(KINDS[part]):
             model.set_submodule(name, own)

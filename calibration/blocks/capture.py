@@ -143,7 +143,7 @@ def skipped_blocks(blocks: Sequence[nn.Module], entry: MemoryInput, *, tuple_out
             del block.forward
 
 
-def _to_model(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _to_model(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Move inputs to the device; pixels and audio features are cast to `dtype`, lists of seconds are not."""
     return {
         name: value.to(device, dtype) if value.is_floating_point() and value.dim() > 1 else value.to(device)

@@ -7,7 +7,7 @@ Qwen's models encodes pictures and video frames, so its statistics cover both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,8 +39,10 @@ class _Medium:
     """The pictures, or the videos, of one sample: one run of the tower."""
 
     row: str
-    patches: Tensor
-    grid: Tensor
+    # Names of the processor's outputs among the sample's inputs.
+    patches: str
+    grid: str
+    inputs: Mapping[str, Tensor]
     # Index in the order of the data, over all processes.
     place: int
 
@@ -93,7 +95,7 @@ def calibrate_towers(
 
 def _media(samples: Sequence[Sample]) -> list[_Medium]:
     return [
-        _Medium(row, sample.inputs[patches], sample.inputs[grid], len(_PATCHES) * sample.place + index)
+        _Medium(row, patches, grid, sample.inputs, len(_PATCHES) * sample.place + index)
         for sample in samples
         for index, (row, (patches, grid)) in enumerate(_PATCHES.items())
         if patches in sample.inputs
@@ -151,7 +153,7 @@ def _capture_media(
 ) -> tuple[list[MemoryInput], DrawnTokens]:
     """The block inputs of each of this process's media, and the drawn patches of all processes."""
     rows = {
-        medium.place: torch.full((int(medium.grid.prod(-1).sum()),), spec.rows.index(medium.row)).int()
+        medium.place: torch.full((int(medium.inputs[medium.grid].prod(-1).sum()),), spec.rows.index(medium.row)).int()
         for medium in media
     }
     patches = share_tokens(processes, rows, recipe.sample_tokens, recipe.modality_balance, recipe.seed)
@@ -168,7 +170,8 @@ def _capture(module: nn.Module, blocks: Sequence[nn.Module], medium: _Medium, en
     """Run the tower with skipped blocks and keep the blocks' inputs in `entry`."""
     parameter = next(module.parameters())
     with skipped_blocks(blocks, entry):
-        module(medium.patches.to(parameter.device, parameter.dtype), grid_thw=medium.grid.to(parameter.device))
+        patches, grid = (medium.inputs[name].to(parameter.device) for name in (medium.patches, medium.grid))
+        module(patches.to(parameter.dtype), grid_thw=grid)
 
 
 def _log_unfit_linears(tower: Tower, source: Source, recipe: Recipe) -> None:

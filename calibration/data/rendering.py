@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,33 @@ from morphoquant_vllm.format.token_table import token_rows
 
 logger = logging.getLogger(__name__)
 
+# Where the inputs of the sample at a place wait until they are used.
+Keep = Callable[[int, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Sample:
     """One sequence for the model.
 
-    `inputs`: keyword arguments of the model's forward, a batch of one without padding. `modality`: int32 [M], the row
-    of each token. `source`: the file, or "file:line". `place`: index of the sample in the order of the data, over all
-    processes.
+    `inputs`: keyword arguments of the model's forward, a batch of one without padding; they may be on disk. `modality`:
+    int32 [M], the row of each token. `source`: the file, or "file:line". `place`: index of the sample in the order of
+    the data, over all processes.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: Mapping[str, torch.Tensor]
     modality: torch.Tensor
     source: str
     place: int = 0
+
+
+def in_memory(_: int, inputs: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Keep the inputs of a sample as they are."""
+    return inputs
+
+
+def without_values(_: int, inputs: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Keep no values of pixels and sounds, whose names and shapes say how much there is."""
+    return {name: value.to("meta") if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def build_samples(
@@ -45,6 +58,7 @@ def build_samples(
     rows: Sequence[str],
     skip_bad: bool = False,
     trust_remote_code: bool = False,
+    keep: Keep = in_memory,
     processes: Processes = ONE,
 ) -> list[Sample]:
     """Render this process's share of the calibration data into model inputs, in the order of the data.
@@ -56,6 +70,7 @@ def build_samples(
     `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens. The model does
     not take a modality that is missing there. `rows` names the rows in order, see token_rows. With `skip_bad`,
     conversations that cannot be used are logged and left out. `trust_remote_code` lets a processor's own code run.
+    `keep` puts each sample's inputs away as soon as they are rendered.
 
     Raises MorphoQuantError if the directory has no usable tokenizer. Other errors name the file and line of the first
     few unusable conversations: media that the model does not take or that cannot be decoded, placeholders that do not
@@ -70,7 +85,7 @@ def build_samples(
     processor = load_processor(model_dir, trust_remote_code=trust_remote_code)
     items = _choose_items(data, processor, window_tokens, max_samples, processes)
     own = list(enumerate(items))[processes.rank :: processes.size]
-    samples, cut, bad = _render(processor, own, max_tokens, placeholder_token_ids, rows, skip_bad=skip_bad)
+    samples, cut, bad = _render(processor, own, max_tokens, placeholder_token_ids, rows, keep, skip_bad=skip_bad)
     _check_bad([reason for part in processes.all_gather(bad) for reason in part], len(items), skip_bad, processes)
     total = sum(processes.all_gather(Counter({"cut": cut, "samples": len(samples)})), Counter[str]())
     if total["cut"] and processes.first:
@@ -85,6 +100,7 @@ def _render(
     max_tokens: int,
     placeholder_token_ids: Mapping[str, Sequence[int]],
     rows: Sequence[str],
+    keep: Keep,
     *,
     skip_bad: bool,
 ) -> tuple[list[Sample], int, list[str]]:
@@ -104,7 +120,7 @@ def _render(
             continue
         cut += was_cut
         modality = token_rows(inputs["input_ids"][0], placeholder_token_ids, rows)
-        samples.append(Sample(inputs, modality, item.source, place))
+        samples.append(Sample(keep(place, inputs), modality, item.source, place))
     return samples, cut, bad
 
 

@@ -6,6 +6,7 @@ identity         the fingerprint of a run's inputs: a run resumes only if it is 
 code_files       the files of this project that are part of the fingerprint
 budgets          how inputs share budgets of the model, and the samples that decide it
 learned          what learning needs and finds
+rendered         rendered samples with media, until the decoder's inputs are captured
 hidden_states    the hidden states between two blocks
 block_arguments  a model's arguments for its blocks, as tensors and JSON
 durable_files    files that a crash leaves complete or absent

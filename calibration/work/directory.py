@@ -6,6 +6,7 @@
     budgets.json                how inputs share the budgets of the model: calibration.work.budgets
     metrics-00000.safetensors   how errors of outputs of a block's layers add up, if the checkpoint will learn
     towers.safetensors          the tensors of quantized towers, and their distributions
+    rendered-00000.safetensors  the model's inputs of one sample with media, until the next file is written for all
     sample-00000.safetensors    the decoder's inputs of one sample
     block-00000.safetensors     a finished block's tensors in their final form, and its distributions
     block-00000.json            its layer records, and the hashes of all its files: written last

@@ -34,7 +34,7 @@ _FILES = tuple(
         r"budgets\.json",
         r"samples\.json",
         r"towers\.safetensors",
-        r"(block|sample|hidden|served|sensitivity|metrics)-\d+(-process\d+)?\.safetensors",
+        r"(block|sample|rendered|hidden|served|sensitivity|metrics)-\d+(-process\d+)?\.safetensors",
         r"run\.json",
         r"exported\.json",
     )

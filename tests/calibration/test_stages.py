@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from calibration import calibrate as calibrate_module
+from calibration import stages
 from calibration.blocks.memory_need import MemoryNeed, input_peak, memory_need
-from calibration.calibrate import calibrate
+from calibration.calibrate import calibrate, dry_run
+from calibration.data.data_files import load_conversations
+from calibration.data.rendering import Sample, without_values
 from calibration.data.token_choice import DrawnTokens
+from calibration.forecast import Forecast, forecast
 from calibration.job import Job
 from calibration.model.architectures import find_architecture
 from calibration.model.loading import BlockLoader
@@ -21,6 +27,7 @@ from calibration.processes import ONE
 from calibration.settings.recipe import Recipe
 from calibration.work.directory import WorkDirectory
 from calibration.work.hidden_states import DiskInput
+from calibration.work.rendered import StoredInputs
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.calibration.built_models import TinyModels
 from tests.calibration.killing import content
@@ -64,6 +71,51 @@ def test_hidden_states_on_disk_give_the_bytes_of_those_in_memory(
     calibrate(tiny.model(name), tiny.data(name), tmp_path / "disk", recipe=recipe, memory_budget=budget)
     assert used == [{"MemoryInput"}, {DiskInput.__name__}]
     assert content(tmp_path / "disk") == content(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("towers", [(), ("image",)])
+def test_pixels_on_disk_give_the_bytes_of_those_in_memory(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, towers: tuple[str, ...]
+) -> None:
+    recipe = RECIPE.model_copy(update={"towers": towers, "max_samples": 4})
+    model, data, front = tiny.model("qwen2_5_vl"), tiny.data("qwen2_5_vl"), stages._run_front
+    kinds: list[set[str]] = []
+
+    def watched(job: Job, work: WorkDirectory, loaded: Any, samples: Sequence[Sample], tokens: DrawnTokens) -> Any:
+        kinds.append({type(sample.inputs).__name__ for sample in samples if "pixel_values" in sample.inputs})
+        return front(job, work, loaded, samples, tokens)
+
+    def left(_: Any) -> None:
+        assert not list((tmp_path / "disk.work").glob("rendered-*"))
+
+    monkeypatch.setattr(stages, "_run_front", watched)
+    calibrate(model, data, tmp_path / "disk", recipe=recipe, on_block=left)
+    monkeypatch.setattr(stages, "store_media", lambda folder, place, inputs: inputs)
+    calibrate(model, data, tmp_path / "memory", recipe=recipe)
+    assert kinds == [{StoredInputs.__name__}, {"dict"}]
+    assert content(tmp_path / "disk") == content(tmp_path / "memory")
+
+
+def test_a_dry_run_counts_pixels_and_keeps_none(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    def watched(job: Job, tokens: DrawnTokens, rendered: int) -> Forecast:
+        found.append(rendered)
+        return forecast(job, tokens, rendered)
+
+    for module in (stages, calibrate_module):
+        monkeypatch.setattr(module, "forecast", watched)
+    places = (tiny.model("qwen2_5_vl"), tiny.data("qwen2_5_vl"), tmp_path / "out")
+    expected = dry_run(*places, recipe=RECIPE)
+    assert not list(tmp_path.iterdir())
+    calibrate(*places, recipe=RECIPE)
+    # The files have headers and tokens, too.
+    assert 0 < found[0] < found[1] < 1.5 * found[0]
+    job = job_of(places[0])
+    tokens = stages.prepare(job, load_conversations(places[1]), without_values)[1]
+    assert forecast(job, tokens, 10**12).work > 10**12 > expected.work
 
 
 def test_one_block_at_a_time_is_in_memory(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from benchmarks.models import decoder
 from calibration.calibrate import calibrate
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.hf import MorphoQuantLinear
+from morphoquant_vllm.numerics.activation import act_quant, dequantize, token_rows
 from tests.calibration.built_models import TinyModels
 
 # Each test loads a calibrated checkpoint.
@@ -79,6 +80,23 @@ def test_activations_that_the_grid_holds_stay_as_they_are(source: Path, checkpoi
     x = codes * (step * gain) + centre
     with torch.no_grad():
         torch.testing.assert_close(own(x[None])[0], own.original(x), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_alone_compute_as_the_checkpoint_does_where_the_grid_holds_the_inputs(
+    source: Path, checkpoint: Path
+) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    own = parts.load_part(checkpoint, source, "weights").get_submodule(name)
+    assert isinstance(own, parts.ServedWeights)
+    record = own.quantized.activation()
+    x = torch.randn(50, own.quantized.in_features, generator=torch.Generator().manual_seed(0))
+    held = torch.empty_like(x)
+    rows = token_rows(x, own.quantized.rows_of(x), record)
+    held[:, record.channel_order.long()] = dequantize(act_quant(x, rows, record), rows, record)
+    with torch.no_grad():
+        torch.testing.assert_close(own(held[None])[0], own.quantized(held), rtol=1e-4, atol=1e-4)
+        # Inputs between the codes are not rounded.
+        assert not torch.allclose(own(x), own.quantized(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_16_bit_model_is_loaded_too(source: Path) -> None:
