@@ -214,7 +214,7 @@ def compare(
 ) -> None:
     """Compare two forms of a model on data: divergence and perplexity by modality, errors by decoder block.
 
-    Both are loaded by transformers, on the CPU; quantized linears compute on the slow torch reference.
+    Both are loaded by transformers, on the CPU. Quantized linears compute on the kernels that serve them.
     """
     from calibration.compare.run import compare_models
     from calibration.compare.show import check_page, comparison_table, write_page

@@ -46,7 +46,7 @@ from calibration.quantize.served_weights import STRENGTHS
 from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 
 # Operations of a product that take as long as search and fits for one drawn value. It was fitted to a measured block of
-# 2048 channels; the demo's model of 576 channels confirms it (docs/results/calibration.md).
+# 2048 channels; the demo's model of 576 channels took less (docs/results/calibration.md).
 OPERATIONS_OF_A_VALUE = 50_000
 # The same for one weight of an expert and the search of its code. It was fitted to a measured block of 128 experts
 # (docs/results/calibration.md).

@@ -36,7 +36,7 @@ class Side:
         return "quantization_config" in self.config
 
     def load(self, dtype: torch.dtype) -> nn.Module:
-        """The whole model on the CPU; quantized linears compute on the torch reference."""
+        """The whole model on the CPU; quantized linears compute on the kernels that serve them."""
         model_class = getattr(transformers, self.architecture.model_class)
         try:
             model: nn.Module = model_class.from_pretrained(

@@ -1,8 +1,8 @@
 """After `import morphoquant_vllm.hf` transformers loads MorphoQuant checkpoints with `from_pretrained`.
 
-Quantized linears run on the kernels of the device, or on request on the torch reference (`numerics`), in served or
-exact mode. Experts run on the reference. This package is for studies and evaluation; vLLM serves faster. Imports
-neither vLLM nor calibration.
+Quantized linears and experts run on the kernels of the device, or on request on the torch reference (`numerics`), in
+served or exact mode. This package is for studies and evaluation; vLLM serves faster. Imports neither vLLM nor
+calibration.
 
     linear     a quantized linear as a module of transformers
     experts    the quantized experts of a block as a module of transformers
