@@ -16,6 +16,8 @@ from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.model.architectures import Architecture
 from calibration.model.discovery import architecture_of_form
+from calibration.model.loading import LOADING_ERRORS
+from calibration.model.refusals import check_one_model
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 from morphoquant_vllm.format.files import read_json
@@ -39,18 +41,32 @@ class Side:
         """The whole model on the CPU; quantized linears compute on the kernels that serve them."""
         model_class = getattr(transformers, self.architecture.model_class)
         try:
-            model: nn.Module = model_class.from_pretrained(
-                str(self.directory), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            model, found = model_class.from_pretrained(
+                str(self.directory),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-        except (ValueError, OSError, RuntimeError) as error:
-            words = " ".join(str(error).split())
+        except LOADING_ERRORS as error:
+            words = " ".join(str(error).split())[:300]
             raise MorphoQuantError(f"{self.directory}: transformers cannot load it ({words}); see its files") from error
-        return model.eval()
+        # transformers would draw these at random.
+        lost = {str(name) for name in found["missing_keys"]} | {str(name) for name, *_ in found["mismatched_keys"]}
+        if lost:
+            raise MorphoQuantError(
+                f"{self.directory}: {min(lost)} is missing in the weight files, or has another shape than config.json "
+                "says; copy the model again"
+            )
+        whole: nn.Module = model.eval()
+        return whole
 
 
 def open_side(directory: Path) -> Side:
     """A model directory by its config. Raises MorphoQuantError if it is missing, and as `architecture_of_form`."""
     config = read_json(directory / CONFIG_FILE)
+    check_one_model(directory, config)
     return Side(directory, architecture_of_form(config, directory), config)
 
 

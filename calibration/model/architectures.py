@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,7 +95,7 @@ class Architecture:
     quantizable_towers: tuple[Tower, ...] = ()
     # False for an architecture that `discovery` found: it is taken by the generic path.
     verified: bool = True
-    # The decoder's sizes if config.json may spell them in its own way: the generic path asks transformers.
+    # The decoder's sizes as transformers reads them, if config.json spells them in its own way or leaves some out.
     sizes: Mapping[str, Any] | None = None
     # The class in the model's directory, as auto_map names it, if transformers has none of this name.
     remote_code: str = ""
@@ -111,14 +111,20 @@ class Architecture:
         integer. The same holds for num_key_value_heads, if present.
         """
         if self.sizes is not None:
-            _check_counts(self.sizes)
+            check_counts(self.sizes)
             return self.sizes
-        for path in (self.text_config, self.media_config):
-            part = _descend(config, path)
-            if part is not None and "num_hidden_layers" in part:
-                _check_counts(part)
-                return part
-        raise MorphoQuantError(f"config.json: no num_hidden_layers for model_type '{self.model_type}'; is it complete?")
+        part = self.written_config(config)
+        if "num_hidden_layers" not in part:
+            raise MorphoQuantError(
+                f"config.json: no num_hidden_layers for model_type '{self.model_type}'; is it complete?"
+            )
+        check_counts(part)
+        return part
+
+    def written_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What config.json itself says of the decoder; empty if it says nothing."""
+        parts = [_descend(config, path) or {} for path in (self.text_config, self.media_config)]
+        return next((part for part in parts if "num_hidden_layers" in part), parts[0])
 
     def tower(self, name: str) -> Tower:
         """The tower that a recipe names; MorphoQuantError if this architecture has none of that name."""
@@ -307,10 +313,11 @@ def _known() -> str:
     return ", ".join(architecture.model_type for architecture in ARCHITECTURES)
 
 
-def _check_counts(decoder_config: Mapping[str, Any]) -> None:
+def check_counts(decoder_config: Mapping[str, Any], optional: Container[str] = ("num_key_value_heads",)) -> None:
+    """Raise MorphoQuantError if a number of blocks or heads is not a positive integer; some may be missing."""
     for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         value = decoder_config.get(key)
-        if value is None and key == "num_key_value_heads":
+        if value is None and key in optional:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             problem = f"{key} = {value!r} is not a positive integer" if key in decoder_config else f"no {key}"

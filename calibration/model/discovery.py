@@ -17,11 +17,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from calibration.model.architectures import Architecture, SharedInput, known_architecture
+from calibration.model.architectures import Architecture, SharedInput, check_counts, known_architecture
 from calibration.model.buffers import compute_buffers
 from calibration.model.experts import SIXTEEN_BIT, counts_experts
 from calibration.model.fp8 import without_quantization
-from calibration.model.loading import empty_model
+from calibration.model.loading import decoder_sizes, empty_model
 from calibration.model.plan import matches
 from calibration.model.refusals import SCORES_TEXT
 from calibration.model.source import Source, TensorInfo
@@ -34,6 +34,7 @@ GENERIC = "generic path, not verified for this architecture"
 # vLLM's names of fused layers whose parts are named so; other inputs are named after their linears.
 _FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 _MEDIA = ("image", "video", "audio")
+_NEEDED_SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
 
 
 def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
@@ -46,7 +47,18 @@ def choose_architecture(source: Source, recipe: Recipe) -> Architecture:
     # A listed dense type whose config counts experts is another model than the listed one.
     listed = known is not None and (bool(known.experts) or not counts_experts(source.config))
     scores = any(str(name).endswith(SCORES_TEXT) for name in source.config.get("architectures") or ())
-    return known if known is not None and listed and not recipe.decoder and not scores else discover(source, recipe)
+    if known is None or not listed or recipe.decoder or scores:
+        return discover(source, recipe)
+    return _with_sizes(known, source)
+
+
+def _with_sizes(known: Architecture, source: Source) -> Architecture:
+    """A listed architecture with the sizes that config.json leaves to the defaults of transformers' class."""
+    written = known.written_config(source.config)
+    if all(name in written for name in _NEEDED_SIZES):
+        return known
+    check_counts(written, optional=_NEEDED_SIZES)
+    return replace(known, sizes={**decoder_sizes(known, source), **written})
 
 
 def discover(source: Source, recipe: Recipe) -> Architecture:
@@ -78,7 +90,8 @@ def architecture_of_form(config: Mapping[str, Any], directory: Path) -> Architec
     Raises MorphoQuantError if transformers cannot build the model, or if its decoder is ambiguous.
     """
     plain = Source(directory, without_quantization(config), {})
-    return known_architecture(config) or _decoder_of(plain, Recipe())[0]
+    known = known_architecture(config)
+    return _decoder_of(plain, Recipe())[0] if known is None else _with_sizes(known, plain)
 
 
 def _decoder_of(source: Source, recipe: Recipe) -> tuple[Architecture, Any, list[nn.Module]]:

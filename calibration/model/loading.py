@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from calibration.model.architectures import Architecture
 from calibration.model.buffers import compute_buffers
-from calibration.model.experts import StoredExperts, find_experts, load_merged, merged_parameter
+from calibration.model.experts import CHOSEN, StoredExperts, find_experts, load_merged, merged_parameter
 from calibration.model.head_tensor import is_head
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
@@ -27,9 +27,15 @@ from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Errors that transformers raises for a config with wrong types or sizes.
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
     *(SafetensorError, StrictDataclassError),
+)
+
+# Sizes of a decoder that a config.json may leave to the defaults of transformers' class.
+SIZES = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
+    *("hidden_act", CHOSEN),
 )
 
 
@@ -77,6 +83,13 @@ def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> A
         config = _read_config(model_class, source)
         with torch.device("meta"):
             return model_class._from_config(config, dtype=getattr(torch, recipe.dtype)).eval()
+
+
+def decoder_sizes(architecture: Architecture, source: Source) -> dict[str, Any]:
+    """Those of SIZES that transformers reads for the decoder; MorphoQuantError if it refuses the config."""
+    with _clear_loading_errors(architecture, source):
+        text = _read_config(_model_class(architecture, source), source).get_text_config()
+    return {name: getattr(text, name) for name in SIZES if getattr(text, name, None) is not None}
 
 
 def _model_class(architecture: Architecture, source: Source) -> Any:
@@ -306,7 +319,7 @@ class BlockLoader:
 def _clear_loading_errors(architecture: Architecture, source: Source) -> Iterator[None]:
     try:
         yield
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise MorphoQuantError(
             f"{source.directory}: transformers cannot load it as {architecture.model_class} ({reason})"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from calibration.model.architectures import Architecture
 from morphoquant_vllm.errors import MorphoQuantError
 
+# The config of an adapter, as PEFT names it.
+ADAPTER_FILE = "adapter_config.json"
 # Endings of the classes that are calibrated: those that write text, and those that score one. Others have no head.
 WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel", "LMHeadModel")
 SCORES_TEXT = ("ForSequenceClassification", "ForRewardModel", "ForProcessRewardModel")
@@ -32,6 +35,21 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise MorphoQuantError(
                 f"config.json: {name} is not supported: it has another head, or none; only models that write text or "
                 f"score one (...{', ...'.join(SCORES_TEXT)}) are calibrated"
+            )
+
+
+def check_one_model(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a directory from which transformers would read other weights than those of the model itself."""
+    if (directory / ADAPTER_FILE).exists():
+        raise MorphoQuantError(
+            f"{directory / ADAPTER_FILE}: transformers would add this adapter to the model; merge it first "
+            "(examples/merge_lora.py), or remove the file"
+        )
+    for path, value in _values(config):
+        if path.rpartition(".")[2] == "transformers_weights" and value is not None:
+            raise MorphoQuantError(
+                f"{directory / 'config.json'}: {path} names another weight file; remove it, and name the files as "
+                "transformers does"
             )
 
 

@@ -23,7 +23,7 @@ from calibration.model.fp8 import (
     scale_names,
     without_quantization,
 )
-from calibration.model.refusals import check_config
+from calibration.model.refusals import check_config, check_one_model
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.files import check_regular, read_json
@@ -123,6 +123,7 @@ def open_source(directory: Path | str) -> Source:
         raise MorphoQuantError(f"{directory}: no such model directory; download the model and give its directory")
     config = _read_config(directory / CONFIG_FILE)
     check_config(config)
+    check_one_model(directory, config)
     quantized = _quantization(directory / CONFIG_FILE, config)
     tensors: dict[str, TensorInfo] = {}
     for path, names in _weight_files(directory).items():
@@ -227,6 +228,12 @@ def _read_header(path: Path, names: list[str] | None) -> dict[str, TensorInfo]:
             absent = set(names or ()) - set(present)
             if absent:
                 raise MorphoQuantError(f"{path}: {min(absent)} is in {INDEX_FILE} but missing here; download it again")
+            # transformers reads what the files hold, wherever the index places it.
+            unnamed = set() if names is None else set(present) - set(names)
+            if unnamed:
+                raise MorphoQuantError(
+                    f"{path}: holds {min(unnamed)}, which {INDEX_FILE} does not place there; download the model again"
+                )
             for name in sorted(present if names is None else names):
                 header = file.get_slice(name)
                 tensors[name] = TensorInfo(path, header.get_dtype(), tuple(header.get_shape()))

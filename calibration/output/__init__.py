@@ -3,6 +3,7 @@
 staging        all or nothing: a checkpoint is written beside its destination, then renamed
 export         writes the checkpoint's files
 convert        makes the newest version of an older one, and two-level scales
+written_files  which files a checkpoint has
 json_file      writes JSON
 weight_file    writes safetensors files
 report         makes the JSON report beside the weights

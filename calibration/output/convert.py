@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from calibration.output.json_file import write_json
-from calibration.output.staging import check_free_space, check_output, clear_write_errors, staged_directory
+from calibration.output.staging import check_free_space, check_output, clear_write_errors, only_run, staged_directory
 from calibration.output.weight_file import write_weights
 from calibration.quantize.two_level import exact_levels, refit
 from morphoquant_vllm.errors import MorphoQuantError
@@ -89,7 +89,7 @@ def convert(
     exact, fitted, left = _plan(directory, files, spec, approximate) if scales else ((), (), ())
     if current and not exact and not fitted:
         raise MorphoQuantError(_nothing_to_do(directory, left))
-    with staged_directory(output, directory, overwrite=overwrite) as partial:
+    with only_run(output), staged_directory(output, directory, overwrite=overwrite, tag="convert") as partial:
         copied = _other_files(directory, files)
         sizes = ((directory / path).stat().st_size for path in {*copied, *map(Path, files.values())})
         check_free_space(partial, sum(sizes))

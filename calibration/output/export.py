@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,33 +19,11 @@ from calibration.output.distributions import write_distributions
 from calibration.output.json_file import write_json
 from calibration.output.report import REPORT_FILE
 from calibration.output.weight_file import write_weights
+from calibration.output.written_files import copied_files
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.layers import stored_name
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.seal import sealed
-
-# Files of a model directory that a server reads, by kind. A directory of a training run holds many others.
-COPIED_FILES = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        # Tokenizers: of transformers, sentencepiece, tiktoken and Mistral.
-        r"(tokenizer|special_tokens_map|added_tokens|tokenizer_config|normalizer|tekken)\.json",
-        r".*(vocab|merges)[^/]*\.(json|txt)",
-        r"[^/]*\.(model|spm|tiktoken)(\.v\d+)?",
-        # Processors, chat templates, settings of generation.
-        r"(pre|post|video_?pre|image_?|audio_?|video_?)?processor_config\.json",
-        r"(generation_config|feature_extractor_config|configuration)\.json",
-        r"chat_template\.(json|jinja)",
-        r"additional_chat_templates/[^/]+\.jinja",
-        # The model's own code.
-        r"[^/]*\.py",
-        # transformers refuses Qwen2.5-Omni without this file; it is copied, not opened.
-        r"spk_dict\.pt",
-        # Terms that go with the weights.
-        r"(licen[sc]e|notice|use_policy|copying)[^/]*",
-    )
-)
-
 
 # Loads a layer's tensor by the names of layer and tensor. Tensors must not share memory: safetensors refuses that.
 LoadQuantized = Callable[[str, str], Tensor]
@@ -60,15 +36,6 @@ class OutputTensor:
     name: str
     nbytes: int
     load: Callable[[], Tensor]
-
-
-def copied_files(directory: Path) -> list[Path]:
-    """Files of the source, relative to it, that are copied into a checkpoint byte for byte."""
-    paths = []
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
-    return [path for path in paths if any(kind.fullmatch(path.as_posix()) for kind in COPIED_FILES)]
 
 
 def checkpoint_size(source: Source, spec: QuantizationSpec) -> int:

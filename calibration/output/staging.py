@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from calibration.output.written_files import foreign_file
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
+from morphoquant_vllm.format.schema import QUANT_METHOD
 
-# Bytes of the longest ending that is added to the name of an output: ".partial-" and a tag, or a process id.
+# Bytes of the longest ending that is added to the name of an output: ".partial-" and a tag.
 _LONGEST_SUFFIX = len(".partial-12345678")
 
 
 @contextmanager
-def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | None = None) -> Iterator[Path]:
+def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str) -> Iterator[Path]:
     """A new directory beside `output` to write into; it becomes `output` on success and disappears on any failure.
 
-    Leftovers of a killed run with the same `tag` (default: the process id) are removed first. The caller ensures that
-    no other run uses the tag.
+    Leftovers of a killed run with the same `tag`, of at most 8 letters, are removed first. The caller ensures that no
+    other run uses the tag.
 
     Raises MorphoQuantError if `output` exists and may not be replaced, is a mount point or overlaps the source `model`.
     A full disk and other failures to write raise it too. `output` is checked before and after the work, since others
@@ -31,7 +35,6 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
     """
     # "." and ".." have no name from which to build a sibling's.
     place = Path(os.path.realpath(output))
-    tag = tag or str(os.getpid())
     partial, old = (place.with_name(f"{place.name}.{kind}-{tag}") for kind in ("partial", "old"))
     check_length(place)
     with clear_write_errors(output):
@@ -52,6 +55,26 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str | N
     finally:
         if not finished:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Keep other runs from writing `output` meanwhile; MorphoQuantError if one does."""
+    place = Path(os.path.realpath(output))
+    with clear_write_errors(output):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_name(f"{place.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise MorphoQuantError(
+                f"{output}: another run writes it; wait for its end, or choose another --output"
+            ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def check_free_space(directory: Path, needed: int, name: str = "the checkpoint", flag: str = "--output") -> None:
@@ -122,11 +145,27 @@ def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise MorphoQuantError(f"{output}: exists and is not empty; choose another --output, or pass --overwrite")
-    if output.is_symlink() or not (output / CONFIG_FILE).is_file():
-        # --overwrite replaces an older checkpoint; it must not delete other directories.
+    # --overwrite replaces an older checkpoint; it must not delete other directories or files.
+    if output.is_symlink() or not _is_checkpoint(output):
         raise MorphoQuantError(
-            f"{output}: is not a checkpoint (it lacks {CONFIG_FILE}), so it is not overwritten; remove it yourself"
+            f"{output}: is not a checkpoint (it lacks a {CONFIG_FILE} of this format), so it is not overwritten; "
+            "remove it yourself"
         )
+    foreign = foreign_file(output)
+    if foreign is not None:
+        raise MorphoQuantError(
+            f"{output / foreign}: does not belong to a checkpoint, so {output.name} is not overwritten; move the file "
+            "elsewhere, or choose another --output"
+        )
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    """Whether a directory's config.json is of this project's format, in any version."""
+    try:
+        settings = json.loads((directory / CONFIG_FILE).read_bytes()).get("quantization_config")
+        return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _tidy(partial: Path, old: Path, output: Path) -> None:

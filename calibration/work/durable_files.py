@@ -170,6 +170,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether write_json_durably wrote a file, which may have changed since."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and _OWN_HASH in content
+
+
 def _json_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 

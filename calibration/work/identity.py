@@ -14,8 +14,8 @@ import torch
 import calibration
 from calibration.data.conversations import Conversation, Media, PlainText
 from calibration.model.source import Source
-from calibration.output.export import copied_files
 from calibration.output.report import PACKAGE, package_version
+from calibration.output.written_files import copied_files
 from calibration.quantize.int8_products import has_exact_products
 from calibration.settings.recipe import Recipe
 from calibration.work.code_files import code_files

@@ -15,8 +15,8 @@ import torch
 
 from calibration.output.staging import clear_write_errors
 from calibration.processes import ONE, Processes
-from calibration.work.directory import RUN_FILE, SAMPLES_FILE, WorkDirectory
-from calibration.work.durable_files import PARTIAL, damaged, hash_file, read_manifest, write_json_durably
+from calibration.work.directory import EXPORTED_FILE, RUN_FILE, SAMPLES_FILE, WorkDirectory
+from calibration.work.durable_files import PARTIAL, damaged, hash_file, is_manifest, read_manifest, write_json_durably
 from calibration.work.identity import refuse_changes
 from calibration.work.lock import LOCK_FILE, locked
 from morphoquant_vllm.errors import MorphoQuantError
@@ -80,10 +80,10 @@ def _held(
 ) -> Iterator[WorkDirectory]:
     with clear_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-    others = [entry.name for entry in path.iterdir() if entry.name != LOCK_FILE and not _is_ours(entry)]
-    if others and not (path / RUN_FILE).exists():
+    foreign = _foreign_file(path)
+    if foreign is not None:
         raise MorphoQuantError(
-            f"{path}: holds {min(others)} and is not a calibration's work directory; choose another --work"
+            f"{path}: holds {foreign} and is not a calibration's work directory; choose another --work"
         )
     with locked(path):
         _drop_files(path, partial_only=not restart)
@@ -133,8 +133,17 @@ def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _is_ours(path: Path) -> bool:
-    return any(pattern.fullmatch(path.name) for pattern in _FILES)
+def _foreign_file(directory: Path) -> str | None:
+    """The file that shows that a directory is not a calibration's; None if it is one, or is empty.
+
+    The first file of a run is RUN_FILE, and EXPORTED_FILE is the last one. Others may use our names, too. So one of the
+    files must be a manifest, even if it was changed since.
+    """
+    if (directory / RUN_FILE).exists():
+        known = any(is_manifest(directory / name) for name in (RUN_FILE, SAMPLES_FILE))
+        return None if known else RUN_FILE
+    alone = {LOCK_FILE, RUN_FILE + PARTIAL, EXPORTED_FILE, EXPORTED_FILE + PARTIAL}
+    return min((entry.name for entry in directory.iterdir() if entry.name not in alone), default=None)
 
 
 def _drop_files(path: Path, *, partial_only: bool = False) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,3 +66,27 @@ def test_forms_of_two_models_are_refused(tiny: TinyModels, tmp_path: Path) -> No
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(MorphoQuantError, match="transformers cannot load it"):
         compare_models(llama, other, [tiny.data("llama")])
+
+
+def test_models_whose_files_do_not_fit_are_one_line(tiny: TinyModels, tmp_path: Path) -> None:
+    """transformers would draw missing weights at random."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"num_hidden_layers": 5}, r"model.layers.2.\S+ is missing in the weight files"),
+        ({"intermediate_size": 32}, r"mlp.\S+ is missing in the weight files, or has another shape|cannot load it"),
+        ({"hidden_size": "x"}, "transformers cannot load it"),
+        ({"hidden_act": "nope"}, "transformers cannot load it"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0|transformers cannot load it"),
+    ]
+    for change, expected in changes:
+        (model / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(MorphoQuantError, match=expected) as caught:
+            open_side(model).load(torch.float32)
+        assert "\n" not in str(caught.value)
+    (model / "config.json").write_text(json.dumps(config))
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(MorphoQuantError, match="transformers cannot load it"):
+        open_side(model).load(torch.float32)

@@ -12,7 +12,7 @@ from torch import nn
 
 from calibration.model import discovery
 from calibration.model.architectures import Architecture
-from calibration.model.discovery import choose_architecture, discover
+from calibration.model.discovery import architecture_of_form, choose_architecture, discover
 from calibration.model.source import Source, TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -116,6 +116,40 @@ def test_a_listed_type_keeps_its_profile_unless_the_decoder_is_named(tmp_path: P
     found = choose_architecture(source, Recipe(decoder="model.layers"))
     assert not found.verified
     assert found.shared_inputs == choose_architecture(source, Recipe()).shared_inputs
+
+
+# As published for Gemma 3 4B and Qwen2-Audio 7B, whose configs leave out what their classes' defaults are.
+SPARSE = {
+    "gemma3": (
+        {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34},
+        {"num_hidden_layers": 34, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 2560},
+    ),
+    "qwen2_audio": (
+        {"intermediate_size": 11008, "max_position_embeddings": 8192, "model_type": "qwen2", "vocab_size": 156032},
+        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 4096},
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", SPARSE)
+def test_sizes_that_a_listed_config_leaves_out_are_transformers_defaults(tmp_path: Path, model_type: str) -> None:
+    written, expected = SPARSE[model_type]
+    config = {"model_type": model_type, "text_config": written}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = choose_architecture(Source(tmp_path, config, {}), Recipe())
+    assert found.verified
+    sizes = found.decoder_config(config)
+    assert {name: sizes[name] for name in expected} == expected
+    # What the file says counts, even if transformers would read something else.
+    assert all(sizes[name] == value for name, value in written.items())
+    assert architecture_of_form(config, tmp_path) == found
+
+
+def test_sizes_that_a_config_says_wrongly_are_named(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_attention_heads": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MorphoQuantError, match="num_attention_heads = 0 is not a positive integer"):
+        choose_architecture(Source(tmp_path, config, {}), Recipe()).decoder_config(config)
 
 
 def test_blocks_of_two_kinds_make_their_inputs_optional(tmp_path: Path) -> None:

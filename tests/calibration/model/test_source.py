@@ -102,3 +102,25 @@ def test_another_quantized_source_is_refused_by_name(tmp_path: Path, settings: A
     refuse(model, rf"already quantized \(quantization_config\) by {method}; download the 16-bit original, or its FP8")
     (model / "README.md").write_text("---\nlicense: mit\nbase_model:\n- org/Base-7B\n---\n# Card\n")
     refuse(model, r"download the 16-bit original \(org/Base-7B\), or its FP8 version")
+
+
+def test_a_file_holds_what_the_index_places_in_it_and_no_more(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    write_index(model, {"a.weight": "model.safetensors"})
+    refuse(model, r"model.safetensors: holds b, which model.safetensors.index.json does not place there")
+
+
+@pytest.mark.parametrize(
+    "config", [{"transformers_weights": "o.safetensors"}, {"text_config": {"transformers_weights": "o"}}]
+)
+def test_weights_of_another_file_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = write_model(tmp_path / "m")
+    (model / "config.json").write_text(json.dumps(config))
+    refuse(model, r"config.json: \S*transformers_weights names another weight file; remove it")
+
+
+def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
+    """transformers would add it to the embedding and the towers, if PEFT is installed."""
+    model = write_model(tmp_path / "m")
+    (model / "adapter_config.json").write_text("{}")
+    refuse(model, "adapter_config.json: transformers would add this adapter to the model; merge it first")

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,29 +12,43 @@ from calibration.output.staging import (
     check_length,
     check_room,
     clear_write_errors,
+    only_run,
     staged_directory,
 )
 from morphoquant_vllm.errors import MorphoQuantError
 
 
+def config(number: str) -> str:
+    """A config.json of our format."""
+    return json.dumps({"quantization_config": {"quant_method": "morphoquant"}, "number": number})
+
+
+def number(output: Path) -> str:
+    found: str = json.loads((output / "config.json").read_text())["number"]
+    return found
+
+
 def write(output: Path, content: str, overwrite: bool = False, model: Path | None = None) -> None:
-    with staged_directory(output, model or output.parent / "model", overwrite=overwrite) as directory:
-        (directory / "config.json").write_text(content)
+    with staged_directory(output, model or output.parent / "model", overwrite=overwrite, tag="t") as directory:
+        (directory / "config.json").write_text(config(content))
 
 
 def test_the_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
     output = tmp_path / "new" / "out"
-    with staged_directory(output, tmp_path / "model", overwrite=False) as directory:
-        (directory / "config.json").write_text("1")
+    with staged_directory(output, tmp_path / "model", overwrite=False, tag="t") as directory:
+        (directory / "config.json").write_text(config("1"))
         assert not output.exists()
         assert directory.parent == output.parent
-    assert (output / "config.json").read_text() == "1"
+    assert number(output) == "1"
     assert list(output.parent.iterdir()) == [output]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_any_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), staged_directory(tmp_path / "out", tmp_path / "model", overwrite=False) as directory:
+    with (
+        pytest.raises(error),
+        staged_directory(tmp_path / "out", tmp_path / "model", overwrite=False, tag="t") as directory,
+    ):
         (directory / "half").write_text("half")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -46,17 +61,17 @@ def test_what_a_killed_run_left_is_tidied_away_by_the_next_of_its_tag(tmp_path: 
         (tmp_path / name / "half").write_text("half")
     # Killed between the two renames of a replacement: the older checkpoint goes back to its place first.
     (tmp_path / "out.old-t").mkdir()
-    (tmp_path / "out.old-t" / "config.json").write_text("1")
+    (tmp_path / "out.old-t" / "config.json").write_text(config("1"))
     with (
         pytest.raises(MorphoQuantError, match="exists and is not empty"),
         staged_directory(output, model, overwrite=False, tag="t"),
     ):
         pass
-    assert (output / "config.json").read_text() == "1"
+    assert number(output) == "1"
     with staged_directory(output, model, overwrite=True, tag="t") as directory:
         assert list(directory.iterdir()) == []
-        (directory / "config.json").write_text("2")
-    assert (output / "config.json").read_text() == "2"
+        (directory / "config.json").write_text(config("2"))
+    assert number(output) == "2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial-other"]
 
 
@@ -66,12 +81,12 @@ def test_an_empty_directory_may_be_filled_but_a_checkpoint_only_overwritten(tmp_
     write(output, "1")
     with pytest.raises(MorphoQuantError, match=r"out: exists and is not empty; .*--overwrite"):
         write(output, "2")
-    assert (output / "config.json").read_text() == "1"
-    with pytest.raises(RuntimeError), staged_directory(output, tmp_path / "model", overwrite=True):
+    assert number(output) == "1"
+    with pytest.raises(RuntimeError), staged_directory(output, tmp_path / "model", overwrite=True, tag="t"):
         raise RuntimeError
-    assert (output / "config.json").read_text() == "1"
+    assert number(output) == "1"
     write(output, "2", overwrite=True)
-    assert (output / "config.json").read_text() == "2"
+    assert number(output) == "2"
     assert list(tmp_path.iterdir()) == [output]
 
 
@@ -81,9 +96,9 @@ def test_what_appears_at_the_output_during_the_run_survives(tmp_path: Path, over
     expected = "out: is not a checkpoint" if overwrite else r"out: exists and is not empty; .*--overwrite"
     with (
         pytest.raises(MorphoQuantError, match=expected),
-        staged_directory(output, tmp_path / "model", overwrite=overwrite) as directory,
+        staged_directory(output, tmp_path / "model", overwrite=overwrite, tag="t") as directory,
     ):
-        (directory / "config.json").write_text("1")
+        (directory / "config.json").write_text(config("1"))
         output.mkdir()
         (output / "thesis.tex").write_text("years of work")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "thesis.tex"]
@@ -93,7 +108,7 @@ def test_even_the_last_rename_does_not_replace_files(tmp_path: Path, monkeypatch
     output = tmp_path / "out"
     with (
         pytest.raises(MorphoQuantError, match=r"out: cannot be written \(.*not empty"),
-        staged_directory(output, tmp_path / "model", overwrite=False),
+        staged_directory(output, tmp_path / "model", overwrite=False, tag="t"),
     ):
         # As if the files came between the check and the rename.
         monkeypatch.setattr("calibration.output.staging.check_output", lambda *arguments, **options: None)
@@ -110,14 +125,14 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
         with pytest.raises(MorphoQuantError, match=f"{name}: is a mount point.*choose a directory below it"):
             write(tmp_path / name, "1")
     write(tmp_path / "mount" / "out", "1")
-    assert (tmp_path / "mount" / "out" / "config.json").read_text() == "1"
+    assert number(tmp_path / "mount" / "out") == "1"
 
 
 def test_the_working_directory_may_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with staged_directory(Path("."), tmp_path / "model", overwrite=False) as directory:
-        (directory / "config.json").write_text("1")
+    with staged_directory(Path("."), tmp_path / "model", overwrite=False, tag="t") as directory:
+        (directory / "config.json").write_text(config("1"))
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["here", "here/config.json"]
 
 
@@ -128,6 +143,41 @@ def test_overwrite_does_not_delete_what_is_no_checkpoint(tmp_path: Path) -> None
     with pytest.raises(MorphoQuantError, match="is not a checkpoint"):
         write(output, "1", overwrite=True)
     assert (output / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"name": "my app"}', '{"quantization_config": {"quant_method": "gptq"}}', "[" * 100_000],
+)
+def test_overwrite_does_not_delete_another_config(tmp_path: Path, content: str) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "config.json").write_text(content)
+    with pytest.raises(MorphoQuantError, match="is not a checkpoint"):
+        write(output, "1", overwrite=True)
+    assert (output / "config.json").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".git/HEAD", "results/scores.json"])
+def test_overwrite_does_not_delete_files_beside_a_checkpoint(tmp_path: Path, name: str) -> None:
+    output = tmp_path / "out"
+    write(output, "1")
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("years of work")
+    with pytest.raises(MorphoQuantError, match=f"{name}: does not belong to a checkpoint, so out is not overwritten"):
+        write(output, "2", overwrite=True)
+    assert number(output) == "1" and (output / name).read_text() == "years of work"
+
+
+def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
+    with only_run(tmp_path / "out"):
+        with pytest.raises(MorphoQuantError, match="out: another run writes it"), only_run(tmp_path / "out"):
+            pass
+        with only_run(tmp_path / "other"):
+            pass
+    with only_run(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_is_never_the_output(tmp_path: Path) -> None:
@@ -203,7 +253,7 @@ def test_the_longest_name_that_is_allowed_works(tmp_path: Path) -> None:
     output = tmp_path / ("n" * 238)
     check_length(output)
     write(output, "1")
-    assert (output / "config.json").read_text() == "1"
+    assert number(output) == "1"
 
 
 def test_room_is_needed_for_the_checkpoint_and_the_work_together(tmp_path: Path) -> None:

@@ -248,6 +248,15 @@ def test_a_work_directory_is_never_somebody_elses(case: Case, tmp_path: Path) ->
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(MorphoQuantError, match=r"mine: holds thesis.tex and is not a calibration's work directory"):
         case.run(tmp_path / "out", work=tmp_path / "mine", restart=True)
+    # Names that a calibration uses, too.
+    (tmp_path / "theirs").mkdir()
+    for name in ("metrics-1.safetensors", "samples.json", "run.json"):
+        (tmp_path / "theirs" / name).write_text('{"my": "experiment"}')
+        for restart in (False, True):
+            with pytest.raises(MorphoQuantError, match=r"theirs: holds \S+ and is not a calibration's work directory"):
+                case.run(tmp_path / "out", work=tmp_path / "theirs", restart=restart)
+    assert len(list((tmp_path / "theirs").iterdir())) == 3
+    shutil.rmtree(tmp_path / "theirs")
     for work in (case.model / "work", tmp_path / "out" / "work", tmp_path):
         with pytest.raises(MorphoQuantError, match=r"overlap; choose another --work"):
             case.run(tmp_path / "out", work=work)
