@@ -28,7 +28,7 @@ from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
-from calibration.output.staging import check_free_space, check_length, check_output, check_room
+from calibration.output.staging import check_free_space, check_length, check_output, check_room, check_writable
 from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
@@ -144,6 +144,8 @@ def _check_places(job: Job, output: Path, work: Path, *, overwrite: bool) -> Non
     check_length(output)
     check_length(work)
     check_work(work, output, job.source.directory)
+    check_writable(output, "--output")
+    check_writable(work, "--work")
     # The checkpoint may already exist, if only the end of its run was cut off.
     if not work.exists():
         check_output(output, job.source.directory, overwrite=overwrite)

@@ -155,17 +155,17 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write one self-contained HTML page: distributions, grids, escapes, errors, sizes, settings."""
-    from calibration.output.page.render import write_page
+    from calibration.output.page.render import write_report
 
     place = output or Path(f"{Path(os.path.realpath(directory)).name}-report.html")
-    content = write_page(directory, place, layer or (), overwrite=overwrite)
+    content = write_report(directory, place, layer or (), overwrite=overwrite)
     typer.echo(f"{one_line(str(place))}: {len(content.inputs)} inputs, {len(content.chosen)} drawn channel by channel")
 
 
 @app.command()
 def verify(directory: Directory) -> None:
     """Check a checkpoint: names, shapes, code ranges, finite values, shards of fused layers, tensor-parallel rules."""
-    from morphoquant_vllm.format.verify import OLD_VERSION, verify_checkpoint
+    from morphoquant_vllm.format.verify import verify_checkpoint, warnings
 
     spec = verify_checkpoint(directory)
     shown = one_line(str(directory))
@@ -174,8 +174,8 @@ def verify(directory: Directory) -> None:
     wide = sum(layer.weight_bits == 8 for layer in spec.layers.values())
     bits = f" ({wide} with 8-bit weights)" if wide else ""
     typer.echo(f"{shown}: {len(spec.layers)} quantized layers{bits}{experts}, all in order")
-    if spec.integrity is None:
-        typer.echo(f"{shown}: {OLD_VERSION}")
+    for line in warnings(directory, spec):
+        typer.echo(f"{shown}: {line}")
 
 
 @app.command()
@@ -217,7 +217,8 @@ def compare(
     Both are loaded by transformers, on the CPU. Quantized linears compute on the kernels that serve them.
     """
     from calibration.compare.run import compare_models
-    from calibration.compare.show import check_page, comparison_table, write_page
+    from calibration.compare.show import comparison_table, render
+    from calibration.output.page_file import check_page, write_page
     from calibration.processes import ONE
 
     if output is not None:
@@ -226,12 +227,13 @@ def compare(
     found = compare_models(
         first, second, data, max_samples=max_samples, max_tokens=max_tokens, dtype=dtype, skip_bad=skip_bad
     )
-    if output is not None:
-        write_page(found, output, overwrite=overwrite)
+    # Printed first: whatever happens to the page, the figures are there.
     if as_json:
         typer.echo(json.dumps(found, indent=2))
-        return
-    Console().print(comparison_table(found))
+    else:
+        Console().print(comparison_table(found))
+    if output is not None:
+        write_page(render(found), output, overwrite=overwrite)
 
 
 @app.command()

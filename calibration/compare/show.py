@@ -75,22 +75,3 @@ def render(data: dict[str, Any]) -> str:
     rows = {name: _figures(row) for name, row in data["modalities"].items()}
     page = environment.get_template("compare.html.j2")
     return page.render(data=data, rows=rows, largest=max(finite, default=0.0) or 1.0, meaning=MEANING)
-
-
-def write_page(data: dict[str, Any], output: Path, *, overwrite: bool) -> None:
-    """Write the page to a file. Raises MorphoQuantError if it exists and may not be replaced."""
-    check_page(output, overwrite=overwrite)
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(render(data), encoding="utf-8")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_page(output: Path, *, overwrite: bool) -> None:
-    """Raise MorphoQuantError if the page may not be written to `output`."""
-    if output.is_dir():
-        raise MorphoQuantError(f"{output}: is a directory; name a file with --output")
-    if output.exists() and not overwrite:
-        raise MorphoQuantError(f"{output}: exists; choose another --output, or pass --overwrite")

@@ -12,5 +12,6 @@ card           makes the model card, README.md
 report_file    reads and checks the JSON report
 distributions  the kept distribution of each input
 inspection     a checkpoint as a table
+page_file      writes a page, or refuses its place before the work
 page           the HTML report
 """

@@ -14,7 +14,14 @@ from pathlib import Path
 from torch import Tensor
 
 from calibration.output.json_file import write_json
-from calibration.output.staging import check_free_space, check_output, clear_write_errors, only_run, staged_directory
+from calibration.output.staging import (
+    check_free_space,
+    check_output,
+    check_writable,
+    clear_write_errors,
+    only_run,
+    staged_directory,
+)
 from calibration.output.weight_file import write_weights
 from calibration.quantize.two_level import exact_levels, refit
 from morphoquant_vllm.errors import MorphoQuantError
@@ -84,6 +91,7 @@ def convert(
             f"for two-level scales pass --scales {TWO_LEVEL}"
         )
     check_output(output, directory, overwrite=overwrite)
+    check_writable(output, "--output")
     spec = verify_checkpoint(directory)
     files = read_index(directory)
     exact, fitted, left = _plan(directory, files, spec, approximate) if scales else ((), (), ())

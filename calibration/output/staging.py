@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,17 @@ def check_room(output: Path, work: Path, checkpoint: int, blocks: int) -> None:
                 f"{path}: calibration needs {needed / 1e9:.2f} GB there, but only {free / 1e9:.2f} GB are free; "
                 f"make room, or choose another {flag}"
             )
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raise MorphoQuantError unless a directory can be made at `path`, or beside it if it exists; nothing is left."""
+    real = Path(os.path.realpath(path))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=_existing(real.parent)))
+    except OSError as error:
+        raise MorphoQuantError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another {flag}"
+        ) from error
 
 
 def _existing(path: Path) -> Path:

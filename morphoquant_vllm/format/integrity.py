@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ DIGEST_DIGITS = 16
 
 @dataclass(frozen=True)
 class FileDigest:
-    """Size in bytes and SHA-256, in hex, of one weight file."""
+    """Size in bytes and SHA-256, in hex, of one file."""
 
     bytes: int
     sha256: str
@@ -49,29 +49,39 @@ class Integrity:
     config: dict[str, str]
     # The digest of quantization_config itself; see QuantizationSpec.settings_digest.
     settings: str
+    # Files of vocabulary, chat template and processors by name; empty in older checkpoints. Older loaders ignore it.
+    beside: dict[str, FileDigest] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
         return {
-            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+            "files": {name: asdict(file) for name, file in self.files.items()},
             "carried": list(self.carried),
             "config": self.config,
             "settings": self.settings,
+            **({"beside": {name: asdict(file) for name, file in self.beside.items()}} if self.beside else {}),
         }
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Integrity:
         """Parse the JSON object; KeyError, TypeError, AttributeError or ValueError if it is malformed."""
-        files = {str(name): FileDigest(**file) for name, file in value["files"].items()}
-        for name, file in files.items():
-            if type(file.bytes) is not int or type(file.sha256) is not str:
-                raise ValueError(f"files: {name} has no size and SHA-256")
+        files, beside = _digests(value["files"]), _digests(value.get("beside", {}))
         carried, config = value["carried"], value["config"]
         if not files or not isinstance(carried, list) or not all(type(name) is str for name in carried):
             raise ValueError("files and carried must list the checkpoint's files and tensors")
         if not isinstance(config, dict) or not all(type(digest) is str for digest in config.values()):
             raise ValueError("config must hold a digest of each field")
-        return Integrity(files, tuple(carried), dict(config), str(value["settings"]))
+        return Integrity(files, tuple(carried), dict(config), str(value["settings"]), beside)
+
+
+def _digests(listed: Mapping[str, Any]) -> dict[str, FileDigest]:
+    found = {str(name): FileDigest(**file) for name, file in listed.items()}
+    for name, file in found.items():
+        if type(file.bytes) is not int or type(file.sha256) is not str:
+            raise ValueError(f"{name} has no size and SHA-256")
+        if Path(name).name != name or not name.isprintable():
+            raise ValueError(f"{name!r} is not a file name")
+    return found
 
 
 def config_digests(config: Mapping[str, Any]) -> dict[str, str]:

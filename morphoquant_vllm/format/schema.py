@@ -223,7 +223,7 @@ def _check_fields(config: Mapping[str, Any], version: int) -> None:
 def _parse(config: Mapping[str, Any]) -> QuantizationSpec:
     if not isinstance(config["rows"], list):
         raise TypeError("rows must be a list")
-    integrity = config.get("integrity")
+    integrity = Integrity.from_dict(config["integrity"]) if "integrity" in config else None
     return QuantizationSpec(
         layers={name: LayerSpec(**layer) for name, layer in config["layers"].items()},
         rows=tuple(config["rows"]),
@@ -233,7 +233,7 @@ def _parse(config: Mapping[str, Any]) -> QuantizationSpec:
             for row, ids in config["placeholder_token_ids"].items()
         },
         created_by=str(config.get("created_by", "")),
-        integrity=None if integrity is None else Integrity.from_dict(integrity),
+        integrity=integrity,
         experts={name: ExpertsSpec(**experts) for name, experts in (config.get("experts") or {}).items()},
         kv_cache={name: AttentionRange(**found) for name, found in (config.get("kv_cache") or {}).items()},
     )

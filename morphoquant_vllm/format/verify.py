@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.beside import changed_settings, check_vocabulary
 from morphoquant_vllm.format.checkpoint import (
     CALIBRATE_AGAIN,
     CONFIG_FILE,
@@ -37,18 +38,19 @@ _READ_BESIDE = (
 
 
 def verify_checkpoint(
-    directory: Path, *, checksums: bool = True, on_bytes: Callable[[int], None] | None = None
+    directory: Path, *, checksums: bool = True, complete: bool = True, on_bytes: Callable[[int], None] | None = None
 ) -> QuantizationSpec:
     """Check every rule of the format; the checkpoint's settings.
 
     Raises MorphoQuantError at the first violation. Holds one layer in memory at a time. With `checksums` every weight
-    file is read once, for its SHA-256 and for NaN and infinity in the carried tensors. `on_bytes` gets the bytes of
-    each chunk that was read.
+    file is read once, for its SHA-256 and for NaN and infinity in the carried tensors. Without `complete` files of the
+    vocabulary may be missing, as in a hub's cache. `on_bytes` gets the bytes of each chunk that was read.
     """
     spec = read_spec(directory)
     config = read_json(directory / CONFIG_FILE)
     if spec.integrity is not None:
         check_config(directory / CONFIG_FILE, config, spec.integrity)
+        check_vocabulary(directory, spec.integrity.beside, complete=complete, checksums=checksums)
     check_token_table(directory, config, spec)
     for path in (directory / name for name in _READ_BESIDE):
         if path.exists():
@@ -64,6 +66,16 @@ def verify_checkpoint(
         for file_name in sorted(set(files.values())):
             _check_content(directory / file_name, carried, spec, on_bytes)
     return spec
+
+
+def warnings(directory: Path, spec: QuantizationSpec, *, complete: bool = True) -> list[str]:
+    """What to say of a checkpoint that is in order, one line each; `complete` as for verify_checkpoint."""
+    if spec.integrity is None:
+        return [OLD_VERSION]
+    return [
+        f"{name} is not that of the model that was calibrated; copy it again, unless it was changed on purpose"
+        for name in changed_settings(directory, spec.integrity.beside, complete=complete)
+    ]
 
 
 def _check_group(

@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 from morphoquant_vllm.environment import checksums_wanted
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.format.verify import OLD_VERSION, verify_checkpoint
+from morphoquant_vllm.format.verify import verify_checkpoint, warnings
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -27,18 +27,23 @@ logger = init_logger(f"vllm.{__name__}")
 _PROGRESS_AFTER = 2.0
 
 
-def check_directory(directory: Path) -> None:
-    """Refuse an incomplete or damaged checkpoint. One line in the log names the check and its time."""
+def check_directory(directory: Path, *, complete: bool = True) -> None:
+    """Refuse an incomplete or damaged checkpoint. One line in the log names the check and its time.
+
+    Without `complete` the tokenizer's files may be missing: a hub's cache gets them when they are asked for.
+    """
     started = time.monotonic()
     checksums = checksums_wanted()
     total = sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.is_file())
     shown = {"unit": "B", "unit_scale": True, "desc": "Checking the checkpoint", "delay": _PROGRESS_AFTER}
     with tqdm(total=total, disable=not checksums, **shown) as bar:
-        spec = verify_checkpoint(directory, checksums=checksums, on_bytes=bar.update)
+        spec = verify_checkpoint(directory, checksums=checksums, complete=complete, on_bytes=bar.update)
     seconds = time.monotonic() - started
+    for line in warnings(directory, spec, complete=complete):
+        logger.warning("MorphoQuant: %s: %s", directory, line)
     if spec.integrity is None:
-        logger.warning("MorphoQuant: %s: %s", directory, OLD_VERSION)
-    elif checksums:
+        return
+    if checksums:
         logger.info("MorphoQuant: %s: %.2f GB checked in %.1f s, all in order", directory, total / 1e9, seconds)
     else:
         logger.info("MorphoQuant: %s: checked without SHA-256 (MORPHOQUANT_CHECKSUMS=0)", directory)

@@ -117,7 +117,7 @@ class MorphoQuantConfig(QuantizationConfig):
             self._hub_id, snapshot = model_name, cached_snapshot(model_name, revision, self.spec)
             self._checked = snapshot is not None
             if snapshot is not None:
-                check_directory(snapshot)
+                check_directory(snapshot, complete=False)
             else:
                 logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
         if self._last_word is None:
@@ -137,7 +137,7 @@ class MorphoQuantConfig(QuantizationConfig):
             return
         model, self._hub_id = self._hub_id, None
         if not self._checked or config.load_config.download_dir is not None:
-            check_directory(download(model, config))
+            check_directory(download(model, config), complete=False)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)

@@ -53,10 +53,10 @@ class ReloadCheck:
         if state == self._checked:
             return
         check_directory(directory)
-        if _settings(read_spec(directory)) != _settings(served):
+        found = read_spec(directory)
+        if _settings(found) != _settings(served) or not _same_config(found, served):
             raise MorphoQuantError(
-                f"{directory / CONFIG_FILE}: its layers, rows or token ids are not those that are served; start a new "
-                "server with it"
+                f"{directory / CONFIG_FILE}: it is not the one that is served; start a new server with it"
             )
         self._checked = state
 
@@ -70,6 +70,12 @@ def _files(directory: Path) -> frozenset[tuple[str, int, int]]:
 def _settings(spec: QuantizationSpec) -> QuantizationSpec:
     # Scales of the cache stay those of the start: captured graphs hold them.
     return replace(spec, created_by="", integrity=None, kv_cache={})
+
+
+def _same_config(first: QuantizationSpec, second: QuantizationSpec) -> bool:
+    """Whether two checkpoints have the same fields of config.json, as far as both list them."""
+    lists = [spec.integrity.config for spec in (first, second) if spec.integrity is not None]
+    return len(lists) < 2 or lists[0] == lists[1]
 
 
 class ReloadedPair:

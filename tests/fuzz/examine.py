@@ -101,7 +101,7 @@ def _inspect(directory: Path, *, as_json: bool) -> None:
 def _report(directory: Path, *, drawn: bool) -> None:
     with contextlib.nullcontext() if drawn else _without_pictures():
         page = directory / "page.html"
-        render.write_page(directory, page)
+        render.write_report(directory, page)
         text = page.read_text(encoding="utf-8")
         page.unlink()
     assert "<script" not in text, "the page runs what a file holds"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from markupsafe import Markup
 from calibration.output.inspection import common_prefix, eight_bit_layers, percent, size_text
 from calibration.output.page import figures
 from calibration.output.page.content import Content, gather
-from morphoquant_vllm.errors import MorphoQuantError, one_line
+from calibration.output.page_file import check_page, write_page
+from morphoquant_vllm.errors import one_line
 
 CAPTIONS = {
     "sizes": "Weights on disk: the quantized layers, and the carried tensors.",
@@ -36,24 +36,15 @@ FIGURE = Markup(
 )
 
 
-def write_page(directory: Path, output: Path, patterns: Sequence[str] = (), *, overwrite: bool = False) -> Content:
+def write_report(directory: Path, output: Path, patterns: Sequence[str] = (), *, overwrite: bool = False) -> Content:
     """Write the page about the checkpoint `directory` to the file `output`; returns its content.
 
     `patterns` choose the layers that are drawn channel by channel. Nothing is written if a MorphoQuantError is raised:
-    the directory is not a checkpoint, no layer matches, or `output` exists and may not be replaced.
+    the directory is not a checkpoint, no layer matches, or `output` cannot be written or may not be replaced.
     """
-    if output.is_dir():
-        raise MorphoQuantError(f"{output}: is a directory; name a file with --output")
-    if output.exists() and not overwrite:
-        raise MorphoQuantError(f"{output}: exists; choose another --output, or pass --overwrite")
+    check_page(output, overwrite=overwrite)
     content = gather(directory, patterns)
-    page = render(content)
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_page(render(content), output, overwrite=overwrite)
     return content
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from calibration.compare.measure import Comparison, Group
-from calibration.compare.show import comparison_data, comparison_table, render, write_page
+from calibration.compare.show import comparison_data, comparison_table, render
 from morphoquant_vllm.errors import MorphoQuantError
 
 COMPARISON = Comparison(
@@ -40,15 +40,6 @@ def test_a_name_is_no_markup(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(comparison_table(data))
     assert "[red]b" in console.export_text()
-
-
-def test_a_page_is_not_replaced_unasked(tmp_path: Path) -> None:
-    data = comparison_data(tmp_path / "a", tmp_path / "b", COMPARISON)
-    write_page(data, tmp_path / "page.html", overwrite=False)
-    with pytest.raises(MorphoQuantError, match="pass --overwrite"):
-        write_page(data, tmp_path / "page.html", overwrite=False)
-    write_page(data, tmp_path / "page.html", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_data_without_a_text_token_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from calibration.output.staging import (
     check_free_space,
     check_length,
     check_room,
+    check_writable,
     clear_write_errors,
     only_run,
     staged_directory,
@@ -272,3 +273,12 @@ def test_each_disk_needs_room_for_its_part(tmp_path: Path) -> None:
     work = Path("/dev/shm/no-such-work")
     with pytest.raises(MorphoQuantError, match=r"no-such-work: calibration needs .*--work"):
         check_room(tmp_path / "out", work, 0, 2 * shutil.disk_usage("/dev/shm").free)
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/out"])
+def test_a_place_that_cannot_be_written_is_noticed_before_the_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MorphoQuantError, match=r"out: cannot be written \(.*\); choose another --work$"):
+        check_writable(tmp_path / place, "--work")
+    check_writable(tmp_path / "new" / "out", "--work")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -147,6 +147,8 @@ def test_a_version_that_was_set_back(whole: Path) -> None:
 
 
 def test_version_3_without_its_lists(whole: Path) -> None:
+    edit_config(whole, lambda config: config["quantization_config"].update(integrity=None))
+    refused(whole, "quantization_config is malformed")
     edit_config(whole, lambda config: config["quantization_config"].pop("integrity"))
     refused(whole, "integrity is missing")
 

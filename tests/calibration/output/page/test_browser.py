@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.output.page.render import write_page
+from calibration.output.page.render import write_report
 from tests.calibration.output.page.test_render import colours
 
 BROWSER = next(
@@ -79,7 +79,7 @@ def screenshot(page: Path, *arguments: str) -> np.ndarray:
 
 def test_every_figure_is_drawn_on_the_screen(omni_directory: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    content = write_page(omni_directory, page, ["*.0.mlp.down_proj", "*.1.self_attn.q_proj"])
+    content = write_report(omni_directory, page, ["*.0.mlp.down_proj", "*.1.self_attn.q_proj"])
     measured = tmp_path / "measured.html"
     measured.write_text(page.read_text().replace("</body>", f"{KEEP}{MEASURE}</body>"))
     width, boxes = measurements(measured)
@@ -107,7 +107,7 @@ def test_on_a_phone_figures_keep_a_legible_width_and_the_page_does_not_run_sidew
     omni_directory: Path, tmp_path: Path
 ) -> None:
     inner, frame = tmp_path / "inner.html", tmp_path / "frame.html"
-    write_page(omni_directory, inner, ["*.0.mlp.down_proj"])
+    write_report(omni_directory, inner, ["*.0.mlp.down_proj"])
     inner.write_text(inner.read_text().replace("</body>", f"{MEASURE}</body>"))
     frame.write_text(f'<body>{KEEP}<iframe src="{inner.name}" width="{PHONE_WIDTH}" height="{HEIGHT}"></iframe></body>')
     width, boxes = measurements(frame)
@@ -119,7 +119,7 @@ def test_on_a_phone_figures_keep_a_legible_width_and_the_page_does_not_run_sidew
 @pytest.mark.full
 def test_a_reader_who_wants_darkness_gets_it_around_light_figures(omni_directory: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    write_page(omni_directory, page, ["*.0.mlp.down_proj"])
+    write_report(omni_directory, page, ["*.0.mlp.down_proj"])
     light, dark = (screenshot(page, f"--blink-settings=preferredColorScheme={scheme}") for scheme in (LIGHT, DARK))
     assert light[:4].min() > 250 and dark[:4].max() < 40
     # The figures' white is most of what is bright; text on the dark ground is bright, too.

@@ -17,7 +17,7 @@ from PIL import Image
 from calibration import cli
 from calibration.output.distributions import DISTRIBUTIONS_FILE, write_distributions
 from calibration.output.inspection import inspect_data, percent
-from calibration.output.page.render import write_page
+from calibration.output.page.render import write_report
 from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.checkpoints import write_config, write_random_checkpoint
@@ -33,7 +33,7 @@ def colours(pixels: np.ndarray) -> int:
 @pytest.fixture(scope="module")
 def page(omni_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     output = tmp_path_factory.mktemp("html") / "page.html"
-    write_page(omni_directory, output)
+    write_report(omni_directory, output)
     return output.read_text()
 
 
@@ -73,20 +73,20 @@ def test_figures_of_every_layer_and_the_settings_are_there(omni_directory: Path,
 
 
 def test_the_same_checkpoint_gives_the_same_page(omni_directory: Path, page: str, tmp_path: Path) -> None:
-    write_page(omni_directory, tmp_path / "again.html", ["*.0.self_attn.q_proj"])
+    write_report(omni_directory, tmp_path / "again.html", ["*.0.self_attn.q_proj"])
     figures = dict.fromkeys(FIGURE.findall((tmp_path / "again.html").read_text()))
     assert len(figures) == 5 and figures.keys() <= dict.fromkeys(FIGURE.findall(page)).keys()
 
 
 def test_layers_can_be_chosen(omni_directory: Path, tmp_path: Path) -> None:
-    content = write_page(omni_directory, tmp_path / "page.html", ["*.1.mlp.down_proj", "*.0.self_attn.k_proj"])
+    content = write_report(omni_directory, tmp_path / "page.html", ["*.1.mlp.down_proj", "*.0.self_attn.k_proj"])
     assert [entry.name.split("layers.")[1] for entry in content.chosen] == ["0.self_attn.qkv_proj", "1.mlp.down_proj"]
 
 
 def test_without_recorded_distributions_the_rest_is_shown(omni_directory: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(omni_directory, tmp_path / "old"))
     (old / DISTRIBUTIONS_FILE).unlink()
-    write_page(old, tmp_path / "page.html")
+    write_report(old, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert [name for name, _, _ in FIGURE.findall(page)] == ["sizes", "losses"]
     assert page.count("Not recorded: this checkpoint was calibrated by a version that kept no distributions") == 2
@@ -95,7 +95,7 @@ def test_without_recorded_distributions_the_rest_is_shown(omni_directory: Path, 
 def test_refusals_leave_nothing(omni_directory: Path, tmp_path: Path) -> None:
     def refused(directory: Path, expected: str, patterns: tuple[str, ...] = ()) -> None:
         with pytest.raises(MorphoQuantError, match=expected):
-            write_page(directory, tmp_path / "page.html", patterns)
+            write_report(directory, tmp_path / "page.html", patterns)
         assert not (tmp_path / "page.html").exists()
 
     refused(tmp_path, "config.json: no such file")
@@ -153,7 +153,7 @@ def test_odd_names_settings_and_figures_are_shown_as_text(tmp_path: Path) -> Non
     settings = {"<b>\u202e\ud800": {"deep": ["<u>"]}, "long": "y" * 10_000, "escape_budget": -1.0, "number": 10**300}
     report = {"escape_rate": 0, "layers": layers, "settings": settings, "versions": {"torch": "<s>"}}
     (directory / REPORT_FILE).write_text(json.dumps(report))
-    write_page(directory, tmp_path / "page.html")
+    write_report(directory, tmp_path / "page.html")
     page = re.sub(r'src="[^"]*"', "", (tmp_path / "page.html").read_text())
     assert "escapes, smell" in page and "&lt;b&gt;\\u202e\\ud800" in page
     assert not re.search("<(i|s|u|b>[^<]*u202e)>|x{300}|y{300}|0{250}", page)
