@@ -6,13 +6,13 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from calibration.data.conversations import BadConversationError, Conversation, PlainText, bad_conversations
 from calibration.data.reading import SHOWN_CHARACTERS, Place
-from calibration.data.records import read_record
+from calibration.data.records import READ_KEYS, read_record
 from morphoquant_vllm.errors import MorphoQuantError
 
 logger = logging.getLogger(__name__)
@@ -198,12 +198,28 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS):
-                for row in batch.to_pylist():
+                for index in range(batch.num_rows):
                     number += 1
-                    yield f"{path}:row {number}", _without_nulls(row)
+                    source = f"{path}:row {number}"
+                    yield source, _row(source, {name: batch[name][index] for name in batch.schema.names})
     except (ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:SHOWN_CHARACTERS]
         raise MorphoQuantError(f"{path}: damaged or not parquet ({reason}); download it again") from error
+
+
+def _row(source: str, cells: Mapping[str, Any]) -> Any:
+    """The record of a table's row, whose cells are scalars of pyarrow; its error if one that counts has no value."""
+    record = {}
+    for name, cell in cells.items():
+        try:
+            record[name] = cell.as_py()
+        # Dates beyond the year 9999, and text that is not UTF-8.
+        except (OverflowError, ValueError) as error:
+            if name in READ_KEYS:
+                reason = " ".join(str(error).split())[:SHOWN_CHARACTERS]
+                return BadConversationError(f"{source}: {name!r} cannot be read ({reason}); write it as UTF-8 text")
+            record[name] = True
+    return _without_nulls(record)
 
 
 def _without_nulls(value: Any) -> Any:

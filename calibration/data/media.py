@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers.video_utils import VideoMetadata
 
 from calibration.data.conversations import BadConversationError, Media
@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
+# What makes a picture upright, by the orientation in its EXIF.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def decode_image(media: Media) -> Image.Image:
     """An RGB image, turned upright by its EXIF tag, with transparency on white, as in vLLM.
 
@@ -29,15 +41,30 @@ def decode_image(media: Media) -> Image.Image:
     """
     try:
         with Image.open(_open(media), formats=IMAGE_FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
+            image = _upright(opened)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    # Pillow's decoders raise all of these for broken files.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    # Pillow's decoders raise errors of any kind for broken files.
+    except Exception as error:
         raise _undecodable(media, error) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned by the orientation in its EXIF.
+
+    Pillow's own exif_transpose also writes the other tags again, and fails if one of them is malformed.
+    """
+    image.load()
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+        turn = _TURNS.get(orientation)
+    # EXIF that cannot be read says nothing of the picture.
+    except Exception:
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def decode_audio(media: Media, sampling_rate: int, limit: int | None = None) -> NDArray[np.float32]:
@@ -70,7 +97,7 @@ def _resampled(media: Media, sampling_rate: int, limit: int | None) -> NDArray[n
         pieces.extend(new)
         return sum(map(len, new))
 
-    with library.open(_open(media), mode="r") as container:
+    with library.open(_open(media), mode="r", metadata_errors="replace") as container:
         if not container.streams.audio:
             raise ValueError("it has no audio stream")
         for frame in container.decode(container.streams.audio[0]):
@@ -104,7 +131,7 @@ def decode_video(
         total = sum(1 for _ in _video_frames(media))
         if not total:
             raise ValueError("it holds no frames")
-        with library.open(_open(media), mode="r") as container:
+        with library.open(_open(media), mode="r", metadata_errors="replace") as container:
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
@@ -145,7 +172,7 @@ def _open(media: Media) -> io.BytesIO | str:
 
 def _video_frames(media: Media) -> Iterator[av.VideoFrame]:
     library = _pyav()
-    with library.open(_open(media), mode="r") as container:
+    with library.open(_open(media), mode="r", metadata_errors="replace") as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         yield from container.decode(container.streams.video[0])

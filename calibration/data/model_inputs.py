@@ -20,6 +20,11 @@ DEFAULT_VIDEO_FPS = 2.0
 MOST_PIXELS = 768 * 28 * 28
 # Sides are rounded to whole patches, so a frame may have fewer tokens than its pixels make.
 ROUNDING = 0.7
+# What is asked of the part of a processor that takes a medium.
+_ASKED = {
+    "video": ("fps", "temporal_patch_size", "patch_size", "merge_size", "size", "sample_frames"),
+    "audio": ("sampling_rate", "hop_length", "n_samples"),
+}
 # Seconds of the processor after which a chat template is considered to loop; others take some milliseconds.
 TEMPLATE_SECONDS = 20
 
@@ -90,11 +95,17 @@ def _render(
         special = tokenizer.chat_template is None
         token_ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         if not token_ids:
-            raise BadConversationError(f"{source}: the conversation has no tokens; give it text")
+            raise _no_tokens(source)
         return _text_inputs(processor, token_ids)
     inputs = _process(processor, source, text, media, max_tokens)
+    if not inputs["input_ids"].numel():
+        raise _no_tokens(source)
     check_placeholders(source, inputs["input_ids"], media_tokens(processor, inputs), placeholder_token_ids)
     return inputs
+
+
+def _no_tokens(source: str) -> BadConversationError:
+    return BadConversationError(f"{source}: the conversation has no tokens; give it text")
 
 
 def _check_takes(
@@ -107,6 +118,14 @@ def _check_takes(
             raise BadConversationError(
                 f"{source}: the model does not take {item.kind} parts, only {', '.join(['text', *takes])}; "
                 "remove the line from the data"
+            )
+        lacking = [
+            name for name in _ASKED.get(item.kind, ()) if not hasattr(getattr(processor, parts[item.kind]), name)
+        ]
+        if lacking:
+            raise BadConversationError(
+                f"{source}: the model's processor samples {item.kind} parts in its own way (it has no {lacking[0]}), "
+                "which is not supported; remove the line from the data"
             )
 
 

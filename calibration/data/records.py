@@ -15,6 +15,15 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 # Arguments of chat templates that would change more than the text; vLLM refuses the first two as well.
 _REFUSED_ARGUMENTS = ("chat_template", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "messages")
 
+# Keys of a record that are read.
+READ_KEYS = frozenset(
+    (
+        *("messages", "conversations", "conversation", "text", "system", "tools", "chat_template_kwargs"),
+        *("instruction", "query", "input", "output", "response", "history"),
+        *(key for kind in KINDS for key in (f"{kind}s", kind)),
+    )
+)
+
 
 def read_record(place: Place, record: Any) -> Conversation | PlainText:
     """The conversation or text of a record, an object of JSON or of a table's row.

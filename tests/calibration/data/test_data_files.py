@@ -260,6 +260,24 @@ def test_parquet_rows_are_records_without_nulls(tmp_path: Path) -> None:
         load_conversations(path)
 
 
+def test_parquet_values_that_python_lacks_cost_one_row_or_none(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, which is optional")
+    from pyarrow import parquet
+
+    spoken = [[{"role": "user", "content": text}] for text in ("one", "two")]
+    far = arrow.array([3_000_000, 1], arrow.int32()).cast(arrow.date32())
+    path = tmp_path / "data.parquet"
+    # A column that nobody reads.
+    parquet.write_table(arrow.table({"messages": spoken, "day": far}), path)
+    assert len(load_conversations(path)) == 2
+    raw = arrow.array([b"\xff\xfe", b"fine"], arrow.binary())
+    broken = arrow.Array.from_buffers(arrow.string(), 2, raw.buffers())
+    parquet.write_table(arrow.table({"text": broken}), path)
+    with pytest.raises(MorphoQuantError, match=r"data.parquet:row 1: 'text' cannot be read \(.*\); write it as UTF-8"):
+        load_conversations(path)
+    assert [item.source for item in load_conversations(path, skip_bad=True)] == [f"{path}:row 2"]
+
+
 def test_parquet_without_pyarrow_names_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "data.parquet").write_bytes(b"PAR1")

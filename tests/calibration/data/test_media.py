@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.video_utils import VideoMetadata
 
 from calibration.data.conversations import Media
@@ -58,6 +59,39 @@ def test_image_is_turned_upright() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=exif)
     assert decode_image(media("image", buffer.getvalue())).size == (4, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.new("RGB", (3, 2))
+    picture.putdata([(40 * index, 0, 0) for index in range(6)])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", exif=exif)
+    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+        expected = ImageOps.exif_transpose(opened)
+        assert decode_image(media("image", buffer.getvalue())).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("tag", [0x011A, 0x0128, 0x8769])
+def test_malformed_exif_does_not_lose_the_picture(tag: int) -> None:
+    """Cameras write tags with wrong types; Pillow's own transposing then fails."""
+    # Little-endian TIFF with two tags: orientation 6 (SHORT), and one of type ASCII, "72".
+    entries = [(0x0112, 3, 1, 6), (tag, 2, 3, 0x3237)]
+    body = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + body + bytes(4)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=exif)
+    assert decode_image(media("image", buffer.getvalue())).size == (4, 8)
+
+
+def test_names_in_a_sound_that_are_not_utf8_do_not_matter() -> None:
+    wave = encode_audio([sine(0.1, 16000, 440)], 16000, "wav", "pcm_s16le")
+    tag = b"LIST" + struct.pack("<I", 16) + b"INFOIART" + struct.pack("<I", 4) + b"Bj\xf6\0"
+    named = wave[:12] + tag[:4] + struct.pack("<I", len(tag) - 8) + tag[8:] + wave[12:]
+    named = named[:4] + struct.pack("<I", len(named) - 8) + named[8:]
+    assert len(decode_audio(media("audio", named), 16000)) == 1600
 
 
 @pytest.mark.parametrize(("container", "codec"), [("wav", "pcm_s16le"), ("flac", "flac")])

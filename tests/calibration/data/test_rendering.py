@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import (
     Qwen2_5OmniForConditionalGeneration,
 )
 
+from calibration.data import model_inputs
 from calibration.data.conversations import Conversation, Message, PlainText, Text
 from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
@@ -155,6 +157,24 @@ def test_tokenizer_without_a_template_joins_with_newlines(llama: Path, tmp_path:
     assert AutoTokenizer.from_pretrained(tmp_path).decode(sample.inputs["input_ids"][0]) == "Hello\nHi"
     empty = Conversation("file:3", (Message("user", (Text(""),)),))
     assert "file:3: the conversation has no tokens" in refusal(tmp_path, [empty])
+
+
+def test_a_template_that_writes_nothing_leaves_no_tokens(vl: Path, tmp_path: Path) -> None:
+    shutil.copytree(vl, tmp_path / "vl")
+    (tmp_path / "vl" / "chat_template.jinja").write_text("{% if false %}nothing{% endif %}")
+    spoken = Conversation("file:3", (Message("user", (Text("Hello"),)),))
+    assert "file:3: the conversation has no tokens" in refusal(tmp_path / "vl", [spoken])
+
+
+def test_a_processor_that_samples_videos_in_its_own_way_is_named(
+    vl: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaVA's processors of videos have no temporal patches."""
+    monkeypatch.setitem(model_inputs._ASKED, "video", ("fps", "no_such_attribute"))
+    message = refusal(vl, conversations(folder, [VIDEO]))
+    assert (
+        "samples video parts in its own way (it has no no_such_attribute)" in message and "remove the line" in message
+    )
 
 
 def test_processor_without_a_template_refuses_media(omni: Path, folder: Path, tmp_path: Path) -> None:
