@@ -101,6 +101,9 @@ def _load_records(
 
 def _read(path: Path) -> bytes:
     try:
+        # A FIFO or a device may never end.
+        if path.exists() and not path.is_file():
+            raise MorphoQuantError(f"{path}: is not a regular file; give the data in one")
         return path.read_bytes()
     except OSError as error:
         raise MorphoQuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error

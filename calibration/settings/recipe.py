@@ -45,7 +45,7 @@ class Flag:
 class Recipe(BaseModel):
     """All settings of `calibrate`. Patterns of HF layer names are fnmatch, or regular expressions after `re:`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     targets: Annotated[Patterns | None, Flag("--target")] = Field(
         default=None, description="Linears to quantize; none: every linear of the language model's decoder blocks."
@@ -194,7 +194,7 @@ class Recipe(BaseModel):
         description="1: every modality present has the same weight; 0: every token has the same weight. "
         "A modality's share of a weighted mean is proportional to (its number of tokens) ** (1 - balance).",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the choice of drawn tokens.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the choice of drawn tokens.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Dtype in which the model runs: float32, bfloat16 or float16."
     )
@@ -299,7 +299,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise MorphoQuantError(
             f"{path}: the recipe cannot be read ({error.strerror}); give an existing file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    # A date or a number that looks like one and is none is a ValueError; text that is not UTF-8, too.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise MorphoQuantError(f"{path}: the recipe is not YAML ({reason})") from error
     if content is None:

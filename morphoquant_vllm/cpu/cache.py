@@ -42,7 +42,8 @@ def usable_directory(directory: Path) -> Iterator[Path]:
 
     A directory that cannot be made is returned as it is: building there names the reason.
     """
-    directory = directory.resolve()
+    # Not Path.resolve, which raises for a loop of links.
+    directory = Path(os.path.realpath(directory))
     _make(directory)
     unsafe = writable_by_others(directory) if directory.exists() else None
     if unsafe is None:

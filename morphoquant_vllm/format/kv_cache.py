@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import asdict, dataclass
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -19,7 +19,9 @@ class AttentionRange:
     def check(self, name: str) -> None:
         """Raise MorphoQuantError naming the block unless all are finite and none is negative."""
         for part, magnitude in asdict(self).items():
-            if type(magnitude) not in (int, float) or not math.isfinite(magnitude) or magnitude < 0:
+            # An integer of JSON may be too large for a float, of which isfinite makes one.
+            known = type(magnitude) in (int, float) and 0 <= magnitude <= sys.float_info.max
+            if not known:
                 raise MorphoQuantError(
                     f"{name}: kv_cache has {magnitude!r} for its largest {part}, which must be a number of 0 or more; "
                     "copy config.json again"

@@ -12,6 +12,8 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 SETTINGS = "morphoquant"
 HEADS = ("16bit", "int8")
+# Of numbers: eleven days of seconds.
+LARGEST = 10**6
 _EXAMPLE = '{"morphoquant": {"lm_head": "int8", "watch_escapes": {}}}'
 
 
@@ -58,7 +60,7 @@ def _watch(given: Any) -> Watch:
         )
     for name, value in given.items():
         kinds = (int, float) if name == "seconds" else (int,)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf"):
-            number = "a number above 0" if name == "seconds" else "an integer of 1 or more"
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= LARGEST:
+            number = f"a number above 0, at most {LARGEST}" if name == "seconds" else f"an integer of 1 to {LARGEST}"
             raise MorphoQuantError(f"--additional-config: watch_escapes: {name} is {value!r}; it must be {number}")
     return Watch(**given)

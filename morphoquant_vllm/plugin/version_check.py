@@ -20,6 +20,8 @@ from morphoquant_vllm import compat, environment
 logger = init_logger(f"vllm.{__name__}")
 COMPARE = (sys.executable, "-m", "morphoquant_vllm.compat")
 _TIMEOUT = 180
+# Last line of a kept comparison: a file without it was not written to its end.
+_END = "end"
 _SHOWN = 3
 
 
@@ -60,12 +62,22 @@ def _kept_lines(version: str) -> list[str] | None:
     # Another version of this package may use other interfaces.
     used = hashlib.sha256(repr(sorted(compat.INTERFACES.items())).encode()).hexdigest()[:12]
     kept = None if cache is None else cache / "compared" / f"vllm-{version}-{used}.txt"
-    if kept is not None and kept.is_file():
-        return kept.read_text().splitlines()
+    lines = None if kept is None else _read(kept)
+    if lines is not None:
+        return lines
     lines = _compare()
     if lines is not None and kept is not None:
         _keep(kept, lines)
     return lines
+
+
+def _read(file: Path) -> list[str] | None:
+    """The lines that `_keep` wrote; None if the file is missing or not whole."""
+    try:
+        *lines, last = file.read_text(encoding="utf-8").splitlines() or [""]
+    except (OSError, ValueError):
+        return None
+    return lines if last == _END else None
 
 
 def _compare() -> list[str] | None:
@@ -84,7 +96,7 @@ def _keep(file: Path, lines: list[str]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         staged = file.with_name(f"{file.name}.{os.getpid()}")
-        staged.write_text("".join(f"{line}\n" for line in lines))
+        staged.write_text("".join(f"{line}\n" for line in (*lines, _END)), encoding="utf-8")
         staged.replace(file)
     except OSError as error:
         logger.debug("MorphoQuant: %s is not written: %s", file, error)

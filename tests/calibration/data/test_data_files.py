@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -298,6 +299,13 @@ def test_keys_that_are_not_read_are_counted_by_name(tmp_path: Path, caplog: pyte
         "data.jsonl: not read, with the number of conversations: <audio> in a text, without audios (1), id (2), "
         "messages.content.cache_control (1), messages.content.image_url.detail (1), messages.weight (1)"
     )
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(MorphoQuantError, match=f"{name}: is not a regular file; give the data in one"):
+        load_conversations(tmp_path / name)
 
 
 def test_only_the_first_unusable_conversations_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,10 +159,10 @@ def test_tokenizer_without_a_template_joins_with_newlines(llama: Path, tmp_path:
 
 
 def test_a_template_that_writes_nothing_leaves_no_tokens(vl: Path, tmp_path: Path) -> None:
-    shutil.copytree(vl, tmp_path / "vl")
-    (tmp_path / "vl" / "chat_template.jinja").write_text("{% if false %}nothing{% endif %}")
+    copy_without_template(vl, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% if false %}nothing{% endif %}")
     spoken = Conversation("file:3", (Message("user", (Text("Hello"),)),))
-    assert "file:3: the conversation has no tokens" in refusal(tmp_path / "vl", [spoken])
+    assert "file:3: the conversation has no tokens" in refusal(tmp_path, [spoken])
 
 
 def test_a_processor_that_samples_videos_in_its_own_way_is_named(

@@ -78,6 +78,12 @@ def test_a_link_is_followed_before_the_check(tmp_path: Path, warnings: list[str]
     assert warnings == []
 
 
+def test_a_loop_of_links_is_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with cache.usable_directory(tmp_path / "loop" / "cache") as directory:
+        assert not directory.exists()
+
+
 def test_a_new_cache_and_its_parents_are_private_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

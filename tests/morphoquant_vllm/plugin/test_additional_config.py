@@ -34,12 +34,14 @@ def test_everything_is_off_unless_asked_for(given: object, settings: Settings) -
         ("int8", "'int8'"),
         ({"watch_escapes": True}, "watch_escapes is an object with every, layers, seconds, got True"),
         ({"watch_escapes": {"each": 2}}, "each"),
-        ({"watch_escapes": {"every": 0}}, "every is 0; it must be an integer of 1 or more"),
+        ({"watch_escapes": {"every": 0}}, "every is 0; it must be an integer of 1 to 1000000"),
         ({"watch_escapes": {"every": True}}, "every is True"),
         ({"watch_escapes": {"layers": 1.5}}, "layers is 1.5"),
         ({"watch_escapes": {"seconds": 0}}, "seconds is 0; it must be a number above 0"),
         ({"watch_escapes": {"seconds": float("inf")}}, "seconds is inf"),
         ({"watch_escapes": {"seconds": "10"}}, "seconds is '10'"),
+        # time.sleep does not take it.
+        ({"watch_escapes": {"seconds": 1e300}}, "it must be a number above 0, at most 1000000"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line_that_names_it(given: object, named: str) -> None:

@@ -68,6 +68,19 @@ def test_a_comparison_that_fails_is_said_and_made_again(
     assert len(made) == 2 and all("could not be compared" in line for line in told.messages)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", OTHER.encode(), b"end\n" + OTHER.encode()])
+def test_a_kept_comparison_that_is_not_whole_is_made_again(
+    told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    made = compare(monkeypatch, OTHER, "vLLM 9.9: 1 of 2", status=1)
+    assert version_check.may_serve()
+    (kept,) = (tmp_path / "cache" / "compared").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(content)
+    assert version_check.may_serve() and len(made) == 2 and kept.read_bytes() == whole
+    assert all(OTHER in line for line in told.messages)
+
+
 def test_tested_versions_and_workers_compare_nothing(
     told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
