@@ -17,7 +17,7 @@ from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
-from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
+from calibration.quantize.held_out import HOLDING_EFFORTS, held_out
 from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.format.schema import QuantizationSpec
 
@@ -89,9 +89,7 @@ class Job:
         """Whether steps and scales may learn: by the effort, experts and samples; not before the samples are known."""
         effort = self.recipe.effort
         experts = any(name.startswith(f"{self.names.prefix}.") for name in self.spec.experts)
-        return (
-            effort in SAMPLES_PER_HELD and not experts and tokens is not None and held_out(tokens, effort) is not None
-        )
+        return effort in HOLDING_EFFORTS and not experts and tokens is not None and held_out(tokens, effort) is not None
 
     @property
     def memory_limit(self) -> int:

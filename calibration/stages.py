@@ -137,7 +137,7 @@ def quantize(
             "at least %d",
             effort,
             len(tokens.positions),
-            SAMPLES_PER_HELD[effort],
+            SAMPLES_PER_HELD,
         )
     need = job.memory_need(tokens)
     beside = need.block if job.device.type == "cpu" else BASE

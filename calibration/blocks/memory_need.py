@@ -15,7 +15,7 @@ from calibration.model.architectures import Architecture
 from calibration.model.head_tensor import head_tensor, stored_head
 from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
-from calibration.quantize.held_out import SAMPLES_PER_HELD
+from calibration.quantize.held_out import HOLDING_EFFORTS
 from calibration.quantize.output_metric import have_metrics, runs_of
 from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
 from calibration.settings.recipe import Recipe, rounds_jointly
@@ -126,7 +126,7 @@ def planned_need(
     recipe: Recipe,
 ) -> MemoryNeed:
     """The peaks before any data are known: with as many drawn tokens as the recipe has, and enough to learn from."""
-    joint = rounds_jointly(recipe, learns=recipe.effort in SAMPLES_PER_HELD and not spec.experts)
+    joint = rounds_jointly(recipe, learns=recipe.effort in HOLDING_EFFORTS and not spec.experts)
     return memory_need(architecture, tensors, names, spec, recipe, recipe.sample_tokens, joint=joint)
 
 

@@ -35,7 +35,7 @@ class Extent:
 
 
 # By the recipe's effort. Effort `fast` learns nothing.
-EXTENTS = {"default": Extent(2**16, 4, 8, 2**12, 1.5e-4), "best": Extent(2**16, 4, 8, 2**13, 1.5e-4)}
+EXTENTS = {"default": Extent(2**16, 4, 8, 2**12, 1.5e-4), "best": Extent(3 * 2**16, 12, 24, 2**13, 1.5e-4)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def choose_samples(lengths: Sequence[int], effort: str) -> Chosen | None:
 
     None if no sample judges, or if all others have fewer than LEAST_TOKENS tokens.
     """
-    extent, every = EXTENTS[effort], SAMPLES_PER_HELD[effort]
+    extent, every = EXTENTS[effort], SAMPLES_PER_HELD
     fitting = [index for index, length in enumerate(lengths) if length <= LONGEST]
     judging = [index for index in fitting if index % every == every - 1]
     learned = [index for index in fitting if index % every != every - 1]

@@ -76,8 +76,7 @@ def _obstacle(job: Job, lengths: Sequence[int]) -> str | None:
         return "the model has no head that writes text"
     chosen = choose_samples(lengths, effort)
     if chosen is None:
-        every = SAMPLES_PER_HELD[effort]
-        return f"give {every} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
+        return f"give {SAMPLES_PER_HELD} samples or more, with {LEAST_TOKENS} tokens in those of at most {LONGEST}"
     least = _need(job, lengths, chosen)[Kept.ONE_BLOCK]
     return None if least <= job.device_limit else _too_little(least, job.device_limit)
 

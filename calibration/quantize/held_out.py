@@ -15,9 +15,10 @@ from calibration.quantize.moments import Moments
 
 T = TypeVar("T")
 
-# One of this many calibration samples is held out, by the recipe's effort; with fewer samples none is. They judge what
-# is learned afterwards, and those of `best` also choose between fits. A single one can be unlike all others.
-SAMPLES_PER_HELD = {"default": 8, "best": 4}
+# Efforts of the recipe that hold samples out: one of SAMPLES_PER_HELD, and none if there are fewer. They judge what is
+# learned afterwards, and with `best` they also choose between fits.
+HOLDING_EFFORTS = ("default", "best")
+SAMPLES_PER_HELD = 8
 
 
 def held_out(tokens: DrawnTokens, effort: str) -> Tensor | None:
@@ -26,11 +27,10 @@ def held_out(tokens: DrawnTokens, effort: str) -> Tensor | None:
     Effort `fast` holds nothing out. Every layer of the decoder holds out the same samples. So the errors that earlier
     layers made on them are those of new data. Tokens of a modality that no other sample has are not held out.
     """
-    if effort not in SAMPLES_PER_HELD:
+    if effort not in HOLDING_EFFORTS:
         return None
-    every = SAMPLES_PER_HELD[effort]
     lengths = torch.tensor([positions.numel() for positions in tokens.positions])
-    last = torch.arange(lengths.numel()) % every == every - 1
+    last = torch.arange(lengths.numel()) % SAMPLES_PER_HELD == SAMPLES_PER_HELD - 1
     held = last.repeat_interleave(lengths)
     for row in tokens.modality[held].unique():
         of_row = tokens.modality == row

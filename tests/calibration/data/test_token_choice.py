@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from calibration.data.token_choice import choose_tokens, modality_shares, water_fill
 from calibration.processes import Processes
-from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
+from calibration.quantize.held_out import HOLDING_EFFORTS, SAMPLES_PER_HELD, held_out
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -84,13 +84,13 @@ def test_a_modality_of_long_samples_is_drawn_from_many() -> None:
     assert sorted(sound)[-32:] == [10] * 32 and sorted(sound)[:68] == [1] * 68
 
 
-@given(st.sampled_from(sorted(SAMPLES_PER_HELD)), st.sampled_from([30, 1000]), st.integers(0, 2**31))
+@given(st.sampled_from(HOLDING_EFFORTS), st.sampled_from([30, 1000]), st.integers(0, 2**31))
 def test_a_share_of_the_drawn_tokens_can_be_held_out(effort: str, length: int, seed: int) -> None:
     """Each sample is drawn as a whole, or gives as many tokens as the others. So the share is nearly exact."""
     tokens = choose_tokens([torch.zeros(length, dtype=torch.int32)] * 64, budget=960, balance=1.0, seed=seed)
     held = held_out(tokens, effort)
     assert held is not None
-    assert float(held.float().mean()) == pytest.approx(1 / SAMPLES_PER_HELD[effort], rel=0.05)
+    assert float(held.float().mean()) == pytest.approx(1 / SAMPLES_PER_HELD, rel=0.05)
 
 
 def test_the_limit_of_a_sample_rises_if_all_are_too_few() -> None:

@@ -3,25 +3,35 @@
 import pytest
 
 from calibration.learn.extent import EXTENTS, LEAST_TOKENS, LONGEST, choose_samples
-from calibration.quantize.held_out import SAMPLES_PER_HELD
+from calibration.quantize.held_out import HOLDING_EFFORTS, SAMPLES_PER_HELD
 
 EFFORTS = pytest.mark.parametrize("effort", sorted(EXTENTS))
 
 
 def test_every_effort_that_learns_holds_samples_out_to_judge() -> None:
-    assert EXTENTS.keys() == SAMPLES_PER_HELD.keys()
+    assert tuple(EXTENTS) == HOLDING_EFFORTS
 
 
-@pytest.mark.parametrize(("effort", "judging"), [("default", [7, 15]), ("best", [3, 7, 11, 15])])
-def test_the_last_of_every_few_samples_judges_and_the_others_learn(effort: str, judging: list[int]) -> None:
+@EFFORTS
+def test_the_last_of_every_few_samples_judges_and_the_others_learn(effort: str) -> None:
     chosen = choose_samples([512] * 16, effort)
     assert chosen is not None
-    assert chosen.judging == judging and chosen.learned == [i for i in range(16) if i not in judging]
+    assert chosen.judging == [7, 15] and chosen.learned == [i for i in range(16) if i not in (7, 15)]
+
+
+def test_best_makes_three_times_as_many_steps() -> None:
+    for tokens in ([512] * 32, [4096] * 256):
+        steps = {}
+        for effort in EXTENTS:
+            chosen = choose_samples(tokens, effort)
+            assert chosen is not None
+            steps[effort] = len(chosen.learned) * chosen.rounds
+        assert steps["best"] == pytest.approx(3 * steps["default"], rel=0.1)
 
 
 @EFFORTS
 def test_too_few_samples_learn_nothing(effort: str) -> None:
-    every = SAMPLES_PER_HELD[effort]
+    every = SAMPLES_PER_HELD
     # No sample judges, too few tokens, and too few in samples that are short enough.
     for lengths in ([2048] * (every - 1), [LEAST_TOKENS // every] * every, [LONGEST + 1] * (2 * every - 1) + [512]):
         assert choose_samples(lengths, effort) is None
@@ -40,5 +50,7 @@ def test_long_samples_are_left_out_and_many_are_thinned_evenly(effort: str) -> N
 @EFFORTS
 def test_few_samples_teach_several_times(effort: str) -> None:
     extent = EXTENTS[effort]
-    found = [choose_samples([tokens] * 16, effort) for tokens in (extent.tokens // 2**6, extent.tokens // 2**4)]
+    # 56 of 64 samples learn.
+    most = extent.tokens // 56
+    found = [choose_samples([tokens] * 64, effort) for tokens in (most // extent.rounds, most)]
     assert [chosen.rounds for chosen in found if chosen is not None] == [extent.rounds, 1]

@@ -11,13 +11,13 @@ WEIGHTS, HEAD = 2 * 64 * 32, 1000
 def test_operations_grow_with_the_tokens_until_they_suffice() -> None:
     enough = EXTENTS["best"].tokens
     few, more, most = (learning_operations(LAYERS, HEAD, tokens, "best") for tokens in (16, enough, 100 * enough))
-    # 16 tokens teach four times and four judge, 19 times.
-    assert few == WEIGHTS * (2 * 20 + 6 * 64 + 2 * 76) + 6 * HEAD * (64 + 76)
+    # 16 tokens teach twelve times and two judge, 51 times.
+    assert few == WEIGHTS * (2 * 18 + 6 * 192 + 2 * 102) + 6 * HEAD * (192 + 102)
     assert few * enough / 16 > more == most
-    # As many teach by default, and half as many judge.
-    judged = EXTENTS["default"].judged_tokens
+    # By default a third as many teach, and half as many judge, 19 times.
+    taught, judged = enough // 3, EXTENTS["best"].judged_tokens // 2
     by_default = learning_operations(LAYERS, HEAD, enough, "default")
-    assert more - by_default == judged * (WEIGHTS * (2 + 2 * 19) + 6 * HEAD * 19)
+    assert by_default == taught * 8 * WEIGHTS + judged * WEIGHTS * (2 + 2 * 19) + 6 * HEAD * (taught + 19 * judged)
 
 
 def test_memory_is_that_of_the_largest_block_and_of_the_states() -> None:
