@@ -8,37 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import parts, simulation
-from benchmarks.accuracy.cache import Cache
 from benchmarks.accuracy.experts.separate import separate
+from benchmarks.accuracy.kept import code
+from benchmarks.accuracy.kept.cache import Cache
 from benchmarks.accuracy.methods import METHODS, Part, Peer, Served, Simulated, known_methods, obstacle
 from benchmarks.accuracy.peers import environment
 from benchmarks.accuracy.serving import objective, served
 from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
-from benchmarks.common.files import code_digest, digest, file_digest
+from benchmarks.common.files import digest, file_digest
+from benchmarks.common.machine import versions
 from benchmarks.models import decoder
 from benchmarks.models.widths import linear_widths
-
-HERE = Path(__file__).parent
-SIMULATION_CODE = [
-    HERE / "baselines",
-    HERE / "experts",
-    HERE / "simulation.py",
-    Path(decoder.__file__),
-    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
-    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "weights.py",
-    served.REPOSITORY / "calibration" / "quantize" / "rounding.py",
-]
-OBJECTIVE_CODE = [
-    HERE / "serving" / "objective.py",
-    Path(decoder.__file__),
-    served.REPOSITORY / "morphoquant_vllm" / "numerics" / "reference.py",
-]
-PART_CODE = [
-    HERE / "parts.py",
-    HERE / "experts",
-    served.REPOSITORY / "morphoquant_vllm" / "hf",
-    served.REPOSITORY / "morphoquant_vllm" / "numerics",
-]
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ def sets_of(job: Job, name: str) -> list[str]:
 def _threshold_file(job: Job, tau: float) -> Path:
     sample = {"max_samples": job.max_samples, "window_tokens": job.settings.window_tokens, "tau": tau}
     found = {"model": file_digest([job.model]), "data": served.data_digest(job.calibration), **sample}
-    return job.settings.work / "thresholds" / f"{digest({**found, 'code': code_digest(OBJECTIVE_CODE)})[:16]}.json"
+    return job.settings.work / "thresholds" / f"{digest({**found, 'code': code.code_of(code.OBJECTIVE)})[:16]}.json"
 
 
 def _make_threshold(job: Job, tau: float) -> None:
@@ -130,9 +110,10 @@ def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
         "kind": type(method).__name__,
         "evaluation": job.evaluations[evaluation],
         "seed": settings.seed,
+        "versions": versions(),
     }
     if isinstance(method, Simulated):
-        found |= {"method": asdict(method), "model": file_digest([job.model]), "code": code_digest(SIMULATION_CODE)}
+        found |= {"method": asdict(method), "model": file_digest([job.model]), "code": code.code_of(code.SIMULATION)}
         if method.calibrated:
             sample = {"max_samples": job.max_samples, "window_tokens": settings.window_tokens}
             found |= {"data": served.data_digest(job.calibration), **sample}
@@ -144,10 +125,10 @@ def key(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
         return None
     found["model"] = file_digest([directory])
     if isinstance(method, Part):
-        return {**found, "part": method.part, "source": file_digest([job.model]), "code": code_digest(PART_CODE)}
+        return {**found, "part": method.part, "source": file_digest([job.model]), "code": code.code_of(code.PARTS)}
     if evaluation not in job.engine:
-        return {**found, "code": code_digest(PART_CODE)}
-    return {**found, "dtype": settings.dtype, "code": code_digest(served.SERVING_CODE) if method.quantized else None}
+        return {**found, "code": code.code_of(code.PARTS)}
+    return {**found, "dtype": settings.dtype, "code": code.code_of(code.SERVING) if method.quantized else None}
 
 
 def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
@@ -240,7 +221,7 @@ def _simulate(job: Job, method: Simulated, missing: Mapping[str, Any]) -> None:
 def _peer_key(job: Job, method: Peer) -> dict[str, Any]:
     sample = {"max_samples": job.max_samples, "window_tokens": job.settings.window_tokens, "seed": job.settings.seed}
     own = {"method": asdict(method), "model": file_digest([job.model]), "data": served.data_digest(job.calibration)}
-    return {**own, **sample, "code": code_digest([environment.SCRIPTS[method.tool], Path(decoder.__file__)])}
+    return {**own, **sample, "code": code.code_of((environment.SCRIPTS[method.tool], Path(decoder.__file__)))}
 
 
 def _peer(job: Job, method: Peer, missing: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from benchmarks.accuracy.experts.errors import expert_errors
 from benchmarks.accuracy.job import Job
 from benchmarks.accuracy.methods import MOE_OMNI, OMNI
-from benchmarks.accuracy.settings import Settings
+from benchmarks.accuracy.settings import EVALUATOR_VERSION, Settings
 from benchmarks.common.files import digest, file_digest, write_atomically
+from benchmarks.common.machine import versions
 from benchmarks.models.decoder import load
 from benchmarks.models.tiny_omni.data.questions import Question
 
@@ -57,7 +58,8 @@ def prepare(settings: Settings, benchmark: str = OMNI, progress: Callable[[str],
 
     @cache
     def reference() -> list[Tensor]:
-        return _kept(settings.work / "references", [file_digest([model]), asked], lambda: log_probs(load(model)))
+        key = [file_digest([model]), asked, EVALUATOR_VERSION, versions()]
+        return _kept(settings.work / "references", key, lambda: log_probs(load(model)))
 
     def evaluate(thinker: Any, name: str) -> dict[str, Any]:
         if name == EXPERT_ERRORS:
@@ -97,7 +99,7 @@ def questions_of_each_kind(questions: Sequence[Question], count: int) -> list[li
     return [asked[:count] for asked in kinds.values()]
 
 
-def _kept(directory: Path, key: Sequence[str], make: Callable[[], list[Tensor]]) -> list[Tensor]:
+def _kept(directory: Path, key: Sequence[Any], make: Callable[[], list[Tensor]]) -> list[Tensor]:
     """What `make` gives, made once for a key: the 16-bit model answers the same questions for every method."""
     path = directory / f"{digest(list(key))[:32]}.safetensors"
     if not path.is_file():

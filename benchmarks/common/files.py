@@ -103,11 +103,19 @@ def _content_digest(file: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+# Suffixes of files that decide what runs: Python, C++, and tables that the code reads.
+_SOURCES = frozenset((".py", ".cpp", ".h", ".json"))
+
+
 def code_digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of Python sources (directories: all below) as they run: comments and docstrings do not count."""
-    return _total(
-        (file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])), _syntax_digest
-    )
+    """SHA-256 of sources (directories: all below). Of Python as it runs: comments and docstrings do not count."""
+    found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return _total((file for file in found if file.suffix in _SOURCES), _source_digest)
+
+
+def _source_digest(file: Path, size: int, modified: int) -> str:
+    """By the file's kind; size and time as for `_content_digest`."""
+    return (_syntax_digest if file.suffix == ".py" else _content_digest)(file, size, modified)
 
 
 @cache

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.common.command import at_least_one
 from morphoquant_vllm.errors import MorphoQuantError
 
 WITH_SUBTITLES, JUDGED = "video-mme", "air-bench-chat"
@@ -31,10 +32,10 @@ def parse(arguments: Sequence[str] | None, names: Iterable[str], description: st
     parser.add_argument("--model", help="name on the server (default: the first it lists)")
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--split", help="default: the one that is usually reported")
-    parser.add_argument("--limit", type=int, help="only the first N questions")
+    parser.add_argument("--limit", type=at_least_one, help="only the first N questions")
     parser.add_argument("--skip-missing", action="store_true", help="leave out questions whose media files are missing")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (8)")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: lmms-eval's for the benchmark)")
+    parser.add_argument("--concurrency", type=at_least_one, default=8, help="requests at a time (8)")
+    parser.add_argument("--max-tokens", type=at_least_one, help="of an answer (default: lmms-eval's for the benchmark)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds until a request counts as unanswered (600)")
     parser.add_argument("--retries", type=int, default=2, help="of a request that fails on the server's side (2)")
     parser.add_argument(

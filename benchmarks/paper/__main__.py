@@ -48,6 +48,7 @@ def keep_settings(options: Any) -> None:
         "calibration_data": None if own is None else file_digest(own),
         "hold_out": options.hold_out,
         "calibrate_arguments": options.calibrate_arguments,
+        "serve_arguments": options.serve_arguments,
         "limit": options.limit,
         "max_tokens": options.max_tokens,
         "skip_missing": options.skip_missing,

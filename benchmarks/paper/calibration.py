@@ -56,6 +56,11 @@ def prepare(data: Path, output: Path, names: Sequence[str], options: Any) -> dic
     place = output / SOURCES_FILE
     if place.is_file():
         known: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        added = [name for name in names if name not in known["benchmarks"]]
+        if added:
+            raise MorphoQuantError(
+                f"{output}: its samples were taken before {', '.join(added)} was asked for; choose another --output"
+            )
         return known
     chosen: dict[str, list[Item]] = {}
     for name in names:
@@ -69,6 +74,7 @@ def prepare(data: Path, output: Path, names: Sequence[str], options: Any) -> dic
     lines = [json.dumps({"messages": messages(item)}) + "\n" for item in items]
     write_atomically(output / DATA_FILE, "".join(lines))
     sources = {
+        "benchmarks": list(names),
         "samples": {name: len(found) for name, found in chosen.items()},
         "held_out": held_out,
         "sha256": digest(lines),

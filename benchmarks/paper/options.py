@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.command import at_least_one
 from benchmarks.paper.questions import ALL, BENCHMARKS, IMAGE
 
 
@@ -57,10 +58,12 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> argparse.
         "--server", type=server, action="append", default=[], metavar="NAME=URL", help="one more row; repeatable"
     )
     parser.add_argument("--api-key", default="none", help="of those servers")
-    parser.add_argument("--limit", type=int, help="only the first N questions of each benchmark, for a trial")
+    parser.add_argument("--limit", type=at_least_one, help="only the first N questions of each benchmark, for a trial")
     parser.add_argument("--skip-missing", action="store_true", help="leave out questions whose media files are missing")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (8; of Video-MME at most 2)")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: lmms-eval's for the benchmark)")
+    parser.add_argument(
+        "--concurrency", type=at_least_one, default=8, help="requests at a time (8; of Video-MME at most 2)"
+    )
+    parser.add_argument("--max-tokens", type=at_least_one, help="of an answer (default: lmms-eval's for the benchmark)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds until a request counts as unanswered (600)")
     parser.add_argument("--start-timeout", type=float, default=1800, help="seconds for vllm serve to start (1800)")
     options = parser.parse_args(arguments)

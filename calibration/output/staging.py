@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from calibration.output.written_files import foreign_file
@@ -62,20 +62,23 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str) ->
 def only_run(output: Path) -> Iterator[None]:
     """Keep other runs from writing `output` meanwhile; MorphoQuantError if one does."""
     place = Path(os.path.realpath(output))
+    lock = place.with_name(f"{place.name}.lock")
     with clear_write_errors(output):
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.with_name(f"{place.name}.lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise MorphoQuantError(
-                f"{output}: another run writes it; wait for its end, or choose another --output"
-            ) from error
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        # The system drops it when the run ends, in whatever way.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise MorphoQuantError(
+            f"{output}: another run writes it; wait for its end, or choose another --output"
+        ) from error
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def check_free_space(directory: Path, needed: int, name: str = "the checkpoint", flag: str = "--output") -> None:

@@ -63,7 +63,7 @@ def identity(
             "cpu": " ".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *_instructions())),
         },
         "model": _model_files(source),
-        "data": [[item.source, _content_hash(item)] for item in data],
+        "data": [[item.source, content_hash(item)] for item in data],
     }
 
 
@@ -133,7 +133,8 @@ def _model_files(source: Source) -> dict[str, str]:
     return hashes | {path.name: hash_file(path) for path in weights}
 
 
-def _content_hash(item: Conversation | PlainText) -> str:
+def content_hash(item: Conversation | PlainText) -> str:
+    """SHA-256 of a text, or of a conversation with its media."""
     if isinstance(item, PlainText):
         return hashlib.sha256(item.text.encode()).hexdigest()
     sha256 = hashlib.sha256()

@@ -43,7 +43,7 @@ def test_an_import_of_another_benchmark_is_seen(tmp_path: Path) -> None:
     module.write_text(
         "from benchmarks import serve\nfrom benchmarks.common import files\n"
         "from benchmarks.demo.perplexity import windows\n"
-        "def f():\n    import benchmarks.accuracy.cache\n"
+        "def f():\n    import benchmarks.accuracy.kept.cache\n"
     )
     assert strangers(module, "demo") == {"serve", "accuracy"}
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.accuracy.methods import ASKING, MOE_OMNI
+from morphoquant_vllm.errors import MorphoQuantError
 
 OURS, ORACLE, RTN, GPTQ = "served", "oracle-rtn-g64", "w4a16-rtn-g64", "w4a16-gptq-g64"
 # GPTQ with groups as large as ours.
@@ -27,10 +28,17 @@ NAIVE_LOSSES = {"w4a4-static-tensor": 0.20, "w4a4-token": 0.05}
 HARD_FOR, HARD_LOSS = "w4a16-rtn-g64", 0.02
 
 Bar = tuple[str, bool, str]
+# Of the summaries that are read here.
+FORMAT = 3
 
 
 def check(summary: Mapping[str, Any]) -> list[Bar]:
     """(what is asked, whether it holds, the figures) for every bar whose methods were measured."""
+    if summary.get("format") != FORMAT:
+        raise MorphoQuantError(
+            f"{summary['benchmark']}: the result has format {summary.get('format')}, not {FORMAT}; measure again, or "
+            "name other --results"
+        )
     if summary["benchmark"] == MOE_OMNI:
         return _experts(summary["methods"])
     if summary["benchmark"] in ASKING:

@@ -11,6 +11,7 @@ from benchmarks.accuracy.job import Job, results
 from benchmarks.accuracy.methods import ASKING, METHODS, Served
 from benchmarks.accuracy.omni import EXPERT_ERRORS, QUESTIONS, TOKENS
 from benchmarks.accuracy.reporting import scores
+from benchmarks.accuracy.reporting.bars import FORMAT
 from benchmarks.accuracy.reporting.calibration import calibration_report
 from benchmarks.accuracy.serving.served import data_digest
 from benchmarks.common.files import file_digest
@@ -19,7 +20,6 @@ from benchmarks.common.machine import processor, versions
 # If the 16-bit model was not measured in vLLM, transformers in float32 is the reference.
 SERVED_REFERENCE, REFERENCE = "served-16bit", "16bit"
 OURS = "served"
-FORMAT = 3
 # Above it exp overflows.
 MAX_LOG = 700
 
@@ -30,6 +30,10 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
     for name, evaluation, result in results(job):
         raw.setdefault(name, {})[evaluation] = result
     language, settings = job.benchmark not in ASKING, job.settings
+    if not language:
+        # The answers of transformers are not those of an engine that was not asked.
+        asked = {name for name, found in raw.items() if QUESTIONS in found or not isinstance(METHODS[name], Served)}
+        raw = {name: found for name, found in raw.items() if name in asked}
     figures = _language if language else _omni
     return {
         "format": FORMAT,

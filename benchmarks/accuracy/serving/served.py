@@ -7,19 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.kept.code import CALIBRATION, REPOSITORY, code_of
 from benchmarks.accuracy.methods import Part, Served
 from benchmarks.accuracy.settings import Settings
-from benchmarks.common.files import code_digest, digest, file_digest, write_atomically
+from benchmarks.common.files import digest, file_digest, write_atomically
+from benchmarks.common.machine import versions
+from calibration.data.data_files import load_conversations
 from calibration.settings.recipe import read_recipe
+from calibration.work.identity import content_hash
 from morphoquant_vllm.errors import MorphoQuantError
 
-REPOSITORY = Path(__file__).parents[3]
-# Code that decides the bytes of a checkpoint, and code that decides how it is served.
-CALIBRATION_CODE = [REPOSITORY / "calibration", REPOSITORY / "morphoquant_vllm" / "numerics"]
-SERVING_CODE = [REPOSITORY / "morphoquant_vllm"]
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -37,15 +38,20 @@ def checkpoint_path(settings: Settings, model: Path, data: Sequence[Path], recip
         "data": data_digest(data),
         # Whole: a setting that is named and one that is left at the same default make the same checkpoint.
         "recipe": read_recipe(overrides=recipe).model_dump(mode="json"),
-        "code": code_digest(CALIBRATION_CODE),
+        "versions": versions(),
+        "code": code_of(CALIBRATION),
     }
     return settings.work / "checkpoints" / digest(key)[:16]
 
 
 def data_digest(data: Sequence[Path]) -> str:
-    """Hash of calibration files. The files beside a .jsonl count, since it names media there."""
-    folders = [path.parent if path.suffix == ".jsonl" else path for path in data]
-    return file_digest(file for folder in folders for file in (folder.rglob("*") if folder.is_dir() else [folder]))
+    """Hash of calibration data: of texts, conversations and the media that these name."""
+    return _data_digest(tuple(data))
+
+
+@cache
+def _data_digest(data: tuple[Path, ...]) -> str:
+    return digest([content_hash(item) for item in load_conversations(data)])
 
 
 def recipe_of(settings: Settings, method: Served | Part, max_samples: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import language, omni
-from benchmarks.accuracy.cache import Cache
+from benchmarks.accuracy.kept.cache import Cache
 from benchmarks.accuracy.methods import ASKING
 from benchmarks.accuracy.serving.escapes import EscapeCounter
 from benchmarks.models.tiny_omni.data.digits import FRAMES_PER_SECOND

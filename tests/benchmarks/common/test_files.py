@@ -56,3 +56,15 @@ def test_a_result_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"x"')
     with pytest.raises(MorphoQuantError, match=r"half\.json: not JSON .* run the benchmark again"):
         read_result(tmp_path, "half")
+
+
+@pytest.mark.parametrize("name", ["kernel.cpp", "kernel.h", "tiles.json"])
+def test_code_digest_sees_other_sources_by_their_content(tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.md").write_text("1")
+    first = code_digest([tmp_path])
+    (tmp_path / name).write_text("1")
+    second = code_digest([tmp_path])
+    (tmp_path / name).write_text("22")
+    assert len({first, second, code_digest([tmp_path])}) == 3
+    (tmp_path / "notes.md").write_text("22")
+    assert code_digest([tmp_path]) not in {first, second}

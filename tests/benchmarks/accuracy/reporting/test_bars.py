@@ -1,6 +1,17 @@
 """The targets of the served method."""
 
+import pytest
+
 from benchmarks.accuracy.reporting import bars
+from morphoquant_vllm.errors import MorphoQuantError
+
+FORMAT = {"format": bars.FORMAT}
+
+
+def test_a_result_of_older_code_is_refused_in_one_line() -> None:
+    for older in ({}, {"format": bars.FORMAT - 1}):
+        with pytest.raises(MorphoQuantError, match=r"language: the result has format .*; measure again, or name other"):
+            bars.check({"benchmark": "language", "methods": {}, **older})
 
 
 def test_bars_of_the_language_benchmarks() -> None:
@@ -22,7 +33,7 @@ def test_bars_of_the_language_benchmarks() -> None:
         "served-group": method(11.3, 0.999),
         "w4a16-gptq-g32": method(11.2, 0.99),
     }
-    assert [(asked, met) for asked, met, _ in bars.check({"benchmark": "language", "methods": methods})] == [
+    assert [(asked, met) for asked, met, _ in bars.check({**FORMAT, "benchmark": "language", "methods": methods})] == [
         ("together: perplexity at most 1.12 times 16 bit's", False),
         ("together: perplexity at most 0.78 times w4a4-hadamard-gptq's", True),
         ("together: perplexity at most 1.02 times w4a16-auto-round-light-g32's", False),
@@ -34,14 +45,14 @@ def test_bars_of_the_language_benchmarks() -> None:
         ("together: escapes at most 20% in any layer", False),
     ]
     # A model without a goal of its own, and a benchmark in which ours was not measured.
-    assert bars.check({"benchmark": "gemma", "methods": methods})[0][0].endswith("w4a4-hadamard-gptq's")
-    assert bars.check({"benchmark": "language", "methods": {"16bit": methods["served-group"]}}) == []
+    assert bars.check({**FORMAT, "benchmark": "gemma", "methods": methods})[0][0].endswith("w4a4-hadamard-gptq's")
+    assert bars.check({**FORMAT, "benchmark": "language", "methods": {"16bit": methods["served-group"]}}) == []
 
 
 def test_bars_without_every_text() -> None:
     ours = {"texts": {"play": {"perplexity": None, "activations": None}}, "against_16bit": None, "activations": None}
     group = {"against_ours": None}
-    assert bars.check({"benchmark": "language", "methods": {"served": ours, "served-group": group}}) == []
+    assert bars.check({**FORMAT, "benchmark": "language", "methods": {"served": ours, "served-group": group}}) == []
 
 
 def test_bars_of_the_omni_benchmark() -> None:
@@ -52,6 +63,7 @@ def test_bars_of_the_omni_benchmark() -> None:
 
     escapes = {"rate": 0.06, "worst_rate": 0.1, "worst_layer": "a"}
     summary = {
+        **FORMAT,
         "benchmark": "omni",
         "methods": {
             "served": method(-0.015, escapes),
@@ -80,10 +92,10 @@ def test_bars_of_the_mixture_of_experts() -> None:
         "w4a16-gptq-g64": method(0.001, [-0.004, 0.001]),
         "w4a16-gptq-g32": method(0.003, [-0.005, -0.001]),
     }
-    assert [(asked, met) for asked, met, _ in bars.check({"benchmark": "moe-omni", "methods": methods})] == [
+    assert [(asked, met) for asked, met, _ in bars.check({**FORMAT, "benchmark": "moe-omni", "methods": methods})] == [
         ("answers not worse than w4a16-gptq-g64's: the interval of ours - w4a16-gptq-g64 reaches 0", True),
         ("divergence at most w4a16-gptq-g64's", False),
         ("answers not worse than w4a16-gptq-g32's: the interval of ours - w4a16-gptq-g32 reaches 0", False),
         ("divergence at most w4a16-gptq-g32's", True),
     ]
-    assert bars.check({"benchmark": "moe-omni", "methods": {"16bit": methods["w4a16-gptq-g64"]}}) == []
+    assert bars.check({**FORMAT, "benchmark": "moe-omni", "methods": {"16bit": methods["w4a16-gptq-g64"]}}) == []

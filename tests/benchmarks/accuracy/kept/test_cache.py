@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy.cache import Cache
+from benchmarks.accuracy.kept.cache import Cache
 from morphoquant_vllm.errors import MorphoQuantError
 
 KEY = {"method": {"weights": "rtn", "group_size": 64}, "seed": 0, "windows": "abc"}
