@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from xml.etree import ElementTree
 
 from benchmarks.gpu.parts import Part
@@ -22,7 +26,10 @@ def command_of(part: Part, work: Path) -> list[str]:
 
 
 def run(part: Part, work: Path) -> dict[str, Any]:
-    """Run a part; its state (passed, failed, stopped), seconds, result, and the end of its output if it failed."""
+    """Run a part; its state, seconds, result, and the end of its output unless it passed.
+
+    The state is passed, failed, stopped, or skipped if none of its tests ran.
+    """
     work.mkdir(parents=True, exist_ok=True)
     # A result of an earlier run must not pass for this one's.
     for path in work.glob(part.result):
@@ -30,20 +37,31 @@ def run(part: Part, work: Path) -> dict[str, Any]:
     log = work / "log.txt"
     started = time.monotonic()
     with log.open("wb") as output:
-        try:
-            status = subprocess.run(
-                command_of(part, work), stdout=output, stderr=subprocess.STDOUT, timeout=part.limit, check=False
-            ).returncode
-            state = "failed" if status else "passed"
-        except subprocess.TimeoutExpired:
-            state = f"stopped after {part.limit} s"
+        status = _ended(command_of(part, work), output, part.limit)
+    state = f"stopped after {part.limit} s" if status is None else "failed" if status else "passed"
     entry: dict[str, Any] = {"state": state, "seconds": round(time.monotonic() - started, 1)}
     entry["result"] = read(part, work)
     if state == "passed" and entry["result"] is None:
         entry["state"] = "failed: it left no result"
+    elif state == "passed" and Path(part.result).suffix == ".xml" and not entry["result"]["passed"]:
+        entry["state"] = "skipped: no test ran"
     if entry["state"] != "passed":
         entry["output"] = log.read_text(errors="replace")[-TAIL:]
     return entry
+
+
+def _ended(command: Sequence[str], output: IO[bytes], limit: float) -> int | None:
+    """The exit status of a command, None if it ran past `limit` seconds; no process that it started is left."""
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # A worker would hold the GPU while the next part is timed.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read(part: Part, work: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from morphoquant_vllm.numerics.activation import escapes
 
 
 class EscapeCounter:
-    """Observes every MorphoQuant layer of a model inside vLLM (eager, in this process).
+    """Observes every MorphoQuant linear of a model inside vLLM (eager, in this process); routed experts are none.
 
     `counts` is {layer: [escaped, all codes]}. It has real tokens only, since an eager step is not padded. A fused layer
     counts once. The layer's quantizer computes the codes a second time.

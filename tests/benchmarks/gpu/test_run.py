@@ -19,6 +19,26 @@ JUNIT = """<testsuites><testsuite><testcase name="a"/><testcase name="b"><failur
 <testcase name="c"><skipped message="no GPU is at hand"/></testcase></testsuite></testsuites>"""
 
 
+def test_a_part_that_is_stopped_leaves_no_worker(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, subprocess, sys, time;"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid)); time.sleep(60)"
+    )
+    assert run(part("p", code, limit=3), tmp_path)["state"] == "stopped after 3 s"
+    pid = int((tmp_path / "pid").read_text())
+    # A killed process stays as a zombie until init reaps it.
+    status = Path(f"/proc/{pid}/stat")
+    assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_part_whose_tests_are_all_skipped_has_not_passed(tmp_path: Path) -> None:
+    xml = '<testsuite><testcase name="a"><skipped message="no GPU"/></testcase></testsuite>'
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'tests.xml')!r}).write_text({xml!r})"
+    entry = run(part("p", code, result="tests.xml"), tmp_path)
+    assert entry["state"] == "skipped: no test ran" and entry["result"]["skipped"] == {"no GPU": 1}
+
+
 def part(name: str, code: str, result: str = "result.json", limit: int = 60) -> Part:
     return Part(
         name, "a test", ("{python}", "-c", code.replace("{", "{{").replace("}", "}}")), limit, True, False, result
