@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,12 +150,12 @@ def run(arguments: argparse.Namespace, command: str, console: Console) -> None:
     _refuse(reasons if named else {})
     _print_left_out(benchmark, reasons, console)
     methods = [name for name in methods if name not in reasons]
-    for index, name in enumerate(methods, start=1):
-        started = time.monotonic()
-        jobs.run(job, name, wanted)
-        console.print(f"{index}/{len(methods)} {name}: {time.monotonic() - started:.0f} s", highlight=False)
+    failed = []
+    for name, made in _results(job, methods, wanted, console):
+        failed += [] if made else [name]
         report.write(summarize(job, command), settings.results)
     report.show(summarize(job, command), console)
+    _tell_failed(failed)
 
 
 def run_table(arguments: argparse.Namespace, command: str, console: Console) -> None:
@@ -178,17 +178,37 @@ def run_table(arguments: argparse.Namespace, command: str, console: Console) -> 
     for benchmark, found in reasons.items():
         _print_left_out(benchmark, found, console)
     summaries = {benchmark: summarize(job, command) for benchmark, job in work.items()}
+    failed = []
     for benchmark, job in work.items():
         own = [name for name in methods if name not in reasons[benchmark]]
-        for index, name in enumerate(own, start=1):
-            started = time.monotonic()
-            jobs.run(job, name, list(job.evaluations))
-            took = f"{time.monotonic() - started:.0f} s"
-            console.print(f"{benchmark} {index}/{len(own)} {name}: {took}", highlight=False)
+        for name, made in _results(job, own, list(job.evaluations), console):
+            failed += [] if made else [f"{name} on {benchmark}"]
             summaries[benchmark] = summarize(job, command)
             report.write(summaries[benchmark], settings.results)
             overview.write(overview.overview(summaries, methods, reasons, command), settings.results)
     overview.show(overview.overview(summaries, methods, reasons, command), console)
+    _tell_failed(failed)
+
+
+def _results(job: Job, methods: Sequence[str], wanted: Sequence[str], console: Console) -> Iterator[tuple[str, bool]]:
+    """Make the results of each method in turn, with a line; its name, and whether it was made. Others go on."""
+    from benchmarks.accuracy import job as jobs
+
+    for index, name in enumerate(methods, start=1):
+        started, failure = time.monotonic(), ""
+        try:
+            jobs.run(job, name, wanted)
+        except MorphoQuantError as error:
+            failure = f", failed: {' '.join(str(error).split())}"
+        line = f"{job.benchmark} {index}/{len(methods)} {name}: {time.monotonic() - started:.0f} s{failure}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        yield name, not failure
+
+
+def _tell_failed(methods: Sequence[str]) -> None:
+    """Raise MorphoQuantError with the methods that failed, if any did."""
+    if methods:
+        raise MorphoQuantError(f"{', '.join(methods)}: failed, as a line above says; the same command tries again")
 
 
 def _refuse(reasons: Mapping[str, str]) -> None:

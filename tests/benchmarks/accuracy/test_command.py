@@ -64,6 +64,24 @@ def test_runs_resumes_and_reports(
     assert "oracle-rtn-g64" in capsys.readouterr().out
 
 
+def test_a_method_that_fails_does_not_stop_the_others(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = job.run
+
+    def failing(work: job.Job, name: str, wanted: list[str]) -> None:
+        if name == "oracle-rtn-g64":
+            raise MorphoQuantError("no memory is left; close other programs")
+        made(work, name, wanted)
+
+    monkeypatch.setattr(job, "run", failing)
+    with pytest.raises(SystemExit) as ended:
+        _run(monkeypatch, [*arguments, "--methods", "oracle-rtn-g64,16bit"])
+    assert "oracle-rtn-g64: failed, as a line above says; the same command tries again" in str(ended.value)
+    assert "1/2 oracle-rtn-g64: 0 s, failed: no memory is left; close other programs" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "results" / "language.json").read_text())["methods"]) == {"16bit"}
+
+
 def test_results_of_other_settings_do_not_mix(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
