@@ -124,7 +124,7 @@ def test_the_same_run_writes_the_same_bytes(tiny: TinyModels, tmp_path: Path) ->
     verify_checkpoint(tmp_path / "a")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.full)])
 def test_the_model_may_run_in_16_bit(tiny: TinyModels, tmp_path: Path, dtype: str) -> None:
     reports = [
         calibrate(tiny.model("omni"), tiny.data("omni"), tmp_path / name, recipe=Recipe(device="cpu", dtype=name))

@@ -211,7 +211,8 @@ def test_metrics_of_outputs_change_the_rounding(
 
 
 @pytest.mark.parametrize(
-    ("settings", "budget"), [({}, "model"), ({"effort": "fast"}, None), ({"budget": "equal"}, None)]
+    ("settings", "budget"),
+    [({}, "model"), ({"effort": "fast"}, None), pytest.param({"budget": "equal"}, None, marks=pytest.mark.full)],
 )
 def test_escapes_are_shared_where_the_model_learns(
     tiny: TinyModels, tmp_path: Path, settings: dict[str, Any], budget: str | None
