@@ -144,8 +144,8 @@ def _check_places(job: Job, output: Path, work: Path, *, overwrite: bool) -> Non
     check_length(output)
     check_length(work)
     check_work(work, output, job.source.directory)
-    check_writable(output, "--output")
-    check_writable(work, "--work")
+    check_writable(output, "--output", replaced=True)
+    check_writable(work, "--work", replaced=False)
     # The checkpoint may already exist, if only the end of its run was cut off.
     if not work.exists():
         check_output(output, job.source.directory, overwrite=overwrite)

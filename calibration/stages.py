@@ -50,6 +50,7 @@ def capture(
 ) -> DrawnTokens:
     """Render the data, run embeddings and towers on them, and keep the decoder's inputs; the tokens of the search."""
     if work.finished is not None:
+        job.processes.broadcast(lambda: drop_rendered(work.path))
         return job.choose_tokens(work.modalities())
     source, recipe = job.source, job.recipe
     # This check needs no data, and rendering can take long.

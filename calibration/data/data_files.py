@@ -204,7 +204,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for index in range(batch.num_rows):
                     number += 1
                     source = f"{path}:row {number}"
-                    yield source, _row(source, {name: batch[name][index] for name in batch.schema.names})
+                    cells = zip(batch.schema.names, batch.columns, strict=True)
+                    yield source, _row(source, {name: column[index] for name, column in cells})
     except (ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:SHOWN_CHARACTERS]
         raise MorphoQuantError(f"{path}: damaged or not parquet ({reason}); download it again") from error
@@ -216,8 +217,8 @@ def _row(source: str, cells: Mapping[str, Any]) -> Any:
     for name, cell in cells.items():
         try:
             record[name] = cell.as_py()
-        # Dates beyond the year 9999, and text that is not UTF-8.
-        except (OverflowError, ValueError) as error:
+        # Dates beyond the year 9999, text that is not UTF-8, unknown time zones: errors of several kinds.
+        except Exception as error:
             if name in READ_KEYS:
                 reason = " ".join(str(error).split())[:SHOWN_CHARACTERS]
                 return BadConversationError(f"{source}: {name!r} cannot be read ({reason}); write it as UTF-8 text")

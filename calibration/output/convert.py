@@ -91,7 +91,7 @@ def convert(
             f"for two-level scales pass --scales {TWO_LEVEL}"
         )
     check_output(output, directory, overwrite=overwrite)
-    check_writable(output, "--output")
+    check_writable(output, "--output", replaced=True)
     spec = verify_checkpoint(directory)
     files = read_index(directory)
     exact, fitted, left = _plan(directory, files, spec, approximate) if scales else ((), (), ())

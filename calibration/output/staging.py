@@ -60,25 +60,37 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str) ->
 
 @contextmanager
 def only_run(output: Path) -> Iterator[None]:
-    """Keep other runs from writing `output` meanwhile; MorphoQuantError if one does."""
+    """Keep other conversions from writing `output` meanwhile; MorphoQuantError if one does."""
     place = Path(os.path.realpath(output))
-    lock = place.with_name(f"{place.name}.lock")
+    lock = place.with_name(f".{place.name}.convert-lock")
     with clear_write_errors(output):
         place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        # The system drops it when the run ends, in whatever way.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise MorphoQuantError(
-            f"{output}: another run writes it; wait for its end, or choose another --output"
-        ) from error
+        descriptor = _lock(lock)
+    if descriptor is None:
+        raise MorphoQuantError(f"{output}: another conversion writes it; wait for its end, or choose another --output")
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of a new lock file, None if another process holds it. The system drops a lock with its holder.
+
+    `filelock` belongs to the extra `calibration`, which a conversion does not need.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one who held it removes the file at the end: then this descriptor's is not the one that others see.
+        current = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    except BlockingIOError:
+        current = False
+    if not current:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def check_free_space(directory: Path, needed: int, name: str = "the checkpoint", flag: str = "--output") -> None:
@@ -112,11 +124,14 @@ def check_room(output: Path, work: Path, checkpoint: int, blocks: int) -> None:
             )
 
 
-def check_writable(path: Path, flag: str) -> None:
-    """Raise MorphoQuantError unless a directory can be made at `path`, or beside it if it exists; nothing is left."""
+def check_writable(path: Path, flag: str, *, replaced: bool) -> None:
+    """Raise MorphoQuantError unless files can be written in the directory `path`; nothing is left.
+
+    A directory that is `replaced` as a whole is written beside itself.
+    """
     real = Path(os.path.realpath(path))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=_existing(real.parent)))
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=_existing(real.parent if replaced else real)))
     except OSError as error:
         raise MorphoQuantError(
             f"{path}: cannot be written ({error.strerror or error}); choose another {flag}"

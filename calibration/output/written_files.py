@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from morphoquant_vllm.errors import MorphoQuantError
+
 # Files of a model directory that a server reads, by kind. A directory of a training run holds many others.
 COPIED_FILES = tuple(
     re.compile(pattern, re.IGNORECASE)
@@ -38,21 +40,32 @@ _WRITTEN = tuple(
     )
 )
 
+# What hubs, systems and Python leave in a folder; nobody misses it.
+_LITTER = frozenset((".cache", ".gitattributes", ".DS_Store", "__pycache__"))
+
 
 def copied_files(directory: Path) -> list[Path]:
-    """Files of the source, relative to it, that are copied into a checkpoint byte for byte."""
-    paths = []
+    """Files of the source, relative to it, that are copied into a checkpoint byte for byte.
+
+    MorphoQuantError naming one that is not a regular file.
+    """
+    paths: list[Path] = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
-    return [path for path in paths if any(kind.fullmatch(path.as_posix()) for kind in COPIED_FILES)]
+    found = [path for path in paths if any(kind.fullmatch(path.as_posix()) for kind in COPIED_FILES)]
+    for path in found:
+        # A broken link has no size, and a FIFO no end.
+        if not (directory / path).is_file():
+            raise MorphoQuantError(f"{directory / path}: is not a regular file; download it again, or remove it")
+    return found
 
 
 def foreign_file(directory: Path) -> Path | None:
-    """The first file below a checkpoint, relative to it, that neither calibration nor conversion puts there."""
+    """The first file below a checkpoint, relative to it, that calibration does not put there, and nobody's tool."""
     for folder, subfolders, names in os.walk(directory):
-        subfolders.sort()
-        for name in sorted(names):
+        subfolders[:] = sorted(name for name in subfolders if name not in _LITTER)
+        for name in sorted(name for name in names if name not in _LITTER):
             path = (Path(folder) / name).relative_to(directory)
             if not any(kind.fullmatch(path.as_posix()) for kind in (*COPIED_FILES, *_WRITTEN)):
                 return path

@@ -125,9 +125,6 @@ def _code_hash() -> str:
 
 def _model_files(source: Source) -> dict[str, str]:
     plain = [Path(CONFIG_FILE), *copied_files(source.directory)]
-    for path in plain:
-        if not (source.directory / path).is_file():
-            raise MorphoQuantError(f"{source.directory / path}: is not a regular file; download it again, or remove it")
     hashes = {str(path): hash_file(source.directory / path) for path in plain}
     weights = sorted({info.file for info in source.tensors.values()})
     return hashes | {path.name: hash_file(path) for path in weights}

@@ -142,7 +142,9 @@ def _foreign_file(directory: Path) -> str | None:
     if (directory / RUN_FILE).exists():
         known = any(is_manifest(directory / name) for name in (RUN_FILE, SAMPLES_FILE))
         return None if known else RUN_FILE
-    alone = {LOCK_FILE, RUN_FILE + PARTIAL, EXPORTED_FILE, EXPORTED_FILE + PARTIAL}
+    alone = {LOCK_FILE, RUN_FILE + PARTIAL, EXPORTED_FILE + PARTIAL}
+    if is_manifest(directory / EXPORTED_FILE):
+        alone.add(EXPORTED_FILE)
     return min((entry.name for entry in directory.iterdir() if entry.name not in alone), default=None)
 
 

@@ -28,22 +28,20 @@ _SETTINGS = re.compile(
 def digests_beside(directory: Path) -> dict[str, FileDigest]:
     """Size and SHA-256 of every such file in a directory, by name."""
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
-    known = [name for name in names if _VOCABULARY.fullmatch(name) or _SETTINGS.fullmatch(name)]
-    return {name: file_digest(directory / name) for name in known}
+    return {name: _digest(directory / name) for name in names if _is_known(name)}
 
 
 def check_vocabulary(
     directory: Path, listed: Mapping[str, FileDigest], *, complete: bool = True, checksums: bool = True
 ) -> None:
     """Refuse a vocabulary that is not the one of the list. Without `complete` its files may be missing."""
-    for name, digest in listed.items():
+    for name in filter(_VOCABULARY.fullmatch, listed):
         path = directory / name
-        if not _VOCABULARY.fullmatch(name):
-            continue
-        if not path.exists():
-            if complete:
-                raise MorphoQuantError(f"{path}: is missing; copy it from the model that was calibrated")
-        elif checksums and file_digest(path) != digest:
+        if not path.is_file():
+            # A FIFO or a folder is no file either.
+            if complete or path.exists():
+                raise MorphoQuantError(f"{path}: is missing or no file; copy it from the model that was calibrated")
+        elif checksums and _digest(path) != listed[name]:
             raise MorphoQuantError(
                 f"{path}: is not the file of the model that was calibrated (its SHA-256 is not the recorded one); copy "
                 "it again"
@@ -51,12 +49,29 @@ def check_vocabulary(
 
 
 def changed_settings(directory: Path, listed: Mapping[str, FileDigest], *, complete: bool = True) -> list[str]:
-    """Names of the files of settings that are not those of the list, or are missing, and of a new chat template.
+    """Names of files of settings that are not those of the list or are missing, and of vocabulary files outside it.
 
-    Without `complete` they may be missing. An empty list is that of an older checkpoint, and says nothing.
+    A new chat template counts, too. Without `complete` files may be missing. An empty list is that of an older
+    checkpoint, and says nothing.
     """
-    now = digests_beside(directory) if listed else {}
-    named = [name for name in listed if _SETTINGS.fullmatch(name) and (complete or name in now)]
-    changed = [name for name in named if now.get(name) != listed[name]]
-    added = [name for name in now.keys() - listed.keys() if name.lower().startswith("chat_template.")]
+    if not listed:
+        return []
+    now = {path.name for path in directory.iterdir() if path.is_file()}
+    changed = [
+        name
+        for name in filter(_SETTINGS.fullmatch, listed)
+        if (complete and name not in now) or (name in now and _digest(directory / name) != listed[name])
+    ]
+    added = [name for name in now - listed.keys() if _VOCABULARY.fullmatch(name) or name.startswith("chat_template.")]
     return sorted(changed + added)
+
+
+def _is_known(name: str) -> bool:
+    return bool(_VOCABULARY.fullmatch(name) or _SETTINGS.fullmatch(name))
+
+
+def _digest(path: Path) -> FileDigest:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise MorphoQuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error

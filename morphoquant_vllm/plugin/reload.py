@@ -52,11 +52,13 @@ class ReloadCheck:
         state = (str(directory), _files(directory))
         if state == self._checked:
             return
-        check_directory(directory)
+        # The engine has its tokenizer already.
+        check_directory(directory, complete=False)
         found = read_spec(directory)
-        if _settings(found) != _settings(served) or not _same_config(found, served):
+        other = _other_field(found, served)
+        if other is not None:
             raise MorphoQuantError(
-                f"{directory / CONFIG_FILE}: it is not the one that is served; start a new server with it"
+                f"{directory / CONFIG_FILE}: its {other} are not those that are served; start a new server with it"
             )
         self._checked = state
 
@@ -72,10 +74,15 @@ def _settings(spec: QuantizationSpec) -> QuantizationSpec:
     return replace(spec, created_by="", integrity=None, kv_cache={})
 
 
-def _same_config(first: QuantizationSpec, second: QuantizationSpec) -> bool:
-    """Whether two checkpoints have the same fields of config.json, as far as both list them."""
-    lists = [spec.integrity.config for spec in (first, second) if spec.integrity is not None]
-    return len(lists) < 2 or lists[0] == lists[1]
+def _other_field(found: QuantizationSpec, served: QuantizationSpec) -> str | None:
+    """What differs between two checkpoints' config.json, in words; None if nothing does, as far as both list it."""
+    if _settings(found) != _settings(served):
+        return "layers, rows or token ids"
+    if found.integrity is None or served.integrity is None:
+        return None
+    ours, theirs = found.integrity.config, served.integrity.config
+    fields = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    return f"settings ({', '.join(fields)})" if fields else None
 
 
 class ReloadedPair:

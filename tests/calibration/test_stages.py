@@ -266,4 +266,4 @@ def test_too_few_samples_to_hold_one_out_give_the_tensors_of_fast_and_lines(
     default, learning, best = (line.message for line in caplog.records if line.message.startswith("effort"))
     assert default.startswith("effort default: steps and scales do not learn: give 8 samples or more")
     assert best.startswith("effort best: none of 2 calibration samples can be held out")
-    assert learning.startswith("effort best: steps and scales do not learn: give 4 samples or more")
+    assert learning.startswith("effort best: steps and scales do not learn: give 8 samples or more")

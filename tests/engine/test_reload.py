@@ -65,4 +65,4 @@ def test_a_damaged_directory_is_refused_in_one_line(served: dict[str, list[Any]]
 
 def test_a_directory_of_other_settings_is_refused_in_one_line(served: dict[str, list[Any]]) -> None:
     line = served["llama"][3]
-    assert "it is not the one that is served; start a new server" in line
+    assert "its layers, rows or token ids are not those that are served; start a new server" in line

@@ -1,4 +1,4 @@
-"""Which code decides a result: its digest is a part of the result's key. Whole folders, so that nothing is left out."""
+"""Which code decides a result: its digest is a part of the result's key. Whole folders, so that little is left out."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from pathlib import Path
 
 from benchmarks.common.files import code_digest
 from benchmarks.models import decoder
+from calibration.work.code_files import code_files
 
 HERE = Path(__file__).parents[1]
 REPOSITORY = HERE.parents[1]
 PLUGIN = REPOSITORY / "morphoquant_vllm"
-# What decides the bytes of a checkpoint.
-CALIBRATION = (REPOSITORY / "calibration", PLUGIN / "numerics", PLUGIN / "format", PLUGIN / "cpu")
+# What decides the bytes of a checkpoint: all that calibration imports.
+CALIBRATION = tuple(code_files(REPOSITORY).values())
 # What decides how a checkpoint is served.
 SERVING = (PLUGIN,)
 # What rounds and evaluates a simulated method: calibration's own rounding is one.
 SIMULATION = (
     *(HERE / name for name in ("baselines", "experts", "simulation.py")),
-    *(Path(decoder.__file__), PLUGIN / "numerics", REPOSITORY / "calibration" / "quantize"),
+    *(Path(decoder.__file__), PLUGIN / "numerics"),
+    *(REPOSITORY / "calibration" / name for name in ("quantize", "data", "model", "settings")),
 )
 # What finds the threshold of a network's mask.
-OBJECTIVE = (HERE / "serving" / "objective.py", Path(decoder.__file__), PLUGIN / "numerics")
+OBJECTIVE = (
+    *(HERE / "serving" / "objective.py", Path(decoder.__file__), PLUGIN / "numerics"),
+    *(REPOSITORY / "calibration" / name for name in ("data", "model")),
+)
 # What loads and evaluates a checkpoint, or a part of one, in this process.
 PARTS = (
     *(HERE / name for name in ("parts.py", "experts")),

@@ -271,6 +271,10 @@ def test_parquet_values_that_python_lacks_cost_one_row_or_none(tmp_path: Path) -
     # A column that nobody reads.
     parquet.write_table(arrow.table({"messages": spoken, "day": far}), path)
     assert len(load_conversations(path)) == 2
+    # Two columns of one name, and a time zone that nobody knows.
+    strange = arrow.array([1, 2], arrow.timestamp("s", tz="Nowhere/Land"))
+    parquet.write_table(arrow.Table.from_arrays([arrow.array(spoken), strange, strange], ["messages", "t", "t"]), path)
+    assert len(load_conversations(path)) == 2
     raw = arrow.array([b"\xff\xfe", b"fine"], arrow.binary())
     broken = arrow.Array.from_buffers(arrow.string(), 2, raw.buffers())
     parquet.write_table(arrow.table({"text": broken}), path)

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -170,15 +171,26 @@ def test_overwrite_does_not_delete_files_beside_a_checkpoint(tmp_path: Path, nam
     assert number(output) == "1" and (output / name).read_text() == "years of work"
 
 
+def test_overwrite_does_not_mind_what_hubs_and_systems_leave(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    write(output, "1")
+    for name in (".gitattributes", ".DS_Store", ".cache/huggingface/x.lock", "__pycache__/x.pyc"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).touch()
+    write(output, "2", overwrite=True)
+    assert number(output) == "2" and [path.name for path in output.iterdir()] == ["config.json"]
+
+
 def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     with only_run(tmp_path / "out"):
-        with pytest.raises(MorphoQuantError, match="out: another run writes it"), only_run(tmp_path / "out"):
+        with pytest.raises(MorphoQuantError, match="out: another conversion writes it"), only_run(tmp_path / "out"):
             pass
         with only_run(tmp_path / "other"):
             pass
+        (tmp_path / "out.lock").write_text("of another tool")
     with only_run(tmp_path / "out"):
         pass
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.lock"]
 
 
 def test_the_model_is_never_the_output(tmp_path: Path) -> None:
@@ -278,7 +290,26 @@ def test_each_disk_needs_room_for_its_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/out"])
 def test_a_place_that_cannot_be_written_is_noticed_before_the_work(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(MorphoQuantError, match=r"out: cannot be written \(.*\); choose another --work$"):
-        check_writable(tmp_path / place, "--work")
-    check_writable(tmp_path / "new" / "out", "--work")
+    for replaced in (False, True):
+        with pytest.raises(MorphoQuantError, match=r"out: cannot be written \(.*\); choose another --work$"):
+            check_writable(tmp_path / place, "--work", replaced=replaced)
+        check_writable(tmp_path / "new" / "out", "--work", replaced=replaced)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_is_kept_is_asked_itself_and_one_that_is_replaced_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """A container's /work, a user's folder below one of root's."""
+    (tmp_path / "mine").mkdir()
+    asked: list[Path] = []
+    made = tempfile.mkdtemp
+
+    def watched(prefix: str, dir: Path) -> str:
+        asked.append(dir)
+        return made(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", watched)
+    check_writable(tmp_path / "mine", "--work", replaced=replaced)
+    assert asked == [tmp_path if replaced else tmp_path / "mine"]

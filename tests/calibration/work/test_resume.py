@@ -105,6 +105,18 @@ def test_fifty_kills_at_random_moments_change_no_byte(case: Case, tmp_path: Path
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_rendered_samples_of_a_killed_run_do_not_stay(case: Case, tmp_path: Path) -> None:
+    """Killed between the samples' manifest and the removal of what they were rendered to."""
+    case.begin(tmp_path / "out")
+    (tmp_path / "out.work" / "rendered-00000.safetensors").write_bytes(b"pixels")
+
+    def gone(result: BlockResult) -> None:
+        assert not list((tmp_path / "out.work").glob("rendered-*"))
+
+    case.run(tmp_path / "out", on_block=gone)
+    assert content(tmp_path / "out") == case.expected
+
+
 def test_finished_blocks_are_not_computed_again(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case.begin(tmp_path / "out")
     blocks: list[int] = []

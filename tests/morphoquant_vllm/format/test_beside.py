@@ -1,6 +1,7 @@
 """A checkpoint's files beside its weights: a changed vocabulary is refused, changed settings are told."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,15 @@ def test_another_vocabulary_or_none_is_refused(checkpoint: Path, name: str) -> N
     refused(checkpoint, f"{name}: is not the file of the model that was calibrated")
     verify_checkpoint(checkpoint, checksums=False)
     (checkpoint / name).unlink()
-    refused(checkpoint, f"{name}: is missing; copy it from the model that was calibrated")
+    refused(checkpoint, f"{name}: is missing or no file; copy it from the model that was calibrated")
     # A hub's cache gets it later.
     verify_checkpoint(checkpoint, complete=False)
+
+
+def test_a_fifo_is_refused_and_not_waited_for(checkpoint: Path) -> None:
+    (checkpoint / "merges.txt").unlink()
+    os.mkfifo(checkpoint / "merges.txt")
+    refused(checkpoint, "merges.txt")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -56,12 +63,12 @@ def test_settings_may_change_and_are_told(checkpoint: Path, name: str) -> None:
     assert warnings(checkpoint, spec, complete=False) == []
 
 
-def test_a_new_chat_template_is_told(tmp_path: Path) -> None:
+def test_a_new_chat_template_and_a_new_vocabulary_are_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     listed = digests_beside(tmp_path)
-    for name in ("chat_template.jinja", "notes.txt", "vocab.txt"):
+    for name in ("chat_template.jinja", "notes.txt", "tekken.json"):
         (tmp_path / name).write_text("new")
-    assert changed_settings(tmp_path, listed) == ["chat_template.jinja"]
+    assert changed_settings(tmp_path, listed) == ["chat_template.jinja", "tekken.json"]
     # The list of an older checkpoint says nothing.
     assert changed_settings(tmp_path, {}) == []
     check_vocabulary(tmp_path, {})

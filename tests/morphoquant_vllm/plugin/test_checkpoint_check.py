@@ -18,7 +18,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_spec
 from morphoquant_vllm.plugin import checkpoint_check
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
-from tests.checkpoints import flip_bit
+from tests.checkpoints import flip_bit, seal_again
 from tests.hub_cache import REVISION, write_hub_cache
 
 NAME = "some/model"
@@ -111,6 +111,22 @@ def test_a_bar_counts_every_byte_of_the_weight_files(checkpoint: Path, monkeypat
 def test_a_quick_check_shows_no_bar(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     checkpoint_check.check_directory(checkpoint)
     assert "Checking the checkpoint" not in "".join(capfd.readouterr())
+
+
+def test_a_hub_model_gets_its_tokenizer_later_and_a_folder_has_it(
+    checkpoint: Path, cache: Path, lines: list[str]
+) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (checkpoint / name).write_text("{}")
+    seal_again(checkpoint)
+    snapshot = write_hub_cache(cache, NAME, checkpoint)
+    for folder in (checkpoint, snapshot):
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            (folder / name).unlink()
+    config_of(checkpoint).maybe_update_config(NAME)
+    assert len(lines) == 1 and lines[0].endswith("all in order")
+    with pytest.raises(MorphoQuantError, match=r"tokenizer.json: is missing or no file"):
+        config_of(checkpoint).maybe_update_config(str(checkpoint))
 
 
 def test_a_hub_model_in_the_cache_is_checked_before_any_worker(pristine: Path, cache: Path, lines: list[str]) -> None:

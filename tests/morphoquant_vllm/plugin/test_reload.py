@@ -1,5 +1,6 @@
 """Records that take the place of served ones, and the two layers of an MLP that wait for each other."""
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import read_spec
 from morphoquant_vllm.plugin import reload
 from morphoquant_vllm.plugin.reload import ReloadedPair, replace_records
-from tests.checkpoints import write_random_checkpoint
+from tests.checkpoints import seal_again, write_random_checkpoint
 
 
 def test_new_records_take_the_place_of_the_served_ones() -> None:
@@ -36,7 +37,7 @@ def test_any_file_that_is_written_anew_is_checked_again(tmp_path: Path, monkeypa
     """A trainer may write the weights alone."""
     write_random_checkpoint(tmp_path)
     checked: list[Path] = []
-    monkeypatch.setattr(reload, "check_directory", checked.append)
+    monkeypatch.setattr(reload, "check_directory", lambda directory, complete: checked.append(directory))
     config = cast(VllmConfig, SimpleNamespace(model_config=SimpleNamespace(model=str(tmp_path))))
     spec, check = read_spec(tmp_path), reload.ReloadCheck()
     for _ in range(3):
@@ -47,6 +48,21 @@ def test_any_file_that_is_written_anew_is_checked_again(tmp_path: Path, monkeypa
         check.check(config, spec)
         check.check(config, spec)
         assert len(checked) == count, path
+
+
+def test_another_config_json_is_refused_by_its_field(tmp_path: Path) -> None:
+    """Norms and angles are in no setting of ours."""
+    write_random_checkpoint(tmp_path / "served")
+    write_random_checkpoint(tmp_path / "new")
+    served = read_spec(tmp_path / "served")
+    path = tmp_path / "new" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.5}))
+    seal_again(tmp_path / "new")
+    config = cast(VllmConfig, SimpleNamespace(model_config=SimpleNamespace(model=str(tmp_path / "new"))))
+    with pytest.raises(MorphoQuantError, match=r"its settings \(rms_norm_eps\) are not those that are served; start"):
+        reload.ReloadCheck().check(config, served)
+    same = cast(VllmConfig, SimpleNamespace(model_config=SimpleNamespace(model=str(tmp_path / "served"))))
+    reload.ReloadCheck().check(same, served)
 
 
 @pytest.mark.parametrize("down_first", [False, True])
