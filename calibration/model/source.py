@@ -234,7 +234,7 @@ def _read_header(path: Path, names: list[str] | None) -> dict[str, TensorInfo]:
                 raise MorphoQuantError(
                     f"{path}: holds {min(unnamed)}, which {INDEX_FILE} does not place there; download the model again"
                 )
-            for name in sorted(present if names is None else names):
+            for name in sorted(present):
                 header = file.get_slice(name)
                 tensors[name] = TensorInfo(path, header.get_dtype(), tuple(header.get_shape()))
     except (SafetensorError, OSError) as error:
