@@ -22,7 +22,7 @@ from calibration.learn.stage import learn
 from calibration.model.bits import check_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
-from calibration.model.plan import decoder_names, plan, sixteen_bit
+from calibration.model.plan import check_carried, decoder_names, plan, sixteen_bit
 from calibration.model.refusals import check_weight_names
 from calibration.model.served_names import check_names
 from calibration.model.source import open_source
@@ -123,6 +123,7 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     check_weight_names(architecture, source.tensors)
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
+    check_carried(source.tensors, spec)
     check_budget(spec, names.prefix, recipe)
     if not architecture.verified:
         if processes.first:

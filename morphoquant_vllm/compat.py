@@ -114,6 +114,8 @@ INTERFACES: dict[str, str] = {
     f"{_QUANTIZATION}.kv_cache:BaseKVCacheMethod.process_weights_after_loading": "(self, layer)",
     f"{_CONFIG}:ModelConfig": "class(object)",
     f"{_CONFIG}:ModelConfig.quantization": "attribute",
+    "vllm.v1.worker.gpu_worker:Worker": "class(WorkerBase)",
+    "vllm.v1.worker.gpu_worker:Worker.sleep": "(self, level=1)",
     f"{_LOADER}:DefaultModelLoader": "class(BaseModelLoader)",
     f"{_LOADER}:DefaultModelLoader.load_weights": "(self, model, model_config)",
     f"{_LOADER}:DefaultModelLoader.track_weights_loading": "(self, model, loaded_weights, quantized=False)",

@@ -58,7 +58,10 @@ class Head:
         last = torch.linspace(-0.1, 0.1, hidden_size, device=device, dtype=self._model.dtype)
         with _returning(self._blocks, last[None, None], tuples=self._tuples):
             logits = self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-        return float((logits.logits.float() / self._seen.states.float()).median())
+        given, states = logits.logits.float(), self._seen.states.float()
+        # A channel of the final norm may have the weight 0.
+        factors = (given / states)[states != 0]
+        return float(factors.median()) if factors.numel() else 1.0
 
 
 class _Seen(nn.Module):

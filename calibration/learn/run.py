@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ class LearningRun:
         """The next step, and the number of all steps; the first judgement if the run has none."""
         self._first, steps = self._restored()
         self._began = time.monotonic()
+        start = self._parts()[1].start.divergence
+        if not math.isfinite(start):
+            logger.warning("learning: the divergence of judging samples is %s at the start, so no step is made", start)
+            return steps, steps
         return self._first, steps
 
     def _restored(self) -> tuple[int, int]:
@@ -159,10 +164,14 @@ class LearningRun:
             "divergence_before": found.start.divergence,
             "divergence_after": found.least,
         }
+        # JSON has no number that is not finite.
+        finite: dict[str, float | None] = {
+            name: value if math.isfinite(value) else None for name, value in figures.items()
+        }
         changes = found.best
         if changes is None:
             changes = {name: torch.zeros_like(value) for name, value in descent.learned().items()}
-        keep_learned(self.work, changes | self._sizes(), figures)
+        keep_learned(self.work, changes | self._sizes(), finite)
 
     def _parts(self) -> tuple[Descent, Judgements]:
         """The steps and the judgements, which `begin` makes."""

@@ -13,7 +13,10 @@ FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 # Endings of a weight's scale beside the weight: of block-wise FP8, and of compressed-tensors and older FP8 files.
 _SCALES = ("_scale_inv", "_scale")
 # Endings of tensors that only an FP8 server uses: scales of activations and of the key-value cache.
-_SERVING_ONLY = (".input_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
+_SERVING_ONLY = (
+    *(".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".prob_output_scale"),
+    *(".q_scale", ".k_scale", ".v_scale", ".kv_scale"),
+)
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
 

@@ -14,6 +14,7 @@ from calibration.model.ranks import check_heads, largest_tensor_parallel
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.checkpoint import BIAS_DTYPES, LAYER_TENSORS, owner_of
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.limits import GROUP_SIZES
@@ -133,6 +134,25 @@ def plan(
     )
     check_heads(size, decoder_config)
     return spec
+
+
+def check_carried(tensors: Mapping[str, TensorInfo], spec: QuantizationSpec) -> None:
+    """Refuse tensors of a source that a checkpoint with these settings could not hold beside its quantized layers."""
+    for name, info in tensors.items():
+        owner, last = owner_of(name, spec.linears), name.rpartition(".")[2]
+        if owner is None and last not in LAYER_TENSORS:
+            continue
+        below = name.removeprefix(f"{owner}.")
+        if owner is None or below not in ("weight", "bias"):
+            raise MorphoQuantError(
+                f"{info.file}: {name} has a name that means something else in a checkpoint; remove the tensor from the "
+                "model, or leave its linear in 16 bit with --ignore"
+            )
+        if below == "bias" and info.dtype not in BIAS_DTYPES:
+            raise MorphoQuantError(
+                f"{info.file}: {name} has the dtype {info.dtype}; store it as one of {', '.join(BIAS_DTYPES)}, or "
+                "leave its linear in 16 bit with --ignore"
+            )
 
 
 def sixteen_bit(architecture: Architecture, names: DecoderNames, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:

@@ -38,6 +38,7 @@ from calibration.quantize.modality_rows import RowChoice
 from calibration.work.block_arguments import pack
 from calibration.work.durable_files import (
     FileRecord,
+    TensorReader,
     check_file,
     damaged,
     hash_file,
@@ -88,6 +89,8 @@ class WorkDirectory:
     exported: bool = False
     processes: Processes = ONE
     _streams: dict[str, Stream] = field(default_factory=dict)
+    # The file whose tensor was asked for last.
+    _reader: TensorReader | None = None
     # Entry of samples.json about quantized towers.
     _towers: dict[str, Any] = field(default_factory=dict)
 
@@ -212,9 +215,11 @@ class WorkDirectory:
 
     def tensor(self, block: int | None, layer: str, tensor: str) -> Tensor:
         """One tensor of a layer of the finished `block`; None means a tower."""
-        name = stored_name(layer, tensor)
         file = self.path / TOWERS_FILE if block is None else block_file(self.path, block)
-        return read_tensors(file, (name,))[name]
+        # A header is long if a block has many experts, and the tensors of a block are asked for in a row.
+        if self._reader is None or self._reader.path != file:
+            self._reader = TensorReader(file)
+        return self._reader.read(stored_name(layer, tensor))
 
     def modalities(self) -> dict[int, Tensor]:
         """The rows of the tokens of each of this process's samples, int32 [M], by index."""

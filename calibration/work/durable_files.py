@@ -148,6 +148,26 @@ def read_tensors(path: Path, names: Sequence[str] | None = None, *, prefix: str 
         raise damaged(path, str(error)) from error
 
 
+class TensorReader:
+    """Reads tensors of one safetensors file, which stays open."""
+
+    def __init__(self, path: Path) -> None:
+        """MorphoQuantError naming the file if it is missing or damaged."""
+        self.path = path
+        try:
+            self._file = safe_open(str(path), "pt").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, str(error)) from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own; MorphoQuantError naming the file if it lacks the tensor."""
+        try:
+            found: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise damaged(self.path, str(error)) from error
+        return found.clone()
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; MorphoQuantError naming it if it is missing or damaged."""
     try:

@@ -33,7 +33,7 @@ def examine(model: memory.Model | None = None) -> list[Finding]:
     ]
     if model is not None:
         findings += guarded("bits", lambda: memory.weight_bits(model, has_gpu=has_gpu))
-        findings += guarded("memory", lambda: memory.serving(model, machine.gpu_memory()))
+        findings += guarded("memory", lambda: memory.serving(model, *machine.gpu_memory()))
     return findings
 
 

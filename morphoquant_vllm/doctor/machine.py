@@ -120,13 +120,14 @@ def has_gpu() -> bool:
         return False
 
 
-def gpu_memory() -> int | None:
-    """Bytes of the first GPU; None without one."""
+def gpu_memory() -> tuple[int | None, int]:
+    """Bytes of the smallest GPU, None without one; and the number of GPUs."""
     if not has_gpu():
-        return None
+        return None, 0
     import torch
 
-    return int(torch.cuda.get_device_properties(0).total_memory)
+    count = torch.cuda.device_count()
+    return min(int(torch.cuda.get_device_properties(index).total_memory) for index in range(count)), count
 
 
 def _driver_answers() -> bool:

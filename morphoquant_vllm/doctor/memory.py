@@ -37,9 +37,11 @@ def read_model(directory: Path) -> Model:
     # Imported here: they import torch, and a doctor runs without it.
     from morphoquant_vllm.format.checkpoint import CONFIG_FILE, read_index, read_spec
     from morphoquant_vllm.format.files import read_json
+    from morphoquant_vllm.format.schema import QUANT_METHOD
 
-    config = read_json(directory / CONFIG_FILE)
-    if "quantization_config" not in config:
+    settings = read_json(directory / CONFIG_FILE).get("quantization_config")
+    # Of another method, as FP8, it is a source of calibration.
+    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         return Model(
             directory, sum(path.stat().st_size for path in directory.glob("*.safetensors")), frozenset(), False
         )
@@ -87,8 +89,8 @@ def weight_bits(model: Model, *, has_gpu: bool) -> Iterator[Finding]:
         yield ok("bits", f"{text}, served on CPUs")
 
 
-def serving(model: Model, gpu_bytes: int | None) -> Iterator[Finding]:
-    """Whether the weights of `model` fit; `gpu_bytes` is the memory of the GPU, None without one."""
+def serving(model: Model, gpu_bytes: int | None, gpus: int = 1) -> Iterator[Finding]:
+    """Whether the weights of `model` fit; `gpu_bytes` is the memory of each of the `gpus`, None without one."""
     need = round(model.weights * (1 if gpu_bytes is not None else LOADING)) + (
         0 if gpu_bytes is not None else PROCESSES
     )
@@ -96,7 +98,13 @@ def serving(model: Model, gpu_bytes: int | None) -> Iterator[Finding]:
     place = "free on the CPU" if gpu_bytes is None else "on the GPU"
     text = f"{os.path.basename(os.path.realpath(model.directory))} takes {need / 2**30:.2f} GiB"
     rest = f"{have / 2**30:.2f} GiB are {place}"
-    if need > have:
+    if need > have and gpu_bytes is not None and need <= gpus * have:
+        ranks = next(size for size in range(2, gpus + 1) if need <= size * have)
+        yield note("memory", f"{text}, but {rest}", f"serve with --tensor-parallel-size {ranks} or more")
+    elif need > have and not model.is_quantized:
+        # Calibration reads one block at a time.
+        yield note("memory", f"{text}, but {rest}", "this machine cannot serve it in 16 bit; its checkpoint is smaller")
+    elif need > have:
         yield problem("memory", f"{text}, but {rest}", "free memory, or serve on a larger machine")
     else:
         yield ok("memory", f"{text} of weights and processes; {rest}, the rest is for the KV cache")

@@ -42,7 +42,7 @@ HEADER_DTYPES = {
 }
 BIAS_DTYPES = ("F32", "BF16", "F16")
 # Tensors that only a quantized layer holds.
-_LAYER_TENSORS = frozenset((*INPUT_TENSORS, *(name for names in OUTPUT_TENSORS.values() for name in names)))
+LAYER_TENSORS = frozenset((*INPUT_TENSORS, *(name for names in OUTPUT_TENSORS.values() for name in names)))
 CALIBRATE_AGAIN = "copy the checkpoint again, or calibrate again"
 
 
@@ -137,7 +137,7 @@ def check_headers(directory: Path, spec: QuantizationSpec) -> dict[str, str]:
         owner = owner_of(name, spec.linears)
         if owner is not None:
             _check_belongs(directory / tensor.file, name, owner, spec)
-        elif name.rpartition(".")[2] in _LAYER_TENSORS:
+        elif name.rpartition(".")[2] in LAYER_TENSORS:
             raise MorphoQuantError(
                 f"{directory / tensor.file}: {name} belongs to a quantized layer that quantization_config does not "
                 f"list; {CALIBRATE_AGAIN}"

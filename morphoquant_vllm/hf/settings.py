@@ -53,15 +53,19 @@ def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) ->
     # A full omni model has no embedding; its thinker has.
     decoder = getattr(model, "thinker", model)
 
-    def forget(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # A pass on embeddings that the caller made has tokens of unknown modality.
+    def forget(module: nn.Module, *_: Any) -> None:
+        # A pass on embeddings that the caller made, or through an inner module, has tokens of unknown modality.
         mode.token_rows = None
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         mode.token_rows = token_rows(inputs[0], spec.placeholder_token_ids, spec.rows).flatten()
 
     embedding = decoder.get_input_embeddings()
-    return [decoder.register_forward_pre_hook(forget), embedding.register_forward_pre_hook(note)]
+    return [
+        decoder.register_forward_pre_hook(forget),
+        decoder.register_forward_hook(forget),
+        embedding.register_forward_pre_hook(note),
+    ]
 
 
 def _mode_and_spec(model: PreTrainedModel) -> tuple[Mode, QuantizationSpec]:

@@ -148,10 +148,15 @@ class MorphoQuantConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self._last_word is None:
             return self._method_of(layer, prefix)
+        from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
+        from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
+
         with self._last_word.keep_refusal():
             method = self._method_of(layer, prefix)
         for step in _STEPS if method is not None else ():
             setattr(method, step, self._last_word.keep_refusal()(getattr(method, step)))
+        if isinstance(method, MorphoQuantLinearMethod | MorphoQuantExpertsMethod):
+            method.keep_refusal = self._last_word.keep_refusal
         return method
 
     def _method_of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -162,12 +167,14 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from morphoquant_vllm.plugin.additional_config import read_settings
+        from morphoquant_vllm.plugin.gpu_memory import refuse_offload
         from morphoquant_vllm.plugin.kv_cache import cache_method
         from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod
         from morphoquant_vllm.plugin.modality_bus import ModalityEmbeddingMethod
         from morphoquant_vllm.plugin.reload import ReloadCheck
 
         config = get_current_vllm_config_or_none()
+        refuse_offload(config)
         saved = self._saved.of_rank(config)
         check = self._reload_check = self._reload_check or ReloadCheck()
         if isinstance(layer, RoutedExperts):
@@ -234,6 +241,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.platforms import current_platform
 
         from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod, refuse_sixteen_bit
+        from morphoquant_vllm.plugin.gpu_memory import refuse_level_two
 
         name = local_name(prefix, self._stored)
         if name not in self.experts:
@@ -241,6 +249,7 @@ class MorphoQuantConfig(QuantizationConfig):
             return None
         bus, experts = self.modality_bus(), self.experts[name]
         watch = self._watch_of(prefix, name, experts.in_features, bus)
+        refuse_level_two(MorphoQuantExpertsMethod)
         return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> MlpOrder | None:

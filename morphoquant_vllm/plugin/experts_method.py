@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,8 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
         check_ranks(spec, f"{name}.0.down_proj", experts.expert_layers(name, 0)[f"{name}.0.down_proj"], self.ranks)
         self.activation_dtype = torch.get_default_dtype()
         self.backend = ""
+        # The context in which vLLM loads the weights of a model: a refusal inside becomes the last line of the log.
+        self.keep_refusal: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def create_weights(
         self,

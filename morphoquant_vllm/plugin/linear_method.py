@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.reload_check = reload_check
         self.watch = watch
         self.counter: Counter | None = None
+        # The context in which vLLM loads the weights of a model: a refusal inside becomes the last line of the log.
+        self.keep_refusal: Callable[[], AbstractContextManager[None]] = nullcontext
         # True once the channels between gate_up_proj and down_proj are in down_proj's order.
         self.renumbered = False
         self.shards = shards
@@ -266,7 +269,12 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.counter = self.watch.counter(
             self.name, rank, split=split, backend=self.backend, prepared=prepared, record=record
         )
-        return None if self.counter is None else partial(CountedLayer, counter=self.counter)
+        if self.counter is None:
+            return None
+        # Buffers: vLLM's sleep drops all other tensors that were made while the model was loaded.
+        layer.register_buffer("escape_counts", self.counter.counts, persistent=False)
+        layer.register_buffer("escape_live", self.counter.gate.live, persistent=False)
+        return partial(CountedLayer, counter=self.counter)
 
     def _replace(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> None:
         """Serve other tensors from the same memory. vLLM then gives the layer its buffers back."""

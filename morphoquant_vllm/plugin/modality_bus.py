@@ -62,6 +62,10 @@ def takes_media(config: VllmConfig) -> bool:
         return False
 
 
+# The buffer of an embedding that holds the row of each token id.
+TABLE = "morphoquant_rows"
+
+
 def taken_media(config: VllmConfig) -> set[str]:
     """Modalities that this engine of a multimodal model accepts, by vLLM's names."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -79,7 +83,6 @@ class ModalityBus:
         self._configured: list[tuple[torch.nn.Module, RemovableHandle]] = []
         # Embeddings to which the model passes no quantization config; used if there are no others.
         self._unconfigured: list[tuple[torch.nn.Module, RemovableHandle]] = []
-        self._table = torch.empty(0)
 
     def attach(self, embedding: torch.nn.Module, *, passed: bool = True) -> None:
         """Let `embedding` fill the buffer. A model with two embeddings of token ids is served with 'any'.
@@ -105,8 +108,10 @@ class ModalityBus:
             handle.remove()
         reason = self._off_reason(config)
         if reason is None:
-            vocabulary = int(self._configured[0][0].num_embeddings)  # type: ignore[arg-type]
-            self._table = row_table(self.spec, vocabulary).to(device)
+            embedding = self._configured[0][0]
+            table = row_table(self.spec, int(embedding.num_embeddings)).to(device)  # type: ignore[arg-type]
+            # A buffer: vLLM's sleep drops all other tensors that were made while the model was loaded.
+            embedding.register_buffer(TABLE, table, persistent=False)
             logger.info_once(
                 "MorphoQuant: every token is quantized by its modality's row; placeholder tokens %s",
                 str({row: list(ids) for row, ids in self.spec.placeholder_token_ids.items()}),
@@ -145,7 +150,8 @@ class ModalityBus:
             self.buffer.fill_(self.spec.any_row)
             warn_of_long_step(ids.numel(), self.buffer.numel())
             return
-        self.buffer[: ids.numel()].copy_(self._table[ids.clamp(-1, self._table.numel() - 1)])
+        table: Tensor = getattr(embedding, TABLE)
+        self.buffer[: ids.numel()].copy_(table[ids.clamp(-1, table.numel() - 1)])
 
 
 def rows_of_step(buffer: Tensor, x: Tensor, any_row: int) -> Tensor:

@@ -8,6 +8,7 @@ the same check runs for models of this method. Quantized layers are left out: ea
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,10 +36,20 @@ def refuse_unloaded() -> None:
             # These belong to the one loader of this model.
             self.enable_weights_track = True
             self.track_weights_loading = functools.partial(_check, self)
-        original(self, model, model_config)
+        with _keeping_refusals(model):
+            original(self, model, model_config)
 
     setattr(load_weights, _MARK, True)
     DefaultModelLoader.load_weights = load_weights
+
+
+def _keeping_refusals(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """The context of a model's quantization config that makes a refusal the last line of the log."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, MorphoQuantLinearMethod | MorphoQuantExpertsMethod):
+            return method.keep_refusal()
+    return nullcontext()
 
 
 def _check(loader: DefaultModelLoader, model: torch.nn.Module, loaded: set[str] | None, **settings: Any) -> None:

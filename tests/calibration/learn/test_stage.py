@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibration.calibrate import calibrate, plan_job
 from calibration.learn import extent, run, stage
+from calibration.learn.descent import Descent
 from calibration.learn.extent import EXTENTS, choose_samples
 from calibration.learn.model import Kept
 from calibration.learn.run import LearningRun
@@ -270,6 +271,17 @@ def test_if_the_divergence_does_not_fall_nothing_is_changed(
     assert "nothing is changed; more samples may help" in caplog.text
     learned = tensors(tmp_path / "best")
     assert all(torch.equal(learned[name], plain[name]) for name in plain)
+
+
+def test_a_divergence_that_is_no_number_makes_no_step(
+    tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = Descent.judge
+    monkeypatch.setattr(Descent, "judge", lambda self: replace(judge(self), divergence=float("nan")))
+    monkeypatch.setattr(Descent, "step", None)
+    found = make(tiny, text, tmp_path / "out", PLAIN)["learning"]
+    assert found["divergence_before"] is None and found["divergence_after"] is None
+    assert "the divergence of judging samples is nan at the start, so no step is made" in caplog.text
 
 
 def test_too_few_samples_learn_nothing_and_a_line_says_so(

@@ -1,10 +1,12 @@
 """What learning aims at: the next token's probabilities in the 16-bit model, for tokens whose successor is text."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from calibration.learn.divergence import LOGITS_TOKENS, Divergence
 from calibration.learn.head import Head
@@ -76,6 +78,18 @@ def test_last_states_give_the_logits_of_the_model(tiny: TinyModels, name: str) -
         head = head_of(directory)
         states = (last[0] if isinstance(last[0], torch.Tensor) else last[0][0])[0]
         torch.testing.assert_close(head.normed(states) @ head.weight.T, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_channel_that_the_final_norm_drops_does_not_matter(tiny: TinyModels, tmp_path: Path) -> None:
+    """A pruned or padded model: 0 / 0 is no number."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model("llama"), model)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = 0
+    save_file(tensors, path, metadata={"format": "pt"})
+    head, original = head_of(model), head_of(tiny.model("llama"))
+    assert torch.equal(head.weight, original.weight)
 
 
 def test_a_factor_of_the_logits_counts(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from calibration.model.architectures import find_architecture
-from calibration.model.plan import decoder_names, matches, plan, sixteen_bit
+from calibration.model.plan import check_carried, decoder_names, matches, plan, sixteen_bit
 from calibration.model.source import TensorInfo
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -247,3 +248,19 @@ def test_blocks_of_qwen3_5_have_full_or_linear_attention() -> None:
     assert spec.tensor_parallel == 2
     with pytest.raises(MorphoQuantError, match=r"2 key heads of linear attention and 4 value heads .* among 4 ranks"):
         make_plan(tensors, {**config, "text_config": {**CONFIG, **heads}}, tensor_parallel=4)
+
+
+def test_tensors_that_a_checkpoint_cannot_hold_are_refused_before_the_work(tmp_path: Path) -> None:
+    layers = {"model.layers.0.self_attn.k_proj": LayerSpec(64, 32, 32, "column", "model.layers.0.self_attn.k_proj")}
+    spec = QuantizationSpec(layers=layers, tensor_parallel=1, placeholder_token_ids={}, created_by="")
+
+    def check(name: str, dtype: str = "BF16") -> None:
+        check_carried({name: TensorInfo(tmp_path / "f", dtype, (32,))}, spec)
+
+    for name in ("k_proj.weight", "k_proj.bias", "o_proj.weight", "k_norm.weight"):
+        check(f"model.layers.0.self_attn.{name}")
+    for name in ("k_proj.zero_point", "k_proj.deep.weight", "o_proj.gain", "k_proj.weight_scale"):
+        with pytest.raises(MorphoQuantError, match=rf"{name} has a name that means something else in a checkpoint"):
+            check(f"model.layers.0.self_attn.{name}")
+    with pytest.raises(MorphoQuantError, match=r"k_proj.bias has the dtype F64; store it as one of F32, BF16, F16, or"):
+        check("model.layers.0.self_attn.k_proj.bias", "F64")

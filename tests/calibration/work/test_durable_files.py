@@ -9,6 +9,7 @@ from calibration.work.block_arguments import pack, unpack
 from calibration.work.durable_files import (
     FileRecord,
     StatesWriter,
+    TensorReader,
     check_file,
     hash_file,
     read_manifest,
@@ -80,6 +81,19 @@ def test_arguments_come_back_as_they_were(tmp_path: Path) -> None:
     assert torch.equal(found[1]["attention_mask"], mask)
     with pytest.raises(MorphoQuantError, match="past_key_values of type object"):
         pack([{"past_key_values": object()}])
+
+
+def test_tensors_of_an_open_file_have_memory_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "block.safetensors"
+    write_tensors_durably(path, {"a": torch.arange(3), "b": torch.ones(2)})
+    reader = TensorReader(path)
+    first = reader.read("a")
+    first += 1
+    assert reader.read("a").tolist() == [0, 1, 2] and reader.read("b").tolist() == [1, 1]
+    with pytest.raises(MorphoQuantError, match=r"block.safetensors: cannot be used"):
+        reader.read("c")
+    with pytest.raises(MorphoQuantError, match=r"none: cannot be used"):
+        TensorReader(tmp_path / "none")
 
 
 def test_a_manifest_is_replaced_as_one_step(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint's need against the free memory of a machine, of a container and of a GPU."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,25 @@ def test_a_checkpoint_is_read_from_its_files(tmp_path: Path) -> None:
     assert model.is_quantized and model.weights == files
     with pytest.raises(MorphoQuantError, match="none"):
         memory.read_model(tmp_path / "none")
+
+
+@pytest.mark.parametrize("settings", [None, {"quant_method": "fp8"}, []])
+def test_a_source_of_calibration_is_no_checkpoint(tmp_path: Path, settings: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": settings}))
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    model = memory.read_model(tmp_path)
+    assert not model.is_quantized and model.weights == 5
+
+
+def test_several_gpus_and_sources_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = memory.Model(Path("some"), 30 << 30, frozenset(), True)
+    (finding,) = memory.serving(checkpoint, 24 << 30, 4)
+    assert finding.state == "note" and "--tensor-parallel-size 2 or more" in finding.remedy
+    (finding,) = memory.serving(checkpoint, 7 << 30, 4)
+    assert finding.state == "problem"
+    monkeypatch.setattr(memory, "cpu_memory", lambda: (16 << 30, 8 << 30))
+    (finding,) = memory.serving(memory.Model(Path("some"), 30 << 30, frozenset(), False), None)
+    assert finding.state == "note" and "cannot serve it in 16 bit" in finding.remedy
 
 
 def test_eight_bit_weights_are_no_problem_on_a_cpu_alone(tmp_path: Path) -> None:

@@ -146,11 +146,16 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     torch.testing.assert_close(outputs() - served, torch.full_like(served, 5.0), rtol=0, atol=1e-4)
     hf.configure(model, row="token")
     mode = model.get_submodule(Q).mode
+    during: list[list[int] | None] = []
+    model.get_submodule(Q).register_forward_pre_hook(
+        lambda *_: during.append(None if mode.token_rows is None else mode.token_rows.tolist())
+    )
     with torch.no_grad():
         model(IDS)
-        assert mode.token_rows.tolist() == [0] * 40
+        # The modality of ready-made embeddings is unknown, also if they go to an inner module.
+        model.model(inputs_embeds=embedded[:, :40])
         model(inputs_embeds=embedded)
-    assert mode.token_rows is None, "the modality of ready-made embeddings is unknown"
+    assert during == [[0] * 40, None, None]
     hf.configure(model, row="any")
     assert torch.equal(outputs(), served)
     with pytest.raises(MorphoQuantError, match="row 'smell' is unknown"):

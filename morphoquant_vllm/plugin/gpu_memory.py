@@ -1,0 +1,53 @@
+"""Options of vLLM that move weights out of a GPU's memory, and that quantized layers do not follow."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+# Mark of the function that refuses.
+_MARK = "refuses_level_two"
+
+
+def refuse_offload(config: VllmConfig | None) -> None:
+    """Refuse an engine that is told to keep weights on the CPU: quantized layers are laid out on the GPU anew."""
+    # Older versions of vLLM lack one of these or both.
+    settings: Any = getattr(config, "offload_config", None)
+    kept = getattr(getattr(settings, "uva", None), "cpu_offload_gb", 0)
+    groups = getattr(getattr(settings, "prefetch", None), "offload_group_size", 0)
+    if kept > 0 or groups > 0:
+        raise MorphoQuantError(
+            "--cpu-offload-gb and --offload-group-size do not move quantized layers off the GPU; serve without them, "
+            "on a larger GPU or with --tensor-parallel-size"
+        )
+
+
+def refuse_level_two(experts_method: type) -> None:
+    """Let vLLM's worker refuse sleep level 2 for a model with layers of `experts_method`.
+
+    vLLM saves a model's buffers before it drops the memory in which weights lie. Quantized linears are buffers. The
+    tensors of experts are not, and they are not loaded again into a running engine.
+    """
+    # Imported here, in a worker: it imports vLLM's model runner.
+    from vllm.v1.worker.gpu_worker import Worker
+
+    original = Worker.sleep
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def sleep(self: Any, level: int = 1) -> None:
+        modules = self.model_runner.model.modules() if level > 1 else ()
+        if any(isinstance(getattr(module, "quant_method", None), experts_method) for module in modules):
+            raise MorphoQuantError(
+                f"sleep level {level} would lose the weights of quantized experts; sleep with level 1, or end the "
+                "server"
+            )
+        original(self, level)
+
+    setattr(sleep, _MARK, True)
+    Worker.sleep = sleep

@@ -1,0 +1,60 @@
+"""Sleep and offload, on workers and configs without a GPU."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker import gpu_worker
+
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.plugin.gpu_memory import refuse_level_two, refuse_offload
+
+
+class Experts:
+    """Stands for the method of quantized experts."""
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The levels at which vLLM's own worker slept."""
+    found: list[int] = []
+    monkeypatch.setattr(gpu_worker.Worker, "sleep", lambda self, level=1: found.append(level))
+    refuse_level_two(Experts)
+    return found
+
+
+def worker(method: object) -> Any:
+    layer = torch.nn.Linear(2, 2)
+    layer.quant_method = method  # type: ignore[assignment]
+    return SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.Sequential(layer)))
+
+
+def test_only_experts_refuse_and_only_level_two(slept: list[int]) -> None:
+    gpu_worker.Worker.sleep(worker(Experts()))
+    gpu_worker.Worker.sleep(worker(None), 2)
+    with pytest.raises(MorphoQuantError, match="sleep level 2 would lose the weights of quantized experts; sleep with"):
+        gpu_worker.Worker.sleep(worker(Experts()), level=2)
+    assert slept == [1, 2]
+
+
+def test_it_is_wrapped_once(slept: list[int]) -> None:
+    once = gpu_worker.Worker.sleep
+    refuse_level_two(Experts)
+    assert gpu_worker.Worker.sleep is once
+
+
+def test_weights_that_should_lie_on_the_cpu_are_refused() -> None:
+    config = VllmConfig()
+    refuse_offload(config)
+    refuse_offload(None)
+    config.offload_config.uva.cpu_offload_gb = 4
+    with pytest.raises(
+        MorphoQuantError, match="--cpu-offload-gb and --offload-group-size do not move quantized layers"
+    ):
+        refuse_offload(config)
+    config.offload_config.uva.cpu_offload_gb = 0
+    config.offload_config.prefetch.offload_group_size = 2
+    with pytest.raises(MorphoQuantError, match="serve without them"):
+        refuse_offload(config)
