@@ -24,7 +24,6 @@ from calibration.model.bits import extra_bytes
 from calibration.model.experts import CHOSEN
 from calibration.model.head_tensor import head_tensor
 from calibration.output.export import checkpoint_size, quantized_size
-from calibration.quantize.held_out import held_out
 from calibration.settings.recipe import rounds_jointly, shares_budget
 from calibration.work.budgets import metrics_bytes
 from morphoquant_vllm.format.layers import LayerSpec
@@ -123,8 +122,7 @@ def _seconds(job: Job, tokens: DrawnTokens) -> tuple[float | None, float | None]
         return None, None
     named = _decoder_layers(job)
     layers = list(named.values())
-    effort = "fast" if held_out(tokens, job.recipe.effort) is None else job.recipe.effort
-    work = operations(layers, all_tokens, drawn, effort)
+    work = operations(layers, all_tokens, drawn)
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
     learns = job.may_learn(tokens)
     if shares_budget(job.recipe, learns=learns):
@@ -135,7 +133,7 @@ def _seconds(job: Job, tokens: DrawnTokens) -> tuple[float | None, float | None]
     if not learns:
         return work / speed, None
     head = head_tensor(job.architecture, job.names, job.source.tensors).elements
-    return work / speed, learning_operations(layers, head, all_tokens, effort) / speed
+    return work / speed, learning_operations(layers, head, all_tokens, job.recipe.effort) / speed
 
 
 def duration(seconds: float) -> str:

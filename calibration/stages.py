@@ -34,7 +34,6 @@ from calibration.output.card import model_card, read_front_matter
 from calibration.output.export import checkpoint_size, tensors_size, write_checkpoint
 from calibration.output.report import empty_experts, make_report
 from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
-from calibration.quantize.held_out import SAMPLES_PER_HELD, held_out
 from calibration.work.budgets import read_metrics, report_entry
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_changes, read_figures
@@ -131,15 +130,6 @@ def quantize(
     assert work.finished is not None
     if work.finished == job.names.blocks:
         return
-    effort = job.recipe.effort
-    if job.processes.first and effort == "best" and held_out(tokens, effort) is None:
-        logger.warning(
-            "effort %s: none of %d calibration samples can be held out, so the weights are those of effort fast; give "
-            "at least %d",
-            effort,
-            len(tokens.positions),
-            SAMPLES_PER_HELD,
-        )
     need = job.memory_need(tokens)
     beside = need.block if job.device.type == "cpu" else BASE
     inputs = work.inputs(in_memory=beside + work.states_size() <= job.memory_limit)

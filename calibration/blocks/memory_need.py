@@ -31,8 +31,6 @@ SEARCH_COPIES = 3.75
 KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
 FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
-# If held-out samples choose between fits: their second moments, and the fits; in both phases.
-HELD_SQUARES, HELD_MATRICES = 1, 3
 # If outputs have metrics: their copies while codes are searched in runs.
 METRIC_SQUARES = 4
 # Of the head's weights, and of logits of so many tokens, which are in memory at once.
@@ -105,7 +103,6 @@ def memory_need(
             width,
             drawn_tokens,
             _experts(spec, names.layer(index, architecture.experts), drawn_tokens),
-            choosing=recipe.effort == "best",
             joint=joint,
         )
         for index in range(names.blocks)
@@ -137,13 +134,12 @@ def _block(
     tokens: int,
     experts: tuple[int, int],
     *,
-    choosing: bool,
     joint: bool,
 ) -> int:
     """Bytes of one block: its weights, and the largest need of one of its inputs.
 
-    `experts` are the input channels of its experts, and the bytes for quantizing them; 0 if it has none. `choosing`
-    says whether held-out samples choose between fits, `joint` whether outputs have metrics.
+    `experts` are the input channels of its experts, and the bytes for quantizing them; 0 if it has none. `joint` says
+    whether outputs have metrics.
     """
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
@@ -160,21 +156,19 @@ def _block(
         waiting -= k
         squares = sum(layer.out_features**2 for layer in shards) if joint and have_metrics(shards) else 0
         metrics += 2 * squares
-        own = input_peak(tokens, k, n, shards[0].group_size, choosing=choosing, metrics=squares)
+        own = input_peak(tokens, k, n, shards[0].group_size, metrics=squares)
         peaks.append(4 * tokens * waiting + own + 4 * n * k)
     return weights + max(peaks) + metrics
 
 
-def input_peak(tokens: int, k: int, n: int, group_size: int, *, choosing: bool = False, metrics: int = 0) -> int:
+def input_peak(tokens: int, k: int, n: int, group_size: int, *, metrics: int = 0) -> int:
     """Bytes for quantizing one input, including its drawn tokens: T tokens, K channels, N outputs of all shards.
 
-    `choosing`: whether held-out samples choose between fits. `metrics`: elements of the metrics of outputs.
+    `metrics`: elements of the metrics of outputs.
     """
     groups = k // group_size
     rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
-    if choosing:
-        kept += HELD_SQUARES * k * k + HELD_MATRICES * n * k
     fitted: float = FIT_MATRICES
     if metrics:
         # The factor of the Hessian stays for all runs, and only the outputs of one run are fitted at a time.

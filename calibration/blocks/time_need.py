@@ -7,8 +7,6 @@
     2 T K^2      the second moments, with 4/3 K^3 for their factorisation
     N K^2        the rounding
     50,000 T K   search and fits, which go over the drawn values many times
-    4 (4 N K^2 + 1/3 K^3)   the regressions between which held-out samples choose (effort best)
-    3 N K^2      one more rounding, and the errors of both (effort best)
 
 If inputs share a budget of the model, t tokens decide how, beforehand:
 
@@ -42,7 +40,6 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from calibration.quantize.output_metric import with_metric
-from calibration.quantize.served_weights import STRENGTHS
 from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 
 # Operations of a product that take as long as search and fits for one drawn value. It was fitted to a measured block of
@@ -60,11 +57,8 @@ PRODUCT = (256, 512, 512)
 PROBE_SECONDS = 0.5
 
 
-def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int, effort: str = "fast") -> float:
-    """Floating-point operations for the layers of all blocks, with `tokens` in all samples and `drawn` of them.
-
-    `effort` is the recipe's if samples are held out, else `fast`.
-    """
+def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int) -> float:
+    """Floating-point operations for the layers of all blocks, with `tokens` in all samples and `drawn` of them."""
     inputs: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         inputs.setdefault(layer.shared_input, []).append(layer)
@@ -72,8 +66,6 @@ def operations(layers: Iterable[LayerSpec], tokens: int, drawn: int, effort: str
     for shards in inputs.values():
         k, n = shards[0].in_features, sum(layer.out_features for layer in shards)
         total += 4 * tokens * n * k + 2 * drawn * k**2 + 4 / 3 * k**3 + n * k**2 + OPERATIONS_OF_A_VALUE * drawn * k
-        if effort == "best":
-            total += len(STRENGTHS) * (4 * n * k**2 + k**3 / 3) + 3 * n * k**2
     return total
 
 

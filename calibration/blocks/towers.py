@@ -119,8 +119,7 @@ def _calibrate_tower(
     blocks = list(model.get_submodule(tower.block_module).children())
     inputs, patches = _capture_media(module, blocks, _media(samples), spec, recipe, processes)
     # All patches take the fixed row, so modality rows would be unused. Towers do not learn, so no medium has to judge.
-    effort = "best" if recipe.effort == "best" else "fast"
-    settings = recipe.model_copy(update={"modality_rows": False, "effort": effort})
+    settings = recipe.model_copy(update={"modality_rows": False, "effort": "fast"})
     results = []
     for result in calibrate_blocks(
         _InModel(blocks),

@@ -89,14 +89,12 @@ def quantize_input(
     coded = code_tokens(x, tokens, massive.own, found, spec)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
-    choosing = recipe.effort == "best"
-    # Beside routed experts nothing learns, so the default needs no judges.
-    unseen = held_out(tokens, recipe.effort) if judged is None and (choosing or not spec.experts) else None
-    moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen, choosing=choosing)
+    # Beside routed experts nothing learns, so no sample has to judge.
+    unseen = held_out(tokens, recipe.effort) if judged is None and not spec.experts else None
+    moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen)
     step = found.grids.grid.step.to(x.device)[coded.order]
-    chooses = held if choosing else None
     known = _of_all(metrics or {}, shards, x.device)
-    served = round_weights(matrix, step, moments, first, recipe, processes, chooses, metrics=known)
+    served = round_weights(matrix, step, moments, first, recipe, processes, known)
     del known
     if held is not None:
         moments.add_means(held)
@@ -123,11 +121,11 @@ def _of_all(metrics: Mapping[str, Tensor], shards: Collection[str], device: torc
 
 
 def _moments(
-    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: DrawnTokens, held: Tensor | None, *, choosing: bool
+    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: DrawnTokens, held: Tensor | None
 ) -> tuple[Moments, Moments | None]:
-    """Moments of the tokens that weights are fitted to, and of those that are `held` out, bool [T]; None: none are.
+    """Moments of the tokens that weights are fitted to, and the means of those that are `held` out, bool [T].
 
-    The latter are means only unless they are `choosing` between fits.
+    The latter are None if none are held out.
     """
     if held is None:
         return gather_moments(coded, target, matrix, tokens.processes), None
@@ -135,9 +133,8 @@ def _moments(
     places = own.nonzero().flatten()
     fitted = replace(coded, weight=coded.weight * ~own.to(coded.weight.device))
     of_held = gather_moments(coded.part(places), target[places.to(target.device)], matrix, tokens.processes)
-    if not choosing:
-        # Before the others are gathered: at the peak of memory there is one of these matrices.
-        of_held.forget_squares()
+    # Before the others are gathered: at the peak of memory there is one of these matrices.
+    of_held.forget_squares()
     return gather_moments(fitted, target, matrix, tokens.processes), of_held
 
 

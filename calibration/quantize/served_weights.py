@@ -10,7 +10,6 @@ from torch import Tensor
 
 from calibration.processes import Processes
 from calibration.quantize.group_search import Ordered
-from calibration.quantize.held_out import HeldMoments
 from calibration.quantize.moments import Moments, fitting_shrinkage, regress
 from calibration.quantize.output_metric import round_in_runs
 from calibration.quantize.rounding import fitting_damping, order_of, quantize_compensated, quantize_two_level
@@ -23,10 +22,6 @@ from morphoquant_vllm.numerics import weights
 # Smallest importance of a channel, as a fraction of the mean. Without it, a channel whose codes were all 0 in
 # calibration would get arbitrary weights.
 IMPORTANCE_FLOOR = 1e-4
-# What held-out samples choose from: strengths of the regression, times the recipe's, and dampings of the Hessian in
-# rounding, times the fitting one.
-STRENGTHS = (1 / 16, 1 / 4, 1.0, 4.0)
-DAMPINGS = (1.0, 4.0)
 # Names under which codes and scales are stored, in the order in which rounding gives them.
 _STORED = {
     GROUP_SCHEME: ("weight_codes", "weight_scale"),
@@ -52,8 +47,6 @@ class _Fit:
     # The second moments of the codes [K, K], and the damping of their diagonal in rounding.
     hessian: Tensor
     damping: float
-    # Held-out samples, if they choose between fits.
-    judge: HeldMoments | None
 
 
 def round_weights(
@@ -63,25 +56,23 @@ def round_weights(
     layer: LayerSpec,
     recipe: Recipe,
     processes: Processes,
-    held: Moments | None = None,
     metrics: Sequence[Tensor] = (),
 ) -> ServedWeights:
     """Round the 16-bit weights matrix [N, K] times the activation steps [K], both in channel order.
 
-    Each process rounds some of the output channels. Overwrites the second moments in `moments` and `held`. The latter
-    are those of held-out samples, which choose between fits; None: none choose. With `metrics` [n, n] of the outputs of
-    the layers that matrix is made of (output_metric), rounding lets their errors cancel each other.
+    Each process rounds some of the output channels. Overwrites the second moments in `moments`. With `metrics` [n, n]
+    of the outputs of the layers that matrix is made of (output_metric), rounding lets their errors cancel each other.
     """
     channels, owners = processes.share(matrix.shape[0]), processes.owners(matrix.shape[0])
     absorbed = weights.absorb(matrix[channels], step)
     # The runs of tokens are done. Their memory is needed for the second moments.
     release_freed_memory()
-    fit = _fit(absorbed, moments, channels, recipe, processes, held)
+    fit = _fit(absorbed, moments, channels, recipe)
     del absorbed
     if metrics and _compensates(layer, recipe):
         parts = _round_jointly(fit, processes.all_gather_rows(fit.target, owners), metrics, layer, recipe, processes)
     else:
-        own = _round_own(fit, layer, recipe, processes)
+        own = _round(fit.target, fit.hessian, layer, recipe, fit.damping)
         parts = tuple(processes.all_gather_rows(part, owners) for part in own)
     del fit
     codes, *scales = parts
@@ -96,38 +87,20 @@ def _compensates(layer: LayerSpec, recipe: Recipe) -> bool:
     return recipe.rounding == "compensated" and layer.weight_bits == 4
 
 
-def _fit(
-    absorbed: Tensor, moments: Moments, channels: slice, recipe: Recipe, processes: Processes, held: Moments | None
-) -> _Fit:
+def _fit(absorbed: Tensor, moments: Moments, channels: slice, recipe: Recipe) -> _Fit:
     """The fit of the 16-bit weights times steps, `absorbed`, of these output channels."""
     hessian, code_output = moments.take_centred(channels)
-    shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
     damping = fitting_damping(hessian.shape[0], moments.tokens)
-    judge = None if held is None else HeldMoments.of(held, channels)
-    target = absorbed
-    if recipe.regression and judge is None:
-        target = regress(hessian, code_output, absorbed, shrinkage)
-    elif recipe.regression and judge is not None:
-        fits = (regress(hessian, code_output.clone(), absorbed, each * shrinkage) for each in STRENGTHS)
-        target = judge.best(((fit, fit) for fit in fits), processes)
-    return _Fit(target, hessian, damping, judge)
-
-
-def _round_own(fit: _Fit, layer: LayerSpec, recipe: Recipe, processes: Processes) -> tuple[Tensor, ...]:
-    """Codes and scales, as from `_round`, of this process's output channels."""
-    if fit.judge is None or not _compensates(layer, recipe):
-        return _round(fit.target, fit.hessian, layer, recipe, fit.damping)
-    rounded = (_round(fit.target, fit.hessian, layer, recipe, each * fit.damping) for each in DAMPINGS)
-    return fit.judge.best(((_dequantized(*each), each) for each in rounded), processes)
+    if not recipe.regression:
+        return _Fit(absorbed, hessian, damping)
+    shrinkage = fitting_shrinkage(recipe.shrinkage, hessian.shape[0], moments.tokens)
+    return _Fit(regress(hessian, code_output, absorbed, shrinkage), hessian, damping)
 
 
 def _round_jointly(
     fit: _Fit, target: Tensor, metrics: Sequence[Tensor], layer: LayerSpec, recipe: Recipe, processes: Processes
 ) -> tuple[Tensor, ...]:
-    """Codes and scales, as from `_round`, of all output channels, whose fits are `target` [N, K].
-
-    Held-out samples do not choose a damping: an output that compensates for others errs by intent.
-    """
+    """Codes and scales, as from `_round`, of all output channels, whose fits are `target` [N, K]."""
     taken = order_of(fit.hessian, layer.group_size, fit.damping)
 
     def rounded(aimed: Tensor) -> tuple[Tensor, ...]:

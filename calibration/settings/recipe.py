@@ -103,9 +103,8 @@ class Recipe(BaseModel):
     effort: Literal["fast", "default", "best"] = Field(
         default="default",
         description="fast: all calibration samples fit the weights. default: then steps, output scales and constants "
-        "learn from the 16-bit model's next tokens; one of 8 samples is held out of fits, and judges. best: it also "
-        "chooses the strength of each input's regression and the damping of the rounding, and learns three times as "
-        "long.",
+        "learn from the 16-bit model's next tokens; one of 8 samples is held out of fits, and judges. best: it "
+        "learns three times as long.",
     )
     regression: bool = Field(
         default=True, description="Whether weights compensate for the errors of rounded activations and earlier layers."

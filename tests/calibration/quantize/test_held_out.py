@@ -5,9 +5,7 @@ import torch
 
 from calibration.data.token_choice import choose_tokens
 from calibration.learn.extent import LEAST_TOKENS, choose_samples
-from calibration.processes import ONE
-from calibration.quantize.held_out import HOLDING_EFFORTS, SAMPLES_PER_HELD, HeldMoments, held_out
-from calibration.quantize.moments import Moments
+from calibration.quantize.held_out import HOLDING_EFFORTS, SAMPLES_PER_HELD, held_out
 
 TEXT, AUDIO = 0, 3
 
@@ -53,36 +51,3 @@ def test_a_modality_of_held_out_samples_alone_is_not_held_out() -> None:
     assert some is not None and samples_of(some) == [15]
     both = held_out(tokens_of(16, audio=(3, 7)), "default")
     assert both is not None and samples_of(both) == [7, 15]
-
-
-def judge() -> tuple[HeldMoments, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A judge of 300 tokens of one set, their codes and values [T, K], and the 16-bit weights [N, K]."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-8, 8, (300, 32), generator=generator, dtype=torch.int8)
-    values = codes + torch.randn(300, 32, generator=generator)
-    matrix = torch.randn(20, 32, generator=generator)
-    moments = Moments.zeros(1, matrix)
-    even = torch.full((300,), 1 / 300)
-    moments.add(codes, torch.ones(300), values, torch.zeros(300, dtype=torch.int64), even)
-    moments.add_codes(codes, even)
-    moments.mirror()
-    return HeldMoments.of(moments, slice(5, 15)), codes.float(), values, matrix[5:15]
-
-
-def test_the_error_is_that_of_the_outputs_about_their_means() -> None:
-    held, codes, values, matrix = judge()
-    target = (values @ matrix.T).double()
-
-    def error(weights: torch.Tensor) -> float:
-        gap = (codes @ weights.T).double() - target
-        return float((gap - gap.mean(0)).square().sum()) / len(codes)
-
-    other = matrix + 0.3 * torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
-    found = float(held.error(other) - held.error(matrix))
-    assert abs(found - (error(other) - error(matrix))) < 1e-4 * error(other)
-
-
-def test_the_candidate_of_least_error_is_chosen_and_the_first_of_equals() -> None:
-    held, _, _, matrix = judge()
-    candidates = [(matrix * 2, "far"), (matrix, "near"), (matrix.clone(), "again"), (matrix * 0, "none")]
-    assert held.best(candidates, ONE) == "near"

@@ -156,27 +156,15 @@ def made(sample: DrawnInput, tokens: DrawnTokens, **settings: object) -> dict[st
     return quantize_input(sample, tokens, shards, spec, Recipe(**settings))["m.q"].tensors
 
 
-def test_held_out_samples_make_weights_that_hold_for_new_tokens() -> None:
-    x, new = activations(128)[0], activations(2000, seed=1)[0]
-    sample, tokens = in_samples(x, 1.0, 16)
-    wanted = new @ matrix().T
-    # A pull that is too weak for so few tokens.
-    fast, found = (
-        relative(serve(new, made(sample, tokens, effort=each, shrinkage=0.25))[1], wanted) for each in ("fast", "best")
-    )
-    assert found < 0.9 * fast
-
-
-def test_beside_experts_the_default_holds_no_sample_out() -> None:
+def test_beside_experts_no_sample_is_held_out() -> None:
     sample, tokens = in_samples(activations(320)[0], 1.0, 16)
     shards = {"m.q": matrix()}
     spec = replace(make_spec(shards, scheme="two_level"), experts={"m.experts": ExpertsSpec(8, 64, 32, 32)})
-    fast, default, best = (
+    fast, *others = (
         quantize_input(sample, tokens, shards, spec, Recipe(effort=effort))["m.q"].tensors
         for effort in ("fast", "default", "best")
     )
-    assert all(torch.equal(fast[name], value) for name, value in default.items())
-    assert not torch.equal(fast["weight_codes"], best["weight_codes"])
+    assert all(torch.equal(fast[name], value) for other in others for name, value in other.items())
 
 
 def test_the_bias_counts_held_out_tokens() -> None:

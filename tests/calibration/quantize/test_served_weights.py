@@ -1,19 +1,15 @@
 """Weights as they are stored and as they are served."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from calibration.processes import ONE, Processes
-from calibration.quantize.held_out import HeldMoments
+from calibration.processes import ONE
 from calibration.quantize.moments import Moments
 from calibration.quantize.served_weights import round_weights
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.numerics import weights
 from tests.calibration.inputs import K, make_spec, matrix
-from tests.calibration.joined import in_processes
 
 STEP = torch.linspace(0.5, 2.0, K)
 
@@ -79,61 +75,6 @@ def test_channels_without_codes_count_the_same() -> None:
 
 def _packed(int4: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return weights.pack(int4), scale
-
-
-def noisy(tokens: int, seed: int, out_features: int = 32) -> Moments:
-    """Of tokens whose values differ much from their codes, by noise: a fit to few of them learns the noise."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-8, 8, (tokens, K), generator=generator, dtype=torch.int8)
-    values = codes * STEP + 8 * torch.randn(tokens, K, generator=generator)
-    found = Moments.zeros(1, matrix(out_features))
-    even = torch.full((tokens,), 1 / tokens)
-    found.add(codes, torch.ones(tokens), values, torch.zeros(tokens, dtype=torch.int64), even)
-    found.add_codes(codes, even)
-    found.mirror()
-    return found
-
-
-@pytest.mark.parametrize("levels", [0, 16])
-def test_held_out_samples_choose_fits_that_hold_for_new_tokens(levels: int) -> None:
-    layer = make_spec({"m.q": matrix()}, scheme="two_level" if levels else "group").layers["m.q"]
-
-    def error(held: Moments | None) -> float:
-        # A pull that is too weak for 80 tokens.
-        recipe = Recipe(scale_levels=levels, shrinkage=4.0)
-        found = round_weights(matrix(), STEP, noisy(80, 2), layer, recipe, ONE, held).matrix
-        return float(HeldMoments.of(noisy(2000, 1), slice(None)).error(found))
-
-    exact = float(HeldMoments.of(noisy(2000, 1), slice(None)).error(matrix() * STEP))
-    plain, chosen = (error(held) - exact for held in (None, noisy(2000, 1)))
-    assert chosen < 0.5 * plain
-
-
-def test_a_plain_rounding_without_regression_has_nothing_to_choose() -> None:
-    layer = make_spec({"m.q": matrix()}).layers["m.q"]
-    recipe = Recipe(scale_levels=0, rounding="nearest", regression=False)
-    with_held = round_weights(matrix(), STEP, moments(), layer, recipe, ONE, noisy(200, 1)).matrix
-    assert torch.equal(with_held, round_weights(matrix(), STEP, moments(), layer, recipe, ONE).matrix)
-
-
-@pytest.mark.full
-def test_two_processes_choose_as_one_does(tmp_path: Path) -> None:
-    """The second process has the outputs without noise, which alone would choose the weakest pull."""
-    layer = make_spec({"m.q": matrix()}, scheme="two_level").layers["m.q"]
-
-    def with_quiet_half(found: Moments) -> Moments:
-        # In truth their weights are half as large again as the 16-bit ones. Means are left out.
-        found.code_sum.zero_(), found.value_sum.zero_()
-        found.code_aim[:, 16:] = 1.5 * (found.code_code * STEP) @ matrix()[16:].T
-        return found
-
-    def made(processes: Processes) -> Tensor:
-        fitted, held = with_quiet_half(noisy(80, 2)), with_quiet_half(noisy(2000, 1))
-        return round_weights(matrix(), STEP, fitted, layer, Recipe(effort="best"), processes, held).matrix[16:]
-
-    one = made(ONE)
-    for found in in_processes(tmp_path, made):
-        assert float((found - one).norm() / one.norm()) < 0.01
 
 
 @pytest.mark.parametrize("levels", [0, 16])
