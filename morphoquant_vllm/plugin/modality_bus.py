@@ -74,6 +74,12 @@ def taken_media(config: VllmConfig) -> set[str]:
     return {modality for modality, limit in limits.items() if limit > 0}
 
 
+def table_of(embedding: torch.nn.Module) -> Tensor:
+    """The row of each token id, int32 [V], of an embedding that fills a bus."""
+    table: Tensor = getattr(embedding, TABLE)
+    return table
+
+
 class ModalityBus:
     """The row of each token of a step, int32 [max_num_batched_tokens]; one per model and process."""
 
@@ -150,7 +156,7 @@ class ModalityBus:
             self.buffer.fill_(self.spec.any_row)
             warn_of_long_step(ids.numel(), self.buffer.numel())
             return
-        table: Tensor = getattr(embedding, TABLE)
+        table = table_of(embedding)
         self.buffer[: ids.numel()].copy_(table[ids.clamp(-1, table.numel() - 1)])
 
 

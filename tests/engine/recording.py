@@ -84,7 +84,9 @@ def collect(worker: Any) -> dict[str, Any]:
 
 def swap_rows(worker: Any, one: int, other: int) -> None:
     """Make the bus take one modality for another, as a wrong token table would."""
-    table = decoder_layers(worker.model_runner.model)[0].quant_method.bus._table
+    from morphoquant_vllm.plugin.modality_bus import TABLE
+
+    (table,) = [buffer for name, buffer in worker.model_runner.model.named_buffers() if name.endswith(f".{TABLE}")]
     ones, others = table == one, table == other
     table[ones], table[others] = other, one
 

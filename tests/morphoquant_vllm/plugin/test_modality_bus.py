@@ -192,3 +192,16 @@ def test_vllms_configuration_has_the_settings_that_decide() -> None:
 
     # Without a model every one of them is read, and the reason is the missing model.
     assert off_reason(VllmConfig()) == "the engine takes no media"
+
+
+def test_every_tensor_of_the_bus_is_a_buffer_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's sleep at level 2 keeps the buffers of a model, and drops all else that was made while it was loaded."""
+    from morphoquant_vllm.plugin.modality_bus import TABLE, table_of
+
+    bus, (embedding,) = started(monkeypatch)
+    assert bus.buffer is not None
+    held = {buffer.data_ptr() for buffer in embedding.buffers()}
+    # The layers that read the buffer register it.
+    others = [value for value in vars(bus).values() if isinstance(value, torch.Tensor) and value is not bus.buffer]
+    assert not others and table_of(embedding).data_ptr() in held
+    assert TABLE not in embedding.state_dict()
