@@ -125,13 +125,15 @@ def check_room(output: Path, work: Path, checkpoint: int, blocks: int) -> None:
 
 
 def check_writable(path: Path, flag: str, *, replaced: bool) -> None:
-    """Raise MorphoQuantError unless files can be written in the directory `path`; nothing is left.
+    """Raise MorphoQuantError unless files can be written in the directory `path`.
 
     A directory that is `replaced` as a whole is written beside itself.
     """
     real = Path(os.path.realpath(path))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=_existing(real.parent if replaced else real)))
+        # On Linux it has no name, so even a kill leaves nothing.
+        with tempfile.TemporaryFile(dir=_existing(real.parent if replaced else real)):
+            pass
     except OSError as error:
         raise MorphoQuantError(
             f"{path}: cannot be written ({error.strerror or error}); choose another {flag}"

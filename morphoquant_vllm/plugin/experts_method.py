@@ -88,6 +88,9 @@ def refuse_sixteen_bit(prefix: str, layer: RoutedExperts, is_cpu: bool) -> None:
 class MorphoQuantExpertsMethod(FusedMoEMethodBase):
     """Quantization method of the routed experts of one layer; `name` is that of their list, in vLLM's names."""
 
+    # The context in which vLLM loads the weights of a model: a refusal inside becomes the last line of the log.
+    keep_refusal: Callable[[], AbstractContextManager[None]] = nullcontext
+
     def __init__(
         self,
         layer: RoutedExperts,
@@ -104,8 +107,6 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
         check_ranks(spec, f"{name}.0.down_proj", experts.expert_layers(name, 0)[f"{name}.0.down_proj"], self.ranks)
         self.activation_dtype = torch.get_default_dtype()
         self.backend = ""
-        # The context in which vLLM loads the weights of a model: a refusal inside becomes the last line of the log.
-        self.keep_refusal: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def create_weights(
         self,

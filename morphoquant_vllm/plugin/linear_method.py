@@ -52,6 +52,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     from which vLLM loads this rank, if it does.
     """
 
+    # The context in which vLLM loads the weights of a model: a refusal inside becomes the last line of the log.
+    keep_refusal: Callable[[], AbstractContextManager[None]] = nullcontext
+
     def __init__(
         self,
         spec: QuantizationSpec,
@@ -69,8 +72,6 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.reload_check = reload_check
         self.watch = watch
         self.counter: Counter | None = None
-        # The context in which vLLM loads the weights of a model: a refusal inside becomes the last line of the log.
-        self.keep_refusal: Callable[[], AbstractContextManager[None]] = nullcontext
         # True once the channels between gate_up_proj and down_proj are in down_proj's order.
         self.renumbered = False
         self.shards = shards

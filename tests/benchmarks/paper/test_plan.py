@@ -170,7 +170,7 @@ def test_the_factors_of_the_time_are_those_of_the_operations() -> None:
     layers = list(named.values())
     head = head_tensor(architecture, names, tensors).elements
     measured, tokens = operations(layers, 64 * 512, 16384), calibration.SAMPLES * 3 * 512
-    blocks = operations(layers, tokens, recipe.sample_tokens, recipe.effort)
+    blocks = operations(layers, tokens, recipe.sample_tokens)
     blocks += sharing_operations(layers, min(SHARING_TOKENS, recipe.sample_tokens))
     blocks += metric_operations(named, min(METRIC_TOKENS, recipe.sample_tokens))
     assert blocks / measured == pytest.approx(plan.BLOCKS, abs=0.05)

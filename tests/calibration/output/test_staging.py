@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -304,12 +305,12 @@ def test_a_directory_that_is_kept_is_asked_itself_and_one_that_is_replaced_its_p
     """A container's /work, a user's folder below one of root's."""
     (tmp_path / "mine").mkdir()
     asked: list[Path] = []
-    made = tempfile.mkdtemp
+    made = tempfile.TemporaryFile
 
-    def watched(prefix: str, dir: Path) -> str:
+    def watched(dir: Path) -> Any:
         asked.append(dir)
-        return made(prefix=prefix, dir=dir)
+        return made(dir=dir)
 
-    monkeypatch.setattr(tempfile, "mkdtemp", watched)
+    monkeypatch.setattr(tempfile, "TemporaryFile", watched)
     check_writable(tmp_path / "mine", "--work", replaced=replaced)
     assert asked == [tmp_path if replaced else tmp_path / "mine"]
