@@ -27,8 +27,8 @@ from calibration.model.refusals import check_weight_names
 from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
+from calibration.output.places import check_free_space, check_length, check_output, check_room, check_writable
 from calibration.output.report import PACKAGE, REPORT_FILE, package_version
-from calibration.output.staging import check_free_space, check_length, check_output, check_room, check_writable
 from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe

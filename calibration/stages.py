@@ -32,8 +32,9 @@ from calibration.model.plan import sixteen_bit
 from calibration.model.source import Source
 from calibration.output.card import model_card, read_front_matter
 from calibration.output.export import checkpoint_size, tensors_size, write_checkpoint
+from calibration.output.places import check_free_space
 from calibration.output.report import empty_experts, make_report
-from calibration.output.staging import check_free_space, clear_write_errors, staged_directory
+from calibration.output.staging import clear_write_errors, staged_directory
 from calibration.work.budgets import read_metrics, report_entry
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_changes, read_figures

@@ -1,5 +1,6 @@
 """The new checkpoint, its report, and their display.
 
+places         places that a user names, checked before the work
 staging        all or nothing: a checkpoint is written beside its destination, then renamed
 export         writes the checkpoint's files
 convert        makes the newest version of an older one, and two-level scales

@@ -14,14 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from calibration.output.json_file import write_json
-from calibration.output.staging import (
-    check_free_space,
-    check_output,
-    check_writable,
-    clear_write_errors,
-    only_run,
-    staged_directory,
-)
+from calibration.output.places import check_free_space, check_output, check_writable
+from calibration.output.staging import clear_write_errors, only_run, staged_directory
 from calibration.output.weight_file import write_weights
 from calibration.quantize.two_level import exact_levels, refit
 from morphoquant_vllm.errors import MorphoQuantError

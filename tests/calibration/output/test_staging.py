@@ -1,23 +1,13 @@
 import errno
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from calibration.output.staging import (
-    check_free_space,
-    check_length,
-    check_room,
-    check_writable,
-    clear_write_errors,
-    only_run,
-    staged_directory,
-)
+from calibration.output.places import check_length
+from calibration.output.staging import clear_write_errors, only_run, staged_directory
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -247,12 +237,6 @@ def test_a_source_file_that_cannot_be_read_is_no_write_error(tmp_path: Path) -> 
         raise full
 
 
-def test_free_space_is_checked_before_the_work(tmp_path: Path) -> None:
-    check_free_space(tmp_path, 1000)
-    with pytest.raises(MorphoQuantError, match=r"needs 1000000.00 GB, but only"):
-        check_free_space(tmp_path, 10**15)
-
-
 @pytest.mark.parametrize("name", ["n" * 245, "é" * 120, "n" * 300, "deep/" + "n" * 245, "n" * 300 + "/out"])
 def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(name: str, tmp_path: Path) -> None:
     """245 letters alone would fit, but ".partial-..." would not after hours of work; a letter may take two bytes."""
@@ -268,49 +252,3 @@ def test_the_longest_name_that_is_allowed_works(tmp_path: Path) -> None:
     check_length(output)
     write(output, "1")
     assert number(output) == "1"
-
-
-def test_room_is_needed_for_the_checkpoint_and_the_work_together(tmp_path: Path) -> None:
-    """Both are there when the checkpoint is written. Folders may be missing yet."""
-    output, work = tmp_path / "new/out", tmp_path / "new/out.work"
-    free = shutil.disk_usage(tmp_path).free
-    check_room(output, work, 10**6, 10**6)
-    for checkpoint, blocks in ((2 * free, 0), (0, 2 * free), (3 * free // 4, 3 * free // 4)):
-        with pytest.raises(MorphoQuantError, match=r"out: calibration needs .* GB there, .* are free; .*--output"):
-            check_room(output, work, checkpoint, blocks)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
-def test_each_disk_needs_room_for_its_part(tmp_path: Path) -> None:
-    work = Path("/dev/shm/no-such-work")
-    with pytest.raises(MorphoQuantError, match=r"no-such-work: calibration needs .*--work"):
-        check_room(tmp_path / "out", work, 0, 2 * shutil.disk_usage("/dev/shm").free)
-
-
-@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/out"])
-def test_a_place_that_cannot_be_written_is_noticed_before_the_work(tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").touch()
-    for replaced in (False, True):
-        with pytest.raises(MorphoQuantError, match=r"out: cannot be written \(.*\); choose another --work$"):
-            check_writable(tmp_path / place, "--work", replaced=replaced)
-        check_writable(tmp_path / "new" / "out", "--work", replaced=replaced)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_directory_that_is_kept_is_asked_itself_and_one_that_is_replaced_its_parent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
-) -> None:
-    """A container's /work, a user's folder below one of root's."""
-    (tmp_path / "mine").mkdir()
-    asked: list[Path] = []
-    made = tempfile.TemporaryFile
-
-    def watched(dir: Path) -> Any:
-        asked.append(dir)
-        return made(dir=dir)
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", watched)
-    check_writable(tmp_path / "mine", "--work", replaced=replaced)
-    assert asked == [tmp_path if replaced else tmp_path / "mine"]
