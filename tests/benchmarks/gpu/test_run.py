@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,20 @@ def test_a_part_that_is_stopped_leaves_no_worker(tmp_path: Path) -> None:
     )
     assert run(part("p", code, limit=3), tmp_path)["state"] == "stopped after 3 s"
     pid = int((tmp_path / "pid").read_text())
-    # A killed process stays as a zombie until init reaps it.
-    status = Path(f"/proc/{pid}/stat")
-    assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    # Death takes a moment; a killed process then stays as a zombie until init reaps it.
+    end = time.monotonic() + 30
+    while time.monotonic() < end and alive(pid):
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: it is there, and no zombie."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_a_part_whose_tests_are_all_skipped_has_not_passed(tmp_path: Path) -> None:
