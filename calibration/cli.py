@@ -165,7 +165,7 @@ def report(
 @app.command()
 def verify(directory: Directory) -> None:
     """Check a checkpoint: names, shapes, code ranges, finite values, shards of fused layers, tensor-parallel rules."""
-    from morphoquant_vllm.format.verify import verify_checkpoint, warnings
+    from morphoquant_vllm.format.verify import remarks, verify_checkpoint
 
     spec = verify_checkpoint(directory)
     shown = one_line(str(directory))
@@ -174,7 +174,7 @@ def verify(directory: Directory) -> None:
     wide = sum(layer.weight_bits == 8 for layer in spec.layers.values())
     bits = f" ({wide} with 8-bit weights)" if wide else ""
     typer.echo(f"{shown}: {len(spec.layers)} quantized layers{bits}{experts}, all in order")
-    for line in warnings(directory, spec):
+    for line in remarks(directory, spec):
         typer.echo(f"{shown}: {line}")
 
 

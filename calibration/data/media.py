@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from transformers.video_utils import VideoMetadata
 
 from calibration.data.conversations import BadConversationError, Media
@@ -20,18 +20,6 @@ if TYPE_CHECKING:
 
 # Formats of pictures that are read. EPS would start Ghostscript; Pillow reads others too, which few people have.
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-
-
-# What makes a picture upright, by the orientation in its EXIF.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def decode_image(media: Media) -> Image.Image:
@@ -53,18 +41,15 @@ def decode_image(media: Media) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned by the orientation in its EXIF.
-
-    Pillow's own exif_transpose also writes the other tags again, and fails if one of them is malformed.
-    """
+    """The picture turned by the orientation in its EXIF; EXIF that cannot be read says nothing of the picture."""
     image.load()
     try:
-        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-        turn = _TURNS.get(orientation)
-    # EXIF that cannot be read says nothing of the picture.
+        image.getexif()
     except Exception:
         return image
-    return image if turn is None else image.transpose(turn)
+    # It has been read. Pillow would also write it again for the turned picture, and fail if another tag is malformed.
+    image.info.pop("exif", None)
+    return ImageOps.exif_transpose(image)
 
 
 def decode_audio(media: Media, sampling_rate: int, limit: int | None = None) -> NDArray[np.float32]:

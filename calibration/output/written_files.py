@@ -62,7 +62,7 @@ def copied_files(directory: Path) -> list[Path]:
 
 
 def foreign_file(directory: Path) -> Path | None:
-    """The first file below a checkpoint, relative to it, that calibration does not put there, and nobody's tool."""
+    """The first file below a checkpoint, relative to it, that neither calibration wrote nor a hub or system left."""
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if name not in _LITTER)
         for name in sorted(name for name in names if name not in _LITTER):

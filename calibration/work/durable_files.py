@@ -139,13 +139,9 @@ def read_tensors(path: Path, names: Sequence[str] | None = None, *, prefix: str 
 
     Raises MorphoQuantError naming the file if it is missing or damaged, or lacks a tensor.
     """
-    try:
-        with safe_open(str(path), "pt") as file:
-            wanted = [name for name in file.keys() if name.startswith(prefix)] if names is None else names  # noqa: SIM118
-            # A copy: the last bits of a product can depend on the alignment of its factors in memory.
-            return {name: file.get_tensor(name).clone() for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise damaged(path, str(error)) from error
+    reader = TensorReader(path)
+    wanted = [name for name in reader.names() if name.startswith(prefix)] if names is None else names
+    return {name: reader.read(name) for name in wanted}
 
 
 class TensorReader:
@@ -159,12 +155,17 @@ class TensorReader:
         except (SafetensorError, OSError) as error:
             raise damaged(path, str(error)) from error
 
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._file.keys())
+
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own; MorphoQuantError naming the file if it lacks the tensor."""
         try:
             found: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
             raise damaged(self.path, str(error)) from error
+        # The last bits of a product can depend on the alignment of its factors in memory.
         return found.clone()
 
 

@@ -68,7 +68,7 @@ def verify_checkpoint(
     return spec
 
 
-def warnings(directory: Path, spec: QuantizationSpec, *, complete: bool = True) -> list[str]:
+def remarks(directory: Path, spec: QuantizationSpec, *, complete: bool = True) -> list[str]:
     """What to say of a checkpoint that is in order, one line each; `complete` as for verify_checkpoint."""
     if spec.integrity is None:
         return [OLD_VERSION]

@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 from morphoquant_vllm.environment import checksums_wanted
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.format.verify import verify_checkpoint, warnings
+from morphoquant_vllm.format.verify import remarks, verify_checkpoint
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -39,7 +39,7 @@ def check_directory(directory: Path, *, complete: bool = True) -> None:
     with tqdm(total=total, disable=not checksums, **shown) as bar:
         spec = verify_checkpoint(directory, checksums=checksums, complete=complete, on_bytes=bar.update)
     seconds = time.monotonic() - started
-    for line in warnings(directory, spec, complete=complete):
+    for line in remarks(directory, spec, complete=complete):
         logger.warning("MorphoQuant: %s: %s", directory, line)
     if spec.integrity is None:
         return

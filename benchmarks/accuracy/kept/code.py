@@ -12,8 +12,6 @@ from calibration.work.code_files import code_files
 HERE = Path(__file__).parents[1]
 REPOSITORY = HERE.parents[1]
 PLUGIN = REPOSITORY / "morphoquant_vllm"
-# What decides the bytes of a checkpoint: all that calibration imports.
-CALIBRATION = tuple(code_files(REPOSITORY).values())
 # What decides how a checkpoint is served.
 SERVING = (PLUGIN,)
 # What rounds and evaluates a simulated method: calibration's own rounding is one.
@@ -32,6 +30,12 @@ PARTS = (
     *(HERE / name for name in ("parts.py", "experts")),
     *(Path(decoder.__file__), PLUGIN / "hf", PLUGIN / "numerics", PLUGIN / "format"),
 )
+
+
+@cache
+def calibration_code() -> tuple[Path, ...]:
+    """What decides the bytes of a checkpoint: all that calibration imports."""
+    return tuple(code_files(REPOSITORY).values())
 
 
 @cache

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.kept.code import CALIBRATION, REPOSITORY, code_of
+from benchmarks.accuracy.kept.code import REPOSITORY, calibration_code, code_of
 from benchmarks.accuracy.methods import Part, Served
 from benchmarks.accuracy.settings import Settings
 from benchmarks.common.files import digest, file_digest, write_atomically
@@ -39,7 +39,7 @@ def checkpoint_path(settings: Settings, model: Path, data: Sequence[Path], recip
         # Whole: a setting that is named and one that is left at the same default make the same checkpoint.
         "recipe": read_recipe(overrides=recipe).model_dump(mode="json"),
         "versions": versions(),
-        "code": code_of(CALIBRATION),
+        "code": code_of(calibration_code()),
     }
     return settings.work / "checkpoints" / digest(key)[:16]
 

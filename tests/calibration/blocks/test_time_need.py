@@ -24,7 +24,7 @@ def block(hidden: int, kv: int, inner: int) -> list[LayerSpec]:
     [
         # docs/results/calibration.md: 3B layout, 64 samples of 512 tokens, at 193 GFLOP/s.
         (block(2048, 256, 11008), 64 * 512, 16384, 160.7),
-        # docs/guide/install.md: the demo's model, 29 blocks left of 30 after the first.
+        # An older run of the demo, on the machine of the line above: 29 blocks left of 30 after the first.
         (block(576, 192, 1536), 9070, 8192, 223 / 29),
     ],
 )

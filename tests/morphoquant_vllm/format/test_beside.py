@@ -10,7 +10,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.beside import changed_settings, check_vocabulary, digests_beside
 from morphoquant_vllm.format.checkpoint import read_spec
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.format.verify import verify_checkpoint, warnings
+from morphoquant_vllm.format.verify import remarks, verify_checkpoint
 from tests.checkpoints import seal_again, write_random_checkpoint
 from tests.morphoquant_vllm.refusal import refused
 
@@ -32,7 +32,7 @@ def test_all_that_decides_what_is_read_is_listed(checkpoint: Path) -> None:
     spec = verify_checkpoint(checkpoint)
     assert spec.integrity is not None and set(spec.integrity.beside) == {*VOCABULARY, *SETTINGS}
     assert QuantizationSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    assert warnings(checkpoint, spec) == []
+    assert remarks(checkpoint, spec) == []
 
 
 @pytest.mark.parametrize("name", VOCABULARY)
@@ -57,10 +57,10 @@ def test_settings_may_change_and_are_told(checkpoint: Path, name: str) -> None:
     (checkpoint / name).write_text("{}")
     spec = verify_checkpoint(checkpoint)
     for complete in (False, True):
-        assert [line.split()[0] for line in warnings(checkpoint, spec, complete=complete)] == [name]
+        assert [line.split()[0] for line in remarks(checkpoint, spec, complete=complete)] == [name]
     (checkpoint / name).unlink()
-    assert [line.split()[0] for line in warnings(checkpoint, spec)] == [name]
-    assert warnings(checkpoint, spec, complete=False) == []
+    assert [line.split()[0] for line in remarks(checkpoint, spec)] == [name]
+    assert remarks(checkpoint, spec, complete=False) == []
 
 
 def test_a_new_chat_template_and_a_new_vocabulary_are_told(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from benchmarks.common import files
         (code.SIMULATION, "statistics.py"),
         (code.OBJECTIVE, "statistics.py"),
         (code.PARTS, "token_table.py"),
-        (code.CALIBRATION, "layers.py"),
+        (code.calibration_code(), "layers.py"),
         (code.SERVING, "gemm.h"),
         (code.SERVING, "tiles.json"),
     ],
