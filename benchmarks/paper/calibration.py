@@ -1,9 +1,11 @@
 """Calibration data, and the calibration: `python -m calibration` in a separate process.
 
-The paper calibrates on 128 samples and does not say which. Here they are questions of ScienceQA's train split and of
-MMMU's dev split, with their answers. Video-MME and AIR-Bench publish a test split only. So the samples also have
-questions about a few of their videos and sounds, and no row of the table is asked about these. A video becomes a clip
-of evenly spaced frames.
+The paper calibrates on 128 samples and does not say which. A public copy of its code (see `prompts`) makes a
+checkpoint for each benchmark. It takes samples of ScienceQA's and MMMU's validation splits, and the first questions of
+Video-MME and AIR-Bench, which it asks again. Here one checkpoint serves all. Its samples are questions of ScienceQA's
+train split and of MMMU's dev split, with their answers. Video-MME and AIR-Bench publish a test split only. So the
+samples also have questions about a few of their videos and sounds, and no row of the table is asked about these. A
+video becomes a clip of evenly spaced frames.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from benchmarks.common.files import digest, write_atomically
 from benchmarks.common.questions.ask import content
 from benchmarks.common.questions.items import Item, Media
 from benchmarks.common.server import until_parent_dies
+from benchmarks.paper.prompts import PAPER, prompted
 from benchmarks.paper.questions import BENCHMARKS, asked, hold_out, media_name, spread
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -51,7 +54,8 @@ TICK_SECONDS = 5
 def prepare(data: Path, output: Path, names: Sequence[str], options: Any) -> dict[str, Any]:
     """Write the samples to OUTPUT unless they exist; return their number by source, and the held-out media.
 
-    options: `hold_out`, `scienceqa`. Raises MorphoQuantError if a data set is not as published, or gives no sample.
+    options: `hold_out`, `scienceqa`, `prompts`, `system`. Raises MorphoQuantError if a data set is not as published, or
+    gives no sample.
     """
     place = output / SOURCES_FILE
     if place.is_file():
@@ -71,7 +75,7 @@ def prepare(data: Path, output: Path, names: Sequence[str], options: Any) -> dic
     items = [item for found in chosen.values() for item in found]
     if not items:
         raise MorphoQuantError(f"{data}: no calibration sample in it; give some with --calibration-data")
-    lines = [json.dumps({"messages": messages(item)}) + "\n" for item in items]
+    lines = [json.dumps({"messages": messages(item, options.system)}) + "\n" for item in items]
     write_atomically(output / DATA_FILE, "".join(lines))
     sources = {
         "benchmarks": list(names),
@@ -89,7 +93,8 @@ def samples(name: str, data: Path, count: int, options: Any) -> list[Item]:
     benchmark = BENCHMARKS[name]
     if name in TRAINING_SPLITS:
         found = benchmark.reader.load(benchmark.directory(data), TRAINING_SPLITS[name])
-        return spread([item for item in found if fits(item)], count)
+        own = spread([item for item in found if fits(item)], count)
+        return [prompted(item, name) for item in own] if options.prompts == PAPER else own
     return hold_out(asked(benchmark, data, options), count, fits)
 
 
@@ -106,29 +111,32 @@ def fits(item: Item) -> bool:
         if part.kind == "image":
             with Image.open(io.BytesIO(part.read())) as image:
                 pixels += image.width * image.height
-        elif part.kind == "audio" and not 0 < sound_seconds(part.read()) <= SOUND_SECONDS:
+        elif part.kind == "audio" and not 0 < sound_seconds(part) <= SOUND_SECONDS:
             return False
     return pixels <= PIXELS and item.groups.get("duration", "short") == "short"
 
 
-def sound_seconds(sound: bytes) -> float:
-    """Length of a sound; 0 if its file is broken, as some published ones are, or does not say."""
+def sound_seconds(sound: Media) -> float:
+    """Length of a sound, of which the header is read; 0 if its file is broken, as some are, or does not say."""
     import av
 
+    # All sounds of AIR-Bench together have tens of GB.
+    source = str(sound.source) if isinstance(sound.source, Path) else io.BytesIO(sound.read())
     try:
-        with av.open(io.BytesIO(sound), "r") as container:
+        with av.open(source, "r") as container:
             return (container.duration or 0) / av.time_base
     except av.FFmpegError:
         return 0.0
 
 
-def messages(item: Item) -> list[dict[str, Any]]:
-    """A question as it is asked, with clips for videos, and its answer."""
+def messages(item: Item, system: str = "") -> list[dict[str, Any]]:
+    """A question as it is asked, with clips for videos, and its answer; `system` is the system prompt, if any."""
     parts = tuple(
         Media("video", "mp4", clip(part.read())) if isinstance(part, Media) and part.kind == "video" else part
         for part in item.parts
     )
     return [
+        *([{"role": "system", "content": system}] if system else []),
         {"role": "user", "content": content(replace(item, parts=parts))},
         {"role": "assistant", "content": item.answers[0]},
     ]

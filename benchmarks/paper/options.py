@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.command import at_least_one
+from benchmarks.paper.prompts import OWN, PAPER, SYSTEM
 from benchmarks.paper.questions import ALL, BENCHMARKS, IMAGE
 
 
@@ -44,6 +45,15 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> argparse.
     parser.add_argument(
         "--scienceqa", choices=(ALL, IMAGE), default=ALL, help=f"all questions of test, or those with an image ({ALL})"
     )
+    parser.add_argument(
+        "--prompts",
+        choices=(OWN, PAPER),
+        default=OWN,
+        help=f"prompts, numbers of tokens and rules: each benchmark's own, or those of the paper's code ({OWN})",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help=f"system prompt (default: Qwen's with --prompts {PAPER}, else the template's)"
+    )
     parser.add_argument("--calibration-data", type=Path, nargs="+", help="conversations (.jsonl) or texts of your own")
     parser.add_argument(
         "--no-hold-out",
@@ -63,10 +73,12 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> argparse.
     parser.add_argument(
         "--concurrency", type=at_least_one, default=8, help="requests at a time (8; of Video-MME at most 2)"
     )
-    parser.add_argument("--max-tokens", type=at_least_one, help="of an answer (default: lmms-eval's for the benchmark)")
+    parser.add_argument("--max-tokens", type=at_least_one, help="of an answer (default: that of the prompts)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds until a request counts as unanswered (600)")
     parser.add_argument("--start-timeout", type=float, default=1800, help="seconds for vllm serve to start (1800)")
     options = parser.parse_args(arguments)
+    if options.system is None:
+        options.system = SYSTEM if options.prompts == PAPER else ""
     options.output = options.output or Path(f"paper-{options.model.resolve().name}")
     # An option repeated is the last one's; the table's order is the paper's.
     options.benchmarks = [name for name in BENCHMARKS if name in options.benchmarks]

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common.questions.items import Media
+from benchmarks.common.questions.items import Media, fault
 from benchmarks.paper import model
 from benchmarks.paper.calibration import SAMPLES, TRAINING_SPLITS, is_calibrated
 from benchmarks.paper.questions import BENCHMARKS, IMAGE, Benchmark, asked
@@ -87,12 +87,12 @@ def check_data(found: Plan, benchmark: Benchmark, options: Any) -> None:
         command = f"hf download --repo-type dataset {benchmark.repository} --local-dir {directory}"
         found.missing.append(f"{directory}: no such folder; {command}")
         return
-    absent: dict[str, None] = {}
+    absent: dict[str, str] = {}
     count = 0
     try:
         for item in asked(benchmark, options.data, options):
             count += 1
-            absent |= dict.fromkeys(_absent(item.parts))
+            absent |= _faults(item.parts)
         if options.calibration_data is None and benchmark.name in TRAINING_SPLITS:
             next(iter(benchmark.reader.load(directory, TRAINING_SPLITS[benchmark.name])))
     except MorphoQuantError as error:
@@ -102,18 +102,19 @@ def check_data(found: Plan, benchmark: Benchmark, options: Any) -> None:
         found.missing.append(f"{directory}: its {TRAINING_SPLITS[benchmark.name]} split is empty; download it again")
         return
     if absent and not options.skip_missing:
-        found.missing += [f"{name}: missing; download {benchmark.repository} again" for name in [*absent][:NAMED]]
+        named = list(absent.items())[:NAMED]
+        found.missing += [f"{name}: {wrong}; download {benchmark.repository} again" for name, wrong in named]
         if len(absent) > NAMED:
             found.missing.append(f"{directory}: and {len(absent) - NAMED} more files (--skip-missing leaves them out)")
     found.questions[benchmark.name] = count if options.limit is None else min(count, options.limit)
     published = 2017 if benchmark.name == "scienceqa" and options.scienceqa == IMAGE else benchmark.questions
-    other = f" (published: {published})" if published not in (None, count) else ""
+    other = f" (published: {published})" if published != count else ""
     found.notes.append(f"{directory}: {count} questions{other}, {gigabytes(_tree_bytes(directory))}")
 
 
-def _absent(parts: Iterable[str | Media]) -> list[str]:
-    sources = [part.source for part in parts if isinstance(part, Media)]
-    return [str(source) for source in sources if isinstance(source, Path) and not source.is_file()]
+def _faults(parts: Iterable[str | Media]) -> dict[str, str]:
+    media = [part for part in parts if isinstance(part, Media)]
+    return {str(part.source): wrong for part in media if (wrong := fault(part))}
 
 
 def _tree_bytes(directory: Path) -> int:

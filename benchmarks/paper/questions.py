@@ -3,13 +3,14 @@
 Layouts, prompts and rules are cited where they are read, in `benchmarks/common/questions/datasets/`. Numbers of
 questions are those of the published data set cards: ScienceQA 4241 in test, 2017 of them with an image
 (derek-thomas/ScienceQA; lmms-lab/ScienceQA, configuration ScienceQA-IMG), MMMU 900 in validation, Video-MME 2700.
-AIR-Bench's card states none.
+AIR-Bench's card states none; fixie-ai/ultravox counts 24683 (`num_samples` in its data configuration).
 
-Which questions the paper's figures are of is not known. The defaults here are those of the settings in a public copy of
-its code (KanghoonYoon/morphoquant_hif4, MorphoQuant-static_1.1/configs/qwen2.5-omni-3b/morpho, commit 3955de6): all of
-ScienceQA's test split (`only_samples_with_images: false`), and AIR-Bench's Foundation. Q-VLM's evaluation, as LLaVA's,
-reports the whole split first and the questions with an image beside it (ChangyuanWang17/QVLM,
-llava/eval/eval_science_qa.py, commit 4faa7f7).
+The paper does not say which questions its figures are of. Those of ScienceQA, MMMU and Video-MME can be shares of 4241,
+900 and 2700 questions. They cannot be shares of the 2017 with an image, or of MMMU's 847 with choices: tests/ has the
+arithmetic. So the paper asked all questions of these. For AIR-Bench the settings in a public copy of its
+code name Foundation (KanghoonYoon/morphoquant_hif4, MorphoQuant-static_1.1/configs/qwen2.5-omni-3b/morpho, commit
+3955de6). Q-VLM's evaluation, as LLaVA's, reports ScienceQA's whole split first and the questions with an image beside
+it (ChangyuanWang17/QVLM, llava/eval/eval_science_qa.py, commit 4faa7f7).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarks.common.questions.datasets import air_bench, mmmu, scienceqa, video_mme
 from benchmarks.common.questions.items import Item, Media
+from benchmarks.paper.prompts import PAPER, prompted
 
 ALL, IMAGE = "all", "image"
 
@@ -36,8 +38,8 @@ class Benchmark:
     # Its folder below --data, and its repository on Hugging Face.
     folder: str
     repository: str
-    # Number of questions, as published; None if the publication does not say.
-    questions: int | None
+    # Number of questions, as published or counted.
+    questions: int
     # Tokens of a prompt with its media: a guess, for the estimate of time only.
     tokens: int
     # Most requests at a time, since a video is in memory several times while it is sent.
@@ -54,7 +56,7 @@ BENCHMARKS = {
         Benchmark("scienceqa", scienceqa, "ScienceQA", "derek-thomas/ScienceQA", 4241, 500),
         Benchmark("mmmu", mmmu, "MMMU", "MMMU/MMMU", 900, 1500),
         Benchmark("video-mme", video_mme, "Video-MME", "lmms-lab/Video-MME", 2700, 12000, concurrency=2),
-        Benchmark("air-bench", air_bench, "AIR-Bench-Dataset", "qyang1021/AIR-Bench-Dataset", None, 500),
+        Benchmark("air-bench", air_bench, "AIR-Bench-Dataset", "qyang1021/AIR-Bench-Dataset", 24683, 500),
     )
 }
 
@@ -72,14 +74,14 @@ def media_name(item: Item) -> str:
 def asked(benchmark: Benchmark, data: Path, options: Any, held_out: Collection[str] = ()) -> Iterator[Item]:
     """Questions of a benchmark's local copy, but those about the media that calibration has seen.
 
-    options: `scienceqa` is ALL or IMAGE. Raises MorphoQuantError for another layout.
+    options: `scienceqa` is ALL or IMAGE, `prompts` OWN or PAPER. Raises MorphoQuantError for another layout.
     """
     for item in benchmark.reader.load(benchmark.directory(data), benchmark.reader.SPLIT):
         if benchmark.name == "scienceqa" and options.scienceqa == IMAGE and "image" not in item.groups["modality"]:
             continue
         if held_out and media_name(item) in held_out:
             continue
-        yield item
+        yield prompted(item, benchmark.name) if options.prompts == PAPER else item
 
 
 def spread(found: Sequence[Any], count: int) -> list[Any]:

@@ -17,12 +17,21 @@ from benchmarks.common.questions.answers import read_answers
 from benchmarks.common.questions.run import Endpoint, answered, checked
 from benchmarks.common.questions.summary import summarise
 from benchmarks.common.server import ServerError, serve
+from benchmarks.paper import prompts
 from benchmarks.paper.questions import BENCHMARKS, asked
 from morphoquant_vllm.errors import MorphoQuantError
 
 SUMMARY_FILE, LOG_FILE = "summary.json", "serve.log"
-# MMMU shows up to seven images. Images of one question may be large; nothing is profiled beyond them.
-SERVE_ARGUMENTS = ('--limit-mm-per-prompt={"image":7,"audio":1,"video":1}',)
+# Frames of a video, evenly spaced, as in the paper's code. By itself vLLM would take two a second of this model's
+# videos, up to 768 (multimodal/video.py, Qwen2VLVideoBackend): most of Video-MME would be longer than the context.
+FRAMES = 32
+SERVE_ARGUMENTS = (
+    # MMMU shows up to seven images. Images of one question may be large; nothing is profiled beyond them.
+    '--limit-mm-per-prompt={"image":7,"audio":1,"video":1}',
+    f'--media-io-kwargs={{"video":{{"video_backend":"opencv","num_frames":{FRAMES}}}}}',
+)
+# vLLM refuses sounds of more than 25 MB or 10 minutes; some of AIR-Bench's music may be longer.
+SERVE_ENVIRONMENT = {"VLLM_MAX_AUDIO_CLIP_FILESIZE_MB": "512", "VLLM_MAX_AUDIO_DECODE_DURATION_S": "3600"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def endpoint(row: Row, options: Any) -> Iterator[Endpoint]:
     log = row.folder / LOG_FILE
     arguments = (*SERVE_ARGUMENTS, *options.serve_arguments)
     try:
-        with serve(row.model, log, arguments, timeout=options.start_timeout) as server:
+        with serve(row.model, log, arguments, timeout=options.start_timeout, environment=SERVE_ENVIRONMENT) as server:
             yield Endpoint(server.openai_url, **settings)
     except ServerError as error:
         reason = str(error).splitlines()[0].split(";")[0]
@@ -93,7 +102,15 @@ def ask_one(
     if benchmark.concurrency is not None:
         at_once = min(server.concurrency, benchmark.concurrency)
         server = Endpoint(server.url, server.key, server.model, server.timeout, server.retries, at_once)
-    run = {"benchmark": reader.NAME, "max_tokens": options.max_tokens or reader.MAX_TOKENS}
+    by_paper = prompts.score(name)
+    most, rule = (
+        (prompts.ASKED[name].max_tokens, by_paper)
+        if options.prompts == prompts.PAPER
+        else (reader.MAX_TOKENS, reader.score)
+    )
+    run = {"benchmark": reader.NAME, "max_tokens": options.max_tokens or most}
+    if options.system:
+        run["system"] = options.system
     console.print(f"{row.name}: {reader.NAME}, {len(items)} questions", highlight=False)
     said, answers = asyncio.run(answered(items, folder, run, server, console))
     summary = {
@@ -101,7 +118,8 @@ def ask_one(
         "seconds": answers.seconds,
         "without_media": missing,
         "held_out_media": len(held_out),
-        **summarise(items, answers.responses, reader.score),
+        **summarise(items, answers.responses, rule),
+        "paper_rule": summarise(items, answers.responses, by_paper)["all"],
     }
     # Last: its presence says that every question is answered.
     write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")

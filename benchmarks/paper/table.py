@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.paper.plan import duration, gigabytes
+from benchmarks.paper.prompts import OWN, PAPER
 from benchmarks.paper.questions import BENCHMARKS, IMAGE
+from benchmarks.paper.rows import FRAMES
 
 CITATION = "arXiv 2606.04349, Table"
 PAPER_MODEL = "Qwen2.5-Omni-3B"
 # Method, bits of weights and activations, per cent by benchmark in the order of BENCHMARKS.
-PAPER = (
+PUBLISHED = (
     ("FP16", "16/16", (79.39, 44.78, 57.33, 66.25)),
     ("QLoRA", "4/16", (75.88, 43.56, 54.78, 64.12)),
     ("naive", "4/4", (73.17, 40.00, 47.52, 63.40)),
@@ -25,21 +27,26 @@ PAPER = (
 NOTES = (
     f"Rows with a citation are the paper's ({CITATION}), of {PAPER_MODEL}, as it publishes them: without intervals. "
     "Its W4A4 rows keep weights in a 4-bit float format (NF4).",
-    "The paper's prompts and rules of scoring are not known here. Compare the rows that were asked here with each "
-    "other: a difference to the paper's rows may come from prompts and rules.",
-    "Video-MME: overall, without subtitles; the server samples the frames (vLLM: 32). MMMU: validation, its "
-    "multiple-choice and open questions by the rules of its authors.",
-    "AIR-Bench: its Foundation part, which is multiple choice. That the paper's figure is of Foundation, and not of "
-    "Chat, which GPT-4 scores, is not known for certain.",
+    "The paper does not state its prompts and rules of scoring. Compare the rows that were asked here with each other "
+    "first: a difference to the paper's rows may come from prompts, rules, frames and calibration samples.",
+    f"Video-MME: overall, without subtitles, {FRAMES} frames. A server given by its URL samples by its own settings.",
+    "The paper's figures of ScienceQA, MMMU and Video-MME can be shares of all questions, but not of those with an "
+    "image or with choices alone. That its AIR-Bench is Foundation, and not Chat, is by the public copy of its code.",
     "Responses without an answer and refused requests count as not right.",
 )
+# By the option --prompts.
+PROMPTS = {
+    OWN: "Prompts and rules are those of each benchmark's authors; ScienceQA's are lmms-eval's.",
+    PAPER: "Prompts, numbers of tokens and rules are those of a public copy of the paper's code. It compares one "
+    "letter, so nearly all of MMMU's open questions are wrong by it.",
+}
 
 
 def paper_rows() -> list[dict[str, Any]]:
     """The paper's rows as the result holds them."""
     return [
         {"name": name, "bits": bits, "source": CITATION, "accuracy": dict(zip(BENCHMARKS, figures, strict=True))}
-        for name, bits, figures in PAPER
+        for name, bits, figures in PUBLISHED
     ]
 
 
@@ -59,7 +66,8 @@ def render(result: Mapping[str, Any]) -> str:
         ["row", "weights", "escape rate", "calibrated in", "asked in", "questions", "unparsed", "refused"],
         [_cost(row, names) for row in result["rows"]],
     )
-    notes = [*NOTES, *image_notes(result["rows"], names), *result["notes"]]
+    found = [*image_notes(result["rows"], names), *rule_notes(result["rows"], names)]
+    notes = [*NOTES, *found, *result["notes"]]
     return "\n".join([f"# {result['title']}", "", *lines, "", *(f"- {note}" for note in notes), ""])
 
 
@@ -106,11 +114,27 @@ def image_notes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
     return [f"ScienceQA's questions with an image alone: {', '.join(figures)}."] if figures else []
 
 
+def rule_notes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """The same responses by the rule of the paper's code, where that differs."""
+    lines = []
+    for row in rows:
+        found = {name: row["benchmarks"][name] for name in names}
+        other = [
+            f"{BENCHMARKS[name].reader.NAME} {100 * one['paper_rule']['accuracy']:.2f}"
+            for name, one in found.items()
+            if one["paper_rule"]["right"] != one["all"]["right"]
+        ]
+        if other:
+            lines.append(f"{row['name']}, by the rule of the paper's code: {', '.join(other)}.")
+    return lines
+
+
 def notes(options: Any, sources: Mapping[str, Any], calibration: str) -> list[str]:
     """Notes about the settings of this run."""
     subset = "the questions of test with an image" if options.scienceqa == IMAGE else "all questions of test"
     found = [
-        f"ScienceQA: {subset}; which of the two the paper's figures are of is not known for certain.",
+        PROMPTS[options.prompts],
+        f"ScienceQA: {subset}.",
         calibration[:1].upper() + calibration[1:] + ".",
     ]
     held = {name: len(media) for name, media in sources.get("held_out", {}).items() if media}

@@ -15,6 +15,8 @@ T = TypeVar("T")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Entries of a folder that a refusal names.
 NAMED = 8
+# A file of Git LFS that was not fetched: how it begins, and more bytes than it has.
+POINTER, POINTER_BYTES = b"version https://git-lfs", 1024
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Item:
     groups: Mapping[str, str] = field(default_factory=dict)
     # Description of the media for a judge, if the benchmark has one.
     description: str = ""
+    # The question alone, what is told before it, and its images in the order of the data set: for other prompts.
+    question: str = ""
+    context: str = ""
+    images: tuple[Media, ...] = ()
 
 
 def lettered(texts: Sequence[str]) -> dict[str, str]:
@@ -66,17 +72,32 @@ def listing(directory: Path) -> str:
     return (", ".join(names[:NAMED]) + more) or "an empty folder"
 
 
+def fault(media: Media) -> str:
+    """What is wrong with a medium's file as it was downloaded; empty if it is there and has content."""
+    place = media.source
+    if not isinstance(place, Path):
+        return ""
+    if not place.is_file():
+        return "no such file"
+    size = place.stat().st_size
+    if not size:
+        return "an empty file"
+    # Git without LFS leaves a few lines of text in place of a large file.
+    if size < POINTER_BYTES and place.read_bytes().startswith(POINTER):
+        return "a pointer of Git LFS in place of the file"
+    return ""
+
+
 def present(items: Sequence[Item], benchmark: str, *, skip: bool) -> list[Item]:
     """The questions whose media files all exist; the error of a wrong layout if one is missing and not skipped."""
-    absent = {
-        item.id: part
-        for item in items
-        for part in item.parts
-        if isinstance(part, Media) and isinstance(part.source, Path) and not part.source.is_file()
-    }
-    for name, part in absent.items():
+    absent: dict[str, tuple[Media, str]] = {}
+    for item in items:
+        for part in item.parts:
+            if isinstance(part, Media) and (wrong := fault(part)):
+                absent[item.id] = part, wrong
+    for name, (part, wrong) in absent.items():
         if not skip:
-            found = f"no such file ({len(absent)} of {len(items)} questions lack one; --skip-missing leaves them out)"
+            found = f"{wrong} ({len(absent)} of {len(items)} questions lack one; --skip-missing leaves them out)"
             raise wrong_layout(Path(str(part.source)), benchmark, f"the {part.kind} of {name}", found)
     return [item for item in items if item.id not in absent]
 
@@ -108,8 +129,15 @@ def parquet_rows(files: Sequence[Path], benchmark: str, columns: Sequence[str]) 
         missing = [column for column in columns if column not in present]
         if missing:
             raise wrong_layout(path, benchmark, f"columns {', '.join(columns)}", f"columns {', '.join(present)}")
-        for batch in file.iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+        batches = file.iter_batches(batch_size=64)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                break
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise wrong_layout(path, benchmark, "whole pages", str(error).splitlines()[0]) from error
+            yield from rows
 
 
 def embedded_image(value: Mapping[str, Any] | None, benchmark: str, owner: str) -> Media | None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common.questions.answers import Answers
-from benchmarks.common.questions.ask import ask_all
+from benchmarks.common.questions.ask import Asking, ask_all
 from benchmarks.common.questions.items import Item, Media, present
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -62,8 +62,8 @@ async def answered(
 ) -> tuple[dict[str, Any], Answers]:
     """Responses of a server to all questions, kept in `output`, and the identity of this run.
 
-    `run` has the benchmark's name and "max_tokens" of an answer. Raises MorphoQuantError if nobody answers at the
-    server's URL, or if it stops answering.
+    `run` has the benchmark's name, "max_tokens" of an answer, and perhaps a "system" prompt. Raises MorphoQuantError if
+    nobody answers at the server's URL, or if it stops answering.
     """
     async with openai.AsyncOpenAI(
         base_url=server.url, api_key=server.key, timeout=server.timeout, max_retries=server.retries
@@ -77,13 +77,13 @@ async def answered(
         answers = Answers(output, {**asked, "questions": fingerprint(items)})
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(run["benchmark"], total=len(items), completed=len(answers.responses))
-            await ask_all(
+            asking = Asking(
                 client,
                 model,
-                items,
                 answers,
-                concurrency=server.concurrency,
                 max_tokens=run["max_tokens"],
+                system=run.get("system", ""),
                 on_answer=lambda: progress.advance(task),
             )
+            await ask_all(asking, items, server.concurrency)
     return asked, answers

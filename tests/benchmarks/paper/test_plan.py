@@ -64,7 +64,7 @@ def test_a_dry_run_finds_everything_and_writes_nothing(place: Path, capsys: pyte
     for part in (
         "its processor makes",
         "ScienceQA: 4 questions (published: 4241)",
-        "AIR-Bench-Dataset: 3 questions,",
+        "AIR-Bench-Dataset: 3 questions (published: 24683),",
         "in 16 bit, 1.67 MB as checkpoint;",
         "time: calibration about",
         "(estimate",
@@ -93,8 +93,9 @@ def test_each_missing_file_has_its_line(place: Path, capsys: pytest.CaptureFixtu
     (data / "MMMU" / "Art" / "dev-00000-of-00001.parquet").unlink()
     (data / "MMMU" / "Math" / "dev-00000-of-00001.parquet").unlink()
     (data / "Video-MME" / "data" / "dEf_2.mp4").unlink()
+    sounds = data / "AIR-Bench-Dataset" / "Foundation"
     for name in ("Music_Genre_fma/0.wav", "Emotion_meld/2.wav"):
-        (data / "AIR-Bench-Dataset" / "Foundation" / name).unlink()
+        (sounds / name).unlink()
     lines, error = dry_run(place, capsys)
     missing = [line.removeprefix("missing: ") for line in lines if line.startswith("missing: ")]
     assert missing == [
@@ -102,9 +103,9 @@ def test_each_missing_file_has_its_line(place: Path, capsys: pytest.CaptureFixtu
         f"{data / 'ScienceQA'}: no such folder; hf download --repo-type dataset derek-thomas/ScienceQA "
         f"--local-dir {data / 'ScienceQA'}",
         f"{data / 'MMMU'}: not the layout of MMMU: expected <Subject>/dev-*.parquet; found Art, Math, README.md",
-        f"{data / 'Video-MME' / 'data' / 'dEf_2.mp4'}: missing; download lmms-lab/Video-MME again",
+        f"{data / 'Video-MME' / 'data' / 'dEf_2.mp4'}: no such file; download lmms-lab/Video-MME again",
         *(
-            f"{data / 'AIR-Bench-Dataset' / 'Foundation' / name}: missing; download qyang1021/AIR-Bench-Dataset again"
+            f"{sounds / name}: no such file; download qyang1021/AIR-Bench-Dataset again"
             for name in ("Music_Genre_fma/0.wav", "Emotion_meld/2.wav")
         ),
     ]

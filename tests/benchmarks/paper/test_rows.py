@@ -9,9 +9,11 @@ import pytest
 from rich.console import Console
 
 from benchmarks.paper import rows
+from benchmarks.paper.prompts import SYSTEM
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.benchmarks.common.questions.stub import serving
 from tests.benchmarks.paper.published import options, write_published
+from tests.tiny_conversations import write_video
 
 CONSOLE = Console(file=io.StringIO())
 ONE_AT_A_TIME = ("--concurrency", "1")
@@ -79,3 +81,24 @@ def test_rates_are_those_of_all_rows_answers(tmp_path: Path) -> None:
         place.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folders = [tmp_path / name for name in ("a", "b", "none")]
     assert rows.measured_rates(folders, ["mmmu", "scienceqa"]) == {"mmmu": 3.0}
+
+
+def test_the_server_takes_as_many_frames_of_a_video_as_the_papers_code(tmp_path: Path) -> None:
+    from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+
+    (argument,) = (one for one in rows.SERVE_ARGUMENTS if one.startswith("--media-io-kwargs="))
+    settings = json.loads(argument.partition("=")[2])["video"]
+    video = tmp_path / "long.mp4"
+    write_video(video, 0, frames=90)
+    frames, _ = VideoMediaIO(ImageMediaIO(), **settings).load_bytes(video.read_bytes())
+    assert len(frames) == rows.FRAMES == 32
+
+
+def test_the_system_prompt_is_sent_and_kept(tmp_path: Path) -> None:
+    write_published(tmp_path / "data")
+    chosen = options(tmp_path, "--prompts", "paper", "--benchmarks", "air-bench")
+    with serving() as (url, asked):
+        found = rows.ask(rows.Row("x", tmp_path / "row", url=url), chosen, {}, CONSOLE)
+    assert asked[0]["messages"][0]["content"] == SYSTEM and asked[0]["max_tokens"] == 256
+    assert found["air-bench"]["system"] == SYSTEM
+    assert found["air-bench"]["paper_rule"] == found["air-bench"]["all"]

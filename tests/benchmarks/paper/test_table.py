@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.common.questions.summary import figures
 from benchmarks.paper import table
+from benchmarks.paper.questions import BENCHMARKS
 from tests.benchmarks.paper.published import options
 
 NAMES = ["scienceqa", "mmmu", "video-mme", "air-bench"]
@@ -13,7 +16,7 @@ NAMES = ["scienceqa", "mmmu", "video-mme", "air-bench"]
 def row(**more: Any) -> dict[str, Any]:
     found = figures(["right"] * 8 + ["wrong", "unparsed"])
     by = {"modality": {"text": found, "text+image": figures(["right", "wrong", "wrong", "wrong"])}}
-    summary = {"all": found, "by": by, "seconds": 90.0}
+    summary = {"all": found, "by": by, "seconds": 90.0, "paper_rule": found}
     return {"name": "x", "bits": "4/4", "source": "this run", "benchmarks": dict.fromkeys(NAMES, summary), **more}
 
 
@@ -50,6 +53,36 @@ def test_the_figure_of_questions_with_an_image_is_told_beside_that_of_all() -> N
     assert table.image_notes([images], NAMES) == []
 
 
+def test_the_figure_by_the_rule_of_the_papers_code_is_told_where_it_differs() -> None:
+    assert "rule of the paper's code" not in "".join(rendered())
+    found = row()
+    other = {**found["benchmarks"]["mmmu"], "paper_rule": figures(["right"] * 9 + ["wrong"])}
+    found["benchmarks"] = {**found["benchmarks"], "mmmu": other}
+    assert table.rule_notes([found], NAMES) == ["x, by the rule of the paper's code: MMMU 90.00."]
+
+
+# The figures of the ablation, too.
+SHARES = {
+    "scienceqa": (4241, 2017, (75.81,)),
+    "mmmu": (900, 847, (44.22,)),
+    "video-mme": (2700, None, ()),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_papers_figures_are_shares_of_all_questions(name: str) -> None:
+    def possible(figure: float, questions: int) -> bool:
+        near = int(figure * questions / 100)
+        return any(round(100 * right / questions, 2) == figure for right in range(near - 1, near + 3))
+
+    every, other, more = SHARES[name]
+    figures = [paper["accuracy"][name] for paper in table.paper_rows()] + list(more)
+    assert all(possible(figure, every) for figure in figures)
+    assert BENCHMARKS[name].questions == every
+    if other is not None:
+        assert not all(possible(figure, other) for figure in figures)
+
+
 def test_benchmarks_that_were_not_asked_have_no_column() -> None:
     lines = rendered(["mmmu"])
     assert "| method | W/A | MMMU | source |" in lines
@@ -59,10 +92,12 @@ def test_benchmarks_that_were_not_asked_have_no_column() -> None:
 def test_notes_say_which_questions_were_asked() -> None:
     sources = {"held_out": {"video-mme": ["a", "b"], "air-bench": []}}
     found = table.notes(options(Path("x"), "--limit", "3", "--scienceqa", "image"), sources, "calibration data: y")
-    assert found[0].startswith("ScienceQA: the questions of test with an image;")
-    assert found[1:] == [
+    assert found[0].startswith("Prompts and rules are those of each benchmark's authors")
+    assert found[1] == "ScienceQA: the questions of test with an image."
+    assert found[2:] == [
         "Calibration data: y.",
         "Media held out for calibration, and their questions left out of every row: 2 of video-mme.",
         "A trial: only the first 3 questions of each benchmark were asked.",
     ]
-    assert table.notes(options(Path("x")), {}, "y")[0].startswith("ScienceQA: all questions of test;")
+    other = table.notes(options(Path("x"), "--prompts", "paper"), {}, "y")
+    assert "a public copy of the paper's code" in other[0] and other[1] == "ScienceQA: all questions of test."

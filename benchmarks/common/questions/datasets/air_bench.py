@@ -46,6 +46,7 @@ def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
             choices=choices,
             answers=(right[0],),
             groups={"subject": entry["task_name"], "modality": "text+audio", "data set": entry["dataset_name"]},
+            question=entry["question"],
         )
 
 
@@ -60,6 +61,8 @@ def entries(
         keys = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
         if any(name not in keys for name in fields):
             raise wrong_layout(meta, benchmark, f"fields {', '.join(fields)} in entry {number}", ", ".join(keys))
+        if not isinstance(entry["path"], str):
+            raise wrong_layout(meta, benchmark, f"a path in entry {number}", repr(entry["path"]))
         yield number, entry
 
 

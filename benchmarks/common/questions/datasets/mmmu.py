@@ -71,6 +71,8 @@ def _item(row: Mapping[str, Any], path: Path) -> Item:
             "modality": "text+image",
             "question_type": row["question_type"],
         },
+        question=row["question"],
+        images=tuple(_images(row, path)),
     )
 
 
@@ -80,6 +82,14 @@ def prompt(question: str, choices: Mapping[str, str]) -> str:
         return f"{question}\n{OPEN_INSTRUCTION}"
     options = "".join(f"({letter}) {text}\n" for letter, text in choices.items())
     return f"{question}\n{options}\n{CHOICE_INSTRUCTION}"
+
+
+def _images(row: Mapping[str, Any], path: Path) -> Iterator[Media]:
+    """All images of a question, in the order of their columns."""
+    for column in sorted(name for name in row if re.fullmatch(r"image_\d+", name)):
+        image = embedded_image(row[column], NAME, f"{path}: {row['id']}")
+        if image is not None:
+            yield image
 
 
 def _interleave(text: str, row: Mapping[str, Any], path: Path) -> Iterator[str | Media]:

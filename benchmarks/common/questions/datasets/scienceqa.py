@@ -84,6 +84,9 @@ def _item(name: str, row: Mapping[str, Any], image: Media | None, directory: Pat
             "context": context or "none",
             "grades": "1-6" if row["grade"] in {f"grade{number}" for number in range(1, 7)} else "7-12",
         },
+        question=row["question"],
+        context=row["hint"],
+        images=(image,) if image else (),
     )
 
 

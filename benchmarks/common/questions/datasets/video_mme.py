@@ -1,8 +1,9 @@
 """Video-MME (Fu et al., 2024, arXiv 2405.21075), as published on Hugging Face (lmms-lab/Video-MME).
 
 Layout: videomme/test-*.parquet, data/<videoID>.mp4 (.MP4, .mkv) and subtitle/<videoID>.srt, as lmms-eval 0.7.3
-(tasks/videomme/utils.py) and VLMEvalKit (vlmeval/dataset/videomme.py, commit 00fff54) read it. A video that is not in
-data/ is read from the published archives, videos_chunked_*.zip; subtitles must be unpacked.
+(tasks/videomme/utils.py) and VLMEvalKit (vlmeval/dataset/videomme.py, commit 00fff54) read it. Videos may also lie in
+another of FOLDERS. One that is in none is read from the published archives, videos_chunked_*.zip; subtitles must be
+unpacked.
 
 Prompt: "The common prompt used in our evaluation", README of MME-Benchmarks/Video-MME (commit 120729e), with or
 without subtitles. Rule: extract_characters_regex of BradyFU/Video-MME, evaluation/eval_your_results.py (commit
@@ -34,6 +35,8 @@ INSTRUCTION = (
 )
 CLOSING = "The best answer is:"
 SUFFIXES = (".mp4", ".MP4", ".mkv")
+# Where unpacked videos lie: as published, and as VLMEvalKit and others unpack them.
+FOLDERS = ("data", "video", "videos/data", "videos")
 ARCHIVES = "videos_chunked_*.zip"
 PHRASES = (
     "The best answer is",
@@ -86,12 +89,13 @@ def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -
             choices=choices,
             answers=(row["answer"],),
             groups=groups,
+            question=row["question"],
         )
 
 
 def _video(directory: Path, name: str, archived: Mapping[str, zipfile.Path]) -> Path | zipfile.Path:
     """The video's file or its member of an archive; else the first possible name, which `present` then reports."""
-    places = [directory / "data" / f"{name}{suffix}" for suffix in SUFFIXES]
+    places = [directory / folder / f"{name}{suffix}" for folder in FOLDERS for suffix in SUFFIXES]
     members = (archived[place.name] for place in places if place.name in archived)
     return next((place for place in places if place.is_file()), next(members, places[0]))
 

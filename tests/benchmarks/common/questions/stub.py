@@ -13,6 +13,9 @@ class Handler(BaseHTTPRequestHandler):
 
     answers = 1000
     refuse = ""
+    # Questions with this text break a server that stays healthy, or does not.
+    breaks = ""
+    healthy = True
     asked: list[dict[str, Any]]
     # Maps the text of a question to the answer.
     say: Callable[[str], str]
@@ -20,15 +23,20 @@ class Handler(BaseHTTPRequestHandler):
     together: threading.Barrier | None = None
 
     def do_GET(self) -> None:
+        if self.path == "/health":
+            self._reply(200 if self.healthy and len(self.asked) < self.answers else 503, {})
+            return
         self._reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "x"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.together is not None:
             self.together.wait(10)
-        text = body["messages"][0]["content"][-1]["text"]
+        text = next(part["text"] for part in reversed(body["messages"][-1]["content"]) if part["type"] == "text")
         if self.refuse and self.refuse in text:
             self._reply(400, {"error": {"message": "prompt too long", "type": "BadRequestError"}})
+        elif self.breaks and self.breaks in text:
+            self._reply(500, {"error": {"message": "cannot decode"}})
         elif len(self.asked) >= self.answers:
             self._reply(500, {"error": {"message": "engine died"}})
         else:

@@ -93,6 +93,40 @@ def test_video_mme(tmp_path: Path) -> None:
     assert video["video_url"]["url"].startswith("data:video/mp4;base64,") and text["type"] == "text"
 
 
+@pytest.mark.parametrize("folder", ["video", "videos/data", "videos"])
+def test_videos_may_lie_where_other_tools_unpack_them(tmp_path: Path, folder: str) -> None:
+    directory = write_video_mme(tmp_path)
+    (directory / folder).mkdir(parents=True)
+    (directory / "data" / "dEf_2.mp4").rename(directory / folder / "dEf_2.mp4")
+    found = [item.parts[0].source for item in video_mme.load(directory)]  # type: ignore[union-attr]
+    assert (
+        found[2] == directory / folder / "dEf_2.mp4"
+        and len(present(list(video_mme.load(directory)), "", skip=False)) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "an empty file"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS")],
+)
+def test_files_without_their_content_are_missing(tmp_path: Path, content: bytes, reason: str) -> None:
+    directory = write_video_mme(tmp_path)
+    (directory / "data" / "dEf_2.mp4").write_bytes(content)
+    items = list(video_mme.load(directory))
+    with pytest.raises(MorphoQuantError, match=f"dEf_2.mp4: .* found {reason}.*1 of 3 questions lack one"):
+        present(items, "Video-MME", skip=False)
+    assert len(present(items, "Video-MME", skip=True)) == 2
+
+
+def test_a_page_that_cannot_be_read_is_the_files_fault(tmp_path: Path) -> None:
+    (path,) = (write_scienceqa(tmp_path) / "data").iterdir()
+    content = bytearray(path.read_bytes())
+    # Behind the magic bytes: the first page, not the footer.
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    refused("scienceqa", tmp_path, "expected whole pages")
+
+
 def asked(directory: Path, subtitles: int | None) -> list[str]:
     return [str(item.parts[1]).split("\nSelect")[0] for item in video_mme.load(directory, subtitles=subtitles)]
 
