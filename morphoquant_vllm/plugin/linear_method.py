@@ -289,8 +289,9 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         """down_proj's channel order, int64 [K], if the channels before it are renumbered. May be called once."""
         if self.mlp is None:
             return None
-        is_down = isinstance(layer, RowParallelLinear)
-        return self.mlp.order_of_inputs() if is_down else self.mlp.order_for_outputs(tensors["weight_codes"].shape[0])
+        if isinstance(layer, RowParallelLinear):
+            return self.mlp.order_of_inputs()
+        return self.mlp.order_for_outputs(layer, tensors["weight_codes"].shape[0])
 
     def _reorder(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> dict[str, Tensor]:
         """`tensors` with the channels between gate_up_proj and down_proj in `order`; with None as they are.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
 from morphoquant_vllm.format.layers import INPUT_TENSORS
 from morphoquant_vllm.plugin.reload import ReloadedPair
@@ -36,7 +37,7 @@ class MlpOrder:
         # down_proj's channel order on this rank, int64 [K], between the processing of gate_up_proj and of down_proj.
         self._order: Tensor | None = None
 
-    def order_for_outputs(self, out_features: int) -> Tensor | None:
+    def order_for_outputs(self, gate_up: torch.nn.Module, out_features: int) -> Tensor | None:
         """down_proj's channel order for gate_up_proj with `out_features` outputs, int64 [K]; None if they stay.
 
         down_proj must follow, by `order_of_inputs`. Nothing is moved if its tensors are gone, or if its channel order
@@ -44,7 +45,7 @@ class MlpOrder:
         """
         down, self.down = self.down, None
         stored = getattr(down, "channel_order", None)
-        if down is None or stored is None or 2 * stored.numel() != out_features:
+        if down is None or stored is None or not are_pair(gate_up, down) or 2 * stored.numel() != out_features:
             return None
         order = stored.data.long() - int(down.tp_rank) * stored.numel()  # type: ignore[arg-type]
         if not torch.equal(order.sort().values, torch.arange(order.numel(), device=order.device)):
@@ -56,6 +57,21 @@ class MlpOrder:
         """The order of down_proj's input channels, int64 [K]; None for the source's order. May be called once."""
         order, self._order = self._order, None
         return order
+
+
+def are_pair(gate_up: torch.nn.Module, down: torch.nn.Module) -> bool:
+    """Whether down_proj's inputs on a rank are the channels of gate's and up's outputs there.
+
+    transformers' plans may gather all outputs and split them again: then a rank has other channels of each.
+    """
+    return (
+        isinstance(gate_up, MergedColumnParallelLinear)
+        and len(gate_up.output_sizes) == 2
+        and not gate_up.gather_output
+        and isinstance(down, RowParallelLinear)
+        and down.input_is_parallel
+        and (gate_up.tp_size, gate_up.tp_rank) == (down.tp_size, down.tp_rank)
+    )
 
 
 def both_halves(order: Tensor) -> Tensor:

@@ -93,8 +93,11 @@ class ModalityBus:
     def attach(self, embedding: torch.nn.Module, *, passed: bool = True) -> None:
         """Let `embedding` fill the buffer. A model with two embeddings of token ids is served with 'any'.
 
-        `passed` says that the model passes its embedding a quantization config; those are preferred.
+        `passed` says that the model passes its embedding a quantization config; those are preferred. One that is built
+        after the model is a draft's: it embeds other tokens than those of a step.
         """
+        if self.buffer is not None:
+            return
         hook = embedding.register_forward_pre_hook(self._fill, with_kwargs=True)
         (self._configured if passed else self._unconfigured).append((embedding, hook))
 

@@ -144,7 +144,7 @@ class TestLoading:
         process(*layers)
         mlp = layers[0].quant_method.mlp
         assert all(layer.quant_method.renumbered for layer in layers)
-        assert mlp.order_for_outputs(2 * WIDTH) is None and mlp.order_of_inputs() is None
+        assert mlp.order_for_outputs(layers[0], 2 * WIDTH) is None and mlp.order_of_inputs() is None
 
     def test_nothing_moves_when_down_proj_was_processed_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = specification()
@@ -213,3 +213,14 @@ def test_tensors_of_the_input_do_not_move_with_the_outputs() -> None:
     for name in ("weight_codes", "weight_scale"):
         assert torch.equal(found[name], gate[name].flip(0))
     assert torch.equal(found["absorbed_bias"], gate["absorbed_bias"].flip(-1))
+
+
+@pytest.mark.parametrize("change", ["input_is_parallel", "gather_output", "tp_size"])
+def test_layers_that_split_other_channels_are_no_pair(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    from morphoquant_vllm.plugin.mlp_channel_order import are_pair
+
+    gate_up, down = mlp_layers(monkeypatch, MorphoQuantConfig(specification(ranks=2)), engine_of())
+    assert are_pair(gate_up, down)
+    changed = gate_up if change == "gather_output" else down
+    setattr(changed, change, {"input_is_parallel": False, "gather_output": True, "tp_size": 1}[change])
+    assert not are_pair(gate_up, down) and not are_pair(down, gate_up)

@@ -205,3 +205,15 @@ def test_every_tensor_of_the_bus_is_a_buffer_of_a_module(monkeypatch: pytest.Mon
     others = [value for value in vars(bus).values() if isinstance(value, torch.Tensor) and value is not bus.buffer]
     assert not others and table_of(embedding).data_ptr() in held
     assert TABLE not in embedding.state_dict()
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_drafts_embedding_has_no_part_in_the_bus(monkeypatch: pytest.MonkeyPatch, passed: bool) -> None:
+    # vLLM builds a draft after the model, with the model's quantization config.
+    bus, (embedding,) = started(monkeypatch)
+    draft = Embedding(VOCABULARY, 4)
+    bus.attach(draft, passed=passed)
+    embedding(torch.tensor([7, 1]))
+    before = bus.buffer.clone()
+    draft(torch.tensor([9]))
+    assert torch.equal(bus.buffer, before)
