@@ -134,22 +134,6 @@ def _reference_experts(
     return experts_numerics.experts(x, modality[: x.shape[0]], topk_weights, topk_ids, record)
 
 
-def _triton_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
-    return gpu_backend.act_quant(x, modality[: x.shape[0]], activation)
-
-
-def _triton_linear(
-    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
-    return gpu_backend.linear(x, modality[: x.shape[0]], weight, activation, bias)
-
-
-def _triton_silu_mul_linear(
-    gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
-    return gpu_backend.silu_mul_linear(gate_up, modality[: gate_up.shape[0]], weight, activation, bias)
-
-
 BACKENDS = {
     "reference": Backend(
         prepare=_reference_prepare,
@@ -161,11 +145,11 @@ BACKENDS = {
     "triton": Backend(
         prepare=gpu_backend.prepare,
         record_sizes=gpu_backend.RECORD_SIZES,
-        act_quant=_triton_act_quant,
-        linear=_triton_linear,
+        act_quant=gpu_backend.act_quant,
+        linear=gpu_backend.linear,
         check=gpu_backend.check,
         bind=gpu_backend.bind,
-        silu_mul_linear=_triton_silu_mul_linear,
+        silu_mul_linear=gpu_backend.silu_mul_linear,
         head=Head(gpu_head.head, gpu_head.eight_bit_refusal, gpu_head.check),
         experts=Experts(gpu_experts.prepare, gpu_experts.run, gpu_backend.check_experts),
     ),
