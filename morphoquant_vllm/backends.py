@@ -88,8 +88,6 @@ class Backend:
 
     # Lay the canonical records out for this backend, once, after loading.
     prepare: Prepare
-    # How many tensors its weight and activation records have.
-    record_sizes: tuple[int, int]
     # Inputs as the ops take them, modality with M entries or more; checked.
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     linear: Linear
@@ -134,44 +132,25 @@ def _reference_experts(
     return experts_numerics.experts(x, modality[: x.shape[0]], topk_weights, topk_ids, record)
 
 
-def _triton_act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
-    return gpu_backend.act_quant(x, modality[: x.shape[0]], activation)
-
-
-def _triton_linear(
-    x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
-    return gpu_backend.linear(x, modality[: x.shape[0]], weight, activation, bias)
-
-
-def _triton_silu_mul_linear(
-    gate_up: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None
-) -> Tensor:
-    return gpu_backend.silu_mul_linear(gate_up, modality[: gate_up.shape[0]], weight, activation, bias)
-
-
 BACKENDS = {
     "reference": Backend(
         prepare=_reference_prepare,
-        record_sizes=(len(WeightRecord._fields), len(ActivationRecord._fields)),
         act_quant=_reference_act_quant,
         linear=_reference_linear,
         experts=Experts(_reference_prepare_experts, _reference_experts),
     ),
     "triton": Backend(
         prepare=gpu_backend.prepare,
-        record_sizes=gpu_backend.RECORD_SIZES,
-        act_quant=_triton_act_quant,
-        linear=_triton_linear,
+        act_quant=gpu_backend.act_quant,
+        linear=gpu_backend.linear,
         check=gpu_backend.check,
         bind=gpu_backend.bind,
-        silu_mul_linear=_triton_silu_mul_linear,
+        silu_mul_linear=gpu_backend.silu_mul_linear,
         head=Head(gpu_head.head, gpu_head.eight_bit_refusal, gpu_head.check),
         experts=Experts(gpu_experts.prepare, gpu_experts.run, gpu_backend.check_experts),
     ),
     "cpu": Backend(
         prepare=cpu.prepare,
-        record_sizes=cpu.RECORD_SIZES,
         act_quant=cpu.act_quant,
         linear=cpu.linear,
         head=Head(

@@ -23,6 +23,12 @@ Layers in vLLM are bound to their backend when they are loaded, by `bind`, and c
 So a call looks up one address. A compiled graph takes the handle as any weight. So layers share graphs, and a cached
 graph serves the next process. A layer lives as long as its handle. A copy of the handle is refused.
 
+Two ops are RMSNorm (numerics/norm.py) and then `bound_linear`. x, residual [M, K] and norm_weight [K] have one dtype:
+
+    morphoquant::rms_norm_linear(x, norm_weight, epsilon, modality, handle, bias)  -> y [M, N] of rms_norm(x)
+    morphoquant::add_rms_norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+        -> y [M, N] of rms_norm(x + residual), and x + residual [M, K]
+
 The routed experts of a layer are bound by `bind_experts`, and called by a handle, too:
 
     morphoquant::bound_experts(x, modality, topk_weights, topk_ids, handle)  -> y [M, K], dtype of x
@@ -209,68 +215,6 @@ def _bound_experts_fake(x: Tensor, modality: Tensor, topk_weights: Tensor, topk_
     return x.new_empty((x.shape[0], handle.shape[2]))
 
 
-# The operators live as long as this object does.
-_LIBRARY = torch.library.Library("morphoquant", "DEF")
-for _name, _schema, _implementation, _fake in (
-    (
-        "act_quant",
-        "(Tensor x, Tensor modality, Tensor[] activation, str backend) -> Tensor",
-        _act_quant,
-        _act_quant_fake,
-    ),
-    (
-        "linear",
-        "(Tensor x, Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend) -> Tensor",
-        _linear,
-        _linear_fake,
-    ),
-    (
-        "silu_mul_linear",
-        "(Tensor gate_up, Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend) -> Tensor",
-        _silu_mul_linear,
-        _linear_fake,
-    ),
-    (
-        "bound_linear",
-        "(Tensor x, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
-        _bound_linear,
-        _bound_fake,
-    ),
-    (
-        "bound_silu_mul_linear",
-        "(Tensor gate_up, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
-        _bound_silu_mul_linear,
-        _bound_fake,
-    ),
-    (
-        "bound_experts",
-        "(Tensor x, Tensor modality, Tensor topk_weights, Tensor topk_ids, Tensor handle) -> Tensor",
-        _bound_experts,
-        _bound_experts_fake,
-    ),
-    ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", _head, _head_fake),
-    ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", _head_bfloat16, _head_bfloat16_fake),
-):
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"morphoquant::{_name}", _fake, lib=_LIBRARY)
-
-act_quant = torch.ops.morphoquant.act_quant
-linear = torch.ops.morphoquant.linear
-silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
-bound_linear = torch.ops.morphoquant.bound_linear
-bound_silu_mul_linear = torch.ops.morphoquant.bound_silu_mul_linear
-bound_experts = torch.ops.morphoquant.bound_experts
-head = torch.ops.morphoquant.head
-head_bfloat16 = torch.ops.morphoquant.head_bfloat16
-
-# RMSNorm (numerics/norm.py) and the layer after it in one op. x, residual [M, K] and norm_weight [K] have one dtype.
-#   morphoquant::rms_norm_linear(x, norm_weight, epsilon, modality, handle, bias)
-#       -> y [M, N], `bound_linear` of rms_norm(x)
-#   morphoquant::add_rms_norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
-#       -> y [M, N] of rms_norm(x + residual), and x + residual [M, K]
-
-
 def _rms_norm_linear(
     x: Tensor, norm_weight: Tensor, epsilon: float, modality: Tensor, handle: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -311,7 +255,40 @@ def _add_rms_norm_linear_fake(
     return x.new_empty((x.shape[0], handle.shape[1])), x.new_empty(x.shape)
 
 
-_NORM_OPS: tuple[tuple[str, str, Callable[..., object], Callable[..., object]], ...] = (
+_OPS: tuple[tuple[str, str, Callable[..., object], Callable[..., object]], ...] = (
+    (
+        "act_quant",
+        "(Tensor x, Tensor modality, Tensor[] activation, str backend) -> Tensor",
+        _act_quant,
+        _act_quant_fake,
+    ),
+    (
+        "linear",
+        "(Tensor x, Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend) -> Tensor",
+        _linear,
+        _linear_fake,
+    ),
+    (
+        "silu_mul_linear",
+        "(Tensor gate_up, Tensor modality, Tensor[] weight, Tensor[] activation, Tensor? bias, str backend) -> Tensor",
+        _silu_mul_linear,
+        _linear_fake,
+    ),
+    ("bound_linear", "(Tensor x, Tensor modality, Tensor handle, Tensor? bias) -> Tensor", _bound_linear, _bound_fake),
+    (
+        "bound_silu_mul_linear",
+        "(Tensor gate_up, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
+        _bound_silu_mul_linear,
+        _bound_fake,
+    ),
+    (
+        "bound_experts",
+        "(Tensor x, Tensor modality, Tensor topk_weights, Tensor topk_ids, Tensor handle) -> Tensor",
+        _bound_experts,
+        _bound_experts_fake,
+    ),
+    ("head", "(Tensor x, Tensor codes, Tensor scale) -> Tensor", _head, _head_fake),
+    ("head_bfloat16", "(Tensor x, Tensor weight) -> Tensor", _head_bfloat16, _head_bfloat16_fake),
     (
         "rms_norm_linear",
         "(Tensor x, Tensor norm_weight, float epsilon, Tensor modality, Tensor handle, Tensor? bias) -> Tensor",
@@ -326,10 +303,20 @@ _NORM_OPS: tuple[tuple[str, str, Callable[..., object], Callable[..., object]], 
         _add_rms_norm_linear_fake,
     ),
 )
-for _norm_name, _norm_schema, _norm_implementation, _norm_fake in _NORM_OPS:
-    _LIBRARY.define(_norm_name + _norm_schema)
-    _LIBRARY.impl(_norm_name, _norm_implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"morphoquant::{_norm_name}", _norm_fake, lib=_LIBRARY)
+# The operators live as long as this object does.
+_LIBRARY = torch.library.Library("morphoquant", "DEF")
+for _name, _schema, _implementation, _fake in _OPS:
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"morphoquant::{_name}", _fake, lib=_LIBRARY)
 
+act_quant = torch.ops.morphoquant.act_quant
+linear = torch.ops.morphoquant.linear
+silu_mul_linear = torch.ops.morphoquant.silu_mul_linear
+bound_linear = torch.ops.morphoquant.bound_linear
+bound_silu_mul_linear = torch.ops.morphoquant.bound_silu_mul_linear
+bound_experts = torch.ops.morphoquant.bound_experts
+head = torch.ops.morphoquant.head
+head_bfloat16 = torch.ops.morphoquant.head_bfloat16
 rms_norm_linear = torch.ops.morphoquant.rms_norm_linear
 add_rms_norm_linear = torch.ops.morphoquant.add_rms_norm_linear

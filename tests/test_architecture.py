@@ -53,7 +53,6 @@ ROOMS_OF_CALIBRATION = {
     "hf",
     "host_memory",
     "numerics",
-    "ops",
 }
 NOT_IN_CALIBRATION = {"vllm", "triton", "benchmarks", "tests"}
 # These commands run with pyproject.toml's dependencies without extras. A package is imported by its name but this one.

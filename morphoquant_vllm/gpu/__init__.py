@@ -13,7 +13,7 @@ Notation
     steps            each step of a layer separately, for the self-check
     workspace        the int8 memory that the layers of a device share
     turn             the stream that may use the shared memory now
-    launch           the two ops through Triton's JIT, for tests and tools
+    launch           the two ops through Triton's JIT, for tests, tools and layers that are not bound
     launcher         one launch, by Triton's JIT or compiled; the latter costs the host little
     quantize_launch  the choice of a quantizer kernel by the number of tokens, and its launch
     product_launch   the launches of the product and of the addition of a split K

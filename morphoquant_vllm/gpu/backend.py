@@ -16,9 +16,6 @@ from morphoquant_vllm.numerics.linear import WeightRecord
 if TYPE_CHECKING:
     from morphoquant_vllm.gpu import bound
 
-# How many tensors the weight and the activation record of `prepare` have.
-RECORD_SIZES = (len(layout.GpuWeight._fields), len(layout.GpuActivation._fields))
-
 
 def check(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
     """Raise MorphoQuantError if the kernels do not serve the layer; it names the layer, the rule and the remedy."""
@@ -65,15 +62,15 @@ def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
     """Codes int8 [M, K]."""
     from morphoquant_vllm.gpu import launch
 
-    return launch.quantize(x, modality, layout.GpuActivation(*activation))[0]
+    return launch.quantize(x, modality[: x.shape[0]], layout.GpuActivation(*activation))[0]
 
 
 def linear(x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None) -> Tensor:
     """y [M, N] in the dtype of x."""
     from morphoquant_vllm.gpu import launch
 
-    profile = device.profile_of(x.device)
-    return launch.linear(x, modality, layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, profile)
+    prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
+    return launch.linear(x, modality[: x.shape[0]], *prepared, bias, device.profile_of(x.device))
 
 
 def silu_mul_linear(
@@ -82,7 +79,6 @@ def silu_mul_linear(
     """y [M, N] of silu(gate) * up, which the quantizer computes from gate_up [M, 2K]."""
     from morphoquant_vllm.gpu import launch
 
-    profile = device.profile_of(gate_up.device)
-    return launch.linear(
-        gate_up, modality, layout.GpuWeight(*weight), layout.GpuActivation(*activation), bias, profile, silu_mul=True
-    )
+    prepared = layout.GpuWeight(*weight), layout.GpuActivation(*activation)
+    modality, profile = modality[: gate_up.shape[0]], device.profile_of(gate_up.device)
+    return launch.linear(gate_up, modality, *prepared, bias, profile, silu_mul=True)

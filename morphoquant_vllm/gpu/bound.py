@@ -29,7 +29,13 @@ from morphoquant_vllm import environment
 from morphoquant_vllm.gpu import bound_norm, launch, norm_launch
 from morphoquant_vllm.gpu.adding_launch import counters_of, most_counters
 from morphoquant_vllm.gpu.bound_int8 import BoundInt8
-from morphoquant_vllm.gpu.bound_kernels import BoundProduct, BoundQuantizer, current_stream_of, splits_by_tiles
+from morphoquant_vllm.gpu.bound_kernels import (
+    ALIGNMENT,
+    BoundProduct,
+    BoundQuantizer,
+    current_stream_of,
+    splits_by_tiles,
+)
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.launcher import UnknownFormError
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
@@ -40,8 +46,6 @@ from morphoquant_vllm.gpu.workspace import workspace_of
 
 logger = logging.getLogger("vllm.morphoquant_vllm.gpu.bound")
 
-# Parts of the scratch begin at multiples of this number, on which the compiled kernels rely.
-ALIGNMENT = 16
 BYTES_OF_SUM = 4
 
 

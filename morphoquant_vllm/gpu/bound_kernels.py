@@ -18,6 +18,8 @@ from morphoquant_vllm.gpu.tiles import Tile, splits_of
 
 # Triton passes the distance of tokens in 32 bits.
 MAX_STRIDE = 2**31 - 1
+# Compiled kernels assume that addresses are multiples of this many bytes.
+ALIGNMENT = 16
 
 
 class BoundQuantizer:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from morphoquant_vllm.gpu.bound_kernels import MAX_STRIDE, current_stream_of
+from morphoquant_vllm.gpu.bound_kernels import ALIGNMENT, MAX_STRIDE, current_stream_of
 from morphoquant_vllm.gpu.launcher import CompiledLaunch, UnknownFormError, must_be_compiled
 from morphoquant_vllm.gpu.norm_launch import VARYING, NormQuantizer, norm_quantize
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, aligned
-
-# Kernels take addresses for multiples of that.
-ALIGNMENT = 16
 
 
 class BoundNorm:

@@ -3,8 +3,8 @@
 A fused tile unpacks inside the kernel of the product and needs no workspace: kernels/fused_int8.py.
 
 The workspace holds one layer at a time, so all layers share one that the largest fits into: `workspace_bytes`. The
-kernels of one stream run in order: the product before has read the workspace when the next layer is unpacked. Two
-streams need a workspace each.
+kernels of one stream run in order: the product before has read the workspace when the next layer is unpacked. A second
+stream is served without the workspace while the first is busy: turn.py.
 
     unpack_launch(...)    grid and arguments stay the same from call to call
     gemm_launch(...)      the first four arguments vary: codes, rows, out and M; the grid varies with M

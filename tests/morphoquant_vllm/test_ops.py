@@ -21,11 +21,7 @@ BACKENDS = sorted(set(backends.BACKENDS) - {"triton"})
 
 @pytest.fixture(scope="module")
 def records() -> tuple[linear.WeightRecord, activation.ActivationRecord]:
-    return record_of("group")
-
-
-def record_of(scheme: str) -> tuple[linear.WeightRecord, activation.ActivationRecord]:
-    layer = LayerSpec(K, N, G, "column", "layer", scale_scheme=scheme)
+    layer = LayerSpec(K, N, G, "column", "layer", scale_scheme="group")
     spec = QuantizationSpec(layers={"layer": layer})
     (tensors,) = random_group(
         [torch.randn(N, K, generator=torch.Generator().manual_seed(1))], layer, spec, torch.tensor(2)
@@ -52,13 +48,6 @@ def test_signatures_are_frozen() -> None:
     assert str(ops.act_quant.default._schema) == (
         "morphoquant::act_quant(Tensor x, Tensor modality, Tensor[] activation, str backend) -> Tensor"
     )
-
-
-@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
-@pytest.mark.parametrize("scheme", ["group", "two_level"])
-def test_prepared_records_have_as_many_tensors_as_the_backend_says(backend: str, scheme: str) -> None:
-    prepared = backends.BACKENDS[backend].prepare(*record_of(scheme))
-    assert tuple(len(record) for record in prepared) == backends.BACKENDS[backend].record_sizes
 
 
 def test_the_heads_are_those_of_the_device_s_backend(monkeypatch: pytest.MonkeyPatch) -> None:

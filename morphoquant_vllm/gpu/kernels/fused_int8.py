@@ -124,7 +124,7 @@ def write_parts(
 
 @gluon.jit
 def grid_control(NAME: gl.constexpr):
-    """Let the next kernel start with PDL; see kernels/pdl.py."""
+    """Execute the griddepcontrol instruction NAME of dependent launch; see kernels/pdl.py."""
     gl.inline_asm_elementwise(NAME + "; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 

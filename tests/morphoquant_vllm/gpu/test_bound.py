@@ -341,8 +341,8 @@ def test_layouts_of_scratch_do_not_overlap() -> None:
     for count in (1, 3, 7, 100):
         codes, rows, parts = bound.scratch_sizes(count, 96, 50, 3)
         assert codes >= 96 * count and rows >= 4 * count and parts == 4 * 3 * count * 50
-        assert codes % bound.ALIGNMENT == rows % bound.ALIGNMENT == 0
-    assert layout.UNIT_K % bound.ALIGNMENT == 0, "the codes of a token begin on 16 bytes"
+        assert codes % bound_kernels.ALIGNMENT == rows % bound_kernels.ALIGNMENT == 0
+    assert layout.UNIT_K % bound_kernels.ALIGNMENT == 0, "the codes of a token begin on 16 bytes"
 
 
 def test_two_level_scales_are_named_once_for_layers_without(

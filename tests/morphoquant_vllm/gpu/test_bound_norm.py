@@ -7,7 +7,7 @@ import torch
 
 from morphoquant_vllm import ops
 from morphoquant_vllm.gpu import device, layout, norm_launch
-from morphoquant_vllm.gpu.bound_norm import ALIGNMENT
+from morphoquant_vllm.gpu.bound_kernels import ALIGNMENT
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS
 from morphoquant_vllm.gpu.tools.no_device import no_device, noted
 from tests.morphoquant_vllm.gpu.cases import Case
