@@ -8,8 +8,10 @@ last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
 experts_method     quantized routed experts: refusals, checks after loading, the call of the op
 experts_loading    how one expert's tensors are cut for ranks, and which were loaded
+engine_options     refuses options that load weights without a check, or quantize them once more
+weight_checker     refuses vLLM's checker of weights, which does not see quantized layers
 gpu_memory         refuses options of vLLM that quantized layers do not follow: sleep level 2, offload
-unloaded_weights   refuses a checkpoint that leaves a weight of vLLM's model as it was built
+unloaded_weights   refuses a checkpoint that leaves a weight as it was built, and a reload of some quantized layers
 dummy_weights      valid values for vLLM's --load-format dummy
 sharded_state      vLLM's sharded_state: a rank's tensors saved as they are served, and loaded
 reload             weights that vLLM loads again into a running engine

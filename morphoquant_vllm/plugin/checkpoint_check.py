@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import (
@@ -17,6 +19,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 
 from morphoquant_vllm.environment import checksums_wanted
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import remarks, verify_checkpoint
@@ -27,8 +30,8 @@ logger = init_logger(f"vllm.{__name__}")
 _PROGRESS_AFTER = 2.0
 
 
-def check_directory(directory: Path, *, complete: bool = True) -> None:
-    """Refuse an incomplete or damaged checkpoint. One line in the log names the check and its time.
+def check_directory(directory: Path, *, complete: bool = True) -> QuantizationSpec:
+    """Refuse an incomplete or damaged checkpoint; return its spec. A line in the log names the check and its time.
 
     Without `complete` the tokenizer's files may be missing: a hub's cache gets them when they are asked for.
     """
@@ -42,15 +45,29 @@ def check_directory(directory: Path, *, complete: bool = True) -> None:
     for line in remarks(directory, spec, complete=complete):
         logger.warning("MorphoQuant: %s: %s", directory, line)
     if spec.integrity is None:
-        return
+        return spec
     if checksums:
         logger.info("MorphoQuant: %s: %.2f GB checked in %.1f s, all in order", directory, total / 1e9, seconds)
     else:
         logger.info("MorphoQuant: %s: checked without SHA-256 (MORPHOQUANT_CHECKSUMS=0)", directory)
+    return spec
+
+
+def refuse_other_settings(directory: Path, checked: QuantizationSpec, served: QuantizationSpec) -> None:
+    """Refuse to serve other settings than those of the directory that was checked."""
+    one, other = (replace(spec, created_by="", integrity=None) for spec in (checked, served))
+    if one != other:
+        raise MorphoQuantError(
+            f"{directory / CONFIG_FILE}: its quantization_config is not the one that vLLM serves; serve without "
+            "--hf-config-path, and without quantization_config in --hf-overrides"
+        )
 
 
 def cached_snapshot(model: str, revision: str | None, spec: QuantizationSpec) -> Path | None:
     """The folder of a hub model if the local cache holds all its files; None if not, or if `spec` lists none."""
+    if envs.VLLM_USE_MODELSCOPE:
+        # vLLM will read another cache.
+        return None
     config = try_to_load_from_cache(model, CONFIG_FILE, revision=revision)
     if not isinstance(config, str) or spec.integrity is None:
         return None

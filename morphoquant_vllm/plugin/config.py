@@ -63,6 +63,8 @@ class MorphoQuantConfig(QuantizationConfig):
         # A model's hub id until a worker has checked its files, and whether they were checked before that.
         self._hub_id: str | None = None
         self._checked = False
+        # Whether a worker has looked at how vLLM will load weights.
+        self._loading_checked = False
         # None until the process that configures the engine has checked the files.
         self._last_word: LastWord | None = None
         self._metrics: MetricsFolder | None = None
@@ -110,18 +112,18 @@ class MorphoQuantConfig(QuantizationConfig):
                 f"{model_name}: is not a MorphoQuant checkpoint (config.json has no quantization_config); serve it "
                 "without --quantization morphoquant, or make a checkpoint of it with `morphoquant calibrate`"
             )
-        from morphoquant_vllm.plugin.checkpoint_check import cached_snapshot, check_directory
+        from morphoquant_vllm.plugin.checkpoint_check import cached_snapshot, check_directory, refuse_other_settings
         from morphoquant_vllm.plugin.escape_metrics import open_metrics
 
         directory = Path(model_name)
         if directory.is_dir():
             if not self._saved.take(directory):
-                check_directory(directory)
+                refuse_other_settings(directory, check_directory(directory), self.spec)
         else:
             self._hub_id, snapshot = model_name, cached_snapshot(model_name, revision, self.spec)
             self._checked = snapshot is not None
             if snapshot is not None:
-                check_directory(snapshot, complete=False)
+                refuse_other_settings(snapshot, check_directory(snapshot, complete=False), self.spec)
             else:
                 logger.info("MorphoQuant: %s is not on this disk yet; its files are checked by the workers", model_name)
         if self._last_word is None:
@@ -171,6 +173,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from morphoquant_vllm.plugin.additional_config import read_settings
+        from morphoquant_vllm.plugin.engine_options import refuse_unchecked_loading
         from morphoquant_vllm.plugin.gpu_memory import refuse_offload
         from morphoquant_vllm.plugin.kv_cache import cache_method
         from morphoquant_vllm.plugin.lm_head import EightBitHeadMethod, SixteenBitHeadMethod
@@ -179,6 +182,9 @@ class MorphoQuantConfig(QuantizationConfig):
 
         config = get_current_vllm_config_or_none()
         refuse_offload(config)
+        if not self._loading_checked:
+            refuse_unchecked_loading(config)
+            self._loading_checked = True
         saved = self._saved.of_rank(config)
         check = self._reload_check = self._reload_check or ReloadCheck()
         if isinstance(layer, RoutedExperts):
@@ -199,7 +205,10 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe import GateLinear
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+        from morphoquant_vllm.plugin.engine_options import refuse_online
+        from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
+        from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
 
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
@@ -212,6 +221,8 @@ class MorphoQuantConfig(QuantizationConfig):
             raise MorphoQuantError(
                 f"{prefix}: shards of a fused layer must all be quantized or none; not quantized: {missing}"
             )
+        refuse_online(self, layer, prefix)
+        patch_weight_checker((MorphoQuantLinearMethod, MorphoQuantExpertsMethod))
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
         first = settings[shards[0]]
@@ -244,16 +255,20 @@ class MorphoQuantConfig(QuantizationConfig):
         """The method of a list of experts; None, vLLM's own in 16 bit, if the checkpoint does not name it."""
         from vllm.platforms import current_platform
 
+        from morphoquant_vllm.plugin.engine_options import refuse_online
         from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod, refuse_sixteen_bit
         from morphoquant_vllm.plugin.gpu_memory import patch_sleep
+        from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
 
         name = local_name(prefix, self._stored)
         if name not in self.experts:
             refuse_sixteen_bit(prefix, layer, current_platform.is_cpu())
             return None
+        refuse_online(self, layer, prefix)
         bus, experts = self.modality_bus(), self.experts[name]
         watch = self._watch_of(prefix, name, experts.in_features, bus)
         patch_sleep(MorphoQuantExpertsMethod)
+        patch_weight_checker((MorphoQuantExpertsMethod,))
         return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> MlpOrder | None:
@@ -301,8 +316,10 @@ def _patch_vllm() -> None:
     # Imported here: they import layers, which processes that only register the method do not need.
     from morphoquant_vllm.plugin.embeddings import replace_embedding
     from morphoquant_vllm.plugin.sharded_state import patch_saving
-    from morphoquant_vllm.plugin.unloaded_weights import patch_loading
+    from morphoquant_vllm.plugin.unloaded_weights import patch_loading, patch_reload, patch_streamer
 
     replace_embedding()
     patch_loading()
+    patch_streamer()
+    patch_reload()
     patch_saving()

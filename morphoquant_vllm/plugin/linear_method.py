@@ -83,6 +83,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.activation_dtype = torch.get_default_dtype()
         self.activation_device = torch.get_default_device()
         self.takes_adapters = self.dummy = False
+        # gate_up_proj's bias as it is served, if its channels are renumbered.
+        self._bias_in_order: Tensor | None = None
+        # True from the moment when vLLM has loaded the layer again until the end of that reload.
+        self.loaded_again = False
         # The records that are served, once the layer is bound.
         self.served: Records | None = None
 
@@ -158,7 +162,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Lay the loaded tensors out and bind the layer. If vLLM loads it again, replace what is served."""
-        again = self.served is not None
+        again = self.loaded_again = self.served is not None
         if self.saved is not None:
             self._bind_saved(layer, self.saved.layers[self.name], again)
             return
@@ -296,7 +300,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     def _reorder(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> dict[str, Tensor]:
         """`tensors` with the channels between gate_up_proj and down_proj in `order`; with None as they are.
 
-        gate_up_proj's bias is permuted in place, so a load calls it once.
+        gate_up_proj's bias is permuted in place.
         """
         if order is None:
             return tensors
@@ -307,7 +311,10 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         outputs = both_halves(order)
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            bias.data.copy_(bias.data[outputs])
+            # A reload may bring no biases: those that are served are in order already.
+            if self._bias_in_order is None or not torch.equal(bias.data, self._bias_in_order):
+                bias.data.copy_(bias.data[outputs])
+            self._bias_in_order = bias.data.clone()
         return reorder_outputs(tensors, outputs)
 
     def _check_bias(self, layer: torch.nn.Module) -> None:

@@ -91,6 +91,10 @@ class ReloadedPair:
     def __init__(self) -> None:
         self._waiting: dict[bool, tuple[dict[str, Tensor], Callable[[Tensor], None]]] = {}
 
+    def forget(self) -> None:
+        """Drop a layer whose other half did not come."""
+        self._waiting.clear()
+
     def take(self, is_down: bool, tensors: dict[str, Tensor], finish: Callable[[Tensor], None]) -> None:
         """Keep one layer's `finish`; with the second, both get down_proj's channel order, int64 [K]."""
         self._waiting[is_down] = (tensors, finish)

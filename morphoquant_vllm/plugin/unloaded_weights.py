@@ -1,4 +1,4 @@
-"""Refuses a checkpoint that leaves a weight of vLLM's model as it was built, which would serve wrong answers.
+"""Refuses weights that leave a part of vLLM's model as it was built, or a reload that leaves some quantized layers.
 
 vLLM compares a model's parameters with those that its files gave, but by default only if nothing is quantized. Here
 the same check runs for models of this method. Quantized layers are left out: each counts its own tensors. vLLM 0.30 and
@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
 from vllm.config import ModelConfig
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD
 from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
 from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
-# Mark of the function that asks for the check.
+# Mark of the functions that ask for the checks.
 _MARK = "refuses_unloaded"
+# What vLLM's own check is told of quantized models; older versions are told nothing.
+_OF_QUANTIZED = (
+    {"quantized": True} if "quantized" in signature(DefaultModelLoader.track_weights_loading).parameters else {}
+)
 
 
 def patch_loading() -> None:
@@ -43,6 +50,66 @@ def patch_loading() -> None:
     DefaultModelLoader.load_weights = load_weights
 
 
+def patch_streamer() -> None:
+    """Let vLLM's Run:ai streamer check models of this method; by itself it compares nothing."""
+    original = RunaiModelStreamerLoader.load_weights
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def load_weights(self: RunaiModelStreamerLoader, model: Any, model_config: ModelConfig) -> None:
+        if model_config.quantization != QUANT_METHOD:
+            original(self, model, model_config)
+            return
+        # All that the original does, but for what it returns.
+        loaded = model.load_weights(self.get_all_weights(model_config, model))
+        with _keeping_refusals(model):
+            _check(self, model, loaded, **_OF_QUANTIZED)
+
+    setattr(load_weights, _MARK, True)
+    RunaiModelStreamerLoader.load_weights = load_weights
+
+
+def patch_reload() -> None:
+    """Let vLLM's reload refuse to end if it brought some quantized layers and not others."""
+    try:
+        from vllm.model_executor.model_loader.reload import layerwise
+    except ImportError:
+        # This vLLM does not load weights again.
+        return
+    original = layerwise.finalize_layerwise_processing
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def finalize(model: torch.nn.Module, model_config: ModelConfig) -> None:
+        original(model, model_config)
+        refuse_partial(model)
+
+    setattr(finalize, _MARK, True)
+    layerwise.finalize_layerwise_processing = finalize
+
+
+def refuse_partial(model: torch.nn.Module) -> None:
+    """Refuse a reload after which quantized layers of two checkpoints would be served together."""
+    methods = [
+        method
+        for layer in model.modules()
+        if isinstance(method := getattr(layer, "quant_method", None), MorphoQuantLinearMethod)
+    ]
+    missing = [method.name for method in methods if not method.loaded_again]
+    count = len(methods) - len(missing)
+    for method in methods:
+        method.loaded_again = False
+        if method.mlp is not None:
+            method.mlp.reloaded.forget()
+    if count and missing:
+        raise MorphoQuantError(
+            f"{missing[0]}: the reload brought {count} of {len(methods)} quantized layers, and not this one; the "
+            "engine now holds weights of two checkpoints: load a whole one, or start a new server"
+        )
+
+
 def _keeping_refusals(model: torch.nn.Module) -> AbstractContextManager[None]:
     """The context of a model's quantization config that makes a refusal the last line of the log."""
     for module in model.modules():
@@ -52,7 +119,7 @@ def _keeping_refusals(model: torch.nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _check(loader: DefaultModelLoader, model: torch.nn.Module, loaded: set[str] | None, **settings: Any) -> None:
+def _check(loader: BaseModelLoader, model: torch.nn.Module, loaded: set[str] | None, **settings: Any) -> None:
     """vLLM's check, for all but our quantized layers; MorphoQuantError if a weight has no tensor."""
     if loaded is not None:
         loaded = loaded | _counted_by_layers(model)
@@ -72,4 +139,6 @@ def _counted_by_layers(model: torch.nn.Module) -> set[str]:
         for name, layer in model.named_modules()
         if isinstance(getattr(layer, "quant_method", None), MorphoQuantLinearMethod | MorphoQuantExpertsMethod)
         for parameter, _ in layer.named_parameters()
+        # vLLM registers it, and no layer counts it.
+        if parameter != "bias"
     }

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,3 +254,22 @@ def test_the_folder_of_a_download_is_that_which_vllm_reads(pristine: Path, tmp_p
     (snapshot / INDEX_FILE).unlink()
     with pytest.raises(MorphoQuantError, match=f"has no {INDEX_FILE}"):
         checkpoint_check.check_directory(checkpoint_check.download(NAME, engine))
+
+
+def test_other_settings_than_those_of_the_checked_files_are_refused(pristine: Path) -> None:
+    """vLLM may read config.json of another place (--hf-config-path), or parts of it from --hf-overrides."""
+    config = MorphoQuantConfig(replace(read_spec(pristine), placeholder_token_ids={"image": (7,)}, integrity=None))
+    with pytest.raises(MorphoQuantError, match="its quantization_config is not the one that vLLM serves"):
+        config.maybe_update_config(str(pristine))
+    # Who made it, and hashes, are no settings.
+    other = MorphoQuantConfig(replace(read_spec(pristine), created_by="x", integrity=None))
+    other.maybe_update_config(str(pristine))
+
+
+def test_modelscopes_cache_is_not_taken_for_the_hubs(
+    pristine: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hub_cache(cache, NAME, pristine)
+    assert checkpoint_check.cached_snapshot(NAME, None, read_spec(pristine)) is not None
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    assert checkpoint_check.cached_snapshot(NAME, None, read_spec(pristine)) is None

@@ -16,7 +16,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD
 from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
 from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
-from morphoquant_vllm.plugin.unloaded_weights import patch_loading
+from morphoquant_vllm.plugin.unloaded_weights import patch_loading, patch_reload, patch_streamer, refuse_partial
 
 COMPARES_METHODS = "quantized" in signature(DefaultModelLoader.track_weights_loading).parameters
 
@@ -86,3 +86,70 @@ def test_a_linear_in_16_bit_that_no_file_gave_is_named() -> None:
         load(model, QUANT_METHOD)
     model.given = {"one.weight", "two.weight"}
     load(model, QUANT_METHOD)
+
+
+@pytest.mark.usefixtures("observed", "engine_context")
+def test_the_bias_of_a_quantized_layer_is_vllms_to_load() -> None:
+    model = Model({"one.weight"})
+    model.two.quant_method = MorphoQuantLinearMethod.__new__(MorphoQuantLinearMethod)
+    model.two.bias = nn.Parameter(torch.ones(4))
+    with pytest.raises(MorphoQuantError, match=r"two\.bias"):
+        load(model, QUANT_METHOD)
+
+
+@pytest.mark.usefixtures("engine_context")
+def test_the_streamer_refuses_a_weight_that_no_file_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
+
+    monkeypatch.setattr(RunaiModelStreamerLoader, "load_weights", RunaiModelStreamerLoader.load_weights)
+    monkeypatch.setattr(RunaiModelStreamerLoader, "get_all_weights", lambda *arguments: ())
+    patch_streamer()
+    loader = RunaiModelStreamerLoader.__new__(RunaiModelStreamerLoader)
+    with pytest.raises(MorphoQuantError, match=r"two\.weight"):
+        loader.load_weights(Model({"one.weight"}), SimpleNamespace(quantization=QUANT_METHOD))
+    loader.load_weights(Model({"one.weight", "two.weight"}), SimpleNamespace(quantization=QUANT_METHOD))
+    loader.load_weights(Model({"one.weight"}), SimpleNamespace(quantization=None))
+
+
+class Waiting:
+    """Stands for the two halves of an MLP."""
+
+    def __init__(self) -> None:
+        self.reloaded = SimpleNamespace(forget=lambda: self.forgotten.append(True))
+        self.forgotten: list[bool] = []
+
+
+def reloaded(*names: str) -> tuple[nn.Module, Waiting]:
+    """A model of two quantized layers, of which `names` were loaded again."""
+    mlp, layers = Waiting(), {}
+    for name in ("gate_up", "down"):
+        method = MorphoQuantLinearMethod.__new__(MorphoQuantLinearMethod)
+        method.name, method.loaded_again, method.mlp = name, name in names, mlp  # type: ignore[assignment]
+        layers[name] = nn.Module()
+        layers[name].quant_method = method  # type: ignore[assignment]
+    return nn.ModuleDict(layers), mlp
+
+
+def test_a_reload_of_some_quantized_layers_is_refused_and_forgotten() -> None:
+    model, mlp = reloaded("gate_up")
+    with pytest.raises(MorphoQuantError, match="down: the reload brought 1 of 2 quantized layers, and not this one"):
+        refuse_partial(model)
+    assert mlp.forgotten and not any(layer.quant_method.loaded_again for layer in model.values())
+    refuse_partial(model)
+
+
+@pytest.mark.parametrize("names", [(), ("gate_up", "down")])
+def test_a_reload_of_all_or_of_16_bit_layers_alone_ends_well(names: tuple[str, ...]) -> None:
+    refuse_partial(reloaded(*names)[0])
+
+
+def test_vllm_asks_at_the_end_of_a_reload(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    monkeypatch.setattr(layerwise, "finalize_layerwise_processing", lambda model, config: None)
+    patch_reload()
+    once = layerwise.finalize_layerwise_processing
+    patch_reload()
+    assert layerwise.finalize_layerwise_processing is once
+    with pytest.raises(MorphoQuantError, match="weights of two checkpoints"):
+        layerwise.finalize_layerwise_reload(reloaded("down")[0], None)

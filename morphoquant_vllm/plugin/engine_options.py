@@ -1,0 +1,54 @@
+"""Refuses options of vLLM by which weights would be loaded without a check, or quantized once more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor import model_loader
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader import dummy_loader, runai_streamer_loader, sharded_state_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from morphoquant_vllm.errors import MorphoQuantError
+
+# Loaders that tell which weights they loaded (unloaded_weights.py), or that load states which were served.
+LOADERS = (
+    DefaultModelLoader,
+    dummy_loader.DummyModelLoader,
+    runai_streamer_loader.RunaiModelStreamerLoader,
+    sharded_state_loader.ShardedStateLoader,
+)
+
+
+def refuse_unchecked_loading(config: VllmConfig | None) -> None:
+    """Refuse loaders that do not tell which weights they loaded, and weights of another place than the checked one."""
+    if config is None or config.model_config is None:
+        return
+    form = config.load_config.load_format
+    # Not get_model_loader: some loaders change the environment when they are made.
+    if not issubclass(model_loader._LOAD_FORMAT_TO_MODEL_LOADER[form], LOADERS):
+        raise MorphoQuantError(
+            f"--load-format {form}: its loader does not say which weights it loaded; serve with --load-format auto"
+        )
+    other = getattr(config.model_config, "model_weights", "")
+    if other and other != config.model_config.model:
+        raise MorphoQuantError(
+            f"{other}: weights are checked in the directory of config.json only; download the whole checkpoint, and "
+            "serve its directory"
+        )
+
+
+def refuse_online(quantization: QuantizationConfig, layer: torch.nn.Module, prefix: str) -> None:
+    """Refuse vLLM's online quantization of a layer that the checkpoint quantizes."""
+    online: Any = getattr(quantization, "online_quantization_config", None)
+    # Older versions of vLLM compose no two methods.
+    if not hasattr(online, "resolve_quant_method_cls"):
+        return
+    # As vLLM sets it, a moment later.
+    online.packed_modules_mapping = quantization.packed_modules_mapping
+    if online.resolve_quant_method_cls(type(layer), prefix) is not None:
+        raise MorphoQuantError(
+            f"--quantization-config: {prefix} has 4-bit weights already; name such layers in its `ignore`"
+        )
