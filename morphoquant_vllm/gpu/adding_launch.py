@@ -41,6 +41,11 @@ def counters_of(device: torch.device, count: int) -> Counters:
     return found
 
 
+def has_counters() -> bool:
+    """Whether a layer of this process has counters, which must keep their zeros."""
+    return bool(_COUNTERS)
+
+
 def most_counters(tile: Tile, units: int) -> int:
     """The largest number of output tiles of a product with a split K on `units` multiprocessors.
 

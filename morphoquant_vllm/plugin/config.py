@@ -207,6 +207,7 @@ class MorphoQuantConfig(QuantizationConfig):
 
         from morphoquant_vllm.plugin.engine_options import refuse_online
         from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
+        from morphoquant_vllm.plugin.gpu_memory import patch_sleep
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
         from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
 
@@ -222,6 +223,7 @@ class MorphoQuantConfig(QuantizationConfig):
                 f"{prefix}: shards of a fused layer must all be quantized or none; not quantized: {missing}"
             )
         refuse_online(self, layer, prefix)
+        patch_sleep(MorphoQuantExpertsMethod)
         patch_weight_checker((MorphoQuantLinearMethod, MorphoQuantExpertsMethod))
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}

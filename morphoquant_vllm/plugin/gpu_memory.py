@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -30,7 +31,8 @@ def patch_sleep(experts_method: type) -> None:
     """Let vLLM's worker refuse sleep level 2 for a model with layers of `experts_method`.
 
     vLLM saves a model's buffers before it drops the memory in which weights lie. Quantized linears are buffers. The
-    tensors of experts are not, and they are not loaded again into a running engine.
+    tensors of experts are not, and they are not loaded again into a running engine. Nor are the counters of tiles that
+    add their splits.
     """
     # Imported here, in a worker: it imports vLLM's model runner.
     from vllm.v1.worker.gpu_worker import Worker
@@ -47,7 +49,19 @@ def patch_sleep(experts_method: type) -> None:
                 f"sleep level {level} would lose the weights of quantized experts; sleep with level 1, or end the "
                 "server"
             )
+        if level > 1 and current_platform.is_cuda_alike() and _has_counters():
+            raise MorphoQuantError(
+                f"sleep level {level} would lose the counters of tiles with `adds_splits`; sleep with level 1, or "
+                "serve without MORPHOQUANT_TILES"
+            )
         original(self, level)
 
     setattr(sleep, _MARK, True)
     Worker.sleep = sleep
+
+
+def _has_counters() -> bool:
+    # Imported here, on a GPU: it imports Triton.
+    from morphoquant_vllm.gpu.adding_launch import has_counters
+
+    return has_counters()

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker import gpu_worker
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.plugin import gpu_memory
 from morphoquant_vllm.plugin.gpu_memory import patch_sleep, refuse_offload
 
 
@@ -58,3 +59,18 @@ def test_weights_that_should_lie_on_the_cpu_are_refused() -> None:
     config.offload_config.prefetch.offload_group_size = 2
     with pytest.raises(MorphoQuantError, match="serve without them"):
         refuse_offload(config)
+
+
+def test_counters_of_a_users_tiles_refuse_level_two_on_a_gpu(slept: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from morphoquant_vllm.gpu import adding_launch
+
+    kept = adding_launch.counters_of(torch.device("cpu"), 4)
+    assert adding_launch.has_counters() and not kept.memory.any()
+    gpu_worker.Worker.sleep(worker(None), 2)
+    monkeypatch.setattr(gpu_memory, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+    gpu_worker.Worker.sleep(worker(None), 1)
+    with pytest.raises(MorphoQuantError, match="sleep level 2 would lose the counters of tiles with `adds_splits`"):
+        gpu_worker.Worker.sleep(worker(None), 2)
+    assert slept == [2, 1]
+    del kept
+    assert not adding_launch.has_counters()
