@@ -88,8 +88,6 @@ class Backend:
 
     # Lay the canonical records out for this backend, once, after loading.
     prepare: Prepare
-    # How many tensors its weight and activation records have.
-    record_sizes: tuple[int, int]
     # Inputs as the ops take them, modality with M entries or more; checked.
     act_quant: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     linear: Linear
@@ -137,14 +135,12 @@ def _reference_experts(
 BACKENDS = {
     "reference": Backend(
         prepare=_reference_prepare,
-        record_sizes=(len(WeightRecord._fields), len(ActivationRecord._fields)),
         act_quant=_reference_act_quant,
         linear=_reference_linear,
         experts=Experts(_reference_prepare_experts, _reference_experts),
     ),
     "triton": Backend(
         prepare=gpu_backend.prepare,
-        record_sizes=gpu_backend.RECORD_SIZES,
         act_quant=gpu_backend.act_quant,
         linear=gpu_backend.linear,
         check=gpu_backend.check,
@@ -155,7 +151,6 @@ BACKENDS = {
     ),
     "cpu": Backend(
         prepare=cpu.prepare,
-        record_sizes=cpu.RECORD_SIZES,
         act_quant=cpu.act_quant,
         linear=cpu.linear,
         head=Head(

@@ -16,7 +16,7 @@ from torch import Tensor
 from morphoquant_vllm.cpu.build import Kernels, kernels
 from morphoquant_vllm.cpu.layout import HEADER_BYTES, RECORD_SIZES, prepare
 
-__all__ = ["RECORD_SIZES", "act_quant", "available", "instructions", "linear", "prepare"]
+__all__ = ["act_quant", "available", "instructions", "linear", "prepare"]
 
 # As native code numbers them (cpu/kernels/call.h).
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

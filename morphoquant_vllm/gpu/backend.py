@@ -16,9 +16,6 @@ from morphoquant_vllm.numerics.linear import WeightRecord
 if TYPE_CHECKING:
     from morphoquant_vllm.gpu import bound
 
-# How many tensors the weight and the activation record of `prepare` have.
-RECORD_SIZES = (len(layout.GpuWeight._fields), len(layout.GpuActivation._fields))
-
 
 def check(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
     """Raise MorphoQuantError if the kernels do not serve the layer; it names the layer, the rule and the remedy."""

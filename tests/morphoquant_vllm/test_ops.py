@@ -54,13 +54,6 @@ def test_signatures_are_frozen() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
-@pytest.mark.parametrize("scheme", ["group", "two_level"])
-def test_prepared_records_have_as_many_tensors_as_the_backend_says(backend: str, scheme: str) -> None:
-    prepared = backends.BACKENDS[backend].prepare(*record_of(scheme))
-    assert tuple(len(record) for record in prepared) == backends.BACKENDS[backend].record_sizes
-
-
 def test_the_heads_are_those_of_the_device_s_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 8)
     head = backends.Head(lambda x, codes, scale: x + 8, lambda _: None, bfloat16=lambda x, weight: x + 16)
