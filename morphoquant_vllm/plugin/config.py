@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from morphoquant_vllm.plugin.mlp_channel_order import MlpOrder
     from morphoquant_vllm.plugin.modality_bus import ModalityBus
     from morphoquant_vllm.plugin.reload import ReloadCheck
-    from morphoquant_vllm.plugin.sharded_state import RankState, SavedState
+    from morphoquant_vllm.plugin.sharded_state import RankState
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
@@ -66,12 +66,16 @@ class MorphoQuantConfig(QuantizationConfig):
         # None until the process that configures the engine has checked the files.
         self._last_word: LastWord | None = None
         self._metrics: MetricsFolder | None = None
-        self._saved = _observe()
+        _patch_vllm()
+        # Imported here: it imports layers, which processes that only register the method do not need.
+        from morphoquant_vllm.plugin.sharded_state import SavedState
+
+        self._saved = SavedState()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # In a worker, which gets the config by a pickle before it builds the model.
-        _observe()
+        _patch_vllm()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bus": None, "escape_watch": None, "_mlps": {}}
@@ -292,14 +296,13 @@ class MorphoQuantConfig(QuantizationConfig):
         return packed_names(prefix, self.packed_modules_mapping) or stacked_names(prefix, self.layers)
 
 
-def _observe() -> SavedState:
-    """Observe vLLM's embeddings, its loading of weights and its saving of states; a new SavedState."""
+def _patch_vllm() -> None:
+    """Replace vLLM's embedding, and patch its loading of weights and its saving of states."""
     # Imported here: they import layers, which processes that only register the method do not need.
     from morphoquant_vllm.plugin.embeddings import observe_embeddings
-    from morphoquant_vllm.plugin.sharded_state import SavedState, observe_saving
+    from morphoquant_vllm.plugin.sharded_state import observe_saving
     from morphoquant_vllm.plugin.unloaded_weights import refuse_unloaded
 
     observe_embeddings()
     refuse_unloaded()
     observe_saving()
-    return SavedState()
