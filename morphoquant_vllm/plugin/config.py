@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 # Functions of a layer's method that vLLM calls while it loads a model, and that may refuse the checkpoint.
-_STEPS = ("create_weights", "process_weights_after_loading")
+_LOADING_METHODS = ("create_weights", "process_weights_after_loading")
 
 
 class MorphoQuantConfig(QuantizationConfig):
@@ -157,8 +157,8 @@ class MorphoQuantConfig(QuantizationConfig):
 
         with self._last_word.keep_refusal():
             method = self._method_of(layer, prefix)
-        for step in _STEPS if method is not None else ():
-            setattr(method, step, self._last_word.keep_refusal()(getattr(method, step)))
+        for name in _LOADING_METHODS if method is not None else ():
+            setattr(method, name, self._last_word.keep_refusal()(getattr(method, name)))
         if isinstance(method, MorphoQuantLinearMethod | MorphoQuantExpertsMethod):
             method.keep_refusal = self._last_word.keep_refusal
         return method
@@ -233,7 +233,7 @@ class MorphoQuantConfig(QuantizationConfig):
             return None
         if self.escape_watch is None:
             escape_watch.refuse_partial_steps(config)
-            escape_watch.observe_steps()
+            escape_watch.patch_steps()
             model = config.model_config
             report = None if model is None else escape_report.read_report(model.model, model.revision)
             self.escape_watch = escape_watch.EscapeWatch(settings, bus.spec.rows, self._metrics, report)
@@ -245,7 +245,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.platforms import current_platform
 
         from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod, refuse_sixteen_bit
-        from morphoquant_vllm.plugin.gpu_memory import refuse_level_two
+        from morphoquant_vllm.plugin.gpu_memory import patch_sleep
 
         name = local_name(prefix, self._stored)
         if name not in self.experts:
@@ -253,7 +253,7 @@ class MorphoQuantConfig(QuantizationConfig):
             return None
         bus, experts = self.modality_bus(), self.experts[name]
         watch = self._watch_of(prefix, name, experts.in_features, bus)
-        refuse_level_two(MorphoQuantExpertsMethod)
+        patch_sleep(MorphoQuantExpertsMethod)
         return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> MlpOrder | None:
@@ -299,10 +299,10 @@ class MorphoQuantConfig(QuantizationConfig):
 def _patch_vllm() -> None:
     """Replace vLLM's embedding, and patch its loading of weights and its saving of states."""
     # Imported here: they import layers, which processes that only register the method do not need.
-    from morphoquant_vllm.plugin.embeddings import observe_embeddings
-    from morphoquant_vllm.plugin.sharded_state import observe_saving
-    from morphoquant_vllm.plugin.unloaded_weights import refuse_unloaded
+    from morphoquant_vllm.plugin.embeddings import replace_embedding
+    from morphoquant_vllm.plugin.sharded_state import patch_saving
+    from morphoquant_vllm.plugin.unloaded_weights import patch_loading
 
-    observe_embeddings()
-    refuse_unloaded()
-    observe_saving()
+    replace_embedding()
+    patch_loading()
+    patch_saving()

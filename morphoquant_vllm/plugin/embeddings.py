@@ -34,7 +34,7 @@ class ObservedEmbedding(VocabParallelEmbedding):
             quantization.modality_bus().attach(self, passed=False)
 
 
-def observe_embeddings() -> None:
+def replace_embedding() -> None:
     """Let vLLM build ObservedEmbedding for its embedding, unless another plugin has put its own there."""
     if _NAME not in op_registry_oot:
         PluggableLayer.register_oot(ObservedEmbedding, name=_NAME)

@@ -191,7 +191,7 @@ def _report_until_gone(reference: weakref.ref[EscapeWatch], seconds: float) -> N
         time.sleep(seconds)
 
 
-def observe_steps() -> None:
+def patch_steps() -> None:
     """Let every step of vLLM's workers in this process go through the watch of their model.
 
     vLLM has no hook around a step, and a replayed CUDA graph calls nothing inside the model.

@@ -26,7 +26,7 @@ def refuse_offload(config: VllmConfig | None) -> None:
         )
 
 
-def refuse_level_two(experts_method: type) -> None:
+def patch_sleep(experts_method: type) -> None:
     """Let vLLM's worker refuse sleep level 2 for a model with layers of `experts_method`.
 
     vLLM saves a model's buffers before it drops the memory in which weights lie. Quantized linears are buffers. The

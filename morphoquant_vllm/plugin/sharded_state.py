@@ -221,7 +221,7 @@ def record_name(kind: str, index: int) -> str:
     return f"{kind}_record_{index}"
 
 
-def observe_saving() -> None:
+def patch_saving() -> None:
     """Let vLLM's save_sharded_state write a record beside the state of a model of this method.
 
     vLLM has no hook after it.

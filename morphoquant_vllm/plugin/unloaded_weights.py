@@ -24,7 +24,7 @@ from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 _MARK = "refuses_unloaded"
 
 
-def refuse_unloaded() -> None:
+def patch_loading() -> None:
     """Let vLLM's loader check models of this method as it checks 16-bit ones, unless the user has set that."""
     original = DefaultModelLoader.load_weights
     if hasattr(original, _MARK):

@@ -73,9 +73,9 @@ def test_an_embedding_with_a_config_of_its_own_is_preferred(
 
 
 def test_models_of_other_methods_are_left_alone(monkeypatch: pytest.MonkeyPatch, registry: dict[str, type]) -> None:
-    from morphoquant_vllm.plugin.embeddings import observe_embeddings
+    from morphoquant_vllm.plugin.embeddings import replace_embedding
 
-    observe_embeddings()
+    replace_embedding()
     for engine in (None, SimpleNamespace(get_name=lambda: "fp8")):
         assert not build(monkeypatch, engine)._forward_pre_hooks
 

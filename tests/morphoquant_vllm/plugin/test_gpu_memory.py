@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker import gpu_worker
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.plugin.gpu_memory import refuse_level_two, refuse_offload
+from morphoquant_vllm.plugin.gpu_memory import patch_sleep, refuse_offload
 
 
 class Experts:
@@ -21,7 +21,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The levels at which vLLM's own worker slept."""
     found: list[int] = []
     monkeypatch.setattr(gpu_worker.Worker, "sleep", lambda self, level=1: found.append(level))
-    refuse_level_two(Experts)
+    patch_sleep(Experts)
     return found
 
 
@@ -41,7 +41,7 @@ def test_only_experts_refuse_and_only_level_two(slept: list[int]) -> None:
 
 def test_it_is_wrapped_once(slept: list[int]) -> None:
     once = gpu_worker.Worker.sleep
-    refuse_level_two(Experts)
+    patch_sleep(Experts)
     assert gpu_worker.Worker.sleep is once
 
 

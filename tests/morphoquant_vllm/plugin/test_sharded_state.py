@@ -117,12 +117,12 @@ def test_a_model_whose_16_bit_weights_vllm_packed_away_is_refused() -> None:
 def test_another_method_s_model_is_saved_by_vllm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(ShardedStateLoader, "save_model", staticmethod(lambda *arguments: calls.append(arguments)))
-    sharded_state.observe_saving()
+    sharded_state.patch_saving()
     model = torch.nn.Linear(2, 2)
     ShardedStateLoader.save_model(model, str(tmp_path))
     assert calls == [(model, str(tmp_path), None, None)] and not list(tmp_path.iterdir())
     observed = ShardedStateLoader.save_model
-    sharded_state.observe_saving()
+    sharded_state.patch_saving()
     assert ShardedStateLoader.save_model is observed
 
 

@@ -16,7 +16,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QUANT_METHOD
 from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
 from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
-from morphoquant_vllm.plugin.unloaded_weights import refuse_unloaded
+from morphoquant_vllm.plugin.unloaded_weights import patch_loading
 
 COMPARES_METHODS = "quantized" in signature(DefaultModelLoader.track_weights_loading).parameters
 
@@ -39,7 +39,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DefaultModelLoader, "get_all_weights", lambda *arguments: ())
     for name in ("_init_ep_weight_filter", "_init_mm_encoder_only_weight_filter"):
         monkeypatch.setattr(DefaultModelLoader, name, lambda *arguments: None, raising=False)
-    refuse_unloaded()
+    patch_loading()
 
 
 def load(model: nn.Module, quantization: str | None, extra: dict[str, object] | None = None) -> None:
