@@ -28,7 +28,7 @@ from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
 from calibration.output.places import check_free_space, check_length, check_output, check_room, check_writable
-from calibration.output.report import PACKAGE, REPORT_FILE, package_version
+from calibration.output.report import PACKAGE, package_version
 from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
@@ -38,7 +38,7 @@ from calibration.work.identity import identity
 from calibration.work.opening import clear_work, open_work
 from calibration.work.rendered import media_bytes
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.files import read_json
+from morphoquant_vllm.format.files import REPORT_FILE, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from benchmarks.calibrate.memory import MemoryWatch
 from benchmarks.calibrate.model.layouts import GENERATED_FILE
 from benchmarks.common.files import weight_bytes
 from benchmarks.common.server import serve
-from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import REPORT_FILE
 
 ARGUMENTS = (
     "--max-model-len=2048",

@@ -20,8 +20,8 @@ from benchmarks.common.server import exit_on_signals
 from benchmarks.paper import calibration, model, rows, table
 from benchmarks.paper.options import parse
 from benchmarks.paper.plan import describe_calibration, gpu_bytes, make_plan
-from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import REPORT_FILE
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 OURS, SIXTEEN_BIT = "MorphoQuant for vLLM", "16 bit, vLLM"

@@ -17,10 +17,10 @@ from calibration.model.source import Source
 from calibration.output.card import CARD_FILE
 from calibration.output.distributions import write_distributions
 from calibration.output.json_file import write_json
-from calibration.output.report import REPORT_FILE
 from calibration.output.weight_file import write_weights
 from calibration.output.written_files import copied_files
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
+from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.layers import stored_name
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.seal import sealed

@@ -15,10 +15,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from calibration.output.report import REPORT_FILE
 from calibration.output.report_file import ExpertsReport, LayerReport, read_report
 from morphoquant_vllm.format.checkpoint import StoredTensor, check_headers, read_headers, read_spec
-from morphoquant_vllm.format.files import open_file
+from morphoquant_vllm.format.files import REPORT_FILE, open_file
 from morphoquant_vllm.format.layers import TWO_LEVEL_SCHEME, experts_input, input_holder, stored_name, tensor_specs
 from morphoquant_vllm.format.schema import QuantizationSpec
 

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 from morphoquant_vllm.format.schema import QuantizationSpec
 
 if TYPE_CHECKING:
-    # `inspect` needs only the file's name, and neither pydantic nor the numerics.
     from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
     from calibration.settings.recipe import Recipe
 
-REPORT_FILE = "morphoquant_calibration.json"
 REPORT_FORMAT = 1
 # Up to this share of experts without tokens is not warned of.
 EMPTY_SHARE = 0.05

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.files import read_json
+from morphoquant_vllm.format.files import REPORT_FILE, read_json
 
 # Values beyond these limits are not measurements. Shares are sums, which round.
 _LARGEST_SHARE = 1 + 1e-6

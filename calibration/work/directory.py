@@ -31,7 +31,6 @@ from torch import Tensor
 
 from calibration.blocks.capture import BlockInput, MemoryInput
 from calibration.blocks.results import BlockResult
-from calibration.output.report import REPORT_FILE
 from calibration.processes import ONE, Processes
 from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
 from calibration.quantize.modality_rows import RowChoice
@@ -50,6 +49,7 @@ from calibration.work.durable_files import (
 )
 from calibration.work.hidden_states import STREAMS, DiskInput, Stream, read_arguments, sample_file, states_file
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
+from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import stored_name
 

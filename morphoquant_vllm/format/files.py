@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from morphoquant_vllm.errors import MorphoQuantError
 
 COPY_AGAIN = "copy it again"
+# The report of a calibration, beside the weights.
+REPORT_FILE = "morphoquant_calibration.json"
 # Deepest nesting of a JSON file. Files of models stay below half of it, and recursive functions can follow it.
 DEEPEST_JSON = 64
 

@@ -12,13 +12,13 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from vllm.logger import init_logger
 
+from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.schema import ANY_ROW, MASSIVE_ROW
 from morphoquant_vllm.numerics.escape_counts import COLUMNS
 
 # vLLM shows the messages of loggers below "vllm".
 logger = init_logger(f"vllm.{__name__}")
 
-REPORT_FILE = "morphoquant_calibration.json"
 # The calibration's name for the rate of all tokens together; row 'any' is compared with it.
 ALL_TOKENS = "all"
 # A row is judged on this many counted tokens, again and again. It is far off at this multiple of its calibrated rate.

@@ -15,13 +15,13 @@ from calibration.blocks.loop import BlockResult
 from calibration.blocks.sensitivity import choose_samples
 from calibration.calibrate import calibrate, dry_run
 from calibration.model.bits import mean_bits
-from calibration.output.report import REPORT_FILE
 from calibration.processes import Processes
 from calibration.quantize.escape_prices import EscapeCosts
 from calibration.settings.recipe import Recipe
 from calibration.work.budgets import BUDGETS_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, read_spec
+from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.verify import verify_checkpoint
 from tests.calibration.built_models import TinyModels
 from tests.calibration.joined import in_processes

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from calibration.output.distributions import CODE_BINS, write_distributions
-from calibration.output.report import REPORT_FILE, make_report
+from calibration.output.report import make_report
 from calibration.quantize.layer_report import LayerRecord
 from calibration.quantize.modality_rows import RowChoice
 from calibration.settings.recipe import Recipe
+from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.layers import ExpertsSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from tests.checkpoints import VOCABULARY, seal_again, write_random_checkpoint

@@ -13,10 +13,10 @@ from torch import Tensor
 from calibration.model.plan import matches
 from calibration.output.distributions import read_distributions
 from calibration.output.inspection import inspect_data
-from calibration.output.report import REPORT_FILE
 from calibration.output.report_file import Report, read_report
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_input, read_spec
+from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.layers import experts_input, input_holder
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.numerics.reference import outlier_mask

@@ -11,9 +11,9 @@ from rich.console import Console
 from safetensors import safe_open
 
 from calibration.output.inspection import inspect_data, inspect_table, percent
-from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import check_headers, load_layer, read_spec
+from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.layers import ExpertsSpec
 from tests.checkpoints import HIDDEN, VOCABULARY, write_config, write_random_checkpoint
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from calibration.output.report import REPORT_FILE
 from calibration.output.report_file import read_report
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import REPORT_FILE
 
 
 def write(directory: Path, **report: Any) -> Path:

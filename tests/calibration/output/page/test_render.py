@@ -18,8 +18,8 @@ from calibration import cli
 from calibration.output.distributions import DISTRIBUTIONS_FILE, write_distributions
 from calibration.output.inspection import inspect_data, percent
 from calibration.output.page.render import write_report
-from calibration.output.report import REPORT_FILE
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import REPORT_FILE
 from tests.checkpoints import write_config, write_random_checkpoint
 
 FIGURE = re.compile(r'<figure id="([^"]+)"><img alt="([^"]+)" src="data:image/png;base64,([^"]+)">')
