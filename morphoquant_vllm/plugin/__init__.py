@@ -17,6 +17,7 @@ parameters         how one checkpoint tensor is cut for fused layers and tensor-
 kv_cache           scales of an FP8 cache of keys and values
 lm_head            the 16-bit head, and the optional 8-bit one
 additional_config  the plugin's settings in vLLM's --additional-config
+log                loggers whose messages vLLM shows
 escape_watch       counts escapes while a model is served, in some layers and steps
 counted_layer      a bound layer that counts its escapes
 escape_report      escape rates by row, beside those of calibration
