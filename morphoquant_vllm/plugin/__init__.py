@@ -6,6 +6,7 @@ layer_names        the names of the checkpoint's layers behind the prefix of one
 checkpoint_check   checks a checkpoint's files before vLLM loads a weight
 last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
+linear_checks      refuses a linear whose shapes or bias are not the checkpoint's
 experts_method     quantized routed experts: refusals, checks after loading, the call of the op
 experts_loading    how one expert's tensors are cut for ranks, and which were loaded
 gpu_memory         refuses options of vLLM that quantized layers do not follow: sleep level 2, offload
