@@ -1,8 +1,8 @@
 """Counts escapes and massive tokens while a model is served, in some layers and steps, and reports them.
 
 The counts lie in one tensor on the device. Each counted layer adds to its part inside its op (`counted_layer`). Before
-a counted step of requests the watch sets the number of tokens, and after it copies the counts to the host, both
-without waiting for the device. Dummy steps of vLLM and padding count nothing. A thread reports the copied counts.
+a counted step of requests the watch sets the number of tokens. After it the watch copies the counts to the host.
+Neither waits for the device. Dummy steps of vLLM and padding count nothing. A thread reports the copied counts.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ the accumulator is [N, M]. So sums, order of float32 operations and bound are th
 
 DESCRIPTORS: operands are tensor descriptors, which copy whole blocks without a thread's help and read zeros outside the
 tensor. The host makes them (int8_path.py). A descriptor made in the kernel would need memory from Triton's global
-allocator at every launch, and a store, a fence and a wait in every program. A descriptor made by the host is an
+allocator at every launch. Every program would need a store, a fence and a wait. A descriptor made by the host is an
 argument of the launch, and a captured CUDA graph keeps it by value. The descriptor of the workspace stays the same from
 call to call. On GPUs without descriptors operands are pointers, and the loop copies asynchronously, 16 bytes a thread.
 """
