@@ -25,7 +25,9 @@ from morphoquant_vllm.numerics.experts import ExpertsRecord
 from morphoquant_vllm.numerics.linear import WeightRecord
 
 Linear = Callable[[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None], Tensor]
-Prepare = Callable[[WeightRecord, ActivationRecord], tuple[list[Tensor], list[Tensor]]]
+# A weight and an activation record, as a backend prepares them.
+Records = tuple[list[Tensor], list[Tensor]]
+Prepare = Callable[[WeightRecord, ActivationRecord], Records]
 
 
 def _takes_any_layer(name: str, weight: WeightRecord, activation: ActivationRecord, dtype: torch.dtype) -> None:
@@ -106,7 +108,7 @@ class Backend:
     instructions: Callable[[], str] = _has_no_instructions
 
 
-def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Tensor], list[Tensor]]:
+def _reference_prepare(weight: WeightRecord, activation: ActivationRecord) -> Records:
     return list(weight), list(activation)
 
 

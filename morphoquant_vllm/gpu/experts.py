@@ -182,7 +182,7 @@ def quantize(products: Tensor, modality: Tensor, ids: Tensor, activation: GpuAct
     from morphoquant_vllm.gpu.kernels.experts import quantize_pairs
     from morphoquant_vllm.gpu.launcher import Launch
 
-    count, rows_count, channels = activation.inverse.shape
+    count, _, channels = activation.inverse.shape
     pairs = products.shape[0]
     codes = torch.empty((pairs, channels), dtype=torch.int8, device=products.device)
     rows = torch.empty((pairs,), dtype=torch.int32, device=products.device)
@@ -193,19 +193,9 @@ def quantize(products: Tensor, modality: Tensor, ids: Tensor, activation: GpuAct
         "codes_ptr": codes,
         "rows_ptr": rows,
         "x_stride": products.stride(0),
-        "inverse_ptr": activation.inverse,
-        "centre_ptr": activation.centre,
-        "limit_ptr": activation.limit,
-        # If channels come in order the kernel does not read it, but it must be a pointer.
-        "order_ptr": activation.massive_channel if activation.in_order else activation.channel_order,
-        "massive_channel_ptr": activation.massive_channel,
-        "massive_low_ptr": activation.massive_low,
-        "massive_high_ptr": activation.massive_high,
-        "K": channels,
-        "R": rows_count,
+        **quantize_launch.table_arguments(activation),
+        "order_ptr": quantize_launch.order_argument(activation),
         "E": count,
-        "B": activation.massive_channel.shape[1],
-        "J": activation.massive_channel.shape[2],
         "BLOCK_K": quantize_launch.QUANTIZE_BLOCK_K,
         "IN_ORDER": activation.in_order,
     }

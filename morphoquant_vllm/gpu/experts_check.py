@@ -69,8 +69,10 @@ def problem_of_product(tile: Tile, group_size: int, dtype: torch.dtype, device: 
 def problem_of_quantizer(
     in_features: int, in_order: bool, dtype: torch.dtype, device: torch.device, profile: Profile
 ) -> str:
-    """The problem of the quantizer of pairs; empty if rows are equal, and all but 1 in 1000 codes: two exponentials may
-    differ in the last bits."""
+    """The problem of the quantizer of pairs; empty if rows are equal, and all but 1 in 1000 codes.
+
+    Two exponentials may differ in the last bits.
+    """
     tokens = 8
     generator = torch.Generator().manual_seed(in_features)
     records = [selfcheck.random_record(in_features, in_order, generator) for _ in range(COUNT)]

@@ -13,7 +13,14 @@ from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.kernels.norm_quant import quantize_normed
 from morphoquant_vllm.gpu.launcher import Launch
 from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
-from morphoquant_vllm.gpu.quantize_launch import QUANTIZE_PROGRAMS, WHOLE_TOKENS, aligned, gather_block
+from morphoquant_vllm.gpu.quantize_launch import (
+    QUANTIZE_PROGRAMS,
+    WHOLE_TOKENS,
+    aligned,
+    gather_block,
+    order_argument,
+    table_arguments,
+)
 from morphoquant_vllm.gpu.tiles import splits_of
 from morphoquant_vllm.numerics import norm
 
@@ -75,7 +82,6 @@ class NormQuantizer:
         tokens = x.shape[0]
         programs, each = self.programs(tokens)
         width = triton.next_power_of_2(self.in_features)
-        blocks, intervals = self.activation.massive_channel.shape
         # The kernel neither reads nor writes it, but it must be a pointer.
         second = x if residual is None else residual
         arguments = {
@@ -92,17 +98,8 @@ class NormQuantizer:
             "M": tokens,
             "tokens": each,
             "normed_ptr": self.activation.inverse if normed is None else normed,
-            "inverse_ptr": self.activation.inverse,
-            "centre_ptr": self.activation.centre,
-            "limit_ptr": self.activation.limit,
-            "order_ptr": self.activation.massive_channel if self.activation.in_order else self.activation.channel_order,
-            "massive_channel_ptr": self.activation.massive_channel,
-            "massive_low_ptr": self.activation.massive_low,
-            "massive_high_ptr": self.activation.massive_high,
-            "K": self.in_features,
-            "R": self.activation.gain.numel(),
-            "B": blocks,
-            "J": intervals,
+            **table_arguments(self.activation),
+            "order_ptr": order_argument(self.activation),
             "WIDTH": width,
             "BLOCK_K": gather_block(width),
             "ADD": residual is not None,

@@ -91,31 +91,19 @@ class Quantizer:
         tokens = x.shape[0]
         kernel = self.kernel(tokens)
         programs, each = self.programs(kernel, tokens)
-        blocks, intervals = self.activation.massive_channel.shape
         arguments = {
             "x_ptr": x,
             "modality_ptr": modality,
-            "inverse_ptr": self.activation.inverse,
-            "centre_ptr": self.activation.centre,
-            "limit_ptr": self.activation.limit,
-            "massive_channel_ptr": self.activation.massive_channel,
-            "massive_low_ptr": self.activation.massive_low,
-            "massive_high_ptr": self.activation.massive_high,
             "codes_ptr": codes,
             "rows_ptr": rows,
             "x_stride": x.stride(0),
-            "K": self.in_features,
-            "R": self.activation.gain.numel(),
-            "B": blocks,
-            "J": intervals,
+            **table_arguments(self.activation),
             "BLOCK_K": QUANTIZE_BLOCK_K,
             "SILU_MUL": self.silu_mul,
             "PDL": self.pdl,
         }
         if kernel is not quantize_in_order:
-            # The kernel does not read it, but it must be a pointer.
-            unread = self.activation.in_order
-            arguments["order_ptr"] = self.activation.massive_channel if unread else self.activation.channel_order
+            arguments["order_ptr"] = order_argument(self.activation)
         if kernel is quantize_activation:
             arguments["IN_ORDER"] = self.activation.in_order
         else:
@@ -126,6 +114,29 @@ class Quantizer:
         warps = GATHER_WARPS if kernel is quantize_tokens else QUANTIZE_WARPS
         # Subtraction and multiplication must each round, as in the reference.
         return Launch(kernel, (programs, 1), arguments, {"num_warps": warps, "enable_fp_fusion": False})
+
+
+def table_arguments(activation: GpuActivation) -> dict[str, Any]:
+    """The kernel arguments of an activation record, also of a stacked one; the channel order is not among them."""
+    rows, channels = activation.inverse.shape[-2:]
+    blocks, intervals = activation.massive_channel.shape[-2:]
+    return {
+        "inverse_ptr": activation.inverse,
+        "centre_ptr": activation.centre,
+        "limit_ptr": activation.limit,
+        "massive_channel_ptr": activation.massive_channel,
+        "massive_low_ptr": activation.massive_low,
+        "massive_high_ptr": activation.massive_high,
+        "K": channels,
+        "R": rows,
+        "B": blocks,
+        "J": intervals,
+    }
+
+
+def order_argument(activation: GpuActivation) -> Tensor:
+    """The channel order; if channels come in order no kernel reads it, but it must be a pointer."""
+    return activation.massive_channel if activation.in_order else activation.channel_order
 
 
 def gather_block(width: int) -> int:

@@ -24,8 +24,8 @@ def configure(
     """Change the mode of a loaded MorphoQuant model from its next forward pass on; None keeps a setting.
 
     exact: whether masked values that leave the 4-bit grid bypass it unrounded (the oracle) instead of taking an 8-bit
-    code; always on the torch reference. reference: whether the torch reference computes the quantized linears, which
-    defines the numbers and is slow, instead of the kernels of the device, which differ by no more than the documented
+    code; always on the torch reference. reference: whether the torch reference computes the quantized linears instead
+    of the device's kernels. It defines the numbers and is slow. The kernels differ by no more than the documented
     bound. row: the name of the row that serves every token, or "token". With "token" each token takes the row of its
     modality, by the checkpoint's placeholder_token_ids. After loading, row is "token" if the checkpoint has such ids,
     else "any", as in vLLM. Massive tokens always take the massive row, and a tower's patches their fixed row.

@@ -6,6 +6,7 @@ layer_names        the names of the checkpoint's layers behind the prefix of one
 checkpoint_check   checks a checkpoint's files before vLLM loads a weight
 last_word          repeats a worker's refusal in the last line of the log
 linear_method      the quantized linear: parameters, checks after loading, the call of the op
+linear_checks      refuses a linear whose shapes or bias are not the checkpoint's
 experts_method     quantized routed experts: refusals, checks after loading, the call of the op
 experts_loading    how one expert's tensors are cut for ranks, and which were loaded
 engine_options     refuses options that load weights without a check, or quantize them once more
@@ -19,6 +20,7 @@ parameters         how one checkpoint tensor is cut for fused layers and tensor-
 kv_cache           scales of an FP8 cache of keys and values
 lm_head            the 16-bit head, and the optional 8-bit one
 additional_config  the plugin's settings in vLLM's --additional-config
+log                loggers whose messages vLLM shows
 escape_watch       counts escapes while a model is served, in some layers and steps
 counted_layer      a bound layer that counts its escapes
 escape_report      escape rates by row, beside those of calibration

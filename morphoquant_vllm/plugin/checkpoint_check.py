@@ -12,7 +12,6 @@ from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import (
     download_weights_from_hf,
     maybe_download_from_modelscope,
@@ -23,9 +22,9 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import remarks, verify_checkpoint
+from morphoquant_vllm.plugin.log import plugin_logger
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 # Seconds after which a progress bar appears.
 _PROGRESS_AFTER = 2.0
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -17,6 +16,7 @@ from morphoquant_vllm.format.layers import ExpertsSpec, LayerSpec
 from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec
 from morphoquant_vllm.plugin.last_word import LastWord, open_last_word
 from morphoquant_vllm.plugin.layer_names import DRAFT_PREFIX, local_name, packed_names, stacked_names
+from morphoquant_vllm.plugin.log import plugin_logger
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from morphoquant_vllm.plugin.reload import ReloadCheck
     from morphoquant_vllm.plugin.sharded_state import RankState
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 
 # Functions of a layer's method that vLLM calls while it loads a model, and that may refuse the checkpoint.
 _LOADING_METHODS = ("create_weights", "process_weights_after_loading")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import silu
 
 from morphoquant_vllm import backends
@@ -19,6 +20,7 @@ from morphoquant_vllm.numerics.norm import normed
 
 if TYPE_CHECKING:
     from morphoquant_vllm.handles import Bound, BoundExperts
+    from morphoquant_vllm.plugin.escape_watch import EscapeWatch
 
 
 @dataclass
@@ -86,6 +88,29 @@ class CountedLayer:
         if not self.counter.gate.skips:
             self.counter.count(normed(x, residual, norm_weight, epsilon)[0], modality)
         return self.layer.norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+
+
+def counter_of_linear(
+    watch: EscapeWatch,
+    layer: Module,
+    name: str,
+    *,
+    split: bool,
+    backend: str,
+    prepared: list[Tensor],
+    record: ActivationRecord,
+) -> Counter | None:
+    """The counter of the linear `name`, whose tensors become buffers of the `layer`; None if it does not count.
+
+    `split`: whether ranks share its K. `prepared` is the activation's `record` as the backend has it.
+    """
+    rank = int(layer.tp_rank)  # type: ignore[arg-type]
+    counter = watch.counter(name, rank, split=split, backend=backend, prepared=prepared, record=record)
+    if counter is not None:
+        # Buffers: vLLM's sleep drops all other tensors that were made while the model was loaded.
+        layer.register_buffer("escape_counts", counter.counts, persistent=False)
+        layer.register_buffer("escape_live", counter.gate.live, persistent=False)
+    return counter
 
 
 @dataclass(frozen=True)

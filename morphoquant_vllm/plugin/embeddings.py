@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.config import get_current_vllm_config_or_none
-from vllm.logger import init_logger
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from morphoquant_vllm.format.schema import QUANT_METHOD
+from morphoquant_vllm.plugin.log import plugin_logger
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 # vLLM finds a pluggable layer by the name of its class.
 _NAME = VocabParallelEmbedding.__name__
 

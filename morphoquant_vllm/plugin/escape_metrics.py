@@ -21,12 +21,11 @@ from pathlib import Path
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from vllm.logger import init_logger
 
 from morphoquant_vllm.plugin.escape_report import RowCounts
+from morphoquant_vllm.plugin.log import plugin_logger
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 
 # Name on the page, after "morphoquant:" -> field of RowCounts and help.
 COUNTERS = {

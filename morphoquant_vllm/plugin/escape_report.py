@@ -10,14 +10,13 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from vllm.logger import init_logger
 
 from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.schema import ANY_ROW, MASSIVE_ROW
 from morphoquant_vllm.numerics.escape_counts import COLUMNS
+from morphoquant_vllm.plugin.log import plugin_logger
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 
 # The calibration's name for the rate of all tokens together; row 'any' is compared with it.
 ALL_TOKENS = "all"

@@ -1,8 +1,8 @@
 """Counts escapes and massive tokens while a model is served, in some layers and steps, and reports them.
 
 The counts lie in one tensor on the device. Each counted layer adds to its part inside its op (`counted_layer`). Before
-a counted step of requests the watch sets the number of tokens, and after it copies the counts to the host, both
-without waiting for the device. Dummy steps of vLLM and padding count nothing. A thread reports the copied counts.
+a counted step of requests the watch sets the number of tokens. After it the watch copies the counts to the host.
+Neither waits for the device. Dummy steps of vLLM and padding count nothing. A thread reports the copied counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -29,9 +28,9 @@ from morphoquant_vllm.plugin.additional_config import Watch
 from morphoquant_vllm.plugin.counted_layer import Counter, Gate
 from morphoquant_vllm.plugin.escape_metrics import MetricsFolder
 from morphoquant_vllm.plugin.escape_report import Drift, RowCounts, calibrated_rates, rows_of, summary
+from morphoquant_vllm.plugin.log import plugin_logger
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 # Mark of the function that calls a worker's watch at each step.
 _MARK = "counts_escapes"
 

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from morphoquant_vllm import backends, environment
+from morphoquant_vllm.plugin.log import plugin_logger
 from morphoquant_vllm.plugin.norm_quant_pass import NormFusion
 from morphoquant_vllm.plugin.silu_mul_pass import SiluMulFusion
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 
 
 def install(config: VllmConfig, backend: str) -> None:

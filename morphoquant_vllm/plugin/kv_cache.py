@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 from morphoquant_vllm.format.kv_cache import AttentionRange
+from morphoquant_vllm.plugin.log import plugin_logger
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 # The format whose range ends at LARGEST. vLLM takes no scales for the other one, fp8_e5m2.
 SCALED = ("fp8", "fp8_e4m3")
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from morphoquant_vllm import backends, ops
+from morphoquant_vllm.backends import Records
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, input_blocks
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -27,19 +28,16 @@ from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 from morphoquant_vllm.plugin import dummy_weights, fusion, sharded_state
-from morphoquant_vllm.plugin.counted_layer import CountedLayer, Counter
+from morphoquant_vllm.plugin.counted_layer import CountedLayer, Counter, counter_of_linear
+from morphoquant_vllm.plugin.linear_checks import check_bias, check_shapes
 from morphoquant_vllm.plugin.mlp_channel_order import MlpOrder, both_halves, reorder_inputs, reorder_outputs
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
-from morphoquant_vllm.plugin.parameters import LoadLog, check_ranks, make_parameters
+from morphoquant_vllm.plugin.parameters import LoadLog, make_parameters
 from morphoquant_vllm.plugin.reload import ReloadCheck, replace_records
 
 if TYPE_CHECKING:
     from morphoquant_vllm.handles import Bound
     from morphoquant_vllm.plugin.escape_watch import EscapeWatch
-
-
-# A weight and an activation record, as a backend prepares them.
-Records = tuple[list[Tensor], list[Tensor]]
 
 
 @register_weight_loader_v2_supported_method
@@ -100,7 +98,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self._check_shapes(layer, input_size)
+        check_shapes(layer, input_size, self.name, self.layer_spec, self.spec)
         self.activation_dtype = params_dtype
         config = get_current_vllm_config()
         self.takes_adapters = config.lora_config is not None
@@ -143,23 +141,6 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self.renumbered = saved.renumbered
         sharded_state.make_tensors(layer, saved.layers[self.name])
 
-    def _check_shapes(self, layer: torch.nn.Module, input_size: int) -> None:
-        if input_size != self.layer_spec.in_features:
-            raise MorphoQuantError(
-                f"{self.name}: the model has K = {input_size}, the checkpoint {self.layer_spec.in_features}; "
-                "config.json does not belong to these weights"
-            )
-        row_parallel = isinstance(layer, RowParallelLinear)
-        # A row-parallel checkpoint layer fits a layer of which vLLM gives every rank the whole K, too.
-        if row_parallel and self.layer_spec.parallel != "row":
-            raise MorphoQuantError(
-                f"{self.name}: the checkpoint has parallel '{self.layer_spec.parallel}', but vLLM splits this layer "
-                "otherwise; calibrate again"
-            )
-        size = int(layer.tp_size)  # type: ignore[arg-type]
-        if row_parallel:
-            check_ranks(self.spec, self.name, self.layer_spec, size)
-
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Lay the loaded tensors out and bind the layer. If vLLM loads it again, replace what is served."""
         again = self.loaded_again = self.served is not None
@@ -193,7 +174,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 self.load_log.check(self.name, tensor, len(self.shards))
             tensors[tensor] = parameter.data
             delattr(layer, tensor)
-        self._check_bias(layer)
+        check_bias(layer, self.shards)
         row_parallel = isinstance(layer, RowParallelLinear)
         rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
         # Channels are numbered over the whole K; this rank's channels start at rank * K / size.
@@ -231,7 +212,12 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     def _bind(self, layer: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
         self._select_backend(tensors)
         prepared, activation = self._prepared(tensors)
-        self._serve(layer, prepared, self._counting(layer, prepared[1], activation))
+        if self.watch is not None:
+            split = isinstance(layer, RowParallelLinear)
+            self.counter = counter_of_linear(
+                self.watch, layer, self.name, split=split, backend=self.backend, prepared=prepared[1], record=activation
+            )
+        self._serve(layer, prepared, None if self.counter is None else partial(CountedLayer, counter=self.counter))
 
     def _bind_saved(self, layer: torch.nn.Module, shapes: tuple[sharded_state.Shapes, ...], again: bool) -> None:
         if again:
@@ -239,7 +225,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 f"{self.name}: was loaded from a saved state and is not loaded again into a running engine; start a "
                 "new server"
             )
-        self._check_bias(layer)
+        check_bias(layer, self.shards)
         self.weight_size, self.activation_size = map(len, shapes)
         prepared = self.records(layer)
         for name, _ in list(layer.named_buffers(recurse=False)):
@@ -263,23 +249,6 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             layer.weight = torch.empty(0, device=self.activation_device)
         if not self.layer_spec.fixed_row:
             layer.register_buffer("modality", self.bus.rows(self.activation_device), persistent=False)
-
-    def _counting(
-        self, layer: torch.nn.Module, prepared: list[Tensor], record: ActivationRecord
-    ) -> Callable[[Bound], Bound] | None:
-        """The wrap of the bound layer that counts its escapes; None if it does not count."""
-        if self.watch is None:
-            return None
-        rank, split = int(layer.tp_rank), isinstance(layer, RowParallelLinear)  # type: ignore[arg-type]
-        self.counter = self.watch.counter(
-            self.name, rank, split=split, backend=self.backend, prepared=prepared, record=record
-        )
-        if self.counter is None:
-            return None
-        # Buffers: vLLM's sleep drops all other tensors that were made while the model was loaded.
-        layer.register_buffer("escape_counts", self.counter.counts, persistent=False)
-        layer.register_buffer("escape_live", self.counter.gate.live, persistent=False)
-        return partial(CountedLayer, counter=self.counter)
 
     def _replace(self, layer: torch.nn.Module, tensors: dict[str, Tensor], order: Tensor | None) -> None:
         """Serve other tensors from the same memory. vLLM then gives the layer its buffers back."""
@@ -316,19 +285,6 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 bias.data.copy_(bias.data[outputs])
             self._bias_in_order = bias.data.clone()
         return reorder_outputs(tensors, outputs)
-
-    def _check_bias(self, layer: torch.nn.Module) -> None:
-        """Check the source layer's bias: vLLM allocates it uninitialised and does not report a missing one."""
-        bias = getattr(layer, "bias", None)
-        has = {False: "no bias", True: "a bias"}
-        for name, shard in self.shards.items():
-            if shard.bias != (bias is not None):
-                raise MorphoQuantError(
-                    f"{name}: the model has {has[bias is not None]}, the checkpoint has {has[shard.bias]}; "
-                    "config.json does not belong to these weights"
-                )
-        if bias is not None and not bool(torch.isfinite(bias).all()):
-            raise MorphoQuantError(f"{self.name}.bias: holds NaN or infinite values; the file is damaged")
 
     def token_rows(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
         """Row of each token of x [M, K], int32 [M or more], as the ops take it."""

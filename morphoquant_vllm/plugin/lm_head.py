@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.host_memory import move_to_large_pages, zero_bytes
 from morphoquant_vllm.numerics.head import quantize_outputs
+from morphoquant_vllm.plugin.log import plugin_logger
 from morphoquant_vllm.plugin.reload import ReloadCheck
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 
 
 def megabytes(*tensors: Tensor) -> float:

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.logger import init_logger
 
 from morphoquant_vllm.format.schema import ANY_ROW, QuantizationSpec
 from morphoquant_vllm.format.token_table import row_table, unlisted_media
 from morphoquant_vllm.plugin.lm_head import SixteenBitHeadMethod
+from morphoquant_vllm.plugin.log import plugin_logger
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 
 
 def off_reason(config: VllmConfig) -> str | None:

@@ -7,19 +7,18 @@ exchange are numbered anew when both have come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 from vllm.config import VllmConfig
 
+from morphoquant_vllm.backends import Records
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, read_spec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.plugin.checkpoint_check import check_directory
-
-Records = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 def replace_records(name: str, served: Records, loaded: Records) -> None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader import ShardedStateLoader
 
@@ -34,12 +33,12 @@ from morphoquant_vllm.format.integrity import FileDigest, check_config, digest, 
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import check_token_table
 from morphoquant_vllm.host_memory import zero_bytes
+from morphoquant_vllm.plugin.log import plugin_logger
 
 if TYPE_CHECKING:
     from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 FORMATS = ("sharded_state", "runai_streamer_sharded")
 RECORDS = "morphoquant-state-*.json"
 SAVE_AGAIN = "save the state again, into an empty directory"

@@ -12,12 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vllm.logger import init_logger
-
 from morphoquant_vllm import compat, environment
+from morphoquant_vllm.plugin.log import plugin_logger
 
-# vLLM shows the messages of loggers below "vllm".
-logger = init_logger(f"vllm.{__name__}")
+logger = plugin_logger(__name__)
 COMPARE = (sys.executable, "-m", "morphoquant_vllm.compat")
 _TIMEOUT = 180
 # Last line of a kept comparison: a file without it was not written to its end.

@@ -8,6 +8,7 @@ gemm_adding     a split K whose last program adds the partial sums; no shipped t
 unpack_int8     a layer with two-level scales -> int8
 int8_gemm       codes x int8 weights
 fused_int8      codes x packed weights, which are unpacked while products run; in Gluon
+tile_order      the order in which programs take the tiles of the output
 epilogue        from sums to outputs
 reduce_splits   adds the partial sums of a split K
 experts         routed experts: products of pairs, their quantizer, the sum of a token's pairs

@@ -167,12 +167,12 @@ def fused_int8(
     token_tiles = (M + BLOCK_M - 1) // BLOCK_M
     channel_tiles = (N + _ROWS - 1) // _ROWS
     turns = (K + _TURN - 1) // _TURN
-    # GROUP_M token tiles share a tile of weights before the next one is read.
-    group = gl.program_id(0) // (GROUP_M * channel_tiles)
-    group_tokens = gl.minimum(token_tiles - group * GROUP_M, GROUP_M)
+    # As kernels/tile_order.py, in Gluon.
+    band = gl.program_id(0) // (GROUP_M * channel_tiles)
+    band_tiles = gl.minimum(token_tiles - band * GROUP_M, GROUP_M)
     within = gl.program_id(0) % (GROUP_M * channel_tiles)
-    first_m = (group * GROUP_M + within % group_tokens) * BLOCK_M
-    tile_n = within // group_tokens
+    first_m = (band * GROUP_M + within % band_tiles) * BLOCK_M
+    tile_n = within // band_tiles
 
     # Token indices past M read the last token again; their outputs are not written.
     m = gl.minimum(first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, CODES)), M - 1)

@@ -13,6 +13,7 @@ import triton.language as tl
 from morphoquant_vllm.gpu.kernels.epilogue import PART_M, output_terms, write_output, write_parts
 from morphoquant_vllm.gpu.kernels.gemm_two_level import two_level_sums
 from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
+from morphoquant_vllm.gpu.kernels.tile_order import tile_of
 
 # Most tokens of a tile whose gains and absorbed biases are read before the loop. For few tokens they fit into
 # registers. At decode the loop is short, and reading them after it would cost time.
@@ -133,16 +134,7 @@ def int4_gemm(
     """
     let_next_start(PDL)
     HALF: tl.constexpr = P // 2
-    token_tiles = tl.cdiv(M, BLOCK_M)
-    channel_tiles = tl.cdiv(N, BLOCK_N)
-    # GROUP_M token tiles share a tile of weights before the next one is read.
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * channel_tiles)
-    group_tokens = min(token_tiles - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * channel_tiles)
-    tile_m = group * GROUP_M + within % group_tokens
-    tile_n = within // group_tokens
-
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     half = tl.arange(0, HALF)

@@ -13,20 +13,10 @@ import triton.language as tl
 
 from morphoquant_vllm.gpu.kernels.epilogue import output_terms, write_output
 from morphoquant_vllm.gpu.kernels.gemm import int4_gemm
+from morphoquant_vllm.gpu.kernels.tile_order import tile_of
 
 # Tokens whose outputs are added up and finished at a time. They decide the registers of the ending.
 ADDED_M = tl.constexpr(16)
-
-
-@triton.jit
-def tile_of(pid, M, N, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """The tile of tokens and the tile of channels of a program of int4_gemm."""
-    token_tiles = tl.cdiv(M, BLOCK_M)
-    channel_tiles = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * channel_tiles)
-    group_tokens = min(token_tiles - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * channel_tiles)
-    return group * GROUP_M + within % group_tokens, within // group_tokens
 
 
 @triton.jit(do_not_specialize=["M", "splits"])

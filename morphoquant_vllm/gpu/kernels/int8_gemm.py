@@ -5,7 +5,7 @@ the accumulator is [N, M]. So sums, order of float32 operations and bound are th
 
 DESCRIPTORS: operands are tensor descriptors, which copy whole blocks without a thread's help and read zeros outside the
 tensor. The host makes them (int8_path.py). A descriptor made in the kernel would need memory from Triton's global
-allocator at every launch, and a store, a fence and a wait in every program. A descriptor made by the host is an
+allocator at every launch. Every program would need a store, a fence and a wait. A descriptor made by the host is an
 argument of the launch, and a captured CUDA graph keeps it by value. The descriptor of the workspace stays the same from
 call to call. On GPUs without descriptors operands are pointers, and the loop copies asynchronously, 16 bytes a thread.
 """
@@ -15,6 +15,7 @@ import triton.language as tl
 
 from morphoquant_vllm.gpu.kernels.epilogue import PART_M, write_parts
 from morphoquant_vllm.gpu.kernels.pdl import let_next_start, wait_for_previous
+from morphoquant_vllm.gpu.kernels.tile_order import tile_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -44,15 +45,9 @@ def int8_gemm(
 ):
     """One tile [BLOCK_N, BLOCK_M] of the output; grid (tiles). EVEN_K: BLOCK_K divides K. `padded_k` is K'."""
     let_next_start(PDL)
-    token_tiles = tl.cdiv(M, BLOCK_M)
-    channel_tiles = tl.cdiv(N, BLOCK_N)
-    # GROUP_M token tiles share a tile of weights before the next one is read.
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * channel_tiles)
-    group_tokens = min(token_tiles - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * channel_tiles)
-    first_m = (group * GROUP_M + within % group_tokens) * BLOCK_M
-    first_n = (within // group_tokens) * BLOCK_N
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP_M)
+    first_m = tile_m * BLOCK_M
+    first_n = tile_n * BLOCK_N
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
 

@@ -86,7 +86,7 @@ def test_a_layer_that_the_kernels_refuse_runs_on_the_reference_and_says_so_once(
     def refuse(name: str, *_: object) -> None:
         raise MorphoQuantError(f"{name}: this GPU is not known")
 
-    refusing = backends.Backend(backends._reference_prepare, (0, 0), cpu.act_quant, cpu.linear, check=refuse)
+    refusing = backends.Backend(backends._reference_prepare, cpu.act_quant, cpu.linear, check=refuse)
     monkeypatch.setitem(backends.BACKENDS, "cpu", refusing)
     monkeypatch.setattr(cpu, "available", lambda: True)
     x = input_in(torch.float32)
