@@ -16,10 +16,12 @@ ADAPTER_FILE = "adapter_config.json"
 # Endings of the classes that are calibrated: those that write text, and those that score one. Others have no head.
 WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "OmniModel", "LMHeadModel")
 SCORES_TEXT = ("ForSequenceClassification", "ForRewardModel", "ForProcessRewardModel")
+# If one is false or null, transformers lets every token of a decoder see the later ones. Towers have such a field, too.
+_CAUSAL = ("is_causal", "text_config.is_causal", "thinker_config.text_config.is_causal")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a config.json with an infinite number, an empty quantization_config, or a head of another kind."""
+    """Refuse an infinite number, an empty quantization_config, attention to later tokens, or a head of another kind."""
     for path, value in _values(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise MorphoQuantError(
@@ -28,6 +30,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         if path.rpartition(".")[2] == "quantization_config" and value is not None and not value:
             raise MorphoQuantError(
                 f"config.json: {path} is empty, left by another tool; remove it if the weights are in 16 bit"
+            )
+        if path in _CAUSAL and not value:
+            raise MorphoQuantError(
+                f"config.json: {path} is not true: some of vLLM's models then let tokens see later ones and others do "
+                "not, so the served model may not be the calibrated one; give a model with causal attention"
             )
     classes = config.get("architectures")
     for name in classes if isinstance(classes, list) else ():

@@ -12,6 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calibration.model.embedders import check_modules
 from calibration.model.fp8 import (
     FP8_DTYPES,
     block_size,
@@ -124,6 +125,7 @@ def open_source(directory: Path | str) -> Source:
     config = _read_config(directory / CONFIG_FILE)
     check_config(config)
     check_one_model(directory, config)
+    check_modules(directory)
     quantized = _quantization(directory / CONFIG_FILE, config)
     tensors: dict[str, TensorInfo] = {}
     for path, names in _weight_files(directory).items():

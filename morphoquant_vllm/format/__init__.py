@@ -4,7 +4,8 @@ layers       settings of a linear and of a list of experts, and the tensors that
 schema       quantization_config as a whole
 kv_cache     magnitudes of a block's attention, for scales of a server's cache
 integrity    a checkpoint's lists and hashes of its tensors, files and settings
-beside       vocabulary and settings beside the weights, and whether they have changed
+beside       files beside the weights that a server reads, and whether they have changed
+pooling      an embedding model's steps after its hidden states, and their folders
 values       the values that a layer's tensors may hold
 files        opens JSON and safetensors files, or refuses them in one line
 checkpoint   reads a directory's settings, headers and tensors

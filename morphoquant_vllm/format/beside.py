@@ -1,41 +1,85 @@
-"""Files beside the weights that decide what a model reads: vocabulary, chat template, processors.
+"""Files beside the weights that a server reads: which they are, and whether they are those of the calibrated model.
 
-A server would take another vocabulary, or make an empty one, without a word. Imports the standard library only.
+Calibration copies them and a checkpoint lists them: both call `files_beside`. A server would take another vocabulary,
+make an empty one, or pool another vector, without a word.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.integrity import FileDigest, file_digest
+from morphoquant_vllm.format.integrity import BESIDE_VERSION, FileDigest, file_digest
+from morphoquant_vllm.format.pooling import module_files
 
-# Token ids have no meaning without these.
-_VOCABULARY = re.compile(
-    r"(tokenizer|added_tokens|tekken)\.json|.*(vocab|merges).*\.(json|txt)|.*\.(model|spm|tiktoken)(\.v\d+)?",
-    re.IGNORECASE,
+
+def _pattern(*alternatives: str) -> re.Pattern[str]:
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
+# Token ids have no meaning without these. They are of transformers, sentencepiece, tiktoken and Mistral.
+_VOCABULARY = _pattern(
+    r"(tokenizer|added_tokens|tekken)\.json",
+    r".*(vocab|merges)[^/]*\.(json|txt)",
+    r"[^/]*\.(model|spm|tiktoken)(\.v\d+)?",
 )
+# These make a vector of hidden states: sentence-transformers' list of steps, its settings and the prefixes of texts.
+_EMBEDDING = _pattern(
+    r"(modules|config_sentence_transformers)\.json",
+    r"sentence_(bert|roberta|distilbert|camembert|albert|xlm-roberta|xlnet)_config\.json",
+)
+# A list names these in the folders of such steps alone.
+_OF_A_STEP = _pattern(r".+/[^/]+\.(json|safetensors)")
 # A user may change these on purpose.
-_SETTINGS = re.compile(
-    r"(tokenizer_config|special_tokens_map|generation_config)\.json|chat_template\.(json|jinja)"
-    r"|((pre|post|video_?pre|image_?|audio_?|video_?)?processor)_config\.json",
-    re.IGNORECASE,
+_SETTINGS = _pattern(
+    r"(tokenizer_config|special_tokens_map|generation_config)\.json",
+    r"chat_template\.(json|jinja)",
+    r"((pre|post|video_?pre|image_?|audio_?|video_?)?processor)_config\.json",
 )
+# So may these, which lists of version 1 leave out: more settings, and the model's own code.
+_MORE_SETTINGS = _pattern(
+    r"(normalizer|feature_extractor_config|configuration)\.json",
+    r"additional_chat_templates/[^/]+\.jinja",
+    r"[^/]*\.py",
+    # transformers refuses Qwen2.5-Omni without this file; it is copied, not opened.
+    r"spk_dict\.pt",
+)
+# Terms that go with the weights. Nothing reads them, and a publisher may add them.
+_TERMS = _pattern(r"(licen[sc]e|notice|use_policy|copying)[^/]*")
+
+_KINDS = (_VOCABULARY, _EMBEDDING, _SETTINGS, _MORE_SETTINGS, _TERMS)
+
+
+def files_beside(directory: Path) -> list[Path]:
+    """Files of a model directory, relative to it, that belong beside its weights; links and FIFOs of such names, too.
+
+    A directory of a training run holds many others. Hidden folders are left out.
+    """
+    paths: list[Path] = []
+    for folder, subfolders, names in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names)]
+    found = [path for path in paths if any(kind.fullmatch(path.as_posix()) for kind in _KINDS)]
+    return found + [path for path in module_files(directory) if path not in found]
 
 
 def digests_beside(directory: Path) -> dict[str, FileDigest]:
-    """Size and SHA-256 of every such file in a directory, by name."""
-    names = sorted(path.name for path in directory.iterdir() if path.is_file())
-    return {name: _digest(directory / name) for name in names if _is_known(name)}
+    """Size and SHA-256 of every such file in a directory, by its name with the folders before it."""
+    names = sorted(path.as_posix() for path in files_beside(directory))
+    return {name: _digest(directory / name) for name in names if (directory / name).is_file()}
 
 
-def check_vocabulary(
+def check_decisive(
     directory: Path, listed: Mapping[str, FileDigest], *, complete: bool = True, checksums: bool = True
 ) -> None:
-    """Refuse a vocabulary that is not the one of the list. Without `complete` its files may be missing."""
-    for name in filter(_VOCABULARY.fullmatch, listed):
+    """Refuse a vocabulary, or steps of an embedding, that are not those of the list.
+
+    Without `complete` their files may be missing.
+    """
+    for name in filter(_is_decisive, listed):
         path = directory / name
         if not path.is_file():
             # A FIFO or a folder is no file either.
@@ -48,26 +92,36 @@ def check_vocabulary(
             )
 
 
-def changed_settings(directory: Path, listed: Mapping[str, FileDigest], *, complete: bool = True) -> list[str]:
-    """Names of files of settings that are not those of the list or are missing, and of vocabulary files outside it.
+def changed_settings(
+    directory: Path, listed: Mapping[str, FileDigest], version: int = BESIDE_VERSION, *, complete: bool = True
+) -> list[str]:
+    """Names of files that may change and are not those of the list or are missing, and of files outside the list.
 
-    A new chat template counts, too. Without `complete` files may be missing. An empty list is that of an older
-    checkpoint, and says nothing.
+    A list speaks of what its `version` covers. Without `complete` files may be missing. An empty list says
+    nothing: an older checkpoint has none.
     """
     if not listed:
         return []
-    now = {path.name for path in directory.iterdir() if path.is_file()}
+    now = {path.as_posix() for path in files_beside(directory) if (directory / path).is_file()}
     changed = [
         name
-        for name in filter(_SETTINGS.fullmatch, listed)
+        for name in listed
+        if not _is_decisive(name)
         if (complete and name not in now) or (name in now and _digest(directory / name) != listed[name])
     ]
-    added = [name for name in now - listed.keys() if _VOCABULARY.fullmatch(name) or name.startswith("chat_template.")]
-    return sorted(changed + added)
+    return sorted(changed + [name for name in now - listed.keys() if _is_covered(name, version)])
 
 
-def _is_known(name: str) -> bool:
-    return bool(_VOCABULARY.fullmatch(name) or _SETTINGS.fullmatch(name))
+def _is_decisive(name: str) -> bool:
+    """Whether a listed file decides what the served numbers mean, so that another one is refused."""
+    return any(kind.fullmatch(name) for kind in (_VOCABULARY, _EMBEDDING, _OF_A_STEP))
+
+
+def _is_covered(name: str, version: int) -> bool:
+    """Whether a list of a version would name a file that is not of terms, had it been there."""
+    if version < BESIDE_VERSION:
+        return "/" not in name and any(kind.fullmatch(name) for kind in (_VOCABULARY, _SETTINGS))
+    return not _TERMS.fullmatch(name)
 
 
 def _digest(path: Path) -> FileDigest:

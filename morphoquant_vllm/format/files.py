@@ -46,6 +46,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
     NaN and Infinity, which are not JSON, are refused.
     """
+    content = _read_json_value(path)
+    if not isinstance(content, dict):
+        raise MorphoQuantError(f"{path}: does not hold a JSON object; {COPY_AGAIN}")
+    return content
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The JSON array in a file, as `read_json` reads an object."""
+    content = _read_json_value(path)
+    if not isinstance(content, list):
+        raise MorphoQuantError(f"{path}: does not hold a JSON array; {COPY_AGAIN}")
+    return content
+
+
+def _read_json_value(path: Path) -> Any:
     try:
         check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
@@ -57,8 +72,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise MorphoQuantError(f"{path}: cannot be read as JSON ({error}); {COPY_AGAIN}") from error
     if _depth(content) > DEEPEST_JSON:
         raise MorphoQuantError(f"{path}: is nested too deep; {COPY_AGAIN}")
-    if not isinstance(content, dict):
-        raise MorphoQuantError(f"{path}: does not hold a JSON object; {COPY_AGAIN}")
     return content
 
 

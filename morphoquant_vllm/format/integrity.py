@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -27,6 +27,8 @@ FREE_FIELDS = frozenset(
 CHUNK_BYTES = 1 << 22
 # Hex digits of a field's SHA-256 that are kept: enough to notice damage, and short compared with the field.
 DIGEST_DIGITS = 16
+# What a new list of files beside the weights covers: all that are copied. Lists without a version cover fewer.
+BESIDE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ class Integrity:
     config: dict[str, str]
     # The digest of quantization_config itself; see QuantizationSpec.settings_digest.
     settings: str
-    # Files of vocabulary, chat template and processors by name; empty in older checkpoints. Older loaders ignore it.
+    # Files beside the weights by name, with folders; empty in older checkpoints. Loaders from before it ignore it.
     beside: dict[str, FileDigest] = field(default_factory=dict)
+    # Which files `beside` covers; see format.beside. A file outside it may have been there, unlisted.
+    beside_version: int = BESIDE_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
@@ -60,26 +64,33 @@ class Integrity:
             "config": self.config,
             "settings": self.settings,
             **({"beside": {name: asdict(file) for name, file in self.beside.items()}} if self.beside else {}),
+            **({"beside_version": self.beside_version} if self.beside_version > 1 else {}),
         }
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Integrity:
         """Parse the JSON object; KeyError, TypeError, AttributeError or ValueError if it is malformed."""
-        files, beside = _digests(value["files"]), _digests(value.get("beside", {}))
+        files, beside = _digests(value["files"]), _digests(value.get("beside", {}), folders=True)
         carried, config = value["carried"], value["config"]
         if not files or not isinstance(carried, list) or not all(type(name) is str for name in carried):
             raise ValueError("files and carried must list the checkpoint's files and tensors")
         if not isinstance(config, dict) or not all(type(digest) is str for digest in config.values()):
             raise ValueError("config must hold a digest of each field")
-        return Integrity(files, tuple(carried), dict(config), str(value["settings"]), beside)
+        version = value.get("beside_version", 1)
+        if type(version) is not int:
+            raise ValueError("beside_version must be an integer")
+        return Integrity(files, tuple(carried), dict(config), str(value["settings"]), beside, version)
 
 
-def _digests(listed: Mapping[str, Any]) -> dict[str, FileDigest]:
+def _digests(listed: Mapping[str, Any], *, folders: bool = False) -> dict[str, FileDigest]:
+    """Sizes and hashes by name; with `folders` a name may have folders before it."""
     found = {str(name): FileDigest(**file) for name, file in listed.items()}
     for name, file in found.items():
         if type(file.bytes) is not int or type(file.sha256) is not str:
             raise ValueError(f"{name} has no size and SHA-256")
-        if Path(name).name != name or not name.isprintable():
+        parts = PurePosixPath(name).parts
+        outside = not parts or name.startswith("/") or ".." in parts or "/".join(parts) != name
+        if outside or (len(parts) > 1 and not folders) or not name.isprintable():
             raise ValueError(f"{name!r} is not a file name")
     return found
 

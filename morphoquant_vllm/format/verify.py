@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.beside import changed_settings, check_vocabulary
+from morphoquant_vllm.format.beside import changed_settings, check_decisive
 from morphoquant_vllm.format.checkpoint import (
     CALIBRATE_AGAIN,
     CONFIG_FILE,
@@ -43,14 +43,14 @@ def verify_checkpoint(
     """Check every rule of the format; the checkpoint's settings.
 
     Raises MorphoQuantError at the first violation. Holds one layer in memory at a time. With `checksums` every weight
-    file is read once, for its SHA-256 and for NaN and infinity in the carried tensors. Without `complete` files of the
-    vocabulary may be missing, as in a hub's cache. `on_bytes` gets the bytes of each chunk that was read.
+    file is read once, for its SHA-256 and for NaN and infinity in the carried tensors. Without `complete` files
+    beside the weights may be missing, as in a hub's cache. `on_bytes` gets the bytes of each chunk that was read.
     """
     spec = read_spec(directory)
     config = read_json(directory / CONFIG_FILE)
     if spec.integrity is not None:
         check_config(directory / CONFIG_FILE, config, spec.integrity)
-        check_vocabulary(directory, spec.integrity.beside, complete=complete, checksums=checksums)
+        check_decisive(directory, spec.integrity.beside, complete=complete, checksums=checksums)
     check_token_table(directory, config, spec)
     for path in (directory / name for name in _READ_BESIDE):
         if path.exists():
@@ -74,7 +74,7 @@ def remarks(directory: Path, spec: QuantizationSpec, *, complete: bool = True) -
         return [OLD_VERSION]
     return [
         f"{name} is not that of the model that was calibrated; copy it again, unless it was changed on purpose"
-        for name in changed_settings(directory, spec.integrity.beside, complete=complete)
+        for name in changed_settings(directory, spec.integrity.beside, spec.integrity.beside_version, complete=complete)
     ]
 
 

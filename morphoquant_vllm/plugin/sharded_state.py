@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader import ShardedStateLoader
 
 import morphoquant_vllm
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.beside import check_vocabulary
+from morphoquant_vllm.format.beside import check_decisive
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, read_spec
 from morphoquant_vllm.format.files import COPY_AGAIN, read_json
 from morphoquant_vllm.format.integrity import FileDigest, check_config, digest, file_digest
@@ -115,7 +115,7 @@ def check_state(directory: Path) -> None:
     if spec.integrity is not None:
         check_config(directory / CONFIG_FILE, config, spec.integrity)
         # vLLM saves no tokenizer: it is copied by hand, or named by --tokenizer.
-        check_vocabulary(directory, spec.integrity.beside, complete=False)
+        check_decisive(directory, spec.integrity.beside, complete=False)
     check_token_table(directory, config, spec)
     records = [RankState.read(path) for path in sorted(directory.glob(RECORDS))]
     listed: dict[str, FileDigest] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
 
 from calibration.calibrate import calibrate
@@ -17,6 +18,7 @@ from tests.engine.conftest import ENGINE, TEXT_PROMPT
 from tests.engine.jobs import run_jobs
 from tests.reference_model import Checkpoint, swap_linears
 from tests.tiny_conversations import write_calibration_data
+from tests.tiny_embedders import build_tiny_embedder
 
 pytestmark = pytest.mark.full
 
@@ -25,6 +27,10 @@ STEP = 25
 PROMPTS = [TEXT_PROMPT, [*range(100, 130), STEP, *range(130, 150), STEP]]
 # A code at a tie moves one value of a vector by a few percents of the vector's size.
 TIED = 0.05
+# The cosine of a checkpoint's vector and its source's; random weights lose more in 4 bit than trained ones.
+NEAR = 0.95
+# The task of a model that is not named after it.
+TASKS = {"pooled": "embed"}
 
 
 def build_process_reward_model(directory: Path) -> Path:
@@ -46,10 +52,11 @@ def build_process_reward_model(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models by the task they are for: an embedding model, and reward models of texts and of steps."""
+    """Models by the task they are for: embedding models without and with pooling, reward models of texts and steps."""
     directory = tmp_path_factory.mktemp("pooling")
     return {
         "embed": tiny_models.build_tiny_qwen3(directory / "embed"),
+        "pooled": build_tiny_embedder(directory / "pooled"),
         "classify": tiny_models.build_tiny_reward_model(directory / "classify"),
         "token_classify": build_process_reward_model(directory / "token_classify"),
     }
@@ -57,19 +64,20 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def vectors(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor]]:
-    """The vectors of PROMPTS by task."""
+    """The vectors of PROMPTS by model; "16 bit" are those of the source of "pooled"."""
     directory = tmp_path_factory.mktemp("pooled")
     data = write_calibration_data(directory / "data", "text")
     recipe = Recipe(device="cpu", max_samples=2, rounding="nearest", regression=False)
     jobs = {}
-    for task, source in sources.items():
-        calibrate(source, data, source.with_name(f"{task} checkpoint"), recipe=recipe)
-        job = {"model": str(source.with_name(f"{task} checkpoint")), "task": task, "engine": ENGINE}
-        if task == "token_classify":
+    for name, source in sources.items():
+        calibrate(source, data, source.with_name(f"{name} checkpoint"), recipe=recipe)
+        job = {"model": str(source.with_name(f"{name} checkpoint")), "task": TASKS.get(name, name), "engine": ENGINE}
+        if name == "token_classify":
             job["engine"] = {**ENGINE, "pooler_config": {"step_tag_id": STEP, "returned_token_ids": [0, 1]}}
-        jobs[task] = {**job, "prompts": PROMPTS}
+        jobs[name] = {**job, "prompts": PROMPTS}
+    jobs["16 bit"] = {**jobs["pooled"], "model": str(sources["pooled"])}
     results, _ = run_jobs("driver_pooling", jobs, directory, timeout=300)
-    return {task: [torch.tensor(vector) for vector in found] for task, found in results.items()}
+    return {name: [torch.tensor(vector) for vector in found] for name, found in results.items()}
 
 
 @torch.no_grad()
@@ -79,6 +87,21 @@ def test_embeddings_are_the_references(sources: dict[str, Path], vectors: dict[s
     for tokens, vector in zip(PROMPTS, vectors["embed"], strict=True):
         expected = model.model(torch.tensor([tokens])).last_hidden_state[0, -1]
         torch.testing.assert_close(vector, expected / expected.norm(), atol=TIED, rtol=0)
+
+
+@torch.no_grad()
+def test_pooled_embeddings_are_the_references_and_near_the_16_bit_models(
+    sources: dict[str, Path], vectors: dict[str, list[torch.Tensor]]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(sources["pooled"], dtype=torch.float32)
+    swap_linears(model, Checkpoint(sources["pooled"].with_name("pooled checkpoint")))
+    projection = load_file(sources["pooled"] / "2_Dense" / "model.safetensors")["linear.weight"]
+    for tokens, vector, plain in zip(PROMPTS, vectors["pooled"], vectors["16 bit"], strict=True):
+        hidden = model.model(torch.tensor([tokens])).last_hidden_state[0]
+        mean, last = projection @ hidden.mean(0), projection @ hidden[-1]
+        torch.testing.assert_close(vector, mean / mean.norm(), atol=TIED, rtol=0)
+        assert cosine_similarity(vector, plain, dim=0) > NEAR
+        assert cosine_similarity(vector, last, dim=0) < NEAR, "the last token's vector is another"
 
 
 @torch.no_grad()

@@ -56,6 +56,17 @@ def test_an_empty_quantization_config_is_a_leftover_to_remove(empty: object) -> 
     check_config({"quantization_config": None})
 
 
+@pytest.mark.parametrize("value", [False, None])
+@pytest.mark.parametrize("path", ["is_causal", "text_config.is_causal", "thinker_config.text_config.is_causal"])
+def test_attention_to_later_tokens_is_refused_in_a_decoder(path: str, value: bool | None) -> None:
+    """vLLM's Qwen2 and Llama then serve it, other models do not."""
+    config: Any = value
+    for key in reversed(path.split(".")):
+        config = {key: config}
+    assert refusal(lambda: check_config(config)).startswith(f"config.json: {path} is not true")
+    check_config({"is_causal": True, "vision_config": config, "thinker_config": {"audio_config": config}})
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_a_number_that_json_cannot_hold_is_named(value: float) -> None:
     """json reads 1e999 as infinity."""
