@@ -5,6 +5,9 @@
     samples.json                the samples, and their files' sizes and hashes: written when all files are complete
     budgets.json                how inputs share the budgets of the model: calibration.work.budgets
     metrics-00000.safetensors   how errors of outputs of a block's layers add up, if the checkpoint will learn
+    sensitivity-00000.safetensors  states between the 16-bit blocks, while budgets or metrics are measured
+    learn-targets.safetensors, learn-state.safetensors  unfinished learning: calibration.work.learned
+    learned.safetensors, learned.json  what was learned, and its figures: the same
     towers.safetensors          the tensors of quantized towers, and their distributions
     rendered-00000.safetensors  the model's inputs of one sample with media, until the next file is written for all
     sample-00000.safetensors    the decoder's inputs of one sample
