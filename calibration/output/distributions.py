@@ -28,7 +28,7 @@ DISTRIBUTIONS_FILE = "morphoquant_calibration/distributions.safetensors"
 # Channels whose ranges are kept: this many of the most dispersed, and as many evenly spaced ones.
 MOST_DISPERSED = 128
 EVENLY_SPACED = 128
-# drawn tokens for quantiles and counts of codes.
+# Drawn tokens for quantiles and counts of codes.
 TOKENS = 2048
 # The inner range of a channel.
 QUANTILES = (0.01, 0.99)

@@ -108,7 +108,7 @@ def choose_row(
         errors.append((float(((lost - learnt.mean(0)) @ matrix.T).square().sum()) / power) ** 0.5)
         rates.append(float(escapes(codes).float().mean()))
     own = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
-    change = f"error on held-back tokens {errors[1] / errors[0] - 1:+.1%}" if errors[0] else "no error to lower"
+    change = f"error on held-out tokens {errors[1] / errors[0] - 1:+.1%}" if errors[0] else "no error to lower"
     choice = RowChoice(own, change, gain if own else 1.0, errors[0], errors[1], rates[0], rates[1])
     return ModalityRow(centre if own else grid.centre, choice)
 

@@ -179,7 +179,7 @@ def test_a_layer_record_says_which_modalities_have_rows_and_why() -> None:
     rows = quantize(x, modality, {"m.q": matrix()}, outlying=outlying)["m.q"].record.modality_rows
     assert list(rows) == ["text", "audio"]
     assert rows["audio"].own and rows["audio"].gain < 1
-    assert "held-back" in rows["audio"].reason
+    assert "held-out" in rows["audio"].reason
     assert quantize(x, modality, {"m.q": matrix()}, modality_rows=False)["m.q"].record.modality_rows == {}
     alone = quantize(x, torch.zeros_like(modality), {"m.q": matrix()}, outlying=outlying)["m.q"]
     assert alone.record.modality_rows == {}, "one modality is any modality"
