@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from calibration.blocks.sensitivity import TOKENS, Passes, choose_samples
+from calibration.blocks.sensitivity import TOKENS, Passes, choose_samples, run_passes
 from calibration.data.token_choice import DrawnTokens
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS
@@ -94,30 +94,21 @@ def _with_choice(job: Job, choice: Choice) -> Job:
 
 def measure(job: Job, work: WorkDirectory, tokens: DrawnTokens) -> Measured:
     """What forms and escapes of each input cost. The first process measures it, the others wait block by block."""
-    passes = _begin("budgets", job, work, tokens, TOKENS) if job.processes.first else None
     losses_of: dict[str, dict[int, float]] = {}
     escapes_of: dict[str, EscapeCosts] = {}
 
-    def forward(index: int) -> None:
-        assert passes is not None
-        passes.forward(index)
+    def turn(passes: Passes) -> None:
+        passes.turn(job.recipe.modality_balance)
 
-    def back(index: int) -> None:
-        assert passes is not None
-        if index == job.names.blocks - 1:
-            passes.turn(job.recipe.modality_balance)
+    def back(passes: Passes, index: int) -> None:
         for name, probe in passes.backward(index, _shards_of(job, index)).items():
             if job.recipe.bits_budget is not None:
                 losses_of[name] = losses(probe, job.recipe.group_size, job.recipe.escape_budget)
             if job.recipe.budget == "model" and probe.x.shape[0]:
                 escapes_of[name] = escape_costs(probe)
-        if not index:
-            passes.clear()
 
-    for index in range(job.names.blocks):
-        job.processes.broadcast(partial(forward, index))
-    for index in reversed(range(job.names.blocks)):
-        job.processes.broadcast(partial(back, index))
+    begin = partial(_begin, "budgets", job, work, tokens, TOKENS)
+    run_passes(begin, job.names.blocks, job.processes, turn=turn, back=back)
     order = job.spec.shared_inputs()
     return Measured(
         {name: losses_of[name] for name in order if name in losses_of},

@@ -20,6 +20,7 @@ from calibration.blocks.capture import MemoryInput
 from calibration.blocks.sample_pass import carry, device_of, given_states, run_block, watched
 from calibration.data.token_choice import modality_shares
 from calibration.model.loading import Blocks
+from calibration.processes import Processes
 from calibration.quantize.bit_losses import Probe
 from calibration.quantize.output_metric import OutputMoment
 from calibration.work.durable_files import read_tensors, write_tensors_durably
@@ -166,6 +167,35 @@ class Passes:
         """Remove the files."""
         for index in range(len(self.blocks)):
             self.file(index).unlink(missing_ok=True)
+
+
+def run_passes(
+    begin: Callable[[], Passes],
+    blocks: int,
+    processes: Processes,
+    *,
+    turn: Callable[[Passes], None],
+    back: Callable[[Passes, int], None],
+) -> None:
+    """Run both passes on the first process: `turn` after the last block, `back` at each block on the way back.
+
+    The other processes wait for each of these steps, and not too long for any.
+    """
+    passes = begin() if processes.first else None
+
+    def on_first(step: Callable[..., None], *index: int) -> None:
+        def action() -> None:
+            assert passes is not None
+            step(passes, *index)
+
+        processes.broadcast(action)
+
+    for index in range(blocks):
+        on_first(Passes.forward, index)
+    on_first(turn)
+    for index in reversed(range(blocks)):
+        on_first(back, index)
+    on_first(Passes.clear)
 
 
 def _note(calls: dict[str, tuple[Tensor, Tensor]], name: str, x: Tensor, y: Tensor) -> None:
