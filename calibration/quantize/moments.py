@@ -11,8 +11,8 @@ from torch import Tensor
 from calibration.processes import Processes
 from calibration.quantize.int8_products import products
 
-# How each field merges over chunks and over processes alike (the names are those of torch.distributed.ReduceOp).
-REDUCTIONS = dict.fromkeys(("weight", "square_weight", "code_sum", "value_sum", "code_code", "code_aim"), "SUM")
+# The fields that are sums over tokens, and so over chunks and processes.
+SUMS = ("weight", "square_weight", "code_sum", "value_sum", "code_code", "code_aim")
 # Tokens whose codes are multiplied with each other at once, and channels of the products: bounds their memory.
 CODE_TOKENS = 4096
 CODE_CHANNELS = 1024
@@ -88,8 +88,8 @@ class Moments:
 
     def reduce(self, processes: Processes) -> None:
         """Add the sums of the other processes."""
-        for field, operation in REDUCTIONS.items():
-            setattr(self, field, processes.all_reduce(getattr(self, field), operation))
+        for field in SUMS:
+            setattr(self, field, processes.all_reduce(getattr(self, field), "SUM"))
 
     def add_means(self, other: Moments) -> None:
         """Let `means` be those of the tokens of `other`, too; second moments stay as they are."""
@@ -103,7 +103,7 @@ class Moments:
         """
         own = share / float(self.weight.sum()) if share > 0 else 0.0
         rest = (1 - share) / float(pooled.weight.sum())
-        for name in REDUCTIONS:
+        for name in SUMS:
             other = getattr(pooled, name)
             if name == "code_aim" and self.of_outputs:
                 other = other @ self.matrix.T
