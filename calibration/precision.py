@@ -25,8 +25,9 @@ from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
 from calibration.quantize.held_out import held_out
 from calibration.settings.recipe import Recipe, rounds_jointly, shares_budget, shares_escapes
-from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
+from calibration.work.budgets import Choice, keep_choice, read_choice, sample_lengths
 from calibration.work.directory import WorkDirectory
+from calibration.work.hidden_states import read_sample
 from morphoquant_vllm.format.layers import LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def _begin(
     chosen = [allowed[place] for place in places]
     logger.info("%s: %d of %d samples pass forward and back", purpose, len(chosen), len(rows))
     blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
-    samples = [read_front(work, index) for index in chosen]
+    samples = [read_sample(work.path, index, work.device) for index in chosen]
     return Passes(blocks, samples, work.path, job.recipe.seed)
 
 

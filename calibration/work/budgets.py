@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.blocks.capture import MemoryInput
 from calibration.quantize.output_metric import with_metric
 from calibration.work.directory import SAMPLES_FILE, WorkDirectory
 from calibration.work.durable_files import (
@@ -23,7 +22,6 @@ from calibration.work.durable_files import (
     write_json_durably,
     write_tensors_durably,
 )
-from calibration.work.hidden_states import read_arguments, sample_file
 from morphoquant_vllm.format.layers import LayerSpec
 
 BUDGETS_FILE = "budgets.json"
@@ -96,14 +94,6 @@ def sample_lengths(work: WorkDirectory) -> list[int]:
     """Number of tokens of every sample, also those of other processes."""
     samples = read_manifest(work.path / SAMPLES_FILE)["samples"]
     return [math.prod(sample["states"][:-1]) for sample in samples]
-
-
-def read_front(work: WorkDirectory, sample: int) -> MemoryInput:
-    """The decoder's input of a sample in the 16-bit model."""
-    path: Path = sample_file(work.path, sample)
-    return MemoryInput(
-        **read_tensors(path, ("modality", "positions", "hidden")), arguments=read_arguments(path, work.device)
-    )
 
 
 def report_entry(work: WorkDirectory, budget: float) -> Mapping[str, object]:

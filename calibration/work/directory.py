@@ -51,7 +51,15 @@ from calibration.work.durable_files import (
     write_json_durably,
     write_tensors_durably,
 )
-from calibration.work.hidden_states import STREAMS, DiskInput, Stream, read_arguments, sample_file, states_file
+from calibration.work.hidden_states import (
+    STREAMS,
+    TOWERS_FILE,
+    DiskInput,
+    Stream,
+    read_arguments,
+    sample_file,
+    states_file,
+)
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 from morphoquant_vllm.format.kv_cache import AttentionRange
 from morphoquant_vllm.format.layers import stored_name
@@ -61,7 +69,6 @@ V = TypeVar("V")
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.json"
-TOWERS_FILE = "towers.safetensors"
 EXPORTED_FILE = "exported.json"
 # Files that identify a checkpoint.
 _IDENTIFYING = (CONFIG_FILE, REPORT_FILE)

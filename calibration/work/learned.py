@@ -18,8 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from calibration.blocks.capture import MemoryInput
-from calibration.work.directory import TOWERS_FILE, WorkDirectory
+from calibration.work.directory import WorkDirectory
 from calibration.work.durable_files import (
     FileRecord,
     check_file,
@@ -32,20 +31,11 @@ from calibration.work.durable_files import (
     write_json_durably,
     write_tensors_durably,
 )
-from calibration.work.hidden_states import read_arguments, sample_file
 
 LEARNED_FILE = "learned.json"
 # Files that are needed only until the result is kept.
 TARGETS, STATE = "learn-targets", "learn-state"
 _RESULT = "learned"
-
-
-def read_served(work: WorkDirectory, sample: int) -> MemoryInput:
-    """The decoder's input of a sample, in the 16-bit model and in the served one."""
-    path = sample_file(work.path, sample)
-    served = ("served",) if (work.path / TOWERS_FILE).exists() else ()
-    tensors = read_tensors(path, ("modality", "positions", "hidden", *served))
-    return MemoryInput(**{"served": tensors["hidden"], **tensors}, arguments=read_arguments(path, work.device))
 
 
 def keep_part(work: WorkDirectory, part: str, tensors: Mapping[str, Tensor]) -> None:
