@@ -45,21 +45,21 @@ class RowTokens:
     """A modality's ordinary tokens: their number, and those [T, K] on which a row is searched and judged."""
 
     count: int
-    sought: Tensor
+    searched: Tensor
     held: Tensor
 
     @staticmethod
     def of(x: Tensor) -> RowTokens:
         """Split all ordinary tokens x [T, K] of a modality."""
-        sought, held = (x[index] for index in row_tokens(torch.arange(x.shape[0])))
-        return RowTokens(x.shape[0], sought, held)
+        searched, held = (x[index] for index in row_tokens(torch.arange(x.shape[0])))
+        return RowTokens(x.shape[0], searched, held)
 
 
 def row_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The ordinary tokens [T] of a modality, in order, that search a row, and those that judge it."""
     runs = tokens.tensor_split(RUNS)
-    sought, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
-    return sought, held
+    searched, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
+    return searched, held
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,24 @@ def choose_row(
     if tokens.count < MIN_TOKENS:
         reason = f"{tokens.count} ordinary tokens, fewer than {MIN_TOKENS}"
         return ModalityRow(grid.centre, RowChoice(False, reason, 1.0))
-    sought, held = tokens.sought, tokens.held
+    searched, held = tokens.searched, tokens.held
     share = matrix.square().sum(0)
     # For a heavy-tailed channel the common centre may be better than the middle of the modality's quantiles.
     _, gain, centre = min(
         (
-            (*_gain(sought, centre, minimum, maximum, grid.step, mask, share, budget), centre)
-            for centre in (grid.centre, steps.centres(sought))
+            (*_gain(searched, centre, minimum, maximum, grid.step, mask, share, budget), centre)
+            for centre in (grid.centre, steps.centres(searched))
         ),
         key=lambda found: found[0],
     )
     power = float((held @ matrix.T).square().sum().clamp(min=torch.finfo(torch.float32).tiny))
     errors, rates = [], []
     for row_centre, row_gain in ((grid.centre, 1.0), (centre, gain)):
-        learnt, _ = _rounding(sought, row_centre, grid.step * row_gain, mask)
-        lost, codes = _rounding(held, row_centre, grid.step * row_gain, mask)
+        searched_error, _ = _rounding(searched, row_centre, grid.step * row_gain, mask)
+        held_error, codes = _rounding(held, row_centre, grid.step * row_gain, mask)
         # The bias corrects the mean error, as measured on the tokens of the search.
-        errors.append((float(((lost - learnt.mean(0)) @ matrix.T).square().sum()) / power) ** 0.5)
+        output_error = (held_error - searched_error.mean(0)) @ matrix.T
+        errors.append((float(output_error.square().sum()) / power) ** 0.5)
         rates.append(float(escapes(codes).float().mean()))
     own = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
     change = f"error on held-out tokens {errors[1] / errors[0] - 1:+.1%}" if errors[0] else "no error to lower"
@@ -142,8 +143,8 @@ def _gain(
     for gain in GAINS.tolist():
         if gain < least:
             continue
-        lost, codes = _rounding(x, centre, step * gain, mask)
-        error = float((lost.square().mean(0) * share).sum())
-        if error < least_error and float(escapes(codes).float().mean()) <= budget:
-            best, least_error = gain, error
+        error, codes = _rounding(x, centre, step * gain, mask)
+        total = float((error.square().mean(0) * share).sum())
+        if total < least_error and float(escapes(codes).float().mean()) <= budget:
+            best, least_error = gain, total
     return least_error, best
