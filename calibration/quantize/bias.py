@@ -24,14 +24,14 @@ class Means:
 
 
 def find_means(
-    moments: Moments, coded: CodedTokens, x: Tensor, target: Tensor, massive: Tensor, processes: Processes
+    moments: Moments, coded: CodedTokens, x: Tensor, x16: Tensor, massive: Tensor, processes: Processes
 ) -> Means:
-    """Means of each set; x and target [local T, K] are in natural order, massive is bool [local T]."""
+    """Means of each set; x and x16 [local T, K] are in natural order, massive is bool [local T]."""
     code, value = moments.means()
     if not coded.sets.any_modality_only:
         # The row `any` may have to serve any token.
         ordinary = (~massive).nonzero().flatten()
-        code[0], value[0] = means_in_any_row(coded, x, target, ordinary, processes)
+        code[0], value[0] = means_in_any_row(coded, x, x16, ordinary, processes)
     return Means(code, value)
 
 
@@ -47,7 +47,7 @@ def find_bias(
 
 
 def means_in_any_row(
-    coded: CodedTokens, x: Tensor, target: Tensor, chosen: Tensor, processes: Processes
+    coded: CodedTokens, x: Tensor, x16: Tensor, chosen: Tensor, processes: Processes
 ) -> tuple[Tensor, Tensor]:
     """Means of codes and of values, [K] each, of the tokens `chosen` of x, as if the row `any` served all of them."""
     record, row, weight = coded.record, coded.sets.rows[0], coded.weight[chosen]
@@ -57,5 +57,5 @@ def means_in_any_row(
         rows = row.int().expand(part.numel())
         codes = activation.act_quant(x[part], rows, record).float() * record.gain[rows.long()][:, None]
         code_mean += token_weight @ codes / total
-        value_mean += token_weight @ (target[part].index_select(1, coded.order) - record.centre[rows.long()]) / total
+        value_mean += token_weight @ (x16[part].index_select(1, coded.order) - record.centre[rows.long()]) / total
     return processes.all_reduce(code_mean, "SUM"), processes.all_reduce(value_mean, "SUM")

@@ -117,10 +117,10 @@ def weigh_massive_alike(coded: CodedTokens, processes: Processes) -> CodedTokens
     return replace(coded, weight=torch.where(massive, coded.weight * float(of_others / of_massive), coded.weight))
 
 
-def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
-    """Moments of the tokens of all processes: target [local T, K] in natural order, matrix [N, K] in channel order."""
+def gather_moments(coded: CodedTokens, x16: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
+    """Moments of the tokens of all processes: x16 [local T, K] in natural order, matrix [N, K] in channel order."""
     moments = second_moments.gather(
-        _contributions(coded, target),
+        _contributions(coded, x16),
         coded.codes,
         coded.weight * coded.gain.square(),
         second_moments.Moments.zeros(coded.sets.rows.numel(), matrix),
@@ -129,12 +129,12 @@ def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes
     return moments
 
 
-def _contributions(coded: CodedTokens, target: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _contributions(coded: CodedTokens, x16: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The arguments of Moments.add: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
 
     Values are put in channel order one run at a time, since a whole copy of [T, K] would set the peak of memory.
     """
-    fields = (coded.codes, coded.gain, target, coded.rows, coded.token_set, coded.weight)
+    fields = (coded.codes, coded.gain, x16, coded.rows, coded.token_set, coded.weight)
     for codes, gain, values, row, token_set, weight in zip(*(f.split(MOMENT_TOKENS) for f in fields), strict=True):
         ordered = values.index_select(1, coded.order)
         yield codes, gain, ordered.sub_(coded.record.centre[row.long()]), token_set, weight

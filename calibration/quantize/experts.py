@@ -150,7 +150,7 @@ def _find_layer(
     recipe: Recipe,
 ) -> _Layer:
     """Grid, rows and codes of the one input of gate and up, and its pooled moments."""
-    x, target, processes = drawn.input.observation.drawn, drawn.input.target, tokens.processes
+    x, x16, processes = drawn.input.observation.drawn, drawn.input.sixteen_bit, tokens.processes
     settings = spec.experts[name].layers(name)
     first = settings[input_holder(name)]
     # In place of the weights of all experts: a matrix that gives every error and column norm the same size.
@@ -167,8 +167,8 @@ def _find_layer(
     )
     coded = code_tokens(x, tokens, massive.own, found, spec)
     fitted = weigh_massive_alike(coded, processes)
-    pooled = gather_moments(fitted, target, factor[:, coded.order], processes)
-    means = find_means(pooled, coded, x, target, massive.own, processes)
+    pooled = gather_moments(fitted, x16, factor[:, coded.order], processes)
+    means = find_means(pooled, coded, x, x16, massive.own, processes)
     own = replace(spec, layers=settings, experts={})
     dtype = getattr(torch, recipe.dtype)
     return _Layer(name, own, recipe, tokens, drawn, massive, found, coded, fitted, pooled, means, dtype)
@@ -236,16 +236,16 @@ def _quantize_gate_up(
     shards = {linears[kind]: weights[kind] for kind in (GATE, UP)}
     matrix = torch.cat([weight.to(coded.codes.device, torch.float32) for weight in shards.values()])[:, coded.order]
     routed = layer.tokens.local_places(chosen.routed).to(coded.codes.device)
-    target = layer.drawn.input.target
-    part, part_target = coded.part(routed), target[routed]
-    moments = gather_moments(layer.fitted.part(routed), part_target, matrix, processes)
+    x16 = layer.drawn.input.sixteen_bit
+    part, part_x16 = coded.part(routed), x16[routed]
+    moments = gather_moments(layer.fitted.part(routed), part_x16, matrix, processes)
     moments.mix(layer.pooled, chosen.share)
     means = _means(layer, chosen, routed, moments)
     step = layer.found.grids.grid.step.to(matrix.device)[coded.order]
     served = round_weights(matrix, step, moments, layer.spec.layers[linears[GATE]], recipe, processes)
     any_massive = bool(layer.massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, 1, any_massive=any_massive))
-    judged = JudgedTokens.of(part, part_target, chosen.judged.tokens)
+    judged = JudgedTokens.of(part, part_x16, chosen.judged.tokens)
     error = output_error(judged, matrix, served.matrix, bias.sum(0), processes)
     inner = _inner_input(layer, chosen, matrix, served.matrix, bias.sum(0), linears[DOWN])
     return split_tensors(shards, served, bias[:, coded.sets.of_row]), error, inner
@@ -258,8 +258,8 @@ def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> 
         code[0], value[0] = layer.means.code[0], layer.means.value[0]
         ordinary = routed[~layer.massive.own.to(routed.device)[routed]]
         if chosen.routed.numel() and not bool(layer.massive.all[chosen.routed].all()):
-            x, target = layer.drawn.input.observation.drawn, layer.drawn.input.target
-            own = means_in_any_row(layer.coded, x, target, ordinary, layer.tokens.processes)
+            x, x16 = layer.drawn.input.observation.drawn, layer.drawn.input.sixteen_bit
+            own = means_in_any_row(layer.coded, x, x16, ordinary, layer.tokens.processes)
             code[0], value[0] = (
                 chosen.share * mine + (1 - chosen.share) * pooled
                 for mine, pooled in zip(own, (code[0], value[0]), strict=True)
@@ -274,9 +274,9 @@ def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor,
     """
     own = layer.tokens.local_places(chosen.served).to(matrix.device)
     coded, outlying = layer.coded.part(own), layer.drawn.input.outlying[own.cpu()]
-    target = layer.drawn.input.target[own]
+    x16 = layer.drawn.input.sixteen_bit[own]
     wanted, found = [matrix.new_zeros(0, matrix.shape[0] // 2)], [matrix.new_zeros(0, matrix.shape[0] // 2)]
-    for codes, gain, sets, values in together(coded.codes, coded.gain, coded.token_set, target):
+    for codes, gain, sets, values in together(coded.codes, coded.gain, coded.token_set, x16):
         gated = (codes.float() * gain[:, None]) @ served.T + bias[sets]
         found.append(_gated(gated, layer.dtype))
         wanted.append(_gated(values.index_select(1, coded.order) @ matrix.T, layer.dtype))

@@ -39,8 +39,8 @@ class DrawnInput:
 
     # The input in the served stream, after the layers that are quantized already. It is quantized.
     observation: Observation
-    # The input in the 16-bit stream, float32 [local T, K]. Its outputs are the target.
-    target: Tensor
+    # The input in the 16-bit stream, float32 [local drawn, K]. Its outputs are what the weights aim at.
+    sixteen_bit: Tensor
     # Tokens with an outlying residual stream, bool [local T].
     outlying: Tensor
 
@@ -54,9 +54,9 @@ class JudgedPart:
     places: Tensor
     own: Tensor
 
-    def of(self, coded: CodedTokens, target: Tensor, massive: Tensor) -> tuple[CodedTokens, Tensor, Tensor]:
+    def of(self, coded: CodedTokens, x16: Tensor, massive: Tensor) -> tuple[CodedTokens, Tensor, Tensor]:
         """Codes and 16-bit values [local t, K] of these tokens, and which are massive, bool [t]."""
-        return coded.part(self.own), target[self.own.to(target.device)], massive[self.places]
+        return coded.part(self.own), x16[self.own.to(x16.device)], massive[self.places]
 
 
 def quantize_input(
@@ -78,7 +78,7 @@ def quantize_input(
     `judged` are the tokens on which the figures of the report are taken; None means all. `metrics` are those of the
     outputs of some linears, by layer name (output_metric).
     """
-    x, target, processes = inputs.observation.drawn, inputs.target, tokens.processes
+    x, x16, processes = inputs.observation.drawn, inputs.sixteen_bit, tokens.processes
     first = spec.layers[next(iter(shards))]
     blocks = input_blocks(first, spec.tensor_parallel)
     matrix = torch.cat([weight.to(x.device, torch.float32) for weight in shards.values()])
@@ -91,23 +91,23 @@ def quantize_input(
     matrix = matrix[:, coded.order]
     # Beside routed experts nothing learns, so no sample has to judge.
     unseen = held_out(tokens, recipe.effort) if judged is None and not spec.experts else None
-    moments, held = _moments(weigh_massive_alike(coded, processes), target, matrix, tokens, unseen)
+    moments, held = _moments(weigh_massive_alike(coded, processes), x16, matrix, tokens, unseen)
     step = found.grids.grid.step.to(x.device)[coded.order]
     known = _of_all(metrics or {}, shards, x.device)
     served = round_weights(matrix, step, moments, first, recipe, processes, known)
     del known
     if held is not None:
         moments.add_means(held)
-    means = find_means(moments, coded, x, target, massive.own, processes)
+    means = find_means(moments, coded, x, x16, massive.own, processes)
     any_massive = bool(massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
     layer_tensors = split_tensors(shards, served, bias[:, coded.sets.of_row])
     shown, shown_massive = tokens, massive.all
     if judged is not None:
         shown = judged.tokens
-        coded, target, shown_massive = judged.of(coded, target, massive.all)
+        coded, x16, shown_massive = judged.of(coded, x16, massive.all)
     record = input_record(coded, shown, shown_massive, found, spec.rows)
-    errors = _output_errors(JudgedTokens.of(coded, target, shown), shards, matrix, served.matrix, bias, processes)
+    errors = _output_errors(JudgedTokens.of(coded, x16, shown), shards, matrix, served.matrix, bias, processes)
     return {
         name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(record, output_error=errors[name]))
         for name in shards
@@ -121,21 +121,21 @@ def _of_all(metrics: Mapping[str, Tensor], shards: Collection[str], device: torc
 
 
 def _moments(
-    coded: CodedTokens, target: Tensor, matrix: Tensor, tokens: DrawnTokens, held: Tensor | None
+    coded: CodedTokens, x16: Tensor, matrix: Tensor, tokens: DrawnTokens, held: Tensor | None
 ) -> tuple[Moments, Moments | None]:
     """Moments of the tokens that weights are fitted to, and the means of those that are `held` out, bool [T].
 
     The latter are None if none are held out.
     """
     if held is None:
-        return gather_moments(coded, target, matrix, tokens.processes), None
+        return gather_moments(coded, x16, matrix, tokens.processes), None
     own = tokens.local(held)
     places = own.nonzero().flatten()
     fitted = replace(coded, weight=coded.weight * ~own.to(coded.weight.device))
-    of_held = gather_moments(coded.part(places), target[places.to(target.device)], matrix, tokens.processes)
+    of_held = gather_moments(coded.part(places), x16[places.to(x16.device)], matrix, tokens.processes)
     # Before the others are gathered: at the peak of memory there is one of these matrices.
     of_held.forget_squares()
-    return gather_moments(fitted, target, matrix, tokens.processes), of_held
+    return gather_moments(fitted, x16, matrix, tokens.processes), of_held
 
 
 def _output_errors(

@@ -75,18 +75,18 @@ class JudgedTokens:
 
     # Codes times gain, and 16-bit values: float32 [T, K].
     codes: Tensor
-    target: Tensor
+    sixteen_bit: Tensor
     # The set of each token, int64 [T], and its weight, float32 [T].
     token_set: Tensor
     weight: Tensor
 
     @staticmethod
-    def of(coded: CodedTokens, target: Tensor, tokens: DrawnTokens) -> JudgedTokens:
-        """Every n-th token of all processes; target [local T, K] is in natural order."""
+    def of(coded: CodedTokens, x16: Tensor, tokens: DrawnTokens) -> JudgedTokens:
+        """Every n-th token of all processes; x16 [local T, K] is in natural order."""
         stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
         return JudgedTokens(
             codes=tokens.every(coded.codes, stride).float() * tokens.every(coded.gain, stride)[:, None],
-            target=tokens.every(target, stride).index_select(1, coded.order),
+            sixteen_bit=tokens.every(x16, stride).index_select(1, coded.order),
             token_set=tokens.every(coded.token_set, stride),
             weight=tokens.every(coded.weight, stride),
         )
@@ -152,7 +152,7 @@ def output_error(
     served is float32 [N, K], bias [S, N] by set of tokens. Each process has some of the tokens.
     """
     error = power = 0.0
-    values_of = (judged.codes, judged.target, judged.token_set, judged.weight)
+    values_of = (judged.codes, judged.sixteen_bit, judged.token_set, judged.weight)
     for part, values, which, weight in zip(*(value.split(RUN_TOKENS) for value in values_of), strict=True):
         expected = values @ matrix.T
         found = part @ served.T + bias[which]

@@ -218,9 +218,9 @@ def make(processes: Processes, recipe: Recipe) -> Made:
     # A modality that is better off with a row of its own.
     modality[200:] = AUDIO
     x[200:][~outlying[200:]] *= 0.2
-    target = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    x16 = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     rows = torch.where(outlying, MASSIVE, modality)
-    samples = list(enumerate(zip(*(value.tensor_split(SAMPLES) for value in (x, target, modality, rows)), strict=True)))
+    samples = list(enumerate(zip(*(value.tensor_split(SAMPLES) for value in (x, x16, modality, rows)), strict=True)))
     own = samples[processes.rank :: processes.size]
     tokens = share_tokens(processes, {place: parts[2] for place, parts in own}, recipe.sample_tokens, 1.0, 0)
     collector, aims, outlying_parts = InputCollector("m.q", x[:0]), [x[:0]], [outlying[:0]]

@@ -111,11 +111,11 @@ def test_every_linear_sees_the_served_model_and_aims_at_the_16_bit_one(
     )
     for name, layer in run.made.items():
         served.set_submodule(name, ServedLinear(layer.tensors, None, TokenRows(ANY), torch.device("cpu")))
-    expected, targets = run.inputs_of(served), run.inputs_of(plain)
+    expected, x16 = run.inputs_of(served), run.inputs_of(plain)
     for name, sample in run.seen.items():
         # float32 sums in another order.
-        assert gap(sample.target, targets[name]) < 1e-5, name
-        off, distance = gap(sample.observation.drawn, expected[name]), gap(sample.observation.drawn, sample.target)
+        assert gap(sample.sixteen_bit, x16[name]) < 1e-5, name
+        off, distance = gap(sample.observation.drawn, expected[name]), gap(sample.observation.drawn, sample.sixteen_bit)
         assert off < 1e-4, name
         if name == "model.layers.0.self_attn.q_proj":
             assert distance < 1e-5, "nothing is quantized before it"

@@ -40,7 +40,7 @@ def test_regression_and_compensation_lower_the_output_error() -> None:
     distorted[outlying] = x[outlying]
 
     def error(**settings: object) -> float:
-        layer = quantize(distorted, modality, {"m.q": matrix()}, balance=0.0, outlying=outlying, target=x, **settings)[
+        layer = quantize(distorted, modality, {"m.q": matrix()}, balance=0.0, outlying=outlying, x16=x, **settings)[
             "m.q"
         ]
         return layer.record.output_error
@@ -67,7 +67,7 @@ def test_the_output_aims_at_the_16_bit_input() -> None:
     x, modality = activations()
     weight = matrix()
     served = 0.9 * x + 2.0
-    layer = quantize(served, modality, {"m.q": weight}, balance=0.0, target=x)["m.q"]
+    layer = quantize(served, modality, {"m.q": weight}, balance=0.0, x16=x)["m.q"]
     _, y = serve(served, layer.tensors)
     expected = x @ weight.T
     assert layer.record.output_error == pytest.approx(relative(y, expected), rel=1e-3)
@@ -145,9 +145,9 @@ def in_samples(x: Tensor, noise: float, samples: int) -> tuple[DrawnInput, Drawn
     """Text tokens x [T, K] in equal samples; the input of the 16-bit model differs by noise, as after other layers."""
     modality = torch.zeros(x.shape[0], dtype=torch.int32)
     tokens = choose_tokens(list(modality.tensor_split(samples)), x.shape[0], 1.0, 0)
-    target = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    x16 = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     statistics = {TEXT: ChannelStatistics.of(x)}
-    return DrawnInput(Observation(statistics, x), target, torch.zeros(x.shape[0], dtype=torch.bool)), tokens
+    return DrawnInput(Observation(statistics, x), x16, torch.zeros(x.shape[0], dtype=torch.bool)), tokens
 
 
 def made(sample: DrawnInput, tokens: DrawnTokens, **settings: object) -> dict[str, Tensor]:
