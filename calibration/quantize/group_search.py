@@ -65,24 +65,24 @@ def ordered(damped: Tensor, group_size: int) -> Ordered:
 
 
 def compensate(
-    target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None = None
+    fitted: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes as floats [N, K] and scale float32 [N, K/G] of `target` [N, K]; damped [K, K] is the Hessian.
+    """Codes as floats [N, K] and scale float32 [N, K/G] of `fitted` [N, K]; damped [K, K] is the Hessian.
 
     `taken`: as from `ordered`, which is called if it is None.
     """
     group_order, order, upper = taken or ordered(damped, group_size)
     energy = damped.diagonal()[order].view(-1, group_size)
     # Transposed, a column of the weights is contiguous: one column is processed at a time.
-    remaining = target.T[order].contiguous()
-    scale = torch.empty(energy.shape[0], target.shape[0], device=target.device)
+    remaining = fitted.T[order].contiguous()
+    scale = torch.empty(energy.shape[0], fitted.shape[0], device=fitted.device)
     groups = max(1, BLOCK_COLUMNS // group_size)
     for first in range(0, scale.shape[0], groups):
         own = slice(first, first + groups)
         start, end = first * group_size, min((first + groups) * group_size, remaining.shape[0])
         block, factor = remaining[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
-        for row in range(0, target.shape[0], SEARCH_ROWS):
+        for row in range(0, fitted.shape[0], SEARCH_ROWS):
             rows = slice(row, row + SEARCH_ROWS)
             found = _search_block(block[:, rows], factor, energy[own], allowed.rows(rows))
             block[:, rows], errors[:, rows], scale[own, rows] = found
@@ -192,13 +192,13 @@ def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Ten
 
 
 def improve(
-    target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor, allowed: AllowedScales
+    fitted: Tensor, damped: Tensor, codes: Tensor, scale: Tensor, allowed: AllowedScales
 ) -> tuple[Tensor, Tensor]:
     """Codes as floats [N, K] and scale [N, K/G] of less loss: each group in turn, with the others fixed."""
     groups = scale.shape[1]
     group_size = codes.shape[1] // groups
     codes, scale = codes.T.contiguous(), scale.T.contiguous()
-    gradient = damped @ (target.T - codes * scale.repeat_interleave(group_size, 0))
+    gradient = damped @ (fitted.T - codes * scale.repeat_interleave(group_size, 0))
     together = max(1, BLOCK_COLUMNS // group_size)
     for first in range(0, groups, together):
         own = slice(first, first + together)
@@ -206,7 +206,7 @@ def improve(
         local = damped[columns, columns]
         factors = [_ordered_factor(part) for part in _diagonal_blocks(local, group_size)]
         changes = torch.empty_like(gradient[columns])
-        for row in range(0, target.shape[0], IMPROVE_ROWS):
+        for row in range(0, fitted.shape[0], IMPROVE_ROWS):
             rows = slice(row, row + IMPROVE_ROWS)
             changes[:, rows] = _improve_block(
                 gradient[columns, rows], local, factors, codes[columns, rows], scale[own, rows], allowed.rows(rows)
@@ -235,7 +235,8 @@ def _improve_block(
 ) -> Tensor:
     """Improve the groups of a block in place; returns the change of its weights [columns, n].
 
-    gradient [columns, n]: target less weights, times the Hessian; local [columns, columns]: the Hessian of the block.
+    gradient [columns, n]: fitted less served weights, times the Hessian. local [columns, columns]: the Hessian of the
+    block.
     """
     gradient, changes = gradient.clone(), torch.empty_like(gradient)
     size = codes.shape[0] // scale.shape[0]

@@ -2,7 +2,7 @@
 
 The metric [N, N] of a layer is the second moment of the derivatives of the model's output by the layer's N outputs. An
 error e of the outputs costs about e^T metric e. Rounding each output by itself would minimise its diagonal only. So
-outputs are rounded in runs: the targets of later runs compensate for the errors of earlier ones, as columns do within
+outputs are rounded in runs: the weights of later runs compensate for the errors of earlier ones, as columns do within
 an output. YAQA (arXiv 2505.22988) rounds with a metric of outputs, too.
 """
 
@@ -76,12 +76,12 @@ class OutputMoment:
 class _Aimed:
     """The fitted weights of one layer's outputs, those whose errors cost most first; rounding moves them."""
 
-    def __init__(self, target: Tensor, metric: Tensor, processes: Processes) -> None:
-        size = target.square().mean(1)
+    def __init__(self, fitted: Tensor, metric: Tensor, processes: Processes) -> None:
+        size = fitted.square().mean(1)
         # The processes' sums may differ in their last bits, but the order must not.
         order = processes.broadcast(lambda: (metric.diagonal() * size).argsort(descending=True, stable=True).cpu())
-        self.order = order.to(target.device)
-        self._upper, self._rest = inverse_factor(metric[self.order][:, self.order]), target[self.order]
+        self.order = order.to(fitted.device)
+        self._upper, self._rest = inverse_factor(metric[self.order][:, self.order]), fitted[self.order]
 
     def own(self, run: int, runs: int) -> slice:
         """The places of a run's outputs."""
@@ -100,21 +100,21 @@ class _Aimed:
 
 
 def round_in_runs(
-    target: Tensor,
+    fitted: Tensor,
     metrics: Sequence[Tensor],
     rounded: Callable[[Tensor], Rounded],
     dequantized: Callable[..., Tensor],
     processes: Processes,
 ) -> Rounded:
-    """Codes and scales of the fitted weights `target` [N, K], as from `rounded`, by runs of outputs.
+    """Codes and scales of the fitted weights `fitted` [N, K], as from `rounded`, by runs of outputs.
 
     metrics [n, n]: those of the layers whose outputs these are, in their order. `dequantized` gives the weights of
     codes and scales. A run has its share of each layer's outputs, and each process rounds some of them. Errors of
     different layers do not compensate for each other.
     """
     sizes = [len(metric) for metric in metrics]
-    parts = [_Aimed(part, metric.float(), processes) for part, metric in zip(target.split(sizes), metrics, strict=True)]
-    runs, found = runs_of(len(target)), list[Rounded]()
+    parts = [_Aimed(part, metric.float(), processes) for part, metric in zip(fitted.split(sizes), metrics, strict=True)]
+    runs, found = runs_of(len(fitted)), list[Rounded]()
     places: list[Tensor] = []
     for run in range(runs):
         own = [part.own(run, runs) for part in parts]

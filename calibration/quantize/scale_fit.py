@@ -1,7 +1,7 @@
 """Least squares of scales for fixed codes: free scales, or levels and a scale of the output channel. Pure.
 
 The loss of an output channel is quadratic in the scales s of its groups: s^T A s - 2 r^T s. A [K/G, K/G] are the
-products of the groups' codes under the Hessian. r [K/G] are those of codes and target.
+products of the groups' codes under the Hessian. r [K/G] are those of codes and fitted weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEVEL_ROUNDS = 4
 def fit_scales(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The scales float32 [N, K/G] of least loss for codes [N, K]; a scale that would not be positive stays unchanged.
 
-    aimed [N, K] = target @ damped, damped [K, K] the Hessian.
+    aimed [N, K]: the fitted weights times damped, the Hessian [K, K].
     """
     found = [_solve(system, right, scale[rows]) for rows, system, right in _systems(aimed, damped, codes, scale)]
     return torch.cat(found)

@@ -53,12 +53,12 @@ def fitted_levels(scale: Tensor, energy: Tensor, levels: int = MAX_LEVEL) -> tup
     return level.to(torch.uint8), unit.squeeze(1).float()
 
 
-def nearest(target: Tensor, importance: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 [N, K], levels uint8 [N, K/G] and channel scale float32 [N] of `target` [N, K], each weight by itself.
+def nearest(fitted: Tensor, importance: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [N, K], levels uint8 [N, K/G] and channel scale float32 [N] of `fitted` [N, K], each weight by itself.
 
     importance [K]: the weight of a squared error of each channel.
     """
-    grouped, importance = target.float().unflatten(1, (-1, group_size)), importance.float().view(-1, group_size)
+    grouped, importance = fitted.float().unflatten(1, (-1, group_size)), importance.float().view(-1, group_size)
     suited = weights.group_scales(grouped, importance)
     level, unit = fitted_levels(suited, importance.sum(1).expand_as(suited), levels)
     codes = weights.round_int4(grouped, (level.float() * unit[:, None])[..., None])
