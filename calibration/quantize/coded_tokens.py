@@ -34,9 +34,9 @@ class BiasSets:
     rows: Tensor
 
     @staticmethod
-    def of(own: Sequence[int], spec: QuantizationSpec, device: torch.device) -> BiasSets:
-        """The sets if the modalities `own` have separate rows."""
-        rows = torch.tensor([spec.any_row, *own, len(spec.rows) - 1], device=device)
+    def of(separate: Sequence[int], spec: QuantizationSpec, device: torch.device) -> BiasSets:
+        """The sets if the modalities `separate` have separate rows."""
+        rows = torch.tensor([spec.any_row, *separate, len(spec.rows) - 1], device=device)
         of_row = torch.zeros(len(spec.rows), dtype=torch.int64, device=device)
         of_row[rows[1:]] = torch.arange(1, rows.numel(), device=device)
         return BiasSets(of_row, rows)
@@ -63,10 +63,10 @@ class CodedTokens:
     # int8 [T, K].
     codes: Tensor
 
-    def part(self, own: Tensor) -> CodedTokens:
-        """Those of the tokens `own`, int64 [t]."""
-        own = own.to(self.codes.device)
-        fields = {name: getattr(self, name)[own] for name in ("rows", "token_set", "weight", "codes")}
+    def part(self, places: Tensor) -> CodedTokens:
+        """Those of the tokens `places`, int64 [t]."""
+        places = places.to(self.codes.device)
+        fields = {name: getattr(self, name)[places] for name in ("rows", "token_set", "weight", "codes")}
         return replace(self, **fields)
 
     @property
@@ -82,7 +82,7 @@ def code_tokens(
     device = x.device
     weight, modality = (tokens.local(value).to(device) for value in (tokens.weight, tokens.modality))
     record = activation.activation_record(*(found.tensors[name].to(device) for name in INPUT_TENSORS))
-    sets = BiasSets.of(found.grids.own, spec, device)
+    sets = BiasSets.of(found.grids.separate, spec, device)
     ordinary = torch.where(sets.of_row[modality.long()] > 0, modality, spec.any_row)
     rows = torch.where(massive, len(spec.rows) - 1, ordinary).int()
     return CodedTokens(

@@ -165,13 +165,13 @@ def _find_layer(
         recipe,
         full_mask=full_mask(first, [input_holder(name)], recipe),
     )
-    coded = code_tokens(x, tokens, massive.own, found, spec)
+    coded = code_tokens(x, tokens, massive.local, found, spec)
     fitted = weigh_massive_alike(coded, processes)
     pooled = gather_moments(fitted, x16, factor[:, coded.order], processes)
-    means = find_means(pooled, coded, x, x16, massive.own, processes)
-    own = replace(spec, layers=settings, experts={})
+    means = find_means(pooled, coded, x, x16, massive.local, processes)
+    of_experts = replace(spec, layers=settings, experts={})
     dtype = getattr(torch, recipe.dtype)
-    return _Layer(name, own, recipe, tokens, drawn, massive, found, coded, fitted, pooled, means, dtype)
+    return _Layer(name, of_experts, recipe, tokens, drawn, massive, found, coded, fitted, pooled, means, dtype)
 
 
 def _gram(load: LoadExpert, count: int, tokens: DrawnTokens, device: torch.device, width: int) -> Tensor:
@@ -256,13 +256,13 @@ def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> 
     code, value = moments.means()
     if not layer.coded.sets.any_modality_only:
         code[0], value[0] = layer.means.code[0], layer.means.value[0]
-        ordinary = routed[~layer.massive.own.to(routed.device)[routed]]
+        ordinary = routed[~layer.massive.local.to(routed.device)[routed]]
         if chosen.routed.numel() and not bool(layer.massive.all[chosen.routed].all()):
             x, x16 = layer.drawn.input.observation.drawn, layer.drawn.input.sixteen_bit
-            own = means_in_any_row(layer.coded, x, x16, ordinary, layer.tokens.processes)
+            routed_means = means_in_any_row(layer.coded, x, x16, ordinary, layer.tokens.processes)
             code[0], value[0] = (
                 chosen.share * mine + (1 - chosen.share) * pooled
-                for mine, pooled in zip(own, (code[0], value[0]), strict=True)
+                for mine, pooled in zip(routed_means, (code[0], value[0]), strict=True)
             )
     return Means(code, value)
 
@@ -272,9 +272,9 @@ def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor,
 
     matrix and served [2I, K] are the 16-bit and the served weights of gate and up, bias [S, 2I] those of sets.
     """
-    own = layer.tokens.local_places(chosen.served).to(matrix.device)
-    coded, outlying = layer.coded.part(own), layer.drawn.input.outlying[own.cpu()]
-    x16 = layer.drawn.input.sixteen_bit[own]
+    local = layer.tokens.local_places(chosen.served).to(matrix.device)
+    coded, outlying = layer.coded.part(local), layer.drawn.input.outlying[local.cpu()]
+    x16 = layer.drawn.input.sixteen_bit[local]
     wanted, found = [matrix.new_zeros(0, matrix.shape[0] // 2)], [matrix.new_zeros(0, matrix.shape[0] // 2)]
     for codes, gain, sets, values in together(coded.codes, coded.gain, coded.token_set, x16):
         gated = (codes.float() * gain[:, None]) @ served.T + bias[sets]

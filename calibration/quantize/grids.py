@@ -35,7 +35,7 @@ class InputGrids:
     rows: dict[int, ModalityRow] = field(default_factory=dict)
 
     @property
-    def own(self) -> list[int]:
+    def separate(self) -> list[int]:
         """The modalities with a separate row."""
         return [row for row, found in self.rows.items() if found.choice.own]
 
@@ -81,8 +81,8 @@ def find_input(
 
     With `full_mask`, every channel may escape in the reference's grid.
     """
-    evidence = gather_evidence(observation, tokens, massive.own, recipe, len(spec.rows) - 1, full_mask=full_mask)
-    massive_x = tokens.all_gather(observation.drawn, tokens.all_gather(massive.own).nonzero().flatten())
+    evidence = gather_evidence(observation, tokens, massive.local, recipe, len(spec.rows) - 1, full_mask=full_mask)
+    massive_x = tokens.all_gather(observation.drawn, tokens.all_gather(massive.local).nonzero().flatten())
 
     def find() -> FoundInput:
         grids = find_grids(evidence, matrix, recipe)
@@ -113,8 +113,8 @@ def gather_evidence(
     )
     pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *together_with])
     if recipe.grid == "reference":
-        own = (~massive).nonzero().flatten()
-        parts = together(x[own], tokens.local(tokens.weight).to(x.device)[own])
+        local = (~massive).nonzero().flatten()
+        parts = together(x[local], tokens.local(tokens.weight).to(x.device)[local])
         found = reference_grid(
             list(by_modality.values()), pooled, parts, recipe, full_mask=full_mask, processes=tokens.processes
         )
@@ -170,7 +170,7 @@ def input_tensors(
     """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive [T, K] are massive tokens."""
     grid, mask = grids.grid, grids.mask
     centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
-    for row in grids.own:
+    for row in grids.separate:
         centre[row], gain[row] = grids.rows[row].centre, grids.rows[row].choice.gain
     if massive.shape[0]:
         centre[-1] = massive.mean(0)

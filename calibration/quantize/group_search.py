@@ -78,14 +78,14 @@ def compensate(
     scale = torch.empty(energy.shape[0], fitted.shape[0], device=fitted.device)
     groups = max(1, BLOCK_COLUMNS // group_size)
     for first in range(0, scale.shape[0], groups):
-        own = slice(first, first + groups)
+        span = slice(first, first + groups)
         start, end = first * group_size, min((first + groups) * group_size, remaining.shape[0])
         block, factor = remaining[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
         for row in range(0, fitted.shape[0], SEARCH_ROWS):
             rows = slice(row, row + SEARCH_ROWS)
-            found = _search_block(block[:, rows], factor, energy[own], allowed.rows(rows))
-            block[:, rows], errors[:, rows], scale[own, rows] = found
+            found = _search_block(block[:, rows], factor, energy[span], allowed.rows(rows))
+            block[:, rows], errors[:, rows], scale[span, rows] = found
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     codes, natural = torch.empty_like(remaining), torch.empty_like(scale)
     codes[order], natural[group_order] = remaining, scale
@@ -201,7 +201,7 @@ def improve(
     gradient = damped @ (fitted.T - codes * scale.repeat_interleave(group_size, 0))
     together = max(1, BLOCK_COLUMNS // group_size)
     for first in range(0, groups, together):
-        own = slice(first, first + together)
+        span = slice(first, first + together)
         columns = slice(first * group_size, min(first + together, groups) * group_size)
         local = damped[columns, columns]
         factors = [_ordered_factor(part) for part in _diagonal_blocks(local, group_size)]
@@ -209,7 +209,7 @@ def improve(
         for row in range(0, fitted.shape[0], IMPROVE_ROWS):
             rows = slice(row, row + IMPROVE_ROWS)
             changes[:, rows] = _improve_block(
-                gradient[columns, rows], local, factors, codes[columns, rows], scale[own, rows], allowed.rows(rows)
+                gradient[columns, rows], local, factors, codes[columns, rows], scale[span, rows], allowed.rows(rows)
             )
         gradient[columns.stop :].addmm_(damped[columns, columns.stop :].T, changes, alpha=-1)
     return codes.T.contiguous(), scale.T.contiguous()
@@ -244,9 +244,9 @@ def _improve_block(
     for start in range(0, codes.shape[0], run):
         end = min(start + run, codes.shape[0])
         for group in range(start // size, end // size):
-            own = slice(group * size, (group + 1) * size)
-            changes[own] = _improve_group(gradient[own], *factors[group], codes[own], scale[group], allowed)
-            gradient[own.stop : end].addmm_(local[own, own.stop : end].T, changes[own], alpha=-1)
+            span = slice(group * size, (group + 1) * size)
+            changes[span] = _improve_group(gradient[span], *factors[group], codes[span], scale[group], allowed)
+            gradient[span.stop : end].addmm_(local[span, span.stop : end].T, changes[span], alpha=-1)
         gradient[end:].addmm_(local[start:end, end:].T, changes[start:end], alpha=-1)
     return changes
 

@@ -52,11 +52,11 @@ class JudgedPart:
     tokens: DrawnTokens
     # Their places among the drawn tokens of all processes, and among this one's: int64.
     places: Tensor
-    own: Tensor
+    local: Tensor
 
     def of(self, coded: CodedTokens, x16: Tensor, massive: Tensor) -> tuple[CodedTokens, Tensor, Tensor]:
         """Codes and 16-bit values [local t, K] of these tokens, and which are massive, bool [t]."""
-        return coded.part(self.own), x16[self.own.to(x16.device)], massive[self.places]
+        return coded.part(self.local), x16[self.local.to(x16.device)], massive[self.places]
 
 
 def quantize_input(
@@ -86,7 +86,7 @@ def quantize_input(
     found = find_input(
         inputs.observation, tokens, massive, matrix, spec, recipe, full_mask=full_mask(first, shards, recipe)
     )
-    coded = code_tokens(x, tokens, massive.own, found, spec)
+    coded = code_tokens(x, tokens, massive.local, found, spec)
     # From here on in channel order.
     matrix = matrix[:, coded.order]
     # Beside routed experts nothing learns, so no sample has to judge.
@@ -98,7 +98,7 @@ def quantize_input(
     del known
     if held is not None:
         moments.add_means(held)
-    means = find_means(moments, coded, x, x16, massive.own, processes)
+    means = find_means(moments, coded, x, x16, massive.local, processes)
     any_massive = bool(massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
     layer_tensors = split_tensors(shards, served, bias[:, coded.sets.of_row])
@@ -129,9 +129,9 @@ def _moments(
     """
     if held is None:
         return gather_moments(coded, x16, matrix, tokens.processes), None
-    own = tokens.local(held)
-    places = own.nonzero().flatten()
-    fitted = replace(coded, weight=coded.weight * ~own.to(coded.weight.device))
+    local = tokens.local(held)
+    places = local.nonzero().flatten()
+    fitted = replace(coded, weight=coded.weight * ~local.to(coded.weight.device))
     of_held = gather_moments(coded.part(places), x16[places.to(x16.device)], matrix, tokens.processes)
     # Before the others are gathered: at the peak of memory there is one of these matrices.
     of_held.forget_squares()

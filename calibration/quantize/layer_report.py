@@ -114,8 +114,8 @@ def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names:
 
     massive, bool [T]: the tokens of all processes that took the last row.
     """
-    own = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
-    per_token = tokens.all_gather(own).cpu()
+    local = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
+    per_token = tokens.all_gather(local).cpu()
     rates = {row: float(per_token[tokens.modality == row].mean()) for row in tokens.counts}
     total = sum(tokens.counts.values())
     overall = sum(rates[row] * count / total for row, count in tokens.counts.items())

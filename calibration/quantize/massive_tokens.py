@@ -47,7 +47,7 @@ class MassiveTokens:
 
     intervals: MassiveIntervals
     # Among this process's tokens, bool [local T], on their device.
-    own: Tensor
+    local: Tensor
     # Among the tokens of all processes, bool [T], on the CPU.
     all: Tensor
 
@@ -62,8 +62,8 @@ def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: DrawnTokens, 
         if wanted
         else no_intervals(x.shape[1], blocks)
     )
-    own = holds(x, intervals)
-    return MassiveTokens(intervals, own, tokens.all_gather(own).cpu())
+    local = holds(x, intervals)
+    return MassiveTokens(intervals, local, tokens.all_gather(local).cpu())
 
 
 def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
@@ -79,9 +79,9 @@ def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> T
 def _candidates(norms: Tensor, modality: Tensor) -> Tensor:
     found = torch.zeros_like(norms, dtype=torch.bool)
     for row in modality.unique():
-        own = modality == row
-        outlying = own & (norms > NORM_RATIO * norms[own].median())
-        if int(outlying.sum()) <= MAX_SHARE * int(own.sum()):
+        of_row = modality == row
+        outlying = of_row & (norms > NORM_RATIO * norms[of_row].median())
+        if int(outlying.sum()) <= MAX_SHARE * int(of_row.sum()):
             found |= outlying
     return found
 
@@ -123,8 +123,8 @@ def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
     """The MIN or MAX over the values [tokens, K] of all processes, by channel; infinite without tokens."""
     least = operation == "MIN"
     none = values.new_full(values.shape[1:], float("inf") if least else -float("inf"))
-    own = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
-    return processes.all_reduce(own, operation)
+    local = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
+    return processes.all_reduce(local, operation)
 
 
 def _separate(

@@ -28,6 +28,7 @@ GAINS = torch.logspace(-3, 1, 33, base=2.0)
 class RowChoice:
     """Whether a modality has a separate row in a layer or shares `any`, and why."""
 
+    # Field names are those of the report; "own" is its word for a separate row.
     own: bool
     reason: str
     # Gain of the row that serves the modality.
@@ -108,10 +109,10 @@ def choose_row(
         output_error = (held_error - searched_error.mean(0)) @ matrix.T
         errors.append((float(output_error.square().sum()) / power) ** 0.5)
         rates.append(float(escapes(codes).float().mean()))
-    own = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
+    separate = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
     change = f"error on held-out tokens {errors[1] / errors[0] - 1:+.1%}" if errors[0] else "no error to lower"
-    choice = RowChoice(own, change, gain if own else 1.0, errors[0], errors[1], rates[0], rates[1])
-    return ModalityRow(centre if own else grid.centre, choice)
+    choice = RowChoice(separate, change, gain if separate else 1.0, errors[0], errors[1], rates[0], rates[1])
+    return ModalityRow(centre if separate else grid.centre, choice)
 
 
 def _thinned(x: Tensor) -> Tensor:

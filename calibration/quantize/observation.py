@@ -88,11 +88,11 @@ class InputCollector(DrawnCollector):
         drawn = self.drawn()
         found = {}
         for row in sorted(set().union(*processes.all_gather(set(self._statistics)))):
-            own = self._statistics.get(row) or _no_tokens(drawn)
+            local = self._statistics.get(row) or _no_tokens(drawn)
             found[row] = ChannelStatistics(
                 **{
-                    field.name: processes.all_reduce(getattr(own, field.name), REDUCTIONS[field.name])
-                    for field in fields(own)
+                    field.name: processes.all_reduce(getattr(local, field.name), REDUCTIONS[field.name])
+                    for field in fields(local)
                 }
             )
         return Observation(found, drawn)

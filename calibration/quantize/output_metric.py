@@ -83,20 +83,20 @@ class _Aimed:
         self.order = order.to(fitted.device)
         self._upper, self._rest = inverse_factor(metric[self.order][:, self.order]), fitted[self.order]
 
-    def own(self, run: int, runs: int) -> slice:
+    def span(self, run: int, runs: int) -> slice:
         """The places of a run's outputs."""
         outputs = len(self._rest)
         return slice(run * outputs // runs, (run + 1) * outputs // runs)
 
-    def of(self, own: slice) -> Tensor:
+    def of(self, span: slice) -> Tensor:
         """The weights at which a run aims."""
-        return self._rest[own]
+        return self._rest[span]
 
-    def compensate(self, own: slice, error: Tensor) -> None:
+    def compensate(self, span: slice, error: Tensor) -> None:
         """Move later outputs to where the metric expects the least cost, by the error [n, K] of a run."""
-        if own.stop < len(self._rest) and own.start < own.stop:
-            later = torch.linalg.solve_triangular(self._upper[own, own], self._upper[own, own.stop :], upper=True)
-            self._rest[own.stop :].addmm_(later.T, error)
+        if span.stop < len(self._rest) and span.start < span.stop:
+            later = torch.linalg.solve_triangular(self._upper[span, span], self._upper[span, span.stop :], upper=True)
+            self._rest[span.stop :].addmm_(later.T, error)
 
 
 def round_in_runs(
@@ -117,16 +117,16 @@ def round_in_runs(
     runs, found = runs_of(len(fitted)), list[Rounded]()
     places: list[Tensor] = []
     for run in range(runs):
-        own = [part.own(run, runs) for part in parts]
-        aimed = torch.cat([part.of(each) for part, each in zip(parts, own, strict=True)])
+        spans = [part.span(run, runs) for part in parts]
+        aimed = torch.cat([part.of(each) for part, each in zip(parts, spans, strict=True)])
         owners = processes.owners(len(aimed))
         codes_and_scales = rounded(aimed[processes.share(len(aimed))])
         found.append(tuple(processes.all_gather_rows(value, owners) for value in codes_and_scales))
-        errors = (dequantized(*found[-1]) - aimed).split([each.stop - each.start for each in own])
-        for part, each, error in zip(parts, own, errors, strict=True):
+        errors = (dequantized(*found[-1]) - aimed).split([each.stop - each.start for each in spans])
+        for part, each, error in zip(parts, spans, errors, strict=True):
             part.compensate(each, error)
         first = 0
-        for part, each, size in zip(parts, own, sizes, strict=True):
+        for part, each, size in zip(parts, spans, sizes, strict=True):
             places.append(first + part.order[each])
             first += size
     natural = torch.cat(places).argsort()

@@ -64,10 +64,10 @@ def _system(damped: Tensor, codes: Tensor, groups: int) -> Tensor:
     columns = SYSTEM_CHANNELS // group_size * group_size
     for group in range(groups):
         start = group * group_size
-        own = slice(start, start + group_size)
+        span = slice(start, start + group_size)
         for first in range(start, codes.shape[0], columns):
             others = slice(first, first + columns)
-            product = (damped[others, own] @ codes[own]).mul_(codes[others]).unflatten(0, (-1, group_size)).sum(1)
+            product = (damped[others, span] @ codes[span]).mul_(codes[others]).unflatten(0, (-1, group_size)).sum(1)
             written = slice(first // group_size, first // group_size + product.shape[0])
             system[:, group, written] = product.T
     return system

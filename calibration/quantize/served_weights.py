@@ -72,8 +72,8 @@ def round_weights(
     if metrics and _compensates(layer, recipe):
         parts = _round_jointly(fit, processes.all_gather_rows(fit.fitted, owners), metrics, layer, recipe, processes)
     else:
-        own = _round(fit.fitted, fit.hessian, layer, recipe, fit.damping)
-        parts = tuple(processes.all_gather_rows(part, owners) for part in own)
+        local = _round(fit.fitted, fit.hessian, layer, recipe, fit.damping)
+        parts = tuple(processes.all_gather_rows(part, owners) for part in local)
     del fit
     codes, *scales = parts
     if layer.weight_bits == 4:
