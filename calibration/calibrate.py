@@ -34,7 +34,7 @@ from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from calibration.stages import capture, export, prepare, quantize
 from calibration.work.directory import WorkDirectory
-from calibration.work.identity import identity
+from calibration.work.fingerprint import fingerprint
 from calibration.work.opening import clear_work, open_work
 from calibration.work.rendered import media_bytes
 from morphoquant_vllm.errors import MorphoQuantError
@@ -183,13 +183,13 @@ def _kept_work(
 ) -> Iterator[WorkDirectory]:
     """Hold the run's work directory, and compute on as many threads as the run that began it."""
     processes = job.processes
-    begun_with = (
-        identity(job.recipe, job.device, job.source, conversations, skip_bad=skip_bad, processes=processes.size)
+    found = (
+        fingerprint(job.recipe, job.device, job.source, conversations, skip_bad=skip_bad, processes=processes.size)
         if processes.first
         else {}
     )
     with (
-        open_work(work, begun_with, job.device, job.names.blocks, output, restart=restart, processes=processes) as kept,
+        open_work(work, found, job.device, job.names.blocks, output, restart=restart, processes=processes) as kept,
         _threads(kept.threads),
     ):
         yield kept

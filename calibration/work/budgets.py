@@ -52,14 +52,14 @@ def read_choice(work: WorkDirectory) -> Choice | None:
             raise damaged(path, "it is missing")
         return None
     content = read_manifest(path)
-    if content.pop("settings", None) != work.settings:
+    if content.pop("settings", None) != work.run_hash:
         raise damaged(path, "it belongs to another run")
     return Choice(**content)
 
 
 def keep_choice(work: WorkDirectory, choice: Choice) -> None:
     """Keep the choice for the later blocks and for a resumed run."""
-    write_json_durably(work.path / BUDGETS_FILE, {"settings": work.settings, **asdict(choice)})
+    write_json_durably(work.path / BUDGETS_FILE, {"settings": work.run_hash, **asdict(choice)})
 
 
 def keep_metrics(work: WorkDirectory, block: int, metrics: Mapping[str, Tensor]) -> FileRecord:

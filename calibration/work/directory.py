@@ -1,7 +1,7 @@
 """The work directory of a calibration: the finished work, from which an interrupted run resumes.
 
     lock                        held by the active run
-    run.json                    fingerprint of the run (calibration.work.identity), and its number of threads
+    run.json                    fingerprint of the run (calibration.work.fingerprint), and its number of threads
     samples.json                the samples, and their files' sizes and hashes: written when all files are complete
     budgets.json                how inputs share the budgets of the model: calibration.work.budgets
     metrics-00000.safetensors   how errors of outputs of a block's layers add up, if the checkpoint will learn
@@ -87,12 +87,12 @@ class WorkDirectory:
 
     path: Path
     device: torch.device
-    # Hash of the run's fingerprint.
-    begun_with: str
+    # SHA-256 of the run's fingerprint.
+    fingerprint_hash: str
     # Number of threads of each process, from the run's first start to its end.
     threads: int
-    # Hash of its RUN_FILE, which every manifest repeats.
-    settings: str = ""
+    # SHA-256 of RUN_FILE, which every manifest repeats.
+    run_hash: str = ""
     # Number of finished blocks; None if the samples are not finished either.
     finished: int | None = None
     # Whether the checkpoint is in place; only the work directory must then be removed.
@@ -125,7 +125,7 @@ class WorkDirectory:
             entries_of_rank[index] = {"source": source, "process": self.processes.rank, **shape, **asdict(record)}
         sync_directory(self.path)
         entries = _united(self.processes.all_gather(entries_of_rank))
-        manifest = {"settings": self.settings, "samples": [entries[index] for index in sorted(entries)], **self._towers}
+        manifest = {"settings": self.run_hash, "samples": [entries[index] for index in sorted(entries)], **self._towers}
         self.processes.broadcast(lambda: write_json_durably(self.path / SAMPLES_FILE, manifest))
         self.finished = 0
 
@@ -135,7 +135,7 @@ class WorkDirectory:
         They are held in memory, or else read from disk at each use.
         """
         assert self.finished is not None
-        separate = "towers" in _manifest(self.path / SAMPLES_FILE, self.settings)
+        separate = "towers" in _manifest(self.path / SAMPLES_FILE, self.run_hash)
         samples, rank = self._own_samples(), self.processes.rank
         shapes = [sample["states"] for sample in samples.values()]
         self._streams = {
@@ -172,7 +172,7 @@ class WorkDirectory:
 
         def note() -> None:
             manifest = {
-                "settings": self.settings,
+                "settings": self.run_hash,
                 "inputs": hash_file(self._before(result.index)),
                 "loss": result.loss,
                 "layers": {name: asdict(layer.record) for name, layer in result.layers.items()},
@@ -190,9 +190,9 @@ class WorkDirectory:
     def records(self) -> dict[str, LayerRecord]:
         """The records of all finished layers, towers' first."""
         records: dict[str, LayerRecord] = {}
-        towers = _manifest(self.path / SAMPLES_FILE, self.settings).get("towers")
+        towers = _manifest(self.path / SAMPLES_FILE, self.run_hash).get("towers")
         parts = [towers["layers"]] if towers else []
-        parts += [_manifest(self._manifest_file(index), self.settings)["layers"] for index in range(self.finished or 0)]
+        parts += [_manifest(self._manifest_file(index), self.run_hash)["layers"] for index in range(self.finished or 0)]
         for part in parts:
             records |= {name: _record(record) for name, record in part.items()}
         return records
@@ -201,14 +201,14 @@ class WorkDirectory:
         """The figures of all finished lists of experts."""
         found = {}
         for index in range(self.finished or 0):
-            for name, figures in _manifest(self._manifest_file(index), self.settings)["experts"].items():
+            for name, figures in _manifest(self._manifest_file(index), self.run_hash)["experts"].items():
                 found[name] = ExpertsFigures(**{**figures, "input": _record(figures["input"])})
         return found
 
     def attention(self) -> dict[int, AttentionRange]:
         """The ranges of the attention of all finished blocks that have one."""
         found = (
-            _manifest(self._manifest_file(block), self.settings)["attention"] for block in range(self.finished or 0)
+            _manifest(self._manifest_file(block), self.run_hash)["attention"] for block in range(self.finished or 0)
         )
         return {block: AttentionRange(**entry) for block, entry in enumerate(found) if entry is not None}
 
@@ -242,7 +242,7 @@ class WorkDirectory:
 
     def _own_samples(self) -> dict[int, dict[str, Any]]:
         """The manifest's entries of this process's samples, by index."""
-        samples = enumerate(_manifest(self.path / SAMPLES_FILE, self.settings)["samples"])
+        samples = enumerate(_manifest(self.path / SAMPLES_FILE, self.run_hash)["samples"])
         return {index: sample for index, sample in samples if sample["process"] == self.processes.rank}
 
     def note_export(self, directory: Path) -> None:
@@ -257,7 +257,7 @@ class WorkDirectory:
         return read_manifest(noted) == self._export(output)
 
     def _export(self, directory: Path) -> dict[str, str]:
-        return {"begun_with": self.begun_with, **{name: hash_file(directory / name) for name in _IDENTIFYING}}
+        return {"begun_with": self.fingerprint_hash, **{name: hash_file(directory / name) for name in _IDENTIFYING}}
 
     def _manifest_file(self, index: int) -> Path:
         return block_file(self.path, index).with_suffix(".json")
@@ -272,7 +272,7 @@ class WorkDirectory:
             if manifests:
                 raise damaged(self.path / SAMPLES_FILE, "it is missing")
             return
-        known = _manifest(self.path / SAMPLES_FILE, self.settings)
+        known = _manifest(self.path / SAMPLES_FILE, self.run_hash)
         if "towers" in known:
             towers = known["towers"]
             check_file(self.path / TOWERS_FILE, FileRecord(towers["nbytes"], towers["sha256"]))
@@ -281,7 +281,7 @@ class WorkDirectory:
         for index, path in enumerate(manifests):
             if path != self._manifest_file(index):
                 raise damaged(self._manifest_file(index), "it is missing")
-            manifest = _manifest(path, self.settings)
+            manifest = _manifest(path, self.run_hash)
             if manifest["inputs"] != hash_file(self._before(index)):
                 raise damaged(path, "it does not follow from the manifest before it")
             # Only the newest hidden states are kept, and they are needed only while blocks are left.
@@ -319,8 +319,8 @@ def _packed(result: BlockResult) -> dict[str, Tensor]:
     return tensors
 
 
-def _manifest(path: Path, settings: str) -> dict[str, Any]:
+def _manifest(path: Path, run_hash: str) -> dict[str, Any]:
     manifest = read_manifest(path)
-    if manifest.get("settings") != settings:
+    if manifest.get("settings") != run_hash:
         raise damaged(path, f"it belongs to another {RUN_FILE}")
     return manifest

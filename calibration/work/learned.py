@@ -40,7 +40,7 @@ _RESULT = "learned"
 
 def keep_part(work: WorkDirectory, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Keep the targets or the state for a resumed run."""
-    metadata = {"settings": work.settings, "sha256": hash_tensors(tensors)}
+    metadata = {"settings": work.run_hash, "sha256": hash_tensors(tensors)}
     write_tensors_durably(_file(work, part), tensors, metadata)
     sync_directory(work.path)
 
@@ -51,7 +51,7 @@ def read_part(work: WorkDirectory, part: str) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     metadata = read_metadata(path)
-    if metadata.get("settings") != work.settings:
+    if metadata.get("settings") != work.run_hash:
         raise damaged(path, "it belongs to another run")
     tensors = read_tensors(path)
     if metadata.get("sha256") != hash_tensors(tensors):
@@ -62,7 +62,7 @@ def read_part(work: WorkDirectory, part: str) -> dict[str, Tensor] | None:
 def keep_learned(work: WorkDirectory, changes: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
     """Keep what was learned, and drop what only its learning needed."""
     record = write_tensors_durably(_file(work, _RESULT), changes)
-    content = {"settings": work.settings, "figures": dict(figures), "file": asdict(record)}
+    content = {"settings": work.run_hash, "figures": dict(figures), "file": asdict(record)}
     write_json_durably(work.path / LEARNED_FILE, content)
     for part in (STATE, TARGETS):
         _file(work, part).unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def read_figures(work: WorkDirectory) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_manifest(path)
-    if content.get("settings") != work.settings:
+    if content.get("settings") != work.run_hash:
         raise damaged(path, "it belongs to another run")
     check_file(_file(work, _RESULT), FileRecord(**content["file"]))
     figures: dict[str, Any] = content["figures"]
