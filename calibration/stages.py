@@ -168,7 +168,7 @@ def export(job: Job, work: WorkDirectory, tokens: DrawnTokens, output: Path, *, 
     ranges = {job.names.block(block): found for block, found in work.attention().items()}
     spec = replace(job.spec, kv_cache=ranges)
     experts = work.experts()
-    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts, experts) | _structure(job)
+    report = make_report(recipe, spec, work.figures(), len(tokens.positions), tokens.counts, experts) | _structure(job)
     warning = empty_experts(experts)
     if warning:
         logger.warning("%s", warning)

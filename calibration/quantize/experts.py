@@ -26,7 +26,7 @@ from calibration.quantize.layer import (
     quantize_input,
     split_tensors,
 )
-from calibration.quantize.layer_report import ExpertsFigures, JudgedTokens, LayerRecord, input_record, output_error
+from calibration.quantize.layer_report import ExpertsFigures, JudgedTokens, LayerFigures, input_figures, output_error
 from calibration.quantize.massive_tokens import MassiveTokens, find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import InputCollector, Routing
@@ -63,7 +63,7 @@ class QuantizedExperts:
     """
 
     tensors: dict[str, dict[str, Tensor]]
-    record: ExpertsFigures
+    figures: ExpertsFigures
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _QuantizedExpert:
 
     tensors: dict[str, dict[str, Tensor]]
     # Output error of gate and up, and the figures of down; None if no drawn token chose the expert.
-    figures: tuple[float, LayerRecord] | None
+    figures: tuple[float, LayerFigures] | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _quantize_expert(layer: _Layer, expert: int, weights: Mapping[str, Tensor]) 
     tensors, error, inner = _quantize_gate_up(layer, chosen, linears, weights, recipe)
     shards = {linears[DOWN]: weights[DOWN]}
     down = quantize_input(inner, chosen.tokens, shards, layer.spec, recipe, chosen.judged)[linears[DOWN]]
-    return _QuantizedExpert({**tensors, linears[DOWN]: down.tensors}, (error, down.record) if seen else None)
+    return _QuantizedExpert({**tensors, linears[DOWN]: down.tensors}, (error, down.figures) if seen else None)
 
 
 def _find_layer(
@@ -296,7 +296,7 @@ def _gated(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _figures(layer: _Layer, experts: Sequence[_QuantizedExpert]) -> ExpertsFigures:
     drawn = layer.drawn.routing.chosen.sum(0).tolist()
-    record = input_record(layer.coded, layer.tokens, layer.massive.all, layer.found, layer.spec.rows)
+    of_input = input_figures(layer.coded, layer.tokens, layer.massive.all, layer.found, layer.spec.rows)
     figures = [expert.figures for expert in experts]
     known = [found[0] for found in figures if found is not None]
     return ExpertsFigures(
@@ -304,7 +304,7 @@ def _figures(layer: _Layer, experts: Sequence[_QuantizedExpert]) -> ExpertsFigur
         drawn_tokens=drawn,
         few=sum(0 < count < FEW_TOKENS for count in drawn),
         none=sum(count == 0 for count in drawn),
-        input=replace(record, output_error=sum(known) / len(known) if known else 0.0),
+        input=replace(of_input, output_error=sum(known) / len(known) if known else 0.0),
         gate_up_error=[None if found is None else found[0] for found in figures],
         down_error=[None if found is None else found[1].output_error for found in figures],
         down_escape_rate=[None if found is None else found[1].escape_rate["all"] for found in figures],

@@ -15,7 +15,7 @@ from calibration.quantize.bias import find_bias, find_means
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import find_input
 from calibration.quantize.held_out import held_out
-from calibration.quantize.layer_report import JudgedTokens, LayerRecord, input_record, output_error
+from calibration.quantize.layer_report import JudgedTokens, LayerFigures, input_figures, output_error
 from calibration.quantize.massive_tokens import find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import Observation
@@ -30,7 +30,7 @@ class QuantizedLayer:
     """One linear's tensors, by the names of schema.tensor_specs, on the CPU, and its figures for the report."""
 
     tensors: dict[str, Tensor]
-    record: LayerRecord
+    figures: LayerFigures
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ def quantize_input(
     if judged is not None:
         shown = judged.tokens
         coded, x16, shown_massive = judged.of(coded, x16, massive.all)
-    record = input_record(coded, shown, shown_massive, found, spec.rows)
+    figures = input_figures(coded, shown, shown_massive, found, spec.rows)
     errors = _output_errors(JudgedTokens.of(coded, x16, shown), shards, matrix, served.matrix, bias, processes)
     return {
-        name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(record, output_error=errors[name]))
+        name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(figures, output_error=errors[name]))
         for name in shards
     }
 

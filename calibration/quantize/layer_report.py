@@ -27,7 +27,7 @@ RUN_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerFigures:
     """The figures of one quantized linear in the report."""
 
     # Codes outside [-8, 7] as a fraction of all codes, by row name; "all" counts tokens as they occur in the data.
@@ -56,7 +56,7 @@ class ExpertsFigures:
     few: int
     none: int
     # Of the one input of gate and up; its output_error is the mean over experts.
-    input: LayerRecord
+    input: LayerFigures
     # Output errors of gate and up together, and of down, over the tokens that chose the expert; None without any.
     gate_up_error: list[float | None]
     down_error: list[float | None]
@@ -92,13 +92,13 @@ class JudgedTokens:
         )
 
 
-def input_record(
+def input_figures(
     coded: CodedTokens, tokens: DrawnTokens, massive: Tensor, found: FoundInput, row_names: tuple[str, ...]
-) -> LayerRecord:
+) -> LayerFigures:
     """The figures common to the linears that share an input, without output_error; massive, bool [T], of all tokens."""
     guard_raise = found.grids.grid.guard_raise
     masked = found.tensors["modality_mask"].sum(1).tolist()
-    return LayerRecord(
+    return LayerFigures(
         escape_rate=escape_rates(coded.codes, tokens, massive, row_names),
         output_error=0.0,
         masked_channels=dict(zip(row_names, masked, strict=True)),
@@ -110,7 +110,7 @@ def input_record(
 
 
 def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
-    """Escapes as a fraction of codes [local T, K], as LayerRecord holds them.
+    """Escapes as a fraction of codes [local T, K], as LayerFigures holds them.
 
     massive, bool [T]: the tokens of all processes that took the last row.
     """
@@ -125,16 +125,16 @@ def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names:
     return {**named, "all": overall}
 
 
-def escape_warning(layer: str, record: LayerRecord, recipe: Recipe, drawn: Mapping[str, int]) -> str | None:
+def escape_warning(layer: str, figures: LayerFigures, recipe: Recipe, drawn: Mapping[str, int]) -> str | None:
     """A sentence about a layer whose escape rate is far above the budget; None if it is not, or without a budget.
 
     `drawn` counts the drawn tokens by row name. Massive tokens are not judged: they may escape on every channel.
     """
     if recipe.grid != "budget" or not recipe.escape_budget:
         return None
-    massive = record.escape_rate.get(MASSIVE_ROW, 0.0) * record.massive_tokens
+    massive = figures.escape_rate.get(MASSIVE_ROW, 0.0) * figures.massive_tokens
     # As if all massive tokens were of this modality.
-    rates = {row: record.escape_rate[row] - massive / count for row, count in drawn.items() if count}
+    rates = {row: figures.escape_rate[row] - massive / count for row, count in drawn.items() if count}
     row = max(rates, key=lambda name: rates[name])
     if rates[row] <= FAR_ABOVE * recipe.escape_budget:
         return None

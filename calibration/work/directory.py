@@ -12,7 +12,7 @@
     rendered-00000.safetensors  the model's inputs of one sample with media, until the next file is written for all
     sample-00000.safetensors    the decoder's inputs of one sample
     block-00000.safetensors     a finished block's tensors in their final form, and its distributions
-    block-00000.json            its layer records, and the hashes of all its files: written last
+    block-00000.json            its layers' figures, and the hashes of all its files: written last
     hidden-00001.safetensors    hidden states before the next block, in the 16-bit model
     served-00001.safetensors    the same, after the quantized blocks
     hidden-00001-process1.safetensors, ...  the same for the samples of processes other than the first
@@ -36,7 +36,7 @@ from calibration.blocks.capture import BlockInput, MemoryInput
 from calibration.blocks.results import BlockResult
 from calibration.output.report import REPORT_FILE
 from calibration.processes import ONE, Processes
-from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
+from calibration.quantize.layer_report import ExpertsFigures, LayerFigures
 from calibration.quantize.modality_rows import RowChoice
 from calibration.work.block_arguments import pack
 from calibration.work.durable_files import (
@@ -108,7 +108,7 @@ class WorkDirectory:
         """Write the quantized towers; they count as finished when the samples are."""
         tensors = {name: value for result in results for name, value in _packed(result).items()}
         record = self.processes.broadcast(lambda: write_tensors_durably(self.path / TOWERS_FILE, tensors), [FileRecord])
-        layers = {name: asdict(layer.record) for result in results for name, layer in result.layers.items()}
+        layers = {name: asdict(layer.figures) for result in results for name, layer in result.layers.items()}
         self._towers = {"towers": {"layers": layers, **asdict(record)}}
 
     def keep_samples(self, sources: Mapping[int, str], captured: Iterable[MemoryInput]) -> None:
@@ -175,8 +175,8 @@ class WorkDirectory:
                 "settings": self.run_hash,
                 "inputs": hash_file(self._before(result.index)),
                 "loss": result.loss,
-                "layers": {name: asdict(layer.record) for name, layer in result.layers.items()},
-                "experts": {name: asdict(layer.record) for name, layer in result.experts.items()},
+                "layers": {name: asdict(layer.figures) for name, layer in result.layers.items()},
+                "experts": {name: asdict(layer.figures) for name, layer in result.experts.items()},
                 "attention": None if result.attention is None else asdict(result.attention),
                 "files": {name: asdict(record) for name, record in files.items()},
             }
@@ -187,22 +187,22 @@ class WorkDirectory:
         for name in STREAMS:
             states_file(self.path, name, result.index, self.processes.rank).unlink(missing_ok=True)
 
-    def records(self) -> dict[str, LayerRecord]:
-        """The records of all finished layers, towers' first."""
-        records: dict[str, LayerRecord] = {}
+    def figures(self) -> dict[str, LayerFigures]:
+        """The figures of all finished layers, towers' first."""
+        found: dict[str, LayerFigures] = {}
         towers = _manifest(self.path / SAMPLES_FILE, self.run_hash).get("towers")
         parts = [towers["layers"]] if towers else []
         parts += [_manifest(self._manifest_file(index), self.run_hash)["layers"] for index in range(self.finished or 0)]
         for part in parts:
-            records |= {name: _record(record) for name, record in part.items()}
-        return records
+            found |= {name: _figures(entry) for name, entry in part.items()}
+        return found
 
     def experts(self) -> dict[str, ExpertsFigures]:
         """The figures of all finished lists of experts."""
         found = {}
         for index in range(self.finished or 0):
-            for name, figures in _manifest(self._manifest_file(index), self.run_hash)["experts"].items():
-                found[name] = ExpertsFigures(**{**figures, "input": _record(figures["input"])})
+            for name, entry in _manifest(self._manifest_file(index), self.run_hash)["experts"].items():
+                found[name] = ExpertsFigures(**{**entry, "input": _figures(entry["input"])})
         return found
 
     def attention(self) -> dict[int, AttentionRange]:
@@ -297,10 +297,10 @@ def _united(parts: Iterable[Mapping[K, V]]) -> dict[K, V]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _record(record: dict[str, Any]) -> LayerRecord:
-    """The record of a manifest's entry."""
-    rows = {row: RowChoice(**choice) for row, choice in record.pop("modality_rows").items()}
-    return LayerRecord(**record, modality_rows=rows)
+def _figures(entry: dict[str, Any]) -> LayerFigures:
+    """The figures of a manifest's entry."""
+    rows = {row: RowChoice(**choice) for row, choice in entry.pop("modality_rows").items()}
+    return LayerFigures(**entry, modality_rows=rows)
 
 
 def _packed(result: BlockResult) -> dict[str, Tensor]:

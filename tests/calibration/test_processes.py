@@ -254,7 +254,7 @@ def test_processes_make_the_layer_that_one_makes(
         monkeypatch.setattr(f"calibration.{place}", 60)
     recipe = Recipe(sample_tokens=300, **settings)
     whole = make(ONE, recipe)
-    assert recipe.grid == "reference" or whole.layers["m.q"].record.modality_rows["audio"].own
+    assert recipe.grid == "reference" or whole.layers["m.q"].figures.modality_rows["audio"].own
     found = in_processes(tmp_path, lambda processes: make(processes, recipe), count)
     for made in found:
         assert all(torch.equal(*pair) for pair in zip(made.positions, whole.positions, strict=True))
@@ -264,14 +264,14 @@ def test_processes_make_the_layer_that_one_makes(
             assert same, name
         for name, layer in made.layers.items():
             expected, first = whole.layers[name], found[0].layers[name]
-            assert expected.record.massive_tokens > 0
-            assert layer.record == first.record
+            assert expected.figures.massive_tokens > 0
+            assert layer.figures == first.figures
             for tensor, value in layer.tensors.items():
                 assert torch.equal(value, first.tensors[tensor]), f"{tensor} differs between processes"
             assert_close(layer.tensors, expected.tensors)
-            assert layer.record.escape_rate == pytest.approx(expected.record.escape_rate, rel=1e-5)
-            assert layer.record.output_error == pytest.approx(expected.record.output_error, rel=1e-2)
-            assert layer.record.modality_rows == expected.record.modality_rows
+            assert layer.figures.escape_rate == pytest.approx(expected.figures.escape_rate, rel=1e-5)
+            assert layer.figures.output_error == pytest.approx(expected.figures.output_error, rel=1e-2)
+            assert layer.figures.modality_rows == expected.figures.modality_rows
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

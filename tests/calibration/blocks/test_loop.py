@@ -127,7 +127,7 @@ def test_results_come_block_by_block_and_carry_the_inputs_on(tiny: TinyModels, m
     run = Run(tiny.model("llama"), tiny.data("llama"), monkeypatch, massive=False)
     assert [(result.index, result.count, len(result.layers)) for result in run.results] == [(0, 2, 7), (1, 2, 7)]
     for result in run.results:
-        errors = [layer.record.output_error for layer in result.layers.values()]
+        errors = [layer.figures.output_error for layer in result.layers.values()]
         assert result.loss == pytest.approx(sum(errors) / 7)
     # The remaining states are those after the last block, 16 bit and served.
     assert all(0 < gap(entry.served, entry.hidden) < 1 for entry in run.inputs)
