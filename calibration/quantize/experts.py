@@ -21,12 +21,12 @@ from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_m
 from calibration.quantize.grids import FoundInput, find_input
 from calibration.quantize.layer import (
     DrawnInput,
-    JudgedPart,
+    ReportedTokens,
     full_mask,
     quantize_input,
     split_tensors,
 )
-from calibration.quantize.layer_report import ExpertsFigures, JudgedTokens, LayerFigures, input_figures, output_error
+from calibration.quantize.layer_report import ErrorTokens, ExpertsFigures, LayerFigures, input_figures, output_error
 from calibration.quantize.massive_tokens import MassiveTokens, find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import InputCollector, Routing
@@ -106,7 +106,7 @@ class _Chosen:
     # The share of the tokens that chose it in its moments.
     share: float
     # Both as samples; borrowed tokens weigh 1 - share in the second.
-    judged: JudgedPart
+    reported: ReportedTokens
     tokens: DrawnTokens
 
 
@@ -137,7 +137,7 @@ def _quantize_expert(layer: _Layer, expert: int, weights: Mapping[str, Tensor]) 
     linears = {kind: f"{layer.name}.{expert}.{kind}" for kind in (GATE, UP, DOWN)}
     tensors, error, inner = _quantize_gate_up(layer, chosen, linears, weights, recipe)
     shards = {linears[DOWN]: weights[DOWN]}
-    down = quantize_input(inner, chosen.tokens, shards, layer.spec, recipe, chosen.judged)[linears[DOWN]]
+    down = quantize_input(inner, chosen.tokens, shards, layer.spec, recipe, chosen.reported)[linears[DOWN]]
     return _QuantizedExpert({**tensors, linears[DOWN]: down.tensors}, (error, down.figures) if seen else None)
 
 
@@ -217,10 +217,10 @@ def _choose(layer: _Layer, expert: int) -> _Chosen:
     present = tokens.modality[served].unique().tolist()
     counts = {row: max(1, int(routing.counts[row, expert])) for row in present}
     of_routed = {row: counts[row] for row in tokens.modality[routed].unique().tolist()}
-    judged = tokens.part(routed, tokens.weight[routed], of_routed)
+    reported = tokens.part(routed, tokens.weight[routed], of_routed)
     within = (torch.isin(served, routed)).nonzero().flatten()
     all_served = tokens.part(served, weight[served], counts)
-    return _Chosen(routed, served, share, JudgedPart(judged, within, all_served.local_places(within)), all_served)
+    return _Chosen(routed, served, share, ReportedTokens(reported, within, all_served.local_places(within)), all_served)
 
 
 def _plain(recipe: Recipe) -> Recipe:
@@ -245,8 +245,8 @@ def _quantize_gate_up(
     served = round_weights(matrix, step, moments, layer.spec.layers[linears[GATE]], recipe, processes)
     any_massive = bool(layer.massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, 1, any_massive=any_massive))
-    judged = JudgedTokens.of(part, part_x16, chosen.judged.tokens)
-    error = output_error(judged, matrix, served.matrix, bias.sum(0), processes)
+    error_tokens = ErrorTokens.of(part, part_x16, chosen.reported.tokens)
+    error = output_error(error_tokens, matrix, served.matrix, bias.sum(0), processes)
     inner = _inner_input(layer, chosen, matrix, served.matrix, bias.sum(0), linears[DOWN])
     return split_tensors(shards, served, bias[:, coded.sets.of_row]), error, inner
 

@@ -15,7 +15,7 @@ from calibration.quantize.bias import find_bias, find_means
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import find_input
 from calibration.quantize.held_out import held_out
-from calibration.quantize.layer_report import JudgedTokens, LayerFigures, input_figures, output_error
+from calibration.quantize.layer_report import ErrorTokens, LayerFigures, input_figures, output_error
 from calibration.quantize.massive_tokens import find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import Observation
@@ -46,7 +46,7 @@ class DrawnInput:
 
 
 @dataclass(frozen=True)
-class JudgedPart:
+class ReportedTokens:
     """The drawn tokens on which the report's figures are taken, if these are not all."""
 
     tokens: DrawnTokens
@@ -65,7 +65,7 @@ def quantize_input(
     shards: Mapping[str, Tensor],
     spec: QuantizationSpec,
     recipe: Recipe,
-    judged: JudgedPart | None = None,
+    reported: ReportedTokens | None = None,
     metrics: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QuantizedLayer]:
     """Quantize the linears `shards` (weights [N, K] by layer name) that share one input.
@@ -75,7 +75,7 @@ def quantize_input(
 
     Each process has some of the tokens and fits some of the output channels; all get the same result. Sums of floats
     may differ between processes, so one process computes the results that depend on them and broadcasts them.
-    `judged` are the tokens on which the figures of the report are taken; None means all. `metrics` are those of the
+    `reported` are the tokens on which the figures of the report are taken; None means all. `metrics` are those of the
     outputs of some linears, by layer name (output_metric).
     """
     x, x16, processes = inputs.observation.drawn, inputs.sixteen_bit, tokens.processes
@@ -90,7 +90,7 @@ def quantize_input(
     # From here on in channel order.
     matrix = matrix[:, coded.order]
     # Beside routed experts nothing learns, so no sample has to judge.
-    unseen = held_out(tokens, recipe.effort) if judged is None and not spec.experts else None
+    unseen = held_out(tokens, recipe.effort) if reported is None and not spec.experts else None
     moments, held = _moments(weigh_massive_alike(coded, processes), x16, matrix, tokens, unseen)
     step = found.grids.grid.step.to(x.device)[coded.order]
     known = _of_all(metrics or {}, shards, x.device)
@@ -103,11 +103,11 @@ def quantize_input(
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))
     layer_tensors = split_tensors(shards, served, bias[:, coded.sets.of_row])
     shown, shown_massive = tokens, massive.all
-    if judged is not None:
-        shown = judged.tokens
-        coded, x16, shown_massive = judged.of(coded, x16, massive.all)
+    if reported is not None:
+        shown = reported.tokens
+        coded, x16, shown_massive = reported.of(coded, x16, massive.all)
     figures = input_figures(coded, shown, shown_massive, found, spec.rows)
-    errors = _output_errors(JudgedTokens.of(coded, x16, shown), shards, matrix, served.matrix, bias, processes)
+    errors = _output_errors(ErrorTokens.of(coded, x16, shown), shards, matrix, served.matrix, bias, processes)
     return {
         name: QuantizedLayer({**found.tensors, **layer_tensors[name]}, replace(figures, output_error=errors[name]))
         for name in shards
@@ -139,7 +139,7 @@ def _moments(
 
 
 def _output_errors(
-    judged: JudgedTokens,
+    tokens: ErrorTokens,
     shards: Mapping[str, Tensor],
     matrix: Tensor,
     served: Tensor,
@@ -150,7 +150,7 @@ def _output_errors(
     sizes = [weight.shape[0] for weight in shards.values()]
     parts = (matrix.split(sizes), served.split(sizes), bias.split(sizes, 2))
     return {
-        name: output_error(judged, full, dequantized, own_bias.sum(0), processes)
+        name: output_error(tokens, full, dequantized, own_bias.sum(0), processes)
         for name, full, dequantized, own_bias in zip(shards, *parts, strict=True)
     }
 

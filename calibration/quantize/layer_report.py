@@ -70,7 +70,7 @@ class ExpertsFigures:
 
 
 @dataclass(frozen=True)
-class JudgedTokens:
+class ErrorTokens:
     """This process's tokens on which the output error is measured, with K in channel order."""
 
     # Codes times gain, and 16-bit values: float32 [T, K].
@@ -81,10 +81,10 @@ class JudgedTokens:
     weight: Tensor
 
     @staticmethod
-    def of(coded: CodedTokens, x16: Tensor, tokens: DrawnTokens) -> JudgedTokens:
+    def of(coded: CodedTokens, x16: Tensor, tokens: DrawnTokens) -> ErrorTokens:
         """Every n-th token of all processes; x16 [local T, K] is in natural order."""
         stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
-        return JudgedTokens(
+        return ErrorTokens(
             codes=tokens.every(coded.codes, stride).float() * tokens.every(coded.gain, stride)[:, None],
             sixteen_bit=tokens.every(x16, stride).index_select(1, coded.order),
             token_set=tokens.every(coded.token_set, stride),
@@ -145,14 +145,14 @@ def escape_warning(layer: str, figures: LayerFigures, recipe: Recipe, drawn: Map
 
 
 def output_error(
-    judged: JudgedTokens, matrix: Tensor, served: Tensor, bias: Tensor, processes: Processes = ONE
+    tokens: ErrorTokens, matrix: Tensor, served: Tensor, bias: Tensor, processes: Processes = ONE
 ) -> float:
     """Weighted relative error of the served layer's output against that of the 16-bit weights `matrix` [N, K].
 
     served is float32 [N, K], bias [S, N] by set of tokens. Each process has some of the tokens.
     """
     error = power = 0.0
-    values_of = (judged.codes, judged.sixteen_bit, judged.token_set, judged.weight)
+    values_of = (tokens.codes, tokens.sixteen_bit, tokens.token_set, tokens.weight)
     for part, values, which, weight in zip(*(value.split(RUN_TOKENS) for value in values_of), strict=True):
         expected = values @ matrix.T
         found = part @ served.T + bias[which]
