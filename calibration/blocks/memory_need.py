@@ -17,7 +17,7 @@ from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
 from calibration.quantize.held_out import HOLDING_EFFORTS
 from calibration.quantize.output_metric import have_metrics, runs_of
-from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
+from calibration.quantize.scale_fit import SCALE_OUTPUTS, SYSTEM_ELEMENTS
 from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
@@ -167,7 +167,7 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, metrics: int = 0
     `metrics`: elements of the metrics of outputs.
     """
     groups = k // group_size
-    rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
+    outputs = min(n, SCALE_OUTPUTS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
     fitted: float = FIT_MATRICES
     if metrics:
@@ -178,7 +178,7 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, metrics: int = 0
         max(
             SEARCH_COPIES * tokens * k + n * k,
             kept + FACTOR_SQUARES * k * k + FACTOR_MATRICES * n * k,
-            kept + FIT_SQUARES * k * k + fitted * n * k + FIT_SYSTEMS * rows * groups**2,
+            kept + FIT_SQUARES * k * k + fitted * n * k + FIT_SYSTEMS * outputs * groups**2,
         )
     )
 

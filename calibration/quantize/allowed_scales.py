@@ -20,7 +20,7 @@ FAR_LEVELS, NEAR_LEVELS = 2, 1
 class AllowedScales(Protocol):
     """The set of allowed scales, and their fit to codes. Scales are float32 throughout."""
 
-    def rows(self, channels: slice) -> AllowedScales:
+    def of_outputs(self, outputs: slice) -> AllowedScales:
         """The scales allowed for some of the output channels."""
 
     def candidates(self, scale: Tensor, *, far: bool) -> Tensor:
@@ -34,7 +34,7 @@ class AllowedScales(Protocol):
 class FreeScales:
     """Every positive bfloat16 number is allowed."""
 
-    def rows(self, channels: slice) -> FreeScales:
+    def of_outputs(self, outputs: slice) -> FreeScales:
         return self
 
     def candidates(self, scale: Tensor, *, far: bool) -> Tensor:
@@ -52,8 +52,8 @@ class LevelScales:
     channel_scale: Tensor  # float32 [N]
     levels: int
 
-    def rows(self, channels: slice) -> LevelScales:
-        return LevelScales(self.channel_scale[channels], self.levels)
+    def of_outputs(self, outputs: slice) -> LevelScales:
+        return LevelScales(self.channel_scale[outputs], self.levels)
 
     def level(self, scale: Tensor) -> Tensor:
         """The nearest levels of scales [..., N], as floats. Gives back the level of an allowed scale."""

@@ -26,7 +26,7 @@ RUN_COLUMNS = 128
 BEAM = 4
 # Output channels whose groups are searched at once, and those whose groups are improved at once. The latter have fewer
 # candidates, and no beam. More would be faster, and set the peak of memory.
-SEARCH_ROWS, IMPROVE_ROWS = 512, 2048
+SEARCH_OUTPUTS, IMPROVE_OUTPUTS = 512, 2048
 # Factor by which the damping grows if a factorisation fails for lack of digits.
 MORE_DAMPING = 10.0
 
@@ -82,10 +82,10 @@ def compensate(
         start, end = first * group_size, min((first + groups) * group_size, remaining.shape[0])
         block, factor = remaining[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
-        for row in range(0, fitted.shape[0], SEARCH_ROWS):
-            rows = slice(row, row + SEARCH_ROWS)
-            found = _search_block(block[:, rows], factor, energy[span], allowed.rows(rows))
-            block[:, rows], errors[:, rows], scale[span, rows] = found
+        for output in range(0, fitted.shape[0], SEARCH_OUTPUTS):
+            outputs = slice(output, output + SEARCH_OUTPUTS)
+            found = _search_block(block[:, outputs], factor, energy[span], allowed.of_outputs(outputs))
+            block[:, outputs], errors[:, outputs], scale[span, outputs] = found
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     codes, natural = torch.empty_like(remaining), torch.empty_like(scale)
     codes[order], natural[group_order] = remaining, scale
@@ -206,10 +206,15 @@ def improve(
         local = damped[columns, columns]
         factors = [_ordered_factor(part) for part in _diagonal_blocks(local, group_size)]
         changes = torch.empty_like(gradient[columns])
-        for row in range(0, fitted.shape[0], IMPROVE_ROWS):
-            rows = slice(row, row + IMPROVE_ROWS)
-            changes[:, rows] = _improve_block(
-                gradient[columns, rows], local, factors, codes[columns, rows], scale[span, rows], allowed.rows(rows)
+        for output in range(0, fitted.shape[0], IMPROVE_OUTPUTS):
+            outputs = slice(output, output + IMPROVE_OUTPUTS)
+            changes[:, outputs] = _improve_block(
+                gradient[columns, outputs],
+                local,
+                factors,
+                codes[columns, outputs],
+                scale[span, outputs],
+                allowed.of_outputs(outputs),
             )
         gradient[columns.stop :].addmm_(damped[columns, columns.stop :].T, changes, alpha=-1)
     return codes.T.contiguous(), scale.T.contiguous()
