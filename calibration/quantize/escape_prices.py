@@ -44,12 +44,12 @@ def escape_costs(probe: Probe) -> EscapeCosts:
     weight = torch.full(x.shape[:1], 1 / max(1, x.shape[0]), device=x.device)
     centre = steps.centres(x)
     tried = steps.candidate_steps((x - centre).abs().amax(0))
-    share = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    importance = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for part in probe.gradient.split(256):
         # The derivative of the output by each channel, squared and added up over the tokens.
-        share += (part @ matrix).double().square().sum(0)
+        importance += (part @ matrix).double().square().sum(0)
     parts = together(x, weight, weight[:, None])
-    found = steps.losses(parts, centre, tried, share.float(), escapes=True)
+    found = steps.losses(parts, centre, tried, importance.float(), escapes=True)
     return EscapeCosts(found.error.cpu(), found.escape[0].cpu())
 
 

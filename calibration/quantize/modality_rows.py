@@ -91,11 +91,11 @@ def choose_row(
         reason = f"{tokens.count} ordinary tokens, fewer than {MIN_TOKENS}"
         return ModalityRow(grid.centre, RowChoice(False, reason, 1.0))
     searched, held = tokens.searched, tokens.held
-    share = matrix.square().sum(0)
+    importance = matrix.square().sum(0)
     # For a heavy-tailed channel the common centre may be better than the middle of the modality's quantiles.
     _, gain, centre = min(
         (
-            (*_gain(searched, centre, minimum, maximum, grid.step, mask, share, budget), centre)
+            (*_gain(searched, centre, minimum, maximum, grid.step, mask, importance, budget), centre)
             for centre in (grid.centre, steps.centres(searched))
         ),
         key=lambda found: found[0],
@@ -134,7 +134,7 @@ def _gain(
     maximum: Tensor,
     step: Tensor,
     mask: Tensor,
-    share: Tensor,
+    importance: Tensor,
     budget: float,
 ) -> tuple[float, float]:
     """Least error and its gain, among gains that keep the budget and masked codes within the guard."""
@@ -145,7 +145,7 @@ def _gain(
         if gain < least:
             continue
         error, codes = _rounding(x, centre, step * gain, mask)
-        total = float((error.square().mean(0) * share).sum())
+        total = float((error.square().mean(0) * importance).sum())
         if total < least_error and float(escapes(codes).float().mean()) <= budget:
             best, least_error = gain, total
     return least_error, best

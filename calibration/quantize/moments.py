@@ -116,7 +116,7 @@ class Moments:
         These are the moments that remain after a bias per set. They reuse the memory of code_code and code_aim, which
         are empty afterwards.
         """
-        scaled = self.code_sum / self._share()
+        scaled = self.code_sum / self._divisor()
         code_code, code_aim, matrix = self.code_code, self.code_aim, self.matrix[channels]
         self.forget_squares()
         code_code -= scaled.T @ self.code_sum
@@ -131,9 +131,9 @@ class Moments:
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean code and mean value of each set, [S, K] each; 0 for a set without tokens."""
-        return self.code_sum / self._share(), self.value_sum / self._share()
+        return self.code_sum / self._divisor(), self.value_sum / self._divisor()
 
-    def _share(self) -> Tensor:
+    def _divisor(self) -> Tensor:
         return self.weight.clamp(min=TINY)[:, None]
 
 
