@@ -18,6 +18,6 @@ def chunks(value: Tensor, columns: int | None = None) -> Iterator[Tensor]:
     return iter(value.split(max(1, limit // (columns or value.shape[1]))))
 
 
-def together(first: Tensor, *others: Tensor) -> Iterator[Any]:
+def zip_chunks(first: Tensor, *others: Tensor) -> Iterator[Any]:
     """The same runs of tokens of several tensors [T, ...]; the first tensor, [T, K], sets their length."""
     return zip(chunks(first), *(chunks(other, first.shape[1]) for other in others), strict=True)

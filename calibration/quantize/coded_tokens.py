@@ -14,7 +14,7 @@ from torch import Tensor
 from calibration.data.token_choice import DrawnTokens
 from calibration.processes import Processes
 from calibration.quantize import moments as second_moments
-from calibration.quantize.chunks import together
+from calibration.quantize.chunks import zip_chunks
 from calibration.quantize.grids import FoundInput
 from morphoquant_vllm.format.layers import INPUT_TENSORS
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -92,7 +92,7 @@ def code_tokens(
         rows=rows,
         token_set=sets.of_row[rows.long()],
         weight=weight,
-        codes=torch.cat([activation.act_quant(part, row, record) for part, row in together(x, rows)]),
+        codes=torch.cat([activation.act_quant(part, row, record) for part, row in zip_chunks(x, rows)]),
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 
 from calibration.data.token_choice import DrawnTokens
 from calibration.quantize.bias import Means, find_bias, find_means, means_in_any_row
-from calibration.quantize.chunks import together
+from calibration.quantize.chunks import zip_chunks
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import FoundInput, find_input
 from calibration.quantize.layer import (
@@ -276,7 +276,7 @@ def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor,
     coded, outlying = layer.coded.part(local), layer.drawn.input.outlying[local.cpu()]
     x16 = layer.drawn.input.sixteen_bit[local]
     wanted, found = [matrix.new_zeros(0, matrix.shape[0] // 2)], [matrix.new_zeros(0, matrix.shape[0] // 2)]
-    for codes, gain, sets, values in together(coded.codes, coded.gain, coded.token_set, x16):
+    for codes, gain, sets, values in zip_chunks(coded.codes, coded.gain, coded.token_set, x16):
         gated = (codes.float() * gain[:, None]) @ served.T + bias[sets]
         found.append(_gated(gated, layer.dtype))
         wanted.append(_gated(values.index_select(1, coded.order) @ matrix.T, layer.dtype))

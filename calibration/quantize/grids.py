@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from calibration.data.token_choice import DrawnTokens
-from calibration.quantize import step_search as steps
-from calibration.quantize.chunks import together
+from calibration.quantize import step_search
+from calibration.quantize.chunks import zip_chunks
 from calibration.quantize.massive_tokens import MassiveIntervals, MassiveTokens
 from calibration.quantize.modality_rows import ModalityRow, RowChoice, RowTokens, choose_row, row_tokens
 from calibration.quantize.observation import Observation
@@ -51,7 +51,7 @@ class Evidence:
     pooled: ChannelStatistics
     by_modality: dict[int, ChannelStatistics]
     # Every n-th drawn token: values [t, K], weights [t] and modalities [t]. None for the reference's grid.
-    sample: tuple[Tensor, Tensor, Tensor] | None
+    searched: tuple[Tensor, Tensor, Tensor] | None
     # By modality; empty if no modality can have a separate row.
     rows: dict[int, RowTokens] = field(default_factory=dict)
     # Mask and grid by the authors' search.
@@ -108,13 +108,13 @@ def gather_evidence(
     ordinary = (~all_massive).nonzero().flatten()
     by_modality = {row: statistics for row, statistics in observation.statistics.items() if row != massive_row}
     # If no intervals recognize massive tokens, this grid serves them too.
-    together_with = (
+    recognized_by_none = (
         [] if bool(all_massive.any()) else [s for r, s in observation.statistics.items() if r == massive_row]
     )
-    pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *together_with])
+    pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *recognized_by_none])
     if recipe.grid == "reference":
         local = (~massive).nonzero().flatten()
-        parts = together(x[local], tokens.local(tokens.weight).to(x.device)[local])
+        parts = zip_chunks(x[local], tokens.local(tokens.weight).to(x.device)[local])
         found = reference_grid(
             list(by_modality.values()), pooled, parts, recipe, full_mask=full_mask, processes=tokens.processes
         )
@@ -122,27 +122,27 @@ def gather_evidence(
     weight, modality = (value[ordinary].to(x.device) for value in (tokens.weight, tokens.modality))
     # Every n-th token, so each modality keeps the share that its weights give it.
     stride = max(1, ordinary.numel() // SEARCH_TOKENS)
-    sample = tokens.all_gather(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
+    searched = tokens.all_gather(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
     present = modality.unique().tolist()
     if not recipe.modality_rows or len(present) < 2:
-        return Evidence(pooled, by_modality, sample)
+        return Evidence(pooled, by_modality, searched)
     reach, rows = {}, {}
     for row in present:
-        reach[row] = reduce(ChannelStatistics.merge, [by_modality[row], *together_with])
+        reach[row] = reduce(ChannelStatistics.merge, [by_modality[row], *recognized_by_none])
         chosen = ordinary[modality.cpu() == row]
         rows[row] = RowTokens(chosen.numel(), *(tokens.all_gather(x, part) for part in row_tokens(chosen)))
-    return Evidence(pooled, reach, sample, rows)
+    return Evidence(pooled, reach, searched, rows)
 
 
 def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids:
     """Grids of one input's ordinary tokens; matrix [N, K] on their device."""
     if evidence.reference is not None:
         return InputGrids(*evidence.reference)
-    assert evidence.sample is not None
-    part, part_weight, modality = evidence.sample
-    grid = steps.budget_grid(
-        together(part, part_weight, _modality_shares(modality, part_weight)),
-        steps.centres(part),
+    assert evidence.searched is not None
+    part, part_weight, modality = evidence.searched
+    grid = step_search.budget_grid(
+        zip_chunks(part, part_weight, _modality_shares(modality, part_weight)),
+        step_search.centres(part),
         evidence.pooled.minimum,
         evidence.pooled.maximum,
         matrix.square().sum(0),

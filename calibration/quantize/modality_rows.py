@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.quantize import step_search as steps
+from calibration.quantize import step_search
 from morphoquant_vllm.numerics.activation import GUARD_CODES, Grid, code_limits, escapes
 
 # With fewer tokens, neither the search of a row nor its judgement is reliable.
@@ -96,7 +96,7 @@ def choose_row(
     _, gain, centre = min(
         (
             (*_gain(searched, centre, minimum, maximum, grid.step, mask, importance, budget), centre)
-            for centre in (grid.centre, steps.centres(searched))
+            for centre in (grid.centre, step_search.centres(searched))
         ),
         key=lambda found: found[0],
     )
