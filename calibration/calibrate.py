@@ -19,7 +19,7 @@ from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import Forecast, forecast
 from calibration.job import Job
 from calibration.learn.stage import learn
-from calibration.model.bits import check_budget, extra_bytes
+from calibration.model.bits import check_bits_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import check_carried, decoder_names, plan, sixteen_bit
@@ -124,7 +124,7 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
     check_carried(source.tensors, spec)
-    check_budget(spec, names.prefix, recipe)
+    check_bits_budget(spec, names.prefix, recipe)
     if not architecture.verified:
         if processes.first:
             logger.info("%s: %s", source.config.get("model_type"), GENERIC)
@@ -204,7 +204,7 @@ def _quantize_model(
     on_layer: Callable[[LayerBegins], None] | None,
 ) -> tuple[Job, DrawnTokens]:
     """Run the stages that leave quantized layers in `kept`; the job with its budgets spent, and the drawn tokens."""
-    with _clear_memory_errors(job):
+    with _explain_memory_errors(job):
         tokens = capture(job, kept, conversations, skip_bad=skip_bad)
         job = spend_budgets(job, kept, tokens)
         quantize(job, kept, tokens, on_block, on_layer)
@@ -219,7 +219,7 @@ def _finish(work: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _clear_memory_errors(job: Job) -> Iterator[None]:
+def _explain_memory_errors(job: Job) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from calibration.blocks.sensitivity import TOKENS, Passes, choose_samples, run_passes
+from calibration.blocks.sensitivity import BUDGET_TOKENS, Passes, choose_pass_samples, run_passes
 from calibration.data.token_choice import DrawnTokens
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS
-from calibration.learn.metrics import TOKENS as METRIC_TOKENS
-from calibration.learn.metrics import find_metrics
+from calibration.learn.metrics import METRIC_TOKENS, find_metrics
 from calibration.learn.stage import will_learn
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
 from calibration.model.loading import BlockLoader
@@ -99,7 +98,7 @@ def measure(job: Job, work: WorkDirectory, tokens: DrawnTokens) -> Measured:
     escapes_of: dict[str, EscapeCosts] = {}
 
     def turn(passes: Passes) -> None:
-        passes.turn(job.recipe.modality_balance)
+        passes.start_back_from_projection(job.recipe.modality_balance)
 
     def back(passes: Passes, index: int) -> None:
         for name, probe in passes.backward(index, _shards_of(job, index)).items():
@@ -108,7 +107,7 @@ def measure(job: Job, work: WorkDirectory, tokens: DrawnTokens) -> Measured:
             if job.recipe.budget == "model" and probe.x.shape[0]:
                 escapes_of[name] = escape_costs(probe)
 
-    begin = partial(_begin, "budgets", job, work, tokens, TOKENS)
+    begin = partial(_begin, "budgets", job, work, tokens, BUDGET_TOKENS)
     run_passes(begin, job.names.blocks, job.processes, turn=turn, back=back)
     order = job.spec.shared_inputs()
     return Measured(
@@ -151,7 +150,7 @@ def _begin(
         shares = held.split([part.numel() for part in parts])
         allowed = [index for index in allowed if not bool(shares[index].all())]
     lengths = sample_lengths(work)
-    places = choose_samples(
+    places = choose_pass_samples(
         [lengths[index] for index in allowed],
         [rows[index] for index in allowed],
         min(most, job.recipe.sample_tokens),

@@ -34,7 +34,7 @@ from calibration.output.card import model_card, read_front_matter
 from calibration.output.export import checkpoint_size, tensors_size, write_checkpoint
 from calibration.output.places import check_free_space
 from calibration.output.report import empty_experts, make_report
-from calibration.output.staging import clear_write_errors, staged_directory
+from calibration.output.staging import explain_write_errors, staged_directory
 from calibration.work.budgets import read_metrics, report_entry
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_changes, read_figures
@@ -194,7 +194,7 @@ def export(job: Job, work: WorkDirectory, tokens: DrawnTokens, output: Path, *, 
     tag = hashlib.sha256(str(work.path.resolve()).encode()).hexdigest()[:8]
     with staged_directory(output, source.directory, overwrite=overwrite, tag=tag) as directory:
         check_free_space(directory, checkpoint_size(source, spec))
-        with clear_write_errors(output, source.directory):
+        with explain_write_errors(output, source.directory):
             card = checkpoint_card(source, spec, report)
             write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions(), card)
         # The hashes were just computed from these files; reading them again would only repeat that.

@@ -26,7 +26,7 @@ from calibration.processes import Processes
 from calibration.quantize.attention_range import AttentionWatch
 from calibration.quantize.experts import DrawnExperts, quantize_experts
 from calibration.quantize.layer import DrawnInput, quantize_input
-from calibration.quantize.massive_tokens import candidates
+from calibration.quantize.massive_tokens import outlying_tokens
 from calibration.quantize.observation import DrawnCollector, InputCollector, RoutedCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.kv_cache import AttentionRange
@@ -278,7 +278,7 @@ def _run_16bit(
         entry.write_hidden(after)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in block.inputs)])
-    rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
+    rows = torch.where(outlying_tokens(torch.cat(norms), modality, processes), massive_row, modality)
     return list(rows.split([entry.modality.numel() for entry in block.inputs])), watch.range(processes)
 
 

@@ -210,7 +210,7 @@ def _experts(spec: QuantizationSpec, name: str, tokens: int) -> tuple[int, int]:
     return k, results + pooled + max(search, gate_up, down)
 
 
-def check_budget(
+def check_memory(
     need: MemoryNeed, budget: int, model: object, *, stated: bool = True, fitting_tokens: int | None = None
 ) -> None:
     """Raise MorphoQuantError with the sizes if a budget is too small even with streaming from disk.

@@ -26,12 +26,12 @@ from calibration.quantize.output_metric import OutputMoment
 from calibration.work.durable_files import read_tensors, write_tensors_durably
 
 # Tokens of the passes, about, and no more than are drawn. A longer sample is taken only if there is no shorter one.
-TOKENS = 4096
+BUDGET_TOKENS = 4096
 # The fractional parts of this number's multiples, the golden ratio's, divide 0 to 1 evenly, however many there are.
 SPREAD = (5**0.5 - 1) / 2
 
 
-def choose_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]], most: int = TOKENS) -> list[int]:
+def choose_pass_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]], most: int = BUDGET_TOKENS) -> list[int]:
     """Indices of the samples of the passes, ascending: every modality in turn gives one, for about `most` tokens.
 
     `lengths` are the tokens of each sample, `rows` the modalities in it.
@@ -86,7 +86,7 @@ class Passes:
         write_tensors_durably(self.file(index), {str(number): state for number, state in enumerate(self.states)})
         self.outlying.append(carry(module, index, self.samples, self.states))
 
-    def turn(self, balance: float) -> None:
+    def start_back_from_projection(self, balance: float) -> None:
         """Replace the last states by the derivatives of their projection; `balance` weighs modalities as the recipe."""
         modality = torch.cat([sample.modality.flatten() for sample in self.samples]).long()
         counts = {int(row): int((modality == row).sum()) for row in modality.unique()}
@@ -95,17 +95,19 @@ class Passes:
             weight[modality == row] = share / counts[row]
         generator = torch.Generator().manual_seed(self.seed)
         parts = weight.float().split([sample.modality.numel() for sample in self.samples])
-        self._turn([_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)])
+        self._take_derivatives(
+            [_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)]
+        )
 
-    def turn_by(self, derivative: Callable[[MemoryInput, Tensor, Tensor], Tensor]) -> None:
+    def start_back(self, derivative: Callable[[MemoryInput, Tensor, Tensor], Tensor]) -> None:
         """Replace the last states by their derivatives.
 
         `derivative` gives that of a sample, float32 [1, M, hidden], by its massive tokens, bool [M], and last states.
         """
         massive = self.outlying[-1]
-        self._turn([derivative(*each) for each in zip(self.samples, massive, self.states, strict=True)])
+        self._take_derivatives([derivative(*each) for each in zip(self.samples, massive, self.states, strict=True)])
 
-    def _turn(self, found: list[Tensor]) -> None:
+    def _take_derivatives(self, found: list[Tensor]) -> None:
         if self.states[0].dtype == torch.float16:
             # Small derivatives would vanish in its narrow range. Only their ratios count.
             largest = max(float(derivative.abs().max()) for derivative in found)

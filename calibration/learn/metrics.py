@@ -25,7 +25,7 @@ from calibration.work.durable_files import FileRecord
 from morphoquant_vllm.format.schema import TEXT_ROW
 
 # Tokens of the passes, about, and no more than are drawn.
-TOKENS = 2**13
+METRIC_TOKENS = 2**13
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def find_metrics(job: Job, work: WorkDirectory, begin: Callable[[], Passes]) -> 
         # The head is in memory only here, without any block.
         head = Head(job.architecture, job.names, job.source, job.recipe, job.device)
         generator = torch.Generator(head.weight.device).manual_seed(job.recipe.seed)
-        passes.turn_by(_DrawnSuccessors(head, job.spec.rows.index(TEXT_ROW), generator))
+        passes.start_back(_DrawnSuccessors(head, job.spec.rows.index(TEXT_ROW), generator))
 
     def back(passes: Passes, index: int) -> None:
         linears = _with_metric(job, index)

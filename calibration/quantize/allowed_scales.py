@@ -66,5 +66,5 @@ class LevelScales:
         return (self.level(scale) + steps).clamp(1, self.levels) * self.channel_scale
 
     def fitted(self, aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, LevelScales]:
-        level, unit = fit_levels(aimed, damped, codes, self.level(scale.T).T, self.channel_scale, self.levels)
-        return level * unit[:, None], LevelScales(unit, self.levels)
+        level, channel_scale = fit_levels(aimed, damped, codes, self.level(scale.T).T, self.channel_scale, self.levels)
+        return level * channel_scale[:, None], LevelScales(channel_scale, self.levels)

@@ -18,7 +18,7 @@ from calibration.processes import ONE, Processes
 from morphoquant_vllm.format.layers import MASSIVE_CHANNELS
 from morphoquant_vllm.numerics.activation import is_massive
 
-# A token is a candidate if the norm of its residual stream is this many times the median of its modality, ...
+# A token is outlying if the norm of its residual stream is this many times the median of its modality, ...
 NORM_RATIO = 8.0
 # ... unless more than this fraction of the tokens qualify: then they are not exceptional.
 MAX_SHARE = 0.1
@@ -66,17 +66,17 @@ def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: DrawnTokens, 
     return MassiveTokens(intervals, local, tokens.all_gather(local).cpu())
 
 
-def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
+def outlying_tokens(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
     """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T].
 
     Each process has some of the tokens. They are compared with those of all processes.
     """
     parts = processes.all_gather((norms, modality))
-    found = _candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    found = _outlying_tokens(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return found.split([part.numel() for part, _ in parts])[processes.rank]
 
 
-def _candidates(norms: Tensor, modality: Tensor) -> Tensor:
+def _outlying_tokens(norms: Tensor, modality: Tensor) -> Tensor:
     found = torch.zeros_like(norms, dtype=torch.bool)
     for row in modality.unique():
         of_row = modality == row

@@ -17,7 +17,7 @@ from morphoquant_vllm.numerics.activation import GUARD_CODES, Grid, code_limits,
 # With fewer tokens, neither the search of a row nor its judgement is reliable.
 MIN_TOKENS = 64
 # The most tokens on which a row is searched, and the most on which it is judged.
-SEARCH_TOKENS = 512
+ROW_TOKENS = 512
 # The drawn tokens are cut into this many runs, used for search and judgement in turns: neighbours are much alike.
 RUNS = 8
 # Gains to choose from: around 1, the gain of the row that serves any token.
@@ -116,7 +116,7 @@ def choose_row(
 
 
 def _thinned(x: Tensor) -> Tensor:
-    return x[:: max(1, -(-x.shape[0] // SEARCH_TOKENS))]
+    return x[:: max(1, -(-x.shape[0] // ROW_TOKENS))]
 
 
 def _rounding(x: Tensor, centre: Tensor, step: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from calibration.output.staging import clear_write_errors
+from calibration.output.staging import explain_write_errors
 from calibration.processes import ONE, Processes
 from calibration.work.directory import EXPORTED_FILE, RUN_FILE, SAMPLES_FILE, WorkDirectory
 from calibration.work.durable_files import PARTIAL, damaged, hash_file, is_manifest, read_manifest, write_json_durably
@@ -78,7 +78,7 @@ def open_work(
 def _held(
     path: Path, fingerprint: Mapping[str, Any], device: torch.device, blocks: int, output: Path, *, restart: bool
 ) -> Iterator[WorkDirectory]:
-    with clear_write_errors(path):
+    with explain_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     foreign = _foreign_file(path)
     if foreign is not None:

@@ -17,7 +17,7 @@ from calibration.data.token_choice import share_tokens
 from calibration.output.distributions import observe
 from calibration.processes import ONE, Processes
 from calibration.quantize.layer import DrawnInput, QuantizedLayer, quantize_input
-from calibration.quantize.massive_tokens import candidates, find_intervals
+from calibration.quantize.massive_tokens import find_intervals, outlying_tokens
 from calibration.quantize.observation import InputCollector
 from calibration.settings.recipe import Recipe
 from calibration.work.durable_files import FileRecord
@@ -249,7 +249,7 @@ def test_processes_make_the_layer_that_one_makes(
         "quantize.grids.SEARCH_TOKENS",
         "quantize.layer_report.ERROR_TOKENS",
         "output.distributions.TOKENS",
-        "quantize.modality_rows.SEARCH_TOKENS",
+        "quantize.modality_rows.ROW_TOKENS",
     ):
         monkeypatch.setattr(f"calibration.{place}", 60)
     recipe = Recipe(sample_tokens=300, **settings)
@@ -293,7 +293,7 @@ def test_a_token_is_massive_among_those_of_all_processes(tmp_path: Path) -> None
 
     def work(processes: Processes) -> list[bool]:
         own = norms[processes.rank]
-        found: list[bool] = candidates(own, torch.zeros(own.numel(), dtype=torch.int32), processes).tolist()
+        found: list[bool] = outlying_tokens(own, torch.zeros(own.numel(), dtype=torch.int32), processes).tolist()
         return found
 
     assert in_processes(tmp_path, work) == [[False] * 40, [True] * 3]
