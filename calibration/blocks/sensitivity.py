@@ -1,9 +1,9 @@
 """How much errors of each linear's output matter for the decoder's output: one pass forward and one back, by blocks.
 
-The decoder's last hidden states, each divided by its size, are multiplied by random signs and added up. The derivative
-of this sum by a linear's output, times an error of that output, squared, is on average the error of the last hidden
-states. So one backward pass measures every linear. One block is in memory at a time, and the states between the blocks
-lie in files.
+The decoder's last hidden states, each divided by its size, are multiplied by random signs and added up. An error of a
+linear's output is multiplied by the derivative of this sum by that output, and squared. On average this is the error of
+the last hidden states. So one backward pass measures every linear. One block is in memory at a time, and the states
+between the blocks lie in files.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from morphoquant_vllm.numerics import weights
 
 # Columns whose changes are applied to the later columns at once. Within them the beam search keeps several choices.
 BLOCK_COLUMNS = 1024
-# Columns of a block whose changes are applied to the block's later columns at once: few enough that the columns which
-# every group changes stay in the cache, many enough for fast products.
+# Columns of a block whose changes are applied to the block's later columns at once. They are few enough that the
+# columns which every group changes stay in the cache. They are many enough for fast products.
 RUN_COLUMNS = 128
 # Choices of codes and scales of an output channel that are kept from one group of a block to the next.
 BEAM = 4

@@ -1,7 +1,7 @@
 """A separate row for a modality: its centre and gain, if held-out tokens show that it lowers the error. Pure.
 
 All rows of a layer share the steps, since the weights absorb them. A modality can have a separate centre, gain and
-bias: the place of its grid, the width of all its steps, and the correction of its mean error.
+bias. These are the place of its grid, the width of all its steps, and the correction of its mean error.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from calibration.quantize.group_search import inverse_factor
 from morphoquant_vllm.format.layers import LayerSpec
 
 # A layer with more outputs for each input than this has no metric: it would be the largest. The outputs of gate and up
-# go to a function of single channels, so their errors mix little, and a trial foresaw little gain on new tokens.
+# go to a function of single channels, so their errors mix little. A trial foresaw little gain on new tokens.
 MOST_OUTPUTS = 2
 # The damping is a fraction of the metric's mean diagonal: this many times outputs over tokens, and at least the latter.
 DAMPING_STRENGTH, LEAST_DAMPING = 4.0, 0.5
