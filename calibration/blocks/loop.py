@@ -89,7 +89,7 @@ class _Observed:
     none: Mapping[str, Tensor | None]
     # Each sample's rows, int [tokens].
     rows: Sequence[Tensor]
-    # Drawn tokens with an outlying residual stream, bool [local T].
+    # Drawn tokens with an outlying residual stream, bool [local drawn].
     outlying: Tensor
     # None if no attention was seen.
     attention: AttentionRange | None

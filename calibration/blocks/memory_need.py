@@ -25,7 +25,7 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 
 # Python with torch, transformers and a processor, before any model.
 BASE = 3 * 2**28
-# Simultaneous copies for one input in its three phases: float32 [T, K], [K, K] and [N, K], and the systems of the
+# Simultaneous copies for one input in its three phases: float32 [drawn, K], [K, K] and [N, K], and the systems of the
 # scales. They were measured as peaks of quantize_input over T, K and N, and rounded up.
 SEARCH_COPIES = 3.75
 KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
@@ -35,7 +35,7 @@ FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 METRIC_SQUARES = 4
 # Of the head's weights, and of logits of so many tokens, which are in memory at once.
 HEAD_COPIES, LOGITS_COPIES, LOGITS_TOKENS = 2, 3, 128
-# Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
+# Of experts: [K, K] of all together, and [drawn, K] of the tokens that chose one.
 POOLED_SQUARES, PART_COPIES = 4, 1.25
 # Gaps between tensors in the C library's heap.
 HEAP = 2**26
@@ -162,7 +162,7 @@ def _block(
 
 
 def input_peak(tokens: int, k: int, n: int, group_size: int, *, metrics: int = 0) -> int:
-    """Bytes for quantizing one input, including its drawn tokens: T tokens, K channels, N outputs of all shards.
+    """Bytes for quantizing one input of K channels, its drawn `tokens` included, with N outputs of all shards.
 
     `metrics`: elements of the metrics of outputs.
     """
@@ -184,7 +184,7 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, metrics: int = 0
 
 
 def _head(weights: TensorInfo) -> int:
-    """Bytes of the head's weights [V, D] in float32, and of logits."""
+    """Bytes of the head's weights [vocabulary, hidden] in float32, and of logits."""
     return 4 * (HEAD_COPIES * weights.elements + LOGITS_COPIES * LOGITS_TOKENS * weights.shape[0])
 
 

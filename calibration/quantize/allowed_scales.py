@@ -24,7 +24,7 @@ class AllowedScales(Protocol):
         """The scales allowed for some of the output channels."""
 
     def candidates(self, scale: Tensor, *, far: bool) -> Tensor:
-        """Allowed scales around `scale` [..., N]: float32 [C, ..., N], not negative; some may be equal."""
+        """Allowed scales around `scale` [..., N]: float32 [candidates, ..., N], not negative; some may be equal."""
 
     def fitted(self, aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, AllowedScales]:
         """Scales [N, K/G] of less loss for codes [N, K], and the scales allowed from now on; see `scale_fit`."""

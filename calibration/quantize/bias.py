@@ -15,7 +15,7 @@ from morphoquant_vllm.numerics import activation, weights
 
 @dataclass(frozen=True)
 class Means:
-    """Means over each set of the tokens of all processes, float32 [S, K] each, in channel order."""
+    """Means over each set of the tokens of all processes, float32 [sets, K] each, in channel order."""
 
     # Mean of codes times gain.
     code: Tensor
@@ -26,7 +26,7 @@ class Means:
 def find_means(
     moments: Moments, coded: CodedTokens, x: Tensor, x16: Tensor, massive: Tensor, processes: Processes
 ) -> Means:
-    """Means of each set; x and x16 [local T, K] are in natural order, massive is bool [local T]."""
+    """Means of each set; x and x16 [local drawn, K] are in natural order, massive is bool [local drawn]."""
     code, value = moments.means()
     if not coded.sets.any_modality_only:
         # The row `any` may have to serve any token.
@@ -38,7 +38,7 @@ def find_means(
 def find_bias(
     coded: CodedTokens, means: Means, matrix: Tensor, served: Tensor, blocks: int, *, any_massive: bool
 ) -> Tensor:
-    """The bias of each block of K and set, float32 [B, S, N], from the 16-bit and the served weights [N, K]."""
+    """The bias of each block of K and set, float32 [blocks, sets, N], from the 16-bit and the served weights [N, K]."""
     bias = weights.absorbed_bias(matrix, coded.record.centre[coded.sets.rows], blocks)
     bias += output_bias(means.code, means.value, matrix, served, blocks)
     if not any_massive:

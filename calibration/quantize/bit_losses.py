@@ -17,9 +17,9 @@ from morphoquant_vllm.numerics import activation, weights
 class Probe:
     """Some tokens of one input, and how much errors of its linears' outputs matter."""
 
-    # The input in the 16-bit model, float32 [T, K]: ordinary tokens, not massive ones.
+    # The input in the 16-bit model, float32 [tokens, K]: ordinary tokens, not massive ones.
     x: Tensor
-    # Derivatives of a random projection of the model's output by the outputs of all linears: float32 [T, N].
+    # Derivatives of a random projection of the model's output by the outputs of all linears: float32 [tokens, N].
     gradient: Tensor
     # The 16-bit weights of all linears, float32 [N, K].
     matrix: Tensor
@@ -46,7 +46,7 @@ def losses(probe: Probe, group_size: int, escape_budget: float) -> dict[int, flo
 
 
 def _coded(x: Tensor, matrix: Tensor, escape_budget: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes float32 [T, K] of x, the step of each channel [K], and the values that the codes stand for."""
+    """Codes float32 [tokens, K] of x, the step of each channel [K], and the values that the codes stand for."""
     weight = torch.full(x.shape[:1], 1 / x.shape[0], device=x.device)
     centre = step_search.centres(x)
     parts = zip_chunks(x, weight, weight[:, None])
@@ -64,7 +64,7 @@ def _error(rounded: tuple[Tensor, Tensor], absorbed: Tensor) -> Tensor:
 
 
 def _cost(probe: Probe, values: Tensor, matrix: Tensor) -> float:
-    """The expected square of the output's change by errors values @ matrix.T, float32 [T, N], of the linears."""
+    """The expected square of the output's change by errors values @ matrix.T, float32 [tokens, N], of the linears."""
     total = 0.0
     for own, gradient in zip_chunks(values, probe.gradient):
         total += float(((own @ matrix.T) * gradient).sum(1).double().square().sum())

@@ -26,11 +26,11 @@ MOMENT_TOKENS = 512
 
 @dataclass(frozen=True)
 class BiasSets:
-    """S sets of tokens with a separate bias: any modality, each modality with a separate row, massive tokens."""
+    """The sets of tokens with a separate bias: any modality, each modality with a separate row, massive tokens."""
 
     # The set of each row, int64 [R].
     of_row: Tensor
-    # The row of each set, int64 [S]; for the first set, the row `any`.
+    # The row of each set, int64 [sets]; for the first set, the row `any`.
     rows: Tensor
 
     @staticmethod
@@ -49,36 +49,39 @@ class BiasSets:
 
 @dataclass(frozen=True)
 class CodedTokens:
-    """This process's T drawn tokens of one input, with K in channel order."""
+    """This process's drawn tokens of one input, with K in channel order."""
 
     record: activation.ActivationRecord
     # The natural channel at each position, int64 [K].
     order: Tensor
     sets: BiasSets
-    # The row that serves each token, int32 [T], and its set, int64 [T].
+    # The row that serves each token, int32 [drawn], and its set, int64 [drawn].
     rows: Tensor
     token_set: Tensor
-    # The weight of each token, float32 [T].
+    # The weight of each token, float32 [drawn].
     weight: Tensor
-    # int8 [T, K].
+    # int8 [drawn, K].
     codes: Tensor
 
     def part(self, places: Tensor) -> CodedTokens:
-        """Those of the tokens `places`, int64 [t]."""
+        """Those of the tokens at `places`, int64."""
         places = places.to(self.codes.device)
         fields = {name: getattr(self, name)[places] for name in ("rows", "token_set", "weight", "codes")}
         return replace(self, **fields)
 
     @property
     def gain(self) -> Tensor:
-        """The gain of each token's row, float32 [T]."""
+        """The gain of each token's row, float32 [drawn]."""
         return self.record.gain[self.rows.long()]
 
 
 def code_tokens(
     x: Tensor, tokens: DrawnTokens, massive: Tensor, found: FoundInput, spec: QuantizationSpec
 ) -> CodedTokens:
-    """Rows and codes of x [local T, K], in natural order; massive, bool [local T]: the tokens of the massive row."""
+    """Rows and codes of x [local drawn, K], in natural order.
+
+    massive, bool [local drawn]: the tokens of the massive row.
+    """
     device = x.device
     weight, modality = (tokens.local(value).to(device) for value in (tokens.weight, tokens.modality))
     record = activation.activation_record(*(found.tensors[name].to(device) for name in INPUT_TENSORS))
@@ -118,7 +121,7 @@ def weigh_massive_alike(coded: CodedTokens, processes: Processes) -> CodedTokens
 
 
 def gather_moments(coded: CodedTokens, x16: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
-    """Moments of the tokens of all processes: x16 [local T, K] in natural order, matrix [N, K] in channel order."""
+    """Moments of the tokens of all processes: x16 [local drawn, K] in natural order, matrix [N, K] in channel order."""
     moments = second_moments.gather(
         _contributions(coded, x16),
         coded.codes,
@@ -132,7 +135,7 @@ def gather_moments(coded: CodedTokens, x16: Tensor, matrix: Tensor, processes: P
 def _contributions(coded: CodedTokens, x16: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The arguments of Moments.add: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
 
-    Values are put in channel order one run at a time, since a whole copy of [T, K] would set the peak of memory.
+    Values are put in channel order one run at a time, since a whole copy of [drawn, K] would set the peak of memory.
     """
     fields = (coded.codes, coded.gain, x16, coded.rows, coded.token_set, coded.weight)
     for codes, gain, values, row, token_set, weight in zip(*(f.split(MOMENT_TOKENS) for f in fields), strict=True):

@@ -43,7 +43,7 @@ FEW_TOKENS = 256
 # Damping of the factor of the experts' weights, as a fraction of their mean energy.
 FACTOR_DAMPING = 1e-6
 
-# Weights of one expert by the last part of their names: gate and up [I, K], down [K, I].
+# Weights of one expert by the last part of their names: gate and up [intermediate, K], down [K, intermediate].
 LoadExpert = Callable[[int], Mapping[str, Tensor]]
 
 
@@ -270,7 +270,8 @@ def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> 
 def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor, bias: Tensor, name: str) -> DrawnInput:
     """The input of down on the expert's tokens, borrowed ones included.
 
-    matrix and served [2I, K] are the 16-bit and the served weights of gate and up, bias [S, 2I] those of sets.
+    matrix and served [2 intermediate, K] are the 16-bit and the served weights of gate and up.
+    bias [sets, 2 intermediate] are those of sets.
     """
     local = layer.tokens.local_places(chosen.served).to(matrix.device)
     coded, outlying = layer.coded.part(local), layer.drawn.input.outlying[local.cpu()]
@@ -289,7 +290,10 @@ def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor,
 
 
 def _gated(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
-    """silu(gate) * up in float32 [T, I], each rounded to `dtype` as in numerics.experts; gate_up is [T, 2I]."""
+    """silu(gate) * up in float32 [tokens, intermediate], each rounded to `dtype` as in numerics.experts.
+
+    gate_up is [tokens, 2 intermediate].
+    """
     gate, up = gate_up.to(dtype).chunk(2, dim=1)
     return (silu(gate) * up).float()
 

@@ -50,7 +50,7 @@ class Evidence:
     # Statistics of every token that the common grid serves, and of every token that a modality's row would serve.
     pooled: ChannelStatistics
     by_modality: dict[int, ChannelStatistics]
-    # Every n-th drawn token: values [t, K], weights [t] and modalities [t]. None for the reference's grid.
+    # Every n-th drawn token: values [searched, K], weights and modalities [searched]. None for the reference's grid.
     searched: tuple[Tensor, Tensor, Tensor] | None
     # By modality; empty if no modality can have a separate row.
     rows: dict[int, RowTokens] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def gather_evidence(
 ) -> Evidence:
     """The evidence for an input's grids, on the device of the observed tokens.
 
-    `observation` and massive, bool [local T], are of this process's drawn tokens.
+    `observation` and massive, bool [local drawn], are of this process's drawn tokens.
     """
     x = observation.drawn
     # Which of all drawn tokens are ordinary.
@@ -159,7 +159,7 @@ def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids
 
 
 def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
-    """Share of each token in the mean over its modality's tokens, float32 [T, modalities]; else 0."""
+    """Share of each token in the mean over its modality's tokens, float32 [searched, modalities]; else 0."""
     columns = [torch.where(modality == row, weight, 0.0) for row in modality.unique()]
     return torch.stack([column / column.sum() for column in columns], 1)
 
@@ -167,7 +167,7 @@ def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
 def input_tensors(
     massive: Tensor, grids: InputGrids, order: Tensor, intervals: MassiveIntervals, rows: int, any_row: int
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive [T, K] are massive tokens."""
+    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive is [tokens, K]."""
     grid, mask = grids.grid, grids.mask
     centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
     for row in grids.separate:

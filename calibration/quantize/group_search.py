@@ -147,7 +147,7 @@ def _compensated(rest: Tensor, factor: Tensor, choice: _Choice) -> Tensor:
 def _keep_best(codes: Tensor, errors: Tensor, candidates: Tensor, loss: Tensor) -> tuple[_Choice, Tensor]:
     """The BEAM best of all candidates of all choices so far, best first, and their losses [beam, n].
 
-    codes and errors are [G, C, beam, n], candidates [C, beam, n], loss [beam, n].
+    codes and errors are [G, candidates, beam, n], candidates [candidates, beam, n], loss [beam, n].
     """
     total = errors.square().sum(0) + loss
     # Equal candidates are kept once: copies would displace other choices.
@@ -175,7 +175,7 @@ def _trace_back(choices: list[_Choice], at: Tensor) -> _Choice:
 
 
 def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors [G, C, ...] of weights [G, ...] for each candidate scale [C, ...].
+    """Codes and errors [G, candidates, ...] of weights [G, ...] for each candidate scale [candidates, ...].
 
     The later columns compensate for each column's error. factor [G, G]: the upper factor of the inverse Hessian. The
     sum of the squared errors is the loss.

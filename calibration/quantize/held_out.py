@@ -19,7 +19,7 @@ def is_held_sample(index: int) -> bool:
 
 
 def held_out(tokens: DrawnTokens, effort: str) -> Tensor | None:
-    """Drawn tokens of held-out samples, bool [T], as `is_held_sample` says; None if there are none.
+    """Drawn tokens of held-out samples, bool [drawn], as `is_held_sample` says; None if there are none.
 
     Effort `fast` holds nothing out. Every layer of the decoder holds out the same samples. So the errors that earlier
     layers made on them are those of new data. Tokens of a modality that no other sample has are not held out.

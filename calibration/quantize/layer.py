@@ -41,7 +41,7 @@ class DrawnInput:
     observation: Observation
     # The input in the 16-bit stream, float32 [local drawn, K]. Its outputs are what the weights aim at.
     sixteen_bit: Tensor
-    # Tokens with an outlying residual stream, bool [local T].
+    # Tokens with an outlying residual stream, bool [local drawn].
     outlying: Tensor
 
 
@@ -55,7 +55,7 @@ class ReportedTokens:
     local: Tensor
 
     def of(self, coded: CodedTokens, x16: Tensor, massive: Tensor) -> tuple[CodedTokens, Tensor, Tensor]:
-        """Codes and 16-bit values [local t, K] of these tokens, and which are massive, bool [t]."""
+        """Codes and 16-bit values [local reported, K] of these tokens, and which are massive, bool [reported]."""
         return coded.part(self.local), x16[self.local.to(x16.device)], massive[self.places]
 
 
@@ -123,7 +123,7 @@ def _of_all(metrics: Mapping[str, Tensor], shards: Collection[str], device: torc
 def _moments(
     coded: CodedTokens, x16: Tensor, matrix: Tensor, tokens: DrawnTokens, held: Tensor | None
 ) -> tuple[Moments, Moments | None]:
-    """Moments of the tokens that weights are fitted to, and the means of those that are `held` out, bool [T].
+    """Moments of the tokens that weights are fitted to, and the means of those that are `held` out, bool [drawn].
 
     The latter are None if none are held out.
     """
@@ -146,7 +146,7 @@ def _output_errors(
     bias: Tensor,
     processes: Processes,
 ) -> dict[str, float]:
-    """Output error by layer; matrix and served are [N, K], bias [B, S, N] of all `shards` together."""
+    """Output error by layer; matrix and served are [N, K], bias [blocks, sets, N] of all `shards` together."""
     sizes = [weight.shape[0] for weight in shards.values()]
     parts = (matrix.split(sizes), served.split(sizes), bias.split(sizes, 2))
     return {
@@ -156,7 +156,7 @@ def _output_errors(
 
 
 def split_tensors(shards: Mapping[str, Tensor], served: ServedWeights, bias: Tensor) -> dict[str, dict[str, Tensor]]:
-    """The checkpoint's tensors of each layer, on the CPU; bias [B, R, N] of all `shards` together."""
+    """The checkpoint's tensors of each layer, on the CPU; bias [blocks, R, N] of all `shards` together."""
     sizes = [weight.shape[0] for weight in shards.values()]
     parts_of = {name: value.split(sizes) for name, value in served.stored.items()}
     parts_of["absorbed_bias"] = bias.split(sizes, 2)

@@ -73,16 +73,16 @@ class ExpertsFigures:
 class ErrorTokens:
     """This process's tokens on which the output error is measured, with K in channel order."""
 
-    # Codes times gain, and 16-bit values: float32 [T, K].
+    # Codes times gain, and 16-bit values: float32 [tokens, K].
     codes: Tensor
     sixteen_bit: Tensor
-    # The set of each token, int64 [T], and its weight, float32 [T].
+    # The set of each token, int64 [tokens], and its weight, float32 [tokens].
     token_set: Tensor
     weight: Tensor
 
     @staticmethod
     def of(coded: CodedTokens, x16: Tensor, tokens: DrawnTokens) -> ErrorTokens:
-        """Every n-th token of all processes; x16 [local T, K] is in natural order."""
+        """Every n-th token of all processes; x16 [local drawn, K] is in natural order."""
         stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
         return ErrorTokens(
             codes=tokens.every(coded.codes, stride).float() * tokens.every(coded.gain, stride)[:, None],
@@ -95,7 +95,7 @@ class ErrorTokens:
 def input_figures(
     coded: CodedTokens, tokens: DrawnTokens, massive: Tensor, found: FoundInput, row_names: tuple[str, ...]
 ) -> LayerFigures:
-    """The figures common to the linears that share an input, without output_error; massive, bool [T], of all tokens."""
+    """The figures common to the linears that share an input, without output_error; massive is bool [drawn]."""
     guard_raise = found.grids.grid.guard_raise
     masked = found.tensors["modality_mask"].sum(1).tolist()
     return LayerFigures(
@@ -110,9 +110,9 @@ def input_figures(
 
 
 def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
-    """Escapes as a fraction of codes [local T, K], as LayerFigures holds them.
+    """Escapes as a fraction of codes [local drawn, K], as LayerFigures holds them.
 
-    massive, bool [T]: the tokens of all processes that took the last row.
+    massive, bool [drawn]: the tokens of all processes that took the last row.
     """
     local = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
     per_token = tokens.all_gather(local).cpu()
@@ -149,7 +149,7 @@ def output_error(
 ) -> float:
     """Weighted relative error of the served layer's output against that of the 16-bit weights `matrix` [N, K].
 
-    served is float32 [N, K], bias [S, N] by set of tokens. Each process has some of the tokens.
+    served is float32 [N, K], bias [sets, N] by set of tokens. Each process has some of the tokens.
     """
     error = power = 0.0
     values_of = (tokens.codes, tokens.sixteen_bit, tokens.token_set, tokens.weight)

@@ -34,7 +34,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class MassiveIntervals(NamedTuple):
-    """The format's massive_channel int32, massive_low and massive_high float32, each [B, J]."""
+    """The format's massive_channel int32, massive_low and massive_high float32, each [blocks, MASSIVE_CHANNELS]."""
 
     channel: Tensor
     low: Tensor
@@ -46,16 +46,16 @@ class MassiveTokens:
     """The drawn tokens that the massive row serves."""
 
     intervals: MassiveIntervals
-    # Among this process's tokens, bool [local T], on their device.
+    # Among this process's tokens, bool [local drawn], on their device.
     local: Tensor
-    # Among the tokens of all processes, bool [T], on the CPU.
+    # Among the tokens of all processes, bool [drawn], on the CPU.
     all: Tensor
 
 
 def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: DrawnTokens, *, wanted: bool) -> MassiveTokens:
-    """Intervals that separate the tokens `outlying`, bool [local T], of x [local T, K], and the tokens that they hold.
+    """Intervals that separate the tokens `outlying` of x [local drawn, K], and the tokens that they hold.
 
-    Unless `wanted`, the intervals hold no token.
+    outlying is bool [local drawn]. Unless `wanted`, the intervals hold no token.
     """
     intervals = (
         find_intervals(x, outlying.to(x.device), blocks, tokens.processes)
@@ -67,7 +67,7 @@ def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: DrawnTokens, 
 
 
 def outlying_tokens(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
-    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T].
+    """Tokens with an outlying residual norm, bool [tokens], from norms [tokens] and modality ids [tokens].
 
     Each process has some of the tokens. They are compared with those of all processes.
     """
@@ -94,10 +94,11 @@ def no_intervals(in_features: int, blocks: int) -> MassiveIntervals:
 
 
 def find_intervals(x: Tensor, massive: Tensor, blocks: int, processes: Processes = ONE) -> MassiveIntervals:
-    """Intervals of a few channels of x float32 [T, K] that separate the tokens `massive`, bool [T], from the others.
+    """Intervals of a few channels of x float32 [drawn, K] that separate the tokens `massive` from the others.
 
-    Each of `blocks` equal blocks of K gets a set of intervals of its channels, since a tensor-parallel rank sees no
-    others. If no channels of a block separate the tokens, its intervals hold no token. Each process has some tokens.
+    massive is bool [drawn]. Each of `blocks` equal blocks of K gets a set of intervals of its channels, since a
+    tensor-parallel rank sees no others. If no channels of a block separate the tokens, its intervals hold no token.
+    Each process has some tokens.
     """
     intervals = no_intervals(x.shape[1], blocks)
     inside, outside = (_count(int(which.sum()), processes) for which in (massive, ~massive))
@@ -130,10 +131,10 @@ def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
 def _separate(
     massive: Tensor, others: Tensor, allowed: float, processes: Processes
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None if no J channels suffice.
+    """Channel int32, low and high [MASSIVE_CHANNELS] for one block, from values [tokens, K/blocks].
 
-    At most `allowed` other tokens may lie inside. If fewer than J channels suffice, the other intervals hold every
-    finite value. Minima, maxima and counts are exact, so all processes get the same result.
+    None if as many channels do not suffice: at most `allowed` other tokens may lie inside. If fewer suffice, the other
+    intervals hold every finite value. Minima, maxima and counts are exact, so all processes get the same result.
     """
     channel = torch.zeros(MASSIVE_CHANNELS, dtype=torch.int32)
     low, high = torch.full((MASSIVE_CHANNELS,), -LARGEST), torch.full((MASSIVE_CHANNELS,), LARGEST)
@@ -172,5 +173,5 @@ def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Process
 
 
 def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:
-    """Whether the intervals recognize each token of x [T, K] as massive, bool [T]."""
+    """Whether the intervals recognize each token of x [tokens, K] as massive, bool [tokens]."""
     return is_massive(x, *(field.to(x.device) for field in intervals))

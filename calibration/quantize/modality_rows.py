@@ -43,7 +43,7 @@ class RowChoice:
 
 @dataclass(frozen=True)
 class RowTokens:
-    """A modality's ordinary tokens: their number, and those [T, K] on which a row is searched and judged."""
+    """A modality's ordinary tokens: their number, and those [tokens, K] on which a row is searched and judged."""
 
     count: int
     searched: Tensor
@@ -51,13 +51,13 @@ class RowTokens:
 
     @staticmethod
     def of(x: Tensor) -> RowTokens:
-        """Split all ordinary tokens x [T, K] of a modality."""
+        """Split all ordinary tokens x [tokens, K] of a modality."""
         searched, held = (x[index] for index in row_tokens(torch.arange(x.shape[0])))
         return RowTokens(x.shape[0], searched, held)
 
 
 def row_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The ordinary tokens [T] of a modality, in order, that search a row, and those that judge it."""
+    """The ordinary tokens [tokens] of a modality, in order, that search a row, and those that judge it."""
     runs = tokens.tensor_split(RUNS)
     searched, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
     return searched, held
@@ -120,7 +120,7 @@ def _thinned(x: Tensor) -> Tensor:
 
 
 def _rounding(x: Tensor, centre: Tensor, step: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rounding errors of x [T, K], and its codes, both float32 [T, K] in natural channel order."""
+    """The rounding errors of x [tokens, K], and its codes, both float32 [tokens, K] in natural channel order."""
     low, high = code_limits(mask)
     distance = x - centre
     codes = torch.minimum(torch.maximum(torch.round(distance / step), low), high)

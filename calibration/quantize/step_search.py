@@ -34,12 +34,12 @@ class Losses:
 
     # Weighted mean square rounding error times the channel's importance, [CANDIDATES, K].
     error: Tensor
-    # Share of codes outside [-8, 7] among each modality's tokens, [S, CANDIDATES, K].
+    # Share of codes outside [-8, 7] among each modality's tokens, [modalities, CANDIDATES, K].
     escape: Tensor
 
 
 def centres(x: Tensor) -> Tensor:
-    """Centre of each channel, float32 [K], from tokens x [T, K]: real-valued, or 0 for channels around 0."""
+    """Centre of each channel, float32 [K], from tokens x [tokens, K]: real-valued, or 0 for channels around 0."""
     stride = max(1, x.shape[0] // CENTRE_TOKENS)
     quantiles = torch.tensor(CENTRE_QUANTILES, device=x.device)
     low, high = torch.quantile(x[::stride][:CENTRE_TOKENS], quantiles, dim=0)
@@ -57,9 +57,10 @@ def candidate_steps(farthest: Tensor) -> Tensor:
 def losses(
     parts: Iterable[tuple[Tensor, Tensor, Tensor]], centre: Tensor, steps: Tensor, importance: Tensor, *, escapes: bool
 ) -> Losses:
-    """Losses of the candidate `steps` [CANDIDATES, K] on chunks (x [T, K], weight [T], modality_share [T, S]).
+    """Losses of the candidate `steps` [CANDIDATES, K] on chunks of tokens: x, weight, modality_share.
 
-    modality_share: share of a token in the mean over its modality's tokens, 0 in the columns of other modalities.
+    x [tokens, K], weight [tokens]. modality_share [tokens, modalities]: share of a token in the mean over its
+    modality's tokens, 0 in the columns of other modalities.
     importance [K]: squared norm of the channel's column of W. It turns an error of the channel into one of the output,
     if errors of different channels are uncorrelated. Without `escapes` codes are clipped to [-8, 7].
     """
@@ -104,7 +105,7 @@ def _error(found: Losses, chosen: Tensor) -> float:
 
 
 def _rates(found: Losses, chosen: Tensor) -> Tensor:
-    """Escape rate of each modality, [S], with the candidates `chosen` [K]."""
+    """Escape rate of each modality, [modalities], with the candidates `chosen` [K]."""
     return found.escape[:, chosen, torch.arange(chosen.numel(), device=chosen.device)].mean(1)
 
 
