@@ -114,7 +114,8 @@ def _run_front(
             processes=job.processes,
         )
     )
-    # The served stream begins with the outputs of the quantized towers; the targets keep those of the 16-bit towers.
+    # The served stream begins with the outputs of the quantized towers, the 16-bit stream with those of the 16-bit
+    # towers.
     for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
         serve_towers(entry, again)
     return captured

@@ -28,7 +28,7 @@ BASE = 3 * 2**28
 # Simultaneous copies for one input in its three phases: float32 [drawn, K], [K, K] and [N, K], and the systems of the
 # scales. They were measured as peaks of quantize_input over T, K and N, and rounded up.
 SEARCH_COPIES = 3.75
-KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
+KEPT_COPIES = 2.25  # served inputs, 16-bit inputs, and their codes of one byte each
 FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 # If outputs have metrics: their copies while codes are searched in runs.
