@@ -19,7 +19,7 @@ from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import Forecast, forecast
 from calibration.job import Job
 from calibration.learn.stage import learn
-from calibration.model.bits import check_budget, extra_bytes
+from calibration.model.bits import check_bits_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
 from calibration.model.loading import choose_device
 from calibration.model.plan import check_carried, decoder_names, plan, sixteen_bit
@@ -34,7 +34,7 @@ from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from calibration.stages import capture, export, prepare, quantize
 from calibration.work.directory import WorkDirectory
-from calibration.work.identity import identity
+from calibration.work.fingerprint import fingerprint
 from calibration.work.opening import clear_work, open_work
 from calibration.work.rendered import media_bytes
 from morphoquant_vllm.errors import MorphoQuantError
@@ -76,14 +76,16 @@ def calibrate(
     output = Path(output)
     job = plan_job(model, recipe or Recipe(), memory_budget, processes)
     # A link leads to the place that is meant, for example on a larger disk; its own name cannot be removed.
-    place = Path(os.path.realpath(work if work is not None else default_work(output)))
-    conversations = _checked_data(job, data, output, place, overwrite=overwrite, skip_bad=skip_bad)
-    with _kept_work(job, conversations, output, place, restart=restart, skip_bad=skip_bad) as kept:
-        if kept.exported:
-            return processes.broadcast(lambda: _finish(place, read_json(output / REPORT_FILE)))
+    work_path = Path(os.path.realpath(work if work is not None else default_work(output)))
+    conversations = _checked_data(job, data, output, work_path, overwrite=overwrite, skip_bad=skip_bad)
+    with _opened_work(job, conversations, output, work_path, restart=restart, skip_bad=skip_bad) as opened:
+        if opened.exported:
+            return processes.broadcast(lambda: _finish(work_path, read_json(output / REPORT_FILE)))
         processes.broadcast(lambda: check_output(output, job.source.directory, overwrite=overwrite))
-        done, tokens = _quantize_model(job, kept, conversations, skip_bad, on_block, on_layer)
-        return processes.broadcast(lambda: _finish(place, export(done, kept, tokens, output, overwrite=overwrite)))
+        done, tokens = _quantize_model(job, opened, conversations, skip_bad, on_block, on_layer)
+        return processes.broadcast(
+            lambda: _finish(work_path, export(done, opened, tokens, output, overwrite=overwrite))
+        )
 
 
 def dry_run(
@@ -104,12 +106,12 @@ def dry_run(
     """
     output = Path(output)
     job = plan_job(model, recipe or Recipe(), memory_budget, ONE)
-    place = Path(work) if work is not None else default_work(output)
-    _check_places(job, output, place, overwrite=overwrite)
+    work_path = Path(work) if work is not None else default_work(output)
+    _check_places(job, output, work_path, overwrite=overwrite)
     conversations = load_conversations(data, skip_bad=skip_bad)
     samples, tokens = prepare(job, conversations, without_values, skip_bad=skip_bad)
     expected = forecast(job, tokens, sum(media_bytes(sample.inputs) for sample in samples))
-    check_free_space(place, expected.work, "the work directory", "--work")
+    check_free_space(work_path, expected.work, "the work directory", "--work")
     return expected
 
 
@@ -124,7 +126,7 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
     check_carried(source.tensors, spec)
-    check_budget(spec, names.prefix, recipe)
+    check_bits_budget(spec, names.prefix, recipe)
     if not architecture.verified:
         if processes.first:
             logger.info("%s: %s", source.config.get("model_type"), GENERIC)
@@ -140,86 +142,86 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     return Job(source, architecture, names, spec, recipe, memory_budget, device, processes)
 
 
-def _check_places(job: Job, output: Path, work: Path, *, overwrite: bool) -> None:
+def _check_places(job: Job, output: Path, work_path: Path, *, overwrite: bool) -> None:
     """Refuse an output or a work directory that could not be written at the end of the work."""
     check_length(output)
-    check_length(work)
-    check_work(work, output, job.source.directory)
+    check_length(work_path)
+    check_work(work_path, output, job.source.directory)
     check_writable(output, "--output", replaced=True)
-    check_writable(work, "--work", replaced=False)
+    check_writable(work_path, "--work", replaced=False)
     # The checkpoint may already exist, if only the end of its run was cut off.
-    if not work.exists():
+    if not work_path.exists():
         check_output(output, job.source.directory, overwrite=overwrite)
         more = extra_bytes(job.spec, job.names.prefix, job.recipe)
         sizes = (checkpoint_size(job.source, job.spec), quantized_size(job.source, job.spec))
-        check_room(output, work, *(size + more for size in sizes))
+        check_room(output, work_path, *(size + more for size in sizes))
 
 
 def _checked_data(
     job: Job,
     data: Path | str | Iterable[Path | str],
     output: Path,
-    work: Path,
+    work_path: Path,
     *,
     overwrite: bool,
     skip_bad: bool,
 ) -> Sequence[Conversation | PlainText]:
     """The conversations of `data`; places and weights that would end the run later are refused before."""
-    job.processes.broadcast(lambda: _check_places(job, output, work, overwrite=overwrite))
+    job.processes.broadcast(lambda: _check_places(job, output, work_path, overwrite=overwrite))
     # Block loading would find NaN only hours later, and would not check carried tensors at all.
     job.processes.broadcast(job.source.check_finite)
     return job.processes.broadcast(lambda: load_conversations(data, skip_bad=skip_bad), CLASSES)
 
 
 @contextmanager
-def _kept_work(
+def _opened_work(
     job: Job,
     conversations: Sequence[Conversation | PlainText],
     output: Path,
-    work: Path,
+    work_path: Path,
     *,
     restart: bool,
     skip_bad: bool,
 ) -> Iterator[WorkDirectory]:
     """Hold the run's work directory, and compute on as many threads as the run that began it."""
     processes = job.processes
-    begun_with = (
-        identity(job.recipe, job.device, job.source, conversations, skip_bad=skip_bad, processes=processes.size)
+    found = (
+        fingerprint(job.recipe, job.device, job.source, conversations, skip_bad=skip_bad, processes=processes.size)
         if processes.first
         else {}
     )
     with (
-        open_work(work, begun_with, job.device, job.names.blocks, output, restart=restart, processes=processes) as kept,
-        _threads(kept.threads),
+        open_work(work_path, found, job.device, job.names.blocks, output, restart=restart, processes=processes) as work,
+        _threads(work.threads),
     ):
-        yield kept
+        yield work
 
 
 def _quantize_model(
     job: Job,
-    kept: WorkDirectory,
+    work: WorkDirectory,
     conversations: Sequence[Conversation | PlainText],
     skip_bad: bool,
     on_block: Callable[[BlockResult], None] | None,
     on_layer: Callable[[LayerBegins], None] | None,
 ) -> tuple[Job, DrawnTokens]:
-    """Run the stages that leave quantized layers in `kept`; the job with its budgets spent, and the drawn tokens."""
-    with _clear_memory_errors(job):
-        tokens = capture(job, kept, conversations, skip_bad=skip_bad)
-        job = spend_budgets(job, kept, tokens)
-        quantize(job, kept, tokens, on_block, on_layer)
-        learn(job, kept)
+    """Run the stages that leave quantized layers in `work`; the job with its budgets spent, and the drawn tokens."""
+    with _explain_memory_errors(job):
+        tokens = capture(job, work, conversations, skip_bad=skip_bad)
+        job = spend_budgets(job, work, tokens)
+        quantize(job, work, tokens, on_block, on_layer)
+        learn(job, work)
     return job, tokens
 
 
-def _finish(work: Path, report: dict[str, Any]) -> dict[str, Any]:
+def _finish(work_path: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Remove the work directory: the checkpoint of `report` is complete."""
-    clear_work(work)
+    clear_work(work_path)
     return report
 
 
 @contextmanager
-def _clear_memory_errors(job: Job) -> Iterator[None]:
+def _explain_memory_errors(job: Job) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -235,12 +237,12 @@ def default_work(output: Path) -> Path:
     return place.with_name(f"{place.name}.work")
 
 
-def check_work(work: Path, output: Path, model: Path) -> None:
+def check_work(work_path: Path, output: Path, model: Path) -> None:
     """Raise MorphoQuantError if the work directory overlaps the output or the model."""
-    here, place, source = (Path(os.path.realpath(path)) for path in (work, output, model))
+    here, place, source = (Path(os.path.realpath(path)) for path in (work_path, output, model))
     for name, other in (("--output", place), ("the model directory", source)):
         if here == other or here in other.parents or other in here.parents:
-            raise MorphoQuantError(f"{work}: the work directory and {name} {other} overlap; choose another --work")
+            raise MorphoQuantError(f"{work_path}: the work directory and {name} {other} overlap; choose another --work")
 
 
 @contextmanager

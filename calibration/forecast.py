@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from calibration.blocks.memory_need import MemoryNeed
-from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
+from calibration.blocks.sensitivity import BUDGET_TOKENS
 from calibration.blocks.time_need import (
     experts_operations,
     metric_operations,
@@ -18,7 +18,7 @@ from calibration.blocks.time_need import (
 )
 from calibration.data.token_choice import DrawnTokens
 from calibration.job import Job
-from calibration.learn.metrics import TOKENS as METRIC_TOKENS
+from calibration.learn.metrics import METRIC_TOKENS
 from calibration.learn.need import learning_operations
 from calibration.model.bits import extra_bytes
 from calibration.model.experts import CHOSEN
@@ -126,7 +126,7 @@ def _seconds(job: Job, tokens: DrawnTokens) -> tuple[float | None, float | None]
     work += sum(experts_operations(experts, chosen, all_tokens, drawn) for experts in lists)
     learns = job.may_learn(tokens)
     if shares_budget(job.recipe, learns=learns):
-        work += sharing_operations(layers, min(SHARING_TOKENS, drawn))
+        work += sharing_operations(layers, min(BUDGET_TOKENS, drawn))
     if rounds_jointly(job.recipe, learns=learns):
         work += metric_operations(named, min(METRIC_TOKENS, drawn))
     speed = product_speed()

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from calibration.blocks.memory_need import MemoryNeed, check_budget, memory_need
+from calibration.blocks.memory_need import MemoryNeed, check_memory, memory_need
 from calibration.data.token_choice import DrawnTokens, share_tokens
 from calibration.model.architectures import Architecture
 from calibration.model.plan import DecoderNames
@@ -61,7 +61,7 @@ class Job:
             limit = self.device_limit
             stated = self.device.type == "cpu" or limit == self.memory_budget
             fitting = None if tokens is None or need.block <= limit else self._fitting_tokens(tokens, drawn, limit)
-            check_budget(need, limit, self.source.directory, stated=stated, fitting_tokens=fitting)
+            check_memory(need, limit, self.source.directory, stated=stated, fitting_tokens=fitting)
         return need
 
     def _need(self, drawn: int, *, learns: bool) -> MemoryNeed:

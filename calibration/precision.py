@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from calibration.blocks.sensitivity import TOKENS, Passes, choose_samples
+from calibration.blocks.sensitivity import BUDGET_TOKENS, Passes, choose_pass_samples, run_passes
 from calibration.data.token_choice import DrawnTokens
 from calibration.job import Job
 from calibration.learn.extent import EXTENTS
-from calibration.learn.metrics import TOKENS as METRIC_TOKENS
-from calibration.learn.metrics import find_metrics
+from calibration.learn.metrics import METRIC_TOKENS, find_metrics
 from calibration.learn.stage import will_learn
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
 from calibration.model.loading import BlockLoader
@@ -25,8 +24,9 @@ from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
 from calibration.quantize.held_out import held_out
 from calibration.settings.recipe import Recipe, rounds_jointly, shares_budget, shares_escapes
-from calibration.work.budgets import Choice, keep_choice, read_choice, read_front, sample_lengths
+from calibration.work.budgets import Choice, keep_choice, read_choice, sample_lengths
 from calibration.work.directory import WorkDirectory
+from calibration.work.hidden_states import read_sample
 from morphoquant_vllm.format.layers import LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -94,30 +94,21 @@ def _with_choice(job: Job, choice: Choice) -> Job:
 
 def measure(job: Job, work: WorkDirectory, tokens: DrawnTokens) -> Measured:
     """What forms and escapes of each input cost. The first process measures it, the others wait block by block."""
-    passes = _begin("budgets", job, work, tokens, TOKENS) if job.processes.first else None
     losses_of: dict[str, dict[int, float]] = {}
     escapes_of: dict[str, EscapeCosts] = {}
 
-    def forward(index: int) -> None:
-        assert passes is not None
-        passes.forward(index)
+    def turn(passes: Passes) -> None:
+        passes.start_back_from_projection(job.recipe.modality_balance)
 
-    def back(index: int) -> None:
-        assert passes is not None
-        if index == job.names.blocks - 1:
-            passes.turn(job.recipe.modality_balance)
+    def back(passes: Passes, index: int) -> None:
         for name, probe in passes.backward(index, _shards_of(job, index)).items():
             if job.recipe.bits_budget is not None:
                 losses_of[name] = losses(probe, job.recipe.group_size, job.recipe.escape_budget)
             if job.recipe.budget == "model" and probe.x.shape[0]:
                 escapes_of[name] = escape_costs(probe)
-        if not index:
-            passes.clear()
 
-    for index in range(job.names.blocks):
-        job.processes.broadcast(partial(forward, index))
-    for index in reversed(range(job.names.blocks)):
-        job.processes.broadcast(partial(back, index))
+    begin = partial(_begin, "budgets", job, work, tokens, BUDGET_TOKENS)
+    run_passes(begin, job.names.blocks, job.processes, turn=turn, back=back)
     order = job.spec.shared_inputs()
     return Measured(
         {name: losses_of[name] for name in order if name in losses_of},
@@ -159,7 +150,7 @@ def _begin(
         shares = held.split([part.numel() for part in parts])
         allowed = [index for index in allowed if not bool(shares[index].all())]
     lengths = sample_lengths(work)
-    places = choose_samples(
+    places = choose_pass_samples(
         [lengths[index] for index in allowed],
         [rows[index] for index in allowed],
         min(most, job.recipe.sample_tokens),
@@ -167,7 +158,7 @@ def _begin(
     chosen = [allowed[place] for place in places]
     logger.info("%s: %d of %d samples pass forward and back", purpose, len(chosen), len(rows))
     blocks = BlockLoader(job.architecture, job.source, job.names, job.recipe, job.device)
-    samples = [read_front(work, index) for index in chosen]
+    samples = [read_sample(work.path, index, work.device) for index in chosen]
     return Passes(blocks, samples, work.path, job.recipe.seed)
 
 

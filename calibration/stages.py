@@ -34,7 +34,7 @@ from calibration.output.card import model_card, read_front_matter
 from calibration.output.export import checkpoint_size, tensors_size, write_checkpoint
 from calibration.output.places import check_free_space
 from calibration.output.report import empty_experts, make_report
-from calibration.output.staging import clear_write_errors, staged_directory
+from calibration.output.staging import explain_write_errors, staged_directory
 from calibration.work.budgets import read_metrics, report_entry
 from calibration.work.directory import WorkDirectory
 from calibration.work.learned import read_changes, read_figures
@@ -114,7 +114,8 @@ def _run_front(
             processes=job.processes,
         )
     )
-    # The served stream begins with the outputs of the quantized towers; the targets keep those of the 16-bit towers.
+    # The served stream begins with the outputs of the quantized towers, the 16-bit stream with those of the 16-bit
+    # towers.
     for entry, again in zip(captured, capture_block_inputs(model, blocks, samples, positions), strict=True):
         serve_towers(entry, again)
     return captured
@@ -168,7 +169,7 @@ def export(job: Job, work: WorkDirectory, tokens: DrawnTokens, output: Path, *, 
     ranges = {job.names.block(block): found for block, found in work.attention().items()}
     spec = replace(job.spec, kv_cache=ranges)
     experts = work.experts()
-    report = make_report(recipe, spec, work.records(), len(tokens.positions), tokens.counts, experts) | _structure(job)
+    report = make_report(recipe, spec, work.figures(), len(tokens.positions), tokens.counts, experts) | _structure(job)
     warning = empty_experts(experts)
     if warning:
         logger.warning("%s", warning)
@@ -194,7 +195,7 @@ def export(job: Job, work: WorkDirectory, tokens: DrawnTokens, output: Path, *, 
     tag = hashlib.sha256(str(work.path.resolve()).encode()).hexdigest()[:8]
     with staged_directory(output, source.directory, overwrite=overwrite, tag=tag) as directory:
         check_free_space(directory, checkpoint_size(source, spec))
-        with clear_write_errors(output, source.directory):
+        with explain_write_errors(output, source.directory):
             card = checkpoint_card(source, spec, report)
             write_checkpoint(directory, source, spec, load, recipe.shard_size, report, work.distributions(), card)
         # The hashes were just computed from these files; reading them again would only repeat that.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.models.decoder import architecture_of, blocks_of, linears_of, load
 from calibration.model.architectures import SharedInput
-from calibration.quantize.massive_tokens import candidates
+from calibration.quantize.massive_tokens import outlying_tokens
 from calibration.quantize.observation import InputReached
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -85,7 +85,7 @@ def real_inputs(
 
 
 def _outlying(norms: Tensor) -> Tensor:
-    return candidates(norms, torch.zeros_like(norms, dtype=torch.int32))
+    return outlying_tokens(norms, torch.zeros_like(norms, dtype=torch.int32))
 
 
 def _run(

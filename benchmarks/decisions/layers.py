@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.decisions.inputs import LinearInput
 from calibration.blocks.served_linear import ServedLinear, TokenRows
 from calibration.data.token_choice import choose_tokens
-from calibration.quantize import step_search as steps
+from calibration.quantize import step_search
 from calibration.quantize.layer import DrawnInput, quantize_input
 from calibration.quantize.observation import InputCollector
 from calibration.settings.recipe import read_recipe
@@ -140,10 +140,10 @@ def _centres(kind: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if kind == "none":
-            stack.enter_context(patch.object(steps, "centres", lambda x: torch.zeros(x.shape[1])))
+            stack.enter_context(patch.object(step_search, "centres", lambda x: torch.zeros(x.shape[1])))
         elif kind == "integer":
-            stack.enter_context(patch.object(steps, "losses", _whole_losses(steps.losses)))
-            stack.enter_context(patch.object(steps, "budget_grid", _whole_grid(steps.budget_grid)))
+            stack.enter_context(patch.object(step_search, "losses", _whole_losses(step_search.losses)))
+            stack.enter_context(patch.object(step_search, "budget_grid", _whole_grid(step_search.budget_grid)))
         yield
 
 
@@ -151,13 +151,13 @@ def _whole(centre: Tensor, step: Tensor) -> Tensor:
     return (centre / step).round() * step
 
 
-def _whole_losses(losses: Callable[..., steps.Losses]) -> Callable[..., steps.Losses]:
+def _whole_losses(losses: Callable[..., step_search.Losses]) -> Callable[..., step_search.Losses]:
     def judged(
-        parts: Iterable[tuple[Tensor, ...]], centre: Tensor, candidates: Tensor, share: Tensor, *, escapes: bool
-    ) -> steps.Losses:
+        parts: Iterable[tuple[Tensor, ...]], centre: Tensor, candidates: Tensor, importance: Tensor, *, escapes: bool
+    ) -> step_search.Losses:
         chunks = list(parts)
-        each = [losses(chunks, _whole(centre, step), step[None], share, escapes=escapes) for step in candidates]
-        return steps.Losses(torch.cat([one.error for one in each]), torch.cat([one.escape for one in each], 1))
+        each = [losses(chunks, _whole(centre, step), step[None], importance, escapes=escapes) for step in candidates]
+        return step_search.Losses(torch.cat([one.error for one in each]), torch.cat([one.escape for one in each], 1))
 
     return judged
 

@@ -3,7 +3,7 @@
 capture         captures the decoder's inputs: embeddings and towers run once on every sample
 loop            observes each block, quantizes it, passes its outputs to the next
 results         what the calibration of a block made, and the warnings about it
-towers          the same for the blocks of an encoder
+towers          calibrates the blocks of an encoder, as loop does those of the decoder
 sample_pass     runs one sample, or each of several, through one block
 sensitivity     how much each linear's errors matter for the decoder's output
 memory_need     the memory and disk that a run needs

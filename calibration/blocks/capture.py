@@ -24,7 +24,7 @@ class BlockInput(Protocol):
     """One calibration sample between two decoder blocks: in memory as MemoryInput, or in files as work.DiskInput.
 
     modality int32 [M] is the row of each token, positions int64 are the drawn tokens. hidden and served are the states
-    before the next block, [1, M, hidden] on the CPU: those of the 16-bit stream and of the served stream.
+    before the next block, [1, M, hidden] on the CPU. They are those of the 16-bit stream and of the served stream.
     """
 
     modality: Tensor

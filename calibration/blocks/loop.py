@@ -26,7 +26,7 @@ from calibration.processes import Processes
 from calibration.quantize.attention_range import AttentionWatch
 from calibration.quantize.experts import DrawnExperts, quantize_experts
 from calibration.quantize.layer import DrawnInput, quantize_input
-from calibration.quantize.massive_tokens import candidates
+from calibration.quantize.massive_tokens import outlying_tokens
 from calibration.quantize.observation import DrawnCollector, InputCollector, RoutedCollector, run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.kv_cache import AttentionRange
@@ -84,12 +84,12 @@ class _Observed:
     """What the 16-bit pass through a block left."""
 
     # The 16-bit values of each observed input, by the module; `_drawn_input` takes them out.
-    targets: dict[str, DrawnCollector]
+    sixteen_bit: dict[str, DrawnCollector]
     # By the module: no tokens [0, K] if this process has no samples, else None.
     none: Mapping[str, Tensor | None]
     # Each sample's rows, int [tokens].
     rows: Sequence[Tensor]
-    # Drawn tokens with an outlying residual stream, bool [local T].
+    # Drawn tokens with an outlying residual stream, bool [local drawn].
     outlying: Tensor
     # None if no attention was seen.
     attention: AttentionRange | None
@@ -255,15 +255,15 @@ def _observe_16bit(
         module: None if block.inputs else torch.zeros(0, width, device=block.device)
         for module, (_, width) in widths.items()
     }
-    targets = {module: DrawnCollector(name, none[module]) for module, (name, _) in widths.items()}
-    rows, attention = _run_16bit(block, targets, massive_row, processes)
+    sixteen_bit = {module: DrawnCollector(name, none[module]) for module, (name, _) in widths.items()}
+    rows, attention = _run_16bit(block, sixteen_bit, massive_row, processes)
     of_drawn = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
     outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_drawn)])
-    return _Observed(targets, none, rows, outlying, attention)
+    return _Observed(sixteen_bit, none, rows, outlying, attention)
 
 
 def _run_16bit(
-    block: _LoadedBlock, targets: Mapping[str, DrawnCollector], massive_row: int, processes: Processes
+    block: _LoadedBlock, sixteen_bit: Mapping[str, DrawnCollector], massive_row: int, processes: Processes
 ) -> tuple[list[Tensor], AttentionRange | None]:
     """Carry the 16-bit hidden states through the block.
 
@@ -274,11 +274,11 @@ def _run_16bit(
     for entry in block.inputs:
         before = given_states(entry, block.index, entry.hidden)
         with watch:
-            after = block.run(entry, entry.hidden, targets, entry.modality)
+            after = block.run(entry, entry.hidden, sixteen_bit, entry.modality)
         entry.write_hidden(after)
         norms.append(torch.maximum(*(state.float().norm(dim=-1).flatten() for state in (before, after))))
     modality = torch.cat([torch.zeros(0, dtype=torch.int32), *(entry.modality.flatten() for entry in block.inputs)])
-    rows = torch.where(candidates(torch.cat(norms), modality, processes), massive_row, modality)
+    rows = torch.where(outlying_tokens(torch.cat(norms), modality, processes), massive_row, modality)
     return list(rows.split([entry.modality.numel() for entry in block.inputs])), watch.range(processes)
 
 
@@ -286,7 +286,7 @@ def _drawn_input(
     block: _LoadedBlock, module: str, served: InputCollector, observed: _Observed, processes: Processes
 ) -> DrawnInput:
     """The input of `module` after the layers quantized so far, in `served`, and in the 16-bit model."""
-    aimed = observed.targets.pop(module).drawn()
+    x16 = observed.sixteen_bit.pop(module).drawn()
     for entry, row in zip(block.inputs, observed.rows, strict=True):
         block.run(entry, entry.served, {module: served}, row, served=True, stop=True)
-    return DrawnInput(served.observation(processes), aimed, observed.outlying)
+    return DrawnInput(served.observation(processes), x16, observed.outlying)

@@ -17,7 +17,7 @@ from calibration.model.plan import DecoderNames
 from calibration.model.source import TensorInfo
 from calibration.quantize.held_out import HOLDING_EFFORTS
 from calibration.quantize.output_metric import have_metrics, runs_of
-from calibration.quantize.scale_fit import SCALE_ROWS, SYSTEM_ELEMENTS
+from calibration.quantize.scale_fit import SCALE_OUTPUTS, SYSTEM_ELEMENTS
 from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
@@ -25,17 +25,17 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 
 # Python with torch, transformers and a processor, before any model.
 BASE = 3 * 2**28
-# Simultaneous copies for one input in its three phases: float32 [T, K], [K, K] and [N, K], and the systems of the
+# Simultaneous copies for one input in its three phases: float32 [drawn, K], [K, K] and [N, K], and the systems of the
 # scales. They were measured as peaks of quantize_input over T, K and N, and rounded up.
 SEARCH_COPIES = 3.75
-KEPT_COPIES = 2.25  # served inputs, target inputs, and their codes of one byte each
+KEPT_COPIES = 2.25  # served inputs, 16-bit inputs, and their codes of one byte each
 FACTOR_SQUARES, FACTOR_MATRICES = 4, 5
 FIT_SQUARES, FIT_MATRICES, FIT_SYSTEMS = 3, 12, 3
 # If outputs have metrics: their copies while codes are searched in runs.
 METRIC_SQUARES = 4
 # Of the head's weights, and of logits of so many tokens, which are in memory at once.
 HEAD_COPIES, LOGITS_COPIES, LOGITS_TOKENS = 2, 3, 128
-# Of experts: [K, K] of all together, and [T, K] of the tokens that chose one.
+# Of experts: [K, K] of all together, and [drawn, K] of the tokens that chose one.
 POOLED_SQUARES, PART_COPIES = 4, 1.25
 # Gaps between tensors in the C library's heap.
 HEAP = 2**26
@@ -162,12 +162,12 @@ def _block(
 
 
 def input_peak(tokens: int, k: int, n: int, group_size: int, *, metrics: int = 0) -> int:
-    """Bytes for quantizing one input, including its drawn tokens: T tokens, K channels, N outputs of all shards.
+    """Bytes for quantizing one input of K channels, its drawn `tokens` included, with N outputs of all shards.
 
     `metrics`: elements of the metrics of outputs.
     """
     groups = k // group_size
-    rows = min(n, SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
+    outputs = min(n, SCALE_OUTPUTS, max(1, SYSTEM_ELEMENTS // groups**2))
     kept = KEPT_COPIES * tokens * k
     fitted: float = FIT_MATRICES
     if metrics:
@@ -178,13 +178,13 @@ def input_peak(tokens: int, k: int, n: int, group_size: int, *, metrics: int = 0
         max(
             SEARCH_COPIES * tokens * k + n * k,
             kept + FACTOR_SQUARES * k * k + FACTOR_MATRICES * n * k,
-            kept + FIT_SQUARES * k * k + fitted * n * k + FIT_SYSTEMS * rows * groups**2,
+            kept + FIT_SQUARES * k * k + fitted * n * k + FIT_SYSTEMS * outputs * groups**2,
         )
     )
 
 
 def _head(weights: TensorInfo) -> int:
-    """Bytes of the head's weights [V, D] in float32, and of logits."""
+    """Bytes of the head's weights [vocabulary, hidden] in float32, and of logits."""
     return 4 * (HEAD_COPIES * weights.elements + LOGITS_COPIES * LOGITS_TOKENS * weights.shape[0])
 
 
@@ -210,7 +210,7 @@ def _experts(spec: QuantizationSpec, name: str, tokens: int) -> tuple[int, int]:
     return k, results + pooled + max(search, gate_up, down)
 
 
-def check_budget(
+def check_memory(
     need: MemoryNeed, budget: int, model: object, *, stated: bool = True, fitting_tokens: int | None = None
 ) -> None:
     """Raise MorphoQuantError with the sizes if a budget is too small even with streaming from disk.

@@ -56,8 +56,8 @@ class Quantized:
 
     def result(self, index: int, count: int) -> BlockResult:
         """The finished block: block `index` of `count`."""
-        errors = [layer.record.output_error for layer in self.layers.values()]
-        errors += [error for layer in self.experts.values() for error in layer.record.errors]
+        errors = [layer.figures.output_error for layer in self.layers.values()]
+        errors += [error for layer in self.experts.values() for error in layer.figures.errors]
         loss = sum(errors) / len(errors) if errors else None
         return BlockResult(index, count, self.layers, loss, self.distributions, self.experts, self.attention)
 
@@ -67,9 +67,9 @@ def warn_of_escapes(
 ) -> None:
     """Log each input of a block whose escape rate is far above its budget; `recipe_of` gives an input's recipe."""
     drawn = {spec.rows[row]: int((tokens.modality == row).sum()) for row in tokens.counts}
-    records = {spec.layers[name].shared_input: layer.record for name, layer in found.layers.items()}
-    records |= {experts_input(name): layer.record.input for name, layer in found.experts.items()}
-    for shared_input, record in records.items():
-        warning = escape_warning(shared_input, record, recipe_of(shared_input), drawn)
+    figures_of = {spec.layers[name].shared_input: layer.figures for name, layer in found.layers.items()}
+    figures_of |= {experts_input(name): layer.figures.input for name, layer in found.experts.items()}
+    for shared_input, figures in figures_of.items():
+        warning = escape_warning(shared_input, figures, recipe_of(shared_input), drawn)
         if warning:
             logger.warning("%s", warning)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks.capture import ADDED, SERVED_ADDED, BlockInput, MemoryInput
-from calibration.quantize.massive_tokens import candidates
+from calibration.quantize.massive_tokens import outlying_tokens
 
 
 def given_states(sample: BlockInput, index: int, hidden: Tensor, *, served: bool = False) -> Tensor:
@@ -49,7 +49,7 @@ def carry(module: nn.Module, index: int, samples: Sequence[MemoryInput], states:
         sizes = (state.float().norm(dim=-1).flatten().cpu() for state in (given, states[number]))
         norms.append(torch.maximum(*sizes))
     modality = torch.cat([sample.modality.flatten() for sample in samples])
-    outlying = candidates(torch.cat(norms), modality)
+    outlying = outlying_tokens(torch.cat(norms), modality)
     return list(outlying.split([sample.modality.numel() for sample in samples]))
 
 

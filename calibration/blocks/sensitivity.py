@@ -1,9 +1,9 @@
 """How much errors of each linear's output matter for the decoder's output: one pass forward and one back, by blocks.
 
-The decoder's last hidden states, each divided by its size, are multiplied by random signs and added up. The derivative
-of this sum by a linear's output, times an error of that output, squared, is on average the error of the last hidden
-states. So one backward pass measures every linear. One block is in memory at a time, and the states between the blocks
-lie in files.
+The decoder's last hidden states, each divided by its size, are multiplied by random signs and added up. An error of a
+linear's output is multiplied by the derivative of this sum by that output, and squared. On average this is the error of
+the last hidden states. So one backward pass measures every linear. One block is in memory at a time, and the states
+between the blocks lie in files.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from calibration.blocks.capture import MemoryInput
 from calibration.blocks.sample_pass import carry, device_of, given_states, run_block, watched
 from calibration.data.token_choice import modality_shares
 from calibration.model.loading import Blocks
+from calibration.processes import Processes
 from calibration.quantize.bit_losses import Probe
 from calibration.quantize.output_metric import OutputMoment
 from calibration.work.durable_files import read_tensors, write_tensors_durably
 
 # Tokens of the passes, about, and no more than are drawn. A longer sample is taken only if there is no shorter one.
-TOKENS = 4096
+BUDGET_TOKENS = 4096
 # The fractional parts of this number's multiples, the golden ratio's, divide 0 to 1 evenly, however many there are.
 SPREAD = (5**0.5 - 1) / 2
 
 
-def choose_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]], most: int = TOKENS) -> list[int]:
+def choose_pass_samples(lengths: Sequence[int], rows: Sequence[frozenset[int]], most: int = BUDGET_TOKENS) -> list[int]:
     """Indices of the samples of the passes, ascending: every modality in turn gives one, for about `most` tokens.
 
     `lengths` are the tokens of each sample, `rows` the modalities in it.
@@ -85,7 +86,7 @@ class Passes:
         write_tensors_durably(self.file(index), {str(number): state for number, state in enumerate(self.states)})
         self.outlying.append(carry(module, index, self.samples, self.states))
 
-    def turn(self, balance: float) -> None:
+    def start_back_from_projection(self, balance: float) -> None:
         """Replace the last states by the derivatives of their projection; `balance` weighs modalities as the recipe."""
         modality = torch.cat([sample.modality.flatten() for sample in self.samples]).long()
         counts = {int(row): int((modality == row).sum()) for row in modality.unique()}
@@ -94,17 +95,19 @@ class Passes:
             weight[modality == row] = share / counts[row]
         generator = torch.Generator().manual_seed(self.seed)
         parts = weight.float().split([sample.modality.numel() for sample in self.samples])
-        self._turn([_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)])
+        self._take_derivatives(
+            [_projected(state, part, generator) for state, part in zip(self.states, parts, strict=True)]
+        )
 
-    def turn_by(self, derivative: Callable[[MemoryInput, Tensor, Tensor], Tensor]) -> None:
+    def start_back(self, derivative: Callable[[MemoryInput, Tensor, Tensor], Tensor]) -> None:
         """Replace the last states by their derivatives.
 
         `derivative` gives that of a sample, float32 [1, M, hidden], by its massive tokens, bool [M], and last states.
         """
         massive = self.outlying[-1]
-        self._turn([derivative(*each) for each in zip(self.samples, massive, self.states, strict=True)])
+        self._take_derivatives([derivative(*each) for each in zip(self.samples, massive, self.states, strict=True)])
 
-    def _turn(self, found: list[Tensor]) -> None:
+    def _take_derivatives(self, found: list[Tensor]) -> None:
         if self.states[0].dtype == torch.float16:
             # Small derivatives would vanish in its narrow range. Only their ratios count.
             largest = max(float(derivative.abs().max()) for derivative in found)
@@ -166,6 +169,35 @@ class Passes:
         """Remove the files."""
         for index in range(len(self.blocks)):
             self.file(index).unlink(missing_ok=True)
+
+
+def run_passes(
+    begin: Callable[[], Passes],
+    blocks: int,
+    processes: Processes,
+    *,
+    turn: Callable[[Passes], None],
+    back: Callable[[Passes, int], None],
+) -> None:
+    """Run both passes on the first process: `turn` after the last block, `back` at each block on the way back.
+
+    The other processes wait for each of these steps, and not too long for any.
+    """
+    passes = begin() if processes.first else None
+
+    def on_first(step: Callable[..., None], *index: int) -> None:
+        def action() -> None:
+            assert passes is not None
+            step(passes, *index)
+
+        processes.broadcast(action)
+
+    for index in range(blocks):
+        on_first(Passes.forward, index)
+    on_first(turn)
+    for index in reversed(range(blocks)):
+        on_first(back, index)
+    on_first(Passes.clear)
 
 
 def _note(calls: dict[str, tuple[Tensor, Tensor]], name: str, x: Tensor, y: Tensor) -> None:

@@ -45,7 +45,7 @@ class ServedExperts(nn.Module):
         self.serving = serving
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y [M, K] of hidden [M, K], in its dtype; index and weights [M, T] are those of the router."""
+        """y [M, K] of hidden [M, K], in its dtype; index and weights [M, slots] are those of the router."""
         return self.prepared.experts(hidden, self.serving.of(hidden), top_k_weights.float(), top_k_index)
 
 

@@ -19,8 +19,8 @@ With metrics of the outputs of some linears, of N outputs each, by t tokens:
     2 t N^2 + 5/3 N^3    the moments, and the factors of the metrics
     N^2 K                the errors that later outputs compensate for
 
-For E experts, C of which a token chooses. K and I are the channels of hidden states and of an expert's inner input, and
-t = T C / E are the drawn tokens of one expert. The first two lines are of all experts together, the others of each.
+For E experts, C of which a token chooses. K and I are the channels of hidden states and of an expert's inner input.
+The drawn tokens of one expert are t = T C / E. The first two lines are of all experts together, the others of each.
 
     12 M C I K   the products of the two streams
     2 T K^2 + 4/3 K^3 + 50,000 T K   moments, factor and search of the input that gate and up share, as above

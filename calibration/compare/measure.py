@@ -94,7 +94,7 @@ def modalities(sample: Sample) -> list[str]:
 
 @torch.no_grad()
 def _run(model: nn.Module, block_module: str, sample: Sample) -> tuple[Tensor, list[Tensor]]:
-    """Logits [M, V] and the output [M, hidden] of each block."""
+    """Logits [M, vocabulary] and the output [M, hidden] of each block."""
     outputs: list[Tensor] = []
     dtype = next(model.parameters()).dtype
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}

@@ -73,8 +73,8 @@ def build_samples(
     `keep` puts each sample's inputs away as soon as they are rendered.
 
     Raises MorphoQuantError if the directory has no usable tokenizer. Other errors name the file and line of the first
-    few unusable conversations: media that the model does not take or that cannot be decoded, placeholders that do not
-    match the media, a chat template that refuses, and media of more than `max_tokens` tokens.
+    few unusable conversations. Their media are not taken, cannot be decoded, or do not match the placeholders. Or a
+    chat template refuses, or media have more than `max_tokens` tokens.
     """
     window_tokens = window_tokens or max_tokens
     if min(max_tokens, window_tokens) < 2 or (max_samples is not None and max_samples < 1):

@@ -25,9 +25,9 @@ class DrawnTokens:
 
     # Positions in each sample, ascending, int64.
     positions: tuple[Tensor, ...]
-    # Modality row of each chosen token, int32 [T].
+    # Modality row of each chosen token, int32 [drawn].
     modality: Tensor
-    # Weight of each chosen token in a weighted mean, float32 [T], sums to 1.
+    # Weight of each chosen token in a weighted mean, float32 [drawn], sums to 1.
     weight: Tensor
     # Tokens of each row in all samples, by row index: present rows only.
     counts: dict[int, int]
@@ -40,7 +40,7 @@ class DrawnTokens:
         return replace(self, processes=processes, owners=tuple(owners))
 
     def part(self, chosen: Tensor, weight: Tensor, counts: Mapping[int, int]) -> DrawnTokens:
-        """The tokens `chosen`, int64 [t], ascending places among the T, with new weights [t] and counts of rows."""
+        """The tokens at the places `chosen`, int64, ascending, with a new weight of each, and counts of rows."""
         kept = torch.zeros(self.modality.numel(), dtype=torch.bool)
         kept[chosen] = True
         lengths = [positions.numel() for positions in self.positions]
@@ -69,24 +69,24 @@ class DrawnTokens:
 
     @property
     def token_owners(self) -> Tensor:
-        """Rank of the process of each token, int64 [T]."""
+        """Rank of the process of each token, int64 [drawn]."""
         lengths = torch.tensor([positions.numel() for positions in self.positions])
         owners = torch.tensor(self.owners or (0,) * len(self.positions))
         return owners.repeat_interleave(lengths)
 
     def local(self, value: Tensor) -> Tensor:
-        """The rows of `value` [T, ...], on the CPU, of this process's tokens: [local T, ...]."""
+        """The rows of `value` [drawn, ...], on the CPU, of this process's tokens: [local drawn, ...]."""
         return value if self.processes.size == 1 else value[self.token_owners == self.processes.rank]
 
     def every(self, value: Tensor, stride: int) -> Tensor:
-        """Subsample to every `stride`-th token overall and keep this process's; `value` is [local T, ...]."""
+        """Subsample to every `stride`-th token overall and keep this process's; `value` is [local drawn, ...]."""
         if self.processes.size == 1:
             return value[::stride]
         chosen = (self.token_owners == self.processes.rank).nonzero().flatten() % stride == 0
         return value[chosen.to(value.device)]
 
     def all_gather(self, value: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """All processes' values of the tokens `wanted` (indices int64 [n], None: all T), from value [local T, ...]."""
+        """All processes' values of the tokens `wanted` (indices int64, None: all), from value [local drawn, ...]."""
         if self.processes.size == 1:
             return value if wanted is None else value[wanted.to(value.device)]
         owners = self.token_owners

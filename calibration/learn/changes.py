@@ -46,7 +46,7 @@ class Changes:
             return value * self.scales[layer].exp()
         if tensor == "absorbed_bias":
             learned = value.clone()
-            # Ranks add up their blocks [B, R, N]. The last row is that of massive tokens, whose constant is fixed.
+            # Ranks add up their blocks [blocks, R, N]. The last row is that of massive tokens, whose constant is fixed.
             learned[0, :-1] += self.constants[layer] * self.sizes[layer]
             return learned
         return value

@@ -11,9 +11,10 @@ from calibration.blocks.memory_need import LOGITS_TOKENS
 
 
 class Divergence(torch.autograd.Function):
-    """KL divergence float32 [M] of each token's successor, by the states before the head and its weights [V, D].
+    """KL divergence float32 [M] of each token's successor, by the states before the head and its weights.
 
-    `states` and `wanted` [M, D] are those of the model and of the 16-bit model. Only `states` has a gradient.
+    `states` and `wanted` [M, hidden] are those of the model and of the 16-bit model. Only `states` has a gradient. The
+    head's weights are [vocabulary, hidden].
     """
 
     @staticmethod
@@ -34,10 +35,11 @@ class Divergence(torch.autograd.Function):
 
 @torch.no_grad()
 def drawn_derivatives(states: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
-    """Derivatives float32 [M, D] of a drawn successor's negative log probability, by the states before the head.
+    """Derivatives float32 [M, hidden] of a drawn successor's negative log probability, by the states before the head.
 
-    states [M, D], head [V, D]; the successors are drawn from the model's own probabilities. The mean of a derivative
-    times itself is then the second derivative of the divergence. Those of states that are not finite are 0.
+    states [M, hidden], head [vocabulary, hidden]; the successors are drawn from the model's own probabilities. The mean
+    of a derivative times itself is then the second derivative of the divergence. Those of states that are not finite
+    are 0.
     """
     found = [states.new_empty(0, states.shape[1])]
     for own in states.split(LOGITS_TOKENS):

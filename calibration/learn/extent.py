@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from calibration.quantize.held_out import SAMPLES_PER_HELD
+from calibration.quantize.held_out import is_held_sample
 
 # Samples of more tokens are left out: a pass back through a block holds all values of a sample.
 LONGEST = 4096
@@ -49,14 +49,14 @@ class Chosen:
 
 
 def choose_samples(lengths: Sequence[int], effort: str) -> Chosen | None:
-    """The samples of learning, by the number of tokens of each: the last of every SAMPLES_PER_HELD judges.
+    """The samples of learning, by the number of tokens of each: those that `is_held_sample` names judge.
 
     None if no sample judges, or if all others have fewer than LEAST_TOKENS tokens.
     """
-    extent, every = EXTENTS[effort], SAMPLES_PER_HELD
+    extent = EXTENTS[effort]
     fitting = [index for index, length in enumerate(lengths) if length <= LONGEST]
-    judging = [index for index in fitting if index % every == every - 1]
-    learned = [index for index in fitting if index % every != every - 1]
+    judging = [index for index in fitting if is_held_sample(index)]
+    learned = [index for index in fitting if not is_held_sample(index)]
     tokens = sum(lengths[index] for index in learned)
     if not judging or tokens < LEAST_TOKENS:
         return None

@@ -24,7 +24,7 @@ def has_head(architecture: Architecture, source: Source, recipe: Recipe) -> bool
 
 
 class Head:
-    """Turns the last states of the decoder into the states before the head, which has `weight` [V, D]."""
+    """Turns the last states of the decoder into the states before the head, which has `weight` [vocabulary, hidden]."""
 
     def __init__(
         self, architecture: Architecture, names: DecoderNames, source: Source, recipe: Recipe, device: torch.device
@@ -37,13 +37,13 @@ class Head:
         weight = source.load(stored).to(device) if stored else self._model.get_input_embeddings().weight
         self._seen = _Seen()
         self._model.lm_head = self._seen
-        # [V, D], times the factor that some models give the logits. A cap on logits is left out.
+        # [vocabulary, hidden], times the factor that some models give the logits. A cap on logits is left out.
         self.weight: Tensor = weight.detach().float() * self._logit_factor(
             architecture.decoder_config(source.config)["hidden_size"]
         )
 
     def normed(self, last: Tensor) -> Tensor:
-        """The states before the head float32 [M, D], of the last states [M, hidden]; gradients pass."""
+        """The states before the head float32 [M, hidden], of the last states [M, hidden]; gradients pass."""
         ids = torch.zeros(1, len(last), dtype=torch.long, device=self.weight.device)
         with _returning(self._blocks, last[None].to(self.weight.device, self._model.dtype), tuples=self._tuples):
             self._model(input_ids=ids, use_cache=False)

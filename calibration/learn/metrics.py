@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from calibration.blocks.capture import MemoryInput
-from calibration.blocks.sensitivity import Passes
+from calibration.blocks.sensitivity import Passes, run_passes
 from calibration.job import Job
 from calibration.learn.divergence import drawn_derivatives
 from calibration.learn.head import Head
@@ -26,7 +25,7 @@ from calibration.work.durable_files import FileRecord
 from morphoquant_vllm.format.schema import TEXT_ROW
 
 # Tokens of the passes, about, and no more than are drawn.
-TOKENS = 2**13
+METRIC_TOKENS = 2**13
 
 
 @dataclass(frozen=True)
@@ -53,34 +52,21 @@ def find_metrics(job: Job, work: WorkDirectory, begin: Callable[[], Passes]) -> 
 
     The first process begins the passes and measures, the others wait block by block.
     """
-    passes = begin() if job.processes.first else None
     files: dict[str, FileRecord] = {}
 
-    def forward(index: int) -> None:
-        assert passes is not None
-        passes.forward(index)
-
-    def turn() -> None:
-        assert passes is not None
+    def turn(passes: Passes) -> None:
         # The head is in memory only here, without any block.
         head = Head(job.architecture, job.names, job.source, job.recipe, job.device)
         generator = torch.Generator(head.weight.device).manual_seed(job.recipe.seed)
-        passes.turn_by(_DrawnSuccessors(head, job.spec.rows.index(TEXT_ROW), generator))
+        passes.start_back(_DrawnSuccessors(head, job.spec.rows.index(TEXT_ROW), generator))
 
-    def back(index: int) -> None:
-        assert passes is not None
+    def back(passes: Passes, index: int) -> None:
         linears = _with_metric(job, index)
         found = {linears[name]: metric for name, metric in passes.metrics(index, list(linears)).items()}
         if found:
             files[metrics_file(work.path, index).name] = keep_metrics(work, index, found)
-        if not index:
-            passes.clear()
 
-    for index in range(job.names.blocks):
-        job.processes.broadcast(partial(forward, index))
-    job.processes.broadcast(turn)
-    for index in reversed(range(job.names.blocks)):
-        job.processes.broadcast(partial(back, index))
+    run_passes(begin, job.names.blocks, job.processes, turn=turn, back=back)
     return job.processes.broadcast(lambda: files, [FileRecord])
 
 

@@ -22,7 +22,8 @@ from calibration.learn.model import Kept, LearningDecoder
 from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
 from calibration.model.loading import BlockLoader
 from calibration.work.directory import WorkDirectory
-from calibration.work.learned import STATE, TARGETS, keep_learned, keep_part, read_part, read_served
+from calibration.work.hidden_states import read_sample
+from calibration.work.learned import STATE, TARGETS, keep_learned, keep_part, read_part
 from morphoquant_vllm.format.schema import TEXT_ROW
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class LearningRun:
     def find_targets(self, block: int) -> None:
         """Carry the samples through a block of the 16-bit model, and keep the targets after the last one."""
         if self._pass is None:
-            samples = [read_served(self.work, index) for index in self.samples]
+            samples = [read_sample(self.work.path, index, self.work.device) for index in self.samples]
             self._pass = Pass16Bit(self.blocks, self._layers_of, samples)
         self._pass.forward(block)
         if block < self.job.names.blocks - 1:
@@ -190,9 +191,8 @@ class LearningRun:
 
     def _read(self, sample: int) -> tuple[MemoryInput, Target]:
         assert self.targets is not None
-        return read_served(self.work, sample), Target(
-            self.targets[f"states {sample}"], self.targets[f"counted {sample}"]
-        )
+        target = Target(self.targets[f"states {sample}"], self.targets[f"counted {sample}"])
+        return read_sample(self.work.path, sample, self.work.device), target
 
     def _layers_of(self, block: int) -> Mapping[str, str]:
         """The quantized linears of a block: names in the checkpoint by names in the block."""

@@ -30,6 +30,7 @@ def learn(job: Job, work: WorkDirectory) -> None:
     processes = job.processes
     if not job.learns or processes.broadcast(lambda: read_figures(work) is not None):
         return
+    # Only the first process has a run: the others never call an action, so their list stays empty.
     runs: list[LearningRun] = []
 
     def on_first(action: Callable[[LearningRun], T]) -> T:

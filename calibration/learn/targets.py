@@ -19,7 +19,7 @@ from calibration.model.loading import Blocks
 class Target:
     """What the decoder should give for one sample."""
 
-    # States before the head in the 16-bit model, float32 [M, D].
+    # States before the head in the 16-bit model, float32 [M, hidden].
     states: Tensor
     # Tokens that count, bool [M]: their successor is text, and they are not massive.
     counted: Tensor

@@ -4,8 +4,8 @@ source         config.json and the tensors of the safetensors files
 fp8            FP8 weights as 16 bit
 architectures  the verified architectures: decoder blocks, linears that share an input, towers
 refusals       faults that are seen before any work: leftovers in config.json, other heads and names
-embedders      the same of an embedding model's steps after its hidden states
-discovery      the generic path: the same of an unlisted architecture, by its structure
+embedders      steps of an embedding model that a server would leave out or read otherwise
+discovery      the generic path: the architecture of an unlisted model, by its structure
 tracing        one pass of a model without weights: inputs and order of its linears
 served_names   asks vLLM, in a process of its own, whether it would find the planned layers
 plan           which linears are quantized and how: the checkpoint's quantization_config

@@ -41,8 +41,8 @@ _DECODER_BLOCK = (
     SharedInput("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "column"),
     SharedInput("mlp.down_proj", ("mlp.down_proj",), "row"),
 )
-# Blocks have full or linear attention. The linears in_proj_b and in_proj_a read the same input; their few outputs
-# stay in 16 bit, as vLLM's in_proj_ba, since they set the decay of a state that every later token reads.
+# Blocks have full or linear attention. The linears in_proj_b and in_proj_a read the same input. Their few outputs stay
+# in 16 bit, as vLLM's in_proj_ba: they set the decay of a state that every later token reads.
 _GATED_DELTA_NET_BLOCK = (
     SharedInput("linear_attn.in_proj_qkvz", ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), "column", True),
     SharedInput("linear_attn.out_proj", ("linear_attn.out_proj",), "row", True),

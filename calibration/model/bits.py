@@ -57,7 +57,7 @@ def decoder_linears(spec: QuantizationSpec, prefix: str) -> dict[str, LayerSpec]
     return {name: layer for name, layer in spec.linears.items() if name.startswith(f"{prefix}.")}
 
 
-def check_budget(spec: QuantizationSpec, prefix: str, recipe: Recipe) -> None:
+def check_bits_budget(spec: QuantizationSpec, prefix: str, recipe: Recipe) -> None:
     """Refuse a `bits_budget` outside the possible range."""
     if recipe.bits_budget is None:
         return

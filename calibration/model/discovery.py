@@ -65,8 +65,8 @@ def discover(source: Source, recipe: Recipe) -> Architecture:
     """The architecture of a source model, by its structure alone.
 
     Raises MorphoQuantError naming the module and the remedy if transformers cannot build the model without remote
-    code, if the decoder is ambiguous, or if its blocks are no chain of linears that can be calibrated one at a time.
-    The same error names routed experts, unless the recipe leaves them in 16 bit.
+    code. It also does if the decoder is ambiguous, or if its blocks are not a chain of linears. The same error names
+    routed experts, unless the recipe leaves them in 16 bit.
     """
     found, model, blocks = _decoder_of(source, recipe)
     block_module = found.block_module

@@ -1,8 +1,8 @@
 """The routed experts of a decoder block in the model's files: found by name and shape, planned, read one at a time.
 
-Files hold them expert by expert (`<name>.<e>.gate_proj.weight` [I, K]), or merged and transposed as Qwen3-VL-MoE does
-(`<name>.gate_up_proj` [E, K, 2I], `<name>.down_proj` [E, I, K]). transformers merges them without transposing. I is the
-intermediate size of an expert.
+Files hold them expert by expert (`<name>.<e>.gate_proj.weight` [intermediate, K]), or merged and transposed as
+Qwen3-VL-MoE does (`<name>.gate_up_proj` [E, K, 2 intermediate], `<name>.down_proj` [E, intermediate, K]). transformers
+merges them without transposing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class StoredExperts:
         return f"{self.name}.{expert}.{projection}"
 
     def merged_shape(self, parameter: str) -> tuple[int, int, int]:
-        """Shape of a parameter of transformers with all experts, by its name: GATE_UP [E, 2I, K] or DOWN [E, K, I]."""
+        """Shape of a parameter of transformers with all experts, by its name.
+
+        GATE_UP is [E, 2 intermediate, K], DOWN is [E, K, intermediate].
+        """
         if parameter.endswith(DOWN):
             return self.count, self.in_features, self.intermediate_features
         return self.count, 2 * self.intermediate_features, self.in_features
@@ -116,7 +119,10 @@ def _check_tensor(name: str, shape: tuple[int, int], tensors: Mapping[str, Tenso
 
 
 def load_expert(source: Source, stored: StoredExperts, expert: int, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Weights of one expert by the projections `kinds`: gate and up [I, K], down [K, I], in the dtype of the files."""
+    """Weights of one expert by the projections `kinds`, in the dtype of the files.
+
+    Gate and up are [intermediate, K], down is [K, intermediate].
+    """
     if not stored.merged:
         return {kind: source.load(f"{stored.projection(expert, kind)}.weight") for kind in kinds}
     found: dict[str, Tensor] = {}

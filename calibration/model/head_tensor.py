@@ -26,7 +26,7 @@ def stored_head(architecture: Architecture, names: DecoderNames, tensors: Mappin
 
 
 def head_tensor(architecture: Architecture, names: DecoderNames, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
-    """The head's weights [V, D]: those stored for it, or those of the embedding.
+    """The head's weights [vocabulary, hidden]: those stored for it, or those of the embedding.
 
     The latter is the largest tensor outside blocks and towers. config.json need not name the size of the vocabulary.
     """

@@ -78,7 +78,7 @@ class Blocks(Protocol):
 
 def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> Any:
     """The source model on the meta device, without weights; MorphoQuantError if transformers refuses the config."""
-    with _clear_loading_errors(architecture, source):
+    with _explain_loading_errors(architecture, source):
         model_class = _model_class(architecture, source)
         config = _read_config(model_class, source)
         with torch.device("meta"):
@@ -87,7 +87,7 @@ def empty_model(architecture: Architecture, source: Source, recipe: Recipe) -> A
 
 def decoder_sizes(architecture: Architecture, source: Source) -> dict[str, Any]:
     """Those of SIZES that transformers reads for the decoder; MorphoQuantError if it refuses the config."""
-    with _clear_loading_errors(architecture, source):
+    with _explain_loading_errors(architecture, source):
         text = _read_config(_model_class(architecture, source), source).get_text_config()
     return {name: getattr(text, name) for name in SIZES if getattr(text, name, None) is not None}
 
@@ -137,7 +137,7 @@ def load_front(
     absent = [architecture.block_module, *(architecture.towers if stream_towers else ())]
     if "lm_head.weight" not in empty.all_tied_weights_keys:
         absent.append("lm_head")
-    with _clear_loading_errors(architecture, source):
+    with _explain_loading_errors(architecture, source):
         model_class = _model_class(architecture, source)
         config = _read_config(model_class, source)
     blocks = empty.get_submodule(architecture.block_module)
@@ -146,7 +146,7 @@ def load_front(
         # transformers would convert the experts of all blocks and write them to disk again.
         decoder_config = _decoder_config(config, len(blocks))
         decoder_config.num_hidden_layers = 0
-    with _clear_loading_errors(architecture, source):
+    with _explain_loading_errors(architecture, source):
         places = _places(empty, absent, str(device or choose_device(recipe.device)))
         model = _read_weights(model_class, source, config, getattr(torch, recipe.dtype), places)
     if merged:
@@ -316,7 +316,7 @@ class BlockLoader:
 
 
 @contextmanager
-def _clear_loading_errors(architecture: Architecture, source: Source) -> Iterator[None]:
+def _explain_loading_errors(architecture: Architecture, source: Source) -> Iterator[None]:
     try:
         yield
     except LOADING_ERRORS as error:

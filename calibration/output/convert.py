@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibration.output.json_file import write_json
 from calibration.output.places import check_free_space, check_output, check_writable
-from calibration.output.staging import clear_write_errors, only_run, staged_directory
+from calibration.output.staging import explain_write_errors, only_run, staged_directory
 from calibration.output.weight_file import write_weights
 from calibration.quantize.two_level import exact_levels, refit
 from morphoquant_vllm.errors import MorphoQuantError
@@ -95,7 +95,7 @@ def convert(
         copied = _other_files(directory, files)
         sizes = ((directory / path).stat().st_size for path in {*copied, *map(Path, files.values())})
         check_free_space(partial, sum(sizes))
-        with clear_write_errors(output, directory):
+        with explain_write_errors(output, directory):
             for path in copied:
                 _copy(directory, path, partial)
             unsealed, errors = _write_weights(directory, partial, files, spec, exact, fitted)
@@ -220,9 +220,9 @@ def _rewritten(
         for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             layer, _, tensor = name.rpartition(".")
             if name in changed:
-                level, unit = _levels(directory, files, layer, layer in fitted, errors)
+                level, channel_scale = _levels(directory, files, layer, layer in fitted, errors)
                 tensors[stored_name(layer, "weight_level")] = level
-                tensors[stored_name(layer, "weight_channel_scale")] = unit
+                tensors[stored_name(layer, "weight_channel_scale")] = channel_scale
             elif tensor == "weight_codes" and layer in fitted:
                 tensors[name] = _new_codes(directory, files, layer)
             else:
@@ -237,8 +237,8 @@ def _levels(
     scale = _load(directory, files, layer, "weight_scale")
     if is_fitted:
         codes = weights.unpack(_load(directory, files, layer, "weight_codes"))
-        _, level, unit, errors[layer] = refit(codes, scale)
-        return level, unit
+        _, level, channel_scale, errors[layer] = refit(codes, scale)
+        return level, channel_scale
     levels = exact_levels(scale)
     assert levels is not None, "the plan says that there are exact levels"
     return levels

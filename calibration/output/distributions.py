@@ -28,12 +28,12 @@ DISTRIBUTIONS_FILE = "morphoquant_calibration/distributions.safetensors"
 # Channels whose ranges are kept: this many of the most dispersed, and as many evenly spaced ones.
 MOST_DISPERSED = 128
 EVENLY_SPACED = 128
-# drawn tokens for quantiles and counts of codes.
+# Drawn tokens for quantiles and counts of codes.
 TOKENS = 2048
 # The inner range of a channel.
 QUANTILES = (0.01, 0.99)
 CODE_BINS = ESCAPE_MAX - ESCAPE_MIN + 1
-# Tensors [C] of a row; the inner range is kept only if tokens of the row were drawn.
+# Tensors [kept] of a row; the inner range is kept only if tokens of the row were drawn.
 _RANGES = ("minimum", "maximum", "low", "high")
 _MAY_BE_MISSING = (".low", ".high")
 # The sum of 256 counts up to this fits int64.
@@ -44,11 +44,11 @@ _AGAIN = "copy it from the original checkpoint, or calibrate again"
 def observe(
     inputs: DrawnInput, tokens: DrawnTokens, tensors: Mapping[str, Tensor], spec: QuantizationSpec
 ) -> dict[str, Tensor]:
-    """The distribution of one input; C kept channels, `<row>` a modality's name or "massive", only if it had tokens.
+    """The distribution of one input. `<row>` is a modality's name or "massive", only if it had tokens.
 
-        channels                    int32 [C], ascending
-        <row>.minimum, .maximum     bfloat16 [C], over all tokens
-        <row>.low, .high            bfloat16 [C], the 1 % and 99 % quantiles over drawn tokens
+        channels                    int32 [kept], the kept channels, ascending
+        <row>.minimum, .maximum     bfloat16 [kept], over all tokens
+        <row>.low, .high            bfloat16 [kept], the 1 % and 99 % quantiles over drawn tokens
         <row>.dispersion            bfloat16 [K], over all tokens
         <row>.codes                 int64 [256], counts of each served code of drawn tokens, -128 first
 
@@ -94,7 +94,7 @@ def _ranges(name: str, seen: ChannelStatistics, channels: Tensor) -> dict[str, T
 
 
 def _inner_range(name: str, values: Tensor) -> dict[str, Tensor]:
-    """The kept quantiles of the drawn tokens [t, C] of a row."""
+    """The kept quantiles of the drawn tokens [drawn, kept] of a row."""
     quantiles = torch.tensor(QUANTILES, device=values.device)
     low, high = torch.quantile(values, quantiles, dim=0).cpu().bfloat16()
     return {f"{name}.low": low.clone(), f"{name}.high": high.clone()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from morphoquant_vllm.format.schema import QuantizationSpec
 
 if TYPE_CHECKING:
-    from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
+    from calibration.quantize.layer_report import ExpertsFigures, LayerFigures
     from calibration.settings.recipe import Recipe
 
 REPORT_FORMAT = 1
@@ -31,7 +31,7 @@ def package_version(name: str = PACKAGE) -> str:
 def make_report(
     recipe: Recipe,
     spec: QuantizationSpec,
-    records: Mapping[str, LayerRecord],
+    layers: Mapping[str, LayerFigures],
     samples: int,
     token_counts: Mapping[int, int],
     experts: Mapping[str, ExpertsFigures],
@@ -45,8 +45,8 @@ def make_report(
         "format": REPORT_FORMAT,
         "settings": {**settings, "tensor_parallel": spec.tensor_parallel},
         "data": {"samples": samples, "tokens": {spec.rows[row]: count for row, count in token_counts.items()}},
-        "escape_rate": overall_escape_rate(spec, records, experts, sum(token_counts.values())),
-        "layers": {name: asdict(record) for name, record in records.items()},
+        "escape_rate": overall_escape_rate(spec, layers, experts, sum(token_counts.values())),
+        "layers": {name: asdict(figures) for name, figures in layers.items()},
         **({"experts": {name: asdict(figures) for name, figures in experts.items()}} if experts else {}),
         "versions": {
             PACKAGE: package_version(),
@@ -58,7 +58,7 @@ def make_report(
 
 
 def overall_escape_rate(
-    spec: QuantizationSpec, records: Mapping[str, LayerRecord], experts: Mapping[str, ExpertsFigures], tokens: int
+    spec: QuantizationSpec, layers: Mapping[str, LayerFigures], experts: Mapping[str, ExpertsFigures], tokens: int
 ) -> float:
     """Codes outside [-8, 7] as a fraction of the decoder's codes; codes of a shared input count once.
 
@@ -66,7 +66,7 @@ def overall_escape_rate(
     expert's codes count for the tokens that chose it, of `tokens` in all.
     """
     first = [names[0] for names in spec.shared_inputs().values() if not spec.layers[names[0]].fixed_row]
-    parts = [(records[name].escape_rate["all"], float(spec.layers[name].in_features)) for name in first]
+    parts = [(layers[name].escape_rate["all"], float(spec.layers[name].in_features)) for name in first]
     for name, figures in experts.items():
         settings = spec.experts[name]
         parts.append((figures.input.escape_rate["all"], settings.in_features))

@@ -35,7 +35,7 @@ class RowChoice(_Part):
 
 
 class LayerReport(_Part):
-    """Calibration's figures of one layer; the fields of LayerRecord."""
+    """Calibration's figures of one layer; the fields of LayerFigures."""
 
     escape_rate: dict[Name, Share] | None = None
     output_error: Error | None = None

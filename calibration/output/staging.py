@@ -31,18 +31,18 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str) ->
     place = Path(os.path.realpath(output))
     partial, old = (place.with_name(f"{place.name}.{kind}-{tag}") for kind in ("partial", "old"))
     check_length(place)
-    with clear_write_errors(output):
+    with explain_write_errors(output):
         _tidy(partial, old, place)
     check_output(output, model, overwrite=overwrite)
     finished = False
     try:
-        with clear_write_errors(output):
+        with explain_write_errors(output):
             place.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
         yield partial
         # Hours may have passed, and others may have put files there.
         check_output(output, model, overwrite=overwrite)
-        with clear_write_errors(output):
+        with explain_write_errors(output):
             _sync_files(partial)
             _swap_in(partial, place, old, overwrite)
         finished = True
@@ -56,7 +56,7 @@ def only_run(output: Path) -> Iterator[None]:
     """Keep other conversions from writing `output` meanwhile; MorphoQuantError if one does."""
     place = Path(os.path.realpath(output))
     lock = place.with_name(f".{place.name}.convert-lock")
-    with clear_write_errors(output):
+    with explain_write_errors(output):
         place.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(lock)
     if descriptor is None:
@@ -121,7 +121,7 @@ def _swap_in(partial: Path, output: Path, old: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def clear_write_errors(
+def explain_write_errors(
     output: Path,
     model: Path | None = None,
     remedy: str = "nothing was left there: make room or choose another --output",

@@ -20,11 +20,11 @@ FAR_LEVELS, NEAR_LEVELS = 2, 1
 class AllowedScales(Protocol):
     """The set of allowed scales, and their fit to codes. Scales are float32 throughout."""
 
-    def rows(self, channels: slice) -> AllowedScales:
+    def of_outputs(self, outputs: slice) -> AllowedScales:
         """The scales allowed for some of the output channels."""
 
     def candidates(self, scale: Tensor, *, far: bool) -> Tensor:
-        """Allowed scales around `scale` [..., N]: float32 [C, ..., N], not negative; some may be equal."""
+        """Allowed scales around `scale` [..., N]: float32 [candidates, ..., N], not negative; some may be equal."""
 
     def fitted(self, aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, AllowedScales]:
         """Scales [N, K/G] of less loss for codes [N, K], and the scales allowed from now on; see `scale_fit`."""
@@ -34,7 +34,7 @@ class AllowedScales(Protocol):
 class FreeScales:
     """Every positive bfloat16 number is allowed."""
 
-    def rows(self, channels: slice) -> FreeScales:
+    def of_outputs(self, outputs: slice) -> FreeScales:
         return self
 
     def candidates(self, scale: Tensor, *, far: bool) -> Tensor:
@@ -52,8 +52,8 @@ class LevelScales:
     channel_scale: Tensor  # float32 [N]
     levels: int
 
-    def rows(self, channels: slice) -> LevelScales:
-        return LevelScales(self.channel_scale[channels], self.levels)
+    def of_outputs(self, outputs: slice) -> LevelScales:
+        return LevelScales(self.channel_scale[outputs], self.levels)
 
     def level(self, scale: Tensor) -> Tensor:
         """The nearest levels of scales [..., N], as floats. Gives back the level of an allowed scale."""
@@ -66,5 +66,5 @@ class LevelScales:
         return (self.level(scale) + steps).clamp(1, self.levels) * self.channel_scale
 
     def fitted(self, aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, LevelScales]:
-        level, unit = fit_levels(aimed, damped, codes, self.level(scale.T).T, self.channel_scale, self.levels)
-        return level * unit[:, None], LevelScales(unit, self.levels)
+        level, channel_scale = fit_levels(aimed, damped, codes, self.level(scale.T).T, self.channel_scale, self.levels)
+        return level * channel_scale[:, None], LevelScales(channel_scale, self.levels)

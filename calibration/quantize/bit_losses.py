@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.quantize import step_search as steps
-from calibration.quantize.chunks import together
+from calibration.quantize import step_search
+from calibration.quantize.chunks import zip_chunks
 from calibration.quantize.served_weights import channel_importance
 from morphoquant_vllm.numerics import activation, weights
 
@@ -17,9 +17,9 @@ from morphoquant_vllm.numerics import activation, weights
 class Probe:
     """Some tokens of one input, and how much errors of its linears' outputs matter."""
 
-    # The input in the 16-bit model, float32 [T, K]: ordinary tokens, not massive ones.
+    # The input in the 16-bit model, float32 [tokens, K]: ordinary tokens, not massive ones.
     x: Tensor
-    # Derivatives of a random projection of the model's output by the outputs of all linears: float32 [T, N].
+    # Derivatives of a random projection of the model's output by the outputs of all linears: float32 [tokens, N].
     gradient: Tensor
     # The 16-bit weights of all linears, float32 [N, K].
     matrix: Tensor
@@ -46,11 +46,11 @@ def losses(probe: Probe, group_size: int, escape_budget: float) -> dict[int, flo
 
 
 def _coded(x: Tensor, matrix: Tensor, escape_budget: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes float32 [T, K] of x, the step of each channel [K], and the values that the codes stand for."""
+    """Codes float32 [tokens, K] of x, the step of each channel [K], and the values that the codes stand for."""
     weight = torch.full(x.shape[:1], 1 / x.shape[0], device=x.device)
-    centre = steps.centres(x)
-    parts = together(x, weight, weight[:, None])
-    grid = steps.budget_grid(parts, centre, x.amin(0), x.amax(0), matrix.square().sum(0), escape_budget)
+    centre = step_search.centres(x)
+    parts = zip_chunks(x, weight, weight[:, None])
+    grid = step_search.budget_grid(parts, centre, x.amin(0), x.amax(0), matrix.square().sum(0), escape_budget)
     low, high = activation.code_limits(torch.tensor(escape_budget > 0))
     codes = ((x - centre) / grid.step).round_().clamp_(float(low), float(high))
     return codes, grid.step, codes * grid.step + centre
@@ -64,8 +64,8 @@ def _error(rounded: tuple[Tensor, Tensor], absorbed: Tensor) -> Tensor:
 
 
 def _cost(probe: Probe, values: Tensor, matrix: Tensor) -> float:
-    """The expected square of the output's change by errors values @ matrix.T, float32 [T, N], of the linears."""
+    """The expected square of the output's change by errors values @ matrix.T, float32 [tokens, N], of the linears."""
     total = 0.0
-    for own, gradient in together(values, probe.gradient):
+    for own, gradient in zip_chunks(values, probe.gradient):
         total += float(((own @ matrix.T) * gradient).sum(1).double().square().sum())
     return total

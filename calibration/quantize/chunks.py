@@ -13,11 +13,11 @@ CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 
 def chunks(value: Tensor, columns: int | None = None) -> Iterator[Tensor]:
-    """Runs of tokens of `value` [T, K], or of [T] or [T, anything] that goes with `columns` = K."""
+    """Runs of tokens of `value` [tokens, K], or of [tokens] or [tokens, anything] that goes with `columns` = K."""
     limit = CHUNK_ELEMENTS.get(value.device.type, CHUNK_ELEMENTS["cpu"])
     return iter(value.split(max(1, limit // (columns or value.shape[1]))))
 
 
-def together(first: Tensor, *others: Tensor) -> Iterator[Any]:
-    """The same runs of tokens of several tensors [T, ...]; the first tensor, [T, K], sets their length."""
+def zip_chunks(first: Tensor, *others: Tensor) -> Iterator[Any]:
+    """The same runs of tokens of several tensors [tokens, ...]; the first tensor, [tokens, K], sets their length."""
     return zip(chunks(first), *(chunks(other, first.shape[1]) for other in others), strict=True)

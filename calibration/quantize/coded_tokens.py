@@ -14,7 +14,7 @@ from torch import Tensor
 from calibration.data.token_choice import DrawnTokens
 from calibration.processes import Processes
 from calibration.quantize import moments as second_moments
-from calibration.quantize.chunks import together
+from calibration.quantize.chunks import zip_chunks
 from calibration.quantize.grids import FoundInput
 from morphoquant_vllm.format.layers import INPUT_TENSORS
 from morphoquant_vllm.format.schema import QuantizationSpec
@@ -26,17 +26,17 @@ MOMENT_TOKENS = 512
 
 @dataclass(frozen=True)
 class BiasSets:
-    """S sets of tokens with a separate bias: any modality, each modality with a separate row, massive tokens."""
+    """The sets of tokens with a separate bias: any modality, each modality with a separate row, massive tokens."""
 
     # The set of each row, int64 [R].
     of_row: Tensor
-    # The row of each set, int64 [S]; for the first set, the row `any`.
+    # The row of each set, int64 [sets]; for the first set, the row `any`.
     rows: Tensor
 
     @staticmethod
-    def of(own: Sequence[int], spec: QuantizationSpec, device: torch.device) -> BiasSets:
-        """The sets if the modalities `own` have separate rows."""
-        rows = torch.tensor([spec.any_row, *own, len(spec.rows) - 1], device=device)
+    def of(separate: Sequence[int], spec: QuantizationSpec, device: torch.device) -> BiasSets:
+        """The sets if the modalities `separate` have separate rows."""
+        rows = torch.tensor([spec.any_row, *separate, len(spec.rows) - 1], device=device)
         of_row = torch.zeros(len(spec.rows), dtype=torch.int64, device=device)
         of_row[rows[1:]] = torch.arange(1, rows.numel(), device=device)
         return BiasSets(of_row, rows)
@@ -49,40 +49,43 @@ class BiasSets:
 
 @dataclass(frozen=True)
 class CodedTokens:
-    """This process's T drawn tokens of one input, with K in channel order."""
+    """This process's drawn tokens of one input, with K in channel order."""
 
     record: activation.ActivationRecord
     # The natural channel at each position, int64 [K].
     order: Tensor
     sets: BiasSets
-    # The row that serves each token, int32 [T], and its set, int64 [T].
+    # The row that serves each token, int32 [drawn], and its set, int64 [drawn].
     rows: Tensor
     token_set: Tensor
-    # The weight of each token, float32 [T].
+    # The weight of each token, float32 [drawn].
     weight: Tensor
-    # int8 [T, K].
+    # int8 [drawn, K].
     codes: Tensor
 
-    def part(self, own: Tensor) -> CodedTokens:
-        """Those of the tokens `own`, int64 [t]."""
-        own = own.to(self.codes.device)
-        fields = {name: getattr(self, name)[own] for name in ("rows", "token_set", "weight", "codes")}
+    def part(self, places: Tensor) -> CodedTokens:
+        """Those of the tokens at `places`, int64."""
+        places = places.to(self.codes.device)
+        fields = {name: getattr(self, name)[places] for name in ("rows", "token_set", "weight", "codes")}
         return replace(self, **fields)
 
     @property
     def gain(self) -> Tensor:
-        """The gain of each token's row, float32 [T]."""
+        """The gain of each token's row, float32 [drawn]."""
         return self.record.gain[self.rows.long()]
 
 
 def code_tokens(
     x: Tensor, tokens: DrawnTokens, massive: Tensor, found: FoundInput, spec: QuantizationSpec
 ) -> CodedTokens:
-    """Rows and codes of x [local T, K], in natural order; massive, bool [local T]: the tokens of the massive row."""
+    """Rows and codes of x [local drawn, K], in natural order.
+
+    massive, bool [local drawn]: the tokens of the massive row.
+    """
     device = x.device
     weight, modality = (tokens.local(value).to(device) for value in (tokens.weight, tokens.modality))
     record = activation.activation_record(*(found.tensors[name].to(device) for name in INPUT_TENSORS))
-    sets = BiasSets.of(found.grids.own, spec, device)
+    sets = BiasSets.of(found.grids.separate, spec, device)
     ordinary = torch.where(sets.of_row[modality.long()] > 0, modality, spec.any_row)
     rows = torch.where(massive, len(spec.rows) - 1, ordinary).int()
     return CodedTokens(
@@ -92,7 +95,7 @@ def code_tokens(
         rows=rows,
         token_set=sets.of_row[rows.long()],
         weight=weight,
-        codes=torch.cat([activation.act_quant(part, row, record) for part, row in together(x, rows)]),
+        codes=torch.cat([activation.act_quant(part, row, record) for part, row in zip_chunks(x, rows)]),
     )
 
 
@@ -117,10 +120,10 @@ def weigh_massive_alike(coded: CodedTokens, processes: Processes) -> CodedTokens
     return replace(coded, weight=torch.where(massive, coded.weight * float(of_others / of_massive), coded.weight))
 
 
-def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
-    """Moments of the tokens of all processes: target [local T, K] in natural order, matrix [N, K] in channel order."""
+def gather_moments(coded: CodedTokens, x16: Tensor, matrix: Tensor, processes: Processes) -> second_moments.Moments:
+    """Moments of the tokens of all processes: x16 [local drawn, K] in natural order, matrix [N, K] in channel order."""
     moments = second_moments.gather(
-        _contributions(coded, target),
+        _contributions(coded, x16),
         coded.codes,
         coded.weight * coded.gain.square(),
         second_moments.Moments.zeros(coded.sets.rows.numel(), matrix),
@@ -129,12 +132,12 @@ def gather_moments(coded: CodedTokens, target: Tensor, matrix: Tensor, processes
     return moments
 
 
-def _contributions(coded: CodedTokens, target: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _contributions(coded: CodedTokens, x16: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The arguments of Moments.add: codes, gain, 16-bit values less the centre, set and weight of runs of tokens.
 
-    Values are put in channel order one run at a time, since a whole copy of [T, K] would set the peak of memory.
+    Values are put in channel order one run at a time, since a whole copy of [drawn, K] would set the peak of memory.
     """
-    fields = (coded.codes, coded.gain, target, coded.rows, coded.token_set, coded.weight)
+    fields = (coded.codes, coded.gain, x16, coded.rows, coded.token_set, coded.weight)
     for codes, gain, values, row, token_set, weight in zip(*(f.split(MOMENT_TOKENS) for f in fields), strict=True):
         ordered = values.index_select(1, coded.order)
         yield codes, gain, ordered.sub_(coded.record.centre[row.long()]), token_set, weight

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.quantize import step_search as steps
+from calibration.quantize import step_search
 from calibration.quantize.bit_losses import Probe
-from calibration.quantize.chunks import together
+from calibration.quantize.chunks import zip_chunks
 
 # The price is sought among these, as powers of two times the largest useful one.
 PRICES = 161
@@ -42,14 +42,14 @@ def escape_costs(probe: Probe) -> EscapeCosts:
     """The costs of an input's candidate steps, weighed by how much each channel matters for the model's output."""
     x, matrix = probe.x, probe.matrix
     weight = torch.full(x.shape[:1], 1 / max(1, x.shape[0]), device=x.device)
-    centre = steps.centres(x)
-    tried = steps.candidate_steps((x - centre).abs().amax(0))
-    share = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    centre = step_search.centres(x)
+    tried = step_search.candidate_steps((x - centre).abs().amax(0))
+    importance = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for part in probe.gradient.split(256):
         # The derivative of the output by each channel, squared and added up over the tokens.
-        share += (part @ matrix).double().square().sum(0)
-    parts = together(x, weight, weight[:, None])
-    found = steps.losses(parts, centre, tried, share.float(), escapes=True)
+        importance += (part @ matrix).double().square().sum(0)
+    parts = zip_chunks(x, weight, weight[:, None])
+    found = step_search.losses(parts, centre, tried, importance.float(), escapes=True)
     return EscapeCosts(found.error.cpu(), found.escape[0].cpu())
 
 

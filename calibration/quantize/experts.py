@@ -16,17 +16,17 @@ from torch.nn.functional import silu
 
 from calibration.data.token_choice import DrawnTokens
 from calibration.quantize.bias import Means, find_bias, find_means, means_in_any_row
-from calibration.quantize.chunks import together
+from calibration.quantize.chunks import zip_chunks
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import FoundInput, find_input
 from calibration.quantize.layer import (
     DrawnInput,
-    JudgedPart,
+    ReportedTokens,
     full_mask,
     quantize_input,
     split_tensors,
 )
-from calibration.quantize.layer_report import ExpertsFigures, JudgedTokens, LayerRecord, input_record, output_error
+from calibration.quantize.layer_report import ErrorTokens, ExpertsFigures, LayerFigures, input_figures, output_error
 from calibration.quantize.massive_tokens import MassiveTokens, find_massive
 from calibration.quantize.moments import Moments
 from calibration.quantize.observation import InputCollector, Routing
@@ -43,7 +43,7 @@ FEW_TOKENS = 256
 # Damping of the factor of the experts' weights, as a fraction of their mean energy.
 FACTOR_DAMPING = 1e-6
 
-# Weights of one expert by the last part of their names: gate and up [I, K], down [K, I].
+# Weights of one expert by the last part of their names: gate and up [intermediate, K], down [K, intermediate].
 LoadExpert = Callable[[int], Mapping[str, Tensor]]
 
 
@@ -63,7 +63,7 @@ class QuantizedExperts:
     """
 
     tensors: dict[str, dict[str, Tensor]]
-    record: ExpertsFigures
+    figures: ExpertsFigures
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _QuantizedExpert:
 
     tensors: dict[str, dict[str, Tensor]]
     # Output error of gate and up, and the figures of down; None if no drawn token chose the expert.
-    figures: tuple[float, LayerRecord] | None
+    figures: tuple[float, LayerFigures] | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _Chosen:
     # The share of the tokens that chose it in its moments.
     share: float
     # Both as samples; borrowed tokens weigh 1 - share in the second.
-    judged: JudgedPart
+    reported: ReportedTokens
     tokens: DrawnTokens
 
 
@@ -137,8 +137,8 @@ def _quantize_expert(layer: _Layer, expert: int, weights: Mapping[str, Tensor]) 
     linears = {kind: f"{layer.name}.{expert}.{kind}" for kind in (GATE, UP, DOWN)}
     tensors, error, inner = _quantize_gate_up(layer, chosen, linears, weights, recipe)
     shards = {linears[DOWN]: weights[DOWN]}
-    down = quantize_input(inner, chosen.tokens, shards, layer.spec, recipe, chosen.judged)[linears[DOWN]]
-    return _QuantizedExpert({**tensors, linears[DOWN]: down.tensors}, (error, down.record) if seen else None)
+    down = quantize_input(inner, chosen.tokens, shards, layer.spec, recipe, chosen.reported)[linears[DOWN]]
+    return _QuantizedExpert({**tensors, linears[DOWN]: down.tensors}, (error, down.figures) if seen else None)
 
 
 def _find_layer(
@@ -150,7 +150,7 @@ def _find_layer(
     recipe: Recipe,
 ) -> _Layer:
     """Grid, rows and codes of the one input of gate and up, and its pooled moments."""
-    x, target, processes = drawn.input.observation.drawn, drawn.input.target, tokens.processes
+    x, x16, processes = drawn.input.observation.drawn, drawn.input.sixteen_bit, tokens.processes
     settings = spec.experts[name].layers(name)
     first = settings[input_holder(name)]
     # In place of the weights of all experts: a matrix that gives every error and column norm the same size.
@@ -165,13 +165,13 @@ def _find_layer(
         recipe,
         full_mask=full_mask(first, [input_holder(name)], recipe),
     )
-    coded = code_tokens(x, tokens, massive.own, found, spec)
+    coded = code_tokens(x, tokens, massive.local, found, spec)
     fitted = weigh_massive_alike(coded, processes)
-    pooled = gather_moments(fitted, target, factor[:, coded.order], processes)
-    means = find_means(pooled, coded, x, target, massive.own, processes)
-    own = replace(spec, layers=settings, experts={})
+    pooled = gather_moments(fitted, x16, factor[:, coded.order], processes)
+    means = find_means(pooled, coded, x, x16, massive.local, processes)
+    of_experts = replace(spec, layers=settings, experts={})
     dtype = getattr(torch, recipe.dtype)
-    return _Layer(name, own, recipe, tokens, drawn, massive, found, coded, fitted, pooled, means, dtype)
+    return _Layer(name, of_experts, recipe, tokens, drawn, massive, found, coded, fitted, pooled, means, dtype)
 
 
 def _gram(load: LoadExpert, count: int, tokens: DrawnTokens, device: torch.device, width: int) -> Tensor:
@@ -217,10 +217,10 @@ def _choose(layer: _Layer, expert: int) -> _Chosen:
     present = tokens.modality[served].unique().tolist()
     counts = {row: max(1, int(routing.counts[row, expert])) for row in present}
     of_routed = {row: counts[row] for row in tokens.modality[routed].unique().tolist()}
-    judged = tokens.part(routed, tokens.weight[routed], of_routed)
+    reported = tokens.part(routed, tokens.weight[routed], of_routed)
     within = (torch.isin(served, routed)).nonzero().flatten()
     all_served = tokens.part(served, weight[served], counts)
-    return _Chosen(routed, served, share, JudgedPart(judged, within, all_served.local_places(within)), all_served)
+    return _Chosen(routed, served, share, ReportedTokens(reported, within, all_served.local_places(within)), all_served)
 
 
 def _plain(recipe: Recipe) -> Recipe:
@@ -236,17 +236,17 @@ def _quantize_gate_up(
     shards = {linears[kind]: weights[kind] for kind in (GATE, UP)}
     matrix = torch.cat([weight.to(coded.codes.device, torch.float32) for weight in shards.values()])[:, coded.order]
     routed = layer.tokens.local_places(chosen.routed).to(coded.codes.device)
-    target = layer.drawn.input.target
-    part, part_target = coded.part(routed), target[routed]
-    moments = gather_moments(layer.fitted.part(routed), part_target, matrix, processes)
+    x16 = layer.drawn.input.sixteen_bit
+    part, part_x16 = coded.part(routed), x16[routed]
+    moments = gather_moments(layer.fitted.part(routed), part_x16, matrix, processes)
     moments.mix(layer.pooled, chosen.share)
     means = _means(layer, chosen, routed, moments)
     step = layer.found.grids.grid.step.to(matrix.device)[coded.order]
     served = round_weights(matrix, step, moments, layer.spec.layers[linears[GATE]], recipe, processes)
     any_massive = bool(layer.massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, 1, any_massive=any_massive))
-    judged = JudgedTokens.of(part, part_target, chosen.judged.tokens)
-    error = output_error(judged, matrix, served.matrix, bias.sum(0), processes)
+    error_tokens = ErrorTokens.of(part, part_x16, chosen.reported.tokens)
+    error = output_error(error_tokens, matrix, served.matrix, bias.sum(0), processes)
     inner = _inner_input(layer, chosen, matrix, served.matrix, bias.sum(0), linears[DOWN])
     return split_tensors(shards, served, bias[:, coded.sets.of_row]), error, inner
 
@@ -256,13 +256,13 @@ def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> 
     code, value = moments.means()
     if not layer.coded.sets.any_modality_only:
         code[0], value[0] = layer.means.code[0], layer.means.value[0]
-        ordinary = routed[~layer.massive.own.to(routed.device)[routed]]
+        ordinary = routed[~layer.massive.local.to(routed.device)[routed]]
         if chosen.routed.numel() and not bool(layer.massive.all[chosen.routed].all()):
-            x, target = layer.drawn.input.observation.drawn, layer.drawn.input.target
-            own = means_in_any_row(layer.coded, x, target, ordinary, layer.tokens.processes)
+            x, x16 = layer.drawn.input.observation.drawn, layer.drawn.input.sixteen_bit
+            routed_means = means_in_any_row(layer.coded, x, x16, ordinary, layer.tokens.processes)
             code[0], value[0] = (
                 chosen.share * mine + (1 - chosen.share) * pooled
-                for mine, pooled in zip(own, (code[0], value[0]), strict=True)
+                for mine, pooled in zip(routed_means, (code[0], value[0]), strict=True)
             )
     return Means(code, value)
 
@@ -270,13 +270,14 @@ def _means(layer: _Layer, chosen: _Chosen, routed: Tensor, moments: Moments) -> 
 def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor, bias: Tensor, name: str) -> DrawnInput:
     """The input of down on the expert's tokens, borrowed ones included.
 
-    matrix and served [2I, K] are the 16-bit and the served weights of gate and up, bias [S, 2I] those of sets.
+    matrix and served [2 intermediate, K] are the 16-bit and the served weights of gate and up.
+    bias [sets, 2 intermediate] are those of sets.
     """
-    own = layer.tokens.local_places(chosen.served).to(matrix.device)
-    coded, outlying = layer.coded.part(own), layer.drawn.input.outlying[own.cpu()]
-    target = layer.drawn.input.target[own]
+    local = layer.tokens.local_places(chosen.served).to(matrix.device)
+    coded, outlying = layer.coded.part(local), layer.drawn.input.outlying[local.cpu()]
+    x16 = layer.drawn.input.sixteen_bit[local]
     wanted, found = [matrix.new_zeros(0, matrix.shape[0] // 2)], [matrix.new_zeros(0, matrix.shape[0] // 2)]
-    for codes, gain, sets, values in together(coded.codes, coded.gain, coded.token_set, target):
+    for codes, gain, sets, values in zip_chunks(coded.codes, coded.gain, coded.token_set, x16):
         gated = (codes.float() * gain[:, None]) @ served.T + bias[sets]
         found.append(_gated(gated, layer.dtype))
         wanted.append(_gated(values.index_select(1, coded.order) @ matrix.T, layer.dtype))
@@ -289,14 +290,17 @@ def _inner_input(layer: _Layer, chosen: _Chosen, matrix: Tensor, served: Tensor,
 
 
 def _gated(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
-    """silu(gate) * up in float32 [T, I], each rounded to `dtype` as in numerics.experts; gate_up is [T, 2I]."""
+    """silu(gate) * up in float32 [tokens, intermediate], each rounded to `dtype` as in numerics.experts.
+
+    gate_up is [tokens, 2 intermediate].
+    """
     gate, up = gate_up.to(dtype).chunk(2, dim=1)
     return (silu(gate) * up).float()
 
 
 def _figures(layer: _Layer, experts: Sequence[_QuantizedExpert]) -> ExpertsFigures:
     drawn = layer.drawn.routing.chosen.sum(0).tolist()
-    record = input_record(layer.coded, layer.tokens, layer.massive.all, layer.found, layer.spec.rows)
+    of_input = input_figures(layer.coded, layer.tokens, layer.massive.all, layer.found, layer.spec.rows)
     figures = [expert.figures for expert in experts]
     known = [found[0] for found in figures if found is not None]
     return ExpertsFigures(
@@ -304,7 +308,7 @@ def _figures(layer: _Layer, experts: Sequence[_QuantizedExpert]) -> ExpertsFigur
         drawn_tokens=drawn,
         few=sum(0 < count < FEW_TOKENS for count in drawn),
         none=sum(count == 0 for count in drawn),
-        input=replace(record, output_error=sum(known) / len(known) if known else 0.0),
+        input=replace(of_input, output_error=sum(known) / len(known) if known else 0.0),
         gate_up_error=[None if found is None else found[0] for found in figures],
         down_error=[None if found is None else found[1].output_error for found in figures],
         down_escape_rate=[None if found is None else found[1].escape_rate["all"] for found in figures],

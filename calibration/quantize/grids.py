@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from calibration.data.token_choice import DrawnTokens
-from calibration.quantize import step_search as steps
-from calibration.quantize.chunks import together
+from calibration.quantize import step_search
+from calibration.quantize.chunks import zip_chunks
 from calibration.quantize.massive_tokens import MassiveIntervals, MassiveTokens
 from calibration.quantize.modality_rows import ModalityRow, RowChoice, RowTokens, choose_row, row_tokens
 from calibration.quantize.observation import Observation
@@ -35,7 +35,7 @@ class InputGrids:
     rows: dict[int, ModalityRow] = field(default_factory=dict)
 
     @property
-    def own(self) -> list[int]:
+    def separate(self) -> list[int]:
         """The modalities with a separate row."""
         return [row for row, found in self.rows.items() if found.choice.own]
 
@@ -50,8 +50,8 @@ class Evidence:
     # Statistics of every token that the common grid serves, and of every token that a modality's row would serve.
     pooled: ChannelStatistics
     by_modality: dict[int, ChannelStatistics]
-    # Every n-th drawn token: values [t, K], weights [t] and modalities [t]. None for the reference's grid.
-    sample: tuple[Tensor, Tensor, Tensor] | None
+    # Every n-th drawn token: values [searched, K], weights and modalities [searched]. None for the reference's grid.
+    searched: tuple[Tensor, Tensor, Tensor] | None
     # By modality; empty if no modality can have a separate row.
     rows: dict[int, RowTokens] = field(default_factory=dict)
     # Mask and grid by the authors' search.
@@ -81,8 +81,8 @@ def find_input(
 
     With `full_mask`, every channel may escape in the reference's grid.
     """
-    evidence = gather_evidence(observation, tokens, massive.own, recipe, len(spec.rows) - 1, full_mask=full_mask)
-    massive_x = tokens.all_gather(observation.drawn, tokens.all_gather(massive.own).nonzero().flatten())
+    evidence = gather_evidence(observation, tokens, massive.local, recipe, len(spec.rows) - 1, full_mask=full_mask)
+    massive_x = tokens.all_gather(observation.drawn, tokens.all_gather(massive.local).nonzero().flatten())
 
     def find() -> FoundInput:
         grids = find_grids(evidence, matrix, recipe)
@@ -100,7 +100,7 @@ def gather_evidence(
 ) -> Evidence:
     """The evidence for an input's grids, on the device of the observed tokens.
 
-    `observation` and massive, bool [local T], are of this process's drawn tokens.
+    `observation` and massive, bool [local drawn], are of this process's drawn tokens.
     """
     x = observation.drawn
     # Which of all drawn tokens are ordinary.
@@ -108,13 +108,13 @@ def gather_evidence(
     ordinary = (~all_massive).nonzero().flatten()
     by_modality = {row: statistics for row, statistics in observation.statistics.items() if row != massive_row}
     # If no intervals recognize massive tokens, this grid serves them too.
-    together_with = (
+    recognized_by_none = (
         [] if bool(all_massive.any()) else [s for r, s in observation.statistics.items() if r == massive_row]
     )
-    pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *together_with])
+    pooled = reduce(ChannelStatistics.merge, [*by_modality.values(), *recognized_by_none])
     if recipe.grid == "reference":
-        own = (~massive).nonzero().flatten()
-        parts = together(x[own], tokens.local(tokens.weight).to(x.device)[own])
+        local = (~massive).nonzero().flatten()
+        parts = zip_chunks(x[local], tokens.local(tokens.weight).to(x.device)[local])
         found = reference_grid(
             list(by_modality.values()), pooled, parts, recipe, full_mask=full_mask, processes=tokens.processes
         )
@@ -122,27 +122,27 @@ def gather_evidence(
     weight, modality = (value[ordinary].to(x.device) for value in (tokens.weight, tokens.modality))
     # Every n-th token, so each modality keeps the share that its weights give it.
     stride = max(1, ordinary.numel() // SEARCH_TOKENS)
-    sample = tokens.all_gather(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
+    searched = tokens.all_gather(x, ordinary[::stride]), weight[::stride] / weight[::stride].sum(), modality[::stride]
     present = modality.unique().tolist()
     if not recipe.modality_rows or len(present) < 2:
-        return Evidence(pooled, by_modality, sample)
+        return Evidence(pooled, by_modality, searched)
     reach, rows = {}, {}
     for row in present:
-        reach[row] = reduce(ChannelStatistics.merge, [by_modality[row], *together_with])
+        reach[row] = reduce(ChannelStatistics.merge, [by_modality[row], *recognized_by_none])
         chosen = ordinary[modality.cpu() == row]
         rows[row] = RowTokens(chosen.numel(), *(tokens.all_gather(x, part) for part in row_tokens(chosen)))
-    return Evidence(pooled, reach, sample, rows)
+    return Evidence(pooled, reach, searched, rows)
 
 
 def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids:
     """Grids of one input's ordinary tokens; matrix [N, K] on their device."""
     if evidence.reference is not None:
         return InputGrids(*evidence.reference)
-    assert evidence.sample is not None
-    part, part_weight, modality = evidence.sample
-    grid = steps.budget_grid(
-        together(part, part_weight, _modality_shares(modality, part_weight)),
-        steps.centres(part),
+    assert evidence.searched is not None
+    part, part_weight, modality = evidence.searched
+    grid = step_search.budget_grid(
+        zip_chunks(part, part_weight, _modality_shares(modality, part_weight)),
+        step_search.centres(part),
         evidence.pooled.minimum,
         evidence.pooled.maximum,
         matrix.square().sum(0),
@@ -159,7 +159,7 @@ def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids
 
 
 def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
-    """Share of each token in the mean over its modality's tokens, float32 [T, modalities]; else 0."""
+    """Share of each token in the mean over its modality's tokens, float32 [searched, modalities]; else 0."""
     columns = [torch.where(modality == row, weight, 0.0) for row in modality.unique()]
     return torch.stack([column / column.sum() for column in columns], 1)
 
@@ -167,10 +167,10 @@ def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
 def input_tensors(
     massive: Tensor, grids: InputGrids, order: Tensor, intervals: MassiveIntervals, rows: int, any_row: int
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive [T, K] are massive tokens."""
+    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive is [tokens, K]."""
     grid, mask = grids.grid, grids.mask
     centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
-    for row in grids.own:
+    for row in grids.separate:
         centre[row], gain[row] = grids.rows[row].centre, grids.rows[row].choice.gain
     if massive.shape[0]:
         centre[-1] = massive.mean(0)

@@ -19,14 +19,14 @@ from morphoquant_vllm.numerics import weights
 
 # Columns whose changes are applied to the later columns at once. Within them the beam search keeps several choices.
 BLOCK_COLUMNS = 1024
-# Columns of a block whose changes are applied to the block's later columns at once: few enough that the columns which
-# every group changes stay in the cache, many enough for fast products.
+# Columns of a block whose changes are applied to the block's later columns at once. They are few enough that the
+# columns which every group changes stay in the cache. They are many enough for fast products.
 RUN_COLUMNS = 128
 # Choices of codes and scales of an output channel that are kept from one group of a block to the next.
 BEAM = 4
 # Output channels whose groups are searched at once, and those whose groups are improved at once. The latter have fewer
 # candidates, and no beam. More would be faster, and set the peak of memory.
-SEARCH_ROWS, IMPROVE_ROWS = 512, 2048
+SEARCH_OUTPUTS, IMPROVE_OUTPUTS = 512, 2048
 # Factor by which the damping grows if a factorisation fails for lack of digits.
 MORE_DAMPING = 10.0
 
@@ -65,27 +65,27 @@ def ordered(damped: Tensor, group_size: int) -> Ordered:
 
 
 def compensate(
-    target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None = None
+    fitted: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes as floats [N, K] and scale float32 [N, K/G] of `target` [N, K]; damped [K, K] is the Hessian.
+    """Codes as floats [N, K] and scale float32 [N, K/G] of `fitted` [N, K]; damped [K, K] is the Hessian.
 
     `taken`: as from `ordered`, which is called if it is None.
     """
     group_order, order, upper = taken or ordered(damped, group_size)
     energy = damped.diagonal()[order].view(-1, group_size)
     # Transposed, a column of the weights is contiguous: one column is processed at a time.
-    remaining = target.T[order].contiguous()
-    scale = torch.empty(energy.shape[0], target.shape[0], device=target.device)
+    remaining = fitted.T[order].contiguous()
+    scale = torch.empty(energy.shape[0], fitted.shape[0], device=fitted.device)
     groups = max(1, BLOCK_COLUMNS // group_size)
     for first in range(0, scale.shape[0], groups):
-        own = slice(first, first + groups)
+        span = slice(first, first + groups)
         start, end = first * group_size, min((first + groups) * group_size, remaining.shape[0])
         block, factor = remaining[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
-        for row in range(0, target.shape[0], SEARCH_ROWS):
-            rows = slice(row, row + SEARCH_ROWS)
-            found = _search_block(block[:, rows], factor, energy[own], allowed.rows(rows))
-            block[:, rows], errors[:, rows], scale[own, rows] = found
+        for output in range(0, fitted.shape[0], SEARCH_OUTPUTS):
+            outputs = slice(output, output + SEARCH_OUTPUTS)
+            found = _search_block(block[:, outputs], factor, energy[span], allowed.of_outputs(outputs))
+            block[:, outputs], errors[:, outputs], scale[span, outputs] = found
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     codes, natural = torch.empty_like(remaining), torch.empty_like(scale)
     codes[order], natural[group_order] = remaining, scale
@@ -147,7 +147,7 @@ def _compensated(rest: Tensor, factor: Tensor, choice: _Choice) -> Tensor:
 def _keep_best(codes: Tensor, errors: Tensor, candidates: Tensor, loss: Tensor) -> tuple[_Choice, Tensor]:
     """The BEAM best of all candidates of all choices so far, best first, and their losses [beam, n].
 
-    codes and errors are [G, C, beam, n], candidates [C, beam, n], loss [beam, n].
+    codes and errors are [G, candidates, beam, n], candidates [candidates, beam, n], loss [beam, n].
     """
     total = errors.square().sum(0) + loss
     # Equal candidates are kept once: copies would displace other choices.
@@ -175,7 +175,7 @@ def _trace_back(choices: list[_Choice], at: Tensor) -> _Choice:
 
 
 def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors [G, C, ...] of weights [G, ...] for each candidate scale [C, ...].
+    """Codes and errors [G, candidates, ...] of weights [G, ...] for each candidate scale [candidates, ...].
 
     The later columns compensate for each column's error. factor [G, G]: the upper factor of the inverse Hessian. The
     sum of the squared errors is the loss.
@@ -192,24 +192,29 @@ def round_group(weight: Tensor, factor: Tensor, candidates: Tensor) -> tuple[Ten
 
 
 def improve(
-    target: Tensor, damped: Tensor, codes: Tensor, scale: Tensor, allowed: AllowedScales
+    fitted: Tensor, damped: Tensor, codes: Tensor, scale: Tensor, allowed: AllowedScales
 ) -> tuple[Tensor, Tensor]:
     """Codes as floats [N, K] and scale [N, K/G] of less loss: each group in turn, with the others fixed."""
     groups = scale.shape[1]
     group_size = codes.shape[1] // groups
     codes, scale = codes.T.contiguous(), scale.T.contiguous()
-    gradient = damped @ (target.T - codes * scale.repeat_interleave(group_size, 0))
+    gradient = damped @ (fitted.T - codes * scale.repeat_interleave(group_size, 0))
     together = max(1, BLOCK_COLUMNS // group_size)
     for first in range(0, groups, together):
-        own = slice(first, first + together)
+        span = slice(first, first + together)
         columns = slice(first * group_size, min(first + together, groups) * group_size)
         local = damped[columns, columns]
         factors = [_ordered_factor(part) for part in _diagonal_blocks(local, group_size)]
         changes = torch.empty_like(gradient[columns])
-        for row in range(0, target.shape[0], IMPROVE_ROWS):
-            rows = slice(row, row + IMPROVE_ROWS)
-            changes[:, rows] = _improve_block(
-                gradient[columns, rows], local, factors, codes[columns, rows], scale[own, rows], allowed.rows(rows)
+        for output in range(0, fitted.shape[0], IMPROVE_OUTPUTS):
+            outputs = slice(output, output + IMPROVE_OUTPUTS)
+            changes[:, outputs] = _improve_block(
+                gradient[columns, outputs],
+                local,
+                factors,
+                codes[columns, outputs],
+                scale[span, outputs],
+                allowed.of_outputs(outputs),
             )
         gradient[columns.stop :].addmm_(damped[columns, columns.stop :].T, changes, alpha=-1)
     return codes.T.contiguous(), scale.T.contiguous()
@@ -235,7 +240,8 @@ def _improve_block(
 ) -> Tensor:
     """Improve the groups of a block in place; returns the change of its weights [columns, n].
 
-    gradient [columns, n]: target less weights, times the Hessian; local [columns, columns]: the Hessian of the block.
+    gradient [columns, n]: fitted less served weights, times the Hessian. local [columns, columns]: the Hessian of the
+    block.
     """
     gradient, changes = gradient.clone(), torch.empty_like(gradient)
     size = codes.shape[0] // scale.shape[0]
@@ -243,9 +249,9 @@ def _improve_block(
     for start in range(0, codes.shape[0], run):
         end = min(start + run, codes.shape[0])
         for group in range(start // size, end // size):
-            own = slice(group * size, (group + 1) * size)
-            changes[own] = _improve_group(gradient[own], *factors[group], codes[own], scale[group], allowed)
-            gradient[own.stop : end].addmm_(local[own, own.stop : end].T, changes[own], alpha=-1)
+            span = slice(group * size, (group + 1) * size)
+            changes[span] = _improve_group(gradient[span], *factors[group], codes[span], scale[group], allowed)
+            gradient[span.stop : end].addmm_(local[span, span.stop : end].T, changes[span], alpha=-1)
         gradient[end:].addmm_(local[start:end, end:].T, changes[start:end], alpha=-1)
     return changes
 

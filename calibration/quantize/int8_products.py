@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """left.T @ right of codes int8 [T, I] and [T, J]: int32 [I, J], or float32 without exact int8 products.
+    """left.T @ right of codes int8 [tokens, left] and [tokens, right]: int32 [left, right].
 
-    float32 sums are exact up to 2^24.
+    Without exact int8 products the result is float32. float32 sums are exact up to 2^24.
     """
     if left.device.type == "cpu" and has_exact_products():
         return torch._int_mm(left.T, right)

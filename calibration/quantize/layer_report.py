@@ -27,7 +27,7 @@ RUN_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerFigures:
     """The figures of one quantized linear in the report."""
 
     # Codes outside [-8, 7] as a fraction of all codes, by row name; "all" counts tokens as they occur in the data.
@@ -56,7 +56,7 @@ class ExpertsFigures:
     few: int
     none: int
     # Of the one input of gate and up; its output_error is the mean over experts.
-    input: LayerRecord
+    input: LayerFigures
     # Output errors of gate and up together, and of down, over the tokens that chose the expert; None without any.
     gate_up_error: list[float | None]
     down_error: list[float | None]
@@ -70,35 +70,35 @@ class ExpertsFigures:
 
 
 @dataclass(frozen=True)
-class JudgedTokens:
+class ErrorTokens:
     """This process's tokens on which the output error is measured, with K in channel order."""
 
-    # Codes times gain, and 16-bit values: float32 [T, K].
+    # Codes times gain, and 16-bit values: float32 [tokens, K].
     codes: Tensor
-    target: Tensor
-    # The set of each token, int64 [T], and its weight, float32 [T].
+    sixteen_bit: Tensor
+    # The set of each token, int64 [tokens], and its weight, float32 [tokens].
     token_set: Tensor
     weight: Tensor
 
     @staticmethod
-    def of(coded: CodedTokens, target: Tensor, tokens: DrawnTokens) -> JudgedTokens:
-        """Every n-th token of all processes; target [local T, K] is in natural order."""
+    def of(coded: CodedTokens, x16: Tensor, tokens: DrawnTokens) -> ErrorTokens:
+        """Every n-th token of all processes; x16 [local drawn, K] is in natural order."""
         stride = max(1, tokens.modality.numel() // ERROR_TOKENS)
-        return JudgedTokens(
+        return ErrorTokens(
             codes=tokens.every(coded.codes, stride).float() * tokens.every(coded.gain, stride)[:, None],
-            target=tokens.every(target, stride).index_select(1, coded.order),
+            sixteen_bit=tokens.every(x16, stride).index_select(1, coded.order),
             token_set=tokens.every(coded.token_set, stride),
             weight=tokens.every(coded.weight, stride),
         )
 
 
-def input_record(
+def input_figures(
     coded: CodedTokens, tokens: DrawnTokens, massive: Tensor, found: FoundInput, row_names: tuple[str, ...]
-) -> LayerRecord:
-    """The figures common to the linears that share an input, without output_error; massive, bool [T], of all tokens."""
+) -> LayerFigures:
+    """The figures common to the linears that share an input, without output_error; massive is bool [drawn]."""
     guard_raise = found.grids.grid.guard_raise
     masked = found.tensors["modality_mask"].sum(1).tolist()
-    return LayerRecord(
+    return LayerFigures(
         escape_rate=escape_rates(coded.codes, tokens, massive, row_names),
         output_error=0.0,
         masked_channels=dict(zip(row_names, masked, strict=True)),
@@ -110,12 +110,12 @@ def input_record(
 
 
 def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names: tuple[str, ...]) -> dict[str, float]:
-    """Escapes as a fraction of codes [local T, K], as LayerRecord holds them.
+    """Escapes as a fraction of codes [local drawn, K], as LayerFigures holds them.
 
-    massive, bool [T]: the tokens of all processes that took the last row.
+    massive, bool [drawn]: the tokens of all processes that took the last row.
     """
-    own = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
-    per_token = tokens.all_gather(own).cpu()
+    local = torch.cat([activation.escapes(part).float().mean(1) for part in chunks(codes)])
+    per_token = tokens.all_gather(local).cpu()
     rates = {row: float(per_token[tokens.modality == row].mean()) for row in tokens.counts}
     total = sum(tokens.counts.values())
     overall = sum(rates[row] * count / total for row, count in tokens.counts.items())
@@ -125,16 +125,16 @@ def escape_rates(codes: Tensor, tokens: DrawnTokens, massive: Tensor, row_names:
     return {**named, "all": overall}
 
 
-def escape_warning(layer: str, record: LayerRecord, recipe: Recipe, drawn: Mapping[str, int]) -> str | None:
+def escape_warning(layer: str, figures: LayerFigures, recipe: Recipe, drawn: Mapping[str, int]) -> str | None:
     """A sentence about a layer whose escape rate is far above the budget; None if it is not, or without a budget.
 
     `drawn` counts the drawn tokens by row name. Massive tokens are not judged: they may escape on every channel.
     """
     if recipe.grid != "budget" or not recipe.escape_budget:
         return None
-    massive = record.escape_rate.get(MASSIVE_ROW, 0.0) * record.massive_tokens
+    massive = figures.escape_rate.get(MASSIVE_ROW, 0.0) * figures.massive_tokens
     # As if all massive tokens were of this modality.
-    rates = {row: record.escape_rate[row] - massive / count for row, count in drawn.items() if count}
+    rates = {row: figures.escape_rate[row] - massive / count for row, count in drawn.items() if count}
     row = max(rates, key=lambda name: rates[name])
     if rates[row] <= FAR_ABOVE * recipe.escape_budget:
         return None
@@ -145,14 +145,14 @@ def escape_warning(layer: str, record: LayerRecord, recipe: Recipe, drawn: Mappi
 
 
 def output_error(
-    judged: JudgedTokens, matrix: Tensor, served: Tensor, bias: Tensor, processes: Processes = ONE
+    tokens: ErrorTokens, matrix: Tensor, served: Tensor, bias: Tensor, processes: Processes = ONE
 ) -> float:
     """Weighted relative error of the served layer's output against that of the 16-bit weights `matrix` [N, K].
 
-    served is float32 [N, K], bias [S, N] by set of tokens. Each process has some of the tokens.
+    served is float32 [N, K], bias [sets, N] by set of tokens. Each process has some of the tokens.
     """
     error = power = 0.0
-    values_of = (judged.codes, judged.target, judged.token_set, judged.weight)
+    values_of = (tokens.codes, tokens.sixteen_bit, tokens.token_set, tokens.weight)
     for part, values, which, weight in zip(*(value.split(RUN_TOKENS) for value in values_of), strict=True):
         expected = values @ matrix.T
         found = part @ served.T + bias[which]

@@ -18,7 +18,7 @@ from calibration.processes import ONE, Processes
 from morphoquant_vllm.format.layers import MASSIVE_CHANNELS
 from morphoquant_vllm.numerics.activation import is_massive
 
-# A token is a candidate if the norm of its residual stream is this many times the median of its modality, ...
+# A token is outlying if the norm of its residual stream is this many times the median of its modality, ...
 NORM_RATIO = 8.0
 # ... unless more than this fraction of the tokens qualify: then they are not exceptional.
 MAX_SHARE = 0.1
@@ -34,7 +34,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class MassiveIntervals(NamedTuple):
-    """The format's massive_channel int32, massive_low and massive_high float32, each [B, J]."""
+    """The format's massive_channel int32, massive_low and massive_high float32, each [blocks, MASSIVE_CHANNELS]."""
 
     channel: Tensor
     low: Tensor
@@ -46,42 +46,42 @@ class MassiveTokens:
     """The drawn tokens that the massive row serves."""
 
     intervals: MassiveIntervals
-    # Among this process's tokens, bool [local T], on their device.
-    own: Tensor
-    # Among the tokens of all processes, bool [T], on the CPU.
+    # Among this process's tokens, bool [local drawn], on their device.
+    local: Tensor
+    # Among the tokens of all processes, bool [drawn], on the CPU.
     all: Tensor
 
 
 def find_massive(x: Tensor, outlying: Tensor, blocks: int, tokens: DrawnTokens, *, wanted: bool) -> MassiveTokens:
-    """Intervals that separate the tokens `outlying`, bool [local T], of x [local T, K], and the tokens that they hold.
+    """Intervals that separate the tokens `outlying` of x [local drawn, K], and the tokens that they hold.
 
-    Unless `wanted`, the intervals hold no token.
+    outlying is bool [local drawn]. Unless `wanted`, the intervals hold no token.
     """
     intervals = (
         find_intervals(x, outlying.to(x.device), blocks, tokens.processes)
         if wanted
         else no_intervals(x.shape[1], blocks)
     )
-    own = holds(x, intervals)
-    return MassiveTokens(intervals, own, tokens.all_gather(own).cpu())
+    local = holds(x, intervals)
+    return MassiveTokens(intervals, local, tokens.all_gather(local).cpu())
 
 
-def candidates(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
-    """Tokens with an outlying residual norm, bool [T], from norms [T] and modality ids [T].
+def outlying_tokens(norms: Tensor, modality: Tensor, processes: Processes = ONE) -> Tensor:
+    """Tokens with an outlying residual norm, bool [tokens], from norms [tokens] and modality ids [tokens].
 
     Each process has some of the tokens. They are compared with those of all processes.
     """
     parts = processes.all_gather((norms, modality))
-    found = _candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    found = _outlying_tokens(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return found.split([part.numel() for part, _ in parts])[processes.rank]
 
 
-def _candidates(norms: Tensor, modality: Tensor) -> Tensor:
+def _outlying_tokens(norms: Tensor, modality: Tensor) -> Tensor:
     found = torch.zeros_like(norms, dtype=torch.bool)
     for row in modality.unique():
-        own = modality == row
-        outlying = own & (norms > NORM_RATIO * norms[own].median())
-        if int(outlying.sum()) <= MAX_SHARE * int(own.sum()):
+        of_row = modality == row
+        outlying = of_row & (norms > NORM_RATIO * norms[of_row].median())
+        if int(outlying.sum()) <= MAX_SHARE * int(of_row.sum()):
             found |= outlying
     return found
 
@@ -94,10 +94,11 @@ def no_intervals(in_features: int, blocks: int) -> MassiveIntervals:
 
 
 def find_intervals(x: Tensor, massive: Tensor, blocks: int, processes: Processes = ONE) -> MassiveIntervals:
-    """Intervals of a few channels of x float32 [T, K] that separate the tokens `massive`, bool [T], from the others.
+    """Intervals of a few channels of x float32 [drawn, K] that separate the tokens `massive` from the others.
 
-    Each of `blocks` equal blocks of K gets a set of intervals of its channels, since a tensor-parallel rank sees no
-    others. If no channels of a block separate the tokens, its intervals hold no token. Each process has some tokens.
+    massive is bool [drawn]. Each of `blocks` equal blocks of K gets a set of intervals of its channels, since a
+    tensor-parallel rank sees no others. If no channels of a block separate the tokens, its intervals hold no token.
+    Each process has some tokens.
     """
     intervals = no_intervals(x.shape[1], blocks)
     inside, outside = (_count(int(which.sum()), processes) for which in (massive, ~massive))
@@ -123,17 +124,17 @@ def _extreme(values: Tensor, operation: str, processes: Processes) -> Tensor:
     """The MIN or MAX over the values [tokens, K] of all processes, by channel; infinite without tokens."""
     least = operation == "MIN"
     none = values.new_full(values.shape[1:], float("inf") if least else -float("inf"))
-    own = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
-    return processes.all_reduce(own, operation)
+    local = (values.amin(0) if least else values.amax(0)) if values.shape[0] else none
+    return processes.all_reduce(local, operation)
 
 
 def _separate(
     massive: Tensor, others: Tensor, allowed: float, processes: Processes
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Channel int32, low and high [J] for one block, from values [tokens, K/B]; None if no J channels suffice.
+    """Channel int32, low and high [MASSIVE_CHANNELS] for one block, from values [tokens, K/blocks].
 
-    At most `allowed` other tokens may lie inside. If fewer than J channels suffice, the other intervals hold every
-    finite value. Minima, maxima and counts are exact, so all processes get the same result.
+    None if as many channels do not suffice: at most `allowed` other tokens may lie inside. If fewer suffice, the other
+    intervals hold every finite value. Minima, maxima and counts are exact, so all processes get the same result.
     """
     channel = torch.zeros(MASSIVE_CHANNELS, dtype=torch.int32)
     low, high = torch.full((MASSIVE_CHANNELS,), -LARGEST), torch.full((MASSIVE_CHANNELS,), LARGEST)
@@ -172,5 +173,5 @@ def _nearest(others: Tensor, lowest: Tensor, highest: Tensor, processes: Process
 
 
 def holds(x: Tensor, intervals: MassiveIntervals) -> Tensor:
-    """Whether the intervals recognize each token of x [T, K] as massive, bool [T]."""
+    """Whether the intervals recognize each token of x [tokens, K] as massive, bool [tokens]."""
     return is_massive(x, *(field.to(x.device) for field in intervals))

@@ -1,7 +1,7 @@
 """A separate row for a modality: its centre and gain, if held-out tokens show that it lowers the error. Pure.
 
 All rows of a layer share the steps, since the weights absorb them. A modality can have a separate centre, gain and
-bias: the place of its grid, the width of all its steps, and the correction of its mean error.
+bias. These are the place of its grid, the width of all its steps, and the correction of its mean error.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.quantize import step_search as steps
+from calibration.quantize import step_search
 from morphoquant_vllm.numerics.activation import GUARD_CODES, Grid, code_limits, escapes
 
 # With fewer tokens, neither the search of a row nor its judgement is reliable.
 MIN_TOKENS = 64
 # The most tokens on which a row is searched, and the most on which it is judged.
-SEARCH_TOKENS = 512
+ROW_TOKENS = 512
 # The drawn tokens are cut into this many runs, used for search and judgement in turns: neighbours are much alike.
 RUNS = 8
 # Gains to choose from: around 1, the gain of the row that serves any token.
@@ -28,6 +28,7 @@ GAINS = torch.logspace(-3, 1, 33, base=2.0)
 class RowChoice:
     """Whether a modality has a separate row in a layer or shares `any`, and why."""
 
+    # Field names are those of the report; "own" is its word for a separate row.
     own: bool
     reason: str
     # Gain of the row that serves the modality.
@@ -42,24 +43,24 @@ class RowChoice:
 
 @dataclass(frozen=True)
 class RowTokens:
-    """A modality's ordinary tokens: their number, and those [T, K] on which a row is searched and judged."""
+    """A modality's ordinary tokens: their number, and those [tokens, K] on which a row is searched and judged."""
 
     count: int
-    sought: Tensor
+    searched: Tensor
     held: Tensor
 
     @staticmethod
     def of(x: Tensor) -> RowTokens:
-        """Split all ordinary tokens x [T, K] of a modality."""
-        sought, held = (x[index] for index in row_tokens(torch.arange(x.shape[0])))
-        return RowTokens(x.shape[0], sought, held)
+        """Split all ordinary tokens x [tokens, K] of a modality."""
+        searched, held = (x[index] for index in row_tokens(torch.arange(x.shape[0])))
+        return RowTokens(x.shape[0], searched, held)
 
 
 def row_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The ordinary tokens [T] of a modality, in order, that search a row, and those that judge it."""
+    """The ordinary tokens [tokens] of a modality, in order, that search a row, and those that judge it."""
     runs = tokens.tensor_split(RUNS)
-    sought, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
-    return sought, held
+    searched, held = (_thinned(torch.cat(runs[first::2])) for first in (0, 1))
+    return searched, held
 
 
 @dataclass(frozen=True)
@@ -89,36 +90,37 @@ def choose_row(
     if tokens.count < MIN_TOKENS:
         reason = f"{tokens.count} ordinary tokens, fewer than {MIN_TOKENS}"
         return ModalityRow(grid.centre, RowChoice(False, reason, 1.0))
-    sought, held = tokens.sought, tokens.held
-    share = matrix.square().sum(0)
+    searched, held = tokens.searched, tokens.held
+    importance = matrix.square().sum(0)
     # For a heavy-tailed channel the common centre may be better than the middle of the modality's quantiles.
     _, gain, centre = min(
         (
-            (*_gain(sought, centre, minimum, maximum, grid.step, mask, share, budget), centre)
-            for centre in (grid.centre, steps.centres(sought))
+            (*_gain(searched, centre, minimum, maximum, grid.step, mask, importance, budget), centre)
+            for centre in (grid.centre, step_search.centres(searched))
         ),
         key=lambda found: found[0],
     )
     power = float((held @ matrix.T).square().sum().clamp(min=torch.finfo(torch.float32).tiny))
     errors, rates = [], []
     for row_centre, row_gain in ((grid.centre, 1.0), (centre, gain)):
-        learnt, _ = _rounding(sought, row_centre, grid.step * row_gain, mask)
-        lost, codes = _rounding(held, row_centre, grid.step * row_gain, mask)
+        searched_error, _ = _rounding(searched, row_centre, grid.step * row_gain, mask)
+        held_error, codes = _rounding(held, row_centre, grid.step * row_gain, mask)
         # The bias corrects the mean error, as measured on the tokens of the search.
-        errors.append((float(((lost - learnt.mean(0)) @ matrix.T).square().sum()) / power) ** 0.5)
+        output_error = (held_error - searched_error.mean(0)) @ matrix.T
+        errors.append((float(output_error.square().sum()) / power) ** 0.5)
         rates.append(float(escapes(codes).float().mean()))
-    own = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
-    change = f"error on held-back tokens {errors[1] / errors[0] - 1:+.1%}" if errors[0] else "no error to lower"
-    choice = RowChoice(own, change, gain if own else 1.0, errors[0], errors[1], rates[0], rates[1])
-    return ModalityRow(centre if own else grid.centre, choice)
+    separate = errors[0] > 0 and errors[1] <= (1 - margin) * errors[0]
+    change = f"error on held-out tokens {errors[1] / errors[0] - 1:+.1%}" if errors[0] else "no error to lower"
+    choice = RowChoice(separate, change, gain if separate else 1.0, errors[0], errors[1], rates[0], rates[1])
+    return ModalityRow(centre if separate else grid.centre, choice)
 
 
 def _thinned(x: Tensor) -> Tensor:
-    return x[:: max(1, -(-x.shape[0] // SEARCH_TOKENS))]
+    return x[:: max(1, -(-x.shape[0] // ROW_TOKENS))]
 
 
 def _rounding(x: Tensor, centre: Tensor, step: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rounding errors of x [T, K], and its codes, both float32 [T, K] in natural channel order."""
+    """The rounding errors of x [tokens, K], and its codes, both float32 [tokens, K] in natural channel order."""
     low, high = code_limits(mask)
     distance = x - centre
     codes = torch.minimum(torch.maximum(torch.round(distance / step), low), high)
@@ -132,7 +134,7 @@ def _gain(
     maximum: Tensor,
     step: Tensor,
     mask: Tensor,
-    share: Tensor,
+    importance: Tensor,
     budget: float,
 ) -> tuple[float, float]:
     """Least error and its gain, among gains that keep the budget and masked codes within the guard."""
@@ -142,8 +144,8 @@ def _gain(
     for gain in GAINS.tolist():
         if gain < least:
             continue
-        lost, codes = _rounding(x, centre, step * gain, mask)
-        error = float((lost.square().mean(0) * share).sum())
-        if error < least_error and float(escapes(codes).float().mean()) <= budget:
-            best, least_error = gain, error
+        error, codes = _rounding(x, centre, step * gain, mask)
+        total = float((error.square().mean(0) * importance).sum())
+        if total < least_error and float(escapes(codes).float().mean()) <= budget:
+            best, least_error = gain, total
     return least_error, best

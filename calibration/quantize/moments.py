@@ -11,8 +11,8 @@ from torch import Tensor
 from calibration.processes import Processes
 from calibration.quantize.int8_products import products
 
-# How each field merges over chunks and over processes alike (the names are those of torch.distributed.ReduceOp).
-REDUCTIONS = dict.fromkeys(("weight", "square_weight", "code_sum", "value_sum", "code_code", "code_aim"), "SUM")
+# The fields that are sums over tokens, and so over chunks and processes.
+SUMS = ("weight", "square_weight", "code_sum", "value_sum", "code_code", "code_aim")
 # Tokens whose codes are multiplied with each other at once, and channels of the products: bounds their memory.
 CODE_TOKENS = 4096
 CODE_CHANNELS = 1024
@@ -21,13 +21,13 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass
 class Moments:
-    """Weighted sums over tokens, float32; K in any one order, S sets of tokens with a separate bias."""
+    """Weighted sums over tokens, float32; K in any one order. A set of tokens has a separate bias."""
 
-    weight: Tensor  # [S]
+    weight: Tensor  # [sets]
     # Of the squared weights of all tokens.
     square_weight: Tensor  # []
-    code_sum: Tensor  # [S, K]
-    value_sum: Tensor  # [S, K]
+    code_sum: Tensor  # [sets, K]
+    value_sum: Tensor  # [sets, K]
     code_code: Tensor  # [K, K]
     # Sum of codes times 16-bit values [K, K], or times the 16-bit layer's outputs [K, N]; the cheaper one.
     code_aim: Tensor
@@ -58,7 +58,7 @@ class Moments:
         return 2 * self.matrix.shape[0] <= self.matrix.shape[1]
 
     def add(self, codes: Tensor, gain: Tensor, values: Tensor, token_set: Tensor, weight: Tensor) -> None:
-        """Add tokens: codes int8 and 16-bit values float32 [T, K]; gain, set int64 and weight of each [T]."""
+        """Add tokens: codes int8 and 16-bit values float32 [tokens, K]; gain, set int64 and weight of each [tokens]."""
         scaled = codes.float() * gain[:, None]
         selector = torch.nn.functional.one_hot(token_set, self.weight.numel()).float().T * weight
         self.weight += selector.sum(1)
@@ -69,7 +69,7 @@ class Moments:
         self.code_aim.addmm_((scaled * weight[:, None]).T, aims)
 
     def add_codes(self, codes: Tensor, factor: Tensor) -> None:
-        """Add products of codes int8 [T, K] with each other; factor [T]: weight times squared gain of each token.
+        """Add products of codes int8 [tokens, K] with each other; factor [tokens]: weight times squared gain.
 
         Tokens of equal factor are summed as integers. Only the upper triangle is computed.
         """
@@ -88,8 +88,8 @@ class Moments:
 
     def reduce(self, processes: Processes) -> None:
         """Add the sums of the other processes."""
-        for field, operation in REDUCTIONS.items():
-            setattr(self, field, processes.all_reduce(getattr(self, field), operation))
+        for field in SUMS:
+            setattr(self, field, processes.all_reduce(getattr(self, field), "SUM"))
 
     def add_means(self, other: Moments) -> None:
         """Let `means` be those of the tokens of `other`, too; second moments stay as they are."""
@@ -103,7 +103,7 @@ class Moments:
         """
         own = share / float(self.weight.sum()) if share > 0 else 0.0
         rest = (1 - share) / float(pooled.weight.sum())
-        for name in REDUCTIONS:
+        for name in SUMS:
             other = getattr(pooled, name)
             if name == "code_aim" and self.of_outputs:
                 other = other @ self.matrix.T
@@ -116,7 +116,7 @@ class Moments:
         These are the moments that remain after a bias per set. They reuse the memory of code_code and code_aim, which
         are empty afterwards.
         """
-        scaled = self.code_sum / self._share()
+        scaled = self.code_sum / self._divisor()
         code_code, code_aim, matrix = self.code_code, self.code_aim, self.matrix[channels]
         self.forget_squares()
         code_code -= scaled.T @ self.code_sum
@@ -130,10 +130,10 @@ class Moments:
         self.code_code = self.code_aim = self.code_sum.new_empty(0)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Mean code and mean value of each set, [S, K] each; 0 for a set without tokens."""
-        return self.code_sum / self._share(), self.value_sum / self._share()
+        """Mean code and mean value of each set, [sets, K] each; 0 for a set without tokens."""
+        return self.code_sum / self._divisor(), self.value_sum / self._divisor()
 
-    def _share(self) -> Tensor:
+    def _divisor(self) -> Tensor:
         return self.weight.clamp(min=TINY)[:, None]
 
 
@@ -182,10 +182,10 @@ def regress(code_code: Tensor, code_output: Tensor, absorbed: Tensor, shrinkage:
 
 
 def output_bias(code_mean: Tensor, value_mean: Tensor, weight: Tensor, served: Tensor, blocks: int) -> Tensor:
-    """The bias of each set that makes its mean output that of the 16-bit layer, float32 [B, S, N].
+    """The bias of each set that makes its mean output that of the 16-bit layer, float32 [blocks, sets, N].
 
-    code_mean, value_mean [S, K] as from `Moments.means`. weight [N, K] is the 16-bit layer's; served [N, K] multiplies
-    the codes. The bias is split over B blocks of K.
+    code_mean, value_mean [sets, K] as from `Moments.means`. weight [N, K] is the 16-bit layer's; served [N, K]
+    multiplies the codes. The bias is split over `blocks` blocks of K.
     """
 
     def product(mean: Tensor, matrix: Tensor) -> Tensor:

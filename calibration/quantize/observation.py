@@ -22,7 +22,7 @@ class Observation:
 
     # By row (a modality's, or the massive one), over all processes; rows without tokens are absent.
     statistics: dict[int, ChannelStatistics]
-    # Activations of the drawn tokens, float32 [local T, K], in the order of DrawnTokens.
+    # Activations of the drawn tokens, float32 [local drawn, K], in the order of DrawnTokens.
     drawn: Tensor
 
 
@@ -48,7 +48,7 @@ class DrawnCollector:
         self._chosen.append(x[positions].float())
 
     def drawn(self) -> Tensor:
-        """The drawn tokens so far, float32 [T, K], in the order of DrawnTokens."""
+        """The drawn tokens so far, float32 [drawn, K], in the order of DrawnTokens."""
         if len(self._chosen) > 1:
             first = self._chosen[0]
             whole = first.new_empty(sum(part.shape[0] for part in self._chosen), first.shape[1])
@@ -88,11 +88,11 @@ class InputCollector(DrawnCollector):
         drawn = self.drawn()
         found = {}
         for row in sorted(set().union(*processes.all_gather(set(self._statistics)))):
-            own = self._statistics.get(row) or _no_tokens(drawn)
+            local = self._statistics.get(row) or _no_tokens(drawn)
             found[row] = ChannelStatistics(
                 **{
-                    field.name: processes.all_reduce(getattr(own, field.name), REDUCTIONS[field.name])
-                    for field in fields(own)
+                    field.name: processes.all_reduce(getattr(local, field.name), REDUCTIONS[field.name])
+                    for field in fields(local)
                 }
             )
         return Observation(found, drawn)
@@ -102,7 +102,7 @@ class InputCollector(DrawnCollector):
 class Routing:
     """Which experts the tokens of all processes chose."""
 
-    # Experts of each drawn token, bool [T, E], on the CPU, in the order of DrawnTokens.
+    # Experts of each drawn token, bool [drawn, E], on the CPU, in the order of DrawnTokens.
     chosen: Tensor
     # Tokens of all calibration samples by modality and expert, int64 [R, E], on the CPU.
     counts: Tensor
@@ -124,7 +124,7 @@ class RoutedCollector(InputCollector):
         self._experts: list[Tensor] = [torch.zeros(0, shape[1], dtype=torch.bool)]
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor, *others: Tensor) -> None:
-        """As InputCollector.add; the first of `others` holds the ids of each token's experts, int64 [M, top]."""
+        """As InputCollector.add; the first of `others` holds the ids of each token's experts, int64 [M, slots]."""
         super().add(x, rows, positions)
         ids = others[0].cpu().long()
         chosen = torch.zeros(ids.shape[0], self._counts.shape[1], dtype=torch.bool).scatter_(1, ids, value=True)
@@ -137,7 +137,7 @@ class RoutedCollector(InputCollector):
 
 
 def _no_tokens(like: Tensor) -> ChannelStatistics:
-    """Statistics of no tokens of an input [T, K], on the devices of the real ones."""
+    """Statistics of no tokens of an input [tokens, K], on the devices of the real ones."""
     empty = ChannelStatistics.empty(like.shape[1])
     places = {field.name: like.device for field in fields(empty)} | {"count": empty.count.device}
     return ChannelStatistics(**{name: getattr(empty, name).to(place) for name, place in places.items()})

@@ -2,7 +2,7 @@
 
 The metric [N, N] of a layer is the second moment of the derivatives of the model's output by the layer's N outputs. An
 error e of the outputs costs about e^T metric e. Rounding each output by itself would minimise its diagonal only. So
-outputs are rounded in runs: the targets of later runs compensate for the errors of earlier ones, as columns do within
+outputs are rounded in runs: the weights of later runs compensate for the errors of earlier ones, as columns do within
 an output. YAQA (arXiv 2505.22988) rounds with a metric of outputs, too.
 """
 
@@ -19,7 +19,7 @@ from calibration.quantize.group_search import inverse_factor
 from morphoquant_vllm.format.layers import LayerSpec
 
 # A layer with more outputs for each input than this has no metric: it would be the largest. The outputs of gate and up
-# go to a function of single channels, so their errors mix little, and a trial foresaw little gain on new tokens.
+# go to a function of single channels, so their errors mix little. A trial foresaw little gain on new tokens.
 MOST_OUTPUTS = 2
 # The damping is a fraction of the metric's mean diagonal: this many times outputs over tokens, and at least the latter.
 DAMPING_STRENGTH, LEAST_DAMPING = 4.0, 0.5
@@ -76,57 +76,57 @@ class OutputMoment:
 class _Aimed:
     """The fitted weights of one layer's outputs, those whose errors cost most first; rounding moves them."""
 
-    def __init__(self, target: Tensor, metric: Tensor, processes: Processes) -> None:
-        size = target.square().mean(1)
+    def __init__(self, fitted: Tensor, metric: Tensor, processes: Processes) -> None:
+        size = fitted.square().mean(1)
         # The processes' sums may differ in their last bits, but the order must not.
         order = processes.broadcast(lambda: (metric.diagonal() * size).argsort(descending=True, stable=True).cpu())
-        self.order = order.to(target.device)
-        self._upper, self._rest = inverse_factor(metric[self.order][:, self.order]), target[self.order]
+        self.order = order.to(fitted.device)
+        self._upper, self._rest = inverse_factor(metric[self.order][:, self.order]), fitted[self.order]
 
-    def own(self, run: int, runs: int) -> slice:
+    def span(self, run: int, runs: int) -> slice:
         """The places of a run's outputs."""
         outputs = len(self._rest)
         return slice(run * outputs // runs, (run + 1) * outputs // runs)
 
-    def of(self, own: slice) -> Tensor:
+    def of(self, span: slice) -> Tensor:
         """The weights at which a run aims."""
-        return self._rest[own]
+        return self._rest[span]
 
-    def compensate(self, own: slice, error: Tensor) -> None:
+    def compensate(self, span: slice, error: Tensor) -> None:
         """Move later outputs to where the metric expects the least cost, by the error [n, K] of a run."""
-        if own.stop < len(self._rest) and own.start < own.stop:
-            later = torch.linalg.solve_triangular(self._upper[own, own], self._upper[own, own.stop :], upper=True)
-            self._rest[own.stop :].addmm_(later.T, error)
+        if span.stop < len(self._rest) and span.start < span.stop:
+            later = torch.linalg.solve_triangular(self._upper[span, span], self._upper[span, span.stop :], upper=True)
+            self._rest[span.stop :].addmm_(later.T, error)
 
 
 def round_in_runs(
-    target: Tensor,
+    fitted: Tensor,
     metrics: Sequence[Tensor],
     rounded: Callable[[Tensor], Rounded],
     dequantized: Callable[..., Tensor],
     processes: Processes,
 ) -> Rounded:
-    """Codes and scales of the fitted weights `target` [N, K], as from `rounded`, by runs of outputs.
+    """Codes and scales of the fitted weights `fitted` [N, K], as from `rounded`, by runs of outputs.
 
     metrics [n, n]: those of the layers whose outputs these are, in their order. `dequantized` gives the weights of
     codes and scales. A run has its share of each layer's outputs, and each process rounds some of them. Errors of
     different layers do not compensate for each other.
     """
     sizes = [len(metric) for metric in metrics]
-    parts = [_Aimed(part, metric.float(), processes) for part, metric in zip(target.split(sizes), metrics, strict=True)]
-    runs, found = runs_of(len(target)), list[Rounded]()
+    parts = [_Aimed(part, metric.float(), processes) for part, metric in zip(fitted.split(sizes), metrics, strict=True)]
+    runs, found = runs_of(len(fitted)), list[Rounded]()
     places: list[Tensor] = []
     for run in range(runs):
-        own = [part.own(run, runs) for part in parts]
-        aimed = torch.cat([part.of(each) for part, each in zip(parts, own, strict=True)])
+        spans = [part.span(run, runs) for part in parts]
+        aimed = torch.cat([part.of(each) for part, each in zip(parts, spans, strict=True)])
         owners = processes.owners(len(aimed))
         codes_and_scales = rounded(aimed[processes.share(len(aimed))])
         found.append(tuple(processes.all_gather_rows(value, owners) for value in codes_and_scales))
-        errors = (dequantized(*found[-1]) - aimed).split([each.stop - each.start for each in own])
-        for part, each, error in zip(parts, own, errors, strict=True):
+        errors = (dequantized(*found[-1]) - aimed).split([each.stop - each.start for each in spans])
+        for part, each, error in zip(parts, spans, errors, strict=True):
             part.compensate(each, error)
         first = 0
-        for part, each, size in zip(parts, own, sizes, strict=True):
+        for part, each, size in zip(parts, spans, sizes, strict=True):
             places.append(first + part.order[each])
             first += size
     natural = torch.cat(places).argsort()

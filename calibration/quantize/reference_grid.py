@@ -26,7 +26,7 @@ def reference_grid(
     full_mask: bool,
     processes: Processes = ONE,
 ) -> tuple[Tensor, activation.Grid]:
-    """Mask bool [K] and grid of one input, from chunks (x [T, K], weight [T]) and statistics.
+    """Mask bool [K] and grid of one input, from chunks (x [tokens, K], weight [tokens]) and statistics.
 
     `modalities`: statistics of each modality without massive tokens. `pooled`: of every token that the grid serves.
     Each process has some of the chunks, and all have the same statistics.

@@ -38,42 +38,42 @@ def order_of(hessian: Tensor, group_size: int, damping: float) -> Ordered:
 
 
 def quantize_compensated(
-    target: Tensor, hessian: Tensor, group_size: int, damping: float, taken: Ordered | None = None
+    fitted: Tensor, hessian: Tensor, group_size: int, damping: float, taken: Ordered | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and scale bfloat16 [N, K/G] of `target`, float32 [N, K], columns in channel order.
+    """Codes int8 [N, K] and scale bfloat16 [N, K/G] of `fitted`, float32 [N, K], columns in channel order.
 
     hessian [K, K]: mean of code^T code in the same order. `damping` x its mean diagonal is added to its diagonal.
     `taken`: as from `order_of`, or None.
     """
-    codes, scale, _ = _quantize(target.float(), damp(hessian, damping), group_size, FreeScales(), taken)
+    codes, scale, _ = _quantize(fitted.float(), damp(hessian, damping), group_size, FreeScales(), taken)
     return codes.to(torch.int8), scale.bfloat16()
 
 
 def quantize_two_level(
-    target: Tensor, hessian: Tensor, group_size: int, levels: int, damping: float, taken: Ordered | None = None
+    fitted: Tensor, hessian: Tensor, group_size: int, levels: int, damping: float, taken: Ordered | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [N, K], levels uint8 [N, K/G], 1 to `levels`, and channel scale float32 [N]: see quantize_compensated.
 
     The scale of a group is level * channel_scale as float32 computes it. Codes are rounded against that product.
     """
-    target, damped = target.float(), damp(hessian, damping)
+    fitted, damped = fitted.float(), damp(hessian, damping)
     energy = damped.diagonal().unflatten(0, (-1, group_size))
-    suited = weights.group_scales(target.unflatten(1, (-1, group_size)), energy)
+    suited = weights.group_scales(fitted.unflatten(1, (-1, group_size)), energy)
     _, channel_scale = fitted_levels(suited, energy.sum(1).expand_as(suited), levels)
-    codes, scale, allowed = _quantize(target, damped, group_size, LevelScales(channel_scale, levels), taken)
+    codes, scale, allowed = _quantize(fitted, damped, group_size, LevelScales(channel_scale, levels), taken)
     assert isinstance(allowed, LevelScales)
     return codes.to(torch.int8), allowed.level(scale.T).T.to(torch.uint8).contiguous(), allowed.channel_scale
 
 
 def _quantize(
-    target: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None
+    fitted: Tensor, damped: Tensor, group_size: int, allowed: AllowedScales, taken: Ordered | None
 ) -> tuple[Tensor, Tensor, AllowedScales]:
     """Codes as floats [N, K], the scales float32 [N, K/G] fitted to them, and the set of scales allowed then."""
-    codes, scale = compensate(target, damped, group_size, allowed, taken)
-    aimed = target @ damped
+    codes, scale = compensate(fitted, damped, group_size, allowed, taken)
+    aimed = fitted @ damped
     for _ in range(TURNS):
         scale, allowed = allowed.fitted(aimed, damped, codes, scale)
-        codes, scale = improve(target, damped, codes, scale, allowed)
+        codes, scale = improve(fitted, damped, codes, scale, allowed)
     scale, allowed = allowed.fitted(aimed, damped, codes, scale)
     return codes, scale, allowed
 

@@ -1,7 +1,7 @@
 """Least squares of scales for fixed codes: free scales, or levels and a scale of the output channel. Pure.
 
 The loss of an output channel is quadratic in the scales s of its groups: s^T A s - 2 r^T s. A [K/G, K/G] are the
-products of the groups' codes under the Hessian. r [K/G] are those of codes and target.
+products of the groups' codes under the Hessian. r [K/G] are those of codes and fitted weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 # arbitrary scales.
 SCALE_DAMPING = 1e-4
 # Outputs whose scales are fitted at once, and elements of their systems [outputs, K/G, K/G]. Both bound the memory.
-SCALE_ROWS = 2048
+SCALE_OUTPUTS = 2048
 SYSTEM_ELEMENTS = 2**25
 # Channels by which a group's channels are multiplied at once. The product fits into the cache.
 SYSTEM_CHANNELS = 1024
@@ -27,9 +27,9 @@ LEVEL_ROUNDS = 4
 def fit_scales(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The scales float32 [N, K/G] of least loss for codes [N, K]; a scale that would not be positive stays unchanged.
 
-    aimed [N, K] = target @ damped, damped [K, K] the Hessian.
+    aimed [N, K]: the fitted weights times damped, the Hessian [K, K].
     """
-    found = [_solve(system, right, scale[rows]) for rows, system, right in _systems(aimed, damped, codes, scale)]
+    found = [_solve(system, right, scale[outputs]) for outputs, system, right in _systems(aimed, damped, codes, scale)]
     return torch.cat(found)
 
 
@@ -41,8 +41,8 @@ def fit_levels(
     Coordinate descent: each level in turn takes its best whole number, then the channel scale its best value.
     """
     found = [
-        _descend(system, right, level[rows], channel_scale[rows], levels)
-        for rows, system, right in _systems(aimed, damped, codes, level)
+        _descend(system, right, level[outputs], channel_scale[outputs], levels)
+        for outputs, system, right in _systems(aimed, damped, codes, level)
     ]
     return torch.cat([level for level, _ in found]), torch.cat([scale for _, scale in found])
 
@@ -50,11 +50,11 @@ def fit_levels(
 def _systems(aimed: Tensor, damped: Tensor, codes: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some outputs at a time: which, A [n, K/G, K/G] with only its upper triangle, and r [n, K/G]."""
     groups = scale.shape[1]
-    step = min(SCALE_ROWS, max(1, SYSTEM_ELEMENTS // groups**2))
+    step = min(SCALE_OUTPUTS, max(1, SYSTEM_ELEMENTS // groups**2))
     for first in range(0, scale.shape[0], step):
-        rows = slice(first, first + step)
-        right = (aimed[rows] * codes[rows]).unflatten(1, (groups, -1)).sum(-1)
-        yield rows, _system(damped, codes[rows].T.contiguous(), groups), right
+        outputs = slice(first, first + step)
+        right = (aimed[outputs] * codes[outputs]).unflatten(1, (groups, -1)).sum(-1)
+        yield outputs, _system(damped, codes[outputs].T.contiguous(), groups), right
 
 
 def _system(damped: Tensor, codes: Tensor, groups: int) -> Tensor:
@@ -64,10 +64,10 @@ def _system(damped: Tensor, codes: Tensor, groups: int) -> Tensor:
     columns = SYSTEM_CHANNELS // group_size * group_size
     for group in range(groups):
         start = group * group_size
-        own = slice(start, start + group_size)
+        span = slice(start, start + group_size)
         for first in range(start, codes.shape[0], columns):
             others = slice(first, first + columns)
-            product = (damped[others, own] @ codes[own]).mul_(codes[others]).unflatten(0, (-1, group_size)).sum(1)
+            product = (damped[others, span] @ codes[span]).mul_(codes[others]).unflatten(0, (-1, group_size)).sum(1)
             written = slice(first // group_size, first // group_size + product.shape[0])
             system[:, group, written] = product.T
     return system

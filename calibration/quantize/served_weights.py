@@ -43,7 +43,7 @@ class ServedWeights:
 class _Fit:
     """What is rounded: the fitted weights [n, K] of some output channels."""
 
-    target: Tensor
+    fitted: Tensor
     # The second moments of the codes [K, K], and the damping of their diagonal in rounding.
     hessian: Tensor
     damping: float
@@ -70,10 +70,10 @@ def round_weights(
     fit = _fit(absorbed, moments, channels, recipe)
     del absorbed
     if metrics and _compensates(layer, recipe):
-        parts = _round_jointly(fit, processes.all_gather_rows(fit.target, owners), metrics, layer, recipe, processes)
+        parts = _round_jointly(fit, processes.all_gather_rows(fit.fitted, owners), metrics, layer, recipe, processes)
     else:
-        own = _round(fit.target, fit.hessian, layer, recipe, fit.damping)
-        parts = tuple(processes.all_gather_rows(part, owners) for part in own)
+        local = _round(fit.fitted, fit.hessian, layer, recipe, fit.damping)
+        parts = tuple(processes.all_gather_rows(part, owners) for part in local)
     del fit
     codes, *scales = parts
     if layer.weight_bits == 4:
@@ -98,15 +98,15 @@ def _fit(absorbed: Tensor, moments: Moments, channels: slice, recipe: Recipe) ->
 
 
 def _round_jointly(
-    fit: _Fit, target: Tensor, metrics: Sequence[Tensor], layer: LayerSpec, recipe: Recipe, processes: Processes
+    fit: _Fit, fitted: Tensor, metrics: Sequence[Tensor], layer: LayerSpec, recipe: Recipe, processes: Processes
 ) -> tuple[Tensor, ...]:
-    """Codes and scales, as from `_round`, of all output channels, whose fits are `target` [N, K]."""
+    """Codes and scales, as from `_round`, of all output channels, whose weights are `fitted` [N, K]."""
     taken = order_of(fit.hessian, layer.group_size, fit.damping)
 
     def rounded(aimed: Tensor) -> tuple[Tensor, ...]:
         return _round(aimed, fit.hessian, layer, recipe, fit.damping, taken)
 
-    return round_in_runs(target, metrics, rounded, _dequantized, processes)
+    return round_in_runs(fitted, metrics, rounded, _dequantized, processes)
 
 
 def _dequantized(int4: Tensor, *scales: Tensor) -> Tensor:
@@ -115,25 +115,25 @@ def _dequantized(int4: Tensor, *scales: Tensor) -> Tensor:
 
 
 def _round(
-    target: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, damping: float, taken: Ordered | None = None
+    fitted: Tensor, hessian: Tensor, layer: LayerSpec, recipe: Recipe, damping: float, taken: Ordered | None = None
 ) -> tuple[Tensor, ...]:
-    """Codes int8 [n, K] of the weights `target` for codes of the second moments `hessian`, and their scales.
+    """Codes int8 [n, K] of the weights `fitted` for codes of the second moments `hessian`, and their scales.
 
     Scales are bfloat16 [n, K/G]. With two-level scales they are levels uint8 [n, K/G] and channel scale float32 [n].
     `taken`: as from rounding.order_of, for several calls.
     """
     if layer.weight_bits == 8:
         # The error of 8-bit weights is far below that of the activations: there is nothing to compensate.
-        return weights.quantize_int8(target, layer.group_size)
+        return weights.quantize_int8(fitted, layer.group_size)
     two_level = layer.scale_scheme == TWO_LEVEL_SCHEME
     if recipe.rounding == "compensated":
         if two_level:
-            return quantize_two_level(target, hessian, layer.group_size, recipe.scale_levels, damping, taken)
-        return quantize_compensated(target, hessian, layer.group_size, damping, taken)
+            return quantize_two_level(fitted, hessian, layer.group_size, recipe.scale_levels, damping, taken)
+        return quantize_compensated(fitted, hessian, layer.group_size, damping, taken)
     importance = channel_importance(hessian.diagonal())
     if two_level:
-        return nearest(target, importance, layer.group_size, recipe.scale_levels)
-    return weights.quantize_int4(target, importance, layer.group_size)
+        return nearest(fitted, importance, layer.group_size, recipe.scale_levels)
+    return weights.quantize_int4(fitted, importance, layer.group_size)
 
 
 def channel_importance(energy: Tensor) -> Tensor:

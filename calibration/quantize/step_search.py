@@ -32,14 +32,14 @@ LEAST_PRICE_FACTOR = 0.2
 class Losses:
     """The cost of each candidate range."""
 
-    # Weighted mean square rounding error times the channel's share in the output, [CANDIDATES, K].
+    # Weighted mean square rounding error times the channel's importance, [CANDIDATES, K].
     error: Tensor
-    # Share of codes outside [-8, 7] among each modality's tokens, [S, CANDIDATES, K].
+    # Share of codes outside [-8, 7] among each modality's tokens, [modalities, CANDIDATES, K].
     escape: Tensor
 
 
 def centres(x: Tensor) -> Tensor:
-    """Centre of each channel, float32 [K], from tokens x [T, K]: real-valued, or 0 for channels around 0."""
+    """Centre of each channel, float32 [K], from tokens x [tokens, K]: real-valued, or 0 for channels around 0."""
     stride = max(1, x.shape[0] // CENTRE_TOKENS)
     quantiles = torch.tensor(CENTRE_QUANTILES, device=x.device)
     low, high = torch.quantile(x[::stride][:CENTRE_TOKENS], quantiles, dim=0)
@@ -55,13 +55,14 @@ def candidate_steps(farthest: Tensor) -> Tensor:
 
 
 def losses(
-    parts: Iterable[tuple[Tensor, Tensor, Tensor]], centre: Tensor, steps: Tensor, share: Tensor, *, escapes: bool
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]], centre: Tensor, steps: Tensor, importance: Tensor, *, escapes: bool
 ) -> Losses:
-    """Losses of the candidate `steps` [CANDIDATES, K] on chunks (x [T, K], weight [T], modality_share [T, S]).
+    """Losses of the candidate `steps` [CANDIDATES, K] on chunks of tokens: x, weight, modality_share.
 
-    modality_share: share of a token in the mean over its modality's tokens, 0 in the columns of other modalities.
-    share [K]: squared norm of the channel's column of W. It turns an error of the channel into one of the output, if
-    errors of different channels are uncorrelated. Without `escapes` codes are clipped to [-8, 7].
+    x [tokens, K], weight [tokens]. modality_share [tokens, modalities]: share of a token in the mean over its
+    modality's tokens, 0 in the columns of other modalities.
+    importance [K]: squared norm of the channel's column of W. It turns an error of the channel into one of the output,
+    if errors of different channels are uncorrelated. Without `escapes` codes are clipped to [-8, 7].
     """
     parts = list(parts)
     error, escape = torch.zeros_like(steps), steps.new_zeros(parts[0][2].shape[1], *steps.shape)
@@ -77,7 +78,7 @@ def losses(
                 own[index] += column @ outside
             difference = codes.clamp_(low, high).mul_(step).sub_(distance)
             error[index] += weight @ difference.square_()
-    return Losses(error * share, escape if escapes else torch.zeros_like(escape))
+    return Losses(error * importance, escape if escapes else torch.zeros_like(escape))
 
 
 def choose(found: Losses, budget: float) -> Tensor:
@@ -104,7 +105,7 @@ def _error(found: Losses, chosen: Tensor) -> float:
 
 
 def _rates(found: Losses, chosen: Tensor) -> Tensor:
-    """Escape rate of each modality, [S], with the candidates `chosen` [K]."""
+    """Escape rate of each modality, [modalities], with the candidates `chosen` [K]."""
     return found.escape[:, chosen, torch.arange(chosen.numel(), device=chosen.device)].mean(1)
 
 
@@ -125,7 +126,7 @@ def budget_grid(
     centre: Tensor,
     minimum: Tensor,
     maximum: Tensor,
-    share: Tensor,
+    importance: Tensor,
     budget: float,
 ) -> Grid:
     """Step and centre of each channel: at most `budget` of any modality's codes escape; with 0, codes are clipped.
@@ -135,6 +136,6 @@ def budget_grid(
     """
     farthest = torch.maximum((maximum - centre).abs(), (minimum - centre).abs())
     steps = candidate_steps(farthest)
-    chosen = choose(losses(parts, centre, steps, share, escapes=budget > 0), budget)
+    chosen = choose(losses(parts, centre, steps, importance, escapes=budget > 0), budget)
     step = steps.gather(0, chosen[None])[0]
     return Grid(floor_dead(step), centre, torch.ones_like(step))

@@ -42,27 +42,27 @@ def fitted_levels(scale: Tensor, energy: Tensor, levels: int = MAX_LEVEL) -> tup
     wanted, energy = scale.double(), energy.double()
     top = wanted.amax(1, keepdim=True)
     least = torch.full_like(top, float("inf"))
-    level, unit = torch.ones_like(wanted), top
+    level, channel_scale = torch.ones_like(wanted), top
     for parts in torch.linspace(levels / 2, levels * 3 / 2, TRIED, dtype=torch.float64).tolist():
         tried = (top / parts).float().double()
         found = (wanted / tried).round().clamp(1, levels)
         error = (found * tried - wanted).square_().mul_(energy).sum(1, keepdim=True)
         better = error < least
-        least, unit = torch.where(better, error, least), torch.where(better, tried, unit)
+        least, channel_scale = torch.where(better, error, least), torch.where(better, tried, channel_scale)
         level = torch.where(better, found, level)
-    return level.to(torch.uint8), unit.squeeze(1).float()
+    return level.to(torch.uint8), channel_scale.squeeze(1).float()
 
 
-def nearest(target: Tensor, importance: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 [N, K], levels uint8 [N, K/G] and channel scale float32 [N] of `target` [N, K], each weight by itself.
+def nearest(fitted: Tensor, importance: Tensor, group_size: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [N, K], levels uint8 [N, K/G] and channel scale float32 [N] of `fitted` [N, K], each weight by itself.
 
     importance [K]: the weight of a squared error of each channel.
     """
-    grouped, importance = target.float().unflatten(1, (-1, group_size)), importance.float().view(-1, group_size)
+    grouped, importance = fitted.float().unflatten(1, (-1, group_size)), importance.float().view(-1, group_size)
     suited = weights.group_scales(grouped, importance)
-    level, unit = fitted_levels(suited, importance.sum(1).expand_as(suited), levels)
-    codes = weights.round_int4(grouped, (level.float() * unit[:, None])[..., None])
-    return codes.flatten(1).to(torch.int8), level, unit
+    level, channel_scale = fitted_levels(suited, importance.sum(1).expand_as(suited), levels)
+    codes = weights.round_int4(grouped, (level.float() * channel_scale[:, None])[..., None])
+    return codes.flatten(1).to(torch.int8), level, channel_scale
 
 
 def refit(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -71,10 +71,10 @@ def refit(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     codes: int8 [N, K] in groups of `scale`, bfloat16 [N, K/G]. Every weight counts the same.
     """
     grouped = codes.float().unflatten(1, (scale.shape[1], -1))
-    level, unit = fitted_levels(scale, grouped.square().sum(-1))
-    step = (level.float() * unit[:, None])[..., None]
+    level, channel_scale = fitted_levels(scale, grouped.square().sum(-1))
+    step = (level.float() * channel_scale[:, None])[..., None]
     weight = grouped * scale.float()[..., None]
     found = weights.round_int4(weight, step)
     size = float(weight.norm())
     error = float((found * step - weight).norm()) / size if size > 0 else 0.0
-    return found.flatten(1).to(torch.int8), level, unit, error
+    return found.flatten(1).to(torch.int8), level, channel_scale, error

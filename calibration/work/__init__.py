@@ -2,7 +2,7 @@
 
 directory        the finished blocks and hidden states on disk
 opening          opens a work directory for one run, or refuses it
-identity         the fingerprint of a run's inputs: a run resumes only if it is unchanged
+fingerprint      everything that the checkpoint's bytes depend on: a run resumes only if it is unchanged
 code_files       the files of this project that are part of the fingerprint
 budgets          how inputs share budgets of the model, and the samples that decide it
 learned          what learning needs and finds

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.blocks.capture import MemoryInput
 from calibration.quantize.output_metric import with_metric
 from calibration.work.directory import SAMPLES_FILE, WorkDirectory
 from calibration.work.durable_files import (
@@ -23,7 +22,6 @@ from calibration.work.durable_files import (
     write_json_durably,
     write_tensors_durably,
 )
-from calibration.work.hidden_states import read_arguments, sample_file
 from morphoquant_vllm.format.layers import LayerSpec
 
 BUDGETS_FILE = "budgets.json"
@@ -54,14 +52,14 @@ def read_choice(work: WorkDirectory) -> Choice | None:
             raise damaged(path, "it is missing")
         return None
     content = read_manifest(path)
-    if content.pop("settings", None) != work.settings:
+    if content.pop("settings", None) != work.run_hash:
         raise damaged(path, "it belongs to another run")
     return Choice(**content)
 
 
 def keep_choice(work: WorkDirectory, choice: Choice) -> None:
     """Keep the choice for the later blocks and for a resumed run."""
-    write_json_durably(work.path / BUDGETS_FILE, {"settings": work.settings, **asdict(choice)})
+    write_json_durably(work.path / BUDGETS_FILE, {"settings": work.run_hash, **asdict(choice)})
 
 
 def keep_metrics(work: WorkDirectory, block: int, metrics: Mapping[str, Tensor]) -> FileRecord:
@@ -96,14 +94,6 @@ def sample_lengths(work: WorkDirectory) -> list[int]:
     """Number of tokens of every sample, also those of other processes."""
     samples = read_manifest(work.path / SAMPLES_FILE)["samples"]
     return [math.prod(sample["states"][:-1]) for sample in samples]
-
-
-def read_front(work: WorkDirectory, sample: int) -> MemoryInput:
-    """The decoder's input of a sample in the 16-bit model."""
-    path: Path = sample_file(work.path, sample)
-    return MemoryInput(
-        **read_tensors(path, ("modality", "positions", "hidden")), arguments=read_arguments(path, work.device)
-    )
 
 
 def report_entry(work: WorkDirectory, budget: float) -> Mapping[str, object]:

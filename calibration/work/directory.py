@@ -1,15 +1,18 @@
 """The work directory of a calibration: the finished work, from which an interrupted run resumes.
 
     lock                        held by the active run
-    run.json                    fingerprint of the run (calibration.work.identity), and its number of threads
+    run.json                    fingerprint of the run (calibration.work.fingerprint), and its number of threads
     samples.json                the samples, and their files' sizes and hashes: written when all files are complete
     budgets.json                how inputs share the budgets of the model: calibration.work.budgets
     metrics-00000.safetensors   how errors of outputs of a block's layers add up, if the checkpoint will learn
+    sensitivity-00000.safetensors  states between the 16-bit blocks, while budgets or metrics are measured
+    learn-targets.safetensors, learn-state.safetensors  unfinished learning: calibration.work.learned
+    learned.safetensors, learned.json  what was learned, and its figures: the same
     towers.safetensors          the tensors of quantized towers, and their distributions
     rendered-00000.safetensors  the model's inputs of one sample with media, until the next file is written for all
     sample-00000.safetensors    the decoder's inputs of one sample
     block-00000.safetensors     a finished block's tensors in their final form, and its distributions
-    block-00000.json            its layer records, and the hashes of all its files: written last
+    block-00000.json            its layers' figures, and the hashes of all its files: written last
     hidden-00001.safetensors    hidden states before the next block, in the 16-bit model
     served-00001.safetensors    the same, after the quantized blocks
     hidden-00001-process1.safetensors, ...  the same for the samples of processes other than the first
@@ -32,7 +35,7 @@ from torch import Tensor
 from calibration.blocks.capture import BlockInput, MemoryInput
 from calibration.blocks.results import BlockResult
 from calibration.processes import ONE, Processes
-from calibration.quantize.layer_report import ExpertsFigures, LayerRecord
+from calibration.quantize.layer_report import ExpertsFigures, LayerFigures
 from calibration.quantize.modality_rows import RowChoice
 from calibration.work.block_arguments import pack
 from calibration.work.durable_files import (
@@ -47,7 +50,15 @@ from calibration.work.durable_files import (
     write_json_durably,
     write_tensors_durably,
 )
-from calibration.work.hidden_states import STREAMS, DiskInput, Stream, read_arguments, sample_file, states_file
+from calibration.work.hidden_states import (
+    STREAMS,
+    TOWERS_FILE,
+    DiskInput,
+    Stream,
+    read_arguments,
+    sample_file,
+    states_file,
+)
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 from morphoquant_vllm.format.files import REPORT_FILE
 from morphoquant_vllm.format.kv_cache import AttentionRange
@@ -58,7 +69,6 @@ V = TypeVar("V")
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.json"
-TOWERS_FILE = "towers.safetensors"
 EXPORTED_FILE = "exported.json"
 # Files that identify a checkpoint.
 _IDENTIFYING = (CONFIG_FILE, REPORT_FILE)
@@ -77,12 +87,12 @@ class WorkDirectory:
 
     path: Path
     device: torch.device
-    # Hash of the run's fingerprint.
-    begun_with: str
+    # SHA-256 of the run's fingerprint.
+    fingerprint_hash: str
     # Number of threads of each process, from the run's first start to its end.
     threads: int
-    # Hash of its RUN_FILE, which every manifest repeats.
-    settings: str = ""
+    # SHA-256 of RUN_FILE, which every manifest repeats.
+    run_hash: str = ""
     # Number of finished blocks; None if the samples are not finished either.
     finished: int | None = None
     # Whether the checkpoint is in place; only the work directory must then be removed.
@@ -98,7 +108,7 @@ class WorkDirectory:
         """Write the quantized towers; they count as finished when the samples are."""
         tensors = {name: value for result in results for name, value in _packed(result).items()}
         record = self.processes.broadcast(lambda: write_tensors_durably(self.path / TOWERS_FILE, tensors), [FileRecord])
-        layers = {name: asdict(layer.record) for result in results for name, layer in result.layers.items()}
+        layers = {name: asdict(layer.figures) for result in results for name, layer in result.layers.items()}
         self._towers = {"towers": {"layers": layers, **asdict(record)}}
 
     def keep_samples(self, sources: Mapping[int, str], captured: Iterable[MemoryInput]) -> None:
@@ -115,7 +125,7 @@ class WorkDirectory:
             entries_of_rank[index] = {"source": source, "process": self.processes.rank, **shape, **asdict(record)}
         sync_directory(self.path)
         entries = _united(self.processes.all_gather(entries_of_rank))
-        manifest = {"settings": self.settings, "samples": [entries[index] for index in sorted(entries)], **self._towers}
+        manifest = {"settings": self.run_hash, "samples": [entries[index] for index in sorted(entries)], **self._towers}
         self.processes.broadcast(lambda: write_json_durably(self.path / SAMPLES_FILE, manifest))
         self.finished = 0
 
@@ -125,7 +135,7 @@ class WorkDirectory:
         They are held in memory, or else read from disk at each use.
         """
         assert self.finished is not None
-        separate = "towers" in _manifest(self.path / SAMPLES_FILE, self.settings)
+        separate = "towers" in _manifest(self.path / SAMPLES_FILE, self.run_hash)
         samples, rank = self._own_samples(), self.processes.rank
         shapes = [sample["states"] for sample in samples.values()]
         self._streams = {
@@ -162,11 +172,11 @@ class WorkDirectory:
 
         def note() -> None:
             manifest = {
-                "settings": self.settings,
+                "settings": self.run_hash,
                 "inputs": hash_file(self._before(result.index)),
                 "loss": result.loss,
-                "layers": {name: asdict(layer.record) for name, layer in result.layers.items()},
-                "experts": {name: asdict(layer.record) for name, layer in result.experts.items()},
+                "layers": {name: asdict(layer.figures) for name, layer in result.layers.items()},
+                "experts": {name: asdict(layer.figures) for name, layer in result.experts.items()},
                 "attention": None if result.attention is None else asdict(result.attention),
                 "files": {name: asdict(record) for name, record in files.items()},
             }
@@ -177,28 +187,28 @@ class WorkDirectory:
         for name in STREAMS:
             states_file(self.path, name, result.index, self.processes.rank).unlink(missing_ok=True)
 
-    def records(self) -> dict[str, LayerRecord]:
-        """The records of all finished layers, towers' first."""
-        records: dict[str, LayerRecord] = {}
-        towers = _manifest(self.path / SAMPLES_FILE, self.settings).get("towers")
+    def figures(self) -> dict[str, LayerFigures]:
+        """The figures of all finished layers, towers' first."""
+        found: dict[str, LayerFigures] = {}
+        towers = _manifest(self.path / SAMPLES_FILE, self.run_hash).get("towers")
         parts = [towers["layers"]] if towers else []
-        parts += [_manifest(self._manifest_file(index), self.settings)["layers"] for index in range(self.finished or 0)]
+        parts += [_manifest(self._manifest_file(index), self.run_hash)["layers"] for index in range(self.finished or 0)]
         for part in parts:
-            records |= {name: _record(record) for name, record in part.items()}
-        return records
+            found |= {name: _figures(entry) for name, entry in part.items()}
+        return found
 
     def experts(self) -> dict[str, ExpertsFigures]:
         """The figures of all finished lists of experts."""
         found = {}
         for index in range(self.finished or 0):
-            for name, figures in _manifest(self._manifest_file(index), self.settings)["experts"].items():
-                found[name] = ExpertsFigures(**{**figures, "input": _record(figures["input"])})
+            for name, entry in _manifest(self._manifest_file(index), self.run_hash)["experts"].items():
+                found[name] = ExpertsFigures(**{**entry, "input": _figures(entry["input"])})
         return found
 
     def attention(self) -> dict[int, AttentionRange]:
         """The ranges of the attention of all finished blocks that have one."""
         found = (
-            _manifest(self._manifest_file(block), self.settings)["attention"] for block in range(self.finished or 0)
+            _manifest(self._manifest_file(block), self.run_hash)["attention"] for block in range(self.finished or 0)
         )
         return {block: AttentionRange(**entry) for block, entry in enumerate(found) if entry is not None}
 
@@ -232,7 +242,7 @@ class WorkDirectory:
 
     def _own_samples(self) -> dict[int, dict[str, Any]]:
         """The manifest's entries of this process's samples, by index."""
-        samples = enumerate(_manifest(self.path / SAMPLES_FILE, self.settings)["samples"])
+        samples = enumerate(_manifest(self.path / SAMPLES_FILE, self.run_hash)["samples"])
         return {index: sample for index, sample in samples if sample["process"] == self.processes.rank}
 
     def note_export(self, directory: Path) -> None:
@@ -247,7 +257,7 @@ class WorkDirectory:
         return read_manifest(noted) == self._export(output)
 
     def _export(self, directory: Path) -> dict[str, str]:
-        return {"begun_with": self.begun_with, **{name: hash_file(directory / name) for name in _IDENTIFYING}}
+        return {"begun_with": self.fingerprint_hash, **{name: hash_file(directory / name) for name in _IDENTIFYING}}
 
     def _manifest_file(self, index: int) -> Path:
         return block_file(self.path, index).with_suffix(".json")
@@ -262,7 +272,7 @@ class WorkDirectory:
             if manifests:
                 raise damaged(self.path / SAMPLES_FILE, "it is missing")
             return
-        known = _manifest(self.path / SAMPLES_FILE, self.settings)
+        known = _manifest(self.path / SAMPLES_FILE, self.run_hash)
         if "towers" in known:
             towers = known["towers"]
             check_file(self.path / TOWERS_FILE, FileRecord(towers["nbytes"], towers["sha256"]))
@@ -271,7 +281,7 @@ class WorkDirectory:
         for index, path in enumerate(manifests):
             if path != self._manifest_file(index):
                 raise damaged(self._manifest_file(index), "it is missing")
-            manifest = _manifest(path, self.settings)
+            manifest = _manifest(path, self.run_hash)
             if manifest["inputs"] != hash_file(self._before(index)):
                 raise damaged(path, "it does not follow from the manifest before it")
             # Only the newest hidden states are kept, and they are needed only while blocks are left.
@@ -287,10 +297,10 @@ def _united(parts: Iterable[Mapping[K, V]]) -> dict[K, V]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _record(record: dict[str, Any]) -> LayerRecord:
-    """The record of a manifest's entry."""
-    rows = {row: RowChoice(**choice) for row, choice in record.pop("modality_rows").items()}
-    return LayerRecord(**record, modality_rows=rows)
+def _figures(entry: dict[str, Any]) -> LayerFigures:
+    """The figures of a manifest's entry."""
+    rows = {row: RowChoice(**choice) for row, choice in entry.pop("modality_rows").items()}
+    return LayerFigures(**entry, modality_rows=rows)
 
 
 def _packed(result: BlockResult) -> dict[str, Tensor]:
@@ -309,8 +319,8 @@ def _packed(result: BlockResult) -> dict[str, Tensor]:
     return tensors
 
 
-def _manifest(path: Path, settings: str) -> dict[str, Any]:
+def _manifest(path: Path, run_hash: str) -> dict[str, Any]:
     manifest = read_manifest(path)
-    if manifest.get("settings") != settings:
+    if manifest.get("settings") != run_hash:
         raise damaged(path, f"it belongs to another {RUN_FILE}")
     return manifest

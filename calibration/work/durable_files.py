@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibration.output.staging import clear_write_errors
+from calibration.output.staging import explain_write_errors
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Suffix of a file until it is complete.
@@ -63,7 +63,7 @@ def write_json_durably(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file in one step and add its hash; after a crash it is either the old or the new file."""
     content = {**content, _OWN_HASH: _json_hash(content)}
     partial = path.with_name(path.name + PARTIAL)
-    with clear_write_errors(path.parent, remedy=_KEPT):
+    with explain_write_errors(path.parent, remedy=_KEPT):
         with partial.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
             file.flush()
@@ -77,7 +77,7 @@ def write_tensors_durably(
 ) -> FileRecord:
     """Write a safetensors file as one step."""
     partial = path.with_name(path.name + PARTIAL)
-    with clear_write_errors(path.parent, remedy=_KEPT):
+    with explain_write_errors(path.parent, remedy=_KEPT):
         save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
         record = FileRecord(partial.stat().st_size, hash_file(partial))
         with partial.open("rb") as file:
@@ -105,12 +105,12 @@ class StatesWriter:
         # The format requires that data start at a multiple of 8 bytes.
         text += b" " * (-len(text) % 8)
         self._hash = hashlib.sha256()
-        with clear_write_errors(path.parent, remedy=_KEPT):
+        with explain_write_errors(path.parent, remedy=_KEPT):
             self._file = self._partial.open("wb")
         self._put(len(text).to_bytes(8, "little") + text)
 
     def _put(self, data: bytes | memoryview) -> None:
-        with clear_write_errors(self._path.parent, remedy=_KEPT):
+        with explain_write_errors(self._path.parent, remedy=_KEPT):
             self._file.write(data)
         self._hash.update(data)
 
@@ -125,7 +125,7 @@ class StatesWriter:
         """Flush the file to the disk and give it its name."""
         if self._written != len(self._shapes):
             raise ValueError(f"{self._path}: {self._written} of {len(self._shapes)} states were written")
-        with clear_write_errors(self._path.parent, remedy=_KEPT):
+        with explain_write_errors(self._path.parent, remedy=_KEPT):
             self._file.flush()
             os.fsync(self._file.fileno())
             record = FileRecord(self._file.tell(), self._hash.hexdigest())

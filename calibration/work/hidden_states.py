@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibration.blocks.capture import MemoryInput
 from calibration.work.block_arguments import ARGUMENT, unpack
 from calibration.work.durable_files import FileRecord, StatesWriter, damaged, read_metadata, read_tensors
 
 # The 16-bit model's hidden states, and those after the quantized blocks.
 STREAMS = ("hidden", "served")
+TOWERS_FILE = "towers.safetensors"
 
 
 def sample_file(directory: Path, index: int) -> Path:
@@ -122,3 +124,12 @@ def read_arguments(path: Path, device: torch.device) -> list[Mapping[str, Any]]:
     if layout is None:
         raise damaged(path, "it holds no arguments")
     return unpack(read_tensors(path, prefix=ARGUMENT), layout, device)
+
+
+def read_sample(directory: Path, index: int, device: torch.device) -> MemoryInput:
+    """The decoder's input of a sample, in the 16-bit stream and in the served one."""
+    path = sample_file(directory, index)
+    # Quantized towers begin the served stream with states of their own.
+    served = ("served",) if (directory / TOWERS_FILE).exists() else ()
+    tensors = read_tensors(path, ("modality", "positions", "hidden", *served))
+    return MemoryInput(**{"served": tensors["hidden"], **tensors}, arguments=read_arguments(path, device))

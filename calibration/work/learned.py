@@ -18,8 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from calibration.blocks.capture import MemoryInput
-from calibration.work.directory import TOWERS_FILE, WorkDirectory
+from calibration.work.directory import WorkDirectory
 from calibration.work.durable_files import (
     FileRecord,
     check_file,
@@ -32,7 +31,6 @@ from calibration.work.durable_files import (
     write_json_durably,
     write_tensors_durably,
 )
-from calibration.work.hidden_states import read_arguments, sample_file
 
 LEARNED_FILE = "learned.json"
 # Files that are needed only until the result is kept.
@@ -40,17 +38,9 @@ TARGETS, STATE = "learn-targets", "learn-state"
 _RESULT = "learned"
 
 
-def read_served(work: WorkDirectory, sample: int) -> MemoryInput:
-    """The decoder's input of a sample, in the 16-bit model and in the served one."""
-    path = sample_file(work.path, sample)
-    served = ("served",) if (work.path / TOWERS_FILE).exists() else ()
-    tensors = read_tensors(path, ("modality", "positions", "hidden", *served))
-    return MemoryInput(**{"served": tensors["hidden"], **tensors}, arguments=read_arguments(path, work.device))
-
-
 def keep_part(work: WorkDirectory, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Keep the targets or the state for a resumed run."""
-    metadata = {"settings": work.settings, "sha256": hash_tensors(tensors)}
+    metadata = {"settings": work.run_hash, "sha256": hash_tensors(tensors)}
     write_tensors_durably(_file(work, part), tensors, metadata)
     sync_directory(work.path)
 
@@ -61,7 +51,7 @@ def read_part(work: WorkDirectory, part: str) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     metadata = read_metadata(path)
-    if metadata.get("settings") != work.settings:
+    if metadata.get("settings") != work.run_hash:
         raise damaged(path, "it belongs to another run")
     tensors = read_tensors(path)
     if metadata.get("sha256") != hash_tensors(tensors):
@@ -72,7 +62,7 @@ def read_part(work: WorkDirectory, part: str) -> dict[str, Tensor] | None:
 def keep_learned(work: WorkDirectory, changes: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
     """Keep what was learned, and drop what only its learning needed."""
     record = write_tensors_durably(_file(work, _RESULT), changes)
-    content = {"settings": work.settings, "figures": dict(figures), "file": asdict(record)}
+    content = {"settings": work.run_hash, "figures": dict(figures), "file": asdict(record)}
     write_json_durably(work.path / LEARNED_FILE, content)
     for part in (STATE, TARGETS):
         _file(work, part).unlink(missing_ok=True)
@@ -84,7 +74,7 @@ def read_figures(work: WorkDirectory) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_manifest(path)
-    if content.get("settings") != work.settings:
+    if content.get("settings") != work.run_hash:
         raise damaged(path, "it belongs to another run")
     check_file(_file(work, _RESULT), FileRecord(**content["file"]))
     figures: dict[str, Any] = content["figures"]

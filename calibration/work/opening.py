@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from calibration.output.staging import clear_write_errors
+from calibration.output.staging import explain_write_errors
 from calibration.processes import ONE, Processes
 from calibration.work.directory import EXPORTED_FILE, RUN_FILE, SAMPLES_FILE, WorkDirectory
 from calibration.work.durable_files import PARTIAL, damaged, hash_file, is_manifest, read_manifest, write_json_durably
-from calibration.work.identity import refuse_changes
+from calibration.work.fingerprint import refuse_changes
 from calibration.work.lock import LOCK_FILE, locked
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -44,7 +44,7 @@ _FILES = tuple(
 @contextmanager
 def open_work(
     path: Path,
-    begun_with: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     device: torch.device,
     blocks: int,
     output: Path,
@@ -54,7 +54,7 @@ def open_work(
 ) -> Iterator[WorkDirectory]:
     """Hold the work directory `path` for a run over `blocks` blocks that ends in `output`; create it if it is missing.
 
-    `begun_with` is the run's fingerprint from work.identity. Finished work in the directory must have the same
+    `fingerprint` is the run's, as work.fingerprint makes it. Finished work in the directory must have the same
     fingerprint, or `restart` drops it. The directory is removed if nothing is finished when the run ends. With several
     processes the first one holds it for all; they leave the block together.
 
@@ -66,9 +66,9 @@ def open_work(
         with processes.failing_together():
             yield work
         return
-    with _held(path, begun_with, device, blocks, output, restart=restart) as work:
+    with _held(path, fingerprint, device, blocks, output, restart=restart) as work:
         work.processes = processes
-        names = ("begun_with", "threads", "settings", "finished", "exported")
+        names = ("fingerprint_hash", "threads", "run_hash", "finished", "exported")
         processes.broadcast(lambda: {name: getattr(work, name) for name in names})
         with processes.failing_together():
             yield work
@@ -76,9 +76,9 @@ def open_work(
 
 @contextmanager
 def _held(
-    path: Path, begun_with: Mapping[str, Any], device: torch.device, blocks: int, output: Path, *, restart: bool
+    path: Path, fingerprint: Mapping[str, Any], device: torch.device, blocks: int, output: Path, *, restart: bool
 ) -> Iterator[WorkDirectory]:
-    with clear_write_errors(path):
+    with explain_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     foreign = _foreign_file(path)
     if foreign is not None:
@@ -87,10 +87,10 @@ def _held(
         )
     with locked(path):
         _drop_files(path, partial_only=not restart)
-        work = WorkDirectory(path, device, _hash(begun_with), torch.get_num_threads())
+        work = WorkDirectory(path, device, _hash(fingerprint), torch.get_num_threads())
         work.exported = work.was_exported_to(output)
         if not work.exported:
-            _begin(work, begun_with, blocks)
+            _begin(work, fingerprint, blocks)
         if work.finished is not None:
             logger.info("%s: resuming after %d of %d blocks", path, work.finished, blocks)
         try:
@@ -112,7 +112,7 @@ def clear_work(path: Path) -> None:
             path.rmdir()
 
 
-def _begin(work: WorkDirectory, begun_with: Mapping[str, Any], blocks: int) -> None:
+def _begin(work: WorkDirectory, fingerprint: Mapping[str, Any], blocks: int) -> None:
     """Resume finished work, or begin anew if there is none."""
     run = work.path / RUN_FILE
     manifests = list(work.path.glob("block-*.json"))
@@ -120,12 +120,12 @@ def _begin(work: WorkDirectory, begun_with: Mapping[str, Any], blocks: int) -> N
         begun = read_manifest(run)
         if begun.get("format") != FORMAT:
             raise damaged(run, f"format {begun.get('format')!r} is not {FORMAT}")
-        refuse_changes(work.path, begun["begun_with"], begun_with, len(manifests))
+        refuse_changes(work.path, begun["begun_with"], fingerprint, len(manifests))
         work.threads = begun["threads"]
     else:
         _drop_files(work.path)
-        write_json_durably(run, {"format": FORMAT, "threads": work.threads, "begun_with": begun_with})
-    work.settings = hash_file(run)
+        write_json_durably(run, {"format": FORMAT, "threads": work.threads, "begun_with": fingerprint})
+    work.run_hash = hash_file(run)
     work.find_finished(blocks)
 
 

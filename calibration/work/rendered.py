@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibration.output.staging import clear_write_errors
+from calibration.output.staging import explain_write_errors
 from calibration.work.durable_files import read_tensors
 
 _FILES = "rendered-*.safetensors"
@@ -47,7 +47,7 @@ def store_media(directory: Path, place: int, inputs: dict[str, Tensor]) -> Mappi
     path = directory / f"rendered-{place:05}.safetensors"
     # Tensors of a file may not share memory.
     own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
-    with clear_write_errors(directory, remedy="make room, or choose another --work"):
+    with explain_write_errors(directory, remedy="make room, or choose another --work"):
         save_file(own, path)
     return StoredInputs(path, tuple(inputs))
 

@@ -10,7 +10,7 @@ from benchmarks.decisions import cost, layers, report, sizes, summary
 from benchmarks.decisions import inputs as inputs_module
 from benchmarks.decisions.inputs import LinearInput, generated_input, real_inputs
 from benchmarks.decisions.layers import Variant, measure
-from calibration.quantize import step_search as steps
+from calibration.quantize import step_search
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec, tensor_specs
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
@@ -77,9 +77,9 @@ def test_error_is_that_of_the_stored_tensors(tiny: LinearInput, monkeypatch: pyt
 
 
 def test_centres_matter_where_channels_have_one(offset: LinearInput) -> None:
-    before = (steps.centres, steps.losses, steps.budget_grid)
+    before = (step_search.centres, step_search.losses, step_search.budget_grid)
     real, integer, none = (measure(offset, Variant(centre=kind))[0] for kind in layers.CENTRES)
-    assert (steps.centres, steps.losses, steps.budget_grid) == before
+    assert (step_search.centres, step_search.losses, step_search.budget_grid) == before
     assert real.centred_share > 0.9 and none.centred_share == 0
     # A whole number of steps is near the middle, 0 is not.
     assert max(real.error, integer.error) < none.error and integer.error != real.error
@@ -89,8 +89,8 @@ def test_integer_centres_are_whole_numbers_of_steps(offset: LinearInput) -> None
     x = offset.calibration[1:64]
     with layers._centres("integer"):
         weight = torch.full((63,), 1 / 63)
-        grid = steps.budget_grid(
-            iter([(x, weight, weight[:, None])]), steps.centres(x), x.amin(0), x.amax(0), torch.ones(128), 0.04
+        grid = step_search.budget_grid(
+            iter([(x, weight, weight[:, None])]), step_search.centres(x), x.amin(0), x.amax(0), torch.ones(128), 0.04
         )
     codes = grid.centre / grid.step
     # A quotient of float32s about 100 is exact to 1e-5.

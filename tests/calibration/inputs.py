@@ -30,13 +30,13 @@ def make_spec(
 
 
 def observe(
-    x: Tensor, modality: Tensor, balance: float, outlying: Tensor, target: Tensor
+    x: Tensor, modality: Tensor, balance: float, outlying: Tensor, x16: Tensor
 ) -> tuple[DrawnInput, DrawnTokens]:
     tokens = choose_tokens([modality], budget=x.shape[0], balance=balance, seed=0)
     rows = torch.where(outlying, MASSIVE, modality)
     statistics = {int(row): ChannelStatistics.of(x[rows == row]) for row in rows.unique()}
     chosen = tokens.positions[0]
-    return DrawnInput(Observation(statistics, x[chosen]), target[chosen], outlying[chosen]), tokens
+    return DrawnInput(Observation(statistics, x[chosen]), x16[chosen], outlying[chosen]), tokens
 
 
 def activations(tokens: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -75,12 +75,12 @@ def quantize(
     shards: dict[str, Tensor],
     balance: float = 1.0,
     outlying: Tensor | None = None,
-    target: Tensor | None = None,
+    x16: Tensor | None = None,
     spec: QuantizationSpec | None = None,
     **settings: object,
 ) -> dict[str, QuantizedLayer]:
     outlying = torch.zeros(x.shape[0], dtype=torch.bool) if outlying is None else outlying
-    sample, tokens = observe(x, modality, balance, outlying, x if target is None else target)
+    sample, tokens = observe(x, modality, balance, outlying, x if x16 is None else x16)
     recipe = Recipe(**settings)
     return quantize_input(sample, tokens, shards, spec or make_spec(shards, scheme=recipe.scale_scheme), recipe)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import morphoquant_vllm.hf as hf
 from calibration.blocks.loop import BlockResult
-from calibration.blocks.sensitivity import choose_samples
+from calibration.blocks.sensitivity import choose_pass_samples
 from calibration.calibrate import calibrate, dry_run
 from calibration.model.bits import mean_bits
 from calibration.processes import Processes
@@ -102,7 +102,7 @@ def test_a_run_that_ends_while_it_chooses_makes_the_same_choice(
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr("calibration.blocks.sensitivity.Passes.turn", killed)
+        patch.setattr("calibration.blocks.sensitivity.Passes.start_back_from_projection", killed)
         run(tiny, tmp_path / "out")
     assert list((tmp_path / "out.work").glob("sensitivity-*"))
     run(tiny, tmp_path / "out")
@@ -165,9 +165,9 @@ def test_metrics_of_outputs_are_kept_and_resumed(
 
     def choosing(lengths: list[int], *arguments: Any) -> list[int]:
         chosen_from.append(len(lengths))
-        return choose_samples(lengths, *arguments)
+        return choose_pass_samples(lengths, *arguments)
 
-    monkeypatch.setattr("calibration.precision.choose_samples", choosing)
+    monkeypatch.setattr("calibration.precision.choose_pass_samples", choosing)
     learned(tiny, tmp_path, "whole")
     # For budgets, and for metrics without the sample that judges.
     assert chosen_from == [8, 7]

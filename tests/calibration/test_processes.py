@@ -17,7 +17,7 @@ from calibration.data.token_choice import share_tokens
 from calibration.output.distributions import observe
 from calibration.processes import ONE, Processes
 from calibration.quantize.layer import DrawnInput, QuantizedLayer, quantize_input
-from calibration.quantize.massive_tokens import candidates, find_intervals
+from calibration.quantize.massive_tokens import find_intervals, outlying_tokens
 from calibration.quantize.observation import InputCollector
 from calibration.settings.recipe import Recipe
 from calibration.work.durable_files import FileRecord
@@ -218,9 +218,9 @@ def make(processes: Processes, recipe: Recipe) -> Made:
     # A modality that is better off with a row of its own.
     modality[200:] = AUDIO
     x[200:][~outlying[200:]] *= 0.2
-    target = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    x16 = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     rows = torch.where(outlying, MASSIVE, modality)
-    samples = list(enumerate(zip(*(value.tensor_split(SAMPLES) for value in (x, target, modality, rows)), strict=True)))
+    samples = list(enumerate(zip(*(value.tensor_split(SAMPLES) for value in (x, x16, modality, rows)), strict=True)))
     own = samples[processes.rank :: processes.size]
     tokens = share_tokens(processes, {place: parts[2] for place, parts in own}, recipe.sample_tokens, 1.0, 0)
     collector, aims, outlying_parts = InputCollector("m.q", x[:0]), [x[:0]], [outlying[:0]]
@@ -249,12 +249,12 @@ def test_processes_make_the_layer_that_one_makes(
         "quantize.grids.SEARCH_TOKENS",
         "quantize.layer_report.ERROR_TOKENS",
         "output.distributions.TOKENS",
-        "quantize.modality_rows.SEARCH_TOKENS",
+        "quantize.modality_rows.ROW_TOKENS",
     ):
         monkeypatch.setattr(f"calibration.{place}", 60)
     recipe = Recipe(sample_tokens=300, **settings)
     whole = make(ONE, recipe)
-    assert recipe.grid == "reference" or whole.layers["m.q"].record.modality_rows["audio"].own
+    assert recipe.grid == "reference" or whole.layers["m.q"].figures.modality_rows["audio"].own
     found = in_processes(tmp_path, lambda processes: make(processes, recipe), count)
     for made in found:
         assert all(torch.equal(*pair) for pair in zip(made.positions, whole.positions, strict=True))
@@ -264,14 +264,14 @@ def test_processes_make_the_layer_that_one_makes(
             assert same, name
         for name, layer in made.layers.items():
             expected, first = whole.layers[name], found[0].layers[name]
-            assert expected.record.massive_tokens > 0
-            assert layer.record == first.record
+            assert expected.figures.massive_tokens > 0
+            assert layer.figures == first.figures
             for tensor, value in layer.tensors.items():
                 assert torch.equal(value, first.tensors[tensor]), f"{tensor} differs between processes"
             assert_close(layer.tensors, expected.tensors)
-            assert layer.record.escape_rate == pytest.approx(expected.record.escape_rate, rel=1e-5)
-            assert layer.record.output_error == pytest.approx(expected.record.output_error, rel=1e-2)
-            assert layer.record.modality_rows == expected.record.modality_rows
+            assert layer.figures.escape_rate == pytest.approx(expected.figures.escape_rate, rel=1e-5)
+            assert layer.figures.output_error == pytest.approx(expected.figures.output_error, rel=1e-2)
+            assert layer.figures.modality_rows == expected.figures.modality_rows
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -293,7 +293,7 @@ def test_a_token_is_massive_among_those_of_all_processes(tmp_path: Path) -> None
 
     def work(processes: Processes) -> list[bool]:
         own = norms[processes.rank]
-        found: list[bool] = candidates(own, torch.zeros(own.numel(), dtype=torch.int32), processes).tolist()
+        found: list[bool] = outlying_tokens(own, torch.zeros(own.numel(), dtype=torch.int32), processes).tolist()
         return found
 
     assert in_processes(tmp_path, work) == [[False] * 40, [True] * 3]

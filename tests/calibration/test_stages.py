@@ -206,7 +206,7 @@ def test_a_refusal_names_as_many_drawn_tokens_as_fit(tiny: TinyModels) -> None:
 def test_the_need_grows_with_what_is_held(tiny: TinyModels) -> None:
     small, large = (need_of(tiny.model("omni"), RECIPE, tokens) for tokens in (1000, 100_000))
     assert large.front == small.front > small.front_streamed
-    # At least the served and the target values of the widest input, in float32.
+    # At least the served and the 16-bit values of the widest input, in float32.
     assert large.block - small.block > 2 * 4 * 99_000 * 256
     half = need_of(tiny.model("omni"), Recipe(device="cpu", dtype="bfloat16"), 1000)
     weights = sum(

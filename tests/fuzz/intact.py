@@ -7,7 +7,7 @@ import torch
 
 from calibration.output.distributions import CODE_BINS, write_distributions
 from calibration.output.report import make_report
-from calibration.quantize.layer_report import LayerRecord
+from calibration.quantize.layer_report import LayerFigures
 from calibration.quantize.modality_rows import RowChoice
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.format.files import REPORT_FILE
@@ -52,7 +52,7 @@ def write_intact(directory: Path) -> None:
     _write(directory / "generation_config.json", {"eos_token_id": [9], "temperature": 0.7, "do_sample": True})
     _write(directory / "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "size": {"max_pixels": 12845056}})
     (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}\n")
-    _write(directory / REPORT_FILE, make_report(Recipe(), spec, _records(spec), 12, {0: 900, 1: 300, 5: 12}, {}))
+    _write(directory / REPORT_FILE, make_report(Recipe(), spec, _figures(spec), 12, {0: 900, 1: 300, 5: 12}, {}))
     write_distributions(directory, _distributions(spec))
 
 
@@ -60,9 +60,9 @@ def _write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2))
 
 
-def _records(spec: QuantizationSpec) -> dict[str, LayerRecord]:
+def _figures(spec: QuantizationSpec) -> dict[str, LayerFigures]:
     return {
-        name: LayerRecord(
+        name: LayerFigures(
             escape_rate={"text": 0.01, "image": 0.04, "massive": 0.1, "all": 0.02},
             output_error=0.125 + number / 1000,
             masked_channels=dict.fromkeys(spec.rows, 6),

@@ -18,7 +18,7 @@ from benchmarks.common.files import digest, file_digest, write_atomically
 from benchmarks.common.machine import versions
 from calibration.data.data_files import load_conversations
 from calibration.settings.recipe import read_recipe
-from calibration.work.identity import content_hash
+from calibration.work.fingerprint import content_hash
 from morphoquant_vllm.errors import MorphoQuantError
 
 ENVIRONMENT = {

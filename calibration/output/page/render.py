@@ -39,8 +39,9 @@ FIGURE = Markup(
 def write_report(directory: Path, output: Path, patterns: Sequence[str] = (), *, overwrite: bool = False) -> Content:
     """Write the page about the checkpoint `directory` to the file `output`; returns its content.
 
-    `patterns` choose the layers that are drawn channel by channel. Nothing is written if a MorphoQuantError is raised:
-    the directory is not a checkpoint, no layer matches, or `output` cannot be written or may not be replaced.
+    `patterns` choose the layers that are drawn channel by channel. Nothing is written if a MorphoQuantError is raised.
+    Its reasons: the directory is not a checkpoint, no layer matches, or `output` cannot be written or may not be
+    replaced.
     """
     check_page(output, overwrite=overwrite)
     content = gather(directory, patterns)

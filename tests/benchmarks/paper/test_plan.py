@@ -9,9 +9,9 @@ from benchmarks.paper import calibration, plan
 from benchmarks.paper.__main__ import held, keep_settings, main
 from benchmarks.paper.model import Sizes
 from calibration.blocks.memory_need import MemoryNeed
-from calibration.blocks.sensitivity import TOKENS as SHARING_TOKENS
+from calibration.blocks.sensitivity import BUDGET_TOKENS
 from calibration.blocks.time_need import metric_operations, operations, sharing_operations
-from calibration.learn.metrics import TOKENS as METRIC_TOKENS
+from calibration.learn.metrics import METRIC_TOKENS
 from calibration.learn.need import learning_operations
 from calibration.model.architectures import find_architecture
 from calibration.model.head_tensor import head_tensor
@@ -172,7 +172,7 @@ def test_the_factors_of_the_time_are_those_of_the_operations() -> None:
     head = head_tensor(architecture, names, tensors).elements
     measured, tokens = operations(layers, 64 * 512, 16384), calibration.SAMPLES * 3 * 512
     blocks = operations(layers, tokens, recipe.sample_tokens)
-    blocks += sharing_operations(layers, min(SHARING_TOKENS, recipe.sample_tokens))
+    blocks += sharing_operations(layers, min(BUDGET_TOKENS, recipe.sample_tokens))
     blocks += metric_operations(named, min(METRIC_TOKENS, recipe.sample_tokens))
     assert blocks / measured == pytest.approx(plan.BLOCKS, abs=0.05)
     assert learning_operations(layers, head, tokens, recipe.effort) / measured == pytest.approx(plan.LEARNING, abs=0.05)

@@ -111,11 +111,11 @@ def test_every_linear_sees_the_served_model_and_aims_at_the_16_bit_one(
     )
     for name, layer in run.made.items():
         served.set_submodule(name, ServedLinear(layer.tensors, None, TokenRows(ANY), torch.device("cpu")))
-    expected, targets = run.inputs_of(served), run.inputs_of(plain)
+    expected, x16 = run.inputs_of(served), run.inputs_of(plain)
     for name, sample in run.seen.items():
         # float32 sums in another order.
-        assert gap(sample.target, targets[name]) < 1e-5, name
-        off, distance = gap(sample.observation.drawn, expected[name]), gap(sample.observation.drawn, sample.target)
+        assert gap(sample.sixteen_bit, x16[name]) < 1e-5, name
+        off, distance = gap(sample.observation.drawn, expected[name]), gap(sample.observation.drawn, sample.sixteen_bit)
         assert off < 1e-4, name
         if name == "model.layers.0.self_attn.q_proj":
             assert distance < 1e-5, "nothing is quantized before it"
@@ -127,7 +127,7 @@ def test_results_come_block_by_block_and_carry_the_inputs_on(tiny: TinyModels, m
     run = Run(tiny.model("llama"), tiny.data("llama"), monkeypatch, massive=False)
     assert [(result.index, result.count, len(result.layers)) for result in run.results] == [(0, 2, 7), (1, 2, 7)]
     for result in run.results:
-        errors = [layer.record.output_error for layer in result.layers.values()]
+        errors = [layer.figures.output_error for layer in result.layers.values()]
         assert result.loss == pytest.approx(sum(errors) / 7)
     # The remaining states are those after the last block, 16 bit and served.
     assert all(0 < gap(entry.served, entry.hidden) < 1 for entry in run.inputs)

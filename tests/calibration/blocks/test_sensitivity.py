@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibration.blocks import sensitivity
 from calibration.blocks.capture import MemoryInput, capture_block_inputs
-from calibration.blocks.sensitivity import Passes, choose_samples
+from calibration.blocks.sensitivity import Passes, choose_pass_samples
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.data.token_choice import choose_tokens
@@ -57,7 +57,7 @@ def passes_of(tiny: TinyModels, name: str, directory: Path) -> tuple[Passes, lis
     passes = Passes(loader, captured, directory, seed=3)
     for index in range(len(loader)):
         passes.forward(index)
-    passes.turn(1.0)
+    passes.start_back_from_projection(1.0)
     probes = [passes.backward(index, SHARDS) for index in reversed(range(len(loader)))]
     return passes, probes[::-1]
 
@@ -121,7 +121,7 @@ def test_small_derivatives_survive_in_float16(tiny: TinyModels, tmp_path: Path) 
     derivatives = []
     for dtype in (torch.float32, torch.float16):
         passes.states = [state.to(dtype) for state in wide]
-        passes.turn(1.0)
+        passes.start_back_from_projection(1.0)
         derivatives.append(torch.cat([state.flatten() for state in passes.states]).float())
     exact, rounded = derivatives
     assert float(exact.abs().max()) < 6e-5
@@ -147,7 +147,7 @@ def test_massive_tokens_are_left_out(tiny: TinyModels, tmp_path: Path) -> None:
     passes = Passes(loader, captured, tmp_path, seed=3)
     for index in range(len(loader)):
         passes.forward(index)
-    passes.turn(1.0)
+    passes.start_back_from_projection(1.0)
     probe = passes.backward(1, SHARDS)["mlp.down_proj"]
     assert probe.x.shape[0] == sum(entry.modality.numel() for entry in captured) - 1
 
@@ -163,7 +163,7 @@ def test_metrics_are_those_of_the_derivatives_of_all_tokens(tiny: TinyModels, tm
         passes = Passes(loader, captured, tmp_path, seed=3)
         for index in range(len(loader)):
             passes.forward(index)
-        passes.turn_by(lambda sample, massive, last: torch.ones_like(last))
+        passes.start_back(lambda sample, massive, last: torch.ones_like(last))
         found.append(passes.backward(1, SHARDS) if wanted == "probes" else passes.metrics(1, ["mlp.down_proj"]))
     probes, metrics = found
     moment = OutputMoment()
@@ -180,7 +180,7 @@ def test_other_decoders(tiny: TinyModels, tmp_path: Path, name: str) -> None:
     passes = Passes(loader, captured, tmp_path, seed=3)
     for index in range(len(loader)):
         passes.forward(index)
-    passes.turn(1.0)
+    passes.start_back_from_projection(1.0)
     for index in reversed(range(len(loader))):
         probe = passes.backward(index, {"self_attn.o_proj": ("self_attn.o_proj",)})["self_attn.o_proj"]
         assert bool(probe.gradient.isfinite().all()) and float(probe.gradient.abs().max()) > 0
@@ -188,17 +188,17 @@ def test_other_decoders(tiny: TinyModels, tmp_path: Path, name: str) -> None:
 
 def test_every_modality_gives_samples_and_long_ones_come_last() -> None:
     text, image = frozenset({TEXT}), frozenset({TEXT, IMAGE})
-    assert choose_samples([100, 200, 300], [text, text, text]) == [0, 1, 2]
-    limit = sensitivity.TOKENS
+    assert choose_pass_samples([100, 200, 300], [text, text, text]) == [0, 1, 2]
+    limit = sensitivity.BUDGET_TOKENS
     # Two of text would fill the budget; the picture comes second.
-    assert choose_samples([limit // 2, limit // 2, limit // 2], [text, text, image]) == [0, 2]
+    assert choose_pass_samples([limit // 2, limit // 2, limit // 2], [text, text, image]) == [0, 2]
     # A sample that is too long is passed over, unless there is no other.
-    assert choose_samples([10 * limit, 100, limit], [text, text, text]) == [1]
-    assert choose_samples([10 * limit, 5 * limit], [text, text]) == [1]
+    assert choose_pass_samples([10 * limit, 100, limit], [text, text, text]) == [1]
+    assert choose_pass_samples([10 * limit, 5 * limit], [text, text]) == [1]
     # Fewer tokens on request.
-    assert choose_samples([100, 100, 100], [text, text, text], most=200) == [0, 2]
+    assert choose_pass_samples([100, 100, 100], [text, text, text], most=200) == [0, 2]
 
 
 def test_samples_are_spread_over_the_data() -> None:
-    chosen = choose_samples([512] * 80, [frozenset({TEXT})] * 80)
+    chosen = choose_pass_samples([512] * 80, [frozenset({TEXT})] * 80)
     assert len(chosen) == 8 and all(5 <= later - earlier <= 17 for earlier, later in pairwise(chosen))

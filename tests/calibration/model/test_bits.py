@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.model.bits import Candidate, apply, check_budget, extra_bytes, in_form, mean_bits, spend, stored_bits
+from calibration.model.bits import (
+    Candidate,
+    apply,
+    check_bits_budget,
+    extra_bytes,
+    in_form,
+    mean_bits,
+    spend,
+    stored_bits,
+)
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec, tensor_specs
@@ -34,12 +43,12 @@ def test_the_bits_of_a_weight_are_those_of_its_stored_tensors(scheme: str, form:
 
 
 def test_an_impossible_budget_is_refused_with_the_range() -> None:
-    check_budget(SPEC, PREFIX, Recipe())
-    check_budget(SPEC, PREFIX, Recipe(bits_budget=4.5))
-    check_budget(SPEC, PREFIX, Recipe(bits_budget=8))
+    check_bits_budget(SPEC, PREFIX, Recipe())
+    check_bits_budget(SPEC, PREFIX, Recipe(bits_budget=4.5))
+    check_bits_budget(SPEC, PREFIX, Recipe(bits_budget=8))
     for budget in (4.4, 8.1, -1, 0):
         with pytest.raises(MorphoQuantError, match=rf"^bits_budget = {budget:g}: must be 4\.500 to 8, ") as caught:
-            check_budget(SPEC, PREFIX, Recipe(bits_budget=budget))
+            check_bits_budget(SPEC, PREFIX, Recipe(bits_budget=budget))
         assert "\n" not in str(caught.value)
 
 

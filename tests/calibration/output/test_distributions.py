@@ -33,7 +33,7 @@ def recorded() -> tuple[dict[str, torch.Tensor], dict[str, float], torch.Tensor,
     before = {name: tensor.clone() for name, tensor in layer.tensors.items()}
     record = observe(sample, tokens, layer.tensors, SPEC)
     assert all(torch.equal(layer.tensors[name], tensor) for name, tensor in before.items())
-    return record, layer.record.escape_rate, x, modality, outlying
+    return record, layer.figures.escape_rate, x, modality, outlying
 
 
 def test_ranges_are_those_of_the_tokens(recorded: tuple) -> None:

@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from calibration.output.places import check_length
-from calibration.output.staging import clear_write_errors, only_run, staged_directory
+from calibration.output.staging import explain_write_errors, only_run, staged_directory
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -219,7 +219,7 @@ def test_an_output_without_permission_is_named(tmp_path: Path) -> None:
 )
 def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
     expected = r"out: cannot be written \(.*No space left on device\)"
-    with pytest.raises(MorphoQuantError, match=expected) as caught, clear_write_errors(tmp_path / "out"):
+    with pytest.raises(MorphoQuantError, match=expected) as caught, explain_write_errors(tmp_path / "out"):
         raise error
     assert "\n" not in str(caught.value)
 
@@ -228,12 +228,12 @@ def test_a_source_file_that_cannot_be_read_is_no_write_error(tmp_path: Path) -> 
     source = str(tmp_path / "model" / "merges.txt")
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
     expected = r"model/merges.txt: cannot be read \(Permission denied\)"
-    with pytest.raises(MorphoQuantError, match=expected), clear_write_errors(tmp_path / "out", tmp_path / "model"):
+    with pytest.raises(MorphoQuantError, match=expected), explain_write_errors(tmp_path / "out", tmp_path / "model"):
         raise denied
     # As shutil.copyfile reports a full disk: with the names of both files.
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, str(tmp_path / "out" / "merges.txt"))
     expected = r"out: cannot be written \(.*No space left on device\)"
-    with pytest.raises(MorphoQuantError, match=expected), clear_write_errors(tmp_path / "out", tmp_path / "model"):
+    with pytest.raises(MorphoQuantError, match=expected), explain_write_errors(tmp_path / "out", tmp_path / "model"):
         raise full
 
 

@@ -17,7 +17,7 @@ def correlated_hessian(seed: int = 0, tokens: int = 1000) -> Tensor:
     return codes.T @ codes / tokens
 
 
-def target(seed: int = 1) -> Tensor:
+def fitted_weights(seed: int = 1) -> Tensor:
     return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
 
 

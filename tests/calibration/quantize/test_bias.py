@@ -22,7 +22,7 @@ def coded_tokens(*, rows: bool) -> tuple[CodedTokens, Tensor, Tensor]:
     inputs, tokens = observe(x, modality, 0.0, outlying, x)
     massive = find_massive(x, outlying, 1, tokens, wanted=True)
     found = find_input(inputs.observation, tokens, massive, matrix(), spec, recipe, full_mask=False)
-    return code_tokens(x, tokens, massive.own, found, spec), x, massive.own
+    return code_tokens(x, tokens, massive.local, found, spec), x, massive.local
 
 
 @pytest.mark.parametrize("rows", [True, False])

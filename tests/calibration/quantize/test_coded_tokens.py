@@ -25,10 +25,10 @@ def test_a_token_takes_the_massive_row_or_that_of_its_modality_or_that_of_any() 
     spec, recipe = make_spec({"m.q": matrix()}), Recipe()
     inputs, tokens = observe(x, modality, 1.0, outlying, x)
     massive = find_massive(x, outlying, 1, tokens, wanted=True)
-    assert torch.equal(massive.own, outlying) and torch.equal(massive.all, outlying)
+    assert torch.equal(massive.local, outlying) and torch.equal(massive.all, outlying)
     found = find_input(inputs.observation, tokens, massive, matrix(), spec, recipe, full_mask=False)
-    assert found.grids.own == [AUDIO], "text is better off with the row for any"
-    coded = code_tokens(x, tokens, massive.own, found, spec)
+    assert found.grids.separate == [AUDIO], "text is better off with the row for any"
+    coded = code_tokens(x, tokens, massive.local, found, spec)
     expected = torch.where(modality == TEXT, ANY, modality)
     assert torch.equal(coded.rows, torch.where(outlying, MASSIVE, expected).int())
     assert torch.equal(coded.sets.rows[coded.token_set], coded.rows.long())
@@ -39,7 +39,7 @@ def test_no_token_is_massive_where_none_shall_be() -> None:
     x, modality, outlying = with_massive()
     _, tokens = observe(x, modality, 1.0, outlying, x)
     massive = find_massive(x, outlying, 1, tokens, wanted=False)
-    assert not bool(massive.own.any()) and not bool(massive.all.any())
+    assert not bool(massive.local.any()) and not bool(massive.all.any())
 
 
 def test_a_massive_token_weighs_in_the_fit_as_much_as_another_and_keeps_its_means() -> None:
@@ -49,9 +49,9 @@ def test_a_massive_token_weighs_in_the_fit_as_much_as_another_and_keeps_its_mean
     spec = make_spec({"m.q": matrix()})
     inputs, tokens = observe(x, modality, 1.0, outlying, x)
     massive = find_massive(x, outlying, 1, tokens, wanted=True)
-    assert torch.equal(massive.own, outlying)
+    assert torch.equal(massive.local, outlying)
     found = find_input(inputs.observation, tokens, massive, matrix(), spec, Recipe(), full_mask=False)
-    coded = code_tokens(x, tokens, massive.own, found, spec)
+    coded = code_tokens(x, tokens, massive.local, found, spec)
     alike = weigh_massive_alike(coded, ONE)
     assert torch.equal(alike.weight[~outlying], coded.weight[~outlying])
     before, after = (gather_moments(each, x, matrix(), ONE) for each in (coded, alike))

@@ -109,7 +109,7 @@ def test_experts_serve_the_tokens_that_chose_them(settings: dict[str, Any]) -> N
         rows = torch.full((own.shape[0],), 4, dtype=torch.int32)
         ids, ones = torch.full((own.shape[0], 1), e), torch.ones(own.shape[0], 1)
         assert relative(experts(own, rows, ones, ids, record), expected) < 0.25
-    figures = found.record
+    figures = found.figures
     assert figures.drawn_tokens == chosen.sum(0).tolist() == figures.tokens
     assert (figures.few, figures.none) == (1, 1)
     assert figures.gate_up_error[2] is None and figures.down_error[2] is None
@@ -139,8 +139,8 @@ def test_one_expert_of_all_tokens_is_as_a_dense_mlp(massive: bool) -> None:
                 continue
             # The factor of the weights has their column norms but for the last bits.
             assert torch.allclose(found.tensors[name][tensor].float(), value.float(), rtol=1e-3, atol=1e-4), tensor
-    errors = [layer.record.output_error for layer in expected.values()]
-    assert found.record.gate_up_error[0] == pytest.approx(sum(error**2 for error in errors) ** 0.5 / 2**0.5, rel=0.05)
+    errors = [layer.figures.output_error for layer in expected.values()]
+    assert found.figures.gate_up_error[0] == pytest.approx(sum(error**2 for error in errors) ** 0.5 / 2**0.5, rel=0.05)
 
 
 def test_an_expert_without_tokens_is_rounded_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_an_expert_borrows_from_the_others_with_the_rest_of_its_weight(own: int,
     found = quantize._choose(layer, 0)
     assert torch.equal(found.routed, chosen.flatten().nonzero().flatten())
     assert found.share == pytest.approx(own / (own + quantize.POOLED_TOKENS))
-    assert torch.equal(found.served[found.judged.places], found.routed)
+    assert torch.equal(found.served[found.reported.places], found.routed)
     assert float(found.tokens.weight.sum()) == pytest.approx(1)
-    assert float(found.tokens.weight[found.judged.places].sum()) == pytest.approx(found.share, abs=1e-6)
+    assert float(found.tokens.weight[found.reported.places].sum()) == pytest.approx(found.share, abs=1e-6)
     assert found.served.numel() == own + min(others, max(quantize.POOLED_TOKENS, quantize.FEW_TOKENS - own))

@@ -12,7 +12,7 @@ from calibration.quantize.allowed_scales import AllowedScales, FreeScales, Level
 from calibration.quantize.group_search import compensate, improve, inverse_factor, round_group
 from calibration.quantize.rounding import damp
 from morphoquant_vllm.numerics.weights import quantize_int4, round_int4
-from tests.calibration.quantize.problems import DAMPING, K, N, correlated_hessian, loss, target
+from tests.calibration.quantize.problems import DAMPING, K, N, correlated_hessian, fitted_weights, loss
 
 FREE = FreeScales()
 LEVELS = LevelScales(torch.full((N,), 0.04), 16)
@@ -28,7 +28,7 @@ def allowed_scales(scale: Tensor, allowed: AllowedScales) -> bool:
 @pytest.mark.parametrize("allowed", [FREE, LEVELS], ids=["free", "levels"])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_every_turn_lowers_the_loss(group_size: int, allowed: AllowedScales) -> None:
-    damped, weight = damp(correlated_hessian(), DAMPING), target()
+    damped, weight = damp(correlated_hessian(), DAMPING), fitted_weights()
     codes, scale = compensate(weight, damped, group_size, allowed)
     losses = [loss(damped, weight, codes, scale)]
     for _ in range(2):
@@ -44,7 +44,7 @@ def test_every_turn_lowers_the_loss(group_size: int, allowed: AllowedScales) -> 
 
 
 def test_a_wider_beam_loses_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    damped, weight = damp(correlated_hessian(), DAMPING), target()
+    damped, weight = damp(correlated_hessian(), DAMPING), fitted_weights()
     losses = []
     for beam in (1, 4, 16):
         monkeypatch.setattr(group_search, "BEAM", beam)
@@ -77,7 +77,7 @@ remaining: list[float] = []
 @pytest.mark.parametrize("columns", [32, 64], ids=["two runs", "one run"])
 def test_a_beam_of_every_choice_finds_the_best_pair_of_scales(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setattr(group_search, "RUN_COLUMNS", columns)
-    damped, weight = damp(correlated_hessian(), DAMPING)[:64, :64].contiguous(), target()[:, :64]
+    damped, weight = damp(correlated_hessian(), DAMPING)[:64, :64].contiguous(), fitted_weights()[:, :64]
     monkeypatch.setattr(group_search, "BEAM", 9)
     scales = (0.25, 0.32, 0.4)
     codes, scale = compensate(weight, damped, 32, FixedScales(scales))
@@ -101,11 +101,11 @@ def row_losses(damped: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> 
 def test_the_result_does_not_depend_on_how_many_rows_are_searched_at_once(
     monkeypatch: pytest.MonkeyPatch, allowed: AllowedScales
 ) -> None:
-    damped, weight = damp(correlated_hessian(), DAMPING), target()
+    damped, weight = damp(correlated_hessian(), DAMPING), fitted_weights()
     expected = compensate(weight, damped, 32, allowed)
     better = improve(weight, damped, *expected, allowed)
-    monkeypatch.setattr(group_search, "SEARCH_ROWS", 7)
-    monkeypatch.setattr(group_search, "IMPROVE_ROWS", 9)
+    monkeypatch.setattr(group_search, "SEARCH_OUTPUTS", 7)
+    monkeypatch.setattr(group_search, "IMPROVE_OUTPUTS", 9)
     found = compensate(weight, damped, 32, allowed)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     found = improve(weight, damped, *expected, allowed)
@@ -116,7 +116,7 @@ def test_the_result_does_not_depend_on_how_many_rows_are_searched_at_once(
 def test_the_loss_does_not_depend_on_how_many_columns_change_at_once(
     monkeypatch: pytest.MonkeyPatch, allowed: AllowedScales
 ) -> None:
-    damped, weight = damp(correlated_hessian(), DAMPING), target()
+    damped, weight = damp(correlated_hessian(), DAMPING), fitted_weights()
     losses = []
     for columns in (32, 64, K):
         monkeypatch.setattr(group_search, "RUN_COLUMNS", columns)
@@ -127,7 +127,7 @@ def test_the_loss_does_not_depend_on_how_many_columns_change_at_once(
 
 
 def test_the_sum_of_squared_errors_is_the_loss() -> None:
-    damped, weight = damp(correlated_hessian(), DAMPING)[:32, :32].contiguous(), target()[:, :32].T.contiguous()
+    damped, weight = damp(correlated_hessian(), DAMPING)[:32, :32].contiguous(), fitted_weights()[:, :32].T.contiguous()
     scale = torch.stack((torch.full((N,), 0.3), torch.full((N,), 0.5)))
     codes, errors = round_group(weight, inverse_factor(damped), scale)
     for which in range(2):
@@ -143,7 +143,7 @@ def test_the_sum_of_squared_errors_is_the_loss() -> None:
 
 def test_improving_changes_nothing_that_cannot_be_better() -> None:
     """Weights on the grid have no error."""
-    codes, scale = quantize_int4(target(), torch.ones(K), 32)
+    codes, scale = quantize_int4(fitted_weights(), torch.ones(K), 32)
     weight = codes.float() * scale.float().repeat_interleave(32, 1)
     found = improve(weight, damp(correlated_hessian(), DAMPING), codes.float(), scale.float(), FREE)
     assert torch.equal(found[0], codes.float()) and torch.equal(found[1], scale.float())

@@ -54,11 +54,11 @@ def test_the_record_describes_what_is_served(settings: dict[str, object]) -> Non
     # Without balance every token counts the same, so that the weighted error is the plain one.
     layer = quantize(x, modality, {"m.q": weight}, balance=0.0, outlying=outlying, **settings)["m.q"]
     codes, y = serve(x, layer.tensors, modality)
-    assert layer.record.output_error == pytest.approx(relative(y, x @ weight.T), rel=1e-3)  # float32 sums
+    assert layer.figures.output_error == pytest.approx(relative(y, x @ weight.T), rel=1e-3)  # float32 sums
     # A wrong order, packing or centre costs about 1; without a massive row ordinary tokens are nearly lost beside it.
-    assert 0 < layer.record.output_error < 0.3
+    assert 0 < layer.figures.output_error < 0.3
     escaped = activation.escapes(codes).float()
-    rates = layer.record.escape_rate
+    rates = layer.figures.escape_rate
     assert rates["text"] == pytest.approx(float(escaped[modality == TEXT].mean()))
     assert rates["audio"] == pytest.approx(float(escaped[modality == AUDIO].mean()))
     assert rates["all"] == pytest.approx(float(escaped.mean()))
@@ -66,7 +66,7 @@ def test_the_record_describes_what_is_served(settings: dict[str, object]) -> Non
     assert list(rates) == ["text", "audio", *(["massive"] if found else []), "all"]
     if found:
         assert rates["massive"] == pytest.approx(float(escaped[outlying].mean()))
-    assert layer.record.massive_tokens == (int(outlying.sum()) if found else 0)
+    assert layer.figures.massive_tokens == (int(outlying.sum()) if found else 0)
 
 
 # --- massive tokens
@@ -122,8 +122,8 @@ def test_without_massive_tokens_the_row_is_that_of_any_and_no_token_takes_it() -
     record = activation_of(layer.tensors)
     held = activation.is_massive(x * 100, record.massive_channel, record.massive_low, record.massive_high)
     assert not bool(held.any())
-    assert layer.record.massive_tokens == 0
-    assert "massive" not in layer.record.escape_rate
+    assert layer.figures.massive_tokens == 0
+    assert "massive" not in layer.figures.escape_rate
 
 
 def test_outlying_tokens_that_look_like_the_others_stay_ordinary() -> None:
@@ -131,7 +131,7 @@ def test_outlying_tokens_that_look_like_the_others_stay_ordinary() -> None:
     outlying = torch.arange(x.shape[0]) % 25 == 0
     x[outlying] = x[1::25][: int(outlying.sum())]
     layer = quantize(x, modality, {"m.q": matrix()}, outlying=outlying)["m.q"]
-    assert layer.record.massive_tokens == 0
+    assert layer.figures.massive_tokens == 0
     codes, _ = serve(x, layer.tensors)
     assert int(codes.int().abs().max()) <= activation.GUARD_CODES + 1, "their values still bound the steps"
 
@@ -162,11 +162,12 @@ def test_a_modality_is_served_better_by_a_row_of_its_own() -> None:
         errors[own] = relative(y[part], expected[part])
         # Ties: the search divides by the step, serving multiplies by its inverse; gains are sought on half the tokens.
         assert float(activation.escapes(codes[~outlying]).float().mean()) <= 0.05
-        assert layer.record.output_error == pytest.approx(record_error(y, expected, modality), rel=1e-3)  # float32 sums
+        # float32 sums
+        assert layer.figures.output_error == pytest.approx(weighted_error(y, expected, modality), rel=1e-3)
     assert errors[True] < 0.7 * errors[False]
 
 
-def record_error(y: Tensor, expected: Tensor, modality: Tensor) -> float:
+def weighted_error(y: Tensor, expected: Tensor, modality: Tensor) -> float:
     """Relative error with every modality weighing the same."""
     weight = sum((modality == row) / (modality == row).sum() for row in modality.unique())
     parts = ((value.square().sum(1) * weight).sum() for value in (y - expected, expected))
@@ -176,13 +177,13 @@ def record_error(y: Tensor, expected: Tensor, modality: Tensor) -> float:
 
 def test_a_layer_record_says_which_modalities_have_rows_and_why() -> None:
     x, modality, outlying = two_modalities()
-    rows = quantize(x, modality, {"m.q": matrix()}, outlying=outlying)["m.q"].record.modality_rows
+    rows = quantize(x, modality, {"m.q": matrix()}, outlying=outlying)["m.q"].figures.modality_rows
     assert list(rows) == ["text", "audio"]
     assert rows["audio"].own and rows["audio"].gain < 1
-    assert "held-back" in rows["audio"].reason
-    assert quantize(x, modality, {"m.q": matrix()}, modality_rows=False)["m.q"].record.modality_rows == {}
+    assert "held-out" in rows["audio"].reason
+    assert quantize(x, modality, {"m.q": matrix()}, modality_rows=False)["m.q"].figures.modality_rows == {}
     alone = quantize(x, torch.zeros_like(modality), {"m.q": matrix()}, outlying=outlying)["m.q"]
-    assert alone.record.modality_rows == {}, "one modality is any modality"
+    assert alone.figures.modality_rows == {}, "one modality is any modality"
 
 
 def test_a_modality_without_a_row_shares_that_of_any_token() -> None:
@@ -198,7 +199,7 @@ def test_tokens_of_unknown_modality_are_served_right_in_the_mean() -> None:
     x, modality, outlying = two_modalities()
     weight = matrix()
     layer = quantize(x, modality, {"m.q": weight}, balance=0.0, outlying=outlying)["m.q"]
-    assert any(row.own for row in layer.record.modality_rows.values())
+    assert any(row.own for row in layer.figures.modality_rows.values())
     _, y = serve(x, layer.tensors)
     ordinary = ~outlying
     # float32 sums and constants at outputs of up to 2000.
@@ -216,7 +217,7 @@ def test_ordinary_tokens_keep_the_budget_and_nothing_seen_saturates(budget: floa
     codes, _ = serve(x, layer.tensors)
     # The search divides by the step, serving multiplies by its inverse: codes at a tie may go the other way.
     assert float(activation.escapes(codes[~outlying]).float().mean()) <= budget + 1e-4
-    assert layer.record.masked_channels == dict.fromkeys(("text", "image", "video", "audio", "any", "massive"), K)
+    assert layer.figures.masked_channels == dict.fromkeys(("text", "image", "video", "audio", "any", "massive"), K)
     # The farthest value sits at GUARD_CODES exactly; float32 noise may round it to the next code.
     assert int(codes.int().abs().max()) <= activation.GUARD_CODES + 1
 
@@ -226,9 +227,9 @@ def test_without_a_budget_only_massive_tokens_leave_four_bits() -> None:
     layer = quantize(x, modality, {"m.q": matrix()}, outlying=outlying, escape_budget=0.0)["m.q"]
     codes, _ = serve(x, layer.tensors)
     assert not bool(activation.escapes(codes[~outlying]).any())
-    assert layer.record.masked_channels["any"] == 0
-    assert layer.record.masked_channels["massive"] == K
-    assert layer.record.escape_rate["text"] > 0, "massive tokens are text, too"
+    assert layer.figures.masked_channels["any"] == 0
+    assert layer.figures.masked_channels["massive"] == K
+    assert layer.figures.escape_rate["text"] > 0, "massive tokens are text, too"
 
 
 def test_the_reference_grid_masks_the_outliers_of_every_modality() -> None:
@@ -277,7 +278,7 @@ def test_a_dead_channel_and_a_constant_input_stay_finite(grid: str) -> None:
         layer = quantize(constant, modality, {"m.q": matrix()}, grid=grid)["m.q"]
         check_values("m.q", layer.tensors, ANY, parallel="column", blocks=1)
         # Served by the centre and the bias alone, but for float32.
-        assert layer.record.output_error < 1e-5
+        assert layer.figures.output_error < 1e-5
 
 
 def test_an_escape_rate_far_above_the_budget_is_a_warning_with_the_layer() -> None:
@@ -285,15 +286,15 @@ def test_an_escape_rate_far_above_the_budget_is_a_warning_with_the_layer() -> No
     generator = torch.Generator().manual_seed(0)
     x, modality = 0.1 * torch.randn(8192, K, generator=generator), torch.zeros(8192, dtype=torch.int32)
     x[1::2] *= 40
-    record = quantize(x, modality, {"m.q": matrix()})["m.q"].record
+    figures = quantize(x, modality, {"m.q": matrix()})["m.q"].figures
     drawn = {"text": 8192}
-    warning = escape_warning("m.qkv", record, Recipe(), drawn)
+    warning = escape_warning("m.qkv", figures, Recipe(), drawn)
     assert warning is not None and warning.startswith(
         "m.qkv: 40% of the codes of text tokens escape, far above escape_b"
     )
     for settings in ({"grid": "reference"}, {"escape_budget": 0.0}, {"escape_budget": 0.2}):
-        assert escape_warning("m.qkv", record, Recipe(**settings), drawn) is None  # type: ignore[arg-type]
+        assert escape_warning("m.qkv", figures, Recipe(**settings), drawn) is None  # type: ignore[arg-type]
     # A tenth of the tokens is massive; all others keep the budget.
-    within = replace(record, escape_rate={"text": 0.13, "massive": 0.9, "all": 0.13}, massive_tokens=819)
+    within = replace(figures, escape_rate={"text": 0.13, "massive": 0.9, "all": 0.13}, massive_tokens=819)
     assert escape_warning("m.qkv", within, Recipe(), drawn) is None
     assert escape_warning("m.qkv", replace(within, massive_tokens=0), Recipe(), drawn) is not None

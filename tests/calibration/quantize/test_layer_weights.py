@@ -40,10 +40,10 @@ def test_regression_and_compensation_lower_the_output_error() -> None:
     distorted[outlying] = x[outlying]
 
     def error(**settings: object) -> float:
-        layer = quantize(distorted, modality, {"m.q": matrix()}, balance=0.0, outlying=outlying, target=x, **settings)[
+        layer = quantize(distorted, modality, {"m.q": matrix()}, balance=0.0, outlying=outlying, x16=x, **settings)[
             "m.q"
         ]
-        return layer.record.output_error
+        return layer.figures.output_error
 
     plain, regressed, compensated = error(**PLAIN), error(rounding="nearest"), error(regression=False)
     assert regressed < plain
@@ -67,10 +67,10 @@ def test_the_output_aims_at_the_16_bit_input() -> None:
     x, modality = activations()
     weight = matrix()
     served = 0.9 * x + 2.0
-    layer = quantize(served, modality, {"m.q": weight}, balance=0.0, target=x)["m.q"]
+    layer = quantize(served, modality, {"m.q": weight}, balance=0.0, x16=x)["m.q"]
     _, y = serve(served, layer.tensors)
     expected = x @ weight.T
-    assert layer.record.output_error == pytest.approx(relative(y, expected), rel=1e-3)
+    assert layer.figures.output_error == pytest.approx(relative(y, expected), rel=1e-3)
     assert relative(y, expected) < 0.15
     # float32 sums over 400 tokens of outputs of about 100.
     assert torch.allclose(y.mean(0), expected.mean(0), atol=1e-3)
@@ -127,7 +127,7 @@ def test_an_input_that_is_zero_on_all_tokens_is_rounded_plainly(levels: int, rou
     weight = matrix()
     x, modality = torch.zeros(tokens, K), torch.zeros(tokens, dtype=torch.int32)
     layer = quantize(x, modality, {"m.q": weight}, scale_levels=levels, rounding=rounding)["m.q"]
-    assert layer.record.output_error == 0 and layer.record.escape_rate["all"] == 0
+    assert layer.figures.output_error == 0 and layer.figures.escape_rate["all"] == 0
     order = layer.tensors["channel_order"]
     scales = ("weight_level", "weight_channel_scale") if levels else ("weight_scale",)
     served = weights.dequantize_weight(layer.tensors["weight_codes"], *(layer.tensors[name] for name in scales))
@@ -145,9 +145,9 @@ def in_samples(x: Tensor, noise: float, samples: int) -> tuple[DrawnInput, Drawn
     """Text tokens x [T, K] in equal samples; the input of the 16-bit model differs by noise, as after other layers."""
     modality = torch.zeros(x.shape[0], dtype=torch.int32)
     tokens = choose_tokens(list(modality.tensor_split(samples)), x.shape[0], 1.0, 0)
-    target = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    x16 = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     statistics = {TEXT: ChannelStatistics.of(x)}
-    return DrawnInput(Observation(statistics, x), target, torch.zeros(x.shape[0], dtype=torch.bool)), tokens
+    return DrawnInput(Observation(statistics, x), x16, torch.zeros(x.shape[0], dtype=torch.bool)), tokens
 
 
 def made(sample: DrawnInput, tokens: DrawnTokens, **settings: object) -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ from torch import Tensor
 from calibration.quantize.massive_tokens import (
     MAX_FALSE_SHARE,
     MIN_TOKENS,
-    candidates,
     find_intervals,
     holds,
     no_intervals,
+    outlying_tokens,
 )
 from morphoquant_vllm.format.layers import MASSIVE_CHANNELS
 from morphoquant_vllm.format.values import check_massive_channels
@@ -30,7 +30,7 @@ def planted(channels: tuple[int, ...], size: float = 40.0) -> tuple[Tensor, Tens
     return x, massive
 
 
-# --- candidates
+# --- outlying_tokens
 
 
 def test_candidates_stand_out_of_their_own_modality() -> None:
@@ -39,24 +39,24 @@ def test_candidates_stand_out_of_their_own_modality() -> None:
     modality[200:] = 3
     norms[200:] = 50.0  # loud, but as loud as its like
     norms[[0, 1]], norms[300] = 60.0, 500.0
-    assert candidates(norms, modality).nonzero().flatten().tolist() == [0, 1, 300]
+    assert outlying_tokens(norms, modality).nonzero().flatten().tolist() == [0, 1, 300]
     norms[300] = 60.0  # would stand out of the text alone
-    assert candidates(norms, modality).nonzero().flatten().tolist() == [0, 1]
+    assert outlying_tokens(norms, modality).nonzero().flatten().tolist() == [0, 1]
 
 
 def test_many_outlying_tokens_are_no_exception() -> None:
     norms, modality = torch.ones(100), torch.zeros(100, dtype=torch.int32)
     norms[:10] = 100.0
-    assert int(candidates(norms, modality).sum()) == 10
+    assert int(outlying_tokens(norms, modality).sum()) == 10
     norms[:11] = 100.0
-    assert not bool(candidates(norms, modality).any())
+    assert not bool(outlying_tokens(norms, modality).any())
 
 
 def test_one_modality_with_many_outliers_does_not_hide_anothers() -> None:
     norms, modality = torch.ones(200), torch.zeros(200, dtype=torch.int32)
     modality[100:] = 1
     norms[:15], norms[150] = 100.0, 100.0
-    assert candidates(norms, modality).nonzero().flatten().tolist() == [150]
+    assert outlying_tokens(norms, modality).nonzero().flatten().tolist() == [150]
 
 
 # --- intervals

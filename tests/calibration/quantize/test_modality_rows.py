@@ -82,7 +82,7 @@ def test_few_tokens_get_no_row(tokens: int) -> None:
 
 
 def test_it_is_judged_on_tokens_that_it_was_not_sought_on() -> None:
-    """The runs that are held back are loud: a fine grid that suits the others is no gain there."""
+    """The runs that are held out are loud: a fine grid that suits the others is no gain there."""
     x = values(0.3)
     for run in x.tensor_split(8)[1::2]:
         run.mul_(8)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calibration.quantize.int8_products import has_exact_products
-from calibration.quantize.moments import REDUCTIONS, Moments, fitting_shrinkage, gather, output_bias, regress
+from calibration.quantize.moments import SUMS, Moments, fitting_shrinkage, gather, output_bias, regress
 from morphoquant_vllm.numerics.weights import absorb
 
 K, N, TOKENS, SETS = 24, 10, 500, 2
@@ -62,7 +62,7 @@ def test_chunks_merge_to_the_whole(chunk: int) -> None:
     values, codes, token_set, weight, _ = tokens()
     whole = moments_of(codes, values, token_set, weight)
     chunked = moments_of(codes, values, token_set, weight, chunk)
-    for field in REDUCTIONS:
+    for field in SUMS:
         # float32 sums of 500 terms in another order; magnitudes are about 10.
         assert torch.allclose(getattr(chunked, field), getattr(whole, field), rtol=1e-4, atol=1e-4), field
 
@@ -70,12 +70,12 @@ def test_chunks_merge_to_the_whole(chunk: int) -> None:
 def test_every_field_is_summed_over_processes() -> None:
     values, codes, token_set, weight, _ = tokens()
     whole = moments_of(codes, values, token_set, weight)
-    assert {*REDUCTIONS, "matrix"} == set(vars(whole))
+    assert {*SUMS, "matrix"} == set(vars(whole))
     halves = [
         moments_of(*(field[part] for field in (codes, values, token_set, weight)))
         for part in (slice(200), slice(200, None))
     ]
-    for field in REDUCTIONS:
+    for field in SUMS:
         added = getattr(halves[0], field) + getattr(halves[1], field)
         assert torch.allclose(added, getattr(whole, field), rtol=1e-4, atol=1e-4), field  # as above
 

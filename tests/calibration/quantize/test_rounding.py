@@ -6,12 +6,12 @@ from torch import Tensor
 
 from calibration.quantize.rounding import LEAST_DAMPING, fitting_damping, quantize_compensated, quantize_two_level
 from morphoquant_vllm.numerics.weights import EMPTY_GROUP_SCALE, quantize_int4
-from tests.calibration.quantize.problems import DAMPING, K, N, correlated_hessian, loss, target
+from tests.calibration.quantize.problems import DAMPING, K, N, correlated_hessian, fitted_weights, loss
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_compensation_beats_rounding_each_weight_by_itself(group_size: int) -> None:
-    hessian, weight = correlated_hessian(), target()
+    hessian, weight = correlated_hessian(), fitted_weights()
     codes, scale = quantize_compensated(weight, hessian, group_size, DAMPING)
     assert (codes.dtype, scale.dtype) == (torch.int8, torch.bfloat16)
     assert (codes.shape, scale.shape) == ((N, K), (N, K // group_size))
@@ -26,7 +26,7 @@ def test_compensation_beats_rounding_each_weight_by_itself(group_size: int) -> N
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_without_correlation_it_is_rounding_each_weight_by_itself(group_size: int) -> None:
     energy = torch.logspace(-2, 2, K)[torch.randperm(K, generator=torch.Generator().manual_seed(2))]
-    weight = target()
+    weight = fitted_weights()
     damped = energy + DAMPING * energy.mean()
     codes, scale = quantize_compensated(weight, energy.diag(), group_size, DAMPING)
     nearest = quantize_int4(weight, damped, group_size)
@@ -47,23 +47,23 @@ def test_codes_and_scales_stand_in_channel_order() -> None:
 
 
 def test_a_dead_hessian_is_no_worse_than_rounding_each_weight_by_itself() -> None:
-    codes, scale = quantize_compensated(target(), torch.zeros(K, K), 32, DAMPING)
-    nearest = quantize_int4(target(), torch.ones(K), 32)
-    assert loss(torch.eye(K), target(), codes, scale) <= loss(torch.eye(K), target(), *nearest)
+    codes, scale = quantize_compensated(fitted_weights(), torch.zeros(K, K), 32, DAMPING)
+    nearest = quantize_int4(fitted_weights(), torch.ones(K), 32)
+    assert loss(torch.eye(K), fitted_weights(), codes, scale) <= loss(torch.eye(K), fitted_weights(), *nearest)
 
 
 def test_dead_channels_and_fewer_tokens_than_channels_stay_finite() -> None:
     hessian = correlated_hessian(tokens=20)
     hessian[40:80] = hessian[:, 40:80] = 0
-    codes, scale = quantize_compensated(target(), hessian, 64, DAMPING)
+    codes, scale = quantize_compensated(fitted_weights(), hessian, 64, DAMPING)
     assert bool((scale.isfinite() & (scale > 0)).all())
     served = codes.float() * scale.float().repeat_interleave(64, 1)
     # Weights of dead channels stay near themselves: nothing is compensated there. 3 of a normal's 4.5 sigma, 7 steps.
-    assert float((served - target())[:, 40:80].abs().max()) < 1.5
+    assert float((served - fitted_weights())[:, 40:80].abs().max()) < 1.5
 
 
 def test_groups_of_zeros_get_a_scale() -> None:
-    weight = target()
+    weight = fitted_weights()
     weight[:, :32] = 0
     codes, scale = quantize_compensated(weight, torch.ones(K).diag(), 32, DAMPING)
     assert bool((codes[:, :32] == 0).all())
@@ -72,7 +72,7 @@ def test_groups_of_zeros_get_a_scale() -> None:
 
 
 def test_the_same_input_gives_the_same_codes_and_leaves_its_arguments() -> None:
-    hessian, weight = correlated_hessian(), target()
+    hessian, weight = correlated_hessian(), fitted_weights()
     before = hessian.clone(), weight.clone()
     first, second = (quantize_compensated(weight, hessian, 32, DAMPING) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
@@ -81,7 +81,7 @@ def test_the_same_input_gives_the_same_codes_and_leaves_its_arguments() -> None:
 
 @pytest.mark.parametrize("levels", [4, 16])
 def test_two_level_scales_are_levels_of_a_scale_of_the_output(levels: int) -> None:
-    hessian, weight = correlated_hessian(), target()
+    hessian, weight = correlated_hessian(), fitted_weights()
     weight[3] *= 100
     codes, level, channel_scale = quantize_two_level(weight, hessian, 32, levels, DAMPING)
     assert (codes.dtype, level.dtype, channel_scale.dtype) == (torch.int8, torch.uint8, torch.float32)
@@ -107,8 +107,8 @@ def codes_of(tokens: int, seed: int) -> Tensor:
 def loss_on_others(tokens: int, damping: float) -> float:
     """The loss on other tokens of weights that are rounded by the second moments of `tokens` tokens."""
     seen, others = codes_of(tokens, 1), codes_of(4000, 2)
-    codes, scale = quantize_compensated(target(), seen.T @ seen / tokens, 32, damping)
-    return loss(others.T @ others / 4000, target(), codes, scale)
+    codes, scale = quantize_compensated(fitted_weights(), seen.T @ seen / tokens, 32, damping)
+    return loss(others.T @ others / 4000, fitted_weights(), codes, scale)
 
 
 @pytest.mark.parametrize(("tokens", "gain"), [(K // 2, 0.93), (K, 0.93), (8 * K, 1.02)])

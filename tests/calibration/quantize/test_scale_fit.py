@@ -7,12 +7,12 @@ from torch import Tensor
 from calibration.quantize.rounding import damp
 from calibration.quantize.scale_fit import fit_levels, fit_scales
 from morphoquant_vllm.numerics.weights import quantize_int4
-from tests.calibration.quantize.problems import DAMPING, correlated_hessian, loss, target
+from tests.calibration.quantize.problems import DAMPING, correlated_hessian, fitted_weights, loss
 
 
 def start(group_size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hessian, weights, codes as floats and scales of weights rounded by themselves."""
-    damped, weight = damp(correlated_hessian(), DAMPING), target()
+    damped, weight = damp(correlated_hessian(), DAMPING), fitted_weights()
     codes, scale = quantize_int4(weight, damped.diagonal(), group_size)
     return damped, weight, codes.float(), scale.float()
 

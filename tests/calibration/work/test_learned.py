@@ -19,8 +19,8 @@ TENSORS = {
 }
 
 
-def work_in(path: Path, settings: str = "a1b2") -> Any:
-    return SimpleNamespace(path=path, settings=settings)
+def work_in(path: Path, run_hash: str = "a1b2") -> Any:
+    return SimpleNamespace(path=path, run_hash=run_hash)
 
 
 def same(found: dict[str, Tensor] | None) -> bool:

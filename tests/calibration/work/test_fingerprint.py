@@ -8,7 +8,7 @@ import torch
 
 from calibration.model.source import Source
 from calibration.settings.recipe import Recipe
-from calibration.work.identity import differences, identity
+from calibration.work.fingerprint import differences, fingerprint
 from morphoquant_vllm import backends
 from morphoquant_vllm.cpu import backend as cpu
 
@@ -20,7 +20,7 @@ def test_the_instruction_set_of_the_cpu_s_kernels_is_part_of_it(
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(cpu, "available", lambda: run_here)
     monkeypatch.setitem(backends.BACKENDS, "cpu", replace(backends.BACKENDS["cpu"], instructions=lambda: "avx1024"))
-    begun = identity(Recipe(), torch.device("cpu"), Source(tmp_path, {}, {}), [])
+    begun = fingerprint(Recipe(), torch.device("cpu"), Source(tmp_path, {}, {}), [])
     assert begun["versions"]["cpu"].endswith(" avx1024 kernels") == run_here
 
 
@@ -29,5 +29,5 @@ def test_another_gpu_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source, found = Source(tmp_path, {}, {}), []
     for name in ("A100", "H100"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        found.append(identity(Recipe(), torch.device("cuda", 0), source, []))
+        found.append(fingerprint(Recipe(), torch.device("cuda", 0), source, []))
     assert differences(*found) == ['gpu was "A100", now "H100"']

@@ -28,7 +28,7 @@ from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 _SHOWN = 6
 
 
-def identity(
+def fingerprint(
     recipe: Recipe,
     device: torch.device,
     source: Source,
