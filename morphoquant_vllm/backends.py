@@ -241,3 +241,11 @@ def prepare_experts(name: str, record: ExpertsRecord, dtype: torch.dtype, backen
         )
     found.check(name, record, dtype)
     return PreparedExperts(found, found.prepare(record))
+
+
+def have_counters() -> bool:
+    """Whether layers of this process share counters on a GPU. They must keep their zeros, and are no buffers."""
+    # Imported here: it imports Triton.
+    from morphoquant_vllm.gpu.adding_launch import has_counters
+
+    return has_counters()

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
 
 # Mark of the function that refuses.
@@ -49,7 +50,7 @@ def patch_sleep(experts_method: type) -> None:
                 f"sleep level {level} would lose the weights of quantized experts; sleep with level 1, or end the "
                 "server"
             )
-        if level > 1 and current_platform.is_cuda_alike() and _has_counters():
+        if level > 1 and current_platform.is_cuda_alike() and backends.have_counters():
             raise MorphoQuantError(
                 f"sleep level {level} would lose the counters of tiles with `adds_splits`; sleep with level 1, or "
                 "serve without MORPHOQUANT_TILES"
@@ -58,10 +59,3 @@ def patch_sleep(experts_method: type) -> None:
 
     setattr(sleep, _MARK, True)
     Worker.sleep = sleep
-
-
-def _has_counters() -> bool:
-    # Imported here, on a GPU: it imports Triton.
-    from morphoquant_vllm.gpu.adding_launch import has_counters
-
-    return has_counters()
