@@ -137,6 +137,18 @@ def load(job: Job, name: str, evaluation: str) -> dict[str, Any] | None:
     return job.cache.load(found) if found is not None else None
 
 
+def made(job: Job, name: str) -> dict[str, list[str]]:
+    """The machines and commits that made a method's results in the cache, in the order of their names."""
+    found: dict[str, set[str]] = {"machine": set(), "commit": set()}
+    for evaluation in sets_of(job, name):
+        known = key(job, name, evaluation)
+        if known is None or job.cache.load(known) is None:
+            continue
+        for kind, value in job.cache.made(known).items():
+            found[kind] |= {value} if value else set()
+    return {kind: sorted(values) for kind, values in found.items()}
+
+
 def results(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(method, evaluation set, result) of every result in the cache with the present settings."""
     for name in METHODS:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.files import digest, write_atomically
+from benchmarks.common.machine import commit, processor
 from morphoquant_vllm.errors import MorphoQuantError
 
 Key = Mapping[str, Any]
@@ -38,5 +39,11 @@ class Cache:
         return result
 
     def store(self, key: Key, result: Mapping[str, Any]) -> None:
-        """Write the result atomically."""
-        write_atomically(self.path(key), json.dumps({"key": key, "result": result}, indent=1) + "\n")
+        """Write the result atomically, with the machine and the commit that made it."""
+        made = {"machine": processor(), "commit": commit()}
+        write_atomically(self.path(key), json.dumps({"key": key, "made": made, "result": result}, indent=1) + "\n")
+
+    def made(self, key: Key) -> dict[str, Any]:
+        """The "machine" and the "commit" that made the stored result of `key`; older results do not say."""
+        found: dict[str, Any] = json.loads(self.path(key).read_text(encoding="utf-8")).get("made", {})
+        return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.accuracy.job import Job, results
+from benchmarks.accuracy.job import Job, made, results
 from benchmarks.accuracy.methods import ASKING, METHODS, Served
 from benchmarks.accuracy.omni import EXPERT_ERRORS, QUESTIONS, TOKENS
 from benchmarks.accuracy.reporting import scores
@@ -35,11 +35,12 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
         asked = {name for name, found in raw.items() if QUESTIONS in found or not isinstance(METHODS[name], Served)}
         raw = {name: found for name, found in raw.items() if name in asked}
     figures = _language if language else _omni
+    by = {name: made(job, name) for name in raw}
     return {
         "format": FORMAT,
         "benchmark": job.benchmark,
         "command": command,
-        "machine": processor(),
+        "machine": ", ".join(sorted({machine for one in by.values() for machine in one["machine"]})) or processor(),
         "versions": versions(),
         "seed": settings.seed,
         "model": {"name": job.model.name, "sha256": file_digest([job.model])},
@@ -60,6 +61,7 @@ def summarize(job: Job, command: str) -> dict[str, Any]:
                 "against_ours": (_language_against if language else _omni_against)(found, raw),
                 "activations": _activations(name, list(found.values())),
                 "calibration": calibration_report(job, name),
+                "made": by[name],
             }
             for name, found in raw.items()
         },

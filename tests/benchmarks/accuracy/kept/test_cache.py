@@ -34,4 +34,18 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
 def test_stored_results_are_readable_json(tmp_path: Path) -> None:
     store = Cache(tmp_path)
     store.store(KEY, {"x": 1})
-    assert json.loads(store.path(KEY).read_text()) == {"key": KEY, "result": {"x": 1}}
+    stored = json.loads(store.path(KEY).read_text())
+    assert (stored["key"], stored["result"]) == (KEY, {"x": 1})
+
+
+def test_a_result_says_which_machine_and_commit_made_it(tmp_path: Path) -> None:
+    store = Cache(tmp_path)
+    store.store(KEY, {"loss": 1.0})
+    made = store.made(KEY)
+    assert made["machine"] and set(made) == {"machine", "commit"}
+    # Results of before do not say.
+    path = store.path(KEY)
+    stored = json.loads(path.read_text())
+    del stored["made"]
+    path.write_text(json.dumps(stored))
+    assert store.made(KEY) == {} and store.load(KEY) == {"loss": 1.0}
