@@ -178,6 +178,11 @@ def run_table(arguments: argparse.Namespace, command: str, console: Console) -> 
     for benchmark, found in reasons.items():
         _print_left_out(benchmark, found, console)
     summaries = {benchmark: summarize(job, command) for benchmark, job in work.items()}
+
+    def shown() -> list[str]:
+        # A choice of methods must not take results of others out of the table.
+        return [name for name in TABLE if name in methods or any(name in one["methods"] for one in summaries.values())]
+
     failed = []
     for benchmark, job in work.items():
         own = [name for name in methods if name not in reasons[benchmark]]
@@ -185,8 +190,8 @@ def run_table(arguments: argparse.Namespace, command: str, console: Console) -> 
             failed += [] if made else [f"{name} on {benchmark}"]
             summaries[benchmark] = summarize(job, command)
             report.write(summaries[benchmark], settings.results)
-            overview.write(overview.overview(summaries, methods, reasons, command), settings.results)
-    overview.show(overview.overview(summaries, methods, reasons, command), console)
+            overview.write(overview.overview(summaries, shown(), reasons, command), settings.results)
+    overview.show(overview.overview(summaries, shown(), reasons, command), console)
     _tell_failed(failed)
 
 
