@@ -116,6 +116,17 @@ INTERFACES: dict[str, str] = {
     f"{_CONFIG}:ModelConfig.quantization": "attribute",
     "vllm.v1.worker.gpu_worker:Worker": "class(WorkerBase)",
     "vllm.v1.worker.gpu_worker:Worker.sleep": "(self, level=1)",
+    "vllm:envs": "object",
+    "vllm.model_executor.model_loader:get_model_loader": "(load_config)",
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader": "class(ABC)",
+    "vllm.model_executor.model_loader.reload:layerwise": "object",
+    "vllm.model_executor.model_loader.runai_streamer_loader:RunaiModelStreamerLoader": "class(BaseModelLoader)",
+    "vllm.model_executor.model_loader.runai_streamer_loader:RunaiModelStreamerLoader.load_weights": (
+        "(self, model, model_config)"
+    ),
+    f"{_LINEAR}:MergedColumnParallelLinear.output_sizes": "attribute",
+    f"{_LINEAR}:MergedColumnParallelLinear.gather_output": "attribute",
+    f"{_LINEAR}:RowParallelLinear.input_is_parallel": "attribute",
     f"{_LOADER}:DefaultModelLoader": "class(BaseModelLoader)",
     f"{_LOADER}:DefaultModelLoader.load_weights": "(self, model, model_config)",
     f"{_LOADER}:DefaultModelLoader.track_weights_loading": "(self, model, loaded_weights, quantized=False)",

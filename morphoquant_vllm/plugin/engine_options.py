@@ -6,19 +6,18 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor import model_loader
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.model_loader import dummy_loader, runai_streamer_loader, sharded_state_loader
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from morphoquant_vllm.errors import MorphoQuantError
 
-# Loaders that tell which weights they loaded (unloaded_weights.py), or that load states which were served.
-LOADERS = (
-    DefaultModelLoader,
-    dummy_loader.DummyModelLoader,
-    runai_streamer_loader.RunaiModelStreamerLoader,
-    sharded_state_loader.ShardedStateLoader,
+# Load formats whose loaders tell which weights they loaded (unloaded_weights.py), or load states that were served.
+CHECKED = frozenset(
+    (
+        *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt"),
+        *("dummy", "sharded_state", "runai_streamer", "runai_streamer_sharded"),
+    )
 )
 
 
@@ -27,8 +26,8 @@ def refuse_unchecked_loading(config: VllmConfig | None) -> None:
     if config is None or config.model_config is None:
         return
     form = config.load_config.load_format
-    # Not get_model_loader: some loaders change the environment when they are made.
-    if not issubclass(model_loader._LOAD_FORMAT_TO_MODEL_LOADER[form], LOADERS):
+    # Another plugin may register a loader that derives from vLLM's.
+    if form not in CHECKED and not isinstance(get_model_loader(config.load_config), DefaultModelLoader):
         raise MorphoQuantError(
             f"--load-format {form}: its loader does not say which weights it loaded; serve with --load-format auto"
         )

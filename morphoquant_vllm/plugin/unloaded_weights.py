@@ -8,7 +8,8 @@ the same check runs for models of this method. Quantized layers are left out: ea
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 
 from morphoquant_vllm.errors import MorphoQuantError
@@ -61,22 +63,33 @@ def patch_streamer() -> None:
         if model_config.quantization != QUANT_METHOD:
             original(self, model, model_config)
             return
-        # All that the original does, but for what it returns.
-        loaded = model.load_weights(self.get_all_weights(model_config, model))
-        with _keeping_refusals(model):
-            _check(self, model, loaded, **_OF_QUANTIZED)
+        with _keeping_refusals(model), _noting(model) as loaded:
+            original(self, model, model_config)
+            _check(self, model, loaded[0], **_OF_QUANTIZED)
 
     setattr(load_weights, _MARK, True)
     RunaiModelStreamerLoader.load_weights = load_weights
 
 
+@contextmanager
+def _noting(model: Any) -> Iterator[list[set[str] | None]]:
+    """The names that `model.load_weights` returns while the block lasts, for a loader that drops them."""
+    own, noted = model.load_weights, list[set[str] | None]()
+
+    def load_weights(weights: Any) -> set[str] | None:
+        noted.append(own(weights))
+        return noted[-1]
+
+    # An attribute of the instance hides the class's method.
+    model.load_weights = load_weights
+    try:
+        yield noted
+    finally:
+        del model.load_weights
+
+
 def patch_reload() -> None:
     """Let vLLM's reload refuse to end if it brought some quantized layers and not others."""
-    try:
-        from vllm.model_executor.model_loader.reload import layerwise
-    except ImportError:
-        # This vLLM does not load weights again.
-        return
     original = layerwise.finalize_layerwise_processing
     if hasattr(original, _MARK):
         return

@@ -21,7 +21,11 @@ BACKENDS = sorted(set(backends.BACKENDS) - {"triton"})
 
 @pytest.fixture(scope="module")
 def records() -> tuple[linear.WeightRecord, activation.ActivationRecord]:
-    layer = LayerSpec(K, N, G, "column", "layer", scale_scheme="group")
+    return record_of("group")
+
+
+def record_of(scheme: str) -> tuple[linear.WeightRecord, activation.ActivationRecord]:
+    layer = LayerSpec(K, N, G, "column", "layer", scale_scheme=scheme)
     spec = QuantizationSpec(layers={"layer": layer})
     (tensors,) = random_group(
         [torch.randn(N, K, generator=torch.Generator().manual_seed(1))], layer, spec, torch.tensor(2)

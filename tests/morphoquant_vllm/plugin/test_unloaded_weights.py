@@ -102,13 +102,17 @@ def test_the_streamer_refuses_a_weight_that_no_file_gave(monkeypatch: pytest.Mon
     from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 
     monkeypatch.setattr(RunaiModelStreamerLoader, "load_weights", RunaiModelStreamerLoader.load_weights)
-    monkeypatch.setattr(RunaiModelStreamerLoader, "get_all_weights", lambda *arguments: ())
+    monkeypatch.setattr(RunaiModelStreamerLoader, "_get_weights_iterator", lambda *arguments: iter(()))
     patch_streamer()
     loader = RunaiModelStreamerLoader.__new__(RunaiModelStreamerLoader)
+    place = {"model": "x", "model_weights": "", "revision": None}
+    ours, none = (SimpleNamespace(quantization=method, **place) for method in (QUANT_METHOD, None))
+    model = Model({"one.weight"})
     with pytest.raises(MorphoQuantError, match=r"two\.weight"):
-        loader.load_weights(Model({"one.weight"}), SimpleNamespace(quantization=QUANT_METHOD))
-    loader.load_weights(Model({"one.weight", "two.weight"}), SimpleNamespace(quantization=QUANT_METHOD))
-    loader.load_weights(Model({"one.weight"}), SimpleNamespace(quantization=None))
+        loader.load_weights(model, ours)
+    assert "load_weights" not in vars(model), "the model is as before"
+    loader.load_weights(Model({"one.weight", "two.weight"}), ours)
+    loader.load_weights(Model({"one.weight"}), none)
 
 
 class Waiting:
