@@ -120,6 +120,7 @@ INTERFACES: dict[str, str] = {
     "vllm.model_executor.model_loader:get_model_loader": "(load_config)",
     "vllm.model_executor.model_loader.base_loader:BaseModelLoader": "class(ABC)",
     "vllm.model_executor.model_loader.reload:layerwise": "object",
+    "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing": "(model, model_config)",
     "vllm.model_executor.model_loader.runai_streamer_loader:RunaiModelStreamerLoader": "class(BaseModelLoader)",
     "vllm.model_executor.model_loader.runai_streamer_loader:RunaiModelStreamerLoader.load_weights": (
         "(self, model, model_config)"

@@ -7,10 +7,10 @@ AIR-Bench's card states none; fixie-ai/ultravox counts 24683 (`num_samples` in i
 
 The paper does not say which questions its figures are of. Those of ScienceQA, MMMU and Video-MME can be shares of 4241,
 900 and 2700 questions. They cannot be shares of the 2017 with an image, or of MMMU's 847 with choices: tests/ has the
-arithmetic. So the paper asked all questions of these. For AIR-Bench the settings in a public copy of its
-code name Foundation (KanghoonYoon/morphoquant_hif4, MorphoQuant-static_1.1/configs/qwen2.5-omni-3b/morpho, commit
-3955de6). Q-VLM's evaluation, as LLaVA's, reports ScienceQA's whole split first and the questions with an image beside
-it (ChangyuanWang17/QVLM, llava/eval/eval_science_qa.py, commit 4faa7f7).
+arithmetic. So its figures fit all questions of these, and not those parts. For AIR-Bench the settings in a public copy
+of its code name Foundation (KanghoonYoon/morphoquant_hif4, MorphoQuant-static_1.1/configs/qwen2.5-omni-3b/morpho,
+commit 3955de6). Q-VLM's evaluation, as LLaVA's, reports ScienceQA's whole split first and the questions with an image
+beside it (ChangyuanWang17/QVLM, llava/eval/eval_science_qa.py, commit 4faa7f7).
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ NOTES = (
     "Its W4A4 rows keep weights in a 4-bit float format (NF4).",
     "The paper does not state its prompts and rules of scoring. Compare the rows that were asked here with each other "
     "first: a difference to the paper's rows may come from prompts, rules, frames and calibration samples.",
-    f"Video-MME: overall, without subtitles, {FRAMES} frames. A server given by its URL samples by its own settings.",
+    f"Video-MME: overall, without subtitles. Servers that were started here take {FRAMES} frames, unless "
+    "--serve-arguments says otherwise; one given by its URL has its own settings.",
     "The paper's figures of ScienceQA, MMMU and Video-MME can be shares of all questions, but not of those with an "
     "image or with choices alone. That its AIR-Bench is Foundation, and not Chat, is by the public copy of its code.",
     "Responses without an answer and refused requests count as not right.",

@@ -1,4 +1,4 @@
-"""Faults of an embedding model's modules.json that are seen before any work: steps that vLLM would leave out."""
+"""Faults of an embedding model's modules.json that are seen before any work: steps that vLLM would take otherwise."""
 
 from __future__ import annotations
 
@@ -28,19 +28,55 @@ _DENSE = (
     "sentence_transformers.base.modules.dense.Dense",
     "pylate.models.Dense.Dense",
 )
+# vLLM warns of other ways, or takes the last of several, and goes on.
+_MODE, _MODES = "pooling_mode_", ("cls", "cls_token", "mean", "mean_tokens", "lasttoken")
+# Without one of these vLLM would leave the whole projection out.
+_ACTIVATIONS = frozenset(
+    (
+        *("identity", "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"),
+        *("relu", "relu2", "sigmoid", "silu", "swish", "tanh", "xielu"),
+    )
+)
 _DENSE_WEIGHTS = "model.safetensors"
 # vLLM takes the first of these names that it finds.
 _WEIGHT_NAMES = frozenset(("weight", "linear.weight", "dense.weight"))
 
 
 def check_modules(directory: Path) -> None:
-    """Refuse steps from hidden states to a vector that vLLM leaves out, and steps whose files it would not find."""
-    for module in read_modules(directory):
+    """Refuse steps from hidden states to a vector that vLLM leaves out, reads otherwise, or would not find."""
+    modules = read_modules(directory)
+    for module in modules:
         _check_kind(directory / MODULES_FILE, module)
-        if module.kind in (*_POOLING, *_DENSE):
-            read_json(directory / module.folder / "config.json")
+        if module.kind in _POOLING:
+            _check_pooling(directory / module.folder)
         if module.kind in _DENSE:
             _check_dense(directory / module.folder)
+    _check_order(directory / MODULES_FILE, modules)
+
+
+def _check_order(path: Path, modules: list[SentenceModule]) -> None:
+    """vLLM takes the steps in this order, and one Pooling, whatever the list says."""
+    order = (_TRANSFORMER, _POOLING, _DENSE, _NORMALIZE)
+    places = [next(place for place, kinds in enumerate(order) if module.kind in kinds) for module in modules]
+    if places != sorted(places) or any(places.count(place) > 1 for place in (0, 1, 3)):
+        names = ", ".join(module.kind.rpartition(".")[2] for module in modules)
+        raise MorphoQuantError(
+            f"{path}: its steps are {names}, but vLLM makes one Transformer, one Pooling, any number of Dense and one "
+            "Normalize, in this order; take another model"
+        )
+
+
+def _check_pooling(folder: Path) -> None:
+    path = folder / "config.json"
+    config = read_json(path)
+    modes = [name.removeprefix(_MODE) for name, value in config.items() if name.startswith(_MODE) and value is True]
+    if isinstance(config.get("pooling_mode"), str):
+        modes.append(config["pooling_mode"])
+    if len(modes) != 1 or modes[0] not in _MODES:
+        raise MorphoQuantError(
+            f"{path}: pools by {' and '.join(modes) or 'nothing'}, but vLLM pools by one of {', '.join(_MODES)}; take "
+            "another model"
+        )
 
 
 def _check_kind(path: Path, module: SentenceModule) -> None:
@@ -59,6 +95,10 @@ def _check_kind(path: Path, module: SentenceModule) -> None:
 
 
 def _check_dense(folder: Path) -> None:
+    path = folder / "config.json"
+    activation = str(read_json(path).get("activation_function") or "torch.nn.modules.linear.Identity")
+    if activation.lower().removeprefix("torch.nn.modules.").rpartition(".")[2] not in _ACTIVATIONS:
+        raise MorphoQuantError(f"{path}: vLLM does not know its activation_function {activation}; take another model")
     path = folder / _DENSE_WEIGHTS
     if not path.exists() and (folder / "pytorch_model.bin").exists():
         raise MorphoQuantError(

@@ -135,14 +135,16 @@ class MorphoQuantConfig(QuantizationConfig):
         """
         from vllm.config import get_current_vllm_config_or_none
 
-        from morphoquant_vllm.plugin.checkpoint_check import check_directory, download
+        from morphoquant_vllm.plugin.checkpoint_check import check_directory, download, refuse_other_settings
 
         config = get_current_vllm_config_or_none()
         if self._hub_id is None or config is None:
             return
+        assert self.spec is not None, "maybe_update_config refuses a model without a spec"
         model, self._hub_id = self._hub_id, None
         if not self._checked or config.load_config.download_dir is not None:
-            check_directory(download(model, config), complete=False)
+            folder = download(model, config)
+            refuse_other_settings(folder, check_directory(folder, complete=False), self.spec)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)

@@ -49,5 +49,5 @@ def refuse_online(quantization: QuantizationConfig, layer: torch.nn.Module, pref
     online.packed_modules_mapping = quantization.packed_modules_mapping
     if online.resolve_quant_method_cls(type(layer), prefix) is not None:
         raise MorphoQuantError(
-            f"--quantization-config: {prefix} has 4-bit weights already; name such layers in its `ignore`"
+            f"--quantization-config: {prefix} is quantized already; name such layers in its `ignore`"
         )

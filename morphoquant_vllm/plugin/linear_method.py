@@ -85,6 +85,8 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         self._bias_in_order: Tensor | None = None
         # True from the moment when vLLM has loaded the layer again until the end of that reload.
         self.loaded_again = False
+        # True while some quantized layers of the engine have weights of another checkpoint than others.
+        self.mixed = False
         # The records that are served, once the layer is bound.
         self.served: Records | None = None
 

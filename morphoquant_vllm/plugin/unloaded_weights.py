@@ -90,7 +90,9 @@ def _noting(model: Any) -> Iterator[list[set[str] | None]]:
 
 def patch_reload() -> None:
     """Let vLLM's reload refuse to end if it brought some quantized layers and not others."""
-    original = layerwise.finalize_layerwise_processing
+    # Imported here: it may be patched already.
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing as original
+
     if hasattr(original, _MARK):
         return
 
@@ -112,11 +114,13 @@ def refuse_partial(model: torch.nn.Module) -> None:
     ]
     missing = [method.name for method in methods if not method.loaded_again]
     count = len(methods) - len(missing)
+    # It stays so until one reload brings them all, however often vLLM ends a reload.
+    mixed = bool(missing) and (bool(count) or any(method.mixed for method in methods))
     for method in methods:
-        method.loaded_again = False
+        method.loaded_again, method.mixed = False, mixed
         if method.mlp is not None:
             method.mlp.reloaded.forget()
-    if count and missing:
+    if mixed:
         raise MorphoQuantError(
             f"{missing[0]}: the reload brought {count} of {len(methods)} quantized layers, and not this one; the "
             "engine now holds weights of two checkpoints: load a whole one, or start a new server"

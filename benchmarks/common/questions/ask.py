@@ -74,8 +74,11 @@ class Asking:
                     temperature=0,
                 )
             except openai.InternalServerError as error:
+                # First: meanwhile another worker may get an answer that a dying server gave before.
+                if not await self.is_healthy():
+                    raise
                 self.broken[item.id] = error
-                if len(self.broken) > MOST_BROKEN or not await self.is_healthy():
+                if len(self.broken) > MOST_BROKEN:
                     raise
             except STOPPED:
                 raise

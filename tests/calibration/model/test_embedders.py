@@ -114,6 +114,45 @@ def test_a_projection_must_be_safetensors_that_vllm_reads(steps: Path) -> None:
     assert "save the folder's weights as safetensors" in refusal(lambda: check_modules(steps))
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"pooling_mode_weightedmean_tokens": True, "pooling_mode_mean_tokens": False}, "pools by weightedmean_tokens"),
+        ({"pooling_mode_cls_token": True}, "pools by mean_tokens and cls_token"),
+        ({"pooling_mode_mean_tokens": False}, "pools by nothing, but vLLM pools by one of cls, "),
+        ({"pooling_mode": "max", "pooling_mode_mean_tokens": False}, "pools by max"),
+    ],
+)
+def test_a_pooling_that_vllm_would_replace_is_refused(steps: Path, changes: dict[str, object], expected: str) -> None:
+    path = steps / "1_Pooling" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert expected in refusal(lambda: check_modules(steps))
+
+
+@pytest.mark.parametrize("mode", ["cls_token", "lasttoken"])
+def test_other_poolings_of_vllm_pass(steps: Path, mode: str) -> None:
+    (steps / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+    check_modules(steps)
+
+
+def test_an_activation_that_vllm_does_not_know_is_refused(steps: Path) -> None:
+    path = steps / "2_Dense" / "config.json"
+    for name, taken in (("Tanh", True), ("LeakyReLU", False)):
+        changed = {"activation_function": f"torch.nn.modules.activation.{name}"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        if taken:
+            check_modules(steps)
+        else:
+            assert "vLLM does not know its activation_function" in refusal(lambda: check_modules(steps))
+
+
+def test_steps_in_an_order_that_vllm_does_not_take_are_refused(steps: Path) -> None:
+    entries = json.loads((steps / "modules.json").read_text())
+    for wrong in ([entries[0], entries[3], entries[1], entries[2]], [*entries[:2], entries[1]]):
+        (steps / "modules.json").write_text(json.dumps(wrong))
+        assert "but vLLM makes one Transformer, one Pooling" in refusal(lambda: check_modules(steps))
+
+
 def test_a_fifo_in_a_folder_of_a_step_is_refused(steps: Path) -> None:
     os.mkfifo(steps / "1_Pooling" / "more.json")
     assert "more.json: is not a regular file" in refusal(lambda: copied_files(steps))

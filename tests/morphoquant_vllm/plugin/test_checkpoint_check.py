@@ -213,6 +213,16 @@ def test_a_worker_refuses_a_damaged_download_before_it_makes_a_layer(
         config.get_quant_method(torch.nn.Embedding(2, 2), "")
 
 
+def test_a_worker_refuses_other_settings_than_those_of_a_download(
+    pristine: Path, cache: Path, tmp_path: Path, worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads(monkeypatch, pristine, tmp_path / "downloaded")
+    config = MorphoQuantConfig(replace(read_spec(pristine), placeholder_token_ids={"image": (7,)}, integrity=None))
+    config.maybe_update_config(NAME)
+    with pytest.raises(MorphoQuantError, match="its quantization_config is not the one that vLLM serves"):
+        config.get_quant_method(torch.nn.Embedding(2, 2), "")
+
+
 def test_a_checked_model_is_not_checked_again_by_the_worker(
     pristine: Path, cache: Path, tmp_path: Path, worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ def test_a_quantized_layer_is_not_quantized_once_more() -> None:
     quantization: Any = SimpleNamespace(online_quantization_config=online, packed_modules_mapping={"qkv": ["q"]})
     refuse_online(quantization, layer, "a.down_proj")
     assert online.packed_modules_mapping == {"qkv": ["q"]}
-    with pytest.raises(MorphoQuantError, match=r"--quantization-config: a.o_proj has 4-bit weights already.*`ignore`"):
+    with pytest.raises(MorphoQuantError, match=r"--quantization-config: a.o_proj is quantized already.*`ignore`"):
         refuse_online(quantization, layer, "a.o_proj")
     for without in (SimpleNamespace(), SimpleNamespace(online_quantization_config=None)):
         refuse_online(without, layer, "a.o_proj")  # type: ignore[arg-type]

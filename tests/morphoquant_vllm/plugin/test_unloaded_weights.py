@@ -128,7 +128,8 @@ def reloaded(*names: str) -> tuple[nn.Module, Waiting]:
     mlp, layers = Waiting(), {}
     for name in ("gate_up", "down"):
         method = MorphoQuantLinearMethod.__new__(MorphoQuantLinearMethod)
-        method.name, method.loaded_again, method.mlp = name, name in names, mlp  # type: ignore[assignment]
+        method.name, method.loaded_again, method.mixed = name, name in names, False
+        method.mlp = mlp  # type: ignore[assignment]
         layers[name] = nn.Module()
         layers[name].quant_method = method  # type: ignore[assignment]
     return nn.ModuleDict(layers), mlp
@@ -139,6 +140,12 @@ def test_a_reload_of_some_quantized_layers_is_refused_and_forgotten() -> None:
     with pytest.raises(MorphoQuantError, match="down: the reload brought 1 of 2 quantized layers, and not this one"):
         refuse_partial(model)
     assert mlp.forgotten and not any(layer.quant_method.loaded_again for layer in model.values())
+    # vLLM may be told to end once more, or to load 16-bit layers: the engine is as mixed as before.
+    with pytest.raises(MorphoQuantError, match="the reload brought 0 of 2 quantized layers"):
+        refuse_partial(model)
+    for layer in model.values():
+        layer.quant_method.loaded_again = True
+    refuse_partial(model)
     refuse_partial(model)
 
 

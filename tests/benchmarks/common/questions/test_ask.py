@@ -18,10 +18,10 @@ CONSOLE = Console(file=io.StringIO())
 ITEMS = [Item(str(number), (f"Question {number}?",), {}, ("B",)) for number in range(4)]
 
 
-def responses(url: str, output: Path, items: list[Item] = ITEMS, **run: Any) -> dict[str, str | None]:
+def responses(url: str, output: Path, concurrency: int = 1, **run: Any) -> dict[str, str | None]:
     settings = {"benchmark": "x", "max_tokens": 4, **run}
-    server = Endpoint(url, retries=0, concurrency=1)
-    return asyncio.run(answered(items, output, settings, server, CONSOLE))[1].responses
+    server = Endpoint(url, retries=0, concurrency=concurrency)
+    return asyncio.run(answered(ITEMS, output, settings, server, CONSOLE))[1].responses
 
 
 @pytest.mark.parametrize("broken", [0, 3], ids=["the first", "the last"])
@@ -61,3 +61,16 @@ def test_a_system_prompt_comes_first(tmp_path: Path) -> None:
         responses(url, tmp_path / "without")
     assert asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert [message["role"] for message in asked[-1]["messages"]] == ["user"]
+
+
+def test_a_dying_server_refuses_nothing_while_another_worker_gets_its_last_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(self: ask.Asking) -> bool:
+        await asyncio.sleep(0.5)
+        return False
+
+    monkeypatch.setattr(ask.Asking, "is_healthy", slow)
+    with serving(breaks="Question 0?") as (url, _), pytest.raises(MorphoQuantError, match="stopped answering"):
+        responses(url, tmp_path, concurrency=2)
+    assert '"response": null' not in (tmp_path / "answers.jsonl").read_text()
