@@ -243,9 +243,9 @@ def prepare_experts(name: str, record: ExpertsRecord, dtype: torch.dtype, backen
     return PreparedExperts(found, found.prepare(record))
 
 
-def have_counters() -> bool:
+def has_counters() -> bool:
     """Whether layers of this process share counters on a GPU. They must keep their zeros, and are no buffers."""
     # Imported here: it imports Triton.
-    from morphoquant_vllm.gpu.adding_launch import has_counters
+    from morphoquant_vllm.gpu import adding_launch
 
-    return has_counters()
+    return adding_launch.has_counters()

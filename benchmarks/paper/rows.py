@@ -23,7 +23,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 
 SUMMARY_FILE, LOG_FILE = "summary.json", "serve.log"
 # Frames of a video, evenly spaced, as in the paper's code. By itself vLLM would take two a second of this model's
-# videos, up to 768 (multimodal/video.py, Qwen2VLVideoBackend): most of Video-MME would be longer than the context.
+# videos, up to 768 (multimodal/video.py, Qwen2VLVideoBackend): a long one would exceed the context.
 FRAMES = 32
 SERVE_ARGUMENTS = (
     # MMMU shows up to seven images. Images of one question may be large; nothing is profiled beyond them.

@@ -30,10 +30,11 @@ _DENSE = (
 )
 # vLLM warns of other ways, or takes the last of several, and goes on.
 _MODE, _MODES = "pooling_mode_", ("cls", "cls_token", "mean", "mean_tokens", "lasttoken")
-# Without one of these vLLM would leave the whole projection out.
+# Without one of these, or torch's Identity, vLLM would leave the whole projection out.
+_TORCH = "torch.nn.modules."
 _ACTIVATIONS = frozenset(
     (
-        *("identity", "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"),
+        *("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"),
         *("relu", "relu2", "sigmoid", "silu", "swish", "tanh", "xielu"),
     )
 )
@@ -97,7 +98,13 @@ def _check_kind(path: Path, module: SentenceModule) -> None:
 def _check_dense(folder: Path) -> None:
     path = folder / "config.json"
     activation = str(read_json(path).get("activation_function") or "torch.nn.modules.linear.Identity")
-    if activation.lower().removeprefix("torch.nn.modules.").rpartition(".")[2] not in _ACTIVATIONS:
+    name = activation.lower()
+    if name.startswith(_TORCH):
+        name = name.rpartition(".")[2]
+        known = name in _ACTIVATIONS or name == "identity"
+    else:
+        known = name in _ACTIVATIONS
+    if not known:
         raise MorphoQuantError(f"{path}: vLLM does not know its activation_function {activation}; take another model")
     path = folder / _DENSE_WEIGHTS
     if not path.exists() and (folder / "pytorch_model.bin").exists():

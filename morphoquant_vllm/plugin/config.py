@@ -261,6 +261,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from morphoquant_vllm.plugin.engine_options import refuse_online
         from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod, refuse_sixteen_bit
         from morphoquant_vllm.plugin.gpu_memory import patch_sleep
+        from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
         from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
 
         name = local_name(prefix, self._stored)
@@ -271,7 +272,7 @@ class MorphoQuantConfig(QuantizationConfig):
         bus, experts = self.modality_bus(), self.experts[name]
         watch = self._watch_of(prefix, name, experts.in_features, bus)
         patch_sleep(MorphoQuantExpertsMethod)
-        patch_weight_checker((MorphoQuantExpertsMethod,))
+        patch_weight_checker((MorphoQuantLinearMethod, MorphoQuantExpertsMethod))
         return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> MlpOrder | None:

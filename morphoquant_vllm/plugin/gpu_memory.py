@@ -50,7 +50,7 @@ def patch_sleep(experts_method: type) -> None:
                 f"sleep level {level} would lose the weights of quantized experts; sleep with level 1, or end the "
                 "server"
             )
-        if level > 1 and current_platform.is_cuda_alike() and backends.have_counters():
+        if level > 1 and current_platform.is_cuda_alike() and backends.has_counters():
             raise MorphoQuantError(
                 f"sleep level {level} would lose the counters of tiles with `adds_splits`; sleep with level 1, or "
                 "serve without MORPHOQUANT_TILES"

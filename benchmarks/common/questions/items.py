@@ -129,15 +129,11 @@ def parquet_rows(files: Sequence[Path], benchmark: str, columns: Sequence[str]) 
         missing = [column for column in columns if column not in present]
         if missing:
             raise wrong_layout(path, benchmark, f"columns {', '.join(columns)}", f"columns {', '.join(present)}")
-        batches = file.iter_batches(batch_size=64)
-        while True:
-            try:
-                rows = next(batches).to_pylist()
-            except StopIteration:
-                break
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise wrong_layout(path, benchmark, "whole pages", str(error).splitlines()[0]) from error
-            yield from rows
+        try:
+            for batch in file.iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise wrong_layout(path, benchmark, "whole pages", str(error).splitlines()[0]) from error
 
 
 def embedded_image(value: Mapping[str, Any] | None, benchmark: str, owner: str) -> Media | None:

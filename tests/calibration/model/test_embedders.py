@@ -137,8 +137,9 @@ def test_other_poolings_of_vllm_pass(steps: Path, mode: str) -> None:
 
 def test_an_activation_that_vllm_does_not_know_is_refused(steps: Path) -> None:
     path = steps / "2_Dense" / "config.json"
-    for name, taken in (("Tanh", True), ("LeakyReLU", False)):
-        changed = {"activation_function": f"torch.nn.modules.activation.{name}"}
+    names = {"torch.nn.modules.activation.Tanh": True, "torch.nn.modules.activation.LeakyReLU": False}
+    for name, taken in (names | {"tanh": True, "identity": False, "own.Tanh": False}).items():
+        changed = {"activation_function": name}
         path.write_text(json.dumps(json.loads(path.read_text()) | changed))
         if taken:
             check_modules(steps)

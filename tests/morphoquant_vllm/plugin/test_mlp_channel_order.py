@@ -146,6 +146,26 @@ class TestLoading:
         assert all(layer.quant_method.renumbered for layer in layers)
         assert mlp.order_for_outputs(layers[0], 2 * WIDTH) is None and mlp.order_of_inputs() is None
 
+    def test_a_reload_puts_a_new_bias_in_order_and_leaves_one_that_it_did_not_bring(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spec = specification(bias=True)
+        shards, down = stored(spec)
+        layers = mlp_layers(monkeypatch, MorphoQuantConfig(spec), engine_of())
+        fill(layers[0], shards)
+        fill(layers[1], [down])
+        source = layers[0].bias.data.clone()
+        process(*layers)
+        served = layers[0].bias.data.clone()
+        assert not torch.equal(served, source)
+        order = down["channel_order"].long()
+        stacked = {"weight_codes": torch.zeros(2 * WIDTH, 1)}
+        for brought, expected in ((served, served), (source, served), (source.flip(0), None)):
+            layers[0].bias.data.copy_(brought)
+            layers[0].quant_method._reorder(layers[0], dict(stacked), order)
+            wanted = brought[torch.cat((order, order + WIDTH))] if expected is None else expected
+            assert torch.equal(layers[0].bias.data, wanted)
+
     def test_nothing_moves_when_down_proj_was_processed_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = specification()
         shards, tensors = stored(spec)
