@@ -13,7 +13,7 @@ class Handler(BaseHTTPRequestHandler):
 
     answers = 1000
     refuse = ""
-    # Questions with this text break a server that stays healthy, or does not.
+    # Questions with one of these texts, separated by "|", break a server that stays healthy, or does not.
     breaks = ""
     healthy = True
     asked: list[dict[str, Any]]
@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
         text = next(part["text"] for part in reversed(body["messages"][-1]["content"]) if part["type"] == "text")
         if self.refuse and self.refuse in text:
             self._reply(400, {"error": {"message": "prompt too long", "type": "BadRequestError"}})
-        elif self.breaks and self.breaks in text:
+        elif self.breaks and any(part in text for part in self.breaks.split("|")):
             self._reply(500, {"error": {"message": "cannot decode"}})
         elif len(self.asked) >= self.answers:
             self._reply(500, {"error": {"message": "engine died"}})

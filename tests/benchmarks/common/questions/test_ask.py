@@ -47,6 +47,14 @@ def test_many_broken_requests_in_a_row_stop_the_run(tmp_path: Path, monkeypatch:
     assert asked == []
 
 
+def test_broken_requests_with_an_answer_between_them_are_not_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ask, "MOST_BROKEN", 1)
+    with serving(breaks="Question 0?|Question 2?") as (url, _):
+        assert responses(url, tmp_path) == {"0": None, "1": "B", "2": None, "3": "B"}
+
+
 def test_a_server_whose_health_is_not_good_has_stopped(tmp_path: Path) -> None:
     with (
         serving(breaks="Question 1?", healthy=False) as (url, _),
