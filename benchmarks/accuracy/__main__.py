@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     another.add_argument("--model", type=Path, help="Hugging Face directory to measure in place of the benchmark's own")
     models = (
         ("language", "SmolLM2-135M", []),
+        ("own-kinds", "SmolLM2-135M, calibrated on other texts of the same kinds", []),
         ("small-text", "a model trained here", [text_work]),
         ("gemma", "Gemma 3 270M, from a package that you install", []),
     )

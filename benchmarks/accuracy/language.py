@@ -44,6 +44,25 @@ def smollm2_model() -> LanguageModel:
     )
 
 
+def own_kinds_model() -> LanguageModel:
+    """SmolLM2-135M-Instruct on three texts, calibrated on other texts of the same three kinds."""
+    return LanguageModel(
+        write=lambda settings: smollm2.write_model(settings.work / smollm2.NAME),
+        fetch=lambda settings: books.fetch(settings.work / "corpus"),
+        evaluation={
+            "play": books.EVALUATION["play"],
+            "documentation": texts.EVALUATION["documentation"],
+            "code": texts.EVALUATION["code"],
+        },
+        calibration={
+            "plays": books.CALIBRATION["plays"],
+            "python-topics": texts.CALIBRATION["python-topics"],
+            "numpy": texts.CALIBRATION["numpy"],
+            "stdlib": texts.CALIBRATION["stdlib"],
+        },
+    )
+
+
 def gemma_model() -> LanguageModel:
     """Gemma 3 270M, whose weights were on grids of 4 to 6 bits before: another architecture and another maker."""
     return LanguageModel(
@@ -65,7 +84,12 @@ def small_text_model() -> LanguageModel:
 
 
 # By the benchmark's name.
-MODELS = {"language": smollm2_model, "small-text": small_text_model, "gemma": gemma_model}
+MODELS = {
+    "language": smollm2_model,
+    "own-kinds": own_kinds_model,
+    "small-text": small_text_model,
+    "gemma": gemma_model,
+}
 
 
 def prepare(benchmark: str, settings: Settings) -> Job:

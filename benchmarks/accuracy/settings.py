@@ -19,8 +19,10 @@ CALIBRATION_WINDOWS = {
     "small-text": books.CALIBRATION_WINDOWS,
 }
 CALIBRATION_WINDOWS["gemma"] = CALIBRATION_WINDOWS["language"]
+# Each kind of text that is evaluated has a domain of its own.
+CALIBRATION_WINDOWS["own-kinds"] = {"plays": 11, "python-topics": 5, "numpy": 5, "stdlib": 11}
 # Evaluation windows per text: a small model's cost little.
-WINDOWS = {"language": 8, "small-text": 32, "gemma": 8}
+WINDOWS = {"language": 8, "small-text": 32, "gemma": 8, "own-kinds": 16}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ DIVERGENCE = (
     "log-loss of the right answer, nats. By transformers on the torch reference, in float32."
 )
 # Benchmarks whose results stand in files.
-KEPT = ("language", "small-text", "gemma", "omni", MOE_OMNI)
+KEPT = ("language", "own-kinds", "small-text", "gemma", "omni", MOE_OMNI)
 # Further tables of a mixture of experts, by caption.
 EXPERTS = {experts.INTERVALS: experts.intervals, experts.CAPTION: experts.table}
 
