@@ -1,6 +1,12 @@
 """Three stages of a calibration: capture, quantize, export. Each resumes from the content of the work directory.
 
-Between the first two, `precision` decides what the model's inputs share; before the last one, `learn` learns.
+The five stages in their order:
+
+    capture                    the inputs of the first block
+    precision.spend_budgets    whether the checkpoint learns, and budgets that the inputs share
+    quantize                   block by block
+    learn.stage.learn          steps, scales and constants, from the model's output
+    export                     the checkpoint and its report
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ Two ops compute lm_head. They run if the backend of x's device has a `head`:
     morphoquant::head(x, codes, scale)     -> y [M, N], dtype of x; the optional 8-bit head, see numerics/head.py
     morphoquant::head_bfloat16(x, weight)  -> y [M, N]; the 16-bit head, for weights that the backend serves
 
-The signatures are frozen: a new kernel is a new entry of backends.BACKENDS, whose `prepare` is free in its layout of
+The signatures are frozen: a new backend is a new entry of backends.BACKENDS, whose `prepare` is free in its layout of
 the records. All ops are opaque to torch.compile, since they have fake implementations. Needs torch only, not vLLM.
 """
 
@@ -61,7 +61,7 @@ from morphoquant_vllm.numerics import norm as norm_numerics
 
 
 @dataclass(frozen=True)
-class _Plain:
+class _UncompiledLayer:
     """A bound layer of a backend without a `bind` function."""
 
     backend: str
@@ -106,7 +106,7 @@ def bind(
         # Another layer has the same tensor.
         handle = handle.clone()
     own = BACKENDS[backend].bind
-    layer = own([*rest, handle], activation, bias, dtype) if own else _Plain(backend, rest, activation)
+    layer = own([*rest, handle], activation, bias, dtype) if own else _UncompiledLayer(backend, rest, activation)
     handles.keep(handle, layer if wrap is None else wrap(layer))
     return handle
 

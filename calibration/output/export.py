@@ -62,7 +62,7 @@ def _nothing(layer: str, tensor: str) -> Tensor:
 def output_tensors(source: Source, spec: QuantizationSpec, quantized: LoadQuantized) -> Iterator[OutputTensor]:
     """Every tensor of the checkpoint, in the order of the source's files.
 
-    `quantized` gives a layer's tensor by its name in schema.tensor_specs; it is called when the tensor is loaded.
+    `quantized` gives a layer's tensor by its name in format.layers.tensor_specs, and is called when that is loaded.
     """
     layers_of = {stored_name(layer, "weight"): [layer] for layer in spec.layers}
     for experts in spec.experts:

@@ -63,7 +63,7 @@ class FoundInput:
     """The grids of one input, and its tensors in the checkpoint."""
 
     grids: InputGrids
-    # The tensors of schema.INPUT_TENSORS, on the CPU, in natural channel order.
+    # The tensors of format.layers.INPUT_TENSORS, on the CPU, in natural channel order.
     tensors: dict[str, Tensor]
 
 
@@ -167,7 +167,7 @@ def _modality_shares(modality: Tensor, weight: Tensor) -> Tensor:
 def input_tensors(
     massive: Tensor, grids: InputGrids, order: Tensor, intervals: MassiveIntervals, rows: int, any_row: int
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors of one input (schema.INPUT_TENSORS), on the CPU; massive is [tokens, K]."""
+    """The checkpoint's tensors of one input (format.layers.INPUT_TENSORS), on the CPU; massive is [tokens, K]."""
     grid, mask = grids.grid, grids.mask
     centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
     for row in grids.separate:

@@ -27,7 +27,7 @@ from morphoquant_vllm.format.schema import QuantizationSpec
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One linear's tensors, by the names of schema.tensor_specs, on the CPU, and its figures for the report."""
+    """One linear's tensors, by the names of format.layers.tensor_specs, on the CPU, and its figures for the report."""
 
     tensors: dict[str, Tensor]
     figures: LayerFigures

@@ -19,6 +19,11 @@ CODE_CHANNELS = 1024
 TINY = torch.finfo(torch.float32).tiny
 
 
+def _of_outputs(matrix: Tensor) -> bool:
+    """Whether codes times outputs take less work than values times values, for a weight [N, K]."""
+    return 2 * matrix.shape[0] <= matrix.shape[1]
+
+
 @dataclass
 class Moments:
     """Weighted sums over tokens, float32; K in any one order. A set of tokens has a separate bias."""
@@ -43,7 +48,7 @@ class Moments:
             return torch.zeros(shape, device=matrix.device)
 
         # For T tokens: T K^2 products and then N K^2, or 2 T N K.
-        aims = out_features if 2 * out_features <= in_features else in_features
+        aims = out_features if _of_outputs(matrix) else in_features
         squares = zeros(in_features, in_features), zeros(in_features, aims)
         return Moments(zeros(sets), zeros(), zeros(sets, in_features), zeros(sets, in_features), *squares, matrix)
 
@@ -55,7 +60,7 @@ class Moments:
     @property
     def of_outputs(self) -> bool:
         """Whether code_aim has codes times outputs."""
-        return 2 * self.matrix.shape[0] <= self.matrix.shape[1]
+        return _of_outputs(self.matrix)
 
     def add(self, codes: Tensor, gain: Tensor, values: Tensor, token_set: Tensor, weight: Tensor) -> None:
         """Add tokens: codes int8 and 16-bit values float32 [tokens, K]; gain, set int64 and weight of each [tokens]."""

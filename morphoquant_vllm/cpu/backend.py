@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.cpu.build import Kernels, kernels
-from morphoquant_vllm.cpu.layout import HEADER_BYTES, RECORD_SIZES, prepare
+from morphoquant_vllm.cpu.layout import ACTIVATION_TENSORS, HEADER_BYTES, WEIGHT_TENSORS, prepare
 
 __all__ = ["act_quant", "available", "instructions", "linear", "prepare"]
 
@@ -39,7 +39,7 @@ def instructions() -> str:
 
 def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor], library: Kernels | None = None) -> Tensor:
     """Codes int8 [M, K]; as ops.act_quant. Raises ValueError for records or inputs of another layout."""
-    (block,) = _record(activation, RECORD_SIZES[1])
+    (block,) = _record(activation, ACTIVATION_TENSORS)
     x, modality = _inputs(x, modality)
     codes = x.new_empty(x.shape, dtype=torch.int8)
     if x.shape[0]:
@@ -63,8 +63,8 @@ def linear(
     library: Kernels | None = None,
 ) -> Tensor:
     """y [M, N] in the dtype of x; as ops.linear. Raises ValueError for records or inputs of another layout."""
-    (block,) = _record(activation, RECORD_SIZES[1])
-    weight_block, absorbed_bias = _record(weight, RECORD_SIZES[0])
+    (block,) = _record(activation, ACTIVATION_TENSORS)
+    weight_block, absorbed_bias = _record(weight, WEIGHT_TENSORS)
     if absorbed_bias.dtype is not torch.float32 or absorbed_bias.dim() != 2 or not _plain(absorbed_bias):
         raise ValueError(f"absorbed_bias must be float32 [R, N], got {absorbed_bias.dtype} {list(absorbed_bias.shape)}")
     x, modality = _inputs(x, modality)

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from morphoquant_vllm.cpu.backend import DTYPES, loaded
 from morphoquant_vllm.cpu.build import Kernels, cpu_flags, kernels
 
 # K must be a multiple of the longest vector of any instruction set: of float32, and of bfloat16.
 CHANNEL_MULTIPLE, BFLOAT16_MULTIPLE = 16, 32
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The fields of HeadCall in cpu/kernels/head.h, and of HeadBFloat16Call in head_bfloat16.h.
 _CALL, _BFLOAT16_CALL = struct.Struct("=11q"), struct.Struct("=9q")
 
@@ -25,7 +25,7 @@ def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None
 
     Raises ValueError for wrong dtypes, shapes, layouts or devices, before native code runs.
     """
-    if x.dim() != 2 or x.dtype not in _DTYPES or x.device.type != "cpu":
+    if x.dim() != 2 or x.dtype not in DTYPES or x.device.type != "cpu":
         raise ValueError(f"x must be a float [M, K] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
     tokens, channels = x.shape
     if codes.dtype is not torch.int8 or codes.dim() != 2 or codes.shape[1] != channels or channels % CHANNEL_MULTIPLE:
@@ -38,7 +38,7 @@ def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty((tokens, outputs))
-    library = library or _loaded()
+    library = library or loaded()
     if library.head_bfloat16 is not None and x.dtype is torch.bfloat16 and channels % BFLOAT16_MULTIPLE == 0:
         # For every M: a token's logits must be the same in every batch.
         _run_bfloat16(library.head_bfloat16, x, codes, scale, y)
@@ -47,7 +47,7 @@ def head(x: Tensor, codes: Tensor, scale: Tensor, library: Kernels | None = None
         call = _CALL.pack(
             x.data_ptr(),
             x.stride(0),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             tokens,
             channels,
             codes.data_ptr(),
@@ -109,16 +109,9 @@ def head_bfloat16(x: Tensor, weight: Tensor, library: Kernels | None = None) -> 
         raise ValueError(f"weight must be contiguous [N, {channels}], K a multiple of 32; got {list(weight.shape)}")
     if x.stride(1) != 1:
         x = x.contiguous()
-    run = (library or _loaded()).head_bfloat16
+    run = (library or loaded()).head_bfloat16
     if run is None:
         raise RuntimeError("the bfloat16 head needs AVX512-BF16; leave lm_head to vLLM")
     y = x.new_empty((tokens, weight.shape[0]))
     _run_bfloat16(run, x, weight, None, y)
     return y
-
-
-def _loaded() -> Kernels:
-    library = kernels()
-    if library is None:
-        raise RuntimeError("the CPU kernels do not run on this machine; leave lm_head in 16 bit")
-    return library

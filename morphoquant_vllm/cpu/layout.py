@@ -33,7 +33,7 @@ from morphoquant_vllm.numerics.weights import integer_codes
 BLOCK, OCTET, PANEL = 16, 8, 2
 HEADER_BYTES = 64
 # Tensors of a weight and an activation record, as `prepare` makes them.
-RECORD_SIZES = (2, 1)
+WEIGHT_TENSORS, ACTIVATION_TENSORS = 2, 1
 ACTIVATION_MAGIC, WEIGHT_MAGIC = 0x314143514D, 0x315457514D
 # A canonical byte of two weights q = 0; what the kernels add to 8-bit weights.
 _ZERO_CODES, _WIDE_ZERO = 0x88, 0x80

@@ -26,8 +26,8 @@ _ALWAYS_FINITE = (torch.float4_e2m1fn_x2,)
 def check_values(name: str, tensors: Mapping[str, torch.Tensor], any_row: int, *, parallel: str, blocks: int) -> None:
     """Raise MorphoQuantError naming the layer and tensor if values break a rule of the format.
 
-    `tensors` are those of one layer, and their shapes are already checked. `blocks` is the checkpoint's
-    tensor_parallel.
+    `tensors` are those of one layer, and their shapes are already checked. `blocks` is the number of equal
+    K blocks in them: the checkpoint's tensor_parallel, divided by the ranks that share K.
     """
     two_level = scale_scheme_of(tensors) == TWO_LEVEL_SCHEME
     scale = "weight_channel_scale" if two_level else "weight_scale"

@@ -44,7 +44,7 @@ def prepare(weight: WeightRecord, activation: ActivationRecord) -> tuple[list[Te
 
 def bind(
     weight: list[Tensor], activation: list[Tensor], bias: Tensor | None, dtype: torch.dtype
-) -> bound.BoundLayer | bound.PlainLayer:
+) -> bound.BoundLayer | bound.JitLayer:
     """Bind the layer to compiled kernels, all that it can need.
 
     Raises MorphoQuantError if a kernel gives a wrong result on this GPU.
@@ -62,7 +62,8 @@ def act_quant(x: Tensor, modality: Tensor, activation: list[Tensor]) -> Tensor:
     """Codes int8 [M, K]."""
     from morphoquant_vllm.gpu import launch
 
-    return launch.quantize(x, modality[: x.shape[0]], layout.GpuActivation(*activation))[0]
+    units = device.profile_of(x.device).units
+    return launch.quantize(x, modality[: x.shape[0]], layout.GpuActivation(*activation), units=units)[0]
 
 
 def linear(x: Tensor, modality: Tensor, weight: list[Tensor], activation: list[Tensor], bias: Tensor | None) -> Tensor:

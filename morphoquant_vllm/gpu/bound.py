@@ -68,14 +68,14 @@ class BoundLayer:
         profile: Profile,
     ) -> None:
         """Compiles and runs every kernel that the layer can need. Raises UnknownFormError."""
-        self.plain = PlainLayer(weight, activation, profile)
+        self.jit = JitLayer(weight, activation, profile)
         self.bias, self.bias_address = bias, 0 if bias is None else bias.data_ptr()
         self.in_features, self.out_features = activation.in_features, weight.absorbed_bias.shape[1]
         self.stream = current_stream_of(weight.codes.device)
-        self.quantizers = [
+        self.quantizer, self.silu_mul_quantizer = (
             BoundQuantizer(Quantizer(activation, silu_mul, profile.pdl, profile.units), dtype)
             for silu_mul in (False, True)
-        ]
+        )
         # The graph pass that needs it is off by default.
         wanted = environment.fusion()
         norm = NormQuantizer(activation, profile.pdl, profile.units)
@@ -83,11 +83,12 @@ class BoundLayer:
         product = Product(weight, activation.gain, profile.inline_assembly, profile.pdl)
         # A layer with a bias may be called without it.
         terms = [None] if bias is None else [None, bias]
-        self.bounds: list[int] = []
+        # The most tokens of each tile, and the products of the tiles in their order.
+        self.most_tokens: list[int] = []
         self.products: dict[bool, list[BoundProduct]] = {False: [], True: []}
         steps = weight.codes.shape[1]
         for tile in profile.architecture.tiles_of(group_size_of(weight), weight.two_level):
-            self.bounds.append(sys.maxsize if tile.max_tokens is None else tile.max_tokens)
+            self.most_tokens.append(sys.maxsize if tile.max_tokens is None else tile.max_tokens)
             splits = splits_by_tiles(tile, product.out_features, steps, profile.units)
             adds = tile.adds_splits and max(splits) > 1
             counters = counters_of(weight.codes.device, most_counters(tile, profile.units)) if adds else None
@@ -95,8 +96,8 @@ class BoundLayer:
                 bound = BoundProduct(product, self.in_features, term, dtype, tile, splits, counters)
                 self.products[term is not None].append(bound)
         self.int8_from = sys.maxsize
-        int8_tile = profile.architecture.int8_tile(sys.maxsize, weight.two_level)
-        if int8_tile is not None and (int8_tile.fused or environment.workspace_wanted()):
+        int8_tile = profile.architecture.served_int8_tile(weight.two_level)
+        if int8_tile is not None:
             self.int8_from = int8_tile.min_tokens or 1
             workspace = None if int8_tile.fused else workspace_of(weight.codes.device)
             self.int8 = {
@@ -106,15 +107,15 @@ class BoundLayer:
 
     def linear(self, x: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] of x [M, K]; the ops' checks are done."""
-        if self._takes(x, bias, silu_mul=False):
-            return self._run(x, modality, bias is not None, self.quantizers[False])
-        return self.plain.linear(x, modality, handle, bias)
+        if self._takes(x, bias, self.quantizer):
+            return self._run(x, modality, bias is not None, self.quantizer)
+        return self.jit.linear(x, modality, handle, bias)
 
     def silu_mul_linear(self, gate_up: Tensor, modality: Tensor, handle: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] of silu(gate) * up, gate_up [M, 2K]."""
-        if self._takes(gate_up, bias, silu_mul=True):
-            return self._run(gate_up, modality, bias is not None, self.quantizers[True])
-        return self.plain.silu_mul_linear(gate_up, modality, handle, bias)
+        if self._takes(gate_up, bias, self.silu_mul_quantizer):
+            return self._run(gate_up, modality, bias is not None, self.silu_mul_quantizer)
+        return self.jit.silu_mul_linear(gate_up, modality, handle, bias)
 
     def norm_linear(
         self,
@@ -127,9 +128,9 @@ class BoundLayer:
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """y [M, N] of the RMSNorm of x [M, K], or of x + residual, and then that sum."""
-        norm, own_bias = self.norm, bias is None or bias.data_ptr() == self.bias_address
-        if norm is None or not own_bias or not x.shape[0] or not norm.takes(x, residual, norm_weight):
-            return self.plain.norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
+        norm = self.norm
+        if norm is None or not self._is_own(bias) or not x.shape[0] or not norm.takes(x, residual, norm_weight):
+            return self.jit.norm_linear(x, residual, norm_weight, epsilon, modality, handle, bias)
         total = None if residual is None else x.new_empty(x.shape)
 
         def quantize(stream: int, x: Tensor, modality: Tensor, codes: int, rows: int) -> None:
@@ -137,13 +138,15 @@ class BoundLayer:
 
         return self._run(x, modality, bias is not None, quantize), total
 
-    def _takes(self, x: Tensor, bias: Tensor | None, silu_mul: bool) -> bool:
-        own_bias = bias is None or bias.data_ptr() == self.bias_address
-        return own_bias and x.shape[0] > 0 and self.quantizers[silu_mul].takes(x)
+    def _is_own(self, bias: Tensor | None) -> bool:
+        return bias is None or bias.data_ptr() == self.bias_address
+
+    def _takes(self, x: Tensor, bias: Tensor | None, quantizer: BoundQuantizer) -> bool:
+        return self._is_own(bias) and x.shape[0] > 0 and quantizer.takes(x)
 
     def _run(self, x: Tensor, modality: Tensor, has_bias: bool, quantizer: Quantize) -> Tensor:
         tokens, stream = x.shape[0], self.stream()
-        product = self.products[has_bias][bisect_left(self.bounds, tokens)]
+        product = self.products[has_bias][bisect_left(self.most_tokens, tokens)]
         in_int8 = tokens >= self.int8_from and self.int8[has_bias].serves(stream)
         splits = 1 if in_int8 else product.splits_of(tokens)
         sizes = scratch_sizes(tokens, self.in_features, self.out_features, splits)
@@ -159,7 +162,7 @@ class BoundLayer:
         return y
 
 
-class PlainLayer:
+class JitLayer:
     """A layer that is launched by Triton's JIT at each call."""
 
     def __init__(self, weight: GpuWeight, activation: GpuActivation, profile: Profile) -> None:
@@ -197,7 +200,7 @@ class PlainLayer:
 
 def bind(
     weight: GpuWeight, activation: GpuActivation, bias: Tensor | None, dtype: torch.dtype, profile: Profile
-) -> BoundLayer | PlainLayer:
+) -> BoundLayer | JitLayer:
     """The layer, bound if that is possible here; every kernel that it can need is compiled, by running it."""
     if not weight.two_level:
         _say_that_two_level_is_faster()
@@ -206,7 +209,7 @@ def bind(
     except UnknownFormError:
         _say_that_the_jit_serves()
     launch.warm(weight, activation, bias, dtype, profile)
-    return PlainLayer(weight, activation, profile)
+    return JitLayer(weight, activation, profile)
 
 
 @cache

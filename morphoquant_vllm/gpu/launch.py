@@ -24,7 +24,8 @@ def quantize(
     activation: GpuActivation,
     silu_mul: bool = False,
     pdl: bool = False,
-    units: int = 1,
+    *,
+    units: int,
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] of x [M, K], and the row of each token, int32 [M]. modality: int32 [M].
 
@@ -92,16 +93,28 @@ def linear(
     profile: Profile,
     silu_mul: bool = False,
 ) -> Tensor:
-    """y [M, N] in the dtype of x [M, K], with the tile of the tile table for this device and shape.
+    """y [M, N] in the dtype of x [M, K].
 
     `silu_mul`: x is [M, 2K], and the layer's input is silu(gate) * up.
     """
-    codes, rows = quantize(x, modality, activation, silu_mul, profile.pdl, profile.units)
-    tile = profile.architecture.tile(x.shape[0], group_size_of(weight), weight.two_level)
-    splits = splits_of(tile, max(1, x.shape[0]), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
-    return matmul(
-        codes, rows, weight, activation.gain, bias, x.dtype, tile, splits, profile.inline_assembly, profile.pdl
-    )
+    codes, rows = quantize(x, modality, activation, silu_mul, profile.pdl, units=profile.units)
+    return multiply(codes, rows, weight, activation.gain, bias, x.dtype, profile)
+
+
+def multiply(
+    codes: Tensor,
+    rows: Tensor,
+    weight: GpuWeight,
+    gain: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    profile: Profile,
+) -> Tensor:
+    """y [M, N] as `matmul`, with the tile of the tile table for this device and shape."""
+    tokens = codes.shape[0]
+    tile = profile.architecture.tile(tokens, group_size_of(weight), weight.two_level)
+    splits = splits_of(tile, max(1, tokens), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
+    return matmul(codes, rows, weight, gain, bias, dtype, tile, splits, profile.inline_assembly, profile.pdl)
 
 
 def warm(
@@ -113,7 +126,7 @@ def warm(
     for silu_mul in (True, False):
         x = torch.zeros((WHOLE_TOKENS, activation.in_features * (1 + silu_mul)), dtype=dtype, device=device)
         for tokens in (WHOLE_TOKENS, 1):
-            codes, rows = quantize(x[:tokens], modality, activation, silu_mul, profile.pdl, profile.units)
+            codes, rows = quantize(x[:tokens], modality, activation, silu_mul, profile.pdl, units=profile.units)
     settings = (profile.inline_assembly, profile.pdl)
     for tile in profile.architecture.tiles_of(group_size_of(weight), weight.two_level):
         for splits in {1, min(tile.max_splits, 2)}:

@@ -11,7 +11,7 @@ A compiled kernel assumes that the pointers and sizes that were multiples of 16 
 keeps it a multiple of 16, unless the kernel is declared not to be specialised on it.
 tests/morphoquant_vllm/gpu/test_bound.py tests bound.py for that.
 
-The form of Triton's launcher is private (private_parts.PRIVATE_PARTS), and the same in 3.6 to 3.9. If the form is
+The form of Triton's launcher is private (private_parts.PRIVATE_PARTS), and the same in 3.6, 3.7 and 3.9. If the form is
 another, as in Triton's interpreter, there is no compiled launch, and `Launch.run` serves.
 """
 

@@ -12,7 +12,7 @@ from morphoquant_vllm.gpu import launch
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.kernels.norm_quant import quantize_normed
 from morphoquant_vllm.gpu.launcher import Launch
-from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight, group_size_of
+from morphoquant_vllm.gpu.layout import GpuActivation, GpuWeight
 from morphoquant_vllm.gpu.quantize_launch import (
     QUANTIZE_PROGRAMS,
     WHOLE_TOKENS,
@@ -21,7 +21,6 @@ from morphoquant_vllm.gpu.quantize_launch import (
     order_argument,
     table_arguments,
 )
-from morphoquant_vllm.gpu.tiles import splits_of
 from morphoquant_vllm.numerics import norm
 
 # The widest token that a program holds in registers. Wider ones are normed by torch.
@@ -169,7 +168,4 @@ def norm_linear(
         normed, new_residual = norm.normed(x, residual, norm_weight, epsilon)
         return launch.linear(normed, modality, weight, activation, bias, profile), new_residual
     codes, rows, new_residual = norm_quantize(x, residual, norm_weight, epsilon, modality, quantizer)
-    tile = profile.architecture.tile(x.shape[0], group_size_of(weight), weight.two_level)
-    splits = splits_of(tile, max(1, x.shape[0]), weight.absorbed_bias.shape[1], weight.codes.shape[1], profile.units)
-    settings = (tile, splits, profile.inline_assembly, profile.pdl)
-    return launch.matmul(codes, rows, weight, activation.gain, bias, x.dtype, *settings), new_residual
+    return launch.multiply(codes, rows, weight, activation.gain, bias, x.dtype, profile), new_residual

@@ -7,7 +7,6 @@ launches kernels as bound layers do (bound.py), so it tests the served launches.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -224,8 +223,8 @@ def check(weight: layout.GpuWeight, activation: layout.GpuActivation, dtype: tor
         for tile in profile.architecture.tiles
         if tile.serves(group_size, two_level) and tile.adds_splits and tile.max_splits > 1
     ]
-    int8_tile = profile.architecture.int8_tile(sys.maxsize, two_level)
-    if int8_tile is not None and (int8_tile.fused or environment.workspace_wanted()):
+    int8_tile = profile.architecture.served_int8_tile(two_level)
+    if int8_tile is not None:
         problems.append(problem_of_int8_path(int8_tile, dtype, device, profile))
     for problem in problems:
         if problem:

@@ -24,7 +24,8 @@ def quantized(x: Tensor, modality: Tensor, quantizer: Quantizer) -> tuple[Tensor
         quantize = BoundQuantizer(quantizer, x.dtype)
         quantize(current_stream_of(x.device)(), x, modality, codes.data_ptr(), rows.data_ptr())
     except UnknownFormError:
-        return launch.quantize(x, modality, quantizer.activation, quantizer.silu_mul, quantizer.pdl, quantizer.units)
+        settings = (quantizer.silu_mul, quantizer.pdl)
+        return launch.quantize(x, modality, quantizer.activation, *settings, units=quantizer.units)
     return codes, rows
 
 

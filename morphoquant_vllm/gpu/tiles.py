@@ -6,6 +6,7 @@ The user may name another file of the same form, as `autotune` writes it (enviro
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -138,6 +139,11 @@ class Architecture:
         """The tile of the int8 path if that serves `tokens` tokens of such a layer, else None."""
         least = self.int8.min_tokens
         return self.int8 if two_level and least is not None and tokens >= least else None
+
+    def served_int8_tile(self, two_level: bool) -> Int8Tile | None:
+        """The tile of a server's int8 path for such a layer; None if it has none, or the user wants no workspace."""
+        tile = self.int8_tile(sys.maxsize, two_level)
+        return tile if tile is not None and (tile.fused or environment.workspace_wanted()) else None
 
     def tile(self, tokens: int, group_size: int, two_level: bool = False) -> Tile:
         """The first tile of the table that takes `tokens` tokens at `group_size`, with two-level scales or others."""

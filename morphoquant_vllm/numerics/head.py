@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from morphoquant_vllm.numerics.linear import FLOAT32_ROUNDING, last_place
+
 LARGEST_CODE = 127
 # Outputs quantized at a time: bounds the float32 copy.
 _OUTPUTS = 4096
@@ -48,9 +50,8 @@ def rounding_bound(x: Tensor, scale: Tensor) -> Tensor:
 def output_bound(x: Tensor, codes: Tensor, scale: Tensor, reference: Tensor) -> Tensor:
     """Largest difference of another implementation's y from `reference` [M, N] (in its dtype), float64 [M, N].
 
-    One unit in the last place of the output dtype, plus K + 2 float32 roundings of the sum of magnitudes.
+    One unit in the last place of the output dtype, plus K + 2 half roundings of float32 (2^-24) of the sum of
+    magnitudes.
     """
     magnitude = x.double().abs() @ codes.double().abs().T * scale.double()
-    info = torch.finfo(reference.dtype)
-    exponent = torch.floor(torch.log2(reference.double().abs().clamp(min=info.tiny)))
-    return info.eps * torch.exp2(exponent) + (x.shape[1] + 2) * 2.0**-24 * magnitude
+    return last_place(reference) + (x.shape[1] + 2) * FLOAT32_ROUNDING / 2 * magnitude

@@ -1,4 +1,4 @@
-"""Escape rates by row: of the counts of a server, and of the report of its calibration. Files apart, pure."""
+"""Escape rates by row, of a server's counts and of its calibration's report. Only `read_report` reads a file."""
 
 from __future__ import annotations
 

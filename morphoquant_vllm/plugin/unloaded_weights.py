@@ -27,8 +27,8 @@ from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
 # Mark of the functions that ask for the checks.
 _MARK = "refuses_unloaded"
-# What vLLM's own check is told of quantized models; older versions are told nothing.
-_OF_QUANTIZED = (
+# Arguments of vLLM's check for quantized models; older versions take none.
+_CHECK_SETTINGS = (
     {"quantized": True} if "quantized" in signature(DefaultModelLoader.track_weights_loading).parameters else {}
 )
 
@@ -65,7 +65,7 @@ def patch_streamer() -> None:
             return
         with _keeping_refusals(model), _noting(model) as loaded:
             original(self, model, model_config)
-            _check(self, model, loaded[0], **_OF_QUANTIZED)
+            _check(self, model, loaded[0], **_CHECK_SETTINGS)
 
     setattr(load_weights, _MARK, True)
     RunaiModelStreamerLoader.load_weights = load_weights

@@ -134,7 +134,7 @@ def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Pro
     counters = adding_launch.Counters(device, adding_launch.most_counters(tile, profile.units)).memory
 
     def linear(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
-        codes, rows = launch.quantize(x, modality, activation, False, profile.pdl, profile.units)
+        codes, rows = launch.quantize(x, modality, activation, False, profile.pdl, units=profile.units)
         settings = (tile, splits, profile.inline_assembly, profile.pdl)
         return launch.matmul(codes, rows, weight, activation.gain, None, torch.bfloat16, *settings, counters)
 

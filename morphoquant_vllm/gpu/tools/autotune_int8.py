@@ -74,7 +74,7 @@ def milliseconds(
     workspace = torch.empty(int8_path.workspace_bytes(weights[0]), dtype=torch.int8, device=device)
 
     def linear(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
-        codes, rows = launch.quantize(x, modality, activation, False, profile.pdl, profile.units)
+        codes, rows = launch.quantize(x, modality, activation, False, profile.pdl, units=profile.units)
         if not tile.fused:
             int8_path.unpack(weight, workspace, inline_assembly=profile.inline_assembly, pdl=profile.pdl)
         return int8_path.int8_matmul(

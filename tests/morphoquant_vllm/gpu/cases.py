@@ -108,7 +108,7 @@ def compare(case: Case) -> Agreement:
     x, modality = tokens(case, record)
     bias = torch.linspace(-1, 1, case.out_features).to(case.dtype) if case.bias else None
     gpu_weight, gpu_activation = layout.prepare_weight(weight), layout.prepare_activation(record)
-    codes, rows = launch.quantize(x, modality, gpu_activation)
+    codes, rows = launch.quantize(x, modality, gpu_activation, units=1)
     expected_rows = activation_numerics.token_rows(x, modality, record)
     expected_codes = activation_numerics.act_quant(x, expected_rows, record)
     y = launch.matmul(codes, rows, gpu_weight, gpu_activation.gain, bias, case.dtype, case.tile, case.splits, False)
@@ -183,7 +183,7 @@ def edges_agree(dtype: torch.dtype) -> tuple[list[int], list[int]]:
     x[:, record.massive_channel[0, 0].long()] = values
     x = x.to(dtype)
     modality = torch.full((len(values),), 2, dtype=torch.int32)
-    rows = launch.quantize(x, modality, layout.prepare_activation(record))[1]
+    rows = launch.quantize(x, modality, layout.prepare_activation(record), units=1)[1]
     return rows.tolist(), activation_numerics.token_rows(x, modality, record).tolist()
 
 
@@ -200,7 +200,7 @@ def ties_agree() -> bool:
         massive_high=torch.zeros(1, 4),
     )
     modality = torch.tensor([0, 4], dtype=torch.int32)
-    codes = launch.quantize(x, modality, layout.prepare_activation(record))[0]
+    codes = launch.quantize(x, modality, layout.prepare_activation(record), units=1)[0]
     return torch.equal(codes, activation_numerics.act_quant(x, modality, record))
 
 
@@ -230,7 +230,7 @@ def strided_input_agrees(case: Case, first: int, width: int) -> bool:
     kernel = quantize_launch.quantize_in_order
     quantize_launch.quantize_in_order = AlignedTokens(kernel)
     try:
-        codes = launch.quantize(wide, modality, layout.prepare_activation(record))[0]
+        codes = launch.quantize(wide, modality, layout.prepare_activation(record), units=1)[0]
     finally:
         quantize_launch.quantize_in_order = kernel
     return torch.equal(codes, activation_numerics.act_quant(wide, rows, record))
@@ -262,7 +262,7 @@ def silu_mul(case: Case) -> FusedAgreement:
     rows = activation_numerics.token_rows(x, modality, record)
     expected = activation_numerics.act_quant(x, rows, record)
     prepared = layout.prepare_activation(record)
-    codes, found_rows = launch.quantize(torch.cat((gate, up), 1), modality, prepared, silu_mul=True)
+    codes, found_rows = launch.quantize(torch.cat((gate, up), 1), modality, prepared, silu_mul=True, units=1)
     return FusedAgreement(
         other_inputs=int((codes != expected).sum()),
         rows_equal=torch.equal(found_rows, rows),
