@@ -3,7 +3,7 @@
     lock                        held by the active run
     run.json                    fingerprint of the run (calibration.work.fingerprint), and its number of threads
     samples.json                the samples, and their files' sizes and hashes: written when all files are complete
-    budgets.json                choices made before the blocks: learning, forms, escape budgets: calibration.work.budgets
+    budgets.json                choices before the blocks: learning, forms, escape budgets: calibration.work.budgets
     metrics-00000.safetensors   how errors of outputs of a block's layers add up, if the checkpoint will learn
     sensitivity-00000.safetensors  states between the 16-bit blocks, while budgets or metrics are measured
     learn-targets.safetensors, learn-state.safetensors  unfinished learning: calibration.work.learned

@@ -59,9 +59,10 @@ class MorphoQuantConfig(QuantizationConfig):
         self.escape_watch: EscapeWatch | None = None
         self._mlps: dict[str, MlpOrder] = {}
         self._reload_check: ReloadCheck | None = None
-        # A model's hub id until a worker has checked its files, and whether they were checked before that.
+        # A model's hub id until a worker has checked its files.
         self._hub_id: str | None = None
-        self._checked = False
+        # Whether the snapshot of that id was checked when the settings were read.
+        self._snapshot_checked = False
         # Whether a worker has looked at how vLLM will load weights.
         self._loading_checked = False
         # None until the process that configures the engine has checked the files.
@@ -120,7 +121,7 @@ class MorphoQuantConfig(QuantizationConfig):
                 refuse_other_settings(directory, check_directory(directory), self.spec)
         else:
             self._hub_id, snapshot = model_name, cached_snapshot(model_name, revision, self.spec)
-            self._checked = snapshot is not None
+            self._snapshot_checked = snapshot is not None
             if snapshot is not None:
                 refuse_other_settings(snapshot, check_directory(snapshot, complete=False), self.spec)
             else:
@@ -142,7 +143,7 @@ class MorphoQuantConfig(QuantizationConfig):
             return
         assert self.spec is not None, "maybe_update_config refuses a model without a spec"
         model, self._hub_id = self._hub_id, None
-        if not self._checked or config.load_config.download_dir is not None:
+        if not self._snapshot_checked or config.load_config.download_dir is not None:
             folder = download(model, config)
             refuse_other_settings(folder, check_directory(folder, complete=False), self.spec)
 
@@ -206,11 +207,7 @@ class MorphoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe import GateLinear
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-        from morphoquant_vllm.plugin.engine_options import refuse_online
-        from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
-        from morphoquant_vllm.plugin.gpu_memory import patch_sleep
         from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
-        from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
 
         shards = self.shard_names(prefix)
         quantized = [name for name in shards if name in self.layers]
@@ -223,15 +220,23 @@ class MorphoQuantConfig(QuantizationConfig):
             raise MorphoQuantError(
                 f"{prefix}: shards of a fused layer must all be quantized or none; not quantized: {missing}"
             )
-        refuse_online(self, layer, prefix)
-        patch_sleep(MorphoQuantExpertsMethod)
-        patch_weight_checker((MorphoQuantLinearMethod, MorphoQuantExpertsMethod))
+        self._protect(layer, prefix)
         bus = self.modality_bus()
         settings = {name: self.layers[name] for name in shards}
         first = settings[shards[0]]
         # Towers get patches, and not the tokens of a step.
         watch = None if first.fixed_row else self._watch_of(prefix, shards[0], first.in_features, bus)
         return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch, saved)
+
+    def _protect(self, layer: torch.nn.Module, prefix: str) -> None:
+        """Refuse, now or when it is asked for, what vLLM would do wrong to a quantized layer."""
+        from morphoquant_vllm.plugin.engine_options import refuse_online
+        from morphoquant_vllm.plugin.gpu_memory import patch_sleep
+        from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
+
+        refuse_online(self, layer, prefix)
+        patch_sleep()
+        patch_weight_checker()
 
     def _watch_of(self, prefix: str, name: str, in_features: int, bus: ModalityBus) -> EscapeWatch | None:
         """The watch of this model, to which the input `name` is added; None if its escapes are not counted."""
@@ -258,21 +263,15 @@ class MorphoQuantConfig(QuantizationConfig):
         """The method of a list of experts; None, vLLM's own in 16 bit, if the checkpoint does not name it."""
         from vllm.platforms import current_platform
 
-        from morphoquant_vllm.plugin.engine_options import refuse_online
         from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod, refuse_sixteen_bit
-        from morphoquant_vllm.plugin.gpu_memory import patch_sleep
-        from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
-        from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
 
         name = local_name(prefix, self._stored)
         if name not in self.experts:
             refuse_sixteen_bit(prefix, layer, current_platform.is_cpu())
             return None
-        refuse_online(self, layer, prefix)
+        self._protect(layer, prefix)
         bus, experts = self.modality_bus(), self.experts[name]
         watch = self._watch_of(prefix, name, experts.in_features, bus)
-        patch_sleep(MorphoQuantExpertsMethod)
-        patch_weight_checker((MorphoQuantLinearMethod, MorphoQuantExpertsMethod))
         return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> MlpOrder | None:

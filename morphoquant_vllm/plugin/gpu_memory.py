@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
 
 # Mark of the function that refuses.
 _MARK = "refuses_level_two"
@@ -28,8 +29,8 @@ def refuse_offload(config: VllmConfig | None) -> None:
         )
 
 
-def patch_sleep(experts_method: type) -> None:
-    """Let vLLM's worker refuse sleep level 2 for a model with layers of `experts_method`.
+def patch_sleep() -> None:
+    """Let vLLM's worker refuse sleep level 2 for a model with quantized experts.
 
     vLLM saves a model's buffers before it drops the memory in which weights lie. Quantized linears are buffers. The
     tensors of experts are not, and they are not loaded again into a running engine. Nor are the counters of tiles that
@@ -45,7 +46,7 @@ def patch_sleep(experts_method: type) -> None:
     @functools.wraps(original)
     def sleep(self: Any, level: int = 1) -> None:
         modules = self.model_runner.model.modules() if level > 1 else ()
-        if any(isinstance(getattr(module, "quant_method", None), experts_method) for module in modules):
+        if any(isinstance(getattr(module, "quant_method", None), MorphoQuantExpertsMethod) for module in modules):
             raise MorphoQuantError(
                 f"sleep level {level} would lose the weights of quantized experts; sleep with level 1, or end the "
                 "server"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
+from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 
 # Methods of vLLM's worker, which not every version has.
 _METHODS = ("compute_weight_checksums", "reset_weights")
@@ -17,22 +19,22 @@ _METHODS = ("compute_weight_checksums", "reset_weights")
 _MARK = "refuses_quantized"
 
 
-def patch_weight_checker(methods: tuple[type, ...]) -> None:
-    """Let vLLM's worker refuse its weight checker for a model with layers of one of `methods`."""
+def patch_weight_checker() -> None:
+    """Let vLLM's worker refuse its weight checker for a model with quantized layers."""
     # Imported here, in a worker: it imports vLLM's model runner.
     from vllm.v1.worker.gpu_worker import Worker
 
     for name in _METHODS:
         original = getattr(Worker, name, None)
         if original is not None and not hasattr(original, _MARK):
-            setattr(Worker, name, _refusing(original, methods))
+            setattr(Worker, name, _refusing(original))
 
 
-def _refusing(original: Callable[..., Any], methods: tuple[type, ...]) -> Callable[..., Any]:
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def refuse(self: Any, *args: Any, **settings: Any) -> Any:
-        modules = self.model_runner.get_model().modules()
-        if any(isinstance(getattr(module, "quant_method", None), methods) for module in modules):
+        methods = [getattr(module, "quant_method", None) for module in self.model_runner.get_model().modules()]
+        if any(isinstance(method, MorphoQuantLinearMethod | MorphoQuantExpertsMethod) for method in methods):
             raise MorphoQuantError(
                 "vLLM's weight checker does not see the weights of quantized layers; compare the checkpoints' files "
                 "with `morphoquant verify`"

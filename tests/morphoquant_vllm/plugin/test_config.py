@@ -115,6 +115,25 @@ def test_a_fused_layer_is_quantized_whole_or_not_at_all(config: MorphoQuantConfi
         config.get_quant_method(layer, prefix)
 
 
+def test_a_worker_with_a_quantized_layer_refuses_what_would_lose_weights(
+    config: MorphoQuantConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.v1.worker import gpu_worker
+
+    # Each has the mark of its module once a quantized layer got its method.
+    patched = {"sleep": "refuses_level_two", "reset_weights": "refuses_quantized"}
+    names = [name for name in patched if hasattr(gpu_worker.Worker, name)]
+    for name in names:
+        monkeypatch.setattr(gpu_worker.Worker, name, lambda self: None)
+    layer = LinearBase.__new__(LinearBase)
+    torch.nn.Module.__init__(layer)
+    config.get_quant_method(layer, "visual.blocks.0.attn.qkv")
+    assert not any(hasattr(getattr(gpu_worker.Worker, name), patched[name]) for name in names)
+    config.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
+    assert all(hasattr(getattr(gpu_worker.Worker, name), patched[name]) for name in names)
+
+
 def test_embeddings_stay_16_bit_and_tell_the_bus_their_tokens(config: MorphoQuantConfig) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 

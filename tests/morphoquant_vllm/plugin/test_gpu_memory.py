@@ -10,11 +10,8 @@ from vllm.v1.worker import gpu_worker
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.plugin import gpu_memory
+from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
 from morphoquant_vllm.plugin.gpu_memory import patch_sleep, refuse_offload
-
-
-class Experts:
-    """Stands for the method of quantized experts."""
 
 
 @pytest.fixture
@@ -22,7 +19,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The levels at which vLLM's own worker slept."""
     found: list[int] = []
     monkeypatch.setattr(gpu_worker.Worker, "sleep", lambda self, level=1: found.append(level))
-    patch_sleep(Experts)
+    patch_sleep()
     return found
 
 
@@ -33,16 +30,17 @@ def worker(method: object) -> Any:
 
 
 def test_only_experts_refuse_and_only_level_two(slept: list[int]) -> None:
-    gpu_worker.Worker.sleep(worker(Experts()))
+    experts = MorphoQuantExpertsMethod.__new__(MorphoQuantExpertsMethod)
+    gpu_worker.Worker.sleep(worker(experts))
     gpu_worker.Worker.sleep(worker(None), 2)
     with pytest.raises(MorphoQuantError, match="sleep level 2 would lose the weights of quantized experts; sleep with"):
-        gpu_worker.Worker.sleep(worker(Experts()), level=2)
+        gpu_worker.Worker.sleep(worker(experts), level=2)
     assert slept == [1, 2]
 
 
 def test_it_is_wrapped_once(slept: list[int]) -> None:
     once = gpu_worker.Worker.sleep
-    patch_sleep(Experts)
+    patch_sleep()
     assert gpu_worker.Worker.sleep is once
 
 

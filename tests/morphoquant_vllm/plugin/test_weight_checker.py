@@ -8,15 +8,13 @@ import torch
 from vllm.v1.worker import gpu_worker
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.plugin.experts_method import MorphoQuantExpertsMethod
+from morphoquant_vllm.plugin.linear_method import MorphoQuantLinearMethod
 from morphoquant_vllm.plugin.weight_checker import patch_weight_checker
 
 pytestmark = pytest.mark.skipif(
     not hasattr(gpu_worker.Worker, "reset_weights"), reason="this vLLM has no checker of weights"
 )
-
-
-class Quantized:
-    """Stands for the method of quantized layers."""
 
 
 @pytest.fixture
@@ -25,7 +23,7 @@ def reset(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(gpu_worker.Worker, "reset_weights", found.append)
     monkeypatch.setattr(gpu_worker.Worker, "compute_weight_checksums", lambda self: {"a": "1"})
-    patch_weight_checker((Quantized,))
+    patch_weight_checker()
     return found
 
 
@@ -35,10 +33,11 @@ def worker(method: object) -> Any:
     return SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: torch.nn.Sequential(layer)))
 
 
-def test_models_with_quantized_layers_refuse(reset: list[Any]) -> None:
+@pytest.mark.parametrize("method", [MorphoQuantLinearMethod, MorphoQuantExpertsMethod])
+def test_models_with_quantized_layers_refuse(method: type, reset: list[Any]) -> None:
     for name in ("reset_weights", "compute_weight_checksums"):
         with pytest.raises(MorphoQuantError, match=r"does not see the weights of quantized layers.*morphoquant verify"):
-            getattr(gpu_worker.Worker, name)(worker(Quantized()))
+            getattr(gpu_worker.Worker, name)(worker(method.__new__(method)))
     assert reset == []
 
 
@@ -51,5 +50,5 @@ def test_other_models_are_checked(reset: list[Any]) -> None:
 
 def test_it_is_wrapped_once(reset: list[Any]) -> None:
     once = gpu_worker.Worker.reset_weights
-    patch_weight_checker((Quantized,))
+    patch_weight_checker()
     assert gpu_worker.Worker.reset_weights is once
