@@ -17,7 +17,7 @@ from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.processes import Processes
 from calibration.quantize.grids import SEARCH_TOKENS
-from calibration.quantize.held_out import HOLDING_EFFORTS, held_out
+from calibration.quantize.held_out import HOLDING_EFFORTS, tokens_of_held_samples
 from calibration.settings.recipe import Recipe, rounds_jointly
 from morphoquant_vllm.format.schema import QuantizationSpec
 
@@ -88,8 +88,14 @@ class Job:
     def may_learn(self, tokens: DrawnTokens | None) -> bool:
         """Whether steps and scales may learn: by the effort, experts and samples; not before the samples are known."""
         effort = self.recipe.effort
-        experts = any(name.startswith(f"{self.names.prefix}.") for name in self.spec.experts)
-        return effort in HOLDING_EFFORTS and not experts and tokens is not None and held_out(tokens, effort) is not None
+        if effort not in HOLDING_EFFORTS or self.has_experts or tokens is None:
+            return False
+        return tokens_of_held_samples(tokens, effort) is not None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the decoder has quantized experts: beside them nothing learns."""
+        return any(name.startswith(f"{self.names.prefix}.") for name in self.spec.experts)
 
     @property
     def memory_limit(self) -> int:

@@ -22,7 +22,7 @@ from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_
 from calibration.model.loading import BlockLoader
 from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
-from calibration.quantize.held_out import held_out
+from calibration.quantize.held_out import tokens_of_held_samples
 from calibration.settings.recipe import Recipe, rounds_jointly, shares_budget, shares_escapes
 from calibration.work.budgets import Choice, keep_choice, read_choice, sample_lengths
 from calibration.work.directory import WorkDirectory
@@ -144,7 +144,7 @@ def _begin(
     # Modalities by the drawn tokens: every sample has some.
     parts = tokens.modality.split([positions.numel() for positions in tokens.positions])
     rows = [frozenset(part.unique().tolist()) for part in parts]
-    held = None if judges else held_out(tokens, job.recipe.effort)
+    held = None if judges else tokens_of_held_samples(tokens, job.recipe.effort)
     allowed = list(range(len(rows)))
     if held is not None:
         shares = held.split([part.numel() for part in parts])

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 def capture(
     job: Job, work: WorkDirectory, data: Sequence[Conversation | PlainText], *, skip_bad: bool = False
 ) -> DrawnTokens:
-    """Render the data, run embeddings and towers on them, and keep the decoder's inputs; the tokens of the search."""
+    """Render the data, run embeddings and towers on them, and keep the decoder's inputs; the drawn tokens."""
     if work.finished is not None:
         job.processes.broadcast(lambda: drop_rendered(work.path))
         return job.choose_tokens(work.modalities())
@@ -80,7 +80,7 @@ def capture(
 def prepare(
     job: Job, data: Sequence[Conversation | PlainText], keep: Keep, *, skip_bad: bool = False
 ) -> tuple[list[Sample], DrawnTokens]:
-    """This process's samples, whose inputs `keep` puts away, and the tokens of the search."""
+    """This process's samples, whose inputs `keep` puts away, and the drawn tokens."""
     recipe = job.recipe
     samples = build_samples(
         job.source.directory,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.end_to_end.student import StudentInput, StudentLinear, integers
-from calibration.learn.descent import BETAS, rate_factor
+from calibration.learn.descent import BETAS, learning_rate_factor
 from calibration.learn.divergence import Divergence
 
 
@@ -63,7 +63,7 @@ class Learner:
         for epoch in range(count):
             seen = 0.0
             for window in torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(epoch)).tolist():
-                factor = rate_factor(done, steps)
+                factor = learning_rate_factor(done, steps)
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * factor
                 loss = self.divergence(window)

@@ -100,12 +100,12 @@ def serve_towers(entry: MemoryInput, again: MemoryInput) -> None:
     ]
 
 
-def _check_token_ids(samples: Sequence[Sample], rows: int) -> None:
+def _check_token_ids(samples: Sequence[Sample], vocabulary: int) -> None:
     for sample in samples:
         largest = int(sample.inputs["input_ids"].max())
-        if largest >= rows:
+        if largest >= vocabulary:
             raise MorphoQuantError(
-                f"{sample.source}: token id {largest}, but the model's embedding has {rows} tokens; "
+                f"{sample.source}: token id {largest}, but the model's embedding has {vocabulary} tokens; "
                 "the tokenizer belongs to another model: copy the tokenizer of this model into its directory"
             )
 

@@ -85,8 +85,8 @@ class _Observed:
 
     # The 16-bit values of each observed input, by the module; `_drawn_input` takes them out.
     sixteen_bit: dict[str, DrawnCollector]
-    # By the module: no tokens [0, K] if this process has no samples, else None.
-    none: Mapping[str, Tensor | None]
+    # By the module: the input [0, K] of a process without samples; None if it has some.
+    without_samples: Mapping[str, Tensor | None]
     # Each sample's rows, int [tokens].
     rows: Sequence[Tensor]
     # Drawn tokens with an outlying residual stream, bool [local drawn].
@@ -199,7 +199,7 @@ def _calibrate_linears(
     """
     shared_input = task.spec.layers[layers[0]].shared_input
     task.begin(block, shared_input)
-    served = InputCollector(layers[0], observed.none[shards[0]])
+    served = InputCollector(layers[0], observed.without_samples[shards[0]])
     drawn = _drawn_input(block, shards[0], served, observed, task.tokens.processes)
     weights = {layer: load_weight(task.source, layer) for layer in layers}
     # Forward passes and collectors freed 2 GB at K = 11008, and the next step needs the most memory.
@@ -220,7 +220,7 @@ def _calibrate_experts(
     stored = find_experts(name, task.source.tensors)
     assert stored is not None
     shape = len(task.spec.rows), task.spec.experts[name].count
-    collector = RoutedCollector(name, shape, block.modality, observed.none[module])
+    collector = RoutedCollector(name, shape, block.modality, observed.without_samples[module])
     drawn = _drawn_input(block, module, collector, observed, task.tokens.processes)
     routed = DrawnExperts(drawn, collector.routing(task.tokens))
     release_freed_memory()
@@ -251,15 +251,15 @@ def _observe_16bit(
     `widths` are the name and K of each observed module. `massive_row` is the row of massive tokens.
     """
     # Only for a process without samples: samples determine the width themselves.
-    none = {
+    without_samples = {
         module: None if block.inputs else torch.zeros(0, width, device=block.device)
         for module, (_, width) in widths.items()
     }
-    sixteen_bit = {module: DrawnCollector(name, none[module]) for module, (name, _) in widths.items()}
+    sixteen_bit = {module: DrawnCollector(name, without_samples[module]) for module, (name, _) in widths.items()}
     rows, attention = _run_16bit(block, sixteen_bit, massive_row, processes)
     of_drawn = (row[entry.positions] for row, entry in zip(rows, block.inputs, strict=True))
     outlying = torch.cat([torch.zeros(0, dtype=torch.bool), *(row == massive_row for row in of_drawn)])
-    return _Observed(sixteen_bit, none, rows, outlying, attention)
+    return _Observed(sixteen_bit, without_samples, rows, outlying, attention)
 
 
 def _run_16bit(

@@ -75,7 +75,7 @@ class DrawnTokens:
         return owners.repeat_interleave(lengths)
 
     def local(self, value: Tensor) -> Tensor:
-        """The rows of `value` [drawn, ...], on the CPU, of this process's tokens: [local drawn, ...]."""
+        """The entries of `value` [drawn, ...], on the CPU, of this process's tokens: [local drawn, ...]."""
         return value if self.processes.size == 1 else value[self.token_owners == self.processes.rank]
 
     def every(self, value: Tensor, stride: int) -> Tensor:

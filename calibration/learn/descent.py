@@ -22,10 +22,10 @@ WARM_UP, FALL_AFTER = 5, 0.5
 ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """The factor of the rate at a step: it rises at first, and falls to nearly nothing in the end."""
-    rise = min(1.0, (step + 1) / WARM_UP)
-    return rise * min(1.0, (steps - step) / (steps * (1 - FALL_AFTER)))
+def learning_rate_factor(update: int, updates: int) -> float:
+    """The factor of the learning rate at an update: it rises at first, and falls to nearly nothing in the end."""
+    rise = min(1.0, (update + 1) / WARM_UP)
+    return rise * min(1.0, (updates - update) / (updates * (1 - FALL_AFTER)))
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Judgement:
     """What judging samples say: the mean divergence of their tokens, and the rate of escapes by input."""
 
     divergence: float
-    rates: dict[str, float]
+    escape_rates: dict[str, float]
 
 
 class Descent:
-    """Lowers the divergence of a decoder from the 16-bit model, one sample a step."""
+    """Lowers the divergence of a decoder from the 16-bit model, one sample an update."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Descent:
     ) -> None:
         """`read` gives a sample by its index, and its target; `seed` decides the order of samples.
 
-        `extent` has the rate, and how often the judging samples judge.
+        `extent` has the learning rate, and how often the judging samples judge.
         """
         self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
         self.extent = extent
@@ -58,17 +58,17 @@ class Descent:
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(chosen.rounds)])
         self.order = [chosen.learned[place] for place in order.tolist()]
         self.leaves = decoder.changes.parameters()
-        self.adam = torch.optim.Adam(list(self.leaves.values()), lr=extent.rate, betas=BETAS)
-        # Of the leaves, over the steps after FALL_AFTER of all.
+        self.adam = torch.optim.Adam(list(self.leaves.values()), lr=extent.learning_rate, betas=BETAS)
+        # Of the leaves, over the updates after FALL_AFTER of all.
         self.mean = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in self.leaves.items()}
 
     @property
-    def steps(self) -> int:
-        """The number of all steps."""
+    def updates(self) -> int:
+        """The number of all updates."""
         return len(self.order)
 
-    def step(self, index: int) -> float:
-        """Learn from one sample; its mean divergence before the step."""
+    def update(self, index: int) -> float:
+        """Learn from one sample. Returns its mean divergence before the update."""
         sample, target = self.read(self.order[index])
         states = self.decoder.states(sample)
         divergence, by_last = self.objective.derivatives(states[-1][0].detach(), target)
@@ -77,9 +77,9 @@ class Descent:
         size = _power_of_two(float(by_last.abs().max()))
         self.decoder.back(sample, states, by_last[None] / size)
         for group in self.adam.param_groups:
-            group["lr"] = self.extent.rate * rate_factor(index, self.steps)
+            group["lr"] = self.extent.learning_rate * learning_rate_factor(index, self.updates)
         gradients = [leaf.grad.mul_(size) for leaf in self.leaves.values() if leaf.grad is not None]
-        # One that is not finite would spoil all later steps.
+        # One that is not finite would spoil all later updates.
         if all(bool(gradient.isfinite().all()) for gradient in gradients):
             self.adam.step()
         self._add_to_mean(index)
@@ -87,21 +87,21 @@ class Descent:
 
     @torch.no_grad()
     def _add_to_mean(self, index: int) -> None:
-        count = index + 1 - int(self.steps * FALL_AFTER)
+        count = index + 1 - int(self.updates * FALL_AFTER)
         if count > 0:
             for name, leaf in self.leaves.items():
                 self.mean[name] += (leaf - self.mean[name]) / count
 
     @torch.no_grad()
     def take_mean(self) -> None:
-        """Take the mean of the later steps in place of the last one."""
+        """Take the mean of the later updates in place of the last one."""
         for name, leaf in self.leaves.items():
             leaf.copy_(self.mean[name])
 
     def is_judged(self, index: int) -> bool:
-        """Whether the judging samples judge after this step."""
+        """Whether the judging samples judge after this update."""
         judgements = self.extent.judgements
-        return (index + 1) * judgements // self.steps > index * judgements // self.steps
+        return (index + 1) * judgements // self.updates > index * judgements // self.updates
 
     @torch.no_grad()
     def judge(self) -> Judgement:
@@ -115,7 +115,7 @@ class Descent:
         return Judgement(mean, {name: found.rate for name, found in escapes.items()})
 
     @torch.no_grad()
-    def keep_rates(self, allowed: Mapping[str, float], found: Mapping[str, float]) -> None:
+    def keep_escape_rates(self, allowed: Mapping[str, float], found: Mapping[str, float]) -> None:
         """Raise the steps of each input whose rate of escapes `found` is over the one that is `allowed`.
 
         Codes get smaller by that, so the scales of the linears that read them grow as much. Group scales do not learn.
@@ -132,7 +132,7 @@ class Descent:
         return {name: leaf.detach().cpu().clone() for name, leaf in self.leaves.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on, by name."""
+        """Everything that the next updates depend on, by name."""
         tensors = {f"change {name}": leaf.detach() for name, leaf in self.leaves.items()}
         tensors |= {f"mean {name}": value for name, value in self.mean.items()}
         for name, leaf in self.leaves.items():

@@ -27,7 +27,7 @@ class Extent:
     judged_tokens: int
     # The most that a step changes a logarithm, or a constant in units of its output's size. One sample's gradient is
     # noisy: with a large rate, few steps cannot undo the noise of the first ones.
-    rate: float
+    learning_rate: float
 
     def rounds_of(self, tokens: int) -> int:
         """How often each of the samples that have `tokens` tokens together is learned from."""

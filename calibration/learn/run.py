@@ -1,4 +1,4 @@
-"""One run of learning, on the process that learns: its samples, targets, steps and judgements, kept step by step."""
+"""One run of learning, on the process that learns: its samples, targets, updates and judgements, kept as it goes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from morphoquant_vllm.format.schema import TEXT_ROW
 
 logger = logging.getLogger(__name__)
 
-# An interrupted run repeats at most as many steps.
+# An interrupted run repeats at most as many updates.
 STEPS_KEPT = 8
 
 
@@ -54,7 +54,7 @@ class LearningRun:
         self._aim: Objective | None = None
         self._descent: Descent | None = None
         self._judgements: Judgements | None = None
-        # The first step of this run, and the seconds of a clock before it.
+        # The first update of this run, and the seconds of a clock before it.
         self._first, self._began = 0, 0.0
 
     def blocks_to_pass(self) -> int:
@@ -79,14 +79,16 @@ class LearningRun:
         self.targets, self._pass = tensors, None
 
     def begin(self) -> tuple[int, int]:
-        """The next step, and the number of all steps; the first judgement if the run has none."""
-        self._first, steps = self._restored()
+        """The next update, and the number of all updates; the first judgement if the run has none."""
+        self._first, updates = self._restored()
         self._began = time.monotonic()
         start = self._parts()[1].start.divergence
         if not math.isfinite(start):
-            logger.warning("learning: the divergence of judging samples is %s at the start, so no step is made", start)
-            return steps, steps
-        return self._first, steps
+            logger.warning(
+                "learning: the divergence of judging samples is %s at the start, so no update is made", start
+            )
+            return updates, updates
+        return self._first, updates
 
     def _restored(self) -> tuple[int, int]:
         assert self.targets is not None
@@ -100,25 +102,25 @@ class LearningRun:
         if state is None:
             start = self._descent.judge()
             self._judgements = Judgements(start, start.divergence, None)
-            return 0, self._descent.steps
+            return 0, self._descent.updates
         best = {name.removeprefix("best "): value for name, value in state.items() if name.startswith("best ")}
         rates = {name.removeprefix("rate "): float(value) for name, value in state.items() if name.startswith("rate ")}
         self._judgements = Judgements(Judgement(float(state["start"]), rates), float(state["least"]), best or None)
         self._descent.restore(state)
-        return int(state["done"]), self._descent.steps
+        return int(state["done"]), self._descent.updates
 
-    def step(self, index: int) -> None:
-        """Make a step."""
-        self._parts()[0].step(index)
+    def update(self, index: int) -> None:
+        """Make an update."""
+        self._parts()[0].update(index)
 
     def is_judged(self, index: int) -> bool:
-        """Whether the judging samples judge after a step."""
+        """Whether the judging samples judge after an update."""
         return self._parts()[0].is_judged(index)
 
-    def keep_rates(self) -> None:
+    def keep_escape_rates(self) -> None:
         """Bring the rates of escapes of judging samples back to those of the start."""
         descent, judgements = self._parts()
-        descent.keep_rates(judgements.start.rates, descent.judge().rates)
+        descent.keep_escape_rates(judgements.start.escape_rates, descent.judge().escape_rates)
 
     def judge(self, what: str) -> None:
         """Note the changes if judging samples diverge least with them so far; `what` names them in the log."""
@@ -132,25 +134,25 @@ class LearningRun:
             judgements.least, judgements.best = error, descent.learned()
 
     def keep_state(self, index: int) -> None:
-        """Keep the state after a step if it is time."""
+        """Keep the state after an update if it is time."""
         descent, judgements = self._parts()
         if (index + 1) % STEPS_KEPT:
             return
         figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
-        figures |= {f"rate {name}": rate for name, rate in judgements.start.rates.items()}
+        figures |= {f"rate {name}": rate for name, rate in judgements.start.escape_rates.items()}
         state = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
         state |= {f"best {name}": value for name, value in (judgements.best or {}).items()}
         keep_part(self.work, STATE, descent.state() | state)
         each = (time.monotonic() - self._began) / (index + 1 - self._first)
-        left = duration(each * (descent.steps - index - 1))
-        logger.info("learning: step %d of %d, about %s left", index + 1, descent.steps, left)
+        left = duration(each * (descent.updates - index - 1))
+        logger.info("learning: update %d of %d, about %s left", index + 1, descent.updates, left)
 
     def take_mean(self) -> None:
-        """Take the mean of the later steps in place of the last one."""
+        """Take the mean of the later updates in place of the last one."""
         self._parts()[0].take_mean()
 
     def finish(self) -> None:
-        """Keep the changes with the least divergence of judging samples: of a step, of the mean, or none."""
+        """Keep the changes with the least divergence of judging samples: of an update, of the mean, or none."""
         descent, found = self._parts()
         if found.best is None:
             logger.warning(
@@ -161,7 +163,7 @@ class LearningRun:
         figures = {
             "samples": len(self.chosen.learned),
             "judging_samples": len(self.chosen.judging),
-            "steps": descent.steps,
+            "steps": descent.updates,
             "divergence_before": found.start.divergence,
             "divergence_after": found.least,
         }
@@ -175,7 +177,7 @@ class LearningRun:
         keep_learned(self.work, changes | self._sizes(), finite)
 
     def _parts(self) -> tuple[Descent, Judgements]:
-        """The steps and the judgements, which `begin` makes."""
+        """The descent and the judgements, which `begin` makes."""
         assert self._descent is not None and self._judgements is not None
         return self._descent, self._judgements
 

@@ -39,17 +39,17 @@ def learn(job: Job, work: WorkDirectory) -> None:
     processes.broadcast(lambda: runs.append(_planned(job, work)))
     for block in range(on_first(LearningRun.blocks_to_pass)):
         on_first(partial(LearningRun.find_targets, block=block))
-    done, steps = on_first(LearningRun.begin)
+    done, updates = on_first(LearningRun.begin)
     # Other processes wait for each of these calls, and not too long for any.
-    for index in range(done, steps):
-        on_first(partial(LearningRun.step, index=index))
+    for index in range(done, updates):
+        on_first(partial(LearningRun.update, index=index))
         if on_first(partial(LearningRun.is_judged, index=index)):
-            on_first(LearningRun.keep_rates)
-            on_first(partial(LearningRun.judge, what=f"step {index + 1} of {steps}"))
+            on_first(LearningRun.keep_escape_rates)
+            on_first(partial(LearningRun.judge, what=f"update {index + 1} of {updates}"))
         on_first(partial(LearningRun.keep_state, index=index))
     on_first(LearningRun.take_mean)
-    on_first(LearningRun.keep_rates)
-    on_first(partial(LearningRun.judge, what="mean of the later steps"))
+    on_first(LearningRun.keep_escape_rates)
+    on_first(partial(LearningRun.judge, what="mean of the later updates"))
     on_first(LearningRun.finish)
 
 
@@ -71,7 +71,7 @@ def will_learn(job: Job, lengths: Sequence[int]) -> bool:
 def _obstacle(job: Job, lengths: Sequence[int]) -> str | None:
     """Why steps and scales cannot learn; None if they can."""
     effort = job.recipe.effort
-    if any(name.startswith(f"{job.names.prefix}.") for name in job.spec.experts):
+    if job.has_experts:
         return "the decoder has experts, which cannot learn"
     if not has_head(job.architecture, job.source, job.recipe):
         return "the model has no head that writes text"

@@ -16,7 +16,7 @@ No module touches files. Only `observation` sets hooks, and `attention_range` wa
     moments          means and second moments of codes and 16-bit values
     rounding         weights to int4 with error compensation
     output_metric    outputs rounded so that their errors cancel for the model
-    held_out         samples that no fit sees, and the choices that they make
+    held_out         tokens of samples that no fit of weights sees
     group_search     codes and scales of each group, by the loss of the codes
     allowed_scales   group scales and two-level ones, and candidates among them
     scale_fit        least squares of scales for given codes

@@ -39,7 +39,7 @@ def find_bias(
     coded: CodedTokens, means: Means, matrix: Tensor, served: Tensor, blocks: int, *, any_massive: bool
 ) -> Tensor:
     """The bias of each block of K and set, float32 [blocks, sets, N], from the 16-bit and the served weights [N, K]."""
-    bias = weights.absorbed_bias(matrix, coded.record.centre[coded.sets.rows], blocks)
+    bias = weights.absorbed_bias(matrix, coded.record.centre[coded.sets.row_of_set], blocks)
     bias += output_bias(means.code, means.value, matrix, served, blocks)
     if not any_massive:
         bias[:, -1] = bias[:, 0]
@@ -50,7 +50,7 @@ def means_in_any_row(
     coded: CodedTokens, x: Tensor, x16: Tensor, chosen: Tensor, processes: Processes
 ) -> tuple[Tensor, Tensor]:
     """Means of codes and of values, [K] each, of the tokens `chosen` of x, as if the row `any` served all of them."""
-    record, row, weight = coded.record, coded.sets.rows[0], coded.weight[chosen]
+    record, row, weight = coded.record, coded.sets.row_of_set[0], coded.weight[chosen]
     total = processes.all_reduce(weight.sum(), "SUM")
     code_mean, value_mean = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     for part, token_weight in zip(chunks(chosen, x.shape[1]), chunks(weight, x.shape[1]), strict=True):

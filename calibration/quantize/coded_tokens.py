@@ -31,7 +31,7 @@ class BiasSets:
     # The set of each row, int64 [R].
     of_row: Tensor
     # The row of each set, int64 [sets]; for the first set, the row `any`.
-    rows: Tensor
+    row_of_set: Tensor
 
     @staticmethod
     def of(separate: Sequence[int], spec: QuantizationSpec, device: torch.device) -> BiasSets:
@@ -44,7 +44,7 @@ class BiasSets:
     @property
     def any_modality_only(self) -> bool:
         """Whether no modality has a separate row."""
-        return self.rows.numel() == 2
+        return self.row_of_set.numel() == 2
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def gather_moments(coded: CodedTokens, x16: Tensor, matrix: Tensor, processes: P
         _contributions(coded, x16),
         coded.codes,
         coded.weight * coded.gain.square(),
-        second_moments.Moments.zeros(coded.sets.rows.numel(), matrix),
+        second_moments.Moments.zeros(coded.sets.row_of_set.numel(), matrix),
     )
     moments.reduce(processes)
     return moments

@@ -32,12 +32,12 @@ class InputGrids:
     mask: Tensor
     grid: activation.Grid
     # By modality; empty if the recipe wants no modality-specific rows.
-    rows: dict[int, ModalityRow] = field(default_factory=dict)
+    modality_rows: dict[int, ModalityRow] = field(default_factory=dict)
 
     @property
     def separate(self) -> list[int]:
         """The modalities with a separate row."""
-        return [row for row, found in self.rows.items() if found.choice.own]
+        return [row for row, found in self.modality_rows.items() if found.choice.own]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Evidence:
     # Every n-th drawn token: values [searched, K], weights and modalities [searched]. None for the reference's grid.
     searched: tuple[Tensor, Tensor, Tensor] | None
     # By modality; empty if no modality can have a separate row.
-    rows: dict[int, RowTokens] = field(default_factory=dict)
+    row_tokens: dict[int, RowTokens] = field(default_factory=dict)
     # Mask and grid by the authors' search.
     reference: tuple[Tensor, activation.Grid] | None = None
 
@@ -150,7 +150,7 @@ def find_grids(evidence: Evidence, matrix: Tensor, recipe: Recipe) -> InputGrids
     )
     mask = torch.full_like(grid.step, recipe.escape_budget > 0, dtype=torch.bool)
     rows = {}
-    for row, found in evidence.rows.items():
+    for row, found in evidence.row_tokens.items():
         reach = evidence.by_modality[row]
         rows[row] = choose_row(
             found, reach.minimum, reach.maximum, grid, mask, matrix, recipe.escape_budget, recipe.row_margin
@@ -171,7 +171,7 @@ def input_tensors(
     grid, mask = grids.grid, grids.mask
     centre, gain = grid.centre.expand(rows, -1).clone(), torch.ones(rows)
     for row in grids.separate:
-        centre[row], gain[row] = grids.rows[row].centre, grids.rows[row].choice.gain
+        centre[row], gain[row] = grids.modality_rows[row].centre, grids.modality_rows[row].choice.gain
     if massive.shape[0]:
         centre[-1] = massive.mean(0)
         farthest = float(((massive - centre[-1]).abs() / grid.step).max())

@@ -18,7 +18,7 @@ def is_held_sample(index: int) -> bool:
     return index % SAMPLES_PER_HELD == SAMPLES_PER_HELD - 1
 
 
-def held_out(tokens: DrawnTokens, effort: str) -> Tensor | None:
+def tokens_of_held_samples(tokens: DrawnTokens, effort: str) -> Tensor | None:
     """Drawn tokens of held-out samples, bool [drawn], as `is_held_sample` says; None if there are none.
 
     Effort `fast` holds nothing out. Every layer of the decoder holds out the same samples. So the errors that earlier

@@ -14,7 +14,7 @@ from calibration.processes import Processes
 from calibration.quantize.bias import find_bias, find_means
 from calibration.quantize.coded_tokens import CodedTokens, code_tokens, gather_moments, weigh_massive_alike
 from calibration.quantize.grids import find_input
-from calibration.quantize.held_out import held_out
+from calibration.quantize.held_out import tokens_of_held_samples
 from calibration.quantize.layer_report import ErrorTokens, LayerFigures, input_figures, output_error
 from calibration.quantize.massive_tokens import find_massive
 from calibration.quantize.moments import Moments
@@ -90,14 +90,14 @@ def quantize_input(
     # From here on in channel order.
     matrix = matrix[:, coded.order]
     # Beside routed experts nothing learns, so no sample has to judge.
-    unseen = held_out(tokens, recipe.effort) if reported is None and not spec.experts else None
-    moments, held = _moments(weigh_massive_alike(coded, processes), x16, matrix, tokens, unseen)
+    held_tokens = tokens_of_held_samples(tokens, recipe.effort) if reported is None and not spec.experts else None
+    moments, held_moments = _moments(weigh_massive_alike(coded, processes), x16, matrix, tokens, held_tokens)
     step = found.grids.grid.step.to(x.device)[coded.order]
     known = _of_all(metrics or {}, shards, x.device)
     served = round_weights(matrix, step, moments, first, recipe, processes, known)
     del known
-    if held is not None:
-        moments.add_means(held)
+    if held_moments is not None:
+        moments.add_means(held_moments)
     means = find_means(moments, coded, x, x16, massive.local, processes)
     any_massive = bool(massive.all.any())
     bias = processes.broadcast(lambda: find_bias(coded, means, matrix, served.matrix, blocks, any_massive=any_massive))

@@ -20,7 +20,7 @@ from morphoquant_vllm.numerics import activation
 
 # The output error is measured on about this many tokens.
 ERROR_TOKENS = 2048
-# An escape rate of this many times the budget is a warning: the tokens of the search do not stand for the others.
+# An escape rate of this many times the budget is a warning: the drawn tokens do not stand for the others.
 FAR_ABOVE = 2.0
 # Tokens that are multiplied at once: enough that weights are seldom read.
 RUN_TOKENS = 256
@@ -105,7 +105,7 @@ def input_figures(
         guard_raised_channels=int((guard_raise > 1).sum()),
         guard_largest_raise=float(guard_raise.max()),
         massive_tokens=int(massive.sum()),
-        modality_rows={row_names[row]: modality.choice for row, modality in found.grids.rows.items()},
+        modality_rows={row_names[row]: modality.choice for row, modality in found.grids.modality_rows.items()},
     )
 
 

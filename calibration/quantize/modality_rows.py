@@ -85,7 +85,7 @@ def choose_row(
 
     minimum, maximum [K]: of every token that the row serves. grid, mask [K]: of the row `any`. The modality keeps that
     row unless a separate one lowers the error of outputs by the fraction `margin`. The error is that of x @ matrix.T on
-    held-out tokens x. At most `budget` of the separate row's codes may escape on the tokens of the search.
+    held-out tokens x. At most `budget` of the separate row's codes may escape on the searched tokens.
     """
     if tokens.count < MIN_TOKENS:
         reason = f"{tokens.count} ordinary tokens, fewer than {MIN_TOKENS}"
@@ -105,7 +105,7 @@ def choose_row(
     for row_centre, row_gain in ((grid.centre, 1.0), (centre, gain)):
         searched_error, _ = _rounding(searched, row_centre, grid.step * row_gain, mask)
         held_error, codes = _rounding(held, row_centre, grid.step * row_gain, mask)
-        # The bias corrects the mean error, as measured on the tokens of the search.
+        # The bias corrects the mean error, as measured on the searched tokens.
         output_error = (held_error - searched_error.mean(0)) @ matrix.T
         errors.append((float(output_error.square().sum()) / power) ** 0.5)
         rates.append(float(escapes(codes).float().mean()))

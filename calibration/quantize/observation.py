@@ -33,12 +33,12 @@ class InputReached(Exception):
 class DrawnCollector:
     """Keeps the drawn tokens of one linear input, on the device on which the model runs.
 
-    `none`, [0, K] on that device, is the result of a process that has no calibration samples.
+    `without_samples`, [0, K] on that device, is the result of a process that has no calibration samples.
     """
 
-    def __init__(self, name: str, none: Tensor | None = None) -> None:
+    def __init__(self, name: str, without_samples: Tensor | None = None) -> None:
         self.name = name
-        self._chosen: list[Tensor] = [] if none is None else [none]
+        self._chosen: list[Tensor] = [] if without_samples is None else [without_samples]
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor, *others: Tensor) -> None:
         """Add one calibration sample: x [M, K], the rows of its tokens int [M] and its drawn positions int64.
@@ -65,8 +65,8 @@ class DrawnCollector:
 class InputCollector(DrawnCollector):
     """A DrawnCollector that also gathers statistics."""
 
-    def __init__(self, name: str, none: Tensor | None = None) -> None:
-        super().__init__(name, none)
+    def __init__(self, name: str, without_samples: Tensor | None = None) -> None:
+        super().__init__(name, without_samples)
         self._statistics: dict[int, ChannelStatistics] = {}
 
     def add(self, x: Tensor, rows: Tensor, positions: Tensor, *others: Tensor) -> None:
@@ -115,10 +115,14 @@ class RoutedCollector(InputCollector):
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, int], modality_of: Callable[[], Tensor], none: Tensor | None = None
+        self,
+        name: str,
+        shape: tuple[int, int],
+        modality_of: Callable[[], Tensor],
+        without_samples: Tensor | None = None,
     ) -> None:
         """`shape`: the numbers of rows and of experts."""
-        super().__init__(name, none)
+        super().__init__(name, without_samples)
         self._modality_of = modality_of
         self._counts = torch.zeros(shape, dtype=torch.int64)
         self._experts: list[Tensor] = [torch.zeros(0, shape[1], dtype=torch.bool)]

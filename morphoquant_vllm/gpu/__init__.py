@@ -10,7 +10,7 @@ Notation
     bound            the layers that serve, each bound to its kernels when it is loaded
     bound_kernels    the compiled quantizer and product of a bound layer
     bound_int8       the compiled int8 path of a bound layer
-    steps            each step of a layer separately, for the self-check
+    bound_calls      each call of a bound layer separately, for the self-check
     workspace        the int8 memory that the layers of a device share
     turn             the stream that may use the shared memory now
     launch           the two ops through Triton's JIT, for tests, tools and layers that are not bound

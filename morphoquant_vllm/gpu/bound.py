@@ -86,10 +86,10 @@ class BoundLayer:
         # The most tokens of each tile, and the products of the tiles in their order.
         self.most_tokens: list[int] = []
         self.products: dict[bool, list[BoundProduct]] = {False: [], True: []}
-        steps = weight.codes.shape[1]
+        k_tiles = weight.codes.shape[1]
         for tile in profile.architecture.tiles_of(group_size_of(weight), weight.two_level):
             self.most_tokens.append(sys.maxsize if tile.max_tokens is None else tile.max_tokens)
-            splits = splits_by_tiles(tile, product.out_features, steps, profile.units)
+            splits = splits_by_tiles(tile, product.out_features, k_tiles, profile.units)
             adds = tile.adds_splits and max(splits) > 1
             counters = counters_of(weight.codes.device, most_counters(tile, profile.units)) if adds else None
             for term in terms:

@@ -116,13 +116,13 @@ class BoundProduct:
             self.reduce(tokens, self.reduce_programs, stream, parts, rows, y, tokens, splits)
 
 
-def splits_by_tiles(tile: Tile, out_features: int, steps: int, units: int) -> tuple[int, ...]:
+def splits_by_tiles(tile: Tile, out_features: int, k_tiles: int, units: int) -> tuple[int, ...]:
     """Parts of K by the number of tiles of tokens, from 1 to that from which the parts stay the same."""
     found: list[int] = []
     tokens = 0
     while not found or found[-1] > 1:
         tokens += tile.block_m
-        found.append(splits_of(tile, tokens, out_features, steps, units))
+        found.append(splits_of(tile, tokens, out_features, k_tiles, units))
     return tuple(found)
 
 

@@ -61,8 +61,8 @@ class AddressDescriptor:
 
 def workspace_shape(weight: GpuWeight) -> tuple[int, int]:
     """N rounded up to 128, and K rounded up to 128: the int8 matrix that a layer is unpacked into."""
-    blocks, steps, rows, half = weight.codes.shape
-    return blocks * rows, steps * 2 * half
+    blocks, k_tiles, rows, half = weight.codes.shape
+    return blocks * rows, k_tiles * 2 * half
 
 
 def workspace_bytes(weight: GpuWeight) -> int:

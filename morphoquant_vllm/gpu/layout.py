@@ -104,14 +104,14 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _tiles(packed: Tensor, channels: int, steps: int, zero: int) -> Tensor:
+def _tiles(packed: Tensor, channels: int, k_tiles: int, zero: int) -> Tensor:
     """Canonical bytes uint8 [N, K/2], N a multiple of 128, as tiles uint8 [N/128, K/P, 128, P/2].
 
-    There are `steps` tiles along K. The nibble of a weight 0 is `zero`.
+    There are `k_tiles` tiles along K. The nibble of a weight 0 is `zero`.
     """
     codes = unpack(packed) + zero
-    codes = pad(codes, (0, steps * channels - codes.shape[1]))
-    nibbles = (codes.view(-1, TILE_N, steps, 2, channels // 2) & 0xF).to(torch.uint8)
+    codes = pad(codes, (0, k_tiles * channels - codes.shape[1]))
+    nibbles = (codes.view(-1, TILE_N, k_tiles, 2, channels // 2) & 0xF).to(torch.uint8)
     low, high = nibbles.unbind(3)
     return (low | (high << 4)).transpose(1, 2).contiguous()
 
@@ -121,17 +121,17 @@ def prepare_weight(weight: WeightRecord) -> GpuWeight:
     outputs, half = weight.codes.shape
     group_size = 2 * half // weight.scale.shape[1]
     channels = tile_channels(group_size, weight.two_level)
-    steps = _round_up(2 * half, channels * (1 + weight.two_level)) // channels
+    k_tiles = _round_up(2 * half, channels * (1 + weight.two_level)) // channels
     padded = _round_up(outputs, TILE_N)
-    tiles = weight.codes.new_empty((padded // TILE_N, steps, TILE_N, channels // 2))
+    tiles = weight.codes.new_empty((padded // TILE_N, k_tiles, TILE_N, channels // 2))
     zero = -INT4_MIN if weight.two_level else 0
     for start in range(0, padded, REPACK_OUTPUTS):
         part = weight.codes[start : start + REPACK_OUTPUTS]
         # 0x88 is a pair of weights 0.
         part = pad(part, (0, 0, 0, _round_up(part.shape[0], TILE_N) - part.shape[0]), value=0x88)
-        tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels, steps, zero)
+        tiles[start // TILE_N : (start + part.shape[0]) // TILE_N] = _tiles(part, channels, k_tiles, zero)
     scale = _words(weight.scale, group_size) if weight.two_level else scale_words(weight.scale, group_size)
-    rounded_up = steps // 2 if weight.two_level else steps
+    rounded_up = k_tiles // 2 if weight.two_level else k_tiles
     scale = pad(scale, (0, rounded_up - scale.shape[1], 0, padded - outputs)).T.contiguous()
     return GpuWeight(tiles, scale, weight.channel_scale * 16, weight.absorbed_bias.contiguous())
 

@@ -14,7 +14,7 @@ import torch
 
 from morphoquant_vllm import environment
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.gpu import bound_norm, layout, norm_launch, steps
+from morphoquant_vllm.gpu import bound_calls, bound_norm, layout, norm_launch
 from morphoquant_vllm.gpu.device import Profile
 from morphoquant_vllm.gpu.product_launch import Product
 from morphoquant_vllm.gpu.quantize_launch import WHOLE_TOKENS, Quantizer
@@ -62,7 +62,7 @@ def problem_of_tile(
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
     product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
-    y = steps.multiplied(codes.to(device), rows.to(device), product, dtype, tile, splits)
+    y = bound_calls.multiplied(codes.to(device), rows.to(device), product, dtype, tile, splits)
     error = float(((y.cpu().double() - expected.double()).abs() / allowed).max())
     if error <= 1:
         return ""
@@ -84,7 +84,7 @@ def problem_of_int8_path(tile: Int8Tile, dtype: torch.dtype, device: torch.devic
     allowed = linear_numerics.output_bound(codes, rows, weight, gain, expected)
     prepared = layout.GpuWeight(*(tensor.to(device) for tensor in layout.prepare_weight(weight)))
     product = Product(prepared, gain.to(device) / 16, profile.inline_assembly, profile.pdl)
-    y, matrix = steps.multiplied_in_int8(codes.to(device), rows.to(device), product, dtype, tile)
+    y, matrix = bound_calls.multiplied_in_int8(codes.to(device), rows.to(device), product, dtype, tile)
     differing = 0.0
     if matrix is not None:
         unpacked = matrix[:OUT_FEATURES, :IN_FEATURES].cpu()
@@ -120,7 +120,7 @@ def problem_of_quantizer(
     modality = torch.randint(ROWS - 1, (tokens,), generator=generator, dtype=torch.int32)
     prepared = layout.GpuActivation(*(tensor.to(device) for tensor in layout.prepare_activation(record)))
     quantizer = Quantizer(prepared, silu_mul, profile.pdl, profile.units)
-    found = steps.quantized(x.to(device), modality.to(device), quantizer)
+    found = bound_calls.quantized(x.to(device), modality.to(device), quantizer)
     if silu_mul:
         gate, up = x.chunk(2, dim=1)
         x = torch.nn.functional.silu(gate) * up

@@ -46,7 +46,7 @@ class Tile:
     warps: int
     # Tiles of K in flight at once, through asynchronous copies.
     stages: int
-    # Turns of the loop in one iteration: steps of K, or with two-level scales pairs of steps.
+    # Turns of the loop in one iteration: tiles along K, or with two-level scales pairs of them.
     unroll: int
     # Whether the operands of a turn are joined into one; not for G = 32 of group scales, whose turn is two groups.
     joined: bool
@@ -172,17 +172,17 @@ class Architecture:
         )
 
 
-# A part of K shorter than this many steps is not worth its partial sums.
-MIN_STEPS_PER_SPLIT = 4
+# A part of K shorter than this many tiles along K is not worth its partial sums.
+MIN_K_TILES_PER_SPLIT = 4
 
 
-def splits_of(tile: Tile, tokens: int, out_features: int, steps: int, units: int) -> int:
+def splits_of(tile: Tile, tokens: int, out_features: int, k_tiles: int, units: int) -> int:
     """Parts of K: the fewest that give each of `units` multiprocessors its programs, within the tile's bounds."""
     programs = -(-tokens // tile.block_m) * -(-out_features // tile.block_n)
     wanted = -(-units * tile.programs_per_unit // programs)
-    splits = max(1, min(wanted, tile.max_splits, steps // MIN_STEPS_PER_SPLIT))
+    splits = max(1, min(wanted, tile.max_splits, k_tiles // MIN_K_TILES_PER_SPLIT))
     # Turns of the loop. Parts are equal but for the last: fewer of them may be as long.
-    turns = steps // 2 if tile.two_level else steps
+    turns = k_tiles // 2 if tile.two_level else k_tiles
     return -(-turns // -(-turns // splits))
 
 

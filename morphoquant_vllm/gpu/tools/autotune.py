@@ -124,12 +124,12 @@ def milliseconds(tile: Tile, tokens: int, weights: list[GpuWeight], profile: Pro
     from morphoquant_vllm.gpu.tools import timing
 
     device = weights[0].codes.device
-    out_features, steps = weights[0].absorbed_bias.shape[1], weights[0].codes.shape[1]
-    in_features = steps * 2 * weights[0].codes.shape[3]
+    out_features, k_tiles = weights[0].absorbed_bias.shape[1], weights[0].codes.shape[1]
+    in_features = k_tiles * 2 * weights[0].codes.shape[3]
     activation = plain_activation(out_features, in_features, device)
     x = torch.randn((tokens, in_features), dtype=torch.bfloat16, device=device)
     modality = torch.zeros(tokens, dtype=torch.int32, device=device)
-    splits = tiles.splits_of(tile, tokens, out_features, steps, profile.units)
+    splits = tiles.splits_of(tile, tokens, out_features, k_tiles, profile.units)
     # Zeroed before the measurement, as in a bound layer.
     counters = adding_launch.Counters(device, adding_launch.most_counters(tile, profile.units)).memory
 

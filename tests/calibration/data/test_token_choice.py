@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from calibration.data.token_choice import choose_tokens, modality_shares, water_fill
 from calibration.processes import Processes
-from calibration.quantize.held_out import HOLDING_EFFORTS, SAMPLES_PER_HELD, held_out
+from calibration.quantize.held_out import HOLDING_EFFORTS, SAMPLES_PER_HELD, tokens_of_held_samples
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -88,7 +88,7 @@ def test_a_modality_of_long_samples_is_drawn_from_many() -> None:
 def test_a_share_of_the_drawn_tokens_can_be_held_out(effort: str, length: int, seed: int) -> None:
     """Each sample is drawn as a whole, or gives as many tokens as the others. So the share is nearly exact."""
     tokens = choose_tokens([torch.zeros(length, dtype=torch.int32)] * 64, budget=960, balance=1.0, seed=seed)
-    held = held_out(tokens, effort)
+    held = tokens_of_held_samples(tokens, effort)
     assert held is not None
     assert float(held.float().mean()) == pytest.approx(1 / SAMPLES_PER_HELD, rel=0.05)
 

@@ -34,7 +34,7 @@ RECIPE = Recipe(device="cpu", window_tokens=24, max_samples=21, sample_tokens=51
 PLAIN = RECIPE.model_copy(update={"rounding": "nearest", "regression": False})
 # One of eight samples judges.
 STEPS, JUDGES = 19, 2
-# Scales that are this much too large before they learn: an error that learning can undo in a few steps.
+# Scales that are this much too large before they learn: an error that learning can undo in a few updates.
 TOO_LARGE = 1.2
 
 
@@ -57,7 +57,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def learn_at(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for effort, found in EXTENTS.items():
-        monkeypatch.setitem(EXTENTS, effort, replace(found, rate=rate))
+        monkeypatch.setitem(EXTENTS, effort, replace(found, learning_rate=rate))
 
 
 @pytest.fixture
@@ -131,21 +131,21 @@ def test_the_default_learns_too(tiny: TinyModels, text: Path, tmp_path: Path) ->
 
 
 class Stopped(Exception):
-    """Ends a run between two steps."""
+    """Ends a run between two updates."""
 
 
-def stopped(tiny: TinyModels, text: Path, output: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
-    """A run that ends after so many steps; the steps that it made."""
-    step, made = LearningRun.step, list[int]()
+def stopped(tiny: TinyModels, text: Path, output: Path, monkeypatch: pytest.MonkeyPatch, updates: int) -> list[int]:
+    """A run that ends after so many updates; the updates that it made."""
+    update, made = LearningRun.update, list[int]()
 
     def stopping(self: LearningRun, index: int) -> None:
-        if len(made) == steps:
+        if len(made) == updates:
             raise Stopped
         made.append(index)
-        step(self, index)
+        update(self, index)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(LearningRun, "step", stopping)
+        patch.setattr(LearningRun, "update", stopping)
         make(tiny, text, output, PLAIN)
     return made
 
@@ -155,15 +155,15 @@ def test_an_interrupted_run_learns_the_same_bytes(
     tiny: TinyModels, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tiny, text, tmp_path / "whole", PLAIN)
-    step, made = LearningRun.step, stopped(tiny, text, tmp_path / "out", monkeypatch, 6)
+    update, made = LearningRun.update, stopped(tiny, text, tmp_path / "out", monkeypatch, 6)
     # With too little memory of the moment it does not end without learning, which would be other bytes.
     with monkeypatch.context() as patch:
         patch.setattr(stage, "learning_bytes", lambda *arguments: 2**50)
         with pytest.raises(MorphoQuantError, match=r"that needs 1048576.* free memory and run it again"):
             make(tiny, text, tmp_path / "out", PLAIN)
-    monkeypatch.setattr(LearningRun, "step", lambda self, index: (made.append(index), step(self, index))[1])
+    monkeypatch.setattr(LearningRun, "update", lambda self, index: (made.append(index), update(self, index))[1])
     make(tiny, text, tmp_path / "out", PLAIN)
-    # The two steps after the last kept state are made again.
+    # The two updates after the last kept state are made again.
     assert made == [*range(6), *range(4, STEPS)]
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert not (tmp_path / "out.work").exists()
@@ -189,7 +189,7 @@ def test_gradients_are_the_same_whatever_is_kept_in_memory(
             found[memory] = {name: leaf.grad for name, leaf in descent.leaves.items()}
         raise Stopped
 
-    monkeypatch.setattr(LearningRun, "step", compared)
+    monkeypatch.setattr(LearningRun, "update", compared)
     with pytest.raises(Stopped):
         make(tiny, text, tmp_path / "out", PLAIN)
     for name, gradient in found[Kept.ONE_BLOCK].items():
@@ -265,8 +265,8 @@ def test_if_the_divergence_does_not_fall_nothing_is_changed(
     learn_at(0.5, monkeypatch)
     caplog.set_level("INFO")
     report = make(tiny, text, tmp_path / "best")
-    assert "learning: mean of the later steps, divergence of judging samples" in caplog.text
-    assert re.search(r"learning: step 4 of 19, about \d+ s left", caplog.text)
+    assert "learning: mean of the later updates, divergence of judging samples" in caplog.text
+    assert re.search(r"learning: update 4 of 19, about \d+ s left", caplog.text)
     assert report["learning"]["divergence_after"] == report["learning"]["divergence_before"]
     assert "nothing is changed; more samples may help" in caplog.text
     learned = tensors(tmp_path / "best")
@@ -278,10 +278,10 @@ def test_a_divergence_that_is_no_number_makes_no_step(
 ) -> None:
     judge = Descent.judge
     monkeypatch.setattr(Descent, "judge", lambda self: replace(judge(self), divergence=float("nan")))
-    monkeypatch.setattr(Descent, "step", None)
+    monkeypatch.setattr(Descent, "update", None)
     found = make(tiny, text, tmp_path / "out", PLAIN)["learning"]
     assert found["divergence_before"] is None and found["divergence_after"] is None
-    assert "the divergence of judging samples is nan at the start, so no step is made" in caplog.text
+    assert "the divergence of judging samples is nan at the start, so no update is made" in caplog.text
 
 
 def test_too_few_samples_learn_nothing_and_a_line_says_so(

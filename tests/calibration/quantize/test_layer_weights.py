@@ -179,7 +179,7 @@ def test_the_bias_counts_held_out_tokens() -> None:
 def test_fast_holds_no_sample_out_and_the_default_fits_the_others_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     sample, tokens = in_samples(activations(320)[0], 1.0, 16)
     slow = made(sample, tokens, effort="default")
-    monkeypatch.setattr("calibration.quantize.layer.held_out", lambda tokens, effort: None)
+    monkeypatch.setattr("calibration.quantize.layer.tokens_of_held_samples", lambda tokens, effort: None)
     expected = made(sample, tokens, effort="default")
     monkeypatch.undo()
     fast = made(sample, tokens, effort="fast")

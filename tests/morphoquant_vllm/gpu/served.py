@@ -136,7 +136,7 @@ def fused(case: Case, architecture: str) -> bool:
 
 def self_check(two_level: bool) -> tuple[list[str], str]:
     """What `selfcheck` says of sound kernels, tiles of a table and all quantizers, and of one that is not."""
-    from morphoquant_vllm.gpu import device, quantize_launch, selfcheck, steps, tiles
+    from morphoquant_vllm.gpu import bound_calls, device, quantize_launch, selfcheck, tiles
 
     profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
     cpu, dtype = torch.device("cpu"), torch.bfloat16
@@ -148,34 +148,34 @@ def self_check(two_level: bool) -> tuple[list[str], str]:
     ]
     tile = profile.architecture.tile(16, 32, two_level)
     found += [selfcheck.problem_of_tile(tile, 32, splits, dtype, cpu, profile) for splits in (1, 2)]
-    sound = steps.multiplied
+    sound = bound_calls.multiplied
 
     def wrong(codes: Tensor, *arguments: Any) -> Tensor:
         y = sound(codes, *arguments)
         y[-1, -1] += 1 + y[-1, -1].abs() / 16
         return y
 
-    steps.multiplied = wrong
+    bound_calls.multiplied = wrong
     try:
         return found, selfcheck.problem_of_tile(tile, 32, 1, torch.float16, cpu, profile)
     finally:
-        steps.multiplied = sound
+        bound_calls.multiplied = sound
 
 
 def self_check_of_the_quantizer() -> str:
     """What `selfcheck` says of a quantizer of which one code is wrong."""
-    from morphoquant_vllm.gpu import device, selfcheck, steps, tiles
+    from morphoquant_vllm.gpu import bound_calls, device, selfcheck, tiles
 
     profile = device.Profile(tiles.architectures()["sm_80"], 4, inline_assembly=False, pdl=False)
-    sound = steps.quantized
+    sound = bound_calls.quantized
 
     def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
         codes, rows = sound(*arguments)
         codes[1, 1] ^= 1
         return codes, rows
 
-    steps.quantized = wrong
+    bound_calls.quantized = wrong
     try:
         return selfcheck.problem_of_quantizer(96, False, 3, False, torch.float16, torch.device("cpu"), profile)
     finally:
-        steps.quantized = sound
+        bound_calls.quantized = sound

@@ -154,7 +154,7 @@ def test_every_split_has_work(
     # The kernel's parts: ceil(turns / splits) each, the last one perhaps shorter but never empty.
     length = -(-steps // splits)
     assert (splits - 1) * length < steps
-    assert splits == 1 or width * length >= tiles.MIN_STEPS_PER_SPLIT
+    assert splits == 1 or width * length >= tiles.MIN_K_TILES_PER_SPLIT
 
 
 def test_decode_splits_k_where_outputs_are_few() -> None:

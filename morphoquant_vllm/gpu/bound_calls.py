@@ -1,4 +1,4 @@
-"""Single steps of a bound layer, launched as a bound layer launches them: for the self-check."""
+"""The single calls of a bound layer, launched as a bound layer launches them: for the self-check."""
 
 from __future__ import annotations
 
