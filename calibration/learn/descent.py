@@ -55,8 +55,8 @@ class Descent:
         self.decoder, self.objective, self.chosen, self.read = decoder, objective, chosen, read
         self.extent = extent
         generator, count = torch.Generator().manual_seed(seed), len(chosen.learned)
-        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(chosen.rounds)])
-        self.order = [chosen.learned[place] for place in order.tolist()]
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-chosen.updates // count))])
+        self.order = [chosen.learned[place] for place in order[: chosen.updates].tolist()]
         self.leaves = decoder.changes.parameters()
         self.adam = torch.optim.Adam(list(self.leaves.values()), lr=extent.learning_rate, betas=BETAS)
         # Of the leaves, over the updates after FALL_AFTER of all.

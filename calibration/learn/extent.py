@@ -20,7 +20,7 @@ class Extent:
     # About as many tokens are learned from, those of few samples several times.
     tokens: int
     # Every sample is learned from at most this often.
-    rounds: int
+    most_passes: int
     # Samples that do not teach judge this often: those that the fits of weights held out.
     judgements: int
     # Tokens of judging samples, about.
@@ -29,9 +29,9 @@ class Extent:
     # noisy: with a large rate, few steps cannot undo the noise of the first ones.
     learning_rate: float
 
-    def rounds_of(self, tokens: int) -> int:
-        """How often each of the samples that have `tokens` tokens together is learned from."""
-        return max(1, min(self.rounds, self.tokens // tokens))
+    def passes_of(self, tokens: int) -> float:
+        """How often the samples that have `tokens` tokens together are learned from; some of them once more."""
+        return max(1.0, min(self.most_passes, self.tokens / tokens))
 
 
 # By the recipe's effort. Effort `fast` learns nothing.
@@ -40,12 +40,14 @@ EXTENTS = {"default": Extent(2**16, 4, 8, 2**12, 1.5e-4), "best": Extent(3 * 2**
 
 @dataclass(frozen=True)
 class Chosen:
-    """Indices of the samples that are learned from, and of those that judge."""
+    """Indices of the samples that are learned from, and of those that judge; and how many updates there are.
+
+    A sample is learned from again when all others were.
+    """
 
     learned: list[int]
     judging: list[int]
-    # How often each sample is learned from.
-    rounds: int = 1
+    updates: int
 
 
 def choose_samples(lengths: Sequence[int], effort: str) -> Chosen | None:
@@ -60,11 +62,9 @@ def choose_samples(lengths: Sequence[int], effort: str) -> Chosen | None:
     tokens = sum(lengths[index] for index in learned)
     if not judging or tokens < LEAST_TOKENS:
         return None
-    return Chosen(
-        _thinned(learned, lengths, extent.tokens),
-        _thinned(judging, lengths, extent.judged_tokens),
-        extent.rounds_of(tokens),
-    )
+    taught = _thinned(learned, lengths, extent.tokens)
+    updates = round(len(taught) * extent.passes_of(tokens))
+    return Chosen(taught, _thinned(judging, lengths, extent.judged_tokens), updates)
 
 
 def _thinned(samples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[int]:

@@ -23,7 +23,7 @@ def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int, eff
     """
     extent = EXTENTS[effort]
     passed = min(tokens, extent.tokens)
-    learned = passed * extent.rounds_of(passed)
+    learned = passed * extent.passes_of(passed)
     judged = min(tokens // SAMPLES_PER_HELD, extent.judged_tokens)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     # Two passes for each judgement of a step and for that of the mean, and one for the start's.

@@ -13,16 +13,16 @@ from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective
 from morphoquant_vllm.format.layers import TWO_LEVEL_SCHEME, LayerSpec
 
-EXTENT = Extent(tokens=2**16, rounds=4, judgements=8, judged_tokens=2**13, learning_rate=3e-4)
+EXTENT = Extent(tokens=2**16, most_passes=4, judgements=8, judged_tokens=2**13, learning_rate=3e-4)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_samples_are_learned_from_in_a_new_order_each_round(rounds: int) -> None:
-    chosen = Chosen(list(range(1, 17)), [0], rounds)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_samples_are_learned_from_in_a_new_order_each_time(passes: int) -> None:
+    chosen = Chosen(list(range(1, 17)), [0], 16 * passes)
     decoder = cast(LearningDecoder, SimpleNamespace(changes=_one_constant()))
     made = Descent(decoder, cast(Objective, None), chosen, lambda index: pytest.fail("no sample"), 0, EXTENT)
     orders = [made.order[start : start + 16] for start in range(0, made.updates, 16)]
-    assert len(orders) == rounds and all(sorted(order) == chosen.learned for order in orders)
+    assert len(orders) == passes and all(sorted(order) == chosen.learned for order in orders)
     assert all(order != orders[0] for order in orders[1:])
     judged = [index for index in range(made.updates) if made.is_judged(index)]
     assert len(judged) == 8 and judged[-1] == made.updates - 1
@@ -41,7 +41,7 @@ def test_steps_of_inputs_with_too_many_escapes_grow() -> None:
     }
     changes = no_changes(layers, dict.fromkeys(layers, 1.0), torch.device("cpu"))
     decoder = cast(LearningDecoder, SimpleNamespace(changes=changes, spec=SimpleNamespace(layers=layers)))
-    made = Descent(decoder, cast(Objective, None), Chosen([0], [1]), lambda index: pytest.fail("no sample"), 0, EXTENT)
+    made = Descent(decoder, cast(Objective, None), Chosen([0], [1], 1), lambda index: pytest.fail("no sample"), 0, EXTENT)
     allowed = {"more": 0.04, "fewer": 0.04, "none": 0.0, "far_more": 0.01}
     made.keep_escape_rates(allowed, {"more": 0.044, "fewer": 0.03, "none": 0.001, "far_more": 0.1})
     grown = {name: float(step[0].detach().exp()) for name, step in changes.steps.items()}
@@ -61,9 +61,16 @@ def _descent(steps: int) -> Descent:
 
     decoder = SimpleNamespace(changes=changes, states=lambda sample: [torch.zeros(1, 1, 1)], back=back)
     objective = SimpleNamespace(derivatives=lambda last, target: (0.0, torch.zeros(1, 1)))
-    chosen = Chosen(list(range(steps)), [steps])
+    chosen = Chosen(list(range(steps)), [steps], steps)
     read = cast(Any, lambda index: (None, None))
     return Descent(cast(LearningDecoder, decoder), cast(Objective, objective), chosen, read, 0, EXTENT)
+
+
+def test_some_samples_are_learned_from_once_more() -> None:
+    chosen = Chosen(list(range(1, 17)), [0], 20)
+    decoder = cast(LearningDecoder, SimpleNamespace(changes=_one_constant()))
+    made = Descent(decoder, cast(Objective, None), chosen, lambda index: pytest.fail("no sample"), 0, EXTENT)
+    assert sorted(made.order[:16]) == chosen.learned and len(set(made.order[16:])) == 4 and made.updates == 20
 
 
 def test_the_mean_is_that_of_the_later_half_of_the_steps_also_after_a_restart() -> None:

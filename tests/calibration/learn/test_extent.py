@@ -19,14 +19,14 @@ def test_the_last_of_every_few_samples_judges_and_the_others_learn(effort: str) 
     assert chosen.judging == [7, 15] and chosen.learned == [i for i in range(16) if i not in (7, 15)]
 
 
-def test_best_makes_three_times_as_many_steps() -> None:
+def test_best_makes_three_times_as_many_updates() -> None:
     for tokens in ([512] * 32, [4096] * 256):
-        steps = {}
+        updates = {}
         for effort in EXTENTS:
             chosen = choose_samples(tokens, effort)
             assert chosen is not None
-            steps[effort] = len(chosen.learned) * chosen.rounds
-        assert steps["best"] == pytest.approx(3 * steps["default"], rel=0.1)
+            updates[effort] = chosen.updates
+        assert updates["best"] == pytest.approx(3 * updates["default"], rel=0.1)
 
 
 @EFFORTS
@@ -52,5 +52,12 @@ def test_few_samples_teach_several_times(effort: str) -> None:
     extent = EXTENTS[effort]
     # 56 of 64 samples learn.
     most = extent.tokens // 56
-    found = [choose_samples([tokens] * 64, effort) for tokens in (most // extent.rounds, most)]
-    assert [chosen.rounds for chosen in found if chosen is not None] == [extent.rounds, 1]
+    found = [choose_samples([tokens] * 64, effort) for tokens in (most // extent.most_passes, most)]
+    assert [chosen.updates for chosen in found if chosen is not None] == [56 * extent.most_passes, 56]
+
+
+@EFFORTS
+@pytest.mark.parametrize("samples", [96, 104, 120])
+def test_any_number_of_samples_teaches_about_as_many_tokens(effort: str, samples: int) -> None:
+    chosen = choose_samples([512] * samples, effort)
+    assert chosen is not None and 512 * chosen.updates == pytest.approx(EXTENTS[effort].tokens, rel=0.01)

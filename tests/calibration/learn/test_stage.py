@@ -51,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extent, "LEAST_TOKENS", 64)
     for effort, found in EXTENTS.items():
-        monkeypatch.setitem(EXTENTS, effort, replace(found, rounds=1))
+        monkeypatch.setitem(EXTENTS, effort, replace(found, most_passes=1))
     monkeypatch.setattr(run, "STEPS_KEPT", 4)
 
 
