@@ -140,7 +140,7 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
         torch.cat((IDS, torch.full((1, 3), placeholder)), 1), spec.placeholder_token_ids, spec.rows
     ).flatten()
     assert rows.tolist() == [0] * 40 + [1] * 3
-    model.get_submodule(Q).mode.token_rows = rows
+    model.get_submodule(Q).mode.running.token_rows = rows
     torch.testing.assert_close(outputs() - served, 5.0 * (rows == 1)[:, None].expand_as(served), rtol=0, atol=1e-4)
     hf.configure(model, row="image")
     torch.testing.assert_close(outputs() - served, torch.full_like(served, 5.0), rtol=0, atol=1e-4)
@@ -148,7 +148,7 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     mode = model.get_submodule(Q).mode
     during: list[list[int] | None] = []
     model.get_submodule(Q).register_forward_pre_hook(
-        lambda *_: during.append(None if mode.token_rows is None else mode.token_rows.tolist())
+        lambda *_: during.append(None if mode.running.token_rows is None else mode.running.token_rows.tolist())
     )
     with torch.no_grad():
         model(IDS)
@@ -205,6 +205,24 @@ def refused(directory: Path, expected: str, name: str = "llama") -> None:
     with pytest.raises(MorphoQuantError, match=expected) as caught:
         load(name, directory)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_is_served_after_a_pass_and_checked(checkpoints: dict[str, Path], assign: bool) -> None:
+    """The kernels' records are made by the first pass."""
+    model, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32) for _ in range(2)
+    )
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state[f"{Q}.absorbed_bias"] += 5.0
+    before = logits(model)
+    for loaded in (model, other):
+        loaded.load_state_dict(state, assign=assign)
+    assert torch.equal(logits(model), logits(other))
+    assert not torch.equal(logits(model), before)
+    state[f"{Q}.gain"] = state[f"{Q}.gain"] * torch.nan
+    with pytest.raises(MorphoQuantError, match=f"{Q}.gain: holds NaN"):
+        model.load_state_dict(state, assign=assign)
 
 
 def test_a_missing_tensor_is_refused(damaged: Path) -> None:
