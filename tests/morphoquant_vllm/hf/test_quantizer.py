@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import morphoquant_vllm.hf as hf
@@ -18,10 +19,11 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics.linear import linear
 from tests.calibration.built_models import TinyModels
-from tests.checkpoints import edit, edit_tensors, file_of, flip_bit, random_group
+from tests.checkpoints import edit, edit_tensors, file_of, flip_bit, random_group, seal_again
 from tests.engine.conftest import REPOSITORY
 from tests.quantized_tower import write_quantized_tower
 from tests.records import activation_of, weight_of
@@ -205,6 +207,36 @@ def refused(directory: Path, expected: str, name: str = "llama") -> None:
     with pytest.raises(MorphoQuantError, match=expected) as caught:
         load(name, directory)
     assert "\n" not in str(caught.value)
+
+
+def test_weight_files_that_were_not_checked_are_refused(damaged: Path) -> None:
+    """transformers reads a pickle if asked to, and of several files model.safetensors alone."""
+    (file,) = damaged.glob("*.safetensors")
+    tensors = load_file(file)
+    torch.save(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, damaged / "pytorch_model.bin")
+    with pytest.raises(MorphoQuantError, match=r"would read pytorch_model.bin, but .* names model-00001-of-00001"):
+        load("llama", damaged, use_safetensors=False)
+    norm = tensors.pop("model.norm.weight")
+    file.unlink()
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    save_file({"model.norm.weight": norm}, damaged / "norm.safetensors", {"format": "pt"})
+    placed = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "norm.safetensors"}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    seal_again(damaged)
+    verify_checkpoint(damaged)
+    refused(damaged, "would read model.safetensors, but .* names model.safetensors for 2 weight files")
+
+
+def test_settings_of_another_checkpoint_are_refused(checkpoints: dict[str, Path], damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    rows = config["quantization_config"]["rows"]
+    rows[0], rows[-2] = rows[-2], rows[0]
+    (damaged / "config.json").write_text(json.dumps(config))
+    seal_again(damaged)
+    other = transformers.AutoConfig.from_pretrained(damaged)
+    with pytest.raises(MorphoQuantError, match="its quantization_config is not the one of the config that is given"):
+        load("llama", checkpoints["llama"], config=other)
+    assert load("llama", damaged, config=other) is not None
 
 
 @pytest.mark.parametrize("assign", [False, True])
