@@ -33,6 +33,7 @@ from morphoquant_vllm.format.integrity import FileDigest, check_config, digest, 
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import check_token_table
 from morphoquant_vllm.host_memory import zero_bytes
+from morphoquant_vllm.plugin.checkpoint_check import refuse_pattern
 from morphoquant_vllm.plugin.log import plugin_logger
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def has_state(directory: Path) -> bool:
 
 def check_state(directory: Path) -> None:
     """Refuse a directory of saved states that is incomplete, damaged, or of another config.json."""
+    refuse_pattern(directory)
     check_directory(directory)
     spec = read_spec(directory)
     config = read_json(directory / CONFIG_FILE)

@@ -106,6 +106,16 @@ def test_what_is_not_whole_is_refused(states: Path, damage: Callable[[Path], Non
     assert "\n" not in str(refused.value)
 
 
+def test_a_directory_whose_name_vllm_takes_for_a_pattern_is_refused(states: Path) -> None:
+    """vLLM's glob would find the states of `states1` for `states[1]`."""
+    named = states.rename(states.with_name("states[1]"))
+    with pytest.raises(MorphoQuantError, match="for a pattern, and would read other files; rename the folder"):
+        SavedState().take(named)
+    link = named.with_name("link")
+    link.symlink_to(named)
+    assert SavedState().take(link)
+
+
 def test_ranks_of_two_checkpoints_with_equal_settings_are_refused(states: Path, tmp_path: Path) -> None:
     """As a save leaves them that was ended between two ranks, in a directory that held another state."""
     other = tmp_path / "other"
