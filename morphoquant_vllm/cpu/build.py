@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from morphoquant_vllm import environment
-from morphoquant_vllm.cpu.cache import is_intact, one_build, put, usable_directory
+from morphoquant_vllm.cpu.cache import is_intact, one_build, put, runs_programs, usable_directory
 from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, CompileError, find_compiler, run
 from morphoquant_vllm.errors import one_line
 
@@ -190,9 +190,10 @@ def load(path: Path, instructions: str) -> Kernels:
         request_size, has_head_bfloat16 = library.morphoquant_request_size, library.morphoquant_has_head_bfloat16
     # ValueError: the loader's message quotes bytes of a damaged file. AttributeError: it is another library.
     except (OSError, ValueError, AttributeError) as error:
-        raise BuildError(
-            f"{path} does not load ({error}); remove it, and set {environment.CXX} to g++ if it names another compiler"
-        ) from error
+        remedy = f"remove it, and set {environment.CXX} to g++ if it names another compiler"
+        if path.exists() and not runs_programs(path.parent):
+            remedy = f"set {environment.CACHE} or TMPDIR to a folder that is not mounted with noexec"
+        raise BuildError(f"{path} does not load ({error}); {remedy}") from error
     for function in (act_quant, linear, head, experts, head_bfloat16):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     request_size.restype = ctypes.c_int64
