@@ -41,6 +41,8 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # No contraction: the quantizer rounds after each operation, as torch does. gcc 12's headers cause the false warning.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
+# After a user's flags: a library that is linked with -ffast-math lets the whole process flush small numbers to 0.
+EXACT_FLAGS = ("-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def build(
     with the compiler's first error, or the reason why the directory cannot be written.
     """
     define = f"-DMORPHOQUANT_{instructions.upper()}"
-    flags = [*COMPILE_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
+    flags = [*COMPILE_FLAGS, *EXACT_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
     deadline = time.monotonic() + BUILD_TIMEOUT
     directory = directory.absolute()
     target = directory / _library_name(instructions, compiler, flags, openmp, sources, deadline)
@@ -158,6 +160,9 @@ def _library_name(
     digest = hashlib.sha256()
     for part in (*compiler, run([*compiler, "--version"], deadline), *flags, str(openmp)):
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    if any("=native" in part for part in compiler):
+        # Machines that share a home may differ in instructions beyond those of the set.
+        digest.update(" ".join(sorted(cpu_flags())).encode())
     for path in _sources(sources, ".h", ".cpp"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return f"cpu-{instructions}-{digest.hexdigest()[:24]}.so"
@@ -177,7 +182,7 @@ def _compile(
     for source in _sources(sources, ".cpp"):
         objects.append(str(made.with_name(f"{source.stem}.o")))
         run([*compiler, *flags, "-c", str(source), "-o", objects[-1]], deadline)
-    run([*compiler, *extra, "-shared", *objects, *libraries, "-o", str(made)], deadline)
+    run([*compiler, *EXACT_FLAGS, *extra, "-shared", *objects, *libraries, "-o", str(made)], deadline)
 
 
 def load(path: Path, instructions: str) -> Kernels:
