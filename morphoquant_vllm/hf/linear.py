@@ -53,6 +53,8 @@ class Mode:
     # Hooks that note the tokens' rows in `running`; empty if one row serves all.
     hooks: list[RemovableHandle] = field(default_factory=list)
 
+    # A compiler would take what it finds in `running` for constant.
+    @torch.compiler.disable
     def rows_of(self, x: Tensor) -> Tensor:
         """Row of each token of x [M, K] by its modality, int32 [M]; `row` if the running pass has not M tokens."""
         noted = self.running.token_rows

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -66,6 +67,7 @@ def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) ->
     return [*hooks, embedding.register_forward_pre_hook(note)]
 
 
+@torch.compiler.disable
 def _enter(mode: Mode, *_: Any) -> None:
     """Before a module around the embedding: a pass that begins has no tokens yet."""
     if mode.running.depth == 0:
@@ -73,6 +75,7 @@ def _enter(mode: Mode, *_: Any) -> None:
     mode.running.depth += 1
 
 
+@torch.compiler.disable
 def _leave(mode: Mode, *_: Any) -> None:
     """After it, or after its error."""
     mode.running.depth -= 1
@@ -80,6 +83,7 @@ def _leave(mode: Mode, *_: Any) -> None:
         mode.running.token_rows = None
 
 
+@torch.compiler.disable
 def _note(
     mode: Mode,
     placeholder_token_ids: Mapping[str, Sequence[int]],

@@ -164,6 +164,16 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
         hf.configure(model, row="smell")
 
 
+def test_a_compiled_model_takes_the_rows_of_its_tokens(checkpoints: dict[str, Path]) -> None:
+    """A compiler may take the state of a running pass for constant."""
+    model = load("qwen2_5_vl", checkpoints["qwen2_5_vl"], dtype=torch.float32)
+    hf.configure(model, reference=False)
+    served = logits(model)
+    assert torch.equal(logits(torch.compile(model, backend="eager")), served)
+    hf.configure(model, row="any")
+    assert not torch.equal(logits(model), served)
+
+
 def test_a_quantized_tower_takes_its_fixed_row(tiny: TinyModels, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     # Its rows are random: another than the fixed one shows.
     write_quantized_tower(checkpoints["omni"], tmp_path / "tower", blocks=2)
