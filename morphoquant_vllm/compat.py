@@ -202,6 +202,8 @@ INTERFACES: dict[str, str] = {
     f"{_LINEAR}:UnquantizedLinearMethod": "class(LinearMethodBase)",
     f"{_LINEAR}:MergedColumnParallelLinear": "class(ColumnParallelLinear)",
     f"{_LINEAR}:QKVParallelLinear": "class(ColumnParallelLinear)",
+    f"{_LINEAR}:QKVParallelLinear.num_kv_head_replicas": "attribute",
+    f"{_LINEAR}:QKVParallelLinear.output_sizes": "attribute",
     f"{_LINEAR}:RowParallelLinear": "class(LinearBase)",
     f"{_LINEAR}:register_weight_loader_v2_supported_method": "(cls)",
     f"{_EMBEDDING}:VocabParallelEmbedding": "class(PluggableLayer)",

@@ -96,7 +96,8 @@ def compiler() -> list[str]:
     The path of an existing file is taken as it stands: it may hold spaces and quotes.
     """
     text = CXX.text()
-    return [text] if Path(text).is_file() else shlex.split(text)
+    # Not Path.is_file, which raises for a name that is too long.
+    return [text] if os.path.isfile(text) else shlex.split(text)
 
 
 def tile_table() -> Path | None:
@@ -134,6 +135,15 @@ def without_plugins() -> dict[str, str]:
 def kv_cache_space() -> str:
     """GiB of vLLM's cache of keys and values on a CPU; empty if vLLM chooses."""
     return "" if KV_CACHE.text() == "0" else KV_CACHE.text()
+
+
+def kv_cache_space_is_legal() -> bool:
+    """Whether vLLM, which reads a whole number, starts with its variable; it does not if this one is empty."""
+    given = os.environ.get(KV_CACHE.name)
+    try:
+        return given is None or int(given) >= 0
+    except ValueError:
+        return False
 
 
 def wait_passively() -> None:

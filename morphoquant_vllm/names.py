@@ -56,7 +56,7 @@ def _planned(file: str) -> QuantizationSpec:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         return QuantizationSpec.from_dict(json.loads(text))
-    except (OSError, ValueError, AttributeError) as problem:
+    except (OSError, ValueError, AttributeError, RecursionError) as problem:
         raise MorphoQuantError(f"--layers: {file} cannot be read ({problem}); give a quantization_config") from problem
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -154,11 +154,22 @@ def _load(directory: Path, files: Mapping[str, str], layer: str, tensor: str) ->
 def _other_files(directory: Path, files: Mapping[str, str]) -> list[Path]:
     """Carried files other than weights, index and config.json, relative to the directory; hidden files are excluded."""
     written = {Path(CONFIG_FILE), Path(INDEX_FILE), *map(Path, files.values())}
-    paths = []
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths += [(Path(folder) / name).relative_to(directory) for name in sorted(names) if not name.startswith(".")]
+    paths = (path.relative_to(directory) for path in _files_below(directory, frozenset()))
     return [path for path in paths if path not in written]
+
+
+def _files_below(folder: Path, around: frozenset[str]) -> Iterator[Path]:
+    """Files of a folder and of those below it, by name. Links to folders are followed, but not in a circle."""
+    place = os.path.realpath(folder)
+    if place in around:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_below(path, around | {place})
+        else:
+            yield path
 
 
 def _copy(directory: Path, path: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from calibration.output.written_files import foreign_file
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
+from morphoquant_vllm.format.files import check_regular
 from morphoquant_vllm.format.schema import QUANT_METHOD
 
 # Bytes of the longest ending that is added to the name of an output: ".partial-" and a tag.
@@ -112,9 +113,10 @@ def check_room(output: Path, work: Path, checkpoint: int, blocks: int) -> None:
 def _is_checkpoint(directory: Path) -> bool:
     """Whether a directory's config.json is of this project's format, in any version."""
     try:
+        check_regular(directory / CONFIG_FILE)
         settings = json.loads((directory / CONFIG_FILE).read_bytes()).get("quantization_config")
         return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, RecursionError, MorphoQuantError):
         return False
 
 

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from morphoquant_vllm import environment
-from morphoquant_vllm.cpu.cache import is_intact, one_build, put, usable_directory
+from morphoquant_vllm.cpu.cache import is_intact, one_build, put, runs_programs, usable_directory
 from morphoquant_vllm.cpu.compiler import BUILD_TIMEOUT, BuildError, CompileError, find_compiler, run
 from morphoquant_vllm.errors import one_line
 
@@ -41,6 +41,8 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # No contraction: the quantizer rounds after each operation, as torch does. gcc 12's headers cause the false warning.
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
+# After a user's flags: a library that is linked with -ffast-math lets the whole process flush small numbers to 0.
+EXACT_FLAGS = ("-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def build(
     with the compiler's first error, or the reason why the directory cannot be written.
     """
     define = f"-DMORPHOQUANT_{instructions.upper()}"
-    flags = [*COMPILE_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
+    flags = [*COMPILE_FLAGS, *EXACT_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
     deadline = time.monotonic() + BUILD_TIMEOUT
     directory = directory.absolute()
     target = directory / _library_name(instructions, compiler, flags, openmp, sources, deadline)
@@ -158,6 +160,9 @@ def _library_name(
     digest = hashlib.sha256()
     for part in (*compiler, run([*compiler, "--version"], deadline), *flags, str(openmp)):
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    if any("=native" in part for part in compiler):
+        # Machines that share a home may differ in instructions beyond those of the set.
+        digest.update(" ".join(sorted(cpu_flags())).encode())
     for path in _sources(sources, ".h", ".cpp"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return f"cpu-{instructions}-{digest.hexdigest()[:24]}.so"
@@ -177,7 +182,7 @@ def _compile(
     for source in _sources(sources, ".cpp"):
         objects.append(str(made.with_name(f"{source.stem}.o")))
         run([*compiler, *flags, "-c", str(source), "-o", objects[-1]], deadline)
-    run([*compiler, *extra, "-shared", *objects, *libraries, "-o", str(made)], deadline)
+    run([*compiler, *EXACT_FLAGS, *extra, "-shared", *objects, *libraries, "-o", str(made)], deadline)
 
 
 def load(path: Path, instructions: str) -> Kernels:
@@ -190,9 +195,10 @@ def load(path: Path, instructions: str) -> Kernels:
         request_size, has_head_bfloat16 = library.morphoquant_request_size, library.morphoquant_has_head_bfloat16
     # ValueError: the loader's message quotes bytes of a damaged file. AttributeError: it is another library.
     except (OSError, ValueError, AttributeError) as error:
-        raise BuildError(
-            f"{path} does not load ({error}); remove it, and set {environment.CXX} to g++ if it names another compiler"
-        ) from error
+        remedy = f"remove it, and set {environment.CXX} to g++ if it names another compiler"
+        if path.exists() and not runs_programs(path.parent):
+            remedy = f"set {environment.CACHE} or TMPDIR to a folder that is not mounted with noexec"
+        raise BuildError(f"{path} does not load ({error}); {remedy}") from error
     for function in (act_quant, linear, head, experts, head_bfloat16):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     request_size.restype = ctypes.c_int64

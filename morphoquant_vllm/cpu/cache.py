@@ -45,25 +45,38 @@ def usable_directory(directory: Path) -> Iterator[Path]:
     # Not Path.resolve, which raises for a loop of links.
     directory = Path(os.path.realpath(directory))
     _make(directory)
-    unsafe = writable_by_others(directory) if directory.exists() else None
-    if unsafe is None:
+    reason = _refusal(directory) if os.path.exists(directory) else None
+    if reason is None:
         yield directory
         return
-    logger.warning(
-        "MorphoQuant: %s belongs to another user, or others may write there, so the CPU kernels are built anew at this "
-        "start; `chmod go-w` it, or set %s to another directory",
-        ascii(str(unsafe)),
-        environment.CACHE,
-    )
+    logger.warning("MorphoQuant: %s set %s to another directory", reason, environment.CACHE)
     _remove_leftovers(Path(tempfile.gettempdir()), _PRIVATE, _LEFT_AFTER)
     # A loaded library stays loaded after its file is removed.
     with tempfile.TemporaryDirectory(prefix=_PRIVATE) as private:
         yield Path(private)
 
 
+def _refusal(directory: Path) -> str | None:
+    """Why libraries are not kept in an existing directory, up to the words on another one; None if they are."""
+    unsafe = writable_by_others(directory)
+    if unsafe is not None:
+        return (
+            f"{str(unsafe)!a} belongs to another user, or others may write there, so the CPU kernels are built anew at "
+            "this start; `chmod go-w` it, or"
+        )
+    if not runs_programs(directory):
+        return f"{str(directory)!a} is mounted with noexec, so the CPU kernels are built anew at this start;"
+    return None
+
+
+def runs_programs(directory: Path) -> bool:
+    """Whether the system loads libraries from an existing directory."""
+    return not os.statvfs(directory).f_flag & os.ST_NOEXEC
+
+
 def _make(directory: Path) -> None:
     """Make a directory and its parents for this user alone, whatever the umask; does nothing if that is impossible."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    missing = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         for path in reversed(missing):
             path.mkdir(mode=stat.S_IRWXU, exist_ok=True)

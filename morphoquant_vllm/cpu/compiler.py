@@ -44,6 +44,7 @@ def run(command: Sequence[str], deadline: float) -> str:
 
     Raises CompileError if it fails, BuildError if it cannot be started or does not end in time.
     """
+    started = time.monotonic()
     try:
         # A new session: killing it also ends the compiler's child processes.
         process = subprocess.Popen(
@@ -65,7 +66,7 @@ def run(command: Sequence[str], deadline: float) -> str:
         output, errors = process.communicate(timeout=max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired as error:
         raise BuildError(
-            f"{command[0]} hangs ({BUILD_TIMEOUT} s were not enough); set {environment.CXX} to g++"
+            f"{command[0]} hangs ({time.monotonic() - started:.0f} s were not enough); set {environment.CXX} to g++"
         ) from error
     finally:
         _end(process)

@@ -78,7 +78,7 @@ def find(instructions: str, folder: Path = FOLDER, sources: Path = build.SOURCES
         # A truncated library would end the process with SIGBUS.
         is_intact = hashlib.sha256(target.read_bytes()).hexdigest() == manifest["libraries"][target.name]
     # A package without prebuilt kernels, or a damaged one.
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return target if is_intact else None
 

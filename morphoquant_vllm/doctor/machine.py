@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from morphoquant_vllm.doctor.finding import Finding, note, ok, problem
 
 # The Pythons of pyproject.toml's requires-python, and the tested one.
 OLDEST, NEWEST, TESTED = (3, 11), (3, 13), (3, 11)
-# Seconds after which nvidia-smi is considered to hang.
-DRIVER_TIMEOUT = 20
+# Seconds after which nvidia-smi, or a compiler that is asked for its version, is considered to hang.
+DRIVER_TIMEOUT = COMPILER_TIMEOUT = 20
 
 
 def python(version: tuple[int, int] = sys.version_info[:2]) -> Iterator[Finding]:
@@ -59,11 +60,12 @@ def processor() -> Iterator[Finding]:
 
 def compiler(has_gpu: bool) -> Iterator[Finding]:
     """The C++ compiler of the CPU kernels; vLLM's torch.compile needs one, too."""
-    from morphoquant_vllm.cpu.compiler import BuildError, find_compiler
+    from morphoquant_vllm.cpu.compiler import BuildError, find_compiler, run
 
     eager = "`vllm serve` needs --enforce-eager without g++, because torch.compile calls it"
     try:
         command = find_compiler()
+        version = run([*command, "--version"], time.monotonic() + COMPILER_TIMEOUT)
     except BuildError as error:
         reason, _, remedy = str(error).rpartition("; ")
         if _wheel_has_kernels():
@@ -73,11 +75,7 @@ def compiler(has_gpu: bool) -> Iterator[Finding]:
         else:
             yield problem("compiler", f"{reason}; so the slow torch reference computes, and {eager}", remedy)
         return
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", timeout=20)
-    if done.returncode:
-        yield problem("compiler", f"{command[0]} does not run", f"install g++ or set {environment.CXX} to one")
-        return
-    yield ok("compiler", f"{command[0]}: {(done.stdout.splitlines() or ['?'])[0]}")
+    yield ok("compiler", f"{command[0]}: {(version.splitlines() or ['?'])[0]}")
 
 
 def _wheel_has_kernels() -> bool:
@@ -146,22 +144,41 @@ def cache() -> Iterator[Finding]:
     if folder is None:
         yield problem("cache", "no home directory exists", f"set {environment.CACHE} to a directory")
         return
-    from morphoquant_vllm.cpu.cache import writable_by_others
+    from morphoquant_vllm.cpu.cache import runs_programs, writable_by_others
 
+    # As the kernels' build takes it.
+    folder = Path(os.path.realpath(folder))
     existing = _nearest_existing(folder)
     shown = f"{folder}, {'owned by ' + _owner(existing.stat().st_uid) if existing == folder else 'not made yet'}"
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if refusal := _name_refusal(folder):
+        yield problem("cache", f"{folder}: {refusal}", f"set {environment.CACHE} to another directory")
+    elif not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield problem("cache", f"{shown}: cannot be written", f"set {environment.CACHE} to another directory")
     elif existing == folder and (open_folder := writable_by_others(folder)) is not None:
         text = f"{shown}: others may write {open_folder}, so kernels are built at each start"
         yield note("cache", text, f"chmod go-w {open_folder}, or set {environment.CACHE}")
+    elif not runs_programs(existing):
+        text = f"{shown}: mounted with noexec, so kernels are built at each start"
+        yield note("cache", text, f"set {environment.CACHE} to another directory")
     else:
         built = sum(path.suffix == ".so" for path in folder.iterdir()) if existing == folder else 0
         yield ok("cache", f"{shown}, {built} built libraries")
 
 
 def _nearest_existing(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    # Not Path.exists, which raises for a name that is too long.
+    return next(place for place in (folder, *folder.parents) if os.path.exists(place))
+
+
+def _name_refusal(folder: Path) -> str | None:
+    """Why no folder of this name can be there: a circle of links, or a name that is too long; None if it can."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _owner(uid: int) -> str:

@@ -67,7 +67,10 @@ def kv_cache() -> Iterator[Finding]:
     if not MEMINFO.exists():
         return  # not Linux
     total, free = cpu_memory()
-    if space := environment.kv_cache_space():
+    if not environment.kv_cache_space_is_legal():
+        text = f"{environment.KV_CACHE} is no whole number of GiB, and vLLM does not start with it"
+        yield problem("kv-cache", text, f"set it to {ENOUGH}, or unset it")
+    elif space := environment.kv_cache_space():
         yield ok("kv-cache", f"{space} GiB ({environment.KV_CACHE})")
     elif free < WANTED * total:
         text = f"`vllm serve` takes {WANTED:.0%} of the memory for itself, but {free / total:.0%} is free"

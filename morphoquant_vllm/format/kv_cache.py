@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.numerics.limits import MAX_MAGNITUDE
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class AttentionRange:
     value: float
 
     def check(self, name: str) -> None:
-        """Raise MorphoQuantError naming the block unless all are finite and none is negative."""
+        """Raise MorphoQuantError naming the block unless each is 0 to MAX_MAGNITUDE."""
         for part, magnitude in asdict(self).items():
-            # An integer of JSON may be too large for a float, of which isfinite makes one.
-            known = type(magnitude) in (int, float) and 0 <= magnitude <= sys.float_info.max
+            known = type(magnitude) in (int, float) and 0 <= magnitude <= MAX_MAGNITUDE
             if not known:
                 raise MorphoQuantError(
-                    f"{name}: kv_cache has {magnitude!r} for its largest {part}, which must be a number of 0 or more; "
+                    f"{name}: kv_cache has {magnitude!r} for its largest {part}, which must be a number of 0 to "
+                    f"{MAX_MAGNITUDE:g}; "
                     "copy config.json again"
                 )

@@ -58,8 +58,18 @@ def _module(path: Path, entry: Any) -> SentenceModule:
     parts = PurePosixPath(folder).parts
     # Converting leaves hidden folders out, and a link may lead outside.
     hidden = folder.startswith("/") or any(part.startswith(".") for part in parts) or not folder.isprintable()
-    if hidden or not (path.parent / folder).resolve().is_relative_to(path.parent.resolve()):
+    if hidden or not _is_below(path.parent, folder):
         raise MorphoQuantError(
             f"{path}: {folder!r} is no folder below the model's directory; move the folder there and correct the path"
         )
     return SentenceModule(kind, "/".join(parts))
+
+
+def _is_below(directory: Path, folder: str) -> bool:
+    """Whether links in `folder` do not lead out of the directory, nor in a circle."""
+    try:
+        place = (directory / folder).resolve()
+        return place.is_relative_to(directory.resolve()) and (place.is_dir() or not place.exists())
+    # RuntimeError: a circle of links. OSError: a name that the file system refuses.
+    except (OSError, RuntimeError):
+        return False

@@ -37,6 +37,8 @@ OPTIONAL_FIELDS = ("created_by", "experts", "kv_cache")
 # Names of layers and rows come from files and are shown in terminals and pages, so they are plain and short.
 _NAME = re.compile(r"[\w.\-]{1,200}", re.ASCII)
 
+# Token ids are below this: they are int32.
+_TOKENS = 2**31
 # Settings that the shards of a fused layer have in common.
 SHARED_SETTINGS = ("in_features", "group_size", "scale_scheme", "parallel", "fixed_row", "weight_bits")
 
@@ -104,8 +106,8 @@ class QuantizationSpec:
                     f"{list(self.rows[:-1])}"
                 )
             for token in ids:
-                if token < 0 or token in row_of:
-                    problem = f"is in '{row_of[token]}' too" if token in row_of else "is negative"
+                if not 0 <= token < _TOKENS or token in row_of:
+                    problem = f"is in '{row_of[token]}' too" if token in row_of else "is no token id"
                     raise MorphoQuantError(
                         f"quantization_config: placeholder_token_ids has token {token} in '{row}', but it {problem}; "
                         "calibrate again"

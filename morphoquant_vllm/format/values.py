@@ -9,11 +9,8 @@ import torch
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import INPUT_TENSORS, TWO_LEVEL_SCHEME, scale_scheme_of
 from morphoquant_vllm.format.schema import ANY_ROW
-from morphoquant_vllm.numerics.limits import MAX_LEVEL
+from morphoquant_vllm.numerics.limits import MAX_LEVEL, MAX_MAGNITUDE
 
-# Largest magnitude of a value and of an output's bound. The next norm squares an output, and that square is still
-# finite in float32. Real layers stay below 1e6.
-MAX_MAGNITUDE = 1.8e19
 # Codes lie in [-128, 127]. So do the weight codes of 8-bit weights, which are stored as int8; others lie in [-8, 7].
 _LARGEST_CODE, _LARGEST_WEIGHT = 128.0, {torch.uint8: 8.0, torch.int8: 128.0}
 # Elements per step of the finiteness check: they stay in the processor's cache.

@@ -240,8 +240,11 @@ def _int8_tile(entry: Mapping[str, Any]) -> Int8Tile:
 def load(path: Path) -> dict[str, Architecture]:
     """The table in a file, read once per process."""
     try:
+        # A reader would wait for ever at a FIFO.
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file")
         table = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise MorphoQuantError(f"{path}: not a readable tile table ({problem}); unset {environment.TILES}") from None
     if not isinstance(table, dict):
         raise MorphoQuantError(f"{path}: a tile table is a JSON object; unset {environment.TILES}")

@@ -16,7 +16,7 @@ from morphoquant_vllm import backends
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, ExpertsSpec, input_holder
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.hf.linear import KERNEL_DTYPES, Mode, StoredTensors, check_unless_meta
+from morphoquant_vllm.hf.linear import KERNEL_DTYPES, Mode, StoredTensors, check_unless_meta, take_loaded
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
 from morphoquant_vllm.numerics.exact import experts_exact
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts, experts_record
@@ -47,6 +47,7 @@ class MorphoQuantExperts(nn.Module):
             for layer in spec.experts[name].expert_layers(name, index):
                 expert.add_module(layer.rpartition(".")[2], StoredTensors(spec.stored_tensors(layer)))
             self.add_module(str(index), expert)
+        self.register_load_state_dict_post_hook(take_loaded)
 
     def extra_repr(self) -> str:
         experts = self.spec.experts[self.name]

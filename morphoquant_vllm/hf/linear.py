@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,19 @@ logger = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class RunningPass(threading.local):
+    """The forward pass of a model in one thread; every thread has a state of its own."""
+
+    # How many of the watched modules are running, one inside the other.
+    depth = 0
+    # Row of every token of the pass, int32 [tokens]; None if its tokens are unknown.
+    token_rows: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[RunningPass], tuple[()]]:
+        # A copied or saved model starts without a pass.
+        return RunningPass, ()
+
+
 @dataclass
 class Mode:
     """The mode in which the quantized linears of one model compute; they share it. `settings.configure` changes it."""
@@ -35,16 +49,18 @@ class Mode:
     exact: bool = False
     # Whether the torch reference computes, instead of the kernels of the device.
     reference: bool = False
-    # Row of every token of the running forward pass, int32 [tokens]; None if one row serves all.
-    token_rows: Tensor | None = None
-    # Hooks that note the tokens' rows; empty if `token_rows` is not filled.
+    running: RunningPass = field(default_factory=RunningPass)
+    # Hooks that note the tokens' rows in `running`; empty if one row serves all.
     hooks: list[RemovableHandle] = field(default_factory=list)
 
+    # A compiler would take what it finds in `running` for constant.
+    @torch.compiler.disable
     def rows_of(self, x: Tensor) -> Tensor:
         """Row of each token of x [M, K] by its modality, int32 [M]; `row` if the running pass has not M tokens."""
-        if self.token_rows is None or self.token_rows.numel() != x.shape[0]:
+        noted = self.running.token_rows
+        if noted is None or noted.numel() != x.shape[0]:
             return torch.full(x.shape[:1], self.row, dtype=torch.int32, device=x.device)
-        return self.token_rows.to(x.device)
+        return noted.to(x.device)
 
 
 class StoredTensors(nn.Module):
@@ -92,6 +108,7 @@ class MorphoQuantLinear(StoredTensors):
         self.weight = torch.empty(0)
         # The bias has the model's dtype, as in vLLM.
         self.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if layer.bias else None
+        self.register_load_state_dict_post_hook(take_loaded)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -141,6 +158,12 @@ class MorphoQuantLinear(StoredTensors):
         else:
             y = self.prepared(x.device, x.dtype).linear(flat, rows, self.bias)
         return y.view(*x.shape[:-1], -1)
+
+
+def take_loaded(module: Any, *_: Any) -> None:
+    """After `load_state_dict` of a quantized linear, or experts: check the values, and drop records of the old ones."""
+    module._prepared = None
+    module.check()
 
 
 def check_unless_meta(name: str, tensors: Mapping[str, Tensor], spec: QuantizationSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from morphoquant_vllm.environment import checksums_wanted
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.checkpoint import read_headers
+from morphoquant_vllm.format.checkpoint import CONFIG_FILE, INDEX_FILE, read_headers, read_index
 from morphoquant_vllm.format.layers import stored_name
 from morphoquant_vllm.format.schema import QUANT_METHOD, QuantizationSpec
 from morphoquant_vllm.format.verify import verify_checkpoint
@@ -64,7 +65,8 @@ class MorphoQuantHfQuantizer(HfQuantizer):
         # transformers only logs a missing tensor, and continues with random numbers.
         directory = Path(checkpoint_files[0]).parent
         # A hub's cache gets the tokenizer's files when they are asked for.
-        verify_checkpoint(directory, checksums=checksums_wanted(), complete=False)
+        found = verify_checkpoint(directory, checksums=checksums_wanted(), complete=False)
+        _check_origin(directory, checkpoint_files, found, spec)
         mode = Mode(spec.any_row)
         renamed = _renaming(model, self)
         # from_pretrained builds the model on the meta device.
@@ -102,6 +104,22 @@ class MorphoQuantHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_origin(directory: Path, files: list[str], found: QuantizationSpec, given: QuantizationSpec) -> None:
+    """Refuse weight files that were not checked, and settings of another checkpoint than the one `found`."""
+    read, listed = {Path(file).name for file in files}, set(read_index(directory).values())
+    if read != listed:
+        # Of several files it reads only model.safetensors, if one has this name.
+        raise MorphoQuantError(
+            f"{directory}: transformers would read {min(read)}, but {INDEX_FILE} names {min(listed)} for "
+            f"{len(listed)} weight files; leave use_safetensors and variant out, and call no shard model.safetensors"
+        )
+    if replace(found, created_by="") != replace(given, created_by=""):
+        raise MorphoQuantError(
+            f"{directory / CONFIG_FILE}: its quantization_config is not the one of the config that is given; load "
+            "without config= and quantization_config=, or with this directory's own"
+        )
 
 
 def _module_names(

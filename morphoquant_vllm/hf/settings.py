@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -42,7 +45,7 @@ def configure(
         raise MorphoQuantError(f"row '{row}' is unknown; choose '{TOKEN_ROWS}' or one of {list(spec.rows)}")
     for hook in mode.hooks:
         hook.remove()
-    mode.hooks, mode.token_rows = [], None
+    mode.hooks, mode.running.token_rows = [], None
     mode.row = spec.any_row if row == TOKEN_ROWS else spec.rows.index(row)
     if row == TOKEN_ROWS:
         mode.hooks = _watch_tokens(model, mode, spec)
@@ -52,20 +55,45 @@ def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) ->
     """Hooks that note the rows of each forward pass when its token ids are embedded."""
     # A full omni model has no embedding; its thinker has.
     decoder = getattr(model, "thinker", model)
-
-    def forget(module: nn.Module, *_: Any) -> None:
-        # A pass on embeddings that the caller made, or through an inner module, has tokens of unknown modality.
-        mode.token_rows = None
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        mode.token_rows = token_rows(inputs[0], spec.placeholder_token_ids, spec.rows).flatten()
-
     embedding = decoder.get_input_embeddings()
-    return [
-        decoder.register_forward_pre_hook(forget),
-        decoder.register_forward_hook(forget),
-        embedding.register_forward_pre_hook(note),
-    ]
+    name = next(name for name, module in decoder.named_modules() if module is embedding)
+    # A caller may run an inner module by itself: the pass begins and ends with the outermost one that runs.
+    parts = name.split(".")
+    around = [decoder.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    # Partial functions of `mode`, not closures: a copy of the model gets hooks of the copied mode.
+    hooks = [module.register_forward_pre_hook(partial(_enter, mode)) for module in around]
+    hooks += [module.register_forward_hook(partial(_leave, mode), always_call=True) for module in around]
+    note = partial(_note, mode, spec.placeholder_token_ids, spec.rows)
+    return [*hooks, embedding.register_forward_pre_hook(note)]
+
+
+@torch.compiler.disable
+def _enter(mode: Mode, *_: Any) -> None:
+    """Before a module around the embedding: a pass that begins has no tokens yet."""
+    if mode.running.depth == 0:
+        mode.running.token_rows = None
+    mode.running.depth += 1
+
+
+@torch.compiler.disable
+def _leave(mode: Mode, *_: Any) -> None:
+    """After it, or after its error."""
+    mode.running.depth -= 1
+    if mode.running.depth == 0:
+        mode.running.token_rows = None
+
+
+@torch.compiler.disable
+def _note(
+    mode: Mode,
+    placeholder_token_ids: Mapping[str, Sequence[int]],
+    rows: Sequence[str],
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+) -> None:
+    """Before the embedding: note the rows, unless the caller embeds tokens outside a pass, for whatever use."""
+    if mode.running.depth:
+        mode.running.token_rows = token_rows(inputs[0], placeholder_token_ids, rows).flatten()
 
 
 def _mode_and_spec(model: PreTrainedModel) -> tuple[Mode, QuantizationSpec]:

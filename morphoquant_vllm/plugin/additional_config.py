@@ -11,6 +11,7 @@ from typing import Any
 from morphoquant_vllm.errors import MorphoQuantError
 
 SETTINGS = "morphoquant"
+NAMES = frozenset(("lm_head", "watch_escapes"))
 HEADS = ("16bit", "int8")
 # Of numbers: eleven days of seconds.
 LARGEST = 10**6
@@ -39,8 +40,13 @@ class Settings:
 
 def read_settings(additional_config: Any) -> Settings:
     """The plugin's settings; MorphoQuantError for an unknown one, or a value out of range."""
-    given = additional_config.get(SETTINGS, {}) if isinstance(additional_config, dict) else {}
-    if not isinstance(given, dict) or not given.keys() <= {"lm_head", "watch_escapes"}:
+    # Keys of other plugins and platforms may stand beside ours.
+    every = additional_config if isinstance(additional_config, dict) else {}
+    misplaced = [key for key in every if key in NAMES or (key != SETTINGS and str(key).lower() == SETTINGS)]
+    if misplaced:
+        raise MorphoQuantError(f"--additional-config: {misplaced[0]!r} would be ignored here; write {_EXAMPLE}")
+    given = every.get(SETTINGS, {})
+    if not isinstance(given, dict) or not given.keys() <= NAMES:
         raise MorphoQuantError(
             f"--additional-config: '{SETTINGS}' takes only the settings lm_head and watch_escapes, got {given!r}; "
             f"write {_EXAMPLE}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import replace
+from glob import has_magic
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -29,11 +30,21 @@ logger = plugin_logger(__name__)
 _PROGRESS_AFTER = 2.0
 
 
+def refuse_pattern(directory: Path) -> None:
+    """Refuse a path that vLLM takes for a pattern of names: for `out[1]` it would read the files of `out1`."""
+    if has_magic(str(directory)):
+        raise MorphoQuantError(
+            f"{directory}: vLLM takes *, ? and [ in a path for a pattern, and would read other files; rename the "
+            "folder, or serve it by a link of another name"
+        )
+
+
 def check_directory(directory: Path, *, complete: bool = True) -> QuantizationSpec:
     """Refuse an incomplete or damaged checkpoint; return its spec. A line in the log names the check and its time.
 
     Without `complete` the tokenizer's files may be missing: a hub's cache gets them when they are asked for.
     """
+    refuse_pattern(directory)
     started = time.monotonic()
     checksums = checksums_wanted()
     total = sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.is_file())

@@ -15,10 +15,12 @@ from morphoquant_vllm.errors import MorphoQuantError
 # Load formats whose loaders tell which weights they loaded (unloaded_weights.py), or load states that were served.
 CHECKED = frozenset(
     (
-        *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt"),
+        *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral"),
         *("dummy", "sharded_state", "runai_streamer", "runai_streamer_sharded"),
     )
 )
+# Load formats that read other files than safetensors, which no check of a checkpoint covers.
+PICKLES = {"pt": "*.pt", "npcache": "*.bin"}
 
 
 def refuse_unchecked_loading(config: VllmConfig | None) -> None:
@@ -26,6 +28,11 @@ def refuse_unchecked_loading(config: VllmConfig | None) -> None:
     if config is None or config.model_config is None:
         return
     form = config.load_config.load_format
+    if form in PICKLES:
+        raise MorphoQuantError(
+            f"--load-format {form}: reads {PICKLES[form]} files, which are not those that were checked; serve with "
+            "--load-format auto"
+        )
     # Another plugin may register a loader that derives from vLLM's.
     if form not in CHECKED and not isinstance(get_model_loader(config.load_config), DefaultModelLoader):
         raise MorphoQuantError(

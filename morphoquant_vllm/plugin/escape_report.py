@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from morphoquant_vllm.format.files import REPORT_FILE
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import REPORT_FILE, read_json
 from morphoquant_vllm.format.schema import ANY_ROW, MASSIVE_ROW
 from morphoquant_vllm.numerics.escape_counts import COLUMNS
 from morphoquant_vllm.plugin.log import plugin_logger
@@ -126,7 +126,8 @@ def calibrated_rates(report: Any, layers: Mapping[str, int]) -> dict[str, float]
         common = set.intersection(*(set(layer) for layer, _ in rates)) if rates else set()
         total = sum(layers.values())
         found = {row: sum(float(layer[row]) * channels for layer, channels in rates) / total for row in common}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    # OverflowError: an integer of JSON may be too large for a float.
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return {}
     if ALL_TOKENS in found:
         found[ANY_ROW] = found.pop(ALL_TOKENS)
@@ -134,14 +135,13 @@ def calibrated_rates(report: Any, layers: Mapping[str, int]) -> dict[str, float]
 
 
 def read_report(model: str, revision: str | None) -> Any:
-    """The report of a model's calibration, a JSON value; None, with a line in the log, if it cannot be read."""
+    """The report of a model's calibration, a JSON object; None, with a line in the log, if it cannot be read."""
     path = Path(model) / REPORT_FILE
     if not Path(model).is_dir():
         cached = try_to_load_from_cache(model, REPORT_FILE, revision=revision)
         path = Path(cached) if isinstance(cached, str) else path
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        reason = "is not JSON" if isinstance(problem, ValueError) else "cannot be read"
-        logger.warning("MorphoQuant: %s %s; escape rates are not compared with calibration", path, reason)
+        return read_json(path)
+    except MorphoQuantError as problem:
+        logger.warning("MorphoQuant: %s (escape rates are not compared with calibration)", problem)
         return None

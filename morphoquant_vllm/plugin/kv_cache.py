@@ -20,6 +20,8 @@ logger = plugin_logger(__name__)
 # The format whose range ends at LARGEST. vLLM takes no scales for the other one, fp8_e5m2.
 SCALED = ("fp8", "fp8_e4m3")
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)
+# Below it a scale may be 0 in float32, by which a cache cannot divide.
+SMALLEST = 1e-30
 # Magnitudes above those of calibration, which are not clipped. A float loses no precision by it.
 HEADROOM = 2.0
 
@@ -42,8 +44,8 @@ class CalibratedCacheMethod(BaseKVCacheMethod):
 
 
 def scale(magnitude: float) -> float:
-    """The number by which a cache divides values of at most this magnitude; 1 if all were 0."""
-    return magnitude * HEADROOM / LARGEST if magnitude else 1.0
+    """The number by which a cache divides values of at most this magnitude; 1 if all were 0 or nearly so."""
+    return magnitude * HEADROOM / LARGEST if magnitude >= SMALLEST else 1.0
 
 
 def cache_method(

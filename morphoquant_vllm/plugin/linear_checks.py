@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
@@ -30,6 +30,24 @@ def check_shapes(
     size = int(layer.tp_size)  # type: ignore[arg-type]
     if row_parallel:
         check_ranks(spec, name, layer_spec, size)
+
+
+def check_outputs(layer: torch.nn.Module, output_size: int, shards: dict[str, LayerSpec]) -> None:
+    """Check N of a layer's shards: of a larger tensor vLLM's loaders take the first outputs, and say nothing."""
+    built: list[int] = list(getattr(layer, "output_sizes", None) or [output_size])
+    if isinstance(layer, QKVParallelLinear):
+        # Ranks that outnumber the heads of keys and values have copies of them.
+        built[1:] = [size // layer.num_kv_head_replicas for size in built[1:]]
+    stored = [shard.out_features for shard in shards.values()]
+    if sum(built) == sum(stored):
+        return
+    # One tensor of the file may be several of vLLM's outputs.
+    pairs = zip(shards, stored, built, strict=True) if len(stored) == len(built) else ()
+    first = [(name, own, wanted) for name, own, wanted in pairs if own != wanted]
+    name, own, wanted = first[0] if first else (next(iter(shards)), sum(stored), sum(built))
+    raise MorphoQuantError(
+        f"{name}: the model has N = {wanted}, the checkpoint {own}; config.json does not belong to these weights"
+    )
 
 
 def check_bias(layer: torch.nn.Module, shards: dict[str, LayerSpec]) -> None:

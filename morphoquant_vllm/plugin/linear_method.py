@@ -29,7 +29,7 @@ from morphoquant_vllm.numerics.activation import ActivationRecord, activation_re
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 from morphoquant_vllm.plugin import dummy_weights, fusion, sharded_state
 from morphoquant_vllm.plugin.counted_layer import CountedLayer, Counter, counter_of_linear
-from morphoquant_vllm.plugin.linear_checks import check_bias, check_shapes
+from morphoquant_vllm.plugin.linear_checks import check_bias, check_outputs, check_shapes
 from morphoquant_vllm.plugin.mlp_channel_order import MlpOrder, both_halves, reorder_inputs, reorder_outputs
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import LoadLog, make_parameters
@@ -101,6 +101,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         check_shapes(layer, input_size, self.name, self.layer_spec, self.spec)
+        check_outputs(layer, output_size, self.shards)
         self.activation_dtype = params_dtype
         config = get_current_vllm_config()
         self.takes_adapters = config.lora_config is not None

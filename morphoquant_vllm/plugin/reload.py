@@ -40,7 +40,9 @@ class ReloadCheck:
     def __init__(self) -> None:
         # Quantized layers that were loaded again so far.
         self.layers = 0
-        self._checked: tuple[str, frozenset[tuple[str, int, int]]] | None = None
+        # The settings of the directory that was checked last.
+        self.found: QuantizationSpec | None = None
+        self._checked: tuple[str, frozenset[tuple[str | int, ...]]] | None = None
 
     def check(self, config: VllmConfig, served: QuantizationSpec) -> None:
         """Refuse a directory that is damaged, or whose settings are not the served ones. Hub ids are not looked at."""
@@ -59,13 +61,18 @@ class ReloadCheck:
             raise MorphoQuantError(
                 f"{directory / CONFIG_FILE}: its {other} are not those that are served; start a new server with it"
             )
-        self._checked = state
+        self._checked, self.found = state, found
 
 
-def _files(directory: Path) -> frozenset[tuple[str, int, int]]:
-    """Name, time of change (ns) and size of each file: any that is written anew differs."""
+def _files(directory: Path) -> frozenset[tuple[str | int, ...]]:
+    """Name, size and identity of each file: any that is written anew differs.
+
+    rsync and cp keep a file's time and size, but not its inode's number and time of change.
+    """
     found = [(path.name, path.stat()) for path in directory.iterdir() if path.is_file()]
-    return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+    return frozenset(
+        (name, stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino, stat.st_ctime_ns) for name, stat in found
+    )
 
 
 def _settings(spec: QuantizationSpec) -> QuantizationSpec:

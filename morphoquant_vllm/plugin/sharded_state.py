@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,12 @@ import morphoquant_vllm
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.beside import check_decisive
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE, read_spec
-from morphoquant_vllm.format.files import COPY_AGAIN, read_json
+from morphoquant_vllm.format.files import COPY_AGAIN, check_directory, read_json
 from morphoquant_vllm.format.integrity import FileDigest, check_config, digest, file_digest
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import check_token_table
 from morphoquant_vllm.host_memory import zero_bytes
+from morphoquant_vllm.plugin.checkpoint_check import refuse_pattern
 from morphoquant_vllm.plugin.log import plugin_logger
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class RankState:
     place: Place
     created_by: str
     backend: str
-    # The digest of the served quantization_config.
+    # The digest of the served checkpoint, by `origin`.
     settings: str
     # Whether channels of an MLP are in down_proj's order.
     renumbered: bool
@@ -99,8 +100,19 @@ class RankState:
         content = read_json(path)
         if content.pop("digest", None) != digest(content):
             raise MorphoQuantError(f"{path}: is damaged; {COPY_AGAIN}")
-        files = {name: FileDigest(**file) for name, file in content.pop("files").items()}
-        return cls(**{**content, "place": Place(**content["place"]), "files": files})
+        try:
+            files = {name: FileDigest(**file) for name, file in content.pop("files").items()}
+            return cls(**{**content, "place": Place(**content["place"]), "files": files})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MorphoQuantError(f"{path}: is a record of another version ({error!r}); {SAVE_AGAIN}") from error
+
+
+def origin(spec: QuantizationSpec) -> str:
+    """A digest of one checkpoint: of its settings, and of the hashes of its files if it lists them.
+
+    Two calibrations of a model have equal settings, but other weights.
+    """
+    return digest(replace(spec, created_by="").to_dict())
 
 
 def has_state(directory: Path) -> bool:
@@ -110,6 +122,8 @@ def has_state(directory: Path) -> bool:
 
 def check_state(directory: Path) -> None:
     """Refuse a directory of saved states that is incomplete, damaged, or of another config.json."""
+    refuse_pattern(directory)
+    check_directory(directory)
     spec = read_spec(directory)
     config = read_json(directory / CONFIG_FILE)
     if spec.integrity is not None:
@@ -145,8 +159,11 @@ def _check_origin(path: Path, record: RankState, spec: QuantizationSpec) -> None
         raise MorphoQuantError(
             f"{path}: was saved by {record.created_by}, whose layout {_VERSION} may not share; {SAVE_AGAIN}"
         )
-    if record.settings != spec.settings_digest():
-        raise MorphoQuantError(f"{path}: belongs to another config.json than the one beside it; {SAVE_AGAIN}")
+    if record.settings != origin(spec):
+        raise MorphoQuantError(
+            f"{path}: belongs to another checkpoint than the config.json beside it; copy config.json from the "
+            f"checkpoint that was served, or {SAVE_AGAIN}"
+        )
 
 
 class SavedState:
@@ -282,11 +299,17 @@ def _record_of(methods: Sequence[MorphoQuantLinearMethod], files: dict[str, File
         place=Place.of_this_process(),
         created_by=_VERSION,
         backend=methods[0].backend,
-        settings=methods[0].spec.settings_digest(),
+        settings=origin(_served_spec(methods[0])),
         renumbered=any(method.renumbered for method in methods),
         files=files,
         layers={method.name: _shapes(method) for method in methods},
     )
+
+
+def _served_spec(method: MorphoQuantLinearMethod) -> QuantizationSpec:
+    """The settings of the checkpoint that the engine loaded last."""
+    reloaded = None if method.reload_check is None else method.reload_check.found
+    return reloaded or method.spec
 
 
 def _shapes(method: MorphoQuantLinearMethod) -> tuple[Shapes, Shapes]:

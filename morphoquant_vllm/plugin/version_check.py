@@ -10,9 +10,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from morphoquant_vllm import compat, environment
+from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format.files import check_regular
 from morphoquant_vllm.plugin.log import plugin_logger
 
 logger = plugin_logger(__name__)
@@ -72,8 +75,10 @@ def _kept_lines(version: str) -> list[str] | None:
 def _read(file: Path) -> list[str] | None:
     """The lines that `_keep` wrote; None if the file is missing or not whole."""
     try:
+        # A reader would wait for ever at a FIFO.
+        check_regular(file)
         *lines, last = file.read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, ValueError):
+    except (OSError, ValueError, MorphoQuantError):
         return None
     return lines if last == _END else None
 
@@ -82,7 +87,9 @@ def _compare() -> list[str] | None:
     # Without plugins: the process would compare again.
     variables = environment.without_plugins()
     try:
-        done = subprocess.run(COMPARE, capture_output=True, text=True, timeout=_TIMEOUT, env=variables)
+        done = subprocess.run(
+            COMPARE, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, env=variables
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     # The last line counts the others, which name one difference each.
@@ -91,10 +98,12 @@ def _compare() -> list[str] | None:
 
 def _keep(file: Path, lines: list[str]) -> None:
     """Write the lines; a cache that cannot be written costs a comparison at the next start."""
+    staged = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        staged = file.with_name(f"{file.name}.{os.getpid()}")
         staged.write_text("".join(f"{line}\n" for line in (*lines, _END)), encoding="utf-8")
         staged.replace(file)
     except OSError as error:
         logger.debug("MorphoQuant: %s is not written: %s", file, error)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)

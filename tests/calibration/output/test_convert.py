@@ -105,6 +105,19 @@ def test_every_file_but_the_config_stays_byte_for_byte(old: Path, tmp_path: Path
     assert spec.layers == read_spec(old).layers and spec.created_by == read_spec(old).created_by
 
 
+def test_files_behind_links_to_folders_are_copied(old: Path, tmp_path: Path) -> None:
+    """Without its step's settings an embedding model would pool another vector."""
+    (old / "steps").mkdir()
+    (old / "steps" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (old / "1_Pooling").symlink_to("steps")
+    (old / "steps" / "back").symlink_to(old)
+    (old / "modules.json").write_text('[{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]')
+    convert(old, tmp_path / "new")
+    assert (tmp_path / "new" / "1_Pooling" / "config.json").read_bytes() == (old / "steps/config.json").read_bytes()
+    assert {"modules.json", "1_Pooling/config.json"} <= read_spec(tmp_path / "new").integrity.beside.keys()
+    assert not (tmp_path / "new" / "steps" / "back").exists()
+
+
 def test_other_fields_of_the_config_stay(old: Path, tmp_path: Path) -> None:
     convert(old, tmp_path / "new")
     before, after = (json.loads((place / CONFIG).read_text()) for place in (old, tmp_path / "new"))

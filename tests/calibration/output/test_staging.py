@@ -151,6 +151,14 @@ def test_overwrite_does_not_delete_another_config(tmp_path: Path, content: str) 
     assert (output / "config.json").read_text() == content
 
 
+def test_a_fifo_in_the_place_of_config_json_does_not_hang(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    os.mkfifo(output / "config.json")
+    with pytest.raises(MorphoQuantError, match="is not a checkpoint"):
+        write(output, "1", overwrite=True)
+
+
 @pytest.mark.parametrize("name", ["thesis.tex", ".git/HEAD", "results/scores.json"])
 def test_overwrite_does_not_delete_files_beside_a_checkpoint(tmp_path: Path, name: str) -> None:
     output = tmp_path / "out"

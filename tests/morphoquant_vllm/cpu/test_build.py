@@ -4,6 +4,7 @@ import ctypes
 import os
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,28 @@ def test_many_workers_may_build_at_once(tmp_path: Path, sources: Path, recording
     assert log.read_text().count("--version") == 4 and log.read_text().count(" -c ") == 1, "one compiles, three wait"
     assert len(set(built)) == 1 and list(cache.iterdir()) == [built[0]]
     assert ctypes.CDLL(str(built[0])).answer() == 42
+
+
+def test_a_library_for_this_very_processor_is_not_taken_by_another(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines may share a home; instructions that one of them lacks end a process."""
+    names = []
+    for more in ("", "-march=native"):
+        command = [*cpu_libraries.compiler(), *([more] if more else [])]
+        for flags in (frozenset({"avx2"}), frozenset({"avx2", "avx512_bf16"})):
+            monkeypatch.setattr(cpu_build, "cpu_flags", lambda flags=flags: flags)
+            names.append(cpu_build.build("avx2", command, tmp_path / "cache", None, sources=sources).name)
+    assert names[0] == names[1] and len(set(names)) == 3
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-funsafe-math-optimizations", "-Ofast"])
+def test_a_user_s_flags_do_not_change_the_arithmetic_of_the_process(tmp_path: Path, sources: Path, flag: str) -> None:
+    """gcc 12 links code that sets the processor to flush small numbers to 0."""
+    command = [*cpu_libraries.compiler(), flag]
+    built = cpu_build.build("avx2", command, tmp_path / "cache", None, sources=sources)
+    code = f"import ctypes; small = 1e-320; ctypes.CDLL({str(built)!r}); assert small * 0.5 > 0"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_failed_build_leaves_nothing_and_quotes_the_compiler(tmp_path: Path, sources: Path) -> None:

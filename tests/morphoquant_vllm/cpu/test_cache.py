@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,23 @@ def test_a_link_is_followed_before_the_check(tmp_path: Path, warnings: list[str]
     with cache.usable_directory(tmp_path / "link") as used:
         assert used == tmp_path / "real"
     assert warnings == []
+
+
+def test_a_folder_from_which_nothing_runs_is_not_used(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each library there would fail to load, and the slow reference would serve for ever."""
+    flags = {tmp_path / "cache": os.ST_NOEXEC}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags.get(path, 0)))
+    with cache.usable_directory(tmp_path / "cache") as used:
+        assert used != tmp_path / "cache" and used.is_dir()
+    (line,) = warnings
+    assert "cache' is mounted with noexec" in line and "set MORPHOQUANT_CACHE" in line and "chmod" not in line
+
+
+def test_a_name_that_is_too_long_is_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    with cache.usable_directory(tmp_path / ("n" * 300)) as directory:
+        assert not os.path.exists(directory)
 
 
 def test_a_loop_of_links_is_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from morphoquant_vllm.cpu import build, shipped
+from morphoquant_vllm.cpu import build, cache, shipped
 from morphoquant_vllm.doctor import machine
 from morphoquant_vllm.doctor.finding import Finding
 
@@ -76,6 +76,43 @@ def test_a_gpu_serves_without_a_compiler_on_a_processor_that_no_kernel_is_for(mo
 def test_a_compiler_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     assert only(machine.compiler(has_gpu=False)).state == "problem"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("no program", "Exec format error"), ("#!/bin/sh\nsleep 60\n", "hangs (1 s were not enough)")],
+)
+def test_a_compiler_that_does_not_run_or_hangs_has_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, words: str
+) -> None:
+    (tmp_path / "cxx").write_text(content)
+    (tmp_path / "cxx").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    monkeypatch.setattr(machine, "COMPILER_TIMEOUT", 1)
+    found = only(machine.compiler(has_gpu=False))
+    assert found.state == "problem" and words in found.text and "set CXX" in found.remedy
+
+
+def test_a_compiler_s_name_that_is_too_long_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g" * 5000)
+    assert "no C++ compiler" in only(machine.compiler(has_gpu=False)).text
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/cache", "n" * 300])
+def test_a_cache_that_can_never_be_made_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("MORPHOQUANT_CACHE", str(tmp_path / name))
+    found = only(machine.cache())
+    assert found.state == "problem" and found.remedy == "set MORPHOQUANT_CACHE to another directory"
+
+
+def test_a_cache_from_which_nothing_runs_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MORPHOQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "runs_programs", lambda directory: False)
+    found = only(machine.cache())
+    assert found.state == "note" and "mounted with noexec" in found.text
 
 
 def test_the_cache_folder_and_its_owner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

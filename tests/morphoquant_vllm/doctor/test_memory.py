@@ -29,19 +29,23 @@ def test_a_container_has_less_than_the_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("free", "space", "state", "words"),
     [
-        (15 << 30, "", "ok", "92% of the memory"),
-        (14 << 30, "", "note", "VLLM_CPU_KVCACHE_SPACE=4 vllm serve"),
-        (5 << 30, "", "note", "VLLM_CPU_KVCACHE_SPACE=1 vllm serve"),
-        (0, "", "note", "VLLM_CPU_KVCACHE_SPACE=1 vllm serve"),
+        (15 << 30, None, "ok", "92% of the memory"),
+        (14 << 30, None, "note", "VLLM_CPU_KVCACHE_SPACE=4 vllm serve"),
+        (5 << 30, None, "note", "VLLM_CPU_KVCACHE_SPACE=1 vllm serve"),
+        (0, None, "note", "VLLM_CPU_KVCACHE_SPACE=1 vllm serve"),
         (14 << 30, "0", "note", "VLLM_CPU_KVCACHE_SPACE=4 vllm serve"),
         (14 << 30, "10", "ok", "10 GiB"),
+        (14 << 30, "2.5", "problem", "no whole number of GiB"),
+        (14 << 30, "", "problem", "no whole number of GiB"),
     ],
 )
 def test_vllm_does_not_start_by_itself_if_memory_is_in_use(
-    monkeypatch: pytest.MonkeyPatch, free: int, space: str, state: str, words: str
+    monkeypatch: pytest.MonkeyPatch, free: int, space: str | None, state: str, words: str
 ) -> None:
     monkeypatch.setattr(memory, "cpu_memory", lambda: (16 << 30, free))
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if space is not None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
     (finding,) = memory.kv_cache()
     assert finding.state == state and words in finding.text + finding.remedy
 

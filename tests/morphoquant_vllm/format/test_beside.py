@@ -10,6 +10,7 @@ from calibration.output.written_files import copied_files
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.beside import changed_settings, check_decisive, digests_beside
 from morphoquant_vllm.format.checkpoint import read_spec
+from morphoquant_vllm.format.pooling import read_modules
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.verify import remarks, verify_checkpoint
 from tests.checkpoints import seal_again, write_random_checkpoint
@@ -102,6 +103,23 @@ def test_each_added_file_that_a_server_reads_is_told(tmp_path: Path, name: str) 
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("new")
     assert changed_settings(tmp_path, listed) == ([name] if name in ADDED else [])
+
+
+@pytest.mark.parametrize("folder", ["steps/circle", "n" * 300, "1_Pooling.json"])
+def test_a_folder_of_a_step_that_cannot_be_followed_is_told(tmp_path: Path, folder: str) -> None:
+    """Such a modules.json came after the calibration."""
+    write_random_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    seal_again(tmp_path)
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "circle").symlink_to("circle")
+    (tmp_path / "1_Pooling.json").write_text("{}")
+    steps = [{"path": folder, "type": "sentence_transformers.models.Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(steps))
+    with pytest.raises(MorphoQuantError, match="is no folder below the model's directory"):
+        read_modules(tmp_path)
+    spec = verify_checkpoint(tmp_path)
+    assert [line.split()[0] for line in remarks(tmp_path, spec)] == ["modules.json"]
 
 
 def test_a_list_without_a_version_says_nothing_of_files_that_it_did_not_cover(checkpoint: Path) -> None:

@@ -55,7 +55,8 @@ def test_text_without_a_row_of_its_own_has_any() -> None:
         ({"smell": (3,)}, "unknown row 'smell'; known: .*'audio', 'any'"),
         ({"massive": (3,)}, "unknown row 'massive'"),
         ({"image": (3,), "video": (3,)}, "token 3 in 'video', but it is in 'image' too"),
-        ({"image": (-1,)}, "token -1 in 'image', but it is negative"),
+        ({"image": (-1,)}, "token -1 in 'image', but it is no token id"),
+        ({"image": (2**31,)}, "token 2147483648 in 'image', but it is no token id"),
     ],
 )
 def test_tables_that_cannot_be_right_are_refused(ids: dict[str, tuple[int, ...]], expected: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,12 @@ def test_a_malformed_table_is_refused_in_one_line(change, fragment: str, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [None, "not json", "[]"])
+@pytest.mark.parametrize("text", [None, "not json", "[]", "[" * 100_000, "FIFO"])
 def test_an_unreadable_table_is_refused_in_one_line(text: str | None, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    if text is not None:
+    if text == "FIFO":
+        os.mkfifo(path)
+    elif text is not None:
         path.write_text(text)
     with pytest.raises(MorphoQuantError, match="tile table") as caught:
         tiles.load(path)

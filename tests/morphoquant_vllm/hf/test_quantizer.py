@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import morphoquant_vllm.hf as hf
@@ -18,10 +19,11 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics.linear import linear
 from tests.calibration.built_models import TinyModels
-from tests.checkpoints import edit, edit_tensors, file_of, flip_bit, random_group
+from tests.checkpoints import edit, edit_tensors, file_of, flip_bit, random_group, seal_again
 from tests.engine.conftest import REPOSITORY
 from tests.quantized_tower import write_quantized_tower
 from tests.records import activation_of, weight_of
@@ -140,7 +142,7 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
         torch.cat((IDS, torch.full((1, 3), placeholder)), 1), spec.placeholder_token_ids, spec.rows
     ).flatten()
     assert rows.tolist() == [0] * 40 + [1] * 3
-    model.get_submodule(Q).mode.token_rows = rows
+    model.get_submodule(Q).mode.running.token_rows = rows
     torch.testing.assert_close(outputs() - served, 5.0 * (rows == 1)[:, None].expand_as(served), rtol=0, atol=1e-4)
     hf.configure(model, row="image")
     torch.testing.assert_close(outputs() - served, torch.full_like(served, 5.0), rtol=0, atol=1e-4)
@@ -148,7 +150,7 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     mode = model.get_submodule(Q).mode
     during: list[list[int] | None] = []
     model.get_submodule(Q).register_forward_pre_hook(
-        lambda *_: during.append(None if mode.token_rows is None else mode.token_rows.tolist())
+        lambda *_: during.append(None if mode.running.token_rows is None else mode.running.token_rows.tolist())
     )
     with torch.no_grad():
         model(IDS)
@@ -160,6 +162,16 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     assert torch.equal(outputs(), served)
     with pytest.raises(MorphoQuantError, match="row 'smell' is unknown"):
         hf.configure(model, row="smell")
+
+
+def test_a_compiled_model_takes_the_rows_of_its_tokens(checkpoints: dict[str, Path]) -> None:
+    """A compiler may take the state of a running pass for constant."""
+    model = load("qwen2_5_vl", checkpoints["qwen2_5_vl"], dtype=torch.float32)
+    hf.configure(model, reference=False)
+    served = logits(model)
+    assert torch.equal(logits(torch.compile(model, backend="eager")), served)
+    hf.configure(model, row="any")
+    assert not torch.equal(logits(model), served)
 
 
 def test_a_quantized_tower_takes_its_fixed_row(tiny: TinyModels, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -205,6 +217,54 @@ def refused(directory: Path, expected: str, name: str = "llama") -> None:
     with pytest.raises(MorphoQuantError, match=expected) as caught:
         load(name, directory)
     assert "\n" not in str(caught.value)
+
+
+def test_weight_files_that_were_not_checked_are_refused(damaged: Path) -> None:
+    """transformers reads a pickle if asked to, and of several files model.safetensors alone."""
+    (file,) = damaged.glob("*.safetensors")
+    tensors = load_file(file)
+    torch.save(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, damaged / "pytorch_model.bin")
+    with pytest.raises(MorphoQuantError, match=r"would read pytorch_model.bin, but .* names model-00001-of-00001"):
+        load("llama", damaged, use_safetensors=False)
+    norm = tensors.pop("model.norm.weight")
+    file.unlink()
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    save_file({"model.norm.weight": norm}, damaged / "norm.safetensors", {"format": "pt"})
+    placed = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "norm.safetensors"}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    seal_again(damaged)
+    verify_checkpoint(damaged)
+    refused(damaged, "would read model.safetensors, but .* names model.safetensors for 2 weight files")
+
+
+def test_settings_of_another_checkpoint_are_refused(checkpoints: dict[str, Path], damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    rows = config["quantization_config"]["rows"]
+    rows[0], rows[-2] = rows[-2], rows[0]
+    (damaged / "config.json").write_text(json.dumps(config))
+    seal_again(damaged)
+    other = transformers.AutoConfig.from_pretrained(damaged)
+    with pytest.raises(MorphoQuantError, match="its quantization_config is not the one of the config that is given"):
+        load("llama", checkpoints["llama"], config=other)
+    assert load("llama", damaged, config=other) is not None
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_is_served_after_a_pass_and_checked(checkpoints: dict[str, Path], assign: bool) -> None:
+    """The kernels' records are made by the first pass."""
+    model, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32) for _ in range(2)
+    )
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state[f"{Q}.absorbed_bias"] += 5.0
+    before = logits(model)
+    for loaded in (model, other):
+        loaded.load_state_dict(state, assign=assign)
+    assert torch.equal(logits(model), logits(other))
+    assert not torch.equal(logits(model), before)
+    state[f"{Q}.gain"] = state[f"{Q}.gain"] * torch.nan
+    with pytest.raises(MorphoQuantError, match=f"{Q}.gain: holds NaN"):
+        model.load_state_dict(state, assign=assign)
 
 
 def test_a_missing_tensor_is_refused(damaged: Path) -> None:

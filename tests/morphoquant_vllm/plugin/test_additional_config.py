@@ -49,3 +49,10 @@ def test_a_mistake_is_refused_in_one_line_that_names_it(given: object, named: st
         read_settings({"morphoquant": given})
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{"lm_head": "int8"}, {"watch_escapes": {}}, {"MorphoQuant": {"lm_head": "int8"}}])
+def test_a_setting_in_another_place_is_not_ignored(given: dict[str, object]) -> None:
+    with pytest.raises(MorphoQuantError, match=r"would be ignored here; write \{\"morphoquant\"") as caught:
+        read_settings({"other": 1, **given})
+    assert next(iter(given)) in str(caught.value)

@@ -52,6 +52,13 @@ def damage(directory: Path) -> None:
     flip_bit(directory, "model.layers.0.mlp.down_proj.weight_codes")
 
 
+@pytest.mark.parametrize("name", ["out[1]", "out*", "out?"])
+def test_a_path_that_vllm_takes_for_a_pattern_is_refused(pristine: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(pristine, tmp_path / name)
+    with pytest.raises(MorphoQuantError, match="for a pattern, and would read other files; rename the folder"):
+        checkpoint_check.check_directory(tmp_path / name)
+
+
 def make_version_2(directory: Path) -> None:
     config = json.loads((directory / CONFIG_FILE).read_text())
     config["quantization_config"].pop("integrity")

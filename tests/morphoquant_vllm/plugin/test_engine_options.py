@@ -18,6 +18,12 @@ def engine(load_format: str = "auto", **model: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize(("load_format", "files"), [("pt", r"\*.pt"), ("npcache", r"\*.bin")])
+def test_files_that_were_not_checked_are_refused(load_format: str, files: str) -> None:
+    with pytest.raises(MorphoQuantError, match=f"--load-format {load_format}: reads {files} files, which are not"):
+        refuse_unchecked_loading(engine(load_format))
+
+
 @pytest.mark.parametrize("load_format", ["auto", "safetensors", "dummy", "sharded_state", "runai_streamer"])
 def test_loaders_that_tell_what_they_loaded_are_taken(load_format: str) -> None:
     refuse_unchecked_loading(engine(load_format))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from morphoquant_vllm.plugin.escape_report import (
 )
 
 NAMES = ("text", "image", "any", "massive")
+TOO_LARGE = {"layers": {"a": {"escape_rate": {"text": 10**400}}}}
 
 
 def test_counts_of_layers_become_rows() -> None:
@@ -60,7 +62,9 @@ def test_the_input_of_a_list_of_experts_has_calibrated_rates() -> None:
     assert calibrated_rates(report, {"a": 64, "list": 128}) == {"text": pytest.approx(0.04)}
 
 
-@pytest.mark.parametrize("report", [None, {}, {"layers": {"a": {}}}, {"layers": {"a": {"escape_rate": 3}}}, []])
+@pytest.mark.parametrize(
+    "report", [None, {}, {"layers": {"a": {}}}, {"layers": {"a": {"escape_rate": 3}}}, [], TOO_LARGE]
+)
 def test_a_report_without_rates_gives_none(report: object) -> None:
     assert calibrated_rates(report, {"a": 64}) == {}
 
@@ -71,13 +75,26 @@ def test_a_report_that_cannot_be_read_is_a_line_in_the_log(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     assert read_report(str(tmp_path), None) is None
     file = tmp_path / "morphoquant_calibration.json"
-    file.write_text("{")
+    for text in ("{", "[" * 100_000, "[]", '{"a": NaN}'):
+        file.write_text(text)
+        assert read_report(str(tmp_path), None) is None
+    file.unlink()
+    os.mkfifo(file)
     assert read_report(str(tmp_path), None) is None
+    file.unlink()
     # pytest may listen to the logger as well as to the root.
-    assert list(dict.fromkeys(line.rpartition("morphoquant_calibration.json ")[2] for line in caplog.messages)) == [
-        "cannot be read; escape rates are not compared with calibration",
-        "is not JSON; escape rates are not compared with calibration",
-    ]
+    lines = list(dict.fromkeys(caplog.messages))
+    assert all(line.endswith("(escape rates are not compared with calibration)") for line in lines)
+    problems = (
+        "no such file",
+        "cannot be read",
+        "is nested too deep",
+        "does not hold",
+        "NaN is not JSON",
+        "not a regular",
+    )
+    assert len(lines) == len(problems)
+    assert all(problem in line for problem, line in zip(problems, lines, strict=True))
     file.write_text(json.dumps({"layers": {}}))
     assert read_report(str(tmp_path), None) == {"layers": {}}
 

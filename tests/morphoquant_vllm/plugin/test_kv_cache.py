@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from morphoquant_vllm.format.kv_cache import AttentionRange
+from morphoquant_vllm.numerics.limits import MAX_MAGNITUDE
 from morphoquant_vllm.plugin import kv_cache
 
 FOUND = AttentionRange(query=1.0, key=896.0, value=0.0)
@@ -35,6 +36,14 @@ def test_a_block_takes_its_own_magnitudes() -> None:
         assert method is not None and method.found.key == block
     assert kv_cache.cache_method(SimpleNamespace(), attention("fp8"), "model.layers.2.attn", ranges) is None
     assert kv_cache.cache_method(SimpleNamespace(), torch.nn.Linear(1, 1), "model.layers.1.mlp", ranges) is None
+
+
+@pytest.mark.parametrize("magnitude", [0, 5e-324, 1e-38, 1e-30, 1.0, MAX_MAGNITUDE])
+def test_a_cache_can_divide_by_every_scale(magnitude: float) -> None:
+    """By 0 it would hold NaN, and by infinity zeros."""
+    AttentionRange(1.0, magnitude, 1.0).check("model.layers.0")
+    scale = torch.tensor(kv_cache.scale(magnitude), dtype=torch.float32)
+    assert bool(scale > 0) and bool(torch.isfinite(1 / scale))
 
 
 def test_the_layer_gets_scales_that_leave_room_above_the_magnitudes() -> None:

@@ -1,6 +1,7 @@
 """Loading into vLLM's own linear layers, one process: checks, refusals and outputs."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from morphoquant_vllm.numerics.linear import linear
 from morphoquant_vllm.plugin.config import MorphoQuantConfig
 from tests.checkpoints import random_group
 from tests.morphoquant_vllm.plugin.linear_cases import (
+    SHARDS,
     G,
     K,
     N,
@@ -284,3 +286,32 @@ class TestFusedLayer:
 
         with pytest.raises(MorphoQuantError, match=r"mlp.up_proj: the model has K = 128, the checkpoint 64"):
             ReplicatedLinear(128, N, bias=False, quant_config=MorphoQuantConfig(specification()), prefix="mlp.up_proj")
+
+    def test_outputs_that_are_not_the_models_are_refused(self) -> None:
+        """vLLM would load the first of them, and serve another model."""
+        from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+
+        spec = specification()
+        with pytest.raises(
+            MorphoQuantError, match=r"mlp.up_proj: the model has N = 16, the checkpoint 32; config.json"
+        ):
+            ReplicatedLinear(K, 16, bias=False, quant_config=MorphoQuantConfig(spec), prefix="mlp.up_proj")
+        config = MorphoQuantConfig(spec)
+        config.packed_modules_mapping = {"gate_up_proj": list(SHARDS)}
+        with pytest.raises(
+            MorphoQuantError, match=r"mlp.up_proj: the model has N = 16, the checkpoint 32; config.json"
+        ):
+            MergedColumnParallelLinear(K, [N, 16], bias=False, quant_config=config, prefix="mlp.gate_up_proj")
+
+    @pytest.mark.parametrize(
+        ("heads", "refused"), [(2, None), (1, "a.k_proj: the model has N = 32, the checkpoint 64")]
+    )
+    def test_fewer_heads_of_keys_than_in_the_file_are_refused(self, heads: int, refused: str | None) -> None:
+        from vllm.model_executor.layers.linear import QKVParallelLinear
+
+        sizes = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
+        spec = QuantizationSpec({f"a.{name}": LayerSpec(K, n, G, "column", "a.qkv_proj") for name, n in sizes.items()})
+        config = MorphoQuantConfig(spec)
+        config.packed_modules_mapping = {"qkv_proj": list(sizes)}
+        with pytest.raises(MorphoQuantError, match=refused) if refused else nullcontext():
+            QKVParallelLinear(K, 32, 4, heads, bias=False, quant_config=config, prefix="a.qkv_proj")

@@ -15,7 +15,7 @@ from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import read_spec
 from morphoquant_vllm.plugin import reload
 from morphoquant_vllm.plugin.reload import ReloadedPair, replace_records
-from tests.checkpoints import seal_again, write_random_checkpoint
+from tests.checkpoints import file_of, flip_bit, seal_again, write_random_checkpoint
 
 
 def test_new_records_take_the_place_of_the_served_ones() -> None:
@@ -48,6 +48,21 @@ def test_any_file_that_is_written_anew_is_checked_again(tmp_path: Path, monkeypa
         check.check(config, spec)
         check.check(config, spec)
         assert len(checked) == count, path
+
+
+def test_a_file_that_kept_its_time_and_size_is_checked_again(tmp_path: Path) -> None:
+    """As rsync writes it, or a program that sets the time back."""
+    write_random_checkpoint(tmp_path)
+    config = cast(VllmConfig, SimpleNamespace(model_config=SimpleNamespace(model=str(tmp_path))))
+    spec, check = read_spec(tmp_path), reload.ReloadCheck()
+    check.check(config, spec)
+    path = file_of(tmp_path, "model.norm.weight")
+    status = path.stat()
+    flip_bit(tmp_path, "model.norm.weight")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    with pytest.raises(MorphoQuantError, match="its SHA-256 is not the recorded one"):
+        check.check(config, spec)
 
 
 def test_another_config_json_is_refused_by_its_field(tmp_path: Path) -> None:

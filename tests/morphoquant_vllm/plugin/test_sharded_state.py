@@ -1,6 +1,7 @@
 """Records of saved states: a directory that is incomplete, damaged or of another origin is refused in one line."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader import ShardedStateLoader
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.integrity import file_digest
+from morphoquant_vllm.format.checkpoint import read_spec
+from morphoquant_vllm.format.integrity import digest, file_digest
 from morphoquant_vllm.plugin import sharded_state
 from morphoquant_vllm.plugin.sharded_state import Place, RankState, SavedState, check_state
-from tests.checkpoints import write_random_checkpoint
+from tests.checkpoints import edit, write_random_checkpoint
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def states(tmp_path: Path) -> Path:
             place=Place(rank, 2, 0, 1),
             created_by=sharded_state._VERSION,
             backend="cpu",
-            settings=spec.settings_digest(),
+            settings=sharded_state.origin(spec),
             renumbered=False,
             files={file.name: file_digest(file)},
             layers={"model.layers.0.mlp.down_proj": ([["uint8", [128]]], [["float32", [2, 3]]])},
@@ -65,6 +67,14 @@ def change_shape(directory: Path) -> None:
     record(directory).write_text(record(directory).read_text().replace("128", "129"))
 
 
+def add_field(directory: Path) -> None:
+    """As a later version may."""
+    content = json.loads(record(directory).read_text())
+    del content["digest"]
+    content["heads"] = 8
+    record(directory).write_text(json.dumps({**content, "digest": digest(content)}))
+
+
 def test_a_whole_directory_is_taken_and_a_checkpoint_is_left_to_its_own_check(states: Path, tmp_path: Path) -> None:
     saved = SavedState()
     assert not saved.take(tmp_path / "checkpoint") and saved.directory is None
@@ -81,10 +91,12 @@ def test_a_whole_directory_is_taken_and_a_checkpoint_is_left_to_its_own_check(st
         (lambda d: (d / "model-rank-1-part-0.safetensors").unlink(), "model-rank-1-part-0.safetensors: no such file"),
         (lambda d: flip(d / "model-rank-1-part-0.safetensors"), "its SHA-256 is not the recorded one"),
         (lambda d: save_file({"a": torch.ones(1)}, d / "model-rank-0-part-1.safetensors"), "belongs to no saved state"),
+        (lambda d: os.mkfifo(d / "chat_template.jinja"), "chat_template.jinja: is not a regular file"),
+        (add_field, "is a record of another version"),
         (change_shape, "stage-0-of-1.json: is damaged"),
         (set_rope, "changed after the checkpoint was made"),
         (lambda d: change(d, created_by="morphoquant-vllm 9"), "was saved by morphoquant-vllm 9"),
-        (lambda d: change(d, settings="0"), "belongs to another config.json"),
+        (lambda d: change(d, settings="0"), "belongs to another checkpoint than the config.json"),
     ],
 )
 def test_what_is_not_whole_is_refused(states: Path, damage: Callable[[Path], None], line: str) -> None:
@@ -92,6 +104,28 @@ def test_what_is_not_whole_is_refused(states: Path, damage: Callable[[Path], Non
     with pytest.raises(MorphoQuantError, match=line) as refused:
         check_state(states)
     assert "\n" not in str(refused.value)
+
+
+def test_a_directory_whose_name_vllm_takes_for_a_pattern_is_refused(states: Path) -> None:
+    """vLLM's glob would find the states of `states1` for `states[1]`."""
+    named = states.rename(states.with_name("states[1]"))
+    with pytest.raises(MorphoQuantError, match="for a pattern, and would read other files; rename the folder"):
+        SavedState().take(named)
+    link = named.with_name("link")
+    link.symlink_to(named)
+    assert SavedState().take(link)
+
+
+def test_ranks_of_two_checkpoints_with_equal_settings_are_refused(states: Path, tmp_path: Path) -> None:
+    """As a save leaves them that was ended between two ranks, in a directory that held another state."""
+    other = tmp_path / "other"
+    spec = write_random_checkpoint(other, layers=1)
+    edit(other, "model.layers.0.mlp.down_proj.absorbed_bias", lambda bias: bias + 1)
+    edited = read_spec(other)
+    assert edited.settings_digest() == spec.settings_digest()
+    change(states, settings=sharded_state.origin(edited))
+    with pytest.raises(MorphoQuantError, match=r"state-0-of-2.*belongs to another checkpoint than the config.json"):
+        check_state(states)
 
 
 def test_buffers_have_the_recorded_shapes_and_are_saved() -> None:

@@ -2,8 +2,10 @@
 
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,19 @@ def test_a_kept_comparison_that_is_not_whole_is_made_again(
     kept.write_bytes(content)
     assert version_check.may_serve() and len(made) == 2 and kept.read_bytes() == whole
     assert all(OTHER in line for line in told.messages)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_what_is_no_file_in_the_cache_neither_hangs_nor_leaves_more(
+    told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+) -> None:
+    made = compare(monkeypatch, "vLLM 9.9: 2 of 2")
+    assert version_check.may_serve()
+    (kept,) = (environment.cache_directory() / "compared").iterdir()
+    kept.unlink()
+    make(kept)
+    assert version_check.may_serve() and len(made) == 2
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
 def test_tested_versions_and_workers_compare_nothing(
