@@ -41,7 +41,9 @@ def test_steps_of_inputs_with_too_many_escapes_grow() -> None:
     }
     changes = no_changes(layers, dict.fromkeys(layers, 1.0), torch.device("cpu"))
     decoder = cast(LearningDecoder, SimpleNamespace(changes=changes, spec=SimpleNamespace(layers=layers)))
-    made = Descent(decoder, cast(Objective, None), Chosen([0], [1], 1), lambda index: pytest.fail("no sample"), 0, EXTENT)
+    made = Descent(
+        decoder, cast(Objective, None), Chosen([0], [1], 1), lambda index: pytest.fail("no sample"), 0, EXTENT
+    )
     allowed = {"more": 0.04, "fewer": 0.04, "none": 0.0, "far_more": 0.01}
     made.keep_escape_rates(allowed, {"more": 0.044, "fewer": 0.03, "none": 0.001, "far_more": 0.1})
     grown = {name: float(step[0].detach().exp()) for name, step in changes.steps.items()}
