@@ -10,7 +10,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from morphoquant_vllm.format.checkpoint import check_headers, load_experts, load_layer, read_spec
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.format.token_table import rows_of_ids
 from morphoquant_vllm.numerics.experts import ExpertsRecord, experts
 from morphoquant_vllm.numerics.linear import linear
 from tests.experts import record_of
@@ -30,7 +30,7 @@ class StepRows:
         ids = inputs[0].flatten()
         self.rows = torch.full(ids.shape, self.spec.any_row, dtype=torch.int32)
         if self.by_modality:
-            self.rows = token_rows(ids, self.spec.placeholder_token_ids, self.spec.rows)
+            self.rows = rows_of_ids(ids, self.spec.placeholder_token_ids, self.spec.rows)
 
 
 class ReferenceLinear(nn.Module):

@@ -26,7 +26,7 @@ class CodedActivations(nn.Module):
         """y [..., N] of x [..., K], float32."""
         flat = x.reshape(-1, x.shape[-1])
         record = self.quantized.activation()
-        rows = token_rows(flat, self.quantized.rows_of(flat), record)
+        rows = token_rows(flat, self.quantized.modality_of(flat), record)
         seen = torch.empty_like(flat)
         seen[:, record.channel_order.long()] = dequantize(act_quant(flat, rows, record), rows, record)
         y: Tensor = self.original(seen)
@@ -44,7 +44,7 @@ class ServedWeights(nn.Module):
         """y [..., N] of x [..., K], float32."""
         flat = x.reshape(-1, x.shape[-1])
         record, weights = self.quantized.activation(), self.quantized.weights()
-        rows = token_rows(flat, self.quantized.rows_of(flat), record).long()
+        rows = token_rows(flat, self.quantized.modality_of(flat), record).long()
         ordered = flat.index_select(1, record.channel_order.long())
         inputs = (ordered - record.centre[rows]) * record.inverse[rows]
         y = inputs @ weights.dequantized().T * record.gain[rows, None] + weights.absorbed_bias[rows]

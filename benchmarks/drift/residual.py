@@ -162,4 +162,4 @@ def _add_ranks(ranks: torch.Generator | None, kept: Kept, module: nn.Module, inp
 
 def _note_codes(codes: list[Tensor], linear: MorphoQuantLinear, inputs: tuple[Tensor, ...]) -> None:
     x = inputs[0].reshape(-1, inputs[0].shape[-1])
-    codes.append(act_quant(x, linear.rows_of(x), linear.activation()).to(torch.int16))
+    codes.append(act_quant(x, linear.modality_of(x), linear.activation()).to(torch.int16))

@@ -45,7 +45,7 @@ def measure(inputs: PairedInput, pulls: Sequence[float], strengths: Sequence[flo
     texts = [text for text in inputs.exact if text != CALIBRATION]
     exact, seen = (torch.cat([values[text] for text in texts]) for values in (inputs.exact, inputs.quantized))
     wanted = exact @ matrix.T
-    rows = token_rows(seen, inputs.served[0].rows_of(seen), record)
+    rows = token_rows(seen, inputs.served[0].modality_of(seen), record)
     ordinary = rows < record.gain.numel() - 1
     power = _power(wanted[ordinary])
 
@@ -53,7 +53,7 @@ def measure(inputs: PairedInput, pulls: Sequence[float], strengths: Sequence[flo
         return _power((outputs - wanted)[ordinary]) / power
 
     decoded = torch.empty_like(exact)
-    own_rows = token_rows(exact, inputs.served[0].rows_of(exact), record)
+    own_rows = token_rows(exact, inputs.served[0].modality_of(exact), record)
     decoded[:, order] = dequantize(act_quant(exact, own_rows, record), own_rows, record)
     rounding = (decoded - exact) @ matrix.T
     own_ordinary = own_rows < record.gain.numel() - 1
@@ -107,7 +107,7 @@ class _Fits:
 def _coded(inputs: PairedInput, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of _Tokens: codes of the served input, values of the 16-bit one."""
     record, seen = inputs.served[0].activation(), inputs.quantized[text]
-    rows = token_rows(seen, inputs.served[0].rows_of(seen), record)
+    rows = token_rows(seen, inputs.served[0].modality_of(seen), record)
     values = inputs.exact[text][:, record.channel_order.long()] - record.centre[rows.long()]
     token_set = (rows == record.gain.numel() - 1).long()
     return act_quant(seen, rows, record), values, record.gain[rows.long()], token_set

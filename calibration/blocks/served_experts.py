@@ -46,7 +46,7 @@ class ServedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y [M, K] of hidden [M, K], in its dtype; index and weights [M, slots] are those of the router."""
-        return self.prepared.experts(hidden, self.serving.of(hidden), top_k_weights.float(), top_k_index)
+        return self.prepared.experts(hidden, self.serving.modality_of(hidden), top_k_weights.float(), top_k_index)
 
 
 def _record(name: str, count: int, tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> ExpertsRecord:

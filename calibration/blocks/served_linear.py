@@ -23,7 +23,7 @@ class TokenRows:
     # Row of each token, int [M]; None if unknown.
     modality: Tensor | None = None
 
-    def of(self, x: Tensor) -> Tensor:
+    def modality_of(self, x: Tensor) -> Tensor:
         """The row of each token of x [M, K] that is not massive, int32 [M]."""
         if self.modality is None:
             return torch.full(x.shape[:1], self.any_row, dtype=torch.int32, device=x.device)
@@ -71,7 +71,7 @@ class ServedLinear(nn.Module):
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
         if self.prepared is not None:
-            return self.prepared.linear(flat, self.serving.of(flat), self.bias).view(*x.shape[:-1], -1)
+            return self.prepared.linear(flat, self.serving.modality_of(flat), self.bias).view(*x.shape[:-1], -1)
         assert self.matrix is not None
         codes, rows = self.codes(flat)
         y = (codes.float() * self.record.gain[rows][:, None]) @ self.matrix.T + self.absorbed_bias[rows]
@@ -81,7 +81,7 @@ class ServedLinear(nn.Module):
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 [M, K] and row int32 [M] of each token of x [M, K]."""
-        rows = token_rows(x, self.serving.of(x), self.record)
+        rows = token_rows(x, self.serving.modality_of(x), self.record)
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         # Processing all tokens of one row at a time is several times faster than gathering a row per token.
         for row in rows.unique().tolist():

@@ -14,7 +14,7 @@ from calibration.data.model_inputs import Window, cut_windows, model_inputs
 from calibration.data.processor import load_processor
 from calibration.processes import ONE, Processes
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.format.token_table import rows_of_ids
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def build_samples(
     at `max_tokens`. Each of `size` processes renders every `size`-th sample, since adjacent samples are similar.
 
     `placeholder_token_ids` maps "image", "video" and "audio" to the ids of their placeholder tokens. The model does
-    not take a modality that is missing there. `rows` names the rows in order, see token_rows. With `skip_bad`,
+    not take a modality that is missing there. `rows` names the rows in order, see rows_of_ids. With `skip_bad`,
     conversations that cannot be used are logged and left out. `trust_remote_code` lets a processor's own code run.
     `keep` puts each sample's inputs away as soon as they are rendered.
 
@@ -119,7 +119,7 @@ def _render(
                 break
             continue
         cut += was_cut
-        modality = token_rows(inputs["input_ids"][0], placeholder_token_ids, rows)
+        modality = rows_of_ids(inputs["input_ids"][0], placeholder_token_ids, rows)
         samples.append(Sample(keep(place, inputs), modality, item.source, place))
     return samples, cut, bad
 

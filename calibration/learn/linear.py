@@ -87,7 +87,7 @@ class LearningInput:
         """Codes float32 [M, K] in channel order, and the row of each token, int32 [M]; x [..., K]."""
         if self._last is None or self._last[0] is not x:
             flat = x.reshape(-1, x.shape[-1]).float()
-            rows = token_rows(flat.detach(), self.serving.of(flat), self.record)
+            rows = token_rows(flat.detach(), self.serving.modality_of(flat), self.record)
             codes: Tensor = RoundInput.apply(flat, self.step, self.record, rows)
             self._last = x, codes, rows
         return self._last[1:]

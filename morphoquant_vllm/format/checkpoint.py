@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.files import COPY_AGAIN, check_directory, open_file, read_json
+from morphoquant_vllm.format.files import COPY_AGAIN, check_entries, open_file, read_json
 from morphoquant_vllm.format.integrity import Integrity
 from morphoquant_vllm.format.layers import (
     INPUT_TENSORS,
@@ -72,7 +72,7 @@ def read_spec(directory: Path) -> QuantizationSpec:
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by name, from the headers alone; index and files must agree in both directions."""
-    check_directory(directory)
+    check_entries(directory)
     index = read_index(directory)
     _refuse_other_weights(directory, index)
     stored = {}

@@ -29,7 +29,7 @@ def check_regular(path: Path) -> None:
         raise MorphoQuantError(f"{path}: is not a regular file; {COPY_AGAIN}")
 
 
-def check_directory(directory: Path) -> None:
+def check_entries(directory: Path) -> None:
     """Refuse a directory that is missing, or that holds anything but files, folders and links to them."""
     if not directory.is_dir():
         raise MorphoQuantError(f"{directory}: no such directory")

@@ -22,7 +22,7 @@ _MEDIA_KEY = re.compile(r"(image|video|audio)_token_(?:id|index)")
 _REMEDY = "calibrate again from this model's own files"
 
 
-def token_rows(token_ids: Tensor, placeholder_token_ids: Mapping[str, Sequence[int]], rows: Sequence[str]) -> Tensor:
+def rows_of_ids(token_ids: Tensor, placeholder_token_ids: Mapping[str, Sequence[int]], rows: Sequence[str]) -> Tensor:
     """The row of each token, int32, shape and device of `token_ids`.
 
     `placeholder_token_ids` maps "image", "video" and "audio" to token ids; every other token is text. `rows` names the
@@ -44,7 +44,7 @@ def row_table(spec: QuantizationSpec, vocabulary: int) -> Tensor:
     Index it with `ids.clamp(-1, vocabulary)`: -1 is the last entry, too. Every placeholder id of the spec must be in
     the vocabulary.
     """
-    table = token_rows(torch.arange(vocabulary + 1), spec.placeholder_token_ids, spec.rows)
+    table = rows_of_ids(torch.arange(vocabulary + 1), spec.placeholder_token_ids, spec.rows)
     table[vocabulary] = spec.any_row
     return table
 

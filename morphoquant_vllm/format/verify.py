@@ -46,12 +46,7 @@ def verify_checkpoint(
     file is read once, for its SHA-256 and for NaN and infinity in the carried tensors. Without `complete` files
     beside the weights may be missing, as in a hub's cache. `on_bytes` gets the bytes of each chunk that was read.
     """
-    spec = read_spec(directory)
-    config = read_json(directory / CONFIG_FILE)
-    if spec.integrity is not None:
-        check_config(directory / CONFIG_FILE, config, spec.integrity)
-        check_decisive(directory, spec.integrity.beside, complete=complete, checksums=checksums)
-    check_token_table(directory, config, spec)
+    spec = checked_settings(directory, checksums=checksums, complete=complete)
     for path in (directory / name for name in _READ_BESIDE):
         if path.exists():
             read_json(path)
@@ -65,6 +60,20 @@ def verify_checkpoint(
         carried = {name for name in files if owner_of(name, spec.linears) is None}
         for file_name in sorted(set(files.values())):
             _check_content(directory / file_name, carried, spec, on_bytes)
+    return spec
+
+
+def checked_settings(directory: Path, *, checksums: bool = True, complete: bool = True) -> QuantizationSpec:
+    """The settings of a checkpoint, whose config.json and files beside the weights are checked; as verify_checkpoint.
+
+    Raises MorphoQuantError at the first violation.
+    """
+    spec = read_spec(directory)
+    config = read_json(directory / CONFIG_FILE)
+    if spec.integrity is not None:
+        check_config(directory / CONFIG_FILE, config, spec.integrity)
+        check_decisive(directory, spec.integrity.beside, complete=complete, checksums=checksums)
+    check_token_table(directory, config, spec)
     return spec
 
 

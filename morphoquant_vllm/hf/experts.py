@@ -67,7 +67,7 @@ class MorphoQuantExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y [M, K] of hidden_states [M, K], in its dtype; index and weights [M, T] are those of the router."""
-        rows, weights = self.mode.rows_of(hidden_states), top_k_weights.float()
+        rows, weights = self.mode.modality_of(hidden_states), top_k_weights.float()
         if not self.mode.exact and not self.mode.reference and hidden_states.dtype in KERNEL_DTYPES:
             prepared = self.prepared(hidden_states.device, hidden_states.dtype)
             return prepared.experts(hidden_states, rows, weights, top_k_index)

@@ -32,7 +32,7 @@ class RunningPass(threading.local):
     # How many of the watched modules are running, one inside the other.
     depth = 0
     # Row of every token of the pass, int32 [tokens]; None if its tokens are unknown.
-    token_rows: Tensor | None = None
+    modality: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[RunningPass], tuple[()]]:
         # A copied or saved model starts without a pass.
@@ -55,9 +55,9 @@ class Mode:
 
     # A compiler would take what it finds in `running` for constant.
     @torch.compiler.disable
-    def rows_of(self, x: Tensor) -> Tensor:
+    def modality_of(self, x: Tensor) -> Tensor:
         """Row of each token of x [M, K] by its modality, int32 [M]; `row` if the running pass has not M tokens."""
-        noted = self.running.token_rows
+        noted = self.running.modality
         if noted is None or noted.numel() != x.shape[0]:
             return torch.full(x.shape[:1], self.row, dtype=torch.int32, device=x.device)
         return noted.to(x.device)
@@ -122,11 +122,11 @@ class MorphoQuantLinear(StoredTensors):
         """Raise MorphoQuantError naming the layer if loaded values break a rule of the format."""
         check_unless_meta(self.name, self.tensors(), self.spec)
 
-    def rows_of(self, x: Tensor) -> Tensor:
+    def modality_of(self, x: Tensor) -> Tensor:
         """Row of each token of x [M, K], int32 [M]: the fixed row of a tower's layer, or by the mode."""
         if self.fixed_row is not None:
             return torch.full(x.shape[:1], self.fixed_row, dtype=torch.int32, device=x.device)
-        return self.mode.rows_of(x)
+        return self.mode.modality_of(x)
 
     def activation(self) -> ActivationRecord:
         """The record that quantizes the input."""
@@ -151,7 +151,7 @@ class MorphoQuantLinear(StoredTensors):
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         """y [..., N] of x [..., K], in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
-        rows = self.rows_of(flat)
+        rows = self.modality_of(flat)
         if self.mode.exact or self.mode.reference or x.dtype not in KERNEL_DTYPES:
             define = linear_exact if self.mode.exact else linear
             y = define(flat, rows, self.weights(), self.activation(), self.bias)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.format.token_table import rows_of_ids
 from morphoquant_vllm.hf.experts import MorphoQuantExperts
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 
@@ -45,7 +45,7 @@ def configure(
         raise MorphoQuantError(f"row '{row}' is unknown; choose '{TOKEN_ROWS}' or one of {list(spec.rows)}")
     for hook in mode.hooks:
         hook.remove()
-    mode.hooks, mode.running.token_rows = [], None
+    mode.hooks, mode.running.modality = [], None
     mode.row = spec.any_row if row == TOKEN_ROWS else spec.rows.index(row)
     if row == TOKEN_ROWS:
         mode.hooks = _watch_tokens(model, mode, spec)
@@ -71,7 +71,7 @@ def _watch_tokens(model: PreTrainedModel, mode: Mode, spec: QuantizationSpec) ->
 def _enter(mode: Mode, *_: Any) -> None:
     """Before a module around the embedding: a pass that begins has no tokens yet."""
     if mode.running.depth == 0:
-        mode.running.token_rows = None
+        mode.running.modality = None
     mode.running.depth += 1
 
 
@@ -80,7 +80,7 @@ def _leave(mode: Mode, *_: Any) -> None:
     """After it, or after its error."""
     mode.running.depth -= 1
     if mode.running.depth == 0:
-        mode.running.token_rows = None
+        mode.running.modality = None
 
 
 @torch.compiler.disable
@@ -93,7 +93,7 @@ def _note(
 ) -> None:
     """Before the embedding: note the rows, unless the caller embeds tokens outside a pass, for whatever use."""
     if mode.running.depth:
-        mode.running.token_rows = token_rows(inputs[0], placeholder_token_ids, rows).flatten()
+        mode.running.modality = rows_of_ids(inputs[0], placeholder_token_ids, rows).flatten()
 
 
 def _mode_and_spec(model: PreTrainedModel) -> tuple[Mode, QuantizationSpec]:

@@ -50,7 +50,7 @@ class RowCounts:
         return RowCounts(**{name: value - asdict(earlier)[name] for name, value in asdict(self).items()})
 
 
-def rows_of(counts: Tensor, channels: Tensor, names: Sequence[str]) -> dict[str, RowCounts]:
+def counts_by_row(counts: Tensor, channels: Tensor, names: Sequence[str]) -> dict[str, RowCounts]:
     """The rows that occurred, of counts int64 [layers, R, len(COLUMNS)], channels int64 [layers] and R row names.
 
     Massive tokens count in their modality's row, and again in the row 'massive'.

@@ -27,7 +27,7 @@ from morphoquant_vllm.numerics.escape_counts import COLUMNS
 from morphoquant_vllm.plugin.additional_config import Watch
 from morphoquant_vllm.plugin.counted_layer import Counter, Gate
 from morphoquant_vllm.plugin.escape_metrics import MetricsFolder
-from morphoquant_vllm.plugin.escape_report import Drift, RowCounts, calibrated_rates, rows_of, summary
+from morphoquant_vllm.plugin.escape_report import Drift, RowCounts, calibrated_rates, counts_by_row, summary
 from morphoquant_vllm.plugin.log import plugin_logger
 
 logger = plugin_logger(__name__)
@@ -164,7 +164,7 @@ class EscapeWatch:
         """The copied counts since the start, by row."""
         with self._lock:
             copied = self.copied.clone()
-        return rows_of(copied, self.channels, self.rows)
+        return counts_by_row(copied, self.channels, self.rows)
 
     def report(self) -> None:
         """Write the metrics and log the rates since the last report, if there are new counts."""

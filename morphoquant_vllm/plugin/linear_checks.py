@@ -6,6 +6,7 @@ import torch
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from morphoquant_vllm.errors import MorphoQuantError
+from morphoquant_vllm.format import values
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.plugin.parameters import check_ranks
@@ -50,7 +51,7 @@ def check_outputs(layer: torch.nn.Module, output_size: int, shards: dict[str, La
     )
 
 
-def check_bias(layer: torch.nn.Module, shards: dict[str, LayerSpec]) -> None:
+def check_bias_presence(layer: torch.nn.Module, shards: dict[str, LayerSpec]) -> None:
     """Check the source layer's bias: vLLM allocates it uninitialised and does not report a missing one."""
     bias = getattr(layer, "bias", None)
     has = {False: "no bias", True: "a bias"}
@@ -60,5 +61,5 @@ def check_bias(layer: torch.nn.Module, shards: dict[str, LayerSpec]) -> None:
                 f"{name}: the model has {has[bias is not None]}, the checkpoint has {has[shard.bias]}; "
                 "config.json does not belong to these weights"
             )
-    if bias is not None and not bool(torch.isfinite(bias).all()):
-        raise MorphoQuantError(f"{next(iter(shards))}.bias: holds NaN or infinite values; the file is damaged")
+    if bias is not None:
+        values.check_bias(f"{next(iter(shards))}.bias", bias)

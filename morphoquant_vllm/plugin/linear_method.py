@@ -29,7 +29,7 @@ from morphoquant_vllm.numerics.activation import ActivationRecord, activation_re
 from morphoquant_vllm.numerics.linear import WeightRecord, weight_record
 from morphoquant_vllm.plugin import dummy_weights, fusion, sharded_state
 from morphoquant_vllm.plugin.counted_layer import CountedLayer, Counter, counter_of_linear
-from morphoquant_vllm.plugin.linear_checks import check_bias, check_outputs, check_shapes
+from morphoquant_vllm.plugin.linear_checks import check_bias_presence, check_outputs, check_shapes
 from morphoquant_vllm.plugin.mlp_channel_order import MlpOrder, both_halves, reorder_inputs, reorder_outputs
 from morphoquant_vllm.plugin.modality_bus import ModalityBus, rows_of_step
 from morphoquant_vllm.plugin.parameters import LoadLog, make_parameters
@@ -177,7 +177,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 self.load_log.check(self.name, tensor, len(self.shards))
             tensors[tensor] = parameter.data
             delattr(layer, tensor)
-        check_bias(layer, self.shards)
+        check_bias_presence(layer, self.shards)
         row_parallel = isinstance(layer, RowParallelLinear)
         rank, size = (int(layer.tp_rank), int(layer.tp_size)) if row_parallel else (0, 1)  # type: ignore[arg-type]
         # Channels are numbered over the whole K; this rank's channels start at rank * K / size.
@@ -228,7 +228,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
                 f"{self.name}: was loaded from a saved state and is not loaded again into a running engine; start a "
                 "new server"
             )
-        check_bias(layer, self.shards)
+        check_bias_presence(layer, self.shards)
         self.weight_size, self.activation_size = map(len, shapes)
         prepared = self.records(layer)
         for name, _ in list(layer.named_buffers(recurse=False)):
@@ -289,7 +289,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
             self._bias_in_order = bias.data.clone()
         return reorder_outputs(tensors, outputs)
 
-    def token_rows(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
+    def modality(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
         """Row of each token of x [M, K], int32 [M or more], as the ops take it."""
         if not self.layer_spec.fixed_row:
             return rows_of_step(layer.modality, x, self.spec.any_row)  # type: ignore[arg-type]
@@ -313,5 +313,5 @@ class MorphoQuantLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # An unneeded view would hide the operation before it from the pass of `fusion`.
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = ops.bound_linear(flat, self.token_rows(layer, flat), self.handle(layer), bias)
+        y = ops.bound_linear(flat, self.modality(layer, flat), self.handle(layer), bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

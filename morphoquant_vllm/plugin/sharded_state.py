@@ -1,7 +1,7 @@
 """vLLM's sharded_state: each rank's tensors saved as they are served, and loaded without being laid out again.
 
-    save   vLLM writes the state of a rank -> beside it goes a record: SHA-256 of the files, shapes, settings
-    load   the records are checked before workers start -> a layer makes tensors of the recorded shapes
+    save   vLLM writes the state of a rank -> beside it goes a manifest: SHA-256 of the files, shapes, settings
+    load   the manifests are checked before workers start -> a layer makes tensors of the recorded shapes
            -> vLLM copies the files into them -> the layer is bound
 
 vLLM's loader narrows a tensor of another size and takes any value. So the files are hashed whenever they are loaded,
@@ -26,12 +26,10 @@ from vllm.model_executor.model_loader import ShardedStateLoader
 
 import morphoquant_vllm
 from morphoquant_vllm.errors import MorphoQuantError
-from morphoquant_vllm.format.beside import check_decisive
-from morphoquant_vllm.format.checkpoint import CONFIG_FILE, read_spec
-from morphoquant_vllm.format.files import COPY_AGAIN, check_directory, read_json
-from morphoquant_vllm.format.integrity import FileDigest, check_config, digest, file_digest
+from morphoquant_vllm.format.files import COPY_AGAIN, check_entries, read_json
+from morphoquant_vllm.format.integrity import FileDigest, digest, file_digest
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.format.token_table import check_token_table
+from morphoquant_vllm.format.verify import checked_settings
 from morphoquant_vllm.host_memory import zero_bytes
 from morphoquant_vllm.plugin.checkpoint_check import refuse_pattern
 from morphoquant_vllm.plugin.log import plugin_logger
@@ -41,10 +39,10 @@ if TYPE_CHECKING:
 
 logger = plugin_logger(__name__)
 FORMATS = ("sharded_state", "runai_streamer_sharded")
-RECORDS = "morphoquant-state-*.json"
+MANIFESTS = "morphoquant-state-*.json"
 SAVE_AGAIN = "save the state again, into an empty directory"
-# Mark of the function that writes a record after vLLM's.
-_MARK = "writes_records"
+# Mark of the function that writes a manifest after vLLM's.
+_MARK = "writes_manifests"
 _VERSION = f"morphoquant-vllm {morphoquant_vllm.__version__}"
 
 # dtype, by its name in torch, and shape of each tensor of a weight and of an activation record.
@@ -69,13 +67,13 @@ class Place:
 
     @property
     def file(self) -> str:
-        """Name of the rank's record."""
-        return RECORDS.replace("*", f"{self.rank}-of-{self.ranks}-stage-{self.stage}-of-{self.stages}")
+        """Name of the rank's manifest."""
+        return MANIFESTS.replace("*", f"{self.rank}-of-{self.ranks}-stage-{self.stage}-of-{self.stages}")
 
 
 @dataclass(frozen=True)
 class RankState:
-    """The record of one rank's saved state."""
+    """The manifest of one rank's saved state."""
 
     place: Place
     created_by: str
@@ -89,14 +87,14 @@ class RankState:
     layers: dict[str, tuple[Shapes, Shapes]]
 
     def write(self, directory: Path) -> None:
-        """Write the record, with a digest of itself."""
+        """Write the manifest, with a digest of itself."""
         content = asdict(self)
         text = json.dumps({**content, "digest": digest(content)}, indent=1)
         (directory / self.place.file).write_text(text + "\n")
 
     @classmethod
     def read(cls, path: Path) -> RankState:
-        """Read a record; MorphoQuantError if it is damaged."""
+        """Read a manifest; MorphoQuantError if it is damaged."""
         content = read_json(path)
         if content.pop("digest", None) != digest(content):
             raise MorphoQuantError(f"{path}: is damaged; {COPY_AGAIN}")
@@ -104,7 +102,7 @@ class RankState:
             files = {name: FileDigest(**file) for name, file in content.pop("files").items()}
             return cls(**{**content, "place": Place(**content["place"]), "files": files})
         except (KeyError, TypeError, AttributeError) as error:
-            raise MorphoQuantError(f"{path}: is a record of another version ({error!r}); {SAVE_AGAIN}") from error
+            raise MorphoQuantError(f"{path}: is a manifest of another version ({error!r}); {SAVE_AGAIN}") from error
 
 
 def origin(spec: QuantizationSpec) -> str:
@@ -117,31 +115,26 @@ def origin(spec: QuantizationSpec) -> str:
 
 def has_state(directory: Path) -> bool:
     """Whether the directory holds a saved state of this method."""
-    return any(directory.glob(RECORDS))
+    return any(directory.glob(MANIFESTS))
 
 
 def check_state(directory: Path) -> None:
     """Refuse a directory of saved states that is incomplete, damaged, or of another config.json."""
     refuse_pattern(directory)
-    check_directory(directory)
-    spec = read_spec(directory)
-    config = read_json(directory / CONFIG_FILE)
-    if spec.integrity is not None:
-        check_config(directory / CONFIG_FILE, config, spec.integrity)
-        # vLLM saves no tokenizer: it is copied by hand, or named by --tokenizer.
-        check_decisive(directory, spec.integrity.beside, complete=False)
-    check_token_table(directory, config, spec)
-    records = [RankState.read(path) for path in sorted(directory.glob(RECORDS))]
+    check_entries(directory)
+    # vLLM saves no tokenizer: it is copied by hand, or named by --tokenizer.
+    spec = checked_settings(directory, complete=False)
+    states = [RankState.read(path) for path in sorted(directory.glob(MANIFESTS))]
     listed: dict[str, FileDigest] = {}
-    for record in records:
-        _check_origin(directory / record.place.file, record, spec)
-        listed |= record.files
-    first = records[0].place
+    for state in states:
+        _check_origin(directory / state.place.file, state, spec)
+        listed |= state.files
+    first = states[0].place
     expected = {
         Place(rank, first.ranks, stage, first.stages) for rank in range(first.ranks) for stage in range(first.stages)
     }
-    if expected != {record.place for record in records}:
-        raise MorphoQuantError(f"{directory}: holds {len(records)} of {len(expected)} ranks' states; {SAVE_AGAIN}")
+    if expected != {state.place for state in states}:
+        raise MorphoQuantError(f"{directory}: holds {len(states)} of {len(expected)} ranks' states; {SAVE_AGAIN}")
     unlisted = sorted({path.name for path in directory.glob("*.safetensors")} - listed.keys())
     if unlisted:
         raise MorphoQuantError(f"{directory / unlisted[0]}: belongs to no saved state here; {SAVE_AGAIN}")
@@ -151,15 +144,15 @@ def check_state(directory: Path) -> None:
             raise MorphoQuantError(f"{path}: no such file; {COPY_AGAIN}")
         if file_digest(path) != recorded:
             raise MorphoQuantError(f"{path}: is damaged (its SHA-256 is not the recorded one); {COPY_AGAIN}")
-    logger.info("MorphoQuant: %s: the saved states of %d ranks are in order", directory, len(records))
+    logger.info("MorphoQuant: %s: the saved states of %d ranks are in order", directory, len(states))
 
 
-def _check_origin(path: Path, record: RankState, spec: QuantizationSpec) -> None:
-    if record.created_by != _VERSION:
+def _check_origin(path: Path, state: RankState, spec: QuantizationSpec) -> None:
+    if state.created_by != _VERSION:
         raise MorphoQuantError(
-            f"{path}: was saved by {record.created_by}, whose layout {_VERSION} may not share; {SAVE_AGAIN}"
+            f"{path}: was saved by {state.created_by}, whose layout {_VERSION} may not share; {SAVE_AGAIN}"
         )
-    if record.settings != origin(spec):
+    if state.settings != origin(spec):
         raise MorphoQuantError(
             f"{path}: belongs to another checkpoint than the config.json beside it; copy config.json from the "
             f"checkpoint that was served, or {SAVE_AGAIN}"
@@ -167,12 +160,12 @@ def _check_origin(path: Path, record: RankState, spec: QuantizationSpec) -> None
 
 
 class SavedState:
-    """The saved state that an engine loads, if it loads one; reads this rank's record when the first layer asks."""
+    """The saved state that an engine loads, if it loads one; reads this rank's manifest when the first layer asks."""
 
     def __init__(self) -> None:
         # Set when the engine is configured, if its directory holds states.
         self.directory: Path | None = None
-        self._record: RankState | None = None
+        self._state: RankState | None = None
 
     def take(self, directory: Path) -> bool:
         """Check the directory if it holds states; whether it does."""
@@ -183,7 +176,7 @@ class SavedState:
         return True
 
     def of_rank(self, config: VllmConfig | None) -> RankState | None:
-        """This rank's record if the engine loads saved states. MorphoQuantError if directory and engine do not fit."""
+        """This rank's manifest if the engine loads saved states. MorphoQuantError if they do not fit the engine."""
         wanted = config is not None and config.load_config.load_format in FORMATS
         if not wanted and self.directory is None:
             return None
@@ -198,27 +191,27 @@ class SavedState:
                 f"{config.model_config.model}: is no local directory with states that save_sharded_state wrote; serve "
                 "it without --load-format sharded_state"
             )
-        if self._record is None:
-            self._record = _read_fitting(self.directory, config)
-        return self._record
+        if self._state is None:
+            self._state = _read_fitting(self.directory, config)
+        return self._state
 
 
 def _read_fitting(directory: Path, config: VllmConfig) -> RankState:
     place = Place.of_this_process()
     path = directory / place.file
     if not path.is_file():
-        saved = RankState.read(next(directory.glob(RECORDS))).place
+        saved = RankState.read(next(directory.glob(MANIFESTS))).place
         raise MorphoQuantError(
             f"{directory}: was saved with tensor parallel size {saved.ranks} and {saved.stages} pipeline stages; "
             "serve it with the same"
         )
-    record = RankState.read(path)
-    if record.renumbered and config.lora_config is not None:
+    state = RankState.read(path)
+    if state.renumbered and config.lora_config is not None:
         raise MorphoQuantError(
             f"{directory}: its MLPs have another channel order than adapters; serve the checkpoint itself with "
             "--enable-lora"
         )
-    return record
+    return state
 
 
 def make_tensors(layer: torch.nn.Module, shapes: tuple[Shapes, Shapes]) -> None:
@@ -238,7 +231,7 @@ def record_name(kind: str, index: int) -> str:
 
 
 def patch_saving() -> None:
-    """Let vLLM's save_sharded_state write a record beside the state of a model of this method.
+    """Let vLLM's save_sharded_state write a manifest beside the state of a model of this method.
 
     vLLM has no hook after it.
     """
@@ -256,10 +249,10 @@ def patch_saving() -> None:
         with TemporaryDirectory(dir=path, prefix=".saving-") as staged:
             original(model, staged, pattern, max_size)
             written = sorted(Path(staged).iterdir())
-            record = _record_of(methods, {file.name: file_digest(file) for file in written})
+            state = _manifest_of(methods, {file.name: file_digest(file) for file in written})
             for file in written:
                 file.replace(Path(path) / file.name)
-        record.write(Path(path))
+        state.write(Path(path))
 
     setattr(save_model, _MARK, True)
     ShardedStateLoader.save_model = staticmethod(save_model)
@@ -294,7 +287,7 @@ def _refuse_unsaved(model: torch.nn.Module) -> None:
             )
 
 
-def _record_of(methods: Sequence[MorphoQuantLinearMethod], files: dict[str, FileDigest]) -> RankState:
+def _manifest_of(methods: Sequence[MorphoQuantLinearMethod], files: dict[str, FileDigest]) -> RankState:
     return RankState(
         place=Place.of_this_process(),
         created_by=_VERSION,

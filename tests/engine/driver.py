@@ -58,7 +58,7 @@ def _watch(model: torch.nn.Module, captured: dict[str, torch.Tensor]) -> Callabl
         if f"{name}.x" in captured:
             return
         x, method = inputs[0], layer.quant_method
-        rows = method.token_rows(layer, x)[: x.shape[0]]
+        rows = method.modality(layer, x)[: x.shape[0]]
         captured[f"{name}.x"], captured[f"{name}.modality"] = x.clone(), rows.clone()
         captured[f"{name}.renumbered"] = torch.tensor(method.renumbered)
         captured[f"{name}.codes"] = ops.act_quant(x, rows, method.records(layer)[1], method.backend)

@@ -37,7 +37,7 @@ def reloaded(omni_checkpoint: Path) -> nn.Module:
 def assert_within_the_bound(module: MorphoQuantLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """The kernel's outputs are the reference's for these inputs, within the documented bound."""
     x, y = inputs[0].flatten(0, -2), output.flatten(0, -2).double()
-    given, record, weight = module.rows_of(x), module.activation(), module.weights()
+    given, record, weight = module.modality_of(x), module.activation(), module.weights()
     rows = token_rows(x, given, record)
     expected = linear(x, given, weight, record)
     bound = output_bound(act_quant(x, rows, record), rows, weight, record.gain, expected)

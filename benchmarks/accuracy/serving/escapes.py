@@ -38,7 +38,7 @@ class EscapeCounter:
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
         _, activation = method.records(layer)
         with torch.no_grad():
-            codes = ops.act_quant(x, method.token_rows(layer, x), activation, method.backend)
+            codes = ops.act_quant(x, method.modality(layer, x), activation, method.backend)
         count = self.counts.setdefault(name, [0, 0])
         count[0] += int(escapes(codes).sum())
         count[1] += codes.numel()

@@ -91,7 +91,7 @@ def test_weights_alone_compute_as_the_checkpoint_does_where_the_grid_holds_the_i
     record = own.quantized.activation()
     x = torch.randn(50, own.quantized.in_features, generator=torch.Generator().manual_seed(0))
     held = torch.empty_like(x)
-    rows = token_rows(x, own.quantized.rows_of(x), record)
+    rows = token_rows(x, own.quantized.modality_of(x), record)
     held[:, record.channel_order.long()] = dequantize(act_quant(x, rows, record), rows, record)
     with torch.no_grad():
         torch.testing.assert_close(own(held[None])[0], own.quantized(held), rtol=1e-4, atol=1e-4)

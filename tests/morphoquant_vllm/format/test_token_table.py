@@ -14,7 +14,7 @@ from morphoquant_vllm.format.token_table import (
     added_token_ids,
     check_token_table,
     row_table,
-    token_rows,
+    rows_of_ids,
     unlisted_media,
 )
 from morphoquant_vllm.format.verify import verify_checkpoint
@@ -37,11 +37,11 @@ def test_every_id_has_its_row_and_strange_ones_have_any() -> None:
 
 def test_rows_follow_the_order_given_and_fall_back_to_any() -> None:
     ids, kinds = torch.tensor([5, 7, 8, 9]), {"image": [7], "video": [8], "audio": [9]}
-    assert token_rows(ids, kinds, DEFAULT_ROWS).tolist() == [0, 1, 2, 3]
-    assert token_rows(ids, kinds, ("any", "audio", "text")).tolist() == [2, 0, 0, 1]
-    assert token_rows(ids, kinds, ("any",)).tolist() == [0] * 4
+    assert rows_of_ids(ids, kinds, DEFAULT_ROWS).tolist() == [0, 1, 2, 3]
+    assert rows_of_ids(ids, kinds, ("any", "audio", "text")).tolist() == [2, 0, 0, 1]
+    assert rows_of_ids(ids, kinds, ("any",)).tolist() == [0] * 4
     with pytest.raises(ValueError):
-        token_rows(ids, kinds, ("text",))
+        rows_of_ids(ids, kinds, ("text",))
 
 
 def test_text_without_a_row_of_its_own_has_any() -> None:

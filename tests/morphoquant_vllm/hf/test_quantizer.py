@@ -18,7 +18,7 @@ from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import LayerSpec
 from morphoquant_vllm.format.schema import QuantizationSpec
-from morphoquant_vllm.format.token_table import token_rows
+from morphoquant_vllm.format.token_table import rows_of_ids
 from morphoquant_vllm.format.verify import verify_checkpoint
 from morphoquant_vllm.hf.linear import Mode, MorphoQuantLinear
 from morphoquant_vllm.numerics.linear import linear
@@ -138,11 +138,11 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
 
     served = outputs()
     spec = Checkpoint(directory).spec
-    rows = token_rows(
+    rows = rows_of_ids(
         torch.cat((IDS, torch.full((1, 3), placeholder)), 1), spec.placeholder_token_ids, spec.rows
     ).flatten()
     assert rows.tolist() == [0] * 40 + [1] * 3
-    model.get_submodule(Q).mode.running.token_rows = rows
+    model.get_submodule(Q).mode.running.modality = rows
     torch.testing.assert_close(outputs() - served, 5.0 * (rows == 1)[:, None].expand_as(served), rtol=0, atol=1e-4)
     hf.configure(model, row="image")
     torch.testing.assert_close(outputs() - served, torch.full_like(served, 5.0), rtol=0, atol=1e-4)
@@ -150,7 +150,7 @@ def test_each_token_can_take_the_row_of_its_modality(checkpoints: dict[str, Path
     mode = model.get_submodule(Q).mode
     during: list[list[int] | None] = []
     model.get_submodule(Q).register_forward_pre_hook(
-        lambda *_: during.append(None if mode.running.token_rows is None else mode.running.token_rows.tolist())
+        lambda *_: during.append(None if mode.running.modality is None else mode.running.modality.tolist())
     )
     with torch.no_grad():
         model(IDS)

@@ -13,8 +13,8 @@ from morphoquant_vllm.plugin.escape_report import (
     Drift,
     RowCounts,
     calibrated_rates,
+    counts_by_row,
     read_report,
-    rows_of,
     summary,
 )
 
@@ -30,7 +30,7 @@ def test_counts_of_layers_become_rows() -> None:
             [[10, 50, 2, 30], [4, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
         ]
     )
-    rows = rows_of(counts, torch.tensor([64, 128]), NAMES)
+    rows = counts_by_row(counts, torch.tensor([64, 128]), NAMES)
     assert rows == {
         "text": RowCounts(tokens=10, inputs=20, massive_inputs=3, codes=1920, escapes=80),
         "image": RowCounts(tokens=4, inputs=8, massive_inputs=0, codes=768, escapes=8),

@@ -43,12 +43,12 @@ def states(tmp_path: Path) -> Path:
     return directory
 
 
-def record(directory: Path, rank: int = 0) -> Path:
+def manifest(directory: Path, rank: int = 0) -> Path:
     return directory / f"morphoquant-state-{rank}-of-2-stage-0-of-1.json"
 
 
 def change(directory: Path, **fields: object) -> None:
-    replace(RankState.read(record(directory)), **fields).write(directory)
+    replace(RankState.read(manifest(directory)), **fields).write(directory)
 
 
 def flip(path: Path) -> None:
@@ -64,22 +64,22 @@ def set_rope(directory: Path) -> None:
 
 
 def change_shape(directory: Path) -> None:
-    record(directory).write_text(record(directory).read_text().replace("128", "129"))
+    manifest(directory).write_text(manifest(directory).read_text().replace("128", "129"))
 
 
 def add_field(directory: Path) -> None:
     """As a later version may."""
-    content = json.loads(record(directory).read_text())
+    content = json.loads(manifest(directory).read_text())
     del content["digest"]
     content["heads"] = 8
-    record(directory).write_text(json.dumps({**content, "digest": digest(content)}))
+    manifest(directory).write_text(json.dumps({**content, "digest": digest(content)}))
 
 
 def test_a_whole_directory_is_taken_and_a_checkpoint_is_left_to_its_own_check(states: Path, tmp_path: Path) -> None:
     saved = SavedState()
     assert not saved.take(tmp_path / "checkpoint") and saved.directory is None
     assert saved.take(states) and saved.directory == states
-    assert RankState.read(record(states)).layers == {
+    assert RankState.read(manifest(states)).layers == {
         "model.layers.0.mlp.down_proj": [[["uint8", [128]]], [["float32", [2, 3]]]]
     }
 
@@ -87,12 +87,12 @@ def test_a_whole_directory_is_taken_and_a_checkpoint_is_left_to_its_own_check(st
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (lambda d: record(d, 1).unlink(), "holds 1 of 2 ranks' states"),
+        (lambda d: manifest(d, 1).unlink(), "holds 1 of 2 ranks' states"),
         (lambda d: (d / "model-rank-1-part-0.safetensors").unlink(), "model-rank-1-part-0.safetensors: no such file"),
         (lambda d: flip(d / "model-rank-1-part-0.safetensors"), "its SHA-256 is not the recorded one"),
         (lambda d: save_file({"a": torch.ones(1)}, d / "model-rank-0-part-1.safetensors"), "belongs to no saved state"),
         (lambda d: os.mkfifo(d / "chat_template.jinja"), "chat_template.jinja: is not a regular file"),
-        (add_field, "is a record of another version"),
+        (add_field, "is a manifest of another version"),
         (change_shape, "stage-0-of-1.json: is damaged"),
         (set_rope, "changed after the checkpoint was made"),
         (lambda d: change(d, created_by="morphoquant-vllm 9"), "was saved by morphoquant-vllm 9"),
