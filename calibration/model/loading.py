@@ -21,6 +21,7 @@ from calibration.model.buffers import compute_buffers
 from calibration.model.experts import CHOSEN, StoredExperts, find_experts, load_merged, merged_parameter
 from calibration.model.head_tensor import is_head
 from calibration.model.plan import DecoderNames
+from calibration.model.run_config import prepare_run
 from calibration.model.source import Source
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
@@ -100,10 +101,7 @@ def _model_class(architecture: Architecture, source: Source) -> Any:
 
 
 def _read_config(model_class: Any, source: Source) -> Any:
-    """transformers' config of the source model, without settings of quantization: it would quantize the model.
-
-    If the model caps the scores of its attention, the config asks for plain attention: the others leave the cap out.
-    """
+    """transformers' config of the source model, without settings of quantization: it would quantize the model."""
     config = model_class.config_class.from_pretrained(
         str(source.directory), local_files_only=True, trust_remote_code=False
     )
@@ -111,10 +109,8 @@ def _read_config(model_class: Any, source: Source) -> Any:
     while parts:
         part = parts.pop()
         vars(part).pop("quantization_config", None)
-        if getattr(part, "attn_logit_softcapping", None):
-            config._attn_implementation = "eager"
         parts += [getattr(part, name) for name in part.sub_configs if getattr(part, name, None) is not None]
-    return config
+    return prepare_run(config)
 
 
 def load_front(
