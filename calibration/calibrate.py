@@ -21,7 +21,7 @@ from calibration.job import Job
 from calibration.learn.stage import learn
 from calibration.model.bits import check_bits_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
-from calibration.model.loading import choose_device
+from calibration.model.loading import BlockLoader, choose_device
 from calibration.model.plan import check_carried, decoder_names, plan, sixteen_bit
 from calibration.model.refusals import check_weight_names
 from calibration.model.served_names import check_names
@@ -127,6 +127,8 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     names = decoder_names(architecture, source.config, source.tensors)
     check_carried(source.tensors, spec)
     check_bits_budget(spec, names.prefix, recipe)
+    # A loader that was made has found every tensor of every block.
+    processes.broadcast(lambda: len(BlockLoader(architecture, source, names, recipe, torch.device("cpu"))))
     if not architecture.verified:
         if processes.first:
             logger.info("%s: %s", source.config.get("model_type"), GENERIC)

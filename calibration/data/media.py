@@ -145,7 +145,7 @@ def decode_video(
         raise _undecodable(media, error) from error
 
 
-def upright_frame(frame: av.VideoFrame, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def upright_frame(frame: av.VideoFrame, pixels: NDArray[Any]) -> NDArray[Any]:
     """The `pixels` [height, width, 3] of a decoded frame, turned by whole quarters as its file says."""
     return np.rot90(pixels, round(frame.rotation / 90))
 
