@@ -27,7 +27,7 @@ from calibration.model.refusals import check_weight_names
 from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
-from calibration.output.places import check_free_space, check_length, check_output, check_room, check_writable
+from calibration.output.places import check_free_space, check_name, check_output, check_room, check_writable
 from calibration.output.report import PACKAGE, package_version
 from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
@@ -146,8 +146,8 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
 
 def _check_places(job: Job, output: Path, work_path: Path, *, overwrite: bool) -> None:
     """Refuse an output or a work directory that could not be written at the end of the work."""
-    check_length(output)
-    check_length(work_path)
+    check_name(output)
+    check_name(work_path)
     check_work(work_path, output, job.source.directory)
     check_writable(output, "--output", replaced=True)
     check_writable(work_path, "--work", replaced=False)
@@ -235,8 +235,7 @@ def _explain_memory_errors(job: Job) -> Iterator[None]:
 
 def default_work(output: Path) -> Path:
     """The default work directory: beside the output, where a repeated call finds it."""
-    place = Path(os.path.realpath(output))
-    return place.with_name(f"{place.name}.work")
+    return Path(f"{os.path.realpath(output)}.work")
 
 
 def check_work(work_path: Path, output: Path, model: Path) -> None:

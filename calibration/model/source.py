@@ -122,6 +122,10 @@ def open_source(directory: Path | str) -> Source:
     directory = Path(directory)
     if not directory.is_dir():
         raise MorphoQuantError(f"{directory}: no such model directory; download the model and give its directory")
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise MorphoQuantError(f"{directory}: the path is not UTF-8, which safetensors needs; rename it") from error
     config = _read_config(directory / CONFIG_FILE)
     check_config(config)
     check_one_model(directory, config)

@@ -125,8 +125,9 @@ def check_cells(row: Mapping[str, Any], kinds: Mapping[str, type], place: Path, 
     A missing question would be asked as "None".
     """
     for column, kind in kinds.items():
-        value: Any = row[column]
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(entry, str) for entry in value)):
+        value = row[column]
+        entries = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(entry, str) for entry in entries):
             raise wrong_layout(place, benchmark, f"{_KINDS[kind]} in {column} of {name}", repr(value)[:100])
 
 

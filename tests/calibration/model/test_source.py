@@ -124,3 +124,10 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     (model / "adapter_config.json").write_text("{}")
     refuse(model, "adapter_config.json: transformers would add this adapter to the model; merge it first")
+
+
+def test_a_directory_whose_path_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "caf\udce9"
+    directory.mkdir()
+    with pytest.raises(MorphoQuantError, match="the path is not UTF-8, which safetensors needs; rename it"):
+        open_source(directory)
