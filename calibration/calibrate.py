@@ -39,6 +39,7 @@ from calibration.work.opening import clear_work, open_work
 from calibration.work.rendered import media_bytes
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import REPORT_FILE, read_json
+from morphoquant_vllm.format.verify import check_beside
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
     check_carried(source.tensors, spec)
+    # They are copied, and the finished checkpoint would be refused for them.
+    check_beside(source.directory, source.config, spec)
     check_bits_budget(spec, names.prefix, recipe)
     # A loader that was made has found every tensor of every block.
     processes.broadcast(lambda: len(BlockLoader(architecture, source, names, recipe, torch.device("cpu"))))

@@ -19,7 +19,7 @@ def write_model(directory: Path) -> Path:
 
 
 def write_index(directory: Path, weight_map: dict[str, str]) -> None:
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_headers_and_tensors_are_read(tmp_path: Path) -> None:
