@@ -310,6 +310,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MorphoQuantError(f"{path}: the recipe is not a mapping; write one 'setting: value' per line")
     # YAML would take the last one without a word.
+    assert node is not None
     counts = Counter(key.value for key, _ in node.value)
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
