@@ -21,13 +21,13 @@ from calibration.job import Job
 from calibration.learn.stage import learn
 from calibration.model.bits import check_bits_budget, extra_bytes
 from calibration.model.discovery import GENERIC, choose_architecture
-from calibration.model.loading import choose_device
+from calibration.model.loading import BlockLoader, choose_device
 from calibration.model.plan import check_carried, decoder_names, plan, sixteen_bit
 from calibration.model.refusals import check_weight_names
 from calibration.model.served_names import check_names
 from calibration.model.source import open_source
 from calibration.output.export import checkpoint_size, quantized_size
-from calibration.output.places import check_free_space, check_length, check_output, check_room, check_writable
+from calibration.output.places import check_free_space, check_name, check_output, check_room, check_writable
 from calibration.output.report import PACKAGE, package_version
 from calibration.precision import spend_budgets
 from calibration.processes import ONE, Processes
@@ -39,6 +39,7 @@ from calibration.work.opening import clear_work, open_work
 from calibration.work.rendered import media_bytes
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.files import REPORT_FILE, read_json
+from morphoquant_vllm.format.verify import check_beside
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,11 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
     spec = plan(architecture, source.config, source.tensors, recipe, created_by=f"{PACKAGE} {package_version()}")
     names = decoder_names(architecture, source.config, source.tensors)
     check_carried(source.tensors, spec)
+    # They are copied, and the finished checkpoint would be refused for them.
+    check_beside(source.directory, source.config, spec)
     check_bits_budget(spec, names.prefix, recipe)
+    # A loader that was made has found every tensor of every block.
+    processes.broadcast(lambda: len(BlockLoader(architecture, source, names, recipe, torch.device("cpu"))))
     if not architecture.verified:
         if processes.first:
             logger.info("%s: %s", source.config.get("model_type"), GENERIC)
@@ -144,8 +149,8 @@ def plan_job(model: Path | str, recipe: Recipe, memory_budget: int | None, proce
 
 def _check_places(job: Job, output: Path, work_path: Path, *, overwrite: bool) -> None:
     """Refuse an output or a work directory that could not be written at the end of the work."""
-    check_length(output)
-    check_length(work_path)
+    check_name(output)
+    check_name(work_path)
     check_work(work_path, output, job.source.directory)
     check_writable(output, "--output", replaced=True)
     check_writable(work_path, "--work", replaced=False)
@@ -233,8 +238,7 @@ def _explain_memory_errors(job: Job) -> Iterator[None]:
 
 def default_work(output: Path) -> Path:
     """The default work directory: beside the output, where a repeated call finds it."""
-    place = Path(os.path.realpath(output))
-    return place.with_name(f"{place.name}.work")
+    return Path(f"{os.path.realpath(output)}.work")
 
 
 def check_work(work_path: Path, output: Path, model: Path) -> None:

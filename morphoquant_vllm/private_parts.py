@@ -80,6 +80,7 @@ PRIVATE_PARTS: dict[str, str] = {
     # calibration/model/loading.py: a model without weights
     f"{_MODEL}._from_config": "(config, **kwargs)",
     f"{_MODEL}.all_tied_weights_keys": "attribute",
+    f"{_MODEL}._keys_to_ignore_on_load_unexpected": "attribute",
     "transformers.configuration_utils:PreTrainedConfig._attn_implementation": "property",
     # gpu/launcher.py and gpu/int8_path.py: how Triton launches a compiled kernel, and the fields of a descriptor
     f"{_COMPILED}.run": "property",

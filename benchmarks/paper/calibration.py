@@ -145,6 +145,9 @@ def messages(item: Item, system: str = "") -> list[dict[str, Any]]:
 def clip(video: bytes) -> bytes:
     """MPEG-4 of FRAMES evenly spaced frames of a video; MorphoQuantError if it cannot be decoded."""
     import av
+    import numpy as np
+
+    from calibration.data.media import upright_frame
 
     try:
         with av.open(io.BytesIO(video), "r") as container:
@@ -153,15 +156,17 @@ def clip(video: bytes) -> bytes:
         with av.open(io.BytesIO(video), "r") as container:
             frames = [frame for number, frame in enumerate(container.decode(video=0)) if number in wanted]
         made = io.BytesIO()
-        scale = min(1.0, SIDE / max(frames[0].width, frames[0].height))
+        images = [np.ascontiguousarray(upright_frame(frame, frame.to_ndarray(format="rgb24"))) for frame in frames]
+        height, width, _ = images[0].shape
+        scale = min(1.0, SIDE / max(width, height))
         with av.open(made, "w", format="mp4") as container:
             stream = container.add_stream("mpeg4", rate=RATE)
             # Codecs take even sizes.
-            stream.width, stream.height = (int(side * scale) // 2 * 2 for side in (frames[0].width, frames[0].height))
+            stream.width, stream.height = (int(side * scale) // 2 * 2 for side in (width, height))
             stream.pix_fmt = "yuv420p"
-            for frame in frames:
-                image = frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            for image in images:
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                container.mux(stream.encode(frame.reformat(width=stream.width, height=stream.height)))
             container.mux(stream.encode())
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise MorphoQuantError(f"a video to calibrate on cannot be decoded ({error}); pass --no-hold-out") from error

@@ -91,9 +91,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], int] | None:
             if length > 100_000_000:
                 return None
             header: dict[str, Any] = json.loads(file.read(length))
-    except (OSError, struct.error, ValueError):
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            # What is read of it later; another form raises one of the errors below.
+            str(entry["dtype"]), tuple(entry["shape"]), int(entry["data_offsets"][1])
+    except (OSError, struct.error, ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return None
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 
@@ -127,6 +130,7 @@ def sizes(directory: Path) -> Sizes:
 
 def _tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """File, dtype and shape of every tensor, by the headers of the files, or by a model without weights."""
+    from calibration.model.run_config import prepare_run
     from calibration.model.source import TensorInfo
 
     headers = {path: read_header(path) for path in weight_files(directory)}
@@ -147,7 +151,7 @@ def _tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise MorphoQuantError(f"{directory / 'config.json'}: architectures names no class of transformers: {name!r}")
     try:
         with torch.device("meta"):
-            model = model_class._from_config(transformers.AutoConfig.from_pretrained(directory))
+            model = model_class._from_config(prepare_run(transformers.AutoConfig.from_pretrained(directory)))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise MorphoQuantError(f"{directory / 'config.json'}: {name} cannot be made of it ({error})") from error
     return {

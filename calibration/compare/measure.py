@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from calibration.data.rendering import Sample
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
 
 TEXT = DEFAULT_ROWS.index("text")
 # Positions whose logits are turned into float32 probabilities at once: a vocabulary has 150,000 entries.
 CHUNK = 128
+# Its exponential is near the largest float.
+_MOST_LOSS = 700.0
 
 
 @dataclass
@@ -40,8 +43,8 @@ class Group:
         return {
             "samples": self.samples,
             "tokens": self.tokens,
-            "first_perplexity": math.exp(self.first_loss / self.tokens),
-            "second_perplexity": math.exp(self.second_loss / self.tokens),
+            "first_perplexity": math.exp(min(self.first_loss / self.tokens, _MOST_LOSS)),
+            "second_perplexity": math.exp(min(self.second_loss / self.tokens, _MOST_LOSS)),
             "divergence": self.divergence / self.tokens,
             "agreement": self.agreeing / self.tokens,
         }
@@ -72,11 +75,18 @@ def compare(
 ) -> Comparison:
     """Run both models on the samples; `block_module` names their list of decoder blocks.
 
-    `on_sample` is called with the number of finished samples.
+    `on_sample` is called with the number of finished samples. Raises MorphoQuantError if a model's logits are NaN or
+    infinite: no figure would say so.
     """
     result = Comparison()
     for done, sample in enumerate(samples, 1):
         (expected, blocks), (found, others) = (_run(model, block_module, sample) for model in (first, second))
+        for which, logits in (("first", expected), ("second", found)):
+            if not bool(logits.isfinite().all()):
+                raise MorphoQuantError(
+                    f"{sample.source}: the {which} model answers with NaN or infinite logits; take its files again, or "
+                    "--dtype float32"
+                )
         _add_blocks(result, blocks, others)
         group = _predictions(expected, found, sample)
         if group.tokens:

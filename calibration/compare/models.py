@@ -18,6 +18,7 @@ from calibration.model.architectures import Architecture
 from calibration.model.discovery import architecture_of_form
 from calibration.model.loading import LOADING_ERRORS
 from calibration.model.refusals import check_one_model
+from calibration.model.run_config import prepare_run
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.checkpoint import CONFIG_FILE
 from morphoquant_vllm.format.files import read_json
@@ -41,8 +42,12 @@ class Side:
         """The whole model on the CPU; quantized linears compute on the kernels that serve them."""
         model_class = getattr(transformers, self.architecture.model_class)
         try:
+            config = model_class.config_class.from_pretrained(
+                str(self.directory), local_files_only=True, trust_remote_code=False
+            )
             model, found = model_class.from_pretrained(
                 str(self.directory),
+                config=prepare_run(config),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -30,7 +30,8 @@ def decode_image(media: Media) -> Image.Image:
     try:
         with Image.open(_open(media), formats=IMAGE_FORMATS) as opened:
             image = _upright(opened)
-            if image.has_transparency_data:
+            # vLLM leaves RGB as it is, even if one colour of it counts as transparent.
+            if image.mode != "RGB" and image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image)
@@ -106,6 +107,7 @@ def decode_video(
 ) -> tuple[NDArray[np.uint8], VideoMetadata]:
     """The frames that `sample_frames` selects, RGB uint8 [frames, height, width, 3], and their metadata.
 
+    They stand upright, as in vLLM: a phone stores them as its sensor lies, and how they are turned beside them.
     `sample_frames` gets the metadata (frame count, frames per second, size) and returns frame numbers.
     Only those frames are held in memory. Raises BadConversationError naming the media if it has no video or cannot be
     decoded.
@@ -133,7 +135,7 @@ def decode_video(
         indices = [min(int(index), total - 1) for index in sample_frames(metadata)]
         wanted = set(indices)
         frames = {
-            index: frame.to_ndarray(format="rgb24")
+            index: upright_frame(frame, frame.to_ndarray(format="rgb24"))
             for index, frame in enumerate(_video_frames(media))
             if index in wanted
         }
@@ -141,6 +143,11 @@ def decode_video(
         return np.stack([frames[index] for index in indices]), metadata
     except (library.FFmpegError, OSError, ValueError) as error:
         raise _undecodable(media, error) from error
+
+
+def upright_frame(frame: av.VideoFrame, pixels: NDArray[Any]) -> NDArray[Any]:
+    """The `pixels` [height, width, 3] of a decoded frame, turned by whole quarters as its file says."""
+    return np.rot90(pixels, round(frame.rotation / 90))
 
 
 def _pyav() -> Any:

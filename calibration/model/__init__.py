@@ -14,5 +14,7 @@ bits           the bits of each linear's weights within a `bits_budget`
 head_tensor    the weights of the head in the files
 experts        the routed experts of a block in the files, read one at a time
 buffers        the tensors of a block that no file holds: transformers computes them
+ties           tensors that config.json makes one, against those of the files
+run_config     settings of a run in config.json, which say nothing of the model
 loading        loads the modules before the decoder blocks, and the blocks one at a time
 """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,9 +20,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from calibration.model.architectures import Architecture
 from calibration.model.buffers import compute_buffers
 from calibration.model.experts import CHOSEN, StoredExperts, find_experts, load_merged, merged_parameter
+from calibration.model.fp8 import is_serving_only
 from calibration.model.head_tensor import is_head
 from calibration.model.plan import DecoderNames
+from calibration.model.run_config import prepare_run
 from calibration.model.source import Source
+from calibration.model.ties import check_ties
 from calibration.processes import ONE, Processes
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -32,6 +36,8 @@ LOADING_ERRORS = (
     *(SafetensorError, StrictDataclassError),
 )
 
+# Files of older versions of transformers hold it in each block. It is computed.
+_OLD_BUFFER = r"rotary_emb\.inv_freq$"
 # Sizes of a decoder that a config.json may leave to the defaults of transformers' class.
 SIZES = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
@@ -100,10 +106,7 @@ def _model_class(architecture: Architecture, source: Source) -> Any:
 
 
 def _read_config(model_class: Any, source: Source) -> Any:
-    """transformers' config of the source model, without settings of quantization: it would quantize the model.
-
-    If the model caps the scores of its attention, the config asks for plain attention: the others leave the cap out.
-    """
+    """transformers' config of the source model, without settings of quantization: it would quantize the model."""
     config = model_class.config_class.from_pretrained(
         str(source.directory), local_files_only=True, trust_remote_code=False
     )
@@ -111,10 +114,8 @@ def _read_config(model_class: Any, source: Source) -> Any:
     while parts:
         part = parts.pop()
         vars(part).pop("quantization_config", None)
-        if getattr(part, "attn_logit_softcapping", None):
-            config._attn_implementation = "eager"
         parts += [getattr(part, name) for name in part.sub_configs if getattr(part, name, None) is not None]
-    return config
+    return prepare_run(config)
 
 
 def load_front(
@@ -149,6 +150,7 @@ def load_front(
     with _explain_loading_errors(architecture, source):
         places = _places(empty, absent, str(device or choose_device(recipe.device)))
         model = _read_weights(model_class, source, config, getattr(torch, recipe.dtype), places)
+    check_ties(source, empty.all_tied_weights_keys, model.all_tied_weights_keys)
     if merged:
         _decoder_config(model.config, 0).num_hidden_layers = len(blocks)
         model.set_submodule(architecture.block_module, blocks)
@@ -239,7 +241,7 @@ class BlockLoader:
     ) -> None:
         """Create the blocks on the meta device; `device` None means the recipe's.
 
-        Raises MorphoQuantError naming the first tensor that the files lack, or that has another shape.
+        Raises MorphoQuantError naming the first tensor that the files lack or that nothing reads, or of another shape.
         """
         self._source, self._names = source, names
         self._device = device or choose_device(recipe.device)
@@ -260,6 +262,7 @@ class BlockLoader:
             for name, parameter in block.state_dict().items():
                 experts = self._experts[index].get(merged_parameter(name) or "")
                 self._check_stored(architecture, names.layer(index, name), tuple(parameter.shape), experts)
+            self._check_read(architecture, index, model._keys_to_ignore_on_load_unexpected or ())
 
     def _merged_experts(self, architecture: Architecture, index: int) -> dict[str, StoredExperts]:
         found = {}
@@ -289,6 +292,23 @@ class BlockLoader:
                 f"{self._source.directory}: transformers cannot load it as {architecture.model_class} ({stored} is "
                 f"{list(shape)} in the files, but {list(wanted)} by config.json)"
             )
+
+    def _check_read(self, architecture: Architecture, index: int, ignored: Collection[str]) -> None:
+        """Refuse a tensor of a block that nothing reads; `ignored` are patterns of those that transformers leaves out.
+
+        Calibration would run another model than the files', and vLLM would refuse the tensor, or read it.
+        """
+        block = self._blocks[index]
+        read = {self._names.layer(index, name) for name in (*block.state_dict(), *dict(block.named_buffers()))}
+        read |= {name for experts in self._experts[index].values() for name in experts.tensors}
+        for stored in self._source.tensors:
+            if not stored.startswith(self._names.layer(index, "")) or stored in read or is_serving_only(stored):
+                continue
+            if not any(re.search(pattern, stored) for pattern in (*ignored, _OLD_BUFFER)):
+                raise MorphoQuantError(
+                    f"{self._source.directory}: {stored} is in the files, but {architecture.model_class} has no such "
+                    "tensor by config.json; correct config.json (as attention_bias), or remove the tensor"
+                )
 
     def __len__(self) -> int:
         return len(self._blocks)

@@ -122,6 +122,10 @@ def open_source(directory: Path | str) -> Source:
     directory = Path(directory)
     if not directory.is_dir():
         raise MorphoQuantError(f"{directory}: no such model directory; download the model and give its directory")
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise MorphoQuantError(f"{directory}: the path is not UTF-8, which safetensors needs; rename it") from error
     config = _read_config(directory / CONFIG_FILE)
     check_config(config)
     check_one_model(directory, config)
@@ -190,9 +194,12 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
     """The safetensors files and the tensors that the index places in each (None: no index exists)."""
     index = directory / INDEX_FILE
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
+        content = read_json(index)
+        weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise MorphoQuantError(f"{index}: no weight_map; download it again")
+        if not isinstance(content.get("metadata"), dict):
+            raise MorphoQuantError(f'{index}: no metadata, which transformers asks for; add "metadata": {{}} to it')
         files: dict[Path, list[str] | None] = {}
         for name, file_name in weight_map.items():
             if not isinstance(file_name, str) or Path(file_name).name != file_name:

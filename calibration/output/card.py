@@ -24,6 +24,8 @@ TAGS = ["morphoquant", "vllm", "w4a4", "int4", "quantized"]
 _LONGEST_FRONT_MATTER = 100_000
 _MARK = "---"
 WORST_LAYERS = 3
+# Spellings of null in YAML.
+_NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def read_front_matter(directory: Path) -> dict[str, str | list[str]]:
@@ -38,7 +40,8 @@ def read_front_matter(directory: Path) -> dict[str, str | list[str]]:
         if first.strip() != _MARK or _MARK not in map(str.strip, lines):
             return {}
         end = next(number for number, line in enumerate(lines) if line.strip() == _MARK)
-        content = yaml.safe_load("\n".join(lines[:end]))
+        # All values are text: nothing is a wrong date or number, and the language "no" is not false.
+        content = yaml.load("\n".join(lines[:end]), Loader=yaml.BaseLoader)
     # RecursionError: nested brackets.
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         logger.warning("%s: its front matter cannot be read (%s); no licence is carried", path, type(error).__name__)
@@ -49,9 +52,8 @@ def read_front_matter(directory: Path) -> dict[str, str | list[str]]:
 
 
 def _is_text(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(item, str) for item in value)
-    return isinstance(value, str)
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(item, str) and item not in _NULLS for item in values)
 
 
 def model_card(

@@ -18,9 +18,16 @@ from morphoquant_vllm.format.schema import QUANT_METHOD
 _LONGEST_SUFFIX = len(".partial-12345678")
 
 
-def check_length(path: Path) -> None:
-    """Raise MorphoQuantError if a new directory, or what is named after it, has a name too long for the disk."""
+def check_name(path: Path) -> None:
+    """Raise MorphoQuantError if a new directory, or what is named after it, has a name that cannot be used."""
     real = Path(os.path.realpath(path))
+    if not real.name:
+        raise MorphoQuantError(f"{path}: is the root of all files, where no directory can be put; choose one below it")
+    try:
+        str(real).encode()
+    except UnicodeEncodeError as error:
+        # safetensors takes paths in UTF-8 alone.
+        raise MorphoQuantError(f"{path}: the path is not UTF-8, which weight files need; choose another") from error
     # Only parts that exist can be asked for the limit. Asking for a name that is too long fails, too.
     for index in range(1, len(real.parts)):
         parent, name = Path(*real.parts[:index]), real.parts[index]
@@ -50,7 +57,9 @@ def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise MorphoQuantError(f"{output}: exists and is not empty; choose another --output, or pass --overwrite")
     # --overwrite replaces an older checkpoint; it must not delete other directories or files.
-    if output.is_symlink() or not _is_checkpoint(output):
+    if output.is_symlink():
+        raise MorphoQuantError(f"{output}: is a link, which --overwrite does not follow; give {here} as --output")
+    if not _is_checkpoint(output):
         raise MorphoQuantError(
             f"{output}: is not a checkpoint (it lacks a {CONFIG_FILE} of this format), so it is not overwritten; "
             "remove it yourself"

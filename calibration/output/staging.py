@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from calibration.output.places import check_length, check_output
+from calibration.output.places import check_name, check_output
 from morphoquant_vllm.errors import MorphoQuantError
 
 
@@ -30,7 +30,7 @@ def staged_directory(output: Path, model: Path, *, overwrite: bool, tag: str) ->
     # "." and ".." have no name from which to build a sibling's.
     place = Path(os.path.realpath(output))
     partial, old = (place.with_name(f"{place.name}.{kind}-{tag}") for kind in ("partial", "old"))
-    check_length(place)
+    check_name(place)
     with explain_write_errors(output):
         _tidy(partial, old, place)
     check_output(output, model, overwrite=overwrite)

@@ -6,6 +6,7 @@ the table in docs/reference/recipe.md. Does not import torch: the command line r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,8 @@ def read_size(name: str, text: str) -> int:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise MorphoQuantError(
             f"{path}: the recipe cannot be read ({error.strerror}); give an existing file"
@@ -307,4 +309,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise MorphoQuantError(f"{path}: the recipe is not a mapping; write one 'setting: value' per line")
+    # YAML would take the last one without a word.
+    assert node is not None
+    counts = Counter(key.value for key, _ in node.value)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise MorphoQuantError(f"{path}: {twice} is set {counts[twice]} times; leave one of the lines")
     return content

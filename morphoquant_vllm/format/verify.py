@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,9 +48,6 @@ def verify_checkpoint(
     beside the weights may be missing, as in a hub's cache. `on_bytes` gets the bytes of each chunk that was read.
     """
     spec = checked_settings(directory, checksums=checksums, complete=complete)
-    for path in (directory / name for name in _READ_BESIDE):
-        if path.exists():
-            read_json(path)
     files = check_headers(directory, spec)
     for group, names in spec.shared_inputs().items():
         _check_group(directory, files, group, names, spec)
@@ -73,8 +71,19 @@ def checked_settings(directory: Path, *, checksums: bool = True, complete: bool 
     if spec.integrity is not None:
         check_config(directory / CONFIG_FILE, config, spec.integrity)
         check_decisive(directory, spec.integrity.beside, complete=complete, checksums=checksums)
-    check_token_table(directory, config, spec)
+    check_beside(directory, config, spec)
     return spec
+
+
+def check_beside(directory: Path, config: Mapping[str, Any], spec: QuantizationSpec) -> None:
+    """Refuse files beside the weights that are no JSON, or that do not fit the placeholder ids of `spec`.
+
+    The directory may also be the source's, whose files a checkpoint gets; `config` is its config.json.
+    """
+    check_token_table(directory, config, spec)
+    for path in (directory / name for name in _READ_BESIDE):
+        if path.exists():
+            read_json(path)
 
 
 def remarks(directory: Path, spec: QuantizationSpec, *, complete: bool = True) -> list[str]:

@@ -19,6 +19,10 @@ NAMED = 8
 POINTER, POINTER_BYTES = b"version https://git-lfs", 1024
 
 
+# What `check_cells` asks for, in words.
+_KINDS = {str: "a text", int: "an integer", list: "a list of texts"}
+
+
 @dataclass(frozen=True)
 class Media:
     """A file of the data set, or its bytes; read when its question is asked. kind: image, audio or video."""
@@ -108,15 +112,29 @@ def read_json(place: Path, benchmark: str, kind: type[T]) -> T:
         raise wrong_layout(place.parent, benchmark, place.name, listing(place.parent))
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong_layout(place, benchmark, "JSON", str(error)) from error
     if not isinstance(content, kind):
         raise wrong_layout(place, benchmark, f"a {kind.__name__}", f"a {type(content).__name__}")
     return content
 
 
-def parquet_rows(files: Sequence[Path], benchmark: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of parquet files that must have `columns`; the error of a wrong layout if they do not."""
+def check_cells(row: Mapping[str, Any], kinds: Mapping[str, type], place: Path, benchmark: str, name: str) -> None:
+    """Raise the error of a wrong layout for a value of another kind, or for none; a `list` is one of texts.
+
+    A missing question would be asked as "None".
+    """
+    for column, kind in kinds.items():
+        value = row[column]
+        entries = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(entry, str) for entry in entries):
+            raise wrong_layout(place, benchmark, f"{_KINDS[kind]} in {column} of {name}", repr(value)[:100])
+
+
+def parquet_rows(
+    files: Sequence[Path], benchmark: str, columns: Sequence[str], kinds: Mapping[str, type]
+) -> Iterator[dict[str, Any]]:
+    """Rows of parquet files that must have `columns`, and values of these `kinds`; else the error of a wrong layout."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -130,8 +148,12 @@ def parquet_rows(files: Sequence[Path], benchmark: str, columns: Sequence[str]) 
         if missing:
             raise wrong_layout(path, benchmark, f"columns {', '.join(columns)}", f"columns {', '.join(present)}")
         try:
+            number = 0
             for batch in file.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    number += 1
+                    check_cells(row, kinds, path, benchmark, f"row {number}")
+                    yield row
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise wrong_layout(path, benchmark, "whole pages", str(error).splitlines()[0]) from error
 

@@ -13,6 +13,7 @@ from benchmarks.paper import calibration
 from calibration.data.data_files import load_conversations
 from morphoquant_vllm.errors import MorphoQuantError
 from tests.benchmarks.paper.published import options, write_published
+from tests.calibration.media_files import turned_video
 from tests.tiny_conversations import image_bytes, sound_bytes, write_video
 
 PYTHON = sys.executable
@@ -92,6 +93,12 @@ def test_a_clip_shows_evenly_spaced_frames_of_the_whole_video(tmp_path: Path) ->
     assert sum(bool((frame[..., 0] > 180).sum() > 100) for frame in frames) < 5
     with pytest.raises(MorphoQuantError, match="cannot be decoded"):
         calibration.clip(b"no video")
+
+
+def test_a_clip_of_a_phone_s_video_is_turned_upright() -> None:
+    with av.open(io.BytesIO(calibration.clip(turned_video(1))), "r") as container:
+        frame = next(container.decode(video=0))
+    assert (frame.width, frame.height, frame.rotation) == (32, 64, 0)
 
 
 def run(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> float:

@@ -50,6 +50,21 @@ def test_each_missing_file_has_its_line(copy: Path) -> None:
     assert "no such model directory" in line
 
 
+@pytest.mark.parametrize("header", ["[]", "[" * 100_000, '{"a": 1}', '{"a": {"dtype": "BF16", "shape": [1]}}'])
+def test_a_weight_file_with_another_header_is_named(copy: Path, header: str) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert model.missing_files(copy, weights=True) == [f"{path}: not safetensors; download it again"]
+
+
+def test_a_model_that_names_flash_attention_has_sizes_without_its_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    before = model.sizes(copy)
+    (copy / "config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    assert model.sizes(copy) == before
+
+
 def test_the_shards_that_an_index_names_must_be_there_and_whole(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "model-1.safetensors")
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}

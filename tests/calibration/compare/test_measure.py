@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration.compare.measure import compare, modalities
+from calibration.compare.measure import Group, compare, modalities
 from calibration.data.rendering import Sample
+from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
 
 VOCABULARY, HIDDEN = 11, 4
@@ -91,3 +92,15 @@ def test_no_hook_is_left_on_a_model() -> None:
     model = Model(0)
     compare(model, Model(1), "blocks", [TEXT_SAMPLE])
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("place", "which"), [(0, "first"), (1, "second")])
+def test_logits_that_are_no_numbers_are_refused(place: int, which: str) -> None:
+    models = Model(0), Model(1)
+    models[place].head.bias.data[3] = math.nan
+    with pytest.raises(MorphoQuantError, match=f"data.jsonl:1: the {which} model answers with NaN or infinite logits"):
+        compare(*models, "blocks", [TEXT_SAMPLE])
+
+
+def test_a_loss_beyond_the_largest_perplexity_is_no_overflow() -> None:
+    assert math.isfinite(Group(samples=1, tokens=1, first_loss=5000.0).figures()["first_perplexity"])

@@ -17,7 +17,7 @@ from transformers.video_utils import VideoMetadata
 from calibration.data.conversations import Media
 from calibration.data.media import decode_audio, decode_image, decode_video
 from morphoquant_vllm.errors import MorphoQuantError
-from tests.calibration.media_files import encode_audio, encode_video, png, sine
+from tests.calibration.media_files import encode_audio, encode_video, png, sine, turned_video
 
 
 def media(kind: str, content: bytes | Path) -> Media:
@@ -51,6 +51,12 @@ def test_transparent_image_lies_on_white() -> None:
     image.putpixel((0, 0), (0, 0, 0, 0))
     decoded = decode_image(media("image", png(image)))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 0, 0)]
+
+
+def test_a_transparent_colour_of_rgb_is_left_as_it_is_as_in_vllm() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 1), (200, 0, 0)).save(buffer, "PNG", transparency=(200, 0, 0))
+    assert decode_image(media("image", buffer.getvalue())).getpixel((0, 0)) == (200, 0, 0)
 
 
 def test_image_is_turned_upright() -> None:
@@ -170,6 +176,15 @@ def test_video_frames_are_the_ones_asked_for(container: str, codec: str, tmp_pat
         assert (metadata.total_num_frames, metadata.fps, metadata.duration) == (20, 10.0, 2.0)
         assert (metadata.width, metadata.height, metadata.frames_indices) == (64, 32, [0, 5, 10, 15])
         assert metadata.sampled_fps == 2.0
+
+
+# The place of the white quarter: above or below, left or right.
+@pytest.mark.parametrize(("quarters", "place"), [(0, (0, 0)), (1, (0, 1)), (2, (1, 1)), (3, (1, 0))])
+def test_a_phone_s_video_is_turned_upright(quarters: int, place: tuple[int, int]) -> None:
+    (frame,), _ = decode_video(media("video", turned_video(quarters)), lambda info: [0])
+    assert frame.shape == ((64, 32, 3) if quarters % 2 else (32, 64, 3))
+    halves = frame.reshape(2, frame.shape[0] // 2, 2, frame.shape[1] // 2, 3).mean((1, 3, 4))
+    assert np.argwhere(halves > 200).tolist() == [list(place)]
 
 
 def test_video_index_past_the_end_is_the_last_frame() -> None:

@@ -257,3 +257,29 @@ def test_media_are_not_cut_but_refused(omni: Path, folder: Path) -> None:
     assert len(build(omni, data, max_tokens=length)) == 2
     message = refusal(omni, data, max_tokens=length - 1)
     assert f"data.jsonl:2: {length} tokens with media, more than max_tokens={length - 1}; raise max_tokens" in message
+
+
+def test_a_long_text_reaches_the_tokenizer_in_pieces() -> None:
+    text = "".join(f"Line {number} of a long text.\n" for number in range(50))
+    pieces = list(model_inputs.text_pieces(text, 100))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 100
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert list(model_inputs.text_pieces("word " * 30, 12))[:2] == ["word word ", "word word "]
+    assert list(model_inputs.text_pieces("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
+    assert list(model_inputs.text_pieces("short")) == ["short"]
+
+
+def test_windows_of_a_long_text_are_those_of_the_whole(omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(omni)
+    text = PlainText("notes.txt", "".join(f"Line {number} of a long text.\n" for number in range(50)))
+    whole = [list(window.token_ids) for window in model_inputs.cut_windows(text, tokenizer, 32)]
+    given: list[int] = []
+
+    def watched(piece: str, **options: object) -> object:
+        given.append(len(piece))
+        return tokenizer(piece, **options)
+
+    monkeypatch.setattr(model_inputs.text_pieces, "__defaults__", (100,))
+    watched.bos_token_id = tokenizer.bos_token_id  # type: ignore[attr-defined]
+    assert [list(window.token_ids) for window in model_inputs.cut_windows(text, watched, 32)] == whole
+    assert max(given) <= 100

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from calibration.data.data_files import load_conversations
-from tests.calibration.media_files import encode_audio, encode_video, png, sine
+from tests.calibration.media_files import encode_audio, encode_video, png, sine, turned_video
 from tests.calibration.rendering import build
 from tests.tiny_models import build_tiny_omni, build_tiny_qwen2_5_vl, build_tiny_qwen3
 
@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "long.flac").write_bytes(encode_audio([sine(31.417, 16000, 300)] * 2, 16000, "flac", "flac"))
     (path / "clip.mp4").write_bytes(encode_video(31, 8))
     (path / "frames.mp4").write_bytes(encode_video(5, 25))
+    (path / "turned.mp4").write_bytes(turned_video(1))
     return path
 
 
@@ -78,10 +79,12 @@ def test_pictures_and_video_of_qwen2_5_vl(tmp_path: Path, folder: Path) -> None:
         user(question, clip),
         user(part("video_url", folder / "frames.mp4")),
         {"messages": [*user(photo)["messages"], {"role": "assistant", "content": "A photo."}]},
+        user(part("video_url", folder / "turned.mp4")),
     ]
     inputs = check(model, folder, *records)
-    theirs = served(model, records[1])["mm_kwargs"]["video"][0]
-    assert torch.equal(theirs["video_grid_thw"].data, inputs[1]["video_grid_thw"][0])
+    for index in (1, 4):
+        theirs = served(model, records[index])["mm_kwargs"]["video"][0]
+        assert torch.equal(theirs["video_grid_thw"].data, inputs[index]["video_grid_thw"][0])
 
 
 def test_sounds_of_qwen2_5_omni(tmp_path: Path, folder: Path) -> None:

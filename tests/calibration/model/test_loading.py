@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calibration.blocks.capture import capture_block_inputs
+from calibration.calibrate import plan_job
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.model.architectures import Architecture, find_architecture
 from calibration.model.loading import BlockLoader, choose_device, load_front
 from calibration.model.plan import decoder_names
 from calibration.model.source import Source, open_source
+from calibration.processes import ONE
 from calibration.quantize.observation import run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
@@ -136,9 +138,60 @@ def test_weights_that_lack_a_tensor_are_refused(tiny: TinyModels, tmp_path: Path
     for load in (
         partial(load_front, architecture, source, recipe),
         partial(BlockLoader, architecture, source, names, recipe),
+        partial(plan_job, tmp_path, recipe, None, ONE),
     ):
         with pytest.raises(MorphoQuantError, match=r"the weights lack model.layers.1.input_layernorm.weight"):
             load()
+
+
+def changed(model: Path, place: Path, **tensors: Tensor) -> Source:
+    """A copy of a model in one file that also holds `tensors`; two underscores in a name are a point."""
+    (place / "config.json").write_bytes((model / "config.json").read_bytes())
+    added = {name.replace("__", "."): value for name, value in tensors.items()}
+    save_file(load_file(model / "model.safetensors") | added, place / "model.safetensors", metadata={"format": "pt"})
+    return open_source(place)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.q_proj.bias", "self_attn.q_norm.weight", "mlp.router.weight", "self_attn.masked_bias"]
+)
+def test_a_tensor_of_a_block_that_nothing_reads_is_refused_before_any_work(
+    tiny: TinyModels, tmp_path: Path, name: str
+) -> None:
+    full = f"model.layers.1.{name}"
+    changed(tiny.model("llama"), tmp_path, **{full: torch.ones(128)})
+    with pytest.raises(MorphoQuantError, match=rf"{full} is in the files, but LlamaForCausalLM has no such tensor"):
+        plan_job(tmp_path, Recipe(device="cpu"), None, ONE)
+
+
+def test_tensors_that_transformers_or_a_server_knows_are_taken(tiny: TinyModels, tmp_path: Path) -> None:
+    block = "model.layers.1.self_attn"
+    added = {f"{block}.rotary_emb.inv_freq": torch.ones(16), f"{block}.k_scale": torch.ones(())}
+    changed(tiny.model("llama"), tmp_path, **added)
+    plan_job(tmp_path, Recipe(device="cpu"), None, ONE)
+
+
+def test_a_tied_head_with_other_values_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
+    model, embedding = tiny.model("llama"), "model.embed_tokens.weight"
+    head = load_file(model / "model.safetensors")[embedding].clone()
+    same = changed(model, tmp_path, lm_head__weight=head)
+    load_front(find_architecture(same.config), same, Recipe(device="cpu"))
+    head[0, 0] += 1
+    other = changed(model, tmp_path, lm_head__weight=head)
+    with pytest.raises(MorphoQuantError, match=r"lm_head.weight differs from model.embed_tokens.weight, .* to false"):
+        load_front(find_architecture(other.config), other, Recipe(device="cpu"))
+
+
+def test_files_with_the_head_in_place_of_a_tied_embedding_are_refused(tiny: TinyModels, tmp_path: Path) -> None:
+    # safetensors' save_model keeps the first name of tensors that share memory.
+    model = tiny.model("llama")
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(tmp_path)
+    with pytest.raises(MorphoQuantError, match=r"hold lm_head.weight alone, but vLLM reads model.embed_tokens.weight"):
+        load_front(find_architecture(source.config), source, Recipe(device="cpu"))
 
 
 @pytest.mark.parametrize(

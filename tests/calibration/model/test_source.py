@@ -19,7 +19,7 @@ def write_model(directory: Path) -> Path:
 
 
 def write_index(directory: Path, weight_map: dict[str, str]) -> None:
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_headers_and_tensors_are_read(tmp_path: Path) -> None:
@@ -124,3 +124,10 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     (model / "adapter_config.json").write_text("{}")
     refuse(model, "adapter_config.json: transformers would add this adapter to the model; merge it first")
+
+
+def test_a_directory_whose_path_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "caf\udce9"
+    directory.mkdir()
+    with pytest.raises(MorphoQuantError, match="the path is not UTF-8, which safetensors needs; rename it"):
+        open_source(directory)

@@ -80,7 +80,11 @@ def test_text_of_others_stays_inside_its_cell() -> None:
     [
         ("---\nlicense: mit\ntags: [a]\n---\n# Name", {"license": "mit"}),
         ("---\nlanguage: [en, de]\nbase_model: o/n\n---\n", {"language": ["en", "de"], "base_model": "o/n"}),
-        ("---\nlicense: {a: 1}\nlanguage: [1]\nbase_model: []\n---\n", {}),
+        ("---\nlicense: {a: 1}\nlanguage: [[1]]\nbase_model: []\n---\n", {}),
+        ("---\nlicense: null\nlanguage: [en, ~]\nbase_model:\n---\n", {}),
+        # SafeLoader raises ValueError for each of these values, and takes the language "no" for false.
+        ("---\nlicense: mit\ndate: 2024-13-45\nrevision: 0x_\n---\n", {"license": "mit"}),
+        ("---\nlanguage: [en, no]\nlicense_name: !odd 1\n---\n", {"language": ["en", "no"], "license_name": "1"}),
         ("---\nlicense: mit\n", {}),
         ("# Name\n---\nlicense: mit\n---\n", {}),
         ("---\nlicense: [\n---\n", {}),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from calibration.output.places import check_length
+from calibration.calibrate import default_work
+from calibration.output.places import check_name, check_output
 from calibration.output.staging import explain_write_errors, only_run, staged_directory
 from morphoquant_vllm.errors import MorphoQuantError
 
@@ -249,14 +250,31 @@ def test_a_source_file_that_cannot_be_read_is_no_write_error(tmp_path: Path) -> 
 def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(name: str, tmp_path: Path) -> None:
     """245 letters alone would fit, but ".partial-..." would not after hours of work; a letter may take two bytes."""
     with pytest.raises(MorphoQuantError, match=r"the name is too long; choose one of at most 2\d\d bytes"):
-        check_length(tmp_path / name)
+        check_name(tmp_path / name)
     with pytest.raises(MorphoQuantError, match="the name is too long"):
         write(tmp_path / name, "1")
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_root_and_a_path_that_is_not_utf8_are_refused(tmp_path: Path) -> None:
+    for path, problem in (
+        (Path("/"), "is the root of all files"),
+        (tmp_path / "caf\udce9" / "out", "the path is not UTF-8"),
+    ):
+        with pytest.raises(MorphoQuantError, match=problem):
+            check_name(path)
+        assert default_work(path).name == f"{path.name}.work"
+
+
+def test_a_link_is_not_overwritten_and_its_place_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "real", "1")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(MorphoQuantError, match=f"link: is a link, .*; give {tmp_path / 'real'} as --output"):
+        check_output(tmp_path / "link", tmp_path / "model", overwrite=True)
+
+
 def test_the_longest_name_that_is_allowed_works(tmp_path: Path) -> None:
     output = tmp_path / ("n" * 238)
-    check_length(output)
+    check_name(output)
     write(output, "1")
     assert number(output) == "1"

@@ -71,6 +71,7 @@ def test_an_empty_recipe_means_the_defaults(tmp_path: Path) -> None:
         ("shard_size: 0", "shard_size = 0 is not allowed"),
         ("targets: []", "targets = .* is not allowed"),
         ("- a\n- b", "not a mapping"),
+        ("escape_budget: 0.01\nseed: 1\nescape_budget: 0.04", "escape_budget is set 2 times; leave one of the lines"),
         ("a: [", "is not YAML"),
         ("a: " + 100_000 * "[", "is not YAML"),
     ],

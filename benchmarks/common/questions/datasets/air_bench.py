@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.questions.items import Item, Media, listing, read_json, wrong_layout
+from benchmarks.common.questions.items import Item, Media, check_cells, listing, read_json, wrong_layout
 from benchmarks.common.questions.scoring import alone, chosen
 
 NAME = "AIR-Bench Foundation"
 SPLIT = "Foundation"
 MAX_TOKENS = 256
 FIELDS = ("path", "question", "choice_a", "choice_b", "answer_gt", "task_name", "dataset_name")
+KINDS = dict.fromkeys(("path", "question", "task_name", "dataset_name"), str)
 LETTERS = "ABCD"
 INSTRUCTION = (
     "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, "
@@ -61,8 +62,7 @@ def entries(
         keys = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
         if any(name not in keys for name in fields):
             raise wrong_layout(meta, benchmark, f"fields {', '.join(fields)} in entry {number}", ", ".join(keys))
-        if not isinstance(entry["path"], str):
-            raise wrong_layout(meta, benchmark, f"a path in entry {number}", repr(entry["path"]))
+        check_cells(entry, KINDS, meta, benchmark, f"entry {number}")
         yield number, entry
 
 

@@ -23,6 +23,7 @@ NAME = "MMMU"
 SPLIT = "validation"
 MAX_TOKENS = 128
 COLUMNS = ("id", "question", "options", "answer", "question_type", "image_1")
+KINDS = dict.fromkeys(COLUMNS[:-1], str)
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 OPEN_INSTRUCTION = "Answer the question using a single word or phrase."
 # MMMU-Benchmark/MMMU, eval/data_utils.py (DOMAIN_CAT2SUB_CAT): the six figures that the authors report.
@@ -46,7 +47,7 @@ def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
     if not files:
         raise wrong_layout(directory, NAME, f"<Subject>/{split}-*.parquet", listing(directory))
     for path in files:
-        for row in parquet_rows([path], NAME, COLUMNS):
+        for row in parquet_rows([path], NAME, COLUMNS, KINDS):
             yield _item(row, path)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.common.questions.items import (
     Item,
     Media,
+    check_cells,
     embedded_image,
     lettered,
     listing,
@@ -32,6 +33,7 @@ NAME = "ScienceQA"
 SPLIT = "test"
 MAX_TOKENS = 16
 COLUMNS = ("image", "question", "choices", "answer", "hint", "subject", "grade")
+KINDS = {"question": str, "choices": list, "answer": int, "subject": str}
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -43,7 +45,7 @@ def load(directory: Path, split: str = SPLIT) -> Iterator[Item]:
     files = sorted((directory / "data").glob(f"{split}-*.parquet"))
     if not files:
         raise wrong_layout(directory, NAME, f"data/{split}-*.parquet or problems.json", listing(directory))
-    for number, row in enumerate(parquet_rows(files, NAME, COLUMNS)):
+    for number, row in enumerate(parquet_rows(files, NAME, COLUMNS, KINDS)):
         name = f"{split}-{number}"
         yield _item(name, row, embedded_image(row["image"], NAME, f"{directory}: {name}"), directory)
 
@@ -62,6 +64,7 @@ def _load_json(directory: Path, split: str) -> Iterator[Item]:
             raise wrong_layout(
                 directory / "problems.json", NAME, f"{', '.join(missing)} of problem {name}", json.dumps(sorted(row))
             )
+        check_cells(row, KINDS, directory / "problems.json", NAME, f"problem {name}")
         place = directory / "images" / split / name / str(row["image"])
         yield _item(name, row, Media("image", place.suffix.lstrip("."), place) if row["image"] else None, directory)
 

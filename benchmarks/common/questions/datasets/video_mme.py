@@ -28,6 +28,7 @@ NAME = "Video-MME"
 SPLIT = "test"
 MAX_TOKENS = 16
 COLUMNS = ("videoID", "question_id", "duration", "domain", "sub_category", "task_type", "question", "options", "answer")
+KINDS = {column: list if column == "options" else str for column in COLUMNS}
 SUBTITLES = "This video's subtitles are listed below:"
 INSTRUCTION = (
     "Select the best answer to the following multiple-choice question based on the video. "
@@ -62,7 +63,7 @@ def load(directory: Path, split: str = SPLIT, *, subtitles: int | None = None) -
     if subtitles is not None and not any((directory / "subtitle").glob("*.srt")):
         raise wrong_layout(directory, NAME, "subtitle/*.srt", listing(directory / "subtitle"))
     archived = _archived(directory)
-    for row in parquet_rows(files, NAME, COLUMNS):
+    for row in parquet_rows(files, NAME, COLUMNS, KINDS):
         name = row["question_id"]
         # Published as "A. Apples."
         choices = {option[:1]: option[2:].strip() for option in row["options"]}
