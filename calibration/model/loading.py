@@ -36,8 +36,9 @@ LOADING_ERRORS = (
     *(SafetensorError, StrictDataclassError),
 )
 
-# Files of older versions of transformers hold it in each block. It is computed.
-_OLD_BUFFER = r"rotary_emb\.inv_freq$"
+# Files of older versions of transformers hold them in each block, and they are computed: rotary frequencies, and masks
+# of GPT's attention.
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 # Sizes of a decoder that a config.json may leave to the defaults of transformers' class.
 SIZES = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
@@ -304,7 +305,7 @@ class BlockLoader:
         for stored in self._source.tensors:
             if not stored.startswith(self._names.layer(index, "")) or stored in read or is_serving_only(stored):
                 continue
-            if not any(re.search(pattern, stored) for pattern in (*ignored, _OLD_BUFFER)):
+            if not any(re.search(pattern, stored) for pattern in (*ignored, *_OLD_BUFFERS)):
                 raise MorphoQuantError(
                     f"{self._source.directory}: {stored} is in the files, but {architecture.model_class} has no such "
                     "tensor by config.json; correct config.json (as attention_bias), or remove the tensor"

@@ -167,6 +167,8 @@ def test_a_tensor_of_a_block_that_nothing_reads_is_refused_before_any_work(
 def test_tensors_that_transformers_or_a_server_knows_are_taken(tiny: TinyModels, tmp_path: Path) -> None:
     block = "model.layers.1.self_attn"
     added = {f"{block}.rotary_emb.inv_freq": torch.ones(16), f"{block}.k_scale": torch.ones(())}
+    # Masks of GPT's attention.
+    added |= {f"model.layers.1.attn.{name}": torch.ones(1, 1, 4, 4) for name in ("bias", "masked_bias")}
     changed(tiny.model("llama"), tmp_path, **added)
     plan_job(tmp_path, Recipe(device="cpu"), None, ONE)
 
