@@ -20,8 +20,9 @@ from calibration.forecast import Forecast, forecast
 from calibration.job import Job
 from calibration.learn.stage import learn
 from calibration.model.bits import check_bits_budget, extra_bytes
+from calibration.model.block_loader import BlockLoader
 from calibration.model.discovery import GENERIC, choose_architecture
-from calibration.model.loading import BlockLoader, choose_device
+from calibration.model.loading import choose_device
 from calibration.model.plan import check_carried, decoder_names, plan, sixteen_bit
 from calibration.model.refusals import check_weight_names
 from calibration.model.served_names import check_names

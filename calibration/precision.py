@@ -19,7 +19,7 @@ from calibration.learn.extent import EXTENTS
 from calibration.learn.metrics import METRIC_TOKENS, find_metrics
 from calibration.learn.stage import will_learn
 from calibration.model.bits import FORMS, Candidate, apply, decoder_linears, in_form, mean_bits, spend, stored_bits
-from calibration.model.loading import BlockLoader
+from calibration.model.block_loader import BlockLoader
 from calibration.quantize.bit_losses import losses
 from calibration.quantize.escape_prices import EscapeCosts, escape_costs, share_budget
 from calibration.quantize.held_out import tokens_of_held_samples

@@ -32,8 +32,9 @@ from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import forecast
 from calibration.job import Job
 from calibration.learn.changes import changes_of
+from calibration.model.block_loader import BlockLoader
 from calibration.model.discovery import GENERIC
-from calibration.model.loading import BlockLoader, load_front
+from calibration.model.loading import load_front
 from calibration.model.plan import sixteen_bit
 from calibration.model.source import Source
 from calibration.output.card import model_card, read_front_matter

@@ -17,8 +17,8 @@ from calibration.blocks.served_experts import ServedExperts
 from calibration.blocks.served_linear import TokenRows
 from calibration.data.token_choice import DrawnTokens
 from calibration.model.architectures import Architecture
+from calibration.model.block_loader import Blocks
 from calibration.model.experts import find_experts
-from calibration.model.loading import Blocks
 from calibration.model.plan import DecoderNames
 from calibration.model.source import Source
 from calibration.output.distributions import observe

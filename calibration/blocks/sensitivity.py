@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calibration.blocks.capture import MemoryInput
 from calibration.blocks.sample_pass import carry, device_of, given_states, run_block, watched
 from calibration.data.token_choice import modality_shares
-from calibration.model.loading import Blocks
+from calibration.model.block_loader import Blocks
 from calibration.processes import Processes
 from calibration.quantize.bit_losses import Probe
 from calibration.quantize.output_metric import OutputMoment

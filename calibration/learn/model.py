@@ -14,7 +14,7 @@ from calibration.blocks.sample_pass import device_of, given_states, run_block
 from calibration.blocks.served_linear import TokenRows
 from calibration.learn.changes import Changes
 from calibration.learn.linear import LearningInput, LearningLinear
-from calibration.model.loading import Blocks
+from calibration.model.block_loader import Blocks
 from morphoquant_vllm.format.layers import LayerSpec, tensor_specs
 from morphoquant_vllm.format.schema import QuantizationSpec
 

@@ -20,7 +20,7 @@ from calibration.learn.extent import EXTENTS, Chosen
 from calibration.learn.head import Head
 from calibration.learn.model import Kept, LearningDecoder
 from calibration.learn.targets import Objective, Pass16Bit, Target, counted_tokens
-from calibration.model.loading import BlockLoader
+from calibration.model.block_loader import BlockLoader
 from calibration.work.directory import WorkDirectory
 from calibration.work.hidden_states import read_sample
 from calibration.work.learned import STATE, TARGETS, keep_learned, keep_part, read_part

@@ -12,7 +12,7 @@ from calibration.blocks.capture import MemoryInput
 from calibration.blocks.sample_pass import carry, watched
 from calibration.learn.divergence import Divergence
 from calibration.learn.head import Head
-from calibration.model.loading import Blocks
+from calibration.model.block_loader import Blocks
 
 
 @dataclass(frozen=True)

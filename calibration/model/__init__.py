@@ -16,5 +16,6 @@ experts        the routed experts of a block in the files, read one at a time
 buffers        the tensors of a block that no file holds: transformers computes them
 ties           tensors that config.json makes one, against those of the files
 run_config     settings of a run in config.json, which say nothing of the model
-loading        loads the modules before the decoder blocks, and the blocks one at a time
+loading        loads the modules before the decoder blocks
+block_loader   loads the decoder blocks, one at a time
 """

@@ -20,7 +20,7 @@ from calibration.data.token_choice import DrawnTokens
 from calibration.forecast import Forecast, forecast
 from calibration.job import Job
 from calibration.model.architectures import find_architecture
-from calibration.model.loading import BlockLoader
+from calibration.model.block_loader import BlockLoader
 from calibration.model.plan import decoder_names, plan
 from calibration.model.source import open_source
 from calibration.processes import ONE

@@ -15,7 +15,8 @@ from calibration.data.data_files import load_conversations
 from calibration.data.rendering import build_samples
 from calibration.data.token_choice import choose_tokens
 from calibration.model.architectures import find_architecture
-from calibration.model.loading import BlockLoader, load_front
+from calibration.model.block_loader import BlockLoader
+from calibration.model.loading import load_front
 from calibration.model.plan import decoder_names
 from calibration.model.source import open_source
 from calibration.quantize.bit_losses import Probe

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from calibration.calibrate import calibrate
 from calibration.model.architectures import find_architecture
+from calibration.model.block_loader import BlockLoader
 from calibration.model.fp8 import quantization_configs, without_quantization
-from calibration.model.loading import BlockLoader, load_front
+from calibration.model.loading import load_front
 from calibration.model.plan import decoder_names
 from calibration.model.source import open_source
 from calibration.settings.recipe import Recipe

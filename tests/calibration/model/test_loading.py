@@ -15,7 +15,8 @@ from calibration.calibrate import plan_job
 from calibration.data.data_files import load_conversations
 from calibration.data.rendering import Sample, build_samples
 from calibration.model.architectures import Architecture, find_architecture
-from calibration.model.loading import BlockLoader, choose_device, load_front
+from calibration.model.block_loader import BlockLoader
+from calibration.model.loading import choose_device, load_front
 from calibration.model.plan import decoder_names
 from calibration.model.source import Source, open_source
 from calibration.processes import ONE
