@@ -226,7 +226,7 @@ class MorphoQuantConfig(QuantizationConfig):
         first = settings[shards[0]]
         # Towers get patches, and not the tokens of a step.
         watch = None if first.fixed_row else self._watch_of(prefix, shards[0], first.in_features, bus)
-        return MorphoQuantLinearMethod(bus.spec, settings, bus, self._mlp_of(layer, prefix), check, watch, saved)
+        return MorphoQuantLinearMethod(settings, bus, self._mlp_of(layer, prefix), check, watch, saved)
 
     def _protect(self, layer: torch.nn.Module, prefix: str) -> None:
         """Refuse, now or when it is asked for, what vLLM would do wrong to a quantized layer."""
@@ -272,7 +272,7 @@ class MorphoQuantConfig(QuantizationConfig):
         self._protect(layer, prefix)
         bus, experts = self.modality_bus(), self.experts[name]
         watch = self._watch_of(prefix, name, experts.in_features, bus)
-        return MorphoQuantExpertsMethod(layer, bus.spec, name, experts, bus, watch)
+        return MorphoQuantExpertsMethod(layer, name, experts, bus, watch)
 
     def _mlp_of(self, layer: torch.nn.Module, prefix: str) -> MlpOrder | None:
         """The state that gate_up_proj and down_proj of one MLP share; None if its channels may not be renumbered."""

@@ -17,7 +17,6 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 from morphoquant_vllm import backends, ops
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, ExpertsSpec
-from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
@@ -94,7 +93,6 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
     def __init__(
         self,
         layer: RoutedExperts,
-        spec: QuantizationSpec,
         name: str,
         experts: ExpertsSpec,
         bus: ModalityBus,
@@ -102,9 +100,9 @@ class MorphoQuantExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         super().__init__(layer.moe_config)
         refuse_unserved(name, layer, experts)
-        self.spec, self.name, self.experts, self.bus, self.watch = spec, name, experts, bus, watch
+        self.spec, self.name, self.experts, self.bus, self.watch = bus.spec, name, experts, bus, watch
         self.ranks = layer.moe_config.moe_parallel_config.tp_size
-        check_ranks(spec, f"{name}.0.down_proj", experts.expert_layers(name, 0)[f"{name}.0.down_proj"], self.ranks)
+        check_ranks(bus.spec, f"{name}.0.down_proj", experts.expert_layers(name, 0)[f"{name}.0.down_proj"], self.ranks)
         self.activation_dtype = torch.get_default_dtype()
         self.backend = ""
 

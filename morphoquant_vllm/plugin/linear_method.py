@@ -22,7 +22,6 @@ from morphoquant_vllm import backends, ops
 from morphoquant_vllm.backends import Records
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.layers import INPUT_TENSORS, OUTPUT_TENSORS, LayerSpec, input_blocks
-from morphoquant_vllm.format.schema import QuantizationSpec
 from morphoquant_vllm.format.values import check_values
 from morphoquant_vllm.host_memory import release_freed_memory
 from morphoquant_vllm.numerics.activation import ActivationRecord, activation_record
@@ -44,10 +43,10 @@ if TYPE_CHECKING:
 class MorphoQuantLinearMethod(LinearMethodBase):
     """Quantization method of one (fused) linear layer.
 
-    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output. `bus` holds the
-    rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its channels may be renumbered. The layers
-    of a model share a `reload_check`. `watch` counts the escapes of some layers. `saved` is the record of the state
-    from which vLLM loads this rank, if it does.
+    `shards` are the settings of its checkpoint layers, by vLLM's names, in the order of the output. `bus` has the
+    settings of the checkpoint, and the rows of the model's tokens. gate_up_proj and down_proj share an `mlp` if its
+    channels may be renumbered. The layers of a model share a `reload_check`. `watch` counts the escapes of some layers.
+    `saved` is the manifest of the state from which vLLM loads this rank, if it does.
     """
 
     # The context in which vLLM loads the weights of a model: a refusal inside becomes the last line of the log.
@@ -55,7 +54,6 @@ class MorphoQuantLinearMethod(LinearMethodBase):
 
     def __init__(
         self,
-        spec: QuantizationSpec,
         shards: dict[str, LayerSpec],
         bus: ModalityBus,
         mlp: MlpOrder | None = None,
@@ -63,7 +61,7 @@ class MorphoQuantLinearMethod(LinearMethodBase):
         watch: EscapeWatch | None = None,
         saved: sharded_state.RankState | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec = bus.spec
         self.saved = saved
         self.bus = bus
         self.mlp = mlp
