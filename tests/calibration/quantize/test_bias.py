@@ -30,7 +30,7 @@ def test_the_first_set_has_the_means_of_all_ordinary_tokens(rows: bool) -> None:
     coded, x, massive = coded_tokens(rows=rows)
     assert coded.sets.any_modality_only != rows
     means = find_means(gather_moments(coded, x, matrix()[:, coded.order], ONE), coded, x, x, massive, ONE)
-    centre = coded.record.centre[coded.sets.rows]
+    centre = coded.record.centre[coded.sets.row_of_set]
     expected = x[~massive].mean(0)[coded.order] - centre[0]
     # float32 sums of values up to some hundreds.
     assert torch.allclose(means.value[0], expected, atol=1e-4)
@@ -44,7 +44,7 @@ def test_the_bias_gives_back_the_mean_output(any_massive: bool) -> None:
     served = full * 1.1
     means = find_means(gather_moments(coded, x, full, ONE), coded, x, x, massive, ONE)
     [bias] = find_bias(coded, means, full, served, 1, any_massive=any_massive)
-    centre = coded.record.centre[coded.sets.rows]
+    centre = coded.record.centre[coded.sets.row_of_set]
     expected = (means.value + centre) @ full.T
     last = -1 if not any_massive else None
     assert torch.allclose((means.code @ served.T + bias)[:last], expected[:last], rtol=1e-4, atol=1e-2)

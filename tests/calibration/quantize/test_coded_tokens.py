@@ -12,7 +12,7 @@ from tests.calibration.inputs import ANY, AUDIO, MASSIVE, TEXT, make_spec, matri
 
 def test_each_row_has_the_bias_of_its_set() -> None:
     sets = BiasSets.of([AUDIO], make_spec({"m.q": matrix()}), torch.device("cpu"))
-    assert sets.rows.tolist() == [ANY, AUDIO, MASSIVE]
+    assert sets.row_of_set.tolist() == [ANY, AUDIO, MASSIVE]
     assert sets.of_row.tolist() == [0, 0, 0, 1, 0, 2]
     assert not sets.any_modality_only
     assert BiasSets.of([], make_spec({"m.q": matrix()}), torch.device("cpu")).any_modality_only
@@ -31,7 +31,7 @@ def test_a_token_takes_the_massive_row_or_that_of_its_modality_or_that_of_any() 
     coded = code_tokens(x, tokens, massive.local, found, spec)
     expected = torch.where(modality == TEXT, ANY, modality)
     assert torch.equal(coded.rows, torch.where(outlying, MASSIVE, expected).int())
-    assert torch.equal(coded.sets.rows[coded.token_set], coded.rows.long())
+    assert torch.equal(coded.sets.row_of_set[coded.token_set], coded.rows.long())
     assert torch.equal(coded.gain, found.tensors["gain"][coded.rows.long()])
 
 
