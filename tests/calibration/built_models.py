@@ -1,7 +1,12 @@
 """Tiny models and data that fits them, built when first asked for."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calibration.model.source import Source, open_source
 from tests.tiny_conversations import write_calibration_data
 from tests.tiny_experts import build_tiny_qwen3_moe, build_tiny_qwen3_omni_moe, build_tiny_qwen3_vl_moe
 from tests.tiny_media_models import build_tiny_qwen3_vl
@@ -41,3 +46,11 @@ class TinyModels:
         directory = self._directory / f"{name}-data"
         path = directory / "data.jsonl"
         return path if path.exists() else write_calibration_data(directory, _KINDS.get(name, "text"))
+
+
+def with_tensors(model: Path, place: Path, tensors: Mapping[str, Tensor]) -> Source:
+    """A copy of a model in one file of the folder `place`, which also holds `tensors`, by name."""
+    (place / "config.json").write_bytes((model / "config.json").read_bytes())
+    stored = {**load_file(model / "model.safetensors"), **tensors}
+    save_file(stored, place / "model.safetensors", metadata={"format": "pt"})
+    return open_source(place)

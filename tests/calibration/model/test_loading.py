@@ -24,7 +24,7 @@ from calibration.quantize.observation import run_observed
 from calibration.settings.recipe import Recipe
 from morphoquant_vllm.errors import MorphoQuantError
 from morphoquant_vllm.format.schema import DEFAULT_ROWS
-from tests.calibration.built_models import TinyModels
+from tests.calibration.built_models import TinyModels, with_tensors
 
 
 def opened(directory: Path, dtype: torch.dtype) -> tuple[Source, Architecture, Recipe]:
@@ -145,42 +145,13 @@ def test_weights_that_lack_a_tensor_are_refused(tiny: TinyModels, tmp_path: Path
             load()
 
 
-def changed(model: Path, place: Path, **tensors: Tensor) -> Source:
-    """A copy of a model in one file that also holds `tensors`; two underscores in a name are a point."""
-    (place / "config.json").write_bytes((model / "config.json").read_bytes())
-    added = {name.replace("__", "."): value for name, value in tensors.items()}
-    save_file(load_file(model / "model.safetensors") | added, place / "model.safetensors", metadata={"format": "pt"})
-    return open_source(place)
-
-
-@pytest.mark.parametrize(
-    "name", ["self_attn.q_proj.bias", "self_attn.q_norm.weight", "mlp.router.weight", "self_attn.masked_bias"]
-)
-def test_a_tensor_of_a_block_that_nothing_reads_is_refused_before_any_work(
-    tiny: TinyModels, tmp_path: Path, name: str
-) -> None:
-    full = f"model.layers.1.{name}"
-    changed(tiny.model("llama"), tmp_path, **{full: torch.ones(128)})
-    with pytest.raises(MorphoQuantError, match=rf"{full} is in the files, but LlamaForCausalLM has no such tensor"):
-        plan_job(tmp_path, Recipe(device="cpu"), None, ONE)
-
-
-def test_tensors_that_transformers_or_a_server_knows_are_taken(tiny: TinyModels, tmp_path: Path) -> None:
-    block = "model.layers.1.self_attn"
-    added = {f"{block}.rotary_emb.inv_freq": torch.ones(16), f"{block}.k_scale": torch.ones(())}
-    # Masks of GPT's attention.
-    added |= {f"model.layers.1.attn.{name}": torch.ones(1, 1, 4, 4) for name in ("bias", "masked_bias")}
-    changed(tiny.model("llama"), tmp_path, **added)
-    plan_job(tmp_path, Recipe(device="cpu"), None, ONE)
-
-
 def test_a_tied_head_with_other_values_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
     model, embedding = tiny.model("llama"), "model.embed_tokens.weight"
     head = load_file(model / "model.safetensors")[embedding].clone()
-    same = changed(model, tmp_path, lm_head__weight=head)
+    same = with_tensors(model, tmp_path, {"lm_head.weight": head})
     load_front(find_architecture(same.config), same, Recipe(device="cpu"))
     head[0, 0] += 1
-    other = changed(model, tmp_path, lm_head__weight=head)
+    other = with_tensors(model, tmp_path, {"lm_head.weight": head})
     with pytest.raises(MorphoQuantError, match=r"lm_head.weight differs from model.embed_tokens.weight, .* to false"):
         load_front(find_architecture(other.config), other, Recipe(device="cpu"))
 
