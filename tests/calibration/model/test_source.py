@@ -127,7 +127,7 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_whose_path_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    directory = tmp_path / "caf\udce9"
+    directory = tmp_path / "pos\udce9"
     directory.mkdir()
     with pytest.raises(MorphoQuantError, match="the path is not UTF-8, which safetensors needs; rename it"):
         open_source(directory)

@@ -259,7 +259,7 @@ def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(name: str, tm
 def test_the_root_and_a_path_that_is_not_utf8_are_refused(tmp_path: Path) -> None:
     for path, problem in (
         (Path("/"), "is the root of all files"),
-        (tmp_path / "caf\udce9" / "out", "the path is not UTF-8"),
+        (tmp_path / "pos\udce9" / "out", "the path is not UTF-8"),
     ):
         with pytest.raises(MorphoQuantError, match=problem):
             check_name(path)
