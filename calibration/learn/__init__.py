@@ -3,7 +3,7 @@
 `metrics` measures before the blocks, by the same output, how errors of outputs add up.
 
 stage       the stage of a calibration
-run         one run of it: targets, steps and judgements, kept step by step
+run         one run of it: targets, updates and judgements, kept as it goes
 extent      how much each effort learns, and from which samples
 descent     the steps, and their judgement
 model       the quantized decoder, of which one block at a time is in memory

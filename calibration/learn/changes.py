@@ -14,7 +14,7 @@ from morphoquant_vllm.format.layers import TWO_LEVEL_SCHEME, LayerSpec
 
 @dataclass(frozen=True)
 class Changes:
-    """The learned tensors, float32; all are zero before the first step."""
+    """The learned tensors, float32; all are zero before the first update."""
 
     # Logarithm of the factor of each step of an input [K], by the input's name.
     steps: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""The steps of learning: Adam on one sample after the other, and the judgement of other samples."""
+"""The updates of learning: Adam on one sample after the other, and the judgement of other samples."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from calibration.learn.model import LearningDecoder
 from calibration.learn.targets import Objective, Target
 
 BETAS = (0.9, 0.95)
-# Steps over which the rate rises, and the share of all steps after which it falls. The mean of the changes over the
-# steps after it is judged in the end: single steps scatter about it.
+# Updates over which the learning rate rises, and the share of all updates after which it falls. The mean of the changes
+# over the updates after it is judged in the end: single updates scatter about it.
 WARM_UP, FALL_AFTER = 5, 0.5
 # The rate of escapes falls about as this power of an input's steps. At once at most the largest ratio is undone.
 ESCAPE_POWER, LARGEST_RATIO = 4.0, 1.5

@@ -25,8 +25,8 @@ class Extent:
     judgements: int
     # Tokens of judging samples, about.
     judged_tokens: int
-    # The most that a step changes a logarithm, or a constant in units of its output's size. One sample's gradient is
-    # noisy: with a large rate, few steps cannot undo the noise of the first ones.
+    # The most that an update changes a logarithm, or a constant in units of its output's size. One sample's gradient is
+    # noisy: with a large rate, few updates cannot undo the noise of the first ones.
     learning_rate: float
 
     def passes_of(self, tokens: int) -> float:

@@ -17,7 +17,7 @@ TOKEN_COPIES = 6
 
 
 def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int, effort: str) -> float:
-    """Floating-point operations of learning from about `tokens` tokens: targets, steps and judgements.
+    """Floating-point operations of learning from about `tokens` tokens: targets, updates and judgements.
 
     `head` is the number of the head's weights.
     """
@@ -26,7 +26,7 @@ def learning_operations(layers: Iterable[LayerSpec], head: int, tokens: int, eff
     learned = passed * extent.passes_of(passed)
     judged = min(tokens // SAMPLES_PER_HELD, extent.judged_tokens)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    # Two passes for each judgement of a step and for that of the mean, and one for the start's.
+    # Two passes for each judgement of an update and for that of the mean, and one for the start's.
     judgements = 2 * (extent.judgements + 1) + 1
     decoder = weights * (2 * (passed + judged) + 6 * learned + 2 * judgements * judged)
     return float(decoder + 6 * head * (learned + judgements * judged))
@@ -38,7 +38,7 @@ def decoder_bytes(layers: Iterable[LayerSpec]) -> int:
 
 
 def learning_bytes(blocks: Iterable[Iterable[LayerSpec]], states: int, longest: int) -> int:
-    """Bytes of learning with one block in memory: `states` are those of a step's samples before every block.
+    """Bytes of learning with one block in memory: `states` are those of an update's samples before every block.
 
     `blocks` are the layers of each block, `longest` the tokens of the longest sample, at most LONGEST.
     """

@@ -29,7 +29,7 @@ from morphoquant_vllm.format.schema import TEXT_ROW
 logger = logging.getLogger(__name__)
 
 # An interrupted run repeats at most as many updates.
-STEPS_KEPT = 8
+UPDATES_KEPT = 8
 
 
 @dataclass
@@ -136,7 +136,7 @@ class LearningRun:
     def keep_state(self, index: int) -> None:
         """Keep the state after an update if it is time."""
         descent, judgements = self._parts()
-        if (index + 1) % STEPS_KEPT:
+        if (index + 1) % UPDATES_KEPT:
             return
         figures = {"done": index + 1, "start": judgements.start.divergence, "least": judgements.least}
         figures |= {f"rate {name}": rate for name, rate in judgements.start.escape_rates.items()}

@@ -20,7 +20,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def _of_outputs(matrix: Tensor) -> bool:
-    """Whether codes times outputs take less work than values times values, for a weight [N, K]."""
+    """Whether codes times outputs take less work than codes times values, for a weight [N, K]."""
     return 2 * matrix.shape[0] <= matrix.shape[1]
 
 

@@ -39,10 +39,10 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx_vnni": ((*_BASE_CPU, "avx_vnni"), (*_BASE_FLAGS, "-mavxvnni")),
     "avx2": (_BASE_CPU, _BASE_FLAGS),
 }
-# No contraction: the quantizer rounds after each operation, as torch does. gcc 12's headers cause the false warning.
-COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
 # After a user's flags: a library that is linked with -ffast-math lets the whole process flush small numbers to 0.
 EXACT_FLAGS = ("-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations")
+# No contraction: the quantizer rounds after each operation, as torch does. gcc 12's headers cause the false warning.
+COMPILE_FLAGS = ("-std=c++17", *EXACT_FLAGS, "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def build(
     with the compiler's first error, or the reason why the directory cannot be written.
     """
     define = f"-DMORPHOQUANT_{instructions.upper()}"
-    flags = [*COMPILE_FLAGS, *EXACT_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
+    flags = [*COMPILE_FLAGS, *INSTRUCTION_SETS[instructions][1], define, *extra]
     deadline = time.monotonic() + BUILD_TIMEOUT
     directory = directory.absolute()
     target = directory / _library_name(instructions, compiler, flags, openmp, sources, deadline)

@@ -65,7 +65,7 @@ def _compile(target: Path, instructions: str, compiler: Sequence[str], sources: 
             define = f"-DMORPHOQUANT_{instructions.upper()}"
             run([*compiler, *flags, define, "-c", str(source), "-o", objects[-1]], deadline)
         # Without -fopenmp: no OpenMP library is named, and torch's has the functions.
-        run([*compiler, "-shared", *LINK_FLAGS, *objects, "-o", str(target)], deadline)
+        run([*compiler, *build.EXACT_FLAGS, "-shared", *LINK_FLAGS, *objects, "-o", str(target)], deadline)
 
 
 def find(instructions: str, folder: Path = FOLDER, sources: Path = build.SOURCES) -> Path | None:

@@ -52,7 +52,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extent, "LEAST_TOKENS", 64)
     for effort, found in EXTENTS.items():
         monkeypatch.setitem(EXTENTS, effort, replace(found, most_passes=1))
-    monkeypatch.setattr(run, "STEPS_KEPT", 4)
+    monkeypatch.setattr(run, "UPDATES_KEPT", 4)
 
 
 def learn_at(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:

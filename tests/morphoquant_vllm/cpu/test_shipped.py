@@ -1,6 +1,8 @@
 """The kernels that a wheel brings: they belong to the sources, are undamaged, and share torch's threads."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,6 +107,16 @@ def test_prebuilt_kernels_need_no_compiler(
     monkeypatch.setenv("MORPHOQUANT_CACHE", str(tmp_path / "cache"))
     assert cpu_build.kernels() is library and library is not None
     assert not (tmp_path / "cache").exists()
+
+
+def test_flags_of_the_wheels_builder_do_not_change_the_arithmetic_of_a_process(tmp_path: Path) -> None:
+    sources, folder = tmp_path / "sources", tmp_path / "prebuilt"
+    sources.mkdir()
+    (sources / "entry.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    shipped.compile_all(folder, [*cpu_libraries.compiler(), "-ffast-math"], sources)
+    built = shipped.find("avx2", folder, sources)
+    code = f"import ctypes; small = 1e-320; ctypes.CDLL({str(built)!r}); assert small * 0.5 > 0"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.full
